@@ -1,0 +1,688 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       format_name: percent
+#   kernelspec:
+#     name: python3
+#     display_name: Python 3
+#     language: python
+# ---
+
+# %% [markdown]
+# # Are you really faster?
+#
+# ```{admonition} Cost box
+# Any machine: a few seconds, no GPU. The data are the final losses of about a thousand public runs, logged by the record setters of
+# modded-nanogpt and carried over with credit in `book/data/variance.csv`.
+# ```
+#
+# ## The problem
+#
+# You have an idea. You train once without it and once with it, and the loss is lower by **0.001**. Near the end of training that is worth seven
+# steps, half a second, a record. Is it real?
+#
+# We can ask people who did not know they were being asked. When record 37 was submitted, its author ran the same program twenty-four times and uploaded every
+# log. Nothing differs between those runs except the order in which a GPU adds numbers.
+
+# %%
+from itertools import combinations
+
+from speedrun.lab import results as tangled  # what the end of this chapter builds, from the package
+
+runs = tangled.public_table("variance")
+same = [float(run["final_val_loss"]) for run in runs if run["record"] == "37" and run["folder"] == "2025-09-27_BF16CE"]
+pairs = list(combinations(same, 2))
+fooled = sum(abs(a - b) >= 0.001 for a, b in pairs) / len(pairs)
+
+assert len(same) == 24 and fooled > 0.5
+print(f"{len(same)} runs of one program: losses from {min(same):.4f} to {max(same):.4f}")
+print(f"of the {len(pairs)} pairs, {fooled:.0%} differ by 0.001 or more")
+
+# %% [markdown]
+# So a coin would have been about as good a judge. Of two runs of the *same* program, one beats the other by your margin more often than not, and the
+# only evidence you have is that yours was the one on the left.
+#
+# ```{admonition} Prediction
+# The runs above scatter with a standard deviation of about 0.0016. **How many runs with the idea and how many without do you need**, to be right about a
+# true improvement of 0.001 nine times out of ten, while being fooled by nothing at all only once in a hundred? Guess: 3 each, 10 each, or more?
+# ```
+
+# %% [markdown]
+# ## The idea
+#
+# A run's final loss is a draw from some distribution; a claim about the program is a claim about its *mean*. Averaging $n$ draws with standard deviation
+# $\sigma$ leaves an uncertainty of $\sigma/\sqrt{n}$ on the mean, so to see a difference $\Delta$ between two means one needs, up to a factor that says how
+# sure one wants to be,
+#
+# $$\Delta \;\gtrsim\; (z_{\alpha} + z_{\beta})\,\sigma\,\sqrt{\tfrac{1}{n_1} + \tfrac{1}{n_2}} .$$
+#
+# Here $\alpha$ is the chance of seeing an effect that is not there and $\beta$ that of missing one that is. With $\alpha = 0.01$ (one-sided), $\beta = 0.1$,
+# $z_\alpha + z_\beta \approx 3.6$. Halving $\Delta$ costs four times the runs. There is no way around the square.
+#
+# Because $\sigma$ is itself estimated from few runs, the exact numbers come from Student's $t$, which is SciPy's business and not ours.
+#
+# ## The code
+#
+# A sample is three numbers:
+
+# %%
+#| default_exp lab.stats
+#| export
+import math
+from dataclasses import dataclass
+
+from scipy import stats
+
+
+@dataclass(frozen=True)
+class Sample:
+    """n runs of one thing: their mean and their sample standard deviation (n − 1 in the denominator; nan for one run)."""
+
+    n: int
+    mean: float
+    sd: float
+
+    def __str__(self) -> str:
+        return f"{self.mean:.4f} ± {self.sd:.4f} (n={self.n})"
+
+
+def describe(values) -> Sample:
+    """Summarise a sequence of numbers."""
+    values = [float(value) for value in values]
+    mean = math.fsum(values) / len(values)
+    squares = math.fsum((value - mean) ** 2 for value in values)
+    return Sample(len(values), mean, math.sqrt(squares / (len(values) - 1)) if len(values) > 1 else math.nan)
+
+
+# %%
+record_37 = describe(same)
+assert math.isclose(describe([1, 2, 3, 4]).sd, math.sqrt(5 / 3)) and math.isnan(describe([1.0]).sd)
+assert 0.0015 < record_37.sd < 0.0018
+print("record 37:", record_37)
+
+# %% [markdown]
+# ### The contest's own test
+#
+# A record has to show that its mean loss is below 3.28, at $p < 0.01$, by a one-sample, one-sided $t$-test. That is a function of the sample alone:
+# how likely would a mean this low be if the true mean were exactly 3.28?
+
+# %%
+#| export
+def p_below(sample: Sample, target: float) -> float:
+    """One-sided p-value of "the true mean is below `target`": the chance of a mean this low if it were `target`. Student's t."""
+    if sample.n < 2:
+        raise ValueError(f"a test needs at least 2 runs, got {sample.n}")
+    return float(stats.t.cdf((sample.mean - target) / (sample.sd / math.sqrt(sample.n)), sample.n - 1))
+
+
+# %%
+import random
+
+assert math.isclose(p_below(record_37, 3.28), stats.ttest_1samp(same, 3.28, alternative="less").pvalue, rel_tol=1e-9)
+lucky = random.Random(0).sample(same, 4)
+print(f"all {record_37.n} runs: p = {p_below(record_37, 3.28):.4f}, a valid record")
+print(f"4 of them, drawn blindly: {describe(lucky)}, p = {p_below(describe(lucky), 3.28):.2f}: the same program, not shown")
+assert p_below(record_37, 3.28) < 0.01 < p_below(describe(lucky), 3.28)
+
+# %% [markdown]
+# For two programs the question is whether their means differ. Welch's form of the test does not assume that both scatter equally, which matters because
+# an idea that makes training unstable announces itself in the standard deviation first.
+
+# %%
+#| export
+def p_difference(a: Sample, b: Sample) -> float:
+    """Two-sided p-value of "the true means differ" (Welch's t-test)."""
+    if a.n < 2 or b.n < 2:
+        raise ValueError(f"a test needs at least 2 runs on each side, got {a.n} and {b.n}")
+    result = stats.ttest_ind_from_stats(a.mean, a.sd, a.n, b.mean, b.sd, b.n, equal_var=False)
+    return float(result.pvalue)
+
+
+# %%
+record_26 = describe(float(run["final_val_loss"]) for run in runs if run["folder"] == "2025-07-12_BosAlign")
+record_41 = describe(float(run["final_val_loss"]) for run in runs if run["folder"] == "2025-10-24_NorMuon")
+assert p_difference(record_26, record_26) == 1.0 and math.isclose(p_difference(record_26, record_41), p_difference(record_41, record_26))
+print(f"record 26 {record_26} against record 41 {record_41}: p = {p_difference(record_26, record_41):.2f}")
+
+# %% [markdown]
+# Records 26 and 41 are different programs with different goals, twenty runs each, and their final losses can hardly be told apart. That is by design: both were cut
+# to stop just under 3.28. It is also a reminder that twenty runs a side is not many.
+#
+# ### How many runs?
+#
+# The prediction above wants the smallest $n$ for which the test finds a true difference with probability $1-\beta$. The power of a $t$-test is a tail of
+# the *non-central* $t$ distribution; we count $n$ upwards until it suffices.
+
+# %%
+#| export
+def power(difference: float, sd: float, n: int, alpha: float = 0.01) -> float:
+    """Chance that n runs against n show a true `difference` of means, in a one-sided t-test at level `alpha`."""
+    freedom = 2 * n - 2
+    threshold = stats.t.ppf(1 - alpha, freedom)
+    return float(stats.nct.sf(threshold, freedom, difference / (sd * math.sqrt(2 / n))))
+
+
+def runs_needed(difference: float, sd: float, alpha: float = 0.01, wanted: float = 0.9) -> int:
+    """Runs *per arm* that show a true `difference` with probability `wanted`."""
+    if difference <= 0 or sd <= 0:
+        raise ValueError(f"need a positive difference and sd, got {difference} and {sd}")
+    n = 2
+    while power(difference, sd, n, alpha) < wanted:
+        n += max(1, n // 50)
+    return n
+
+
+# %%
+needed = runs_needed(0.001, record_37.sd)
+half = runs_needed(0.0005, record_37.sd)
+assert needed > 30 and 3.5 < half / needed < 4.5
+print(f"to see 0.001 at sd {record_37.sd:.4f}: {needed} runs with and {needed} without; to see 0.0005: {half}")
+
+# %% [markdown]
+# Seventy-odd runs a side, not ten. At two minutes of eight H100s each that is an afternoon and a few hundred dollars, for a thousandth of a nat. This is the reason why the contest's
+# thousandths are rarely *shown* one by one, why its maintainers keep a margin of a few of them in hand, and why we shall measure
+# effects on small models, where runs cost seconds.
+#
+# A formula from a textbook is a claim like any other. Draw the experiment four thousand times and count:
+
+# %%
+import numpy as np
+
+generator = np.random.default_rng(1)
+
+
+def found(true_difference: float, n: int, times: int = 4000) -> float:
+    """Share of simulated experiments, n runs against n, in which the t-test at 1% says "better"."""
+    control = generator.normal(0, record_37.sd, (times, n))
+    treated = generator.normal(-true_difference, record_37.sd, (times, n))
+    return float((stats.ttest_ind(treated, control, axis=1, alternative="less").pvalue < 0.01).mean())
+
+
+nothing, something = found(0.0, needed), found(0.001, needed)
+assert abs(nothing - 0.01) < 0.006 and abs(something - 0.9) < 0.03
+print(f"nothing there: seen in {nothing:.1%} of experiments; 0.001 there: seen in {something:.1%}")
+
+# %% [markdown]
+# ## The measurement
+
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Left: final losses of 24 runs of record 37. Right: runs per arm needed against the difference to be shown."}}
+import matplotlib.pyplot as plt
+
+tangled.figure_style()
+fig, (left, right) = plt.subplots(1, 2, figsize=(8.6, 3.6), width_ratios=[1, 1.15])
+left.hist(same, bins=np.arange(3.2745, 3.2835, 0.0005), color="C0")
+left.axvline(record_37.mean, color="C1", label=f"mean {record_37.mean:.4f}")
+left.axvspan(3.28, 3.2835, color="0.5", alpha=0.15, lw=0)
+left.set_xlabel("final loss (nats per token)")
+left.set_ylabel("runs")
+left.legend(loc="upper left")
+left.set_title(f"one program, {record_37.n} runs: sd {record_37.sd:.4f}")
+differences = np.geomspace(0.0005, 0.01, 25)
+for sd, color in ((0.0040, "C2"), (record_37.sd, "C0"), (0.0010, "C3")):
+    right.loglog(differences, [runs_needed(d, sd) for d in differences], color=color, label=f"sd {sd:.4f}")
+right.plot([0.001], [needed], "o", color="C1")
+right.annotate(f"0.001 needs {needed} each", (0.001, needed), (0.0014, needed * 2.2), arrowprops={"arrowstyle": "-", "color": "0.4"})
+right.set_xlabel("true difference (nats per token)")
+right.set_ylabel("runs per arm")
+right.legend(loc="upper right")
+right.set_title("halve the effect, quadruple the runs")
+plt.show()
+
+# %% [markdown]
+# *FineWeb, 8×H100, runs of the record's author. The shaded part is above 3.28: single runs may land there, the mean may not.*
+#
+# ## What did not work: stopping when it looks good
+#
+# Nobody runs seventy and then looks. One runs three, looks, runs two more, looks again, and stops when $p < 0.01$. Each look is another chance to be fooled.
+# How much more often? Add runs one at a time to both sides of an experiment in which there is *nothing* to find, look after each, from three up to twenty:
+
+# %%
+looks, times = range(3, 21), 4000
+control, treated = generator.normal(0, 1, (times, 20)), generator.normal(0, 1, (times, 20))
+seen = np.zeros(times, dtype=bool)
+for n in looks:
+    seen |= stats.ttest_ind(treated[:, :n], control[:, :n], axis=1, alternative="less").pvalue < 0.01
+once = (stats.ttest_ind(treated, control, axis=1, alternative="less").pvalue < 0.01).mean()
+assert seen.mean() > 3 * once
+print(f"one look at 20: fooled in {once:.1%} of experiments; a look after each run: {seen.mean():.1%}")
+
+# %% [markdown]
+# A test at 1% has become a test at several per cent, without anybody cheating. Decide $n$ first; or look as often as you like, and pay for it with a stricter threshold.
+#
+# ## Logs: what a run must write down
+#
+# A loss without its program is a rumour. The contest solved this with admirable bluntness: each log begins with the complete source of the script that
+# wrote it. Ours keeps that habit in two files. `log.txt` has the lines that every speedrunner's eye and every existing parser knows:
+
+# %%
+#| export lab.runlog
+import json
+import os
+import re
+import time
+from pathlib import Path
+
+from speedrun.lab.hardware import Problem
+
+LINE = re.compile(
+    r"step:(?P<step>\d+)/(?P<steps>\d+)(?: train_loss:(?P<train_loss>\S+))?(?: val_loss:(?P<val_loss>\S+))?"
+    r" train_time:(?P<train_time_ms>[\d.]+)ms step_avg:(?P<step_avg_ms>\S+)ms"
+)
+
+
+def format_line(step: int, steps: int, train_time_ms: float, **losses: float) -> str:
+    """The contest's log line, `step:… val_loss:… train_time:…ms step_avg:…ms`; `losses` are `train_loss` or `val_loss`."""
+    shown = "".join(f" {name}:{loss:.4f}" for name, loss in losses.items())
+    return f"step:{step}/{steps}{shown} train_time:{train_time_ms:.0f}ms step_avg:{train_time_ms / max(step, 1):.2f}ms"
+
+
+def parse_line(line: str) -> dict | None:
+    """The numbers of a log line, ours or the contest's; None for any other text."""
+    match = LINE.search(line)
+    if match is None:
+        return None
+    numbers = {name: float(text) for name, text in match.groupdict().items() if text is not None}
+    return numbers | {"step": int(match["step"]), "steps": int(match["steps"])}
+
+
+# %%
+line = format_line(1750, 1750, 169_021.4, val_loss=3.27912)
+print(line)
+assert line == "step:1750/1750 val_loss:3.2791 train_time:169021ms step_avg:96.58ms"
+assert parse_line(line) == {"step": 1750, "steps": 1750, "val_loss": 3.2791, "train_time_ms": 169021.0, "step_avg_ms": 96.58}
+assert parse_line("peak memory allocated: 30220 MiB") is None
+assert parse_line("step:0/1390 val_loss:10.8258 train_time:0ms step_avg:nanms")["val_loss"] == 10.8258  # as upstream writes step 0
+
+# %% [markdown]
+# `metrics.jsonl` has one JSON record a line, for programs. Its first record holds everything that could be different next time: the configuration, the source and
+# hash of every module, the versions, the GPUs.
+#
+# A log has one more duty. Disks fill up, and they fill up at night. A full disk must not kill a run that is otherwise healthy, and must not
+# corrupt what has been written. So an append that fails is undone, its text kept in memory, and tried again with the next one.
+
+# %%
+#| export lab.runlog
+class RunLog:
+    """`log.txt` and `metrics.jsonl` in a run's folder. A failed write loses nothing: the text waits for the next one.
+
+    folder: created if missing; an existing log is continued. echo: called with each text line (print, or None).
+    """
+
+    def __init__(self, folder: str | Path, echo=print):
+        self.folder, self.echo, self.waiting, self.full = Path(folder), echo, {}, False
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def record(self, kind: str, **fields) -> None:
+        """One line of JSON: the kind of record, the time of day in seconds, and the fields."""
+        self.append("metrics.jsonl", json.dumps({"kind": kind, "time": round(time.time(), 3), **fields}) + "\n")
+
+    def line(self, text: str) -> None:
+        """One line of text, shown and kept."""
+        if self.echo:
+            self.echo(text)
+        self.append("log.txt", text + "\n")
+
+    def append(self, name: str, text: str) -> None:
+        """Append, together with whatever could not be written before."""
+        self.waiting[name] = self.waiting.get(name, "") + text
+        if append_whole(self.folder / name, self.waiting[name]):
+            self.waiting[name], self.full = "", False
+        elif self.echo and not self.full:
+            self.full = True
+            self.echo(f"cannot write {self.folder / name} (disk full?): going on, its lines wait in memory")
+
+
+# %%
+#| export lab.runlog
+def append_whole(path: Path, text: str) -> bool:
+    """Append all of `text` or nothing. A half line that a killed writer left behind is cut off first. False: no room."""
+    try:
+        with open(path, "ab+") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - (1 << 20)))
+            tail = file.read()
+            if tail and not tail.endswith(b"\n"):
+                size -= len(tail) - (tail.rfind(b"\n") + 1)
+                os.truncate(path, size)
+            try:
+                file.write(text.encode())
+                file.flush()
+            except OSError:
+                os.truncate(path, size)
+                raise
+    except OSError:
+        return False
+    return True
+
+
+# %% [markdown]
+# The whole argument can be acted out in a temporary folder: a writer that is killed in the middle of a record, and a disk that is full for a
+# while (`/dev/full` is the kernel's own).
+
+# %%
+import tempfile
+
+with tempfile.TemporaryDirectory() as folder:
+    log = RunLog(folder, echo=None)
+    log.record("run", preset="smoke")
+    with open(f"{folder}/metrics.jsonl", "a") as killed:
+        killed.write('{"kind": "val", "val_lo')
+    log.record("val", step=0, val_loss=5.66)
+    kinds = [json.loads(line)["kind"] for line in open(f"{folder}/metrics.jsonl")]
+    assert kinds == ["run", "val"], "the half record is gone, the next one is whole"
+
+    log.folder = Path("/dev/full/nowhere")
+    log.line("written while there was no room")
+    log.folder = Path(folder)
+    log.line("written after")
+    assert open(f"{folder}/log.txt").read() == "written while there was no room\nwritten after\n"
+print("one torn record, one full disk, nothing lost")
+
+# %% [markdown]
+# Reading has to be as careful. A run that was interrupted and resumed repeats the steps after its last checkpoint, and the repetition is the truth:
+
+# %%
+#| export lab.runlog
+def read_metrics(path: str | Path) -> list[dict]:
+    """All records of a `metrics.jsonl`. A torn last line is skipped (its writer may be at work); one in the middle is an error."""
+    lines = Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number == len(lines):
+                break
+            raise Problem(f"{path}, line {number}: not a record: {error}", "delete that line; the others are whole") from None
+    return records
+
+
+def series(records: list[dict], kind: str) -> list[dict]:
+    """The records of one kind in order of their step; of several with one step (a resumed run) the last."""
+    by_step = {record["step"]: record for record in records if record["kind"] == kind}
+    return [by_step[step] for step in sorted(by_step)]
+
+
+def read_log(path: str | Path) -> list[dict]:
+    """The numbers of a text log, ours or the contest's, one dict a line that has any."""
+    lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
+    return [numbers for line in lines if (numbers := parse_line(line))]
+
+
+# %%
+with tempfile.TemporaryDirectory() as folder:
+    log = RunLog(folder, echo=None)
+    for step, loss in [(0, 5.7), (10, 3.0), (20, 2.5), (10, 3.1), (20, 2.6)]:  # interrupted after 20, resumed from 10
+        log.record("val", step=step, val_loss=loss)
+        log.line(format_line(step, 20, 40.0 * step, val_loss=loss))
+    records = series(read_metrics(f"{folder}/metrics.jsonl"), "val")
+    assert [(r["step"], r["val_loss"]) for r in records] == [(0, 5.7), (10, 3.1), (20, 2.6)]
+    assert [n["val_loss"] for n in read_log(f"{folder}/log.txt")] == [5.7, 3.0, 2.5, 3.1, 2.6]
+print("metrics in order, repeated steps once")
+
+# %% [markdown]
+# ## Results: numbers that remember where they come from
+#
+# A measured number grows stale in silence. The code moves on, the figure stays, and after a year nobody knows whether the claim beside it still
+# holds. We cannot re-measure everything at every change. We can make every number carry enough to know *whether* it should be.
+#
+# Each measurement in this book is a JSON file under `book/results/`, and carries a **stamp**: the GPU, the driver, the versions, the command, the
+# corpus, the seeds, the number of runs, the date, and a hash of every module that the measured command imported. What should the hash see? Renaming a variable might
+# change behaviour; a comment cannot. So it is taken of the syntax tree, without comments, docstrings and line numbers:
+
+# %%
+#| export lab.results
+import ast
+import csv
+import hashlib
+import json
+import os
+import sys
+from datetime import datetime, timezone
+from functools import cache
+from pathlib import Path
+
+import speedrun
+from speedrun.lab.hardware import Problem, look
+
+
+def canonical(node) -> str:
+    """A syntax tree as text: no comments, docstrings, positions or empty fields, so that Python versions agree on it."""
+    if isinstance(node, list):
+        kept = [item for item in node if not (isinstance(item, ast.Expr) and is_text(item.value))]
+        return "[" + ",".join(canonical(item) for item in kept) + "]"
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    fields = [(name, getattr(node, name, None)) for name in sorted(node._fields) if name not in ("ctx", "kind", "type_ignores")]
+    return type(node).__name__ + "(" + ",".join(f"{name}={canonical(value)}" for name, value in fields if value not in (None, [])) + ")"
+
+
+def is_text(node) -> bool:
+    """A string constant; as a statement of its own it is a docstring."""
+    return isinstance(node, ast.Constant) and isinstance(node.value, str)
+
+
+def code_hash(source: str) -> str:
+    """Sixteen hex digits that change with the code and not with its comments, docstrings or layout."""
+    return hashlib.sha256(canonical(ast.parse(source)).encode()).hexdigest()[:16]
+
+
+# %%
+short = "def area(r):\n    return 3.14 * r * r\n"
+talkative = '# circles\ndef area(r):\n    "The area of a circle."\n    return (3.14 * r  # pi, roughly\n            * r)\n'
+assert code_hash(short) == code_hash(talkative)
+assert code_hash(short) != code_hash(short.replace("3.14", "3.1416"))
+print("prose changes nothing, a digit does:", code_hash(short), code_hash(short.replace("3.14", "3.1416")))
+
+# %% [markdown]
+# Which modules does a command run? Those it imports, and those that they import. We follow the `import` statements in the files, without executing any:
+
+# %%
+#| export lab.results
+def root() -> Path:
+    """The project's folder, found from the package's own file and never from the working directory."""
+    folder = Path(speedrun.__file__).resolve().parent.parent
+    if not (folder / "book" / "data").is_dir():
+        raise Problem(f"there is no project around {folder / 'speedrun'}: book/data is missing", "pip install -e . in a clone of the repository")
+    return folder
+
+
+def module_file(name: str) -> Path | None:
+    """The file of a module such as `speedrun.lab.stats`, or None if there is no such module."""
+    path = Path(speedrun.__file__).resolve().parent.joinpath(*name.split(".")[1:])
+    candidates = [path.with_suffix(".py"), path / "__init__.py"] if name.startswith("speedrun.") else []
+    return next((candidate for candidate in candidates if candidate.is_file()), None)
+
+
+def imported_names(source: str) -> set[str]:
+    """Dotted names that the source imports anywhere, functions included; `from a import b` counts as a and a.b."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names
+
+
+# %%
+#| export lab.results
+def module_closure(names) -> list[str]:
+    """The given modules of the package and all that they import, directly or not, sorted."""
+    found, queue = set(), list(names)
+    while queue:
+        name = queue.pop()
+        file = module_file(name)
+        if file is not None and name not in found:
+            found.add(name)
+            queue += imported_names(file.read_text(encoding="utf-8"))
+    return sorted(found)
+
+
+def module_hashes(names) -> dict[str, str]:
+    """Module → code hash, for the given modules and all that they import."""
+    return {name: code_hash(module_file(name).read_text(encoding="utf-8")) for name in module_closure(names)}
+
+
+# %%
+closure = module_closure(["speedrun.lab.results"])
+assert "speedrun.lab.hardware" in closure and "speedrun.lab.stats" not in closure
+assert imported_names("def f():\n    from speedrun.lab import stats") == {"speedrun.lab", "speedrun.lab.stats"}
+print("lab.results rests on", closure)
+
+# %% [markdown]
+# The stamp is taken by the script that measures (`scripts/measure.py`), and compared when a page is built:
+
+# %%
+#| export lab.results
+def stamp(command: str, modules, n: int, seeds=(), corpus: dict | None = None) -> dict:
+    """Where, when and with what a measurement was made. `modules` are those the command starts; `corpus` has name and sha256."""
+    machine = look()
+    gpus = sorted({gpu.name for gpu in machine.gpus})
+    return {
+        "gpu": f"{len(machine.gpus)}×{', '.join(gpus)}" if gpus else None,
+        "cpu": f"{machine.cores} cores, {machine.system}",
+        "driver": machine.gpus[0].driver if machine.gpus else None,
+        "python": machine.python,
+        **{name: machine.versions[name] for name in ("torch", "triton")},
+        "command": command,
+        "corpus": corpus,
+        "seeds": list(seeds),
+        "n": n,
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        "modules": module_hashes(modules),
+    }
+
+
+def freshness(result: dict) -> str:
+    """`fresh`: the measured code is today's. `same behaviour`: it changed, and was shown to train bit-equally. Else `stale`."""
+    today = module_hashes(result["stamp"]["modules"])
+    if today == result["stamp"]["modules"]:
+        return "fresh"
+    return "same behaviour" if today == result.get("proof", {}).get("modules") else "stale"
+
+
+# %%
+measured = {"stamp": stamp("python scripts/measure.py example", ["speedrun.lab.stats"], n=3, seeds=(0, 1, 2))}
+assert freshness(measured) == "fresh"
+older = {"stamp": measured["stamp"] | {"modules": {"speedrun.lab.stats": "0" * 16}}}
+assert freshness(older) == "stale"
+assert freshness(older | {"proof": {"modules": module_hashes(["speedrun.lab.stats"])}}) == "same behaviour"
+print({name: measured["stamp"][name] for name in ("gpu", "cpu", "torch", "n", "date")})
+
+# %% [markdown]
+# *Same behaviour* is the useful middle. A refactoring changes the hash and not the arithmetic; `make stale` can check out the commit that brought the
+# result, train twenty steps with the code of then and of now on this machine, and compare the losses bit by bit. Losses then still stand. Times do
+# not, and the badge says so.
+#
+# What remains is to load and save, in one place, so that everything a page has read is known:
+
+# %%
+#| export lab.results
+def note_opened(path: Path) -> None:
+    """Tell whoever executes this notebook that it read `path`, so that a change of the file runs it again."""
+    ledger = os.environ.get("SPEEDRUN_OPENED")
+    if ledger:
+        with open(ledger, "a", encoding="utf-8") as file:
+            file.write(f"{Path(path).resolve()}\n")
+
+
+def public_table(name: str) -> list[dict]:
+    """A table of the public record history, `book/data/<name>.csv`, as dicts of strings: records, curves or variance."""
+    path = root() / "book" / "data" / f"{name}.csv"
+    note_opened(path)
+    with open(path, encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def save_result(slug: str, name: str, data, stamp: dict) -> Path:
+    """Write a measurement to `book/results/<slug>/<name>.json`."""
+    path = root() / "book" / "results" / slug / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps({"stamp": stamp, "data": data}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(part, path)
+    return path
+
+
+# %%
+#| export lab.results
+def load_result(slug: str, name: str) -> dict:
+    """A measurement with its stamp: {"stamp": …, "data": …}."""
+    path = root() / "book" / "results" / slug / f"{name}.json"
+    note_opened(path)
+    if not path.is_file():
+        raise Problem(f"{path} does not exist: nobody has measured that yet", f"python scripts/measure.py {slug}")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def result_names(slug: str) -> list[str]:
+    """The names of all measurements of a chapter."""
+    return sorted(path.stem for path in (root() / "book" / "results" / slug).glob("*.json"))
+
+
+def measured_on(result: dict) -> str:
+    """One line for the foot of a figure: hardware, versions, corpus, runs, date and freshness."""
+    stamp = result["stamp"]
+    where = stamp["gpu"] or stamp["cpu"]
+    corpus = f", {stamp['corpus']['name']}" if stamp["corpus"] else ""
+    return f"measured on {where}, torch {stamp['torch']}{corpus}, n={stamp['n']}, {stamp['date']} ({freshness(result)})"
+
+
+def figure_style() -> None:
+    """The look of the book's figures: call it once, before the first one."""
+    import matplotlib
+
+    matplotlib.style.use(root() / "book" / "figures.mplstyle")
+
+
+# %%
+try:
+    load_result("are_you_faster", "of_course")
+except Problem as problem:
+    assert "nobody has measured" in problem.what
+    print(problem)
+assert public_table("records")[0]["record"] == "1" and root().joinpath("notebooks").is_dir()
+
+# %% [markdown]
+# ## When it fails
+#
+# The hash sees our modules and nothing below them. A new PyTorch, a new driver or a warmer machine room can move a time by several per cent while every hash stays equal,
+# which is why the stamp also says when and where, and why this book claims a speed only as a ratio of runs made in turn on one machine.
+# And the $t$-test believes that runs are independent and roughly normal. Twenty-four runs of record 37 do not contradict that, but
+# twenty-four runs could hardly contradict anything.
+#
+# ## Exercises
+#
+# 1. The contest's optimizer track avoids the $t$-test by fixing $\sigma = 0.0013$ from long experience and asking for $(3.28 - \text{mean})\sqrt n \ge 0.004$.
+#    Write `z_rule(sample)` for it, and find out at which $p$ that rule accepts. (It is the tail of a normal distribution at $0.004/0.0013$ standard deviations.)
+
+# %% tags=["solution"]
+def z_rule(sample: Sample) -> bool:
+    """The optimizer track's rule: far enough below 3.28 for a known standard deviation of 0.0013."""
+    return (3.28 - sample.mean) * math.sqrt(sample.n) >= 0.004
+
+
+implied_p = float(stats.norm.sf(0.004 / 0.0013))
+
+# %%
+assert z_rule(Sample(16, 3.2789, 0.0013)) and not z_rule(Sample(4, 3.2789, 0.0013))
+assert abs(implied_p - 0.001) < 0.0001
+print(f"the rule is a test at p = {implied_p:.4f}: stricter than 0.01, in exchange for trusting sigma")
+
+# %% [markdown]
+# 2. Times are much quieter than losses. From the public runs of record 37, how many runs show a change of 0.5% in *training time*? Compute the
+#    sample of times in seconds, then use `runs_needed`.
+
+# %% tags=["solution"]
+times = describe(float(run["train_time_ms"]) / 1000 for run in runs if run["folder"] == "2025-09-27_BF16CE")
+runs_for_time = runs_needed(0.005 * times.mean, times.sd)
+
+# %%
+assert times.n == 24 and 2 <= runs_for_time <= 4
+print(f"{times.mean:.1f} ± {times.sd:.2f} s: {runs_for_time} runs a side show half a per cent, as long as they are made on one machine")
+
+# %% [markdown]
+# That is the other half of the lesson. Half a per cent of time takes a handful of runs, and the loss that it would cost to gain it takes seventy. Kernels are honest work; be suspicious of
+# everything that touches the loss.

@@ -1,0 +1,504 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       format_name: percent
+#   kernelspec:
+#     name: python3
+#     display_name: Python 3
+#     language: python
+# ---
+
+# %% [markdown]
+# # The baseline: GPT-2 as llm.c trains it
+#
+# ```{admonition} Cost box
+# Any machine: about twenty seconds on two CPU cores, no GPU. The profile in the figure was measured on one GPU and is committed. Records 1 and 2: Andrej Karpathy and the contributors of llm.c; Keller Jordan.
+# ```
+#
+# ## The problem
+#
+# Record 1 took **2,700 seconds** on eight H100s and read 10.26 billion tokens. It is a good program: hand-written CUDA, mixed precision, nobody's homework. And yet 89 records later the same loss
+# takes 73.8 seconds and 0.34 billion tokens. Before improving on something by a factor of 37 it is worth knowing *which* thing is being improved on. How much of those 45 minutes was arithmetic that had to be done? How much was
+# the machine waiting? And who says that it takes ten billion tokens?
+
+# %% [markdown]
+# ```{admonition} Prediction
+# An H100 multiplies bf16 matrices at up to 989 TFLOP/s. A token that passes a model forward and backward costs about 6 FLOPs per weight it meets. GPT-2 has 124 million weights. **How many of the 45 minutes would be left if the eight GPUs had
+# multiplied at full speed all the time?** Work it out before going on; it takes one line.
+# ```
+#
+# ## The idea
+#
+# GPT-2 is a stack of twelve equal blocks on a stream of vectors. A token is a row of an embedding matrix, to which a learned vector for its position is added. Each block adds two corrections: what attention gathers from earlier tokens, and what a
+# two-layer perceptron makes of the result. At the end the embedding matrix is used once more, transposed, to score every token of the vocabulary. In symbols, with $x$ the stream and $\mathrm{LN}$ a layer norm,
+#
+# $$x \leftarrow x + \mathrm{Attention}(\mathrm{LN}(x)), \qquad x \leftarrow x + \mathrm{MLP}(\mathrm{LN}(x)), \qquad \text{logits} = \mathrm{LN}(x)\, E^{\top}.$$
+#
+# Every chapter of this book replaces something in these two lines. So they are written here as plainly as they can be.
+#
+# ## The code
+
+# %%
+#| default_exp model.baseline
+#| export
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class GPT2Options:
+    """The shape of a GPT-2. The defaults are the 124M model; the vocabulary comes from the data."""
+
+    layers: int = 12
+    """Blocks."""
+    heads: int = 12
+    """Attention heads; they share the width evenly."""
+    width: int = 768
+    """Length of the residual stream's vectors."""
+    context: int = 1024
+    """Longest row of tokens: the number of learned positions."""
+    init_std: float = 0.02
+    """Standard deviation of the initial weights; GPT-2's 0.02 suits a width of 768."""
+
+
+# %% [markdown]
+# Attention first. One matrix makes queries, keys and values; each of the twelve heads sees 64 of the 768 numbers; a token may look at itself and at what came before it.
+
+# %%
+#| export
+class Attention(nn.Module):
+    """Causal self-attention, (batch, tokens, width) → the same."""
+
+    def __init__(self, options: GPT2Options):
+        super().__init__()
+        self.heads = options.heads
+        self.qkv = nn.Linear(options.width, 3 * options.width)
+        self.out = nn.Linear(options.width, options.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, tokens, width = x.shape
+        q, k, v = self.qkv(x).view(batch, tokens, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # scaled by 1 / sqrt(head_dim)
+        return self.out(y.transpose(1, 2).reshape(batch, tokens, width))
+
+
+# %% [markdown]
+# *Causal* is a claim that can be tested: change the last token, and nothing before it may move. It is also worth testing against attention written out by hand, because a fused
+# kernel with a wrong flag is wrong silently.
+
+# %%
+torch.manual_seed(0)
+tiny = GPT2Options(layers=2, heads=4, width=32, context=16)
+attention, x = Attention(tiny).double(), torch.randn(1, 16, 32, dtype=torch.float64)
+y = attention(x)
+other = x.clone()
+other[:, -1] += 1.0
+assert torch.equal(attention(other)[:, :-1], y[:, :-1]) and not torch.equal(attention(other)[:, -1], y[:, -1])
+
+by_hand = torch.zeros_like(x)
+for head in range(4):
+    q, k, v = (F.linear(x, w, b) for w, b in zip(attention.qkv.weight.view(3, 4, 8, 32)[:, head], attention.qkv.bias.view(3, 4, 8)[:, head]))
+    scores = (q @ k.mT / math.sqrt(8)).masked_fill(torch.ones(16, 16).triu(1).bool(), -math.inf)
+    by_hand += F.linear(scores.softmax(-1) @ v, attention.out.weight[:, 8 * head : 8 * head + 8])
+assert torch.allclose(by_hand + attention.out.bias, y, atol=1e-12)
+print("causal, and equal to four heads written out by hand to 1e-12")
+
+# %% [markdown]
+# The perceptron widens by four, bends with a GELU (GPT-2 used the approximation with a tanh, and so must anything that wants GPT-2's numbers), and narrows again:
+
+# %%
+#| export
+class MLP(nn.Module):
+    """Two linear layers with a GELU between them, (…, width) → the same."""
+
+    def __init__(self, options: GPT2Options):
+        super().__init__()
+        self.up = nn.Linear(options.width, 4 * options.width)
+        self.down = nn.Linear(4 * options.width, options.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    """One layer: attention and perceptron, each on a normed copy of the stream, each added to it."""
+
+    def __init__(self, options: GPT2Options):
+        super().__init__()
+        self.norm_1, self.norm_2 = nn.LayerNorm(options.width), nn.LayerNorm(options.width)
+        self.attention, self.mlp = Attention(options), MLP(options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.norm_1(x))
+        return x + self.mlp(self.norm_2(x))
+
+
+# %%
+block = Block(tiny)
+assert block(torch.zeros(2, 16, 32)).shape == (2, 16, 32)
+with torch.no_grad():
+    for weight in (block.attention.out.weight, block.attention.out.bias, block.mlp.down.weight, block.mlp.down.bias):
+        weight.zero_()
+    stream = torch.randn(2, 16, 32)
+    assert torch.equal(block(stream), stream), "with silent outputs a block changes nothing: it only adds"
+
+# %% [markdown]
+# The model holds the blocks between two uses of one embedding matrix. It returns the mean cross-entropy where targets are given, in nats per token, and the logits where not.
+
+# %%
+#| export
+class GPT2(nn.Module):
+    """GPT-2 with tied embedding and head. `model(inputs)` gives logits (batch, tokens, vocab), with targets the mean loss."""
+
+    def __init__(self, options: GPT2Options, vocab_size: int):
+        super().__init__()
+        self.tokens = nn.Embedding(vocab_size, options.width)
+        self.positions = nn.Embedding(options.context, options.width)
+        self.blocks = nn.ModuleList(Block(options) for _ in range(options.layers))
+        self.norm = nn.LayerNorm(options.width)
+        init_gpt2(self, options)
+
+    def forward(self, inputs: Tensor, targets: Tensor | None = None) -> Tensor:
+        x = self.tokens(inputs) + self.positions.weight[: inputs.shape[1]]
+        for block in self.blocks:
+            x = block(x)
+        logits = F.linear(self.norm(x), self.tokens.weight)
+        return logits if targets is None else F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+
+
+def init_gpt2(model: GPT2, options: GPT2Options) -> None:
+    """Normal weights of `init_std`, biases zero; what adds to the stream is smaller by sqrt(2 · layers), its number of terms."""
+    for name, weight in model.named_parameters():
+        if name.endswith("bias"):
+            nn.init.zeros_(weight)
+        elif "norm" not in name:
+            adds = name.endswith(("attention.out.weight", "mlp.down.weight"))
+            nn.init.normal_(weight, std=options.init_std / (math.sqrt(2 * options.layers) if adds else 1.0))
+
+
+# %% [markdown]
+# ### Three numbers that must come out
+#
+# **The parameters.** GPT-2 "124M" has 124,439,808 of them, which can be counted by hand and has been published often enough:
+
+# %%
+#| export
+def parameter_count(options: GPT2Options, vocab_size: int) -> int:
+    """Parameters by formula: embeddings, then per block 12 width² of matrices and 13 width of biases and norms."""
+    d = options.width
+    return (vocab_size + options.context) * d + options.layers * (12 * d * d + 13 * d) + 2 * d
+
+
+# %%
+VOCAB = 50_257
+with torch.device("meta"):  # shapes without memory
+    full = GPT2(GPT2Options(), VOCAB)
+counted = sum(parameter.numel() for parameter in full.parameters())
+assert counted == parameter_count(GPT2Options(), VOCAB) == 124_439_808
+print(f"{counted:,} parameters, of which {VOCAB * 768 / counted:.0%} are the embedding")
+
+# %% [markdown]
+# **The arithmetic.** A matrix of $N$ weights costs $2N$ FLOPs per token forward, as much again for the gradient of its input, and as much again for the gradient of itself: $6N$. The embedding is looked up on the way in, which is free, and multiplied on the way out, which is not, so it
+# counts once. Attention adds two products of queries, keys and values, $2 \cdot 2\,T d$ per layer and token if the mask is ignored, half of that if a kernel skips what the mask hides:
+
+# %%
+#| export
+def flops_per_token(options: GPT2Options, vocab_size: int, seq_len: int, causal: bool = True) -> float:
+    """FLOPs of one token's forward and backward pass: 6 a weight that multiplies, and 12·T·width a layer for attention.
+
+    causal: count half of attention, as a kernel does that skips masked tiles.
+    """
+    d = options.width
+    weights = options.layers * 12 * d * d + vocab_size * d
+    attention = options.layers * 12 * seq_len * d
+    return 6.0 * weights + attention * (0.5 if causal else 1.0)
+
+
+# %%
+from torch.utils.flop_counter import FlopCounterMode
+
+small, vocab = GPT2Options(layers=3, heads=2, width=64, context=128), 512
+model, tokens = GPT2(small, vocab), torch.randint(vocab, (2, 129))
+with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    model(tokens[:, :-1], tokens[:, 1:]).backward()
+by_formula = flops_per_token(small, vocab, 128, causal=False) * 2 * 128
+assert abs(counter.get_total_flops() / by_formula - 1) < 0.01
+print(f"counted by PyTorch {counter.get_total_flops():,}, by formula {by_formula:,.0f}")
+
+# %% [markdown]
+# Now the prediction can be settled, with the two numbers of record 1 that are public:
+
+# %%
+from speedrun.lab.results import public_table
+
+record_1, record_89 = (next(row for row in public_table("records") if row["record"] == number) for number in ("1", "89"))
+PEAK = 8 * 989e12  # eight H100s, dense bf16, by the data sheet
+work = flops_per_token(GPT2Options(), VOCAB, 1024) * float(record_1["total_train_tokens"])
+seconds = float(record_1["record_time_s"])
+utilisation = work / PEAK / seconds
+assert 0.35 < utilisation < 0.45
+print(f"{work:.2e} FLOPs: {work / PEAK / 60:.0f} of {seconds / 60:.0f} minutes at full speed; record 1 ran at {utilisation:.0%} of it")
+
+# %% [markdown]
+# So a perfect implementation of record 1 would still take seventeen minutes. Of the factor 37, at most 2.6 could ever come from running *this* computation faster, and the rest had to come from computing less: better steps, and fewer of them.
+#
+# **The first loss.** A model that knows nothing should be wrong by $\ln V$: 10.82 nats for 50,257 equally likely tokens. Record 1's log begins at 11.009. Is that a bug? The logits of an untrained model are not zero. The last layer norm
+# leaves a vector of length $\sqrt d$, and its product with an embedding row of standard deviation $\sigma$ scatters with $\sigma\sqrt d$. For normal logits the mean cross-entropy is $\ln V + \sigma^2 d / 2$:
+
+# %%
+torch.manual_seed(1)
+model = GPT2(GPT2Options(layers=2, context=64), VOCAB)
+tokens = torch.randint(VOCAB, (16, 65))
+with torch.no_grad():
+    first = model(tokens[:, :-1], tokens[:, 1:]).item()
+expected = math.log(VOCAB) + 0.02**2 * 768 / 2
+logged = float(next(row for row in public_table("curves") if row["record"] == "1")["val_loss"])
+assert abs(first - expected) < 0.05 and abs(logged - expected) < 0.05
+print(f"ln V = {math.log(VOCAB):.3f}, with scatter {expected:.3f}; ours starts at {first:.3f}, llm.c's log at {logged:.3f}")
+
+# %% [markdown]
+# No bug, and a useful habit: the first line of a log can be predicted to a per cent, and when it cannot, nothing after it is worth reading.
+#
+# ### A second opinion
+#
+# One check is still missing, and it is the one that matters most. All of the above could be right in a model that is *not* GPT-2. So give the same weights to an implementation that we did not write, Hugging Face's, and compare logits. (It stores linear layers transposed, as OpenAI did.)
+
+# %%
+from transformers import GPT2Config, GPT2LMHeadModel
+
+shape = {"vocab_size": vocab, "n_positions": 128, "n_embd": 64, "n_layer": 3, "n_head": 2}
+off = {"attn_pdrop": 0, "embd_pdrop": 0, "resid_pdrop": 0, "bos_token_id": None, "eos_token_id": None}
+theirs = GPT2LMHeadModel(GPT2Config(**shape, **off)).double()
+ours = GPT2(small, vocab).double()
+names = {"wte": "tokens", "wpe": "positions", "ln_f": "norm", "ln_1": "norm_1", "ln_2": "norm_2"}
+names |= {"attn.c_attn": "attention.qkv", "attn.c_proj": "attention.out", "mlp.c_fc": "mlp.up", "mlp.c_proj": "mlp.down"}
+with torch.no_grad():
+    for name, weight in theirs.transformer.named_parameters():
+        weight.add_(0.3 * torch.randn_like(weight))  # no zeros and ones that hide a missing term
+        mine = name.replace("h.", "blocks.", 1)
+        for old, new in names.items():
+            mine = mine.replace(f".{old}.", f".{new}.") if f".{old}." in mine else new + mine[len(old) :] if mine.startswith(old + ".") else mine
+        ours.get_parameter(mine).copy_(weight.T if "c_" in name and weight.ndim == 2 else weight)
+    difference = (ours(tokens[:, :-1] % vocab) - theirs(tokens[:, :-1] % vocab).logits).abs().max().item()
+assert difference < 1e-10
+print(f"largest difference of any logit: {difference:.1e}")
+
+# %% [markdown]
+# ### The optimizer
+#
+# Record 1 trains with AdamW. Its learning rate climbs for 700 steps to $6\cdot10^{-4}$ and falls along a half cosine to zero at the last step; matrices decay towards zero, biases and norms do not; gradients longer than 1 are shortened to 1.
+# These numbers were taken from the GPT-3 paper and not searched for. Remember that when chapter 12 finds better ones.
+
+# %%
+#| export
+@dataclass(frozen=True)
+class AdamWOptions:
+    """AdamW and its schedule. The defaults are llm.c's for the 124M model."""
+
+    lr: float = 6e-4
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay of the running mean of gradients and of their squares."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.1
+    """Decoupled decay of matrices, as a multiple of the learning rate."""
+    grad_clip: float = 1.0
+    """Longest gradient, over all parameters together; 0 switches clipping off."""
+    warmup_steps: int = 700
+    """Steps in which the rate climbs to its peak."""
+    final_lr: float = 0.0
+    """Rate at the last step, as a share of the peak."""
+
+
+def learning_rate(step: int, steps: int, options: AdamWOptions) -> float:
+    """The rate of a step (0 … steps − 1): a line up, then half a cosine down."""
+    if step < options.warmup_steps:
+        return options.lr * (step + 1) / options.warmup_steps
+    progress = (step - options.warmup_steps) / max(1, steps - options.warmup_steps)
+    cosine = 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+    return options.lr * (options.final_lr + (1 - options.final_lr) * cosine)
+
+
+# %%
+plan = AdamWOptions()
+rates = [learning_rate(step, 19_560, plan) for step in range(19_560)]
+assert math.isclose(max(rates), 6e-4) and rates.index(max(rates)) in (699, 700)
+assert math.isclose(rates[0], 6e-4 / 700) and rates[-1] < 1e-10 and math.isclose(rates[700 + 18_860 // 2], 3e-4)
+print(f"rate at steps 0, 350, 700, 10,130 and 19,559: {', '.join(f'{rates[i]:.1e}' for i in (0, 350, 700, 10_130, 19_559))}")
+
+# %% [markdown]
+# Which parameters decay is a property of the parameter, so whoever builds the optimizer says so for each. For this model the rule is llm.c's: what has two dimensions decays.
+
+# %%
+#| export
+def make_adamw(parameters: dict[str, Tensor], decays: dict[str, bool], options: AdamWOptions) -> torch.optim.AdamW:
+    """torch's fused AdamW over named parameters, in two groups: those that decay and those that do not."""
+    missing = sorted(set(parameters) ^ set(decays))
+    if missing:
+        raise ValueError(f"parameters and decays must name the same tensors; only one names {', '.join(missing)}")
+    groups = [{"params": [p for name, p in parameters.items() if decays[name] is decay], "weight_decay": weight_decay}
+              for decay, weight_decay in ((True, options.weight_decay), (False, 0.0))]  # fmt: skip
+    groups = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(groups, lr=options.lr, betas=options.betas, eps=options.eps, fused=True)
+
+
+def decays_by_shape(model: nn.Module) -> dict[str, bool]:
+    """llm.c's rule: tensors of two or more dimensions decay."""
+    return {name: parameter.ndim >= 2 for name, parameter in model.named_parameters()}
+
+
+# %%
+model = GPT2(small, vocab)
+decays = decays_by_shape(model)
+optimizer = make_adamw(dict(model.named_parameters()), decays, plan)
+decaying, resting = (sum(p.numel() for p in group["params"]) for group in optimizer.param_groups)
+assert decaying == (vocab + 128) * 64 + 3 * 12 * 64**2 and resting == 3 * 13 * 64 + 2 * 64
+print(f"{decaying:,} numbers decay, {resting:,} do not")
+
+# %% [markdown]
+# ### Sixty steps of it
+#
+# Everything together, small, on the embedded text: two layers, rows of 64 bytes. The loop is eight lines, and in its essence it will not change until the end of the book.
+
+# %%
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from speedrun.data.loader import DataOptions, Loader
+from speedrun.data.shards import data_folder
+from speedrun.data.sources import build_embedded
+from speedrun.lab.results import root
+
+if not (data_folder("data/embedded") / "manifest.json").exists():
+    build_embedded(root() / "data" / "embedded", root() / "data" / "wheels")
+loader = Loader(DataOptions("data/embedded", seq_len=64, step_tokens=1024, grad_shards=1))
+torch.manual_seed(0)
+model = GPT2(GPT2Options(layers=2, heads=2, width=128, context=64, init_std=0.05), loader.shards.manifest.vocab_size)
+options, steps, losses = AdamWOptions(lr=4e-3, warmup_steps=10), 120, []
+optimizer = make_adamw(dict(model.named_parameters()), decays_by_shape(model), options)
+for step in range(steps):
+    (batch,) = loader.next()
+    loss = model(batch.inputs, batch.targets)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), options.grad_clip)
+    optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = learning_rate(step, steps, options)
+    optimizer.step()
+    optimizer.zero_grad()
+    losses.append(loss.item())
+
+assert abs(losses[0] - math.log(288)) < 0.3 and losses[-1] < 3.2
+print(f"loss {losses[0]:.2f} (ln 288 = {math.log(288):.2f}) → {losses[-1]:.2f} nats a token after {steps} steps")
+
+# %% [markdown]
+# ## The measurement
+#
+# Thirty-eight per cent of the data sheet is what record 1 reached. Where is the rest? PyTorch's profiler names every kernel that ran and how long it took; sorting the names into a few kinds answers the question. What the kernels do not fill is time in which the GPU waited for Python.
+
+# %%
+#| export measure.baseline
+import re
+import time
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from speedrun.lab.hardware import Problem
+from speedrun.lab.results import stamp
+
+NAMES = ("step",)
+KINDS = {  # kind → what its kernels are called; the first that matches counts
+    "attention": r"flash|fmha|attention|sdpa|cudnn_generated",
+    "matrix products": r"gemm|nvjet|cutlass|xmma|addmm|aten::mm|aten::bmm|matmul",
+    "loss": r"softmax|nll_loss|cross_entropy|log_sum",
+    "optimizer": r"multi_tensor|adam|lpnorm|foreach",
+    "norms": r"layer_norm|LayerNorm|native_layer",
+    "copies and casts": r"copy|Memcpy|Memset|fill|cast|_to_copy",
+}
+
+
+def kind_of(kernel: str) -> str:
+    """The kind of a kernel, by its name."""
+    return next((kind for kind, pattern in KINDS.items() if re.search(pattern, kernel, re.IGNORECASE)), "other element-wise")
+
+
+def profile_step(step, device: torch.device, repeats: int = 3) -> dict[str, float]:
+    """Milliseconds of one step: `wall`, and per kind of kernel; `waiting` is what the kernels leave of the wall time."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    for _ in range(3):
+        step()
+    wait()
+    begin = time.perf_counter()
+    for _ in range(repeats):
+        step()
+    wait()
+    wall = 1000 * (time.perf_counter() - begin) / repeats
+    with profile(activities=[ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU]) as seen:
+        for _ in range(repeats):
+            step()
+        wait()
+    times = {"wall": wall}
+    for event in seen.key_averages():
+        spent = event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
+        times[kind_of(event.key)] = times.get(kind_of(event.key), 0.0) + spent / 1000 / repeats
+    return times | {"waiting": max(0.0, wall - sum(ms for kind, ms in times.items() if kind != "wall"))}
+
+
+# %% [markdown]
+# The names above are CUDA's; on a CPU the same code sorts PyTorch's own operations, which is enough to see that the sorting works:
+
+# %%
+assert kind_of("nvjet_hsh_256x128_64x4_1x2_h_bz_coopA_NNT") == kind_of("aten::addmm") == "matrix products"
+assert kind_of("void pytorch_flash::flash_fwd_kernel") == "attention" and kind_of("triton_poi_fused_gelu_3") == "other element-wise"
+
+
+def one_step() -> None:
+    model(batch.inputs, batch.targets).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+times = profile_step(one_step, torch.device("cpu"))
+parts = {kind: ms for kind, ms in times.items() if kind != "wall"}
+assert times["matrix products"] > 0 and times["attention"] > 0 and times["optimizer"] > 0
+assert 0.5 < sum(parts.values()) / times["wall"] < 2
+print({kind: f"{ms:.1f} ms" for kind, ms in sorted(parts.items(), key=lambda item: -item[1])})
+
+# %% [markdown]
+# The real profile takes a GPU and the real size: 124 million parameters, 32 rows of 1,024 tokens, in three forms. In 32-bit floats, as PyTorch starts out. In bf16 where matrices are multiplied. And compiled, which fuses what lies between the matrices.
+
+# %%
+#| export measure.baseline
+FORMS = {"float32": ("float32", False), "bf16": ("bfloat16", False), "bf16, compiled": ("bfloat16", True)}
+
+
+def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
+    """Profile a step of the 124M model in each of the FORMS on one GPU. Returns data and stamp."""
+    if not torch.cuda.is_available():
+        raise Problem("the profile of the baseline needs a GPU", "run it on one; the committed result is book/results/baseline/step.json")
+    rows, device, forms = 32, torch.device("cuda"), {}
+    tokens = torch.randint(50_257, (rows, 1025), device=device)
+    for form, (precision, compiled) in FORMS.items():
+        torch.manual_seed(0)
+        model = GPT2(GPT2Options(), 50_257).to(device)
+        forward = torch.compile(model) if compiled else model
+        optimizer = make_adamw(dict(model.named_parameters()), decays_by_shape(model), AdamWOptions())
+
+        def step() -> None:
+            with torch.autocast("cuda", torch.bfloat16, enabled=precision == "bfloat16"):
+                loss = forward(tokens[:, :-1], tokens[:, 1:])
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+
+        forms[form] = profile_step(step, device)
+        del model, forward, optimizer, step
+        torch.cuda.empty_cache()
+    flops = flops_per_token(GPT2Options(), 50_257, 1024) * rows * 1024
+    return {"forms": forms, "tokens": rows * 1024, "flops": flops}, stamp(command, ["speedrun.measure.baseline"], n=1)

@@ -1,0 +1,495 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       format_name: percent
+#   kernelspec:
+#     name: python3
+#     display_name: Python 3
+#     language: python
+# ---
+
+# %% [markdown]
+# # One table of runs
+#
+# ```{admonition} Cost box
+# Any machine: about five seconds, no GPU. The historic recipe at the end is record 1's (Andrej Karpathy and the contributors of llm.c).
+# ```
+#
+# ## The problem
+#
+# A trainer with 25 techniques, each of which can be on or off, is **33,554,432 programs**. Its author has run perhaps five of them. The contest's own answer is radical and honest: keep one program, delete whatever is off, and let history
+# live in the git log. That makes the record short and comparisons miserable, because to ask what an idea of last spring is worth *today* you must first transplant it by hand.
+#
+# The usual answer is worse: a hundred global flags, read wherever somebody needed one, with defaults in three places. Soon nobody can say what a run was.
+
+# %%
+assert 2**25 == 33_554_432
+
+# %% [markdown]
+# ```{admonition} Prediction
+# This chapter defines five ways to run the trainer, from forty seconds on a laptop to llm.c's forty-five minutes on eight H100s. Between them they set some thirty fields. **In how many fields do the laptop's run and the record's differ?** And in how many do the record's run and
+# the forty-five minutes of llm.c, which are meant to be the same recipe?
+# ```
+#
+# ## The idea
+#
+# A run is a **value**. It is made of small frozen dataclasses, each exported by the chapter that explains its fields: what the data loader reads (chapter 02), the shape of the model (21), the optimizer (03). This chapter puts them side by side and adds what belongs to the run as a whole. Being a value,
+# it can be printed, compared, saved in the log, and varied: *this run, but with that field changed* is an expression, and an ablation is a list of such expressions.
+#
+# Two rules keep it honest. A module reads only its own options. And a field that is off leaves nothing behind in the compiled program, so that turning a technique off measures its absence and not the presence of an `if`.
+#
+# ## The code
+
+# %%
+#| default_exp config
+#| export
+import dataclasses
+import difflib
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from speedrun.data.loader import DataOptions, check_options
+from speedrun.lab.hardware import Problem
+from speedrun.model.baseline import AdamWOptions
+from speedrun.model.gpt import GPTOptions
+
+PresetName = Literal["smoke", "cpu", "small", "record", "baseline"]
+
+
+# %%
+#| export
+@dataclass(frozen=True)
+class Config:
+    """One training run. Every command takes these as flags: --model.layers 4 --steps 100."""
+
+    preset: PresetName = "record"
+    """Where all other fields get their defaults: smoke (40 s), cpu (minutes), small (one GPU, minutes), record, or a rung of history: baseline."""
+    architecture: Literal["gpt", "baseline"] = "gpt"
+    """gpt: the package's model. baseline: the plain GPT-2 of chapter 03."""
+    model: GPTOptions = field(default_factory=GPTOptions)
+    """The shape of the model."""
+    optim: AdamWOptions = field(default_factory=AdamWOptions)
+    """The optimizer and its schedule."""
+    data: DataOptions = field(default_factory=DataOptions)
+    """What a step reads."""
+    steps: int = 19_560
+    """Optimizer steps; the schedule ends with the last."""
+    max_steps: int = 0
+    """Stop after this many steps of the same schedule; 0: run them all."""
+    seed: int = 0
+    """Seed of the initial weights."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train; auto: on a GPU if PyTorch sees one."""
+    backend: Literal["auto", "nccl", "gloo"] = "auto"
+    """How ranks talk; auto: nccl between GPUs, gloo between CPUs. gloo lets ranks share a GPU, slowly."""
+    precision: Literal["float32", "bfloat16"] = "bfloat16"
+    """bfloat16: matrix products under autocast, weights in float32."""
+    compile: bool = True
+    """Compile the forward and backward pass with torch.compile."""
+    warmup: int = 3
+    """Untimed steps before the clock starts, undone afterwards: they compile and fill caches."""
+    val_every: int = 250
+    """Steps between validations; the first is before step 0, the last after the last step."""
+    val_tokens: int = 10_485_760
+    """Validation tokens, from the start of the validation stream."""
+    log_every: int = 10
+    """Steps between log lines; each reads the loss from the device."""
+    checkpoint_every: int = 0
+    """Steps between checkpoints; 0: only at the end, and when interrupted."""
+    target: float = 3.28
+    """Validation loss (nats a token) that the run is to reach."""
+    wandb: str = ""
+    """Weights & Biases project to log to as well; empty: none."""
+
+
+# %% [markdown]
+# Whatever can be checked without a GPU, without data and before an hour has passed is checked here, and in words:
+
+# %%
+#| export
+def check_config(config: Config, world: int = 1) -> Config:
+    """The config itself, after checking what can be known beforehand. Raises Problem with the field and a way out."""
+    check_options(config.data, world)
+    model, data = config.model, config.data
+    if data.mode == "stream" and data.seq_len > model.context:
+        what = f"rows of {data.seq_len} tokens (data.seq_len) do not fit a model with {model.context} positions (model.context)"
+        raise Problem(what, f"--data.seq-len {model.context}, or --model.context {data.seq_len}")
+    if data.mode == "documents":
+        fix = "--data.mode stream; the documents mode waits for attention that knows documents"
+        raise Problem("data.mode=documents: this model's attention cannot keep documents apart", fix)
+    if model.width % model.heads:
+        raise Problem(f"width {model.width} cannot be shared by {model.heads} heads", f"--model.heads {largest_divisor(model.width, model.heads)}")
+    for name in ("steps", "val_every", "val_tokens", "log_every"):
+        if getattr(config, name) < 1:
+            raise Problem(f"{name}={getattr(config, name)} must be at least 1", f"--{name.replace('_', '-')} 1 or more")
+    return config
+
+
+def largest_divisor(number: int, limit: int) -> int:
+    """The largest divisor of `number` that is at most `limit`."""
+    return next(n for n in range(min(limit, number), 0, -1) if number % n == 0)
+
+
+# %%
+from dataclasses import replace
+
+assert check_config(Config()) == Config() and largest_divisor(768, 13) == 12
+for wrong in (
+    Config(data=DataOptions(seq_len=2048)),
+    Config(model=GPTOptions(heads=13)),
+    Config(val_every=0),
+    Config(data=DataOptions(mode="documents")),
+):
+    try:
+        check_config(wrong)
+        raise AssertionError("accepted")
+    except Problem as problem:
+        print(problem)
+
+# %% [markdown]
+# ### Five runs
+#
+# A preset is a named value. `record` is the fastest configuration whose chapters exist; for now that is llm.c's recipe on the banked model, and it will change with almost every part of the book.
+
+# %%
+#| export
+EMBEDDED = DataOptions(path="data/embedded", seq_len=128, step_tokens=1024, grad_shards=2)
+FINEWEB = DataOptions(path="data/fineweb10B")
+LAPTOP = Config(
+    preset="cpu",
+    model=GPTOptions(layers=2, heads=2, width=128, context=128, init_std=0.05),
+    optim=AdamWOptions(lr=4e-3, warmup_steps=100),
+    data=EMBEDDED,
+    steps=7000,
+    precision="float32",
+    val_every=1000,
+    val_tokens=262_144,
+    log_every=50,
+    target=1.8,
+)
+PRESETS = {
+    "smoke": dataclasses.replace(LAPTOP, preset="smoke", steps=900, compile=False, val_every=300, val_tokens=65_536, log_every=25, target=2.6),
+    "cpu": LAPTOP,
+    "small": Config(
+        preset="small",
+        model=GPTOptions(layers=8, heads=8, width=512, init_std=0.025),
+        optim=AdamWOptions(lr=2e-3, warmup_steps=60),
+        data=dataclasses.replace(FINEWEB, step_tokens=131_072),
+        steps=760,
+        val_every=95,
+        val_tokens=4_194_304,
+        target=4.0,
+    ),
+    "record": Config(preset="record", data=FINEWEB),
+}
+HISTORY = ("baseline",)
+
+
+# %% [markdown]
+# Old rungs of the ladder live in a module of their own, which is imported only when one of them is asked for. The record must not carry its ancestors around.
+
+# %%
+#| default_exp history
+#| export
+import dataclasses
+
+from speedrun.model.baseline import GPT2, GPT2Options, decays_by_shape
+
+RUNGS = {
+    "baseline": Config(preset="baseline", architecture="baseline", data=FINEWEB),  # record 1, llm.c: 45 minutes on 8×H100
+}
+
+
+def build_rung(config: Config, vocab_size: int) -> tuple[GPT2, dict[str, bool]]:
+    """The model of a historic architecture, and which of its parameters decay."""
+    import torch
+
+    torch.manual_seed(config.seed)
+    model = GPT2(GPT2Options(**dataclasses.asdict(config.model)), vocab_size)
+    return model, decays_by_shape(model)
+
+# %%
+#| export config
+def preset(name: str) -> Config:
+    """A run by its name: one of the presets, or a rung of history."""
+    if name in PRESETS:
+        return PRESETS[name]
+    rungs = importlib.import_module("speedrun.history").RUNGS if name in HISTORY else {}
+    if name not in rungs:
+        names = [*PRESETS, *HISTORY]
+        near = difflib.get_close_matches(name, names, 1)
+        raise Problem(f"there is no preset “{name}”", f"did you mean {near[0]}? " * bool(near) + f"Known are {', '.join(names)}")
+    return rungs[name]
+
+
+# %%
+import sys
+
+sys.modules.pop("speedrun.history", None)
+assert preset("cpu") is PRESETS["cpu"] and "speedrun.history" not in sys.modules
+assert tuple(RUNGS) == HISTORY and preset("baseline").architecture == "baseline" and "speedrun.history" in sys.modules
+for name in (*PRESETS, *HISTORY):
+    assert dataclasses.asdict(check_config(preset(name)))["preset"] == name
+try:
+    preset("smal")
+except Problem as problem:
+    print(problem)
+
+# %% [markdown]
+# ### Varying
+#
+# `vary` takes a run and a dict of dotted names. It refuses what does not exist, because an ablation that silently changes nothing is the most convincing null result there is.
+
+# %%
+#| export config
+def fields_of(config: Any, prefix: str = "") -> dict[str, Any]:
+    """All fields of a config with their dotted names, nested ones included."""
+    flat: dict[str, Any] = {}
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        nested = dataclasses.is_dataclass(value)
+        flat |= fields_of(value, f"{prefix}{item.name}.") if nested else {prefix + item.name: value}
+    return flat
+
+
+def vary(config: Any, changes: dict[str, Any]) -> Any:
+    """A copy of a config with some fields changed, by dotted name: vary(run, {"model.layers": 3, "seed": 1})."""
+    names = fields_of(config)
+    for name, value in changes.items():
+        if name not in names:
+            near = difflib.get_close_matches(name, names, 1)
+            raise Problem(f"a run has no field “{name}”", f"did you mean {near[0]}?" if near else f"the fields are {', '.join(names)}")
+        if type(value) is not type(names[name]) and not (isinstance(names[name], float) and isinstance(value, int)):
+            raise Problem(f"{name}={value!r} is a {type(value).__name__}", f"it must be a {type(names[name]).__name__}, like {names[name]!r}")
+        head, _, rest = name.partition(".")
+        config = dataclasses.replace(config, **{head: vary(getattr(config, head), {rest: value}) if rest else value})
+    return config
+
+
+# %%
+changed = vary(preset("record"), {"model.layers": 3, "optim.lr": 1, "seed": 7})
+assert changed.model.layers == 3 and changed.seed == 7 and changed.model.width == 768 and preset("record").model.layers == 12
+for nonsense in ({"model.layer": 3}, {"compile": "no"}, {"model": 3}):
+    try:
+        vary(preset("record"), nonsense)
+        raise AssertionError("accepted")
+    except Problem as problem:
+        print(problem)
+
+# %% [markdown]
+# Every switch has to work at a size at which a laptop can try it. `at_cpu_size` keeps all the decisions of a run and shrinks its dimensions; tests use it to train twenty steps of *any* configuration.
+
+# %%
+#| export config
+SIZES = ("model.layers", "model.heads", "model.width", "model.context", "model.init_std", "data.path", "data.seq_len",
+         "data.step_tokens", "data.grad_shards", "precision", "val_tokens")  # fmt: skip
+
+
+def at_cpu_size(config: Config, steps: int = 20) -> Config:
+    """The same decisions at the cpu preset's widths, vocabulary and lengths, for a few steps."""
+    laptop = fields_of(preset("cpu"))
+    return vary(config, {name: laptop[name] for name in SIZES} | {"steps": steps, "val_every": steps, "val_tokens": 16_384, "max_steps": 0})
+
+
+# %%
+tiny = at_cpu_size(preset("baseline"))
+assert tiny.architecture == "baseline" and tiny.model == preset("cpu").model and tiny.steps == 20
+assert tiny.optim == preset("baseline").optim, "the decisions stay"
+
+# %% [markdown]
+# A log holds a run as JSON, and a checkpoint has to become a run again. A field that today's code does not know is an error and not a shrug: the run was something that this program cannot be.
+
+# %%
+#| export config
+def config_from_json(saved: dict, kind: type = Config) -> Any:
+    """Rebuild a config from its `dataclasses.asdict` form after a trip through JSON. Unknown fields raise Problem."""
+    known = {item.name: item.type for item in dataclasses.fields(kind)}
+    unknown = sorted(set(saved) - set(known))
+    if unknown:
+        raise Problem(f"the saved run has fields that today's {kind.__name__} lacks: {', '.join(unknown)}", "check out the commit that its log names")
+    values = {}
+    for name, value in saved.items():
+        nested = dataclasses.is_dataclass(known[name])
+        values[name] = config_from_json(value, known[name]) if nested else tuple(value) if isinstance(value, list) else value
+    return kind(**values)
+
+
+# %%
+import json
+
+for name in PRESETS:
+    assert config_from_json(json.loads(json.dumps(dataclasses.asdict(preset(name))))) == preset(name)
+try:
+    config_from_json({"preset": "cpu", "flux_capacitor": True})
+    raise AssertionError("accepted")
+except Problem as problem:
+    print(problem)
+
+# %% [markdown]
+# ### The command line
+#
+# `tyro` turns dataclasses into a command line and their docstrings into its help, so a field is declared, documented and settable in one place. The only thing it cannot know is that `--preset` decides the defaults of everything else; that is read first.
+
+# %%
+#| export config
+def preset_in(arguments: list[str], default: str) -> str:
+    """The value of --preset among command-line arguments, wherever it stands."""
+    for n, argument in enumerate(arguments):
+        if argument == "--preset" and n + 1 < len(arguments):
+            return arguments[n + 1]
+        if argument.startswith("--preset="):
+            return argument.split("=", 1)[1]
+    return default
+
+
+def read_command(make: Callable[[Config], Any], arguments: list[str], default: str, prog: str) -> Any:
+    """A command, which `make` builds around a run, with its fields set from arguments; --preset names the run to start from."""
+    import tyro
+
+    command = make(preset(preset_in(arguments, default)))
+    return tyro.cli(type(command), args=arguments, default=command, prog=prog)
+
+
+# %%
+from typing import Annotated
+
+import tyro
+
+
+@dataclass(frozen=True)
+class Example:
+    """What a command takes beside the run: here, an output folder."""
+
+    config: Annotated[Config, tyro.conf.arg(name="")]
+    out: str = ""
+
+
+given = read_command(Example, ["--steps", "7", "--preset=small", "--model.layers", "2", "--no-compile", "--out", "x"], "cpu", "example")
+assert given == Example(vary(preset("small"), {"steps": 7, "model.layers": 2, "compile": False}), "x")
+assert read_command(Example, [], "cpu", "example").config == preset("cpu")
+print("--preset small --steps 7 --model.layers 2 --no-compile --out x: all fields in one value")
+
+# %% [markdown]
+# The way back is needed too: a launcher has to hand its run to the ranks it starts, as arguments. Only what differs from the preset is said.
+
+# %%
+#| export config
+def as_arguments(config: Config) -> list[str]:
+    """The command-line arguments that `read_command` turns into this config."""
+    arguments, defaults = ["--preset", config.preset], fields_of(preset(config.preset))
+    for name, value in fields_of(config).items():
+        if value == defaults[name]:
+            continue
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            head, _, last = flag.rpartition(".")
+            arguments.append(f"--{head}{'.' * bool(head)}{'' if value else 'no-'}{last}")
+        else:
+            arguments += [f"--{flag}", *map(str, value if isinstance(value, tuple) else [value])]
+    return arguments
+
+
+# %%
+for run in (preset("smoke"), vary(preset("small"), {"compile": False, "optim.betas": (0.8, 0.9), "data.path": "/a b/c", "optim.lr": 1e-4})):
+    assert read_command(Example, as_arguments(run), "cpu", "example").config == run
+print(" ".join(as_arguments(vary(preset("small"), {"compile": False, "optim.betas": (0.8, 0.9)}))))
+
+# %% [markdown]
+# Every field explains itself, or `--help` would have a hole. That can be asserted too: each field of each options class is followed by its docstring.
+
+# %%
+import ast
+import inspect
+
+undocumented = []
+for options in (AdamWOptions, DataOptions, GPTOptions):
+    body = ast.parse(inspect.getsource(options)).body[0].body
+    for line, after in zip(body, [*body[1:], None]):
+        if isinstance(line, ast.AnnAssign) and not (isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)):
+            undocumented.append(f"{options.__name__}.{line.target.id}")
+assert undocumented == []
+print(f"{len(fields_of(Config()))} fields, each with its sentence of help")
+
+# %% [markdown]
+# ## The measurement
+#
+# The prediction, counted:
+
+# %%
+table = {name: fields_of(preset(name)) for name in (*PRESETS, *HISTORY)}
+record = table["record"]
+differs = {name: [key for key in record if row[key] != record[key] and key != "preset"] for name, row in table.items()}
+assert differs["baseline"] == ["architecture"] and len(differs["cpu"]) > len(differs["small"])
+print({name: f"{len(keys)} of {len(record) - 1} fields" for name, keys in differs.items()})
+
+# %% tags=["hide-input"] mystnb={"image": {"alt": "A table of all presets against all fields; cells that differ from the record are coloured"}}
+import matplotlib.pyplot as plt
+
+from speedrun.lab.results import figure_style
+
+figure_style()
+order = ["record", "baseline", "small", "cpu", "smoke"]
+keys = [key for key in record if any(key in differs[name] for name in order)]
+same = len(record) - 1 - len(keys)
+fig, axis = plt.subplots(figsize=(8.4, 0.27 * len(keys) + 0.8))
+for y, key in enumerate(keys):
+    axis.text(-0.1, y, key, ha="right", va="center", fontsize=8.5, family="monospace")
+    for x, name in enumerate(order):
+        other = key in differs[name]
+        axis.add_patch(plt.Rectangle((x, y - 0.45), 0.97, 0.9, color="#D55E00" if other else "0.93", alpha=0.35 if other else 1, lw=0))
+        value = table[name][key]
+        axis.text(x + 0.48, y, f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value), ha="center", va="center", fontsize=8)
+axis.set_xlim(-1.6, len(order))
+axis.set_ylim(len(keys) - 0.4, -1.2)
+for x, name in enumerate(order):
+    axis.text(x + 0.48, -0.8, name, ha="center", weight="bold", fontsize=9)
+axis.axis("off")
+axis.set_title(f"the laptop's run differs from the record's in {len(differs['cpu'])} fields, llm.c's in {len(differs['baseline'])}")
+plt.show()
+
+# %% [markdown]
+# *The fields in which any preset differs from `record` (coloured). All others are equal in every preset.*
+#
+# Two dozen fields between the laptop and the record, and hardly one of them is a *decision*: they are sizes, lengths and budgets. That is what makes the small run worth anything. Between the record and llm.c there is one field, because nothing has been invented yet. Watch that column. Every
+# chapter from 05 on will add a row to this table, and by the end the ancestor at the far end of the ladder will differ in everything but the data.
+#
+# ## When it fails
+#
+# A value cannot say what is *not* in it. Two runs with equal configs can still differ through the code (so the log keeps a hash of every module), the library versions (so the log keeps those), and the order in which a GPU adds numbers (which nothing can keep). And a default is a
+# decision that nobody made: when a field's default changes, every run that relied on it changes silently. The log therefore stores the whole value, never the arguments that led to it.
+#
+# ## Exercises
+#
+# 1. Ablations need lists of runs. Write `grid(config, changes)` that takes a dict from dotted names to *lists* of values and returns every combination.
+
+# %% tags=["solution"]
+def grid(config: Config, changes: dict[str, list]) -> list[Config]:
+    """The config varied in all combinations of the listed values; the first name varies slowest."""
+    runs = [config]
+    for name, values in changes.items():
+        runs = [vary(run, {name: value}) for run in runs for value in values]
+    return runs
+
+
+# %%
+runs = grid(preset("cpu"), {"optim.lr": [1e-3, 2e-3], "seed": [0, 1, 2]})
+assert len(runs) == 6 and [(run.optim.lr, run.seed) for run in runs[:4]] == [(1e-3, 0), (1e-3, 1), (1e-3, 2), (2e-3, 0)]
+assert grid(preset("cpu"), {}) == [preset("cpu")]
+
+# %% [markdown]
+# 2. Two logs lie before you and the losses differ. Write `difference(a, b)`: the dotted names in which two runs differ, each with both values, and nothing else.
+
+# %% tags=["solution"]
+def difference(a: Config, b: Config) -> dict[str, tuple]:
+    """Dotted name → (value in a, value in b), for every field that differs."""
+    ours, theirs = fields_of(a), fields_of(b)
+    return {name: (ours[name], theirs[name]) for name in ours if ours[name] != theirs[name]}
+
+
+# %%
+assert difference(preset("cpu"), preset("cpu")) == {}
+assert difference(preset("cpu"), vary(preset("cpu"), {"model.layers": 3})) == {"model.layers": (2, 3)}
+print(difference(preset("record"), preset("baseline")))

@@ -1,0 +1,37 @@
+"""Measure what a chapter shows, and keep it with its stamp in book/results/.
+
+    python scripts/measure.py SLUG [NAME [ARGUMENT …]]
+
+SLUG is a module of speedrun.measure (baseline, training_loop, samples, speedrun, …). Without NAME, all its measurements are made.
+"""
+
+import importlib
+import shlex
+import sys
+
+from speedrun.lab.hardware import Problem, setup
+from speedrun.lab.results import root, save_result
+
+
+def main(arguments: list[str]) -> int:
+    """Dispatch to speedrun.measure.<slug>.measure and save what it returns."""
+    known = sorted(path.stem for path in (root() / "speedrun" / "measure").glob("[!_]*.py"))
+    if not arguments or arguments[0] not in known:
+        print(f"{__doc__}\nmeasurements: {', '.join(known)}", file=sys.stderr)
+        return 2
+    setup()
+    slug, names, rest = arguments[0], arguments[1:2], arguments[2:]
+    module = importlib.import_module(f"speedrun.measure.{slug}")
+    command = shlex.join(["python", "scripts/measure.py", *arguments])
+    try:
+        for name in names or module.NAMES:
+            data, stamp = module.measure(name, rest, command)
+            print(f"wrote {save_result(slug, name, data, stamp).relative_to(root())}", flush=True)
+    except Problem as problem:
+        print(problem, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,77 @@
+# Tangled from notebooks/23_training_loop.py: edit the notebook, then run "make tangle". Edits made here are lost.
+
+
+# %% Checkpoints
+import contextlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from speedrun.lab.hardware import Problem
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state of an optimizer as named tensors, `parameter/moment`."""
+    return {f"{name}/{key}": value for name, p in parameters.items() for key, value in optimizer.state[p].items()}
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, parameters: dict[str, Tensor], saved: dict[str, Tensor]) -> None:
+    """Put named tensors back as the state of an optimizer, on each parameter's device."""
+    optimizer.state.clear()
+    for label, value in saved.items():
+        name, key = label.rsplit("/", 1)
+        optimizer.state[parameters[name]][key] = value.to(parameters[name].device)
+
+
+KEPT = 2
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first."""
+    return sorted(path for path in (folder / "checkpoints").glob("step-*") if not path.suffix)
+
+
+def save_checkpoint(folder: Path, step: int, weights: dict[str, Tensor], moments: dict[str, Tensor], facts: dict) -> Path | str:
+    """Save under `folder/checkpoints/step-…`, whole or not at all. Returns its path, or the reason why there is none."""
+    path = folder / "checkpoints" / f"step-{step:07d}"
+    part = path.with_suffix(".part")
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        save_file({name: tensor.detach().contiguous() for name, tensor in weights.items()}, part / "model.safetensors")
+        save_file({name: tensor.contiguous() for name, tensor in moments.items()}, part / "optimizer.safetensors")
+        (part / "state.json").write_text(json.dumps({"step": step, **facts}, indent=1))
+        if path.exists():
+            shutil.rmtree(path)
+        os.replace(part, path)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(part, ignore_errors=True)
+        return str(error)
+    for old in checkpoints(folder)[:-KEPT]:
+        shutil.rmtree(old, ignore_errors=True)
+    return path
+
+
+def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict]:
+    """Weights, optimizer tensors and facts of a checkpoint folder, on the CPU."""
+    try:
+        facts = json.loads((path / "state.json").read_text())
+        return load_file(path / "model.safetensors"), load_file(path / "optimizer.safetensors"), facts
+    except (OSError, ValueError, SafetensorError) as error:
+        older = [str(other) for other in checkpoints(path.parent.parent) if other != path]
+        fix = f"delete it; the run then resumes from {older[-1]}" if older else "start the run again: it has no other checkpoint"
+        raise Problem(f"{path} is not a whole checkpoint: {error}", fix) from None
+
+
+def latest_checkpoint(folder: Path) -> Path:
+    """The newest complete checkpoint of a run."""
+    found = checkpoints(folder)
+    if not found:
+        raise Problem(f"{folder} has no checkpoint", "give the folder of a run, such as runs/…; a run saves one when it ends or is interrupted")
+    return found[-1]

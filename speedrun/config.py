@@ -1,0 +1,211 @@
+# Tangled from notebooks/22_config.py: edit the notebook, then run "make tangle". Edits made here are lost.
+
+
+# %% The code
+import dataclasses
+import difflib
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from speedrun.data.loader import DataOptions, check_options
+from speedrun.lab.hardware import Problem
+from speedrun.model.baseline import AdamWOptions
+from speedrun.model.gpt import GPTOptions
+
+PresetName = Literal["smoke", "cpu", "small", "record", "baseline"]
+
+
+@dataclass(frozen=True)
+class Config:
+    """One training run. Every command takes these as flags: --model.layers 4 --steps 100."""
+
+    preset: PresetName = "record"
+    """Where all other fields get their defaults: smoke (40 s), cpu (minutes), small (one GPU, minutes), record, or a rung of history: baseline."""
+    architecture: Literal["gpt", "baseline"] = "gpt"
+    """gpt: the package's model. baseline: the plain GPT-2 of chapter 03."""
+    model: GPTOptions = field(default_factory=GPTOptions)
+    """The shape of the model."""
+    optim: AdamWOptions = field(default_factory=AdamWOptions)
+    """The optimizer and its schedule."""
+    data: DataOptions = field(default_factory=DataOptions)
+    """What a step reads."""
+    steps: int = 19_560
+    """Optimizer steps; the schedule ends with the last."""
+    max_steps: int = 0
+    """Stop after this many steps of the same schedule; 0: run them all."""
+    seed: int = 0
+    """Seed of the initial weights."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train; auto: on a GPU if PyTorch sees one."""
+    backend: Literal["auto", "nccl", "gloo"] = "auto"
+    """How ranks talk; auto: nccl between GPUs, gloo between CPUs. gloo lets ranks share a GPU, slowly."""
+    precision: Literal["float32", "bfloat16"] = "bfloat16"
+    """bfloat16: matrix products under autocast, weights in float32."""
+    compile: bool = True
+    """Compile the forward and backward pass with torch.compile."""
+    warmup: int = 3
+    """Untimed steps before the clock starts, undone afterwards: they compile and fill caches."""
+    val_every: int = 250
+    """Steps between validations; the first is before step 0, the last after the last step."""
+    val_tokens: int = 10_485_760
+    """Validation tokens, from the start of the validation stream."""
+    log_every: int = 10
+    """Steps between log lines; each reads the loss from the device."""
+    checkpoint_every: int = 0
+    """Steps between checkpoints; 0: only at the end, and when interrupted."""
+    target: float = 3.28
+    """Validation loss (nats a token) that the run is to reach."""
+    wandb: str = ""
+    """Weights & Biases project to log to as well; empty: none."""
+
+
+def check_config(config: Config, world: int = 1) -> Config:
+    """The config itself, after checking what can be known beforehand. Raises Problem with the field and a way out."""
+    check_options(config.data, world)
+    model, data = config.model, config.data
+    if data.mode == "stream" and data.seq_len > model.context:
+        what = f"rows of {data.seq_len} tokens (data.seq_len) do not fit a model with {model.context} positions (model.context)"
+        raise Problem(what, f"--data.seq-len {model.context}, or --model.context {data.seq_len}")
+    if data.mode == "documents":
+        fix = "--data.mode stream; the documents mode waits for attention that knows documents"
+        raise Problem("data.mode=documents: this model's attention cannot keep documents apart", fix)
+    if model.width % model.heads:
+        raise Problem(f"width {model.width} cannot be shared by {model.heads} heads", f"--model.heads {largest_divisor(model.width, model.heads)}")
+    for name in ("steps", "val_every", "val_tokens", "log_every"):
+        if getattr(config, name) < 1:
+            raise Problem(f"{name}={getattr(config, name)} must be at least 1", f"--{name.replace('_', '-')} 1 or more")
+    return config
+
+
+def largest_divisor(number: int, limit: int) -> int:
+    """The largest divisor of `number` that is at most `limit`."""
+    return next(n for n in range(min(limit, number), 0, -1) if number % n == 0)
+
+
+# %% Five runs
+EMBEDDED = DataOptions(path="data/embedded", seq_len=128, step_tokens=1024, grad_shards=2)
+FINEWEB = DataOptions(path="data/fineweb10B")
+LAPTOP = Config(
+    preset="cpu",
+    model=GPTOptions(layers=2, heads=2, width=128, context=128, init_std=0.05),
+    optim=AdamWOptions(lr=4e-3, warmup_steps=100),
+    data=EMBEDDED,
+    steps=7000,
+    precision="float32",
+    val_every=1000,
+    val_tokens=262_144,
+    log_every=50,
+    target=1.8,
+)
+PRESETS = {
+    "smoke": dataclasses.replace(LAPTOP, preset="smoke", steps=900, compile=False, val_every=300, val_tokens=65_536, log_every=25, target=2.6),
+    "cpu": LAPTOP,
+    "small": Config(
+        preset="small",
+        model=GPTOptions(layers=8, heads=8, width=512, init_std=0.025),
+        optim=AdamWOptions(lr=2e-3, warmup_steps=60),
+        data=dataclasses.replace(FINEWEB, step_tokens=131_072),
+        steps=760,
+        val_every=95,
+        val_tokens=4_194_304,
+        target=4.0,
+    ),
+    "record": Config(preset="record", data=FINEWEB),
+}
+HISTORY = ("baseline",)
+
+
+def preset(name: str) -> Config:
+    """A run by its name: one of the presets, or a rung of history."""
+    if name in PRESETS:
+        return PRESETS[name]
+    rungs = importlib.import_module("speedrun.history").RUNGS if name in HISTORY else {}
+    if name not in rungs:
+        names = [*PRESETS, *HISTORY]
+        near = difflib.get_close_matches(name, names, 1)
+        raise Problem(f"there is no preset “{name}”", f"did you mean {near[0]}? " * bool(near) + f"Known are {', '.join(names)}")
+    return rungs[name]
+
+
+# %% Varying
+def fields_of(config: Any, prefix: str = "") -> dict[str, Any]:
+    """All fields of a config with their dotted names, nested ones included."""
+    flat: dict[str, Any] = {}
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        nested = dataclasses.is_dataclass(value)
+        flat |= fields_of(value, f"{prefix}{item.name}.") if nested else {prefix + item.name: value}
+    return flat
+
+
+def vary(config: Any, changes: dict[str, Any]) -> Any:
+    """A copy of a config with some fields changed, by dotted name: vary(run, {"model.layers": 3, "seed": 1})."""
+    names = fields_of(config)
+    for name, value in changes.items():
+        if name not in names:
+            near = difflib.get_close_matches(name, names, 1)
+            raise Problem(f"a run has no field “{name}”", f"did you mean {near[0]}?" if near else f"the fields are {', '.join(names)}")
+        if type(value) is not type(names[name]) and not (isinstance(names[name], float) and isinstance(value, int)):
+            raise Problem(f"{name}={value!r} is a {type(value).__name__}", f"it must be a {type(names[name]).__name__}, like {names[name]!r}")
+        head, _, rest = name.partition(".")
+        config = dataclasses.replace(config, **{head: vary(getattr(config, head), {rest: value}) if rest else value})
+    return config
+
+
+SIZES = ("model.layers", "model.heads", "model.width", "model.context", "model.init_std", "data.path", "data.seq_len",
+         "data.step_tokens", "data.grad_shards", "precision", "val_tokens")  # fmt: skip
+
+
+def at_cpu_size(config: Config, steps: int = 20) -> Config:
+    """The same decisions at the cpu preset's widths, vocabulary and lengths, for a few steps."""
+    laptop = fields_of(preset("cpu"))
+    return vary(config, {name: laptop[name] for name in SIZES} | {"steps": steps, "val_every": steps, "val_tokens": 16_384, "max_steps": 0})
+
+
+def config_from_json(saved: dict, kind: type = Config) -> Any:
+    """Rebuild a config from its `dataclasses.asdict` form after a trip through JSON. Unknown fields raise Problem."""
+    known = {item.name: item.type for item in dataclasses.fields(kind)}
+    unknown = sorted(set(saved) - set(known))
+    if unknown:
+        raise Problem(f"the saved run has fields that today's {kind.__name__} lacks: {', '.join(unknown)}", "check out the commit that its log names")
+    values = {}
+    for name, value in saved.items():
+        nested = dataclasses.is_dataclass(known[name])
+        values[name] = config_from_json(value, known[name]) if nested else tuple(value) if isinstance(value, list) else value
+    return kind(**values)
+
+
+# %% The command line
+def preset_in(arguments: list[str], default: str) -> str:
+    """The value of --preset among command-line arguments, wherever it stands."""
+    for n, argument in enumerate(arguments):
+        if argument == "--preset" and n + 1 < len(arguments):
+            return arguments[n + 1]
+        if argument.startswith("--preset="):
+            return argument.split("=", 1)[1]
+    return default
+
+
+def read_command(make: Callable[[Config], Any], arguments: list[str], default: str, prog: str) -> Any:
+    """A command, which `make` builds around a run, with its fields set from arguments; --preset names the run to start from."""
+    import tyro
+
+    command = make(preset(preset_in(arguments, default)))
+    return tyro.cli(type(command), args=arguments, default=command, prog=prog)
+
+
+def as_arguments(config: Config) -> list[str]:
+    """The command-line arguments that `read_command` turns into this config."""
+    arguments, defaults = ["--preset", config.preset], fields_of(preset(config.preset))
+    for name, value in fields_of(config).items():
+        if value == defaults[name]:
+            continue
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            head, _, last = flag.rpartition(".")
+            arguments.append(f"--{head}{'.' * bool(head)}{'' if value else 'no-'}{last}")
+        else:
+            arguments += [f"--{flag}", *map(str, value if isinstance(value, tuple) else [value])]
+    return arguments

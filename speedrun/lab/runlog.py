@@ -1,0 +1,108 @@
+# Tangled from notebooks/01_are_you_faster.py: edit the notebook, then run "make tangle". Edits made here are lost.
+
+
+# %% Logs: what a run must write down
+import json
+import os
+import re
+import time
+from pathlib import Path
+
+from speedrun.lab.hardware import Problem
+
+LINE = re.compile(
+    r"step:(?P<step>\d+)/(?P<steps>\d+)(?: train_loss:(?P<train_loss>\S+))?(?: val_loss:(?P<val_loss>\S+))?"
+    r" train_time:(?P<train_time_ms>[\d.]+)ms step_avg:(?P<step_avg_ms>\S+)ms"
+)
+
+
+def format_line(step: int, steps: int, train_time_ms: float, **losses: float) -> str:
+    """The contest's log line, `step:… val_loss:… train_time:…ms step_avg:…ms`; `losses` are `train_loss` or `val_loss`."""
+    shown = "".join(f" {name}:{loss:.4f}" for name, loss in losses.items())
+    return f"step:{step}/{steps}{shown} train_time:{train_time_ms:.0f}ms step_avg:{train_time_ms / max(step, 1):.2f}ms"
+
+
+def parse_line(line: str) -> dict | None:
+    """The numbers of a log line, ours or the contest's; None for any other text."""
+    match = LINE.search(line)
+    if match is None:
+        return None
+    numbers = {name: float(text) for name, text in match.groupdict().items() if text is not None}
+    return numbers | {"step": int(match["step"]), "steps": int(match["steps"])}
+
+
+class RunLog:
+    """`log.txt` and `metrics.jsonl` in a run's folder. A failed write loses nothing: the text waits for the next one.
+
+    folder: created if missing; an existing log is continued. echo: called with each text line (print, or None).
+    """
+
+    def __init__(self, folder: str | Path, echo=print):
+        self.folder, self.echo, self.waiting, self.full = Path(folder), echo, {}, False
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def record(self, kind: str, **fields) -> None:
+        """One line of JSON: the kind of record, the time of day in seconds, and the fields."""
+        self.append("metrics.jsonl", json.dumps({"kind": kind, "time": round(time.time(), 3), **fields}) + "\n")
+
+    def line(self, text: str) -> None:
+        """One line of text, shown and kept."""
+        if self.echo:
+            self.echo(text)
+        self.append("log.txt", text + "\n")
+
+    def append(self, name: str, text: str) -> None:
+        """Append, together with whatever could not be written before."""
+        self.waiting[name] = self.waiting.get(name, "") + text
+        if append_whole(self.folder / name, self.waiting[name]):
+            self.waiting[name], self.full = "", False
+        elif self.echo and not self.full:
+            self.full = True
+            self.echo(f"cannot write {self.folder / name} (disk full?): going on, its lines wait in memory")
+
+
+def append_whole(path: Path, text: str) -> bool:
+    """Append all of `text` or nothing. A half line that a killed writer left behind is cut off first. False: no room."""
+    try:
+        with open(path, "ab+") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - (1 << 20)))
+            tail = file.read()
+            if tail and not tail.endswith(b"\n"):
+                size -= len(tail) - (tail.rfind(b"\n") + 1)
+                os.truncate(path, size)
+            try:
+                file.write(text.encode())
+                file.flush()
+            except OSError:
+                os.truncate(path, size)
+                raise
+    except OSError:
+        return False
+    return True
+
+
+def read_metrics(path: str | Path) -> list[dict]:
+    """All records of a `metrics.jsonl`. A torn last line is skipped (its writer may be at work); one in the middle is an error."""
+    lines = Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number == len(lines):
+                break
+            raise Problem(f"{path}, line {number}: not a record: {error}", "delete that line; the others are whole") from None
+    return records
+
+
+def series(records: list[dict], kind: str) -> list[dict]:
+    """The records of one kind in order of their step; of several with one step (a resumed run) the last."""
+    by_step = {record["step"]: record for record in records if record["kind"] == kind}
+    return [by_step[step] for step in sorted(by_step)]
+
+
+def read_log(path: str | Path) -> list[dict]:
+    """The numbers of a text log, ours or the contest's, one dict a line that has any."""
+    lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
+    return [numbers for line in lines if (numbers := parse_line(line))]

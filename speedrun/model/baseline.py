@@ -1,0 +1,160 @@
+# Tangled from notebooks/03_baseline.py: edit the notebook, then run "make tangle". Edits made here are lost.
+
+
+# %% The code
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class GPT2Options:
+    """The shape of a GPT-2. The defaults are the 124M model; the vocabulary comes from the data."""
+
+    layers: int = 12
+    """Blocks."""
+    heads: int = 12
+    """Attention heads; they share the width evenly."""
+    width: int = 768
+    """Length of the residual stream's vectors."""
+    context: int = 1024
+    """Longest row of tokens: the number of learned positions."""
+    init_std: float = 0.02
+    """Standard deviation of the initial weights; GPT-2's 0.02 suits a width of 768."""
+
+
+class Attention(nn.Module):
+    """Causal self-attention, (batch, tokens, width) → the same."""
+
+    def __init__(self, options: GPT2Options):
+        super().__init__()
+        self.heads = options.heads
+        self.qkv = nn.Linear(options.width, 3 * options.width)
+        self.out = nn.Linear(options.width, options.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, tokens, width = x.shape
+        q, k, v = self.qkv(x).view(batch, tokens, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # scaled by 1 / sqrt(head_dim)
+        return self.out(y.transpose(1, 2).reshape(batch, tokens, width))
+
+
+class MLP(nn.Module):
+    """Two linear layers with a GELU between them, (…, width) → the same."""
+
+    def __init__(self, options: GPT2Options):
+        super().__init__()
+        self.up = nn.Linear(options.width, 4 * options.width)
+        self.down = nn.Linear(4 * options.width, options.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    """One layer: attention and perceptron, each on a normed copy of the stream, each added to it."""
+
+    def __init__(self, options: GPT2Options):
+        super().__init__()
+        self.norm_1, self.norm_2 = nn.LayerNorm(options.width), nn.LayerNorm(options.width)
+        self.attention, self.mlp = Attention(options), MLP(options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.norm_1(x))
+        return x + self.mlp(self.norm_2(x))
+
+
+class GPT2(nn.Module):
+    """GPT-2 with tied embedding and head. `model(inputs)` gives logits (batch, tokens, vocab), with targets the mean loss."""
+
+    def __init__(self, options: GPT2Options, vocab_size: int):
+        super().__init__()
+        self.tokens = nn.Embedding(vocab_size, options.width)
+        self.positions = nn.Embedding(options.context, options.width)
+        self.blocks = nn.ModuleList(Block(options) for _ in range(options.layers))
+        self.norm = nn.LayerNorm(options.width)
+        init_gpt2(self, options)
+
+    def forward(self, inputs: Tensor, targets: Tensor | None = None) -> Tensor:
+        x = self.tokens(inputs) + self.positions.weight[: inputs.shape[1]]
+        for block in self.blocks:
+            x = block(x)
+        logits = F.linear(self.norm(x), self.tokens.weight)
+        return logits if targets is None else F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+
+
+def init_gpt2(model: GPT2, options: GPT2Options) -> None:
+    """Normal weights of `init_std`, biases zero; what adds to the stream is smaller by sqrt(2 · layers), its number of terms."""
+    for name, weight in model.named_parameters():
+        if name.endswith("bias"):
+            nn.init.zeros_(weight)
+        elif "norm" not in name:
+            adds = name.endswith(("attention.out.weight", "mlp.down.weight"))
+            nn.init.normal_(weight, std=options.init_std / (math.sqrt(2 * options.layers) if adds else 1.0))
+
+
+# %% Three numbers that must come out
+def parameter_count(options: GPT2Options, vocab_size: int) -> int:
+    """Parameters by formula: embeddings, then per block 12 width² of matrices and 13 width of biases and norms."""
+    d = options.width
+    return (vocab_size + options.context) * d + options.layers * (12 * d * d + 13 * d) + 2 * d
+
+
+def flops_per_token(options: GPT2Options, vocab_size: int, seq_len: int, causal: bool = True) -> float:
+    """FLOPs of one token's forward and backward pass: 6 a weight that multiplies, and 12·T·width a layer for attention.
+
+    causal: count half of attention, as a kernel does that skips masked tiles.
+    """
+    d = options.width
+    weights = options.layers * 12 * d * d + vocab_size * d
+    attention = options.layers * 12 * seq_len * d
+    return 6.0 * weights + attention * (0.5 if causal else 1.0)
+
+
+# %% The optimizer
+@dataclass(frozen=True)
+class AdamWOptions:
+    """AdamW and its schedule. The defaults are llm.c's for the 124M model."""
+
+    lr: float = 6e-4
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay of the running mean of gradients and of their squares."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.1
+    """Decoupled decay of matrices, as a multiple of the learning rate."""
+    grad_clip: float = 1.0
+    """Longest gradient, over all parameters together; 0 switches clipping off."""
+    warmup_steps: int = 700
+    """Steps in which the rate climbs to its peak."""
+    final_lr: float = 0.0
+    """Rate at the last step, as a share of the peak."""
+
+
+def learning_rate(step: int, steps: int, options: AdamWOptions) -> float:
+    """The rate of a step (0 … steps − 1): a line up, then half a cosine down."""
+    if step < options.warmup_steps:
+        return options.lr * (step + 1) / options.warmup_steps
+    progress = (step - options.warmup_steps) / max(1, steps - options.warmup_steps)
+    cosine = 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+    return options.lr * (options.final_lr + (1 - options.final_lr) * cosine)
+
+
+def make_adamw(parameters: dict[str, Tensor], decays: dict[str, bool], options: AdamWOptions) -> torch.optim.AdamW:
+    """torch's fused AdamW over named parameters, in two groups: those that decay and those that do not."""
+    missing = sorted(set(parameters) ^ set(decays))
+    if missing:
+        raise ValueError(f"parameters and decays must name the same tensors; only one names {', '.join(missing)}")
+    groups = [{"params": [p for name, p in parameters.items() if decays[name] is decay], "weight_decay": weight_decay}
+              for decay, weight_decay in ((True, options.weight_decay), (False, 0.0))]  # fmt: skip
+    groups = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(groups, lr=options.lr, betas=options.betas, eps=options.eps, fused=True)
+
+
+def decays_by_shape(model: nn.Module) -> dict[str, bool]:
+    """llm.c's rule: tensors of two or more dimensions decay."""
+    return {name: parameter.ndim >= 2 for name, parameter in model.named_parameters()}

@@ -1,0 +1,130 @@
+# Tangled from notebooks/25_samples.py: edit the notebook, then run "make tangle". Edits made here are lost.
+
+
+# %% The code
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import tyro
+from torch import Tensor, nn
+
+from speedrun.checkpoint import latest_checkpoint, load_checkpoint
+from speedrun.config import config_from_json
+from speedrun.data.shards import data_folder, load_manifest, read_shard
+from speedrun.data.tokenizer import Tokenizer, get_tokenizer
+from speedrun.lab.hardware import Problem, setup
+from speedrun.train import build_model
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained model, ready to be asked: on its device, with its tokenizer, the longest row it takes, and its data folder."""
+
+    model: nn.Module
+    tokenizer: Tokenizer
+    context: int
+    step: int
+    data: Path
+
+
+def load_trained(folder: Path, device: str = "cpu") -> Trained:
+    """The model of a run's latest checkpoint, uncompiled and in float32."""
+    weights, _, facts = load_checkpoint(latest_checkpoint(Path(folder)))
+    config = config_from_json(facts["config"])
+    model, _ = build_model(config, facts["vocab_size"], torch.device(device))
+    model.load_state_dict(weights)
+    return Trained(model.eval(), get_tokenizer(facts["tokenizer"]), config.model.context, facts["step"], data_folder(config.data.path))
+
+
+def choose(logits: Tensor, temperature: float, top_k: int, generator: torch.Generator) -> int:
+    """Draw a token from logits, (vocab,), at a temperature, among the `top_k` likeliest (0: all). Temperature 0: the likeliest."""
+    if temperature <= 0:
+        return int(logits.argmax())
+    if top_k:
+        least = logits.topk(min(top_k, len(logits))).values[-1]
+        logits = logits.masked_fill(logits < least, float("-inf"))
+    return int(torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator))
+
+
+@torch.no_grad()
+def generate(trained: Trained, prompt: str, count: int, temperature: float = 0.8, top_k: int = 40, seed: int = 0) -> str:
+    """`count` tokens that the model writes after a prompt, as text. An empty prompt begins a document."""
+    generator = torch.Generator().manual_seed(seed)
+    device = next(trained.model.parameters()).device
+    tokens = [trained.tokenizer.document, *trained.tokenizer.encode(prompt).tolist()]
+    start = len(tokens)
+    for _ in range(count):
+        window = torch.tensor([tokens[-trained.context :]], device=device)
+        logits = trained.model(window)[0, -1].float().cpu()
+        tokens.append(choose(logits, temperature, top_k, generator))
+    return trained.tokenizer.decode(tokens[start:])
+
+
+# %% Counting words
+def words_of(text: str) -> list[str]:
+    """Runs of four or more letters, in order."""
+    return re.findall(r"[A-Za-z]{4,}", text)
+
+
+def training_words(folder: Path, most_tokens: int = 20_000_000) -> set[str]:
+    """All words of the training text (of its first `most_tokens` tokens)."""
+    manifest, found, left = load_manifest(folder), set(), most_tokens
+    for file in manifest.split("train"):
+        tokens = read_shard(folder / file.name, manifest.vocab_size)[:left]
+        found |= set(words_of(get_tokenizer(manifest.tokenizer).decode(tokens.tolist())))
+        left -= len(tokens)
+        if not left:
+            break
+    return found
+
+
+def known_share(text: str, known: set[str]) -> float:
+    """Share of the words of a text that are known; nan where it has none."""
+    found = words_of(text)
+    return sum(word in known for word in found) / len(found) if found else float("nan")
+
+
+# %% The command
+@dataclass(frozen=True)
+class SampleCommand:
+    """Let the model of a run write."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Folder of a run, with a checkpoint."""
+    prompt: str = ""
+    """How the text begins; empty: the beginning of a document."""
+    tokens: int = 600
+    """Tokens to write."""
+    temperature: float = 0.8
+    """Below 1: more of what is likely. 0: always the likeliest."""
+    top_k: int = 40
+    """Choose among this many likeliest tokens; 0: among all."""
+    seed: int = 0
+    """Of the random choices."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where to compute."""
+
+
+def main(arguments: list[str]) -> int:
+    """`python -m speedrun.sample RUN`: print a sample, keep it in RUN/sample.txt, and say how many of its words are known."""
+    try:
+        setup()
+        command = tyro.cli(SampleCommand, args=arguments, prog="python -m speedrun.sample")
+        trained = load_trained(command.run, command.device)
+        text = command.prompt + generate(trained, command.prompt, command.tokens, command.temperature, command.top_k, command.seed)
+        (command.run / "sample.txt").write_text(text, encoding="utf-8")
+        print(text)
+        share = known_share(text, training_words(trained.data))
+        print(f"\n{share:.0%} of its {len(words_of(text))} words of four or more letters occur in the training text")
+    except Problem as problem:
+        print(problem, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__" and __spec__ is not None:  # python -m, not a notebook
+    sys.exit(main(sys.argv[1:]))

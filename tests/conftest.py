@@ -1,0 +1,36 @@
+"""Shared by all tests: the interpreter switch for kernels, GPT-2's vocabulary without a network, the embedded text."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from vocabulary import offline_vocabulary
+
+from speedrun.config import preset, vary
+from speedrun.data.shards import data_folder
+from speedrun.data.sources import build_embedded
+from speedrun.lab.hardware import setup
+from speedrun.lab.results import root
+
+setup()
+offline_vocabulary(root() / "_build" / "tiktoken")
+if "PYTEST_XDIST_WORKER" in os.environ:  # two workers with two threads each fight over two cores
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
+
+
+@pytest.fixture(scope="session")
+def embedded() -> Path:
+    """The data folder of the embedded text, built once in the project."""
+    folder = data_folder("data/embedded")
+    if not (folder / "manifest.json").exists():
+        build_embedded(root() / "data" / "embedded", root() / "data" / "wheels")
+    return data_folder("data/embedded")
+
+
+@pytest.fixture
+def brief(embedded):
+    """A training run of a second: the laptop's, narrower, twelve steps."""
+    changes = {"model.width": 32, "steps": 12, "compile": False, "val_every": 6, "val_tokens": 4096, "log_every": 3, "optim.warmup_steps": 3}
+    return vary(preset("cpu"), changes | {"data.path": str(embedded)})
