@@ -176,12 +176,12 @@ PRESETS = {
     "small": Config(
         preset="small",
         model=GPTOptions(layers=8, heads=8, width=512, init_std=0.025),
-        optim=AdamWOptions(lr=2e-3, warmup_steps=60),
-        data=dataclasses.replace(FINEWEB, step_tokens=131_072),
-        steps=760,
-        val_every=95,
+        optim=AdamWOptions(lr=1e-3, warmup_steps=100),
+        data=dataclasses.replace(FINEWEB, step_tokens=65_536),
+        steps=1520,
+        val_every=190,
         val_tokens=4_194_304,
-        target=4.0,
+        target=4.5,
     ),
     "record": Config(preset="record", data=FINEWEB),
 }
