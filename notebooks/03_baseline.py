@@ -65,7 +65,6 @@ class GPT2Options:
     init_std: float = 0.02
     """Standard deviation of the initial weights; GPT-2's 0.02 suits a width of 768."""
 
-
 # %% [markdown]
 # Attention first. One matrix makes queries, keys and values; each of the twelve heads sees 64 of the 768 numbers; a token may look at itself and at what came before it.
 
@@ -85,7 +84,6 @@ class Attention(nn.Module):
         q, k, v = self.qkv(x).view(batch, tokens, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # scaled by 1 / sqrt(head_dim)
         return self.out(y.transpose(1, 2).reshape(batch, tokens, width))
-
 
 # %% [markdown]
 # *Causal* is a claim that can be tested: change the last token, and nothing before it may move. It is also worth testing against attention written out by hand, because a fused
@@ -137,7 +135,6 @@ class Block(nn.Module):
         x = x + self.attention(self.norm_1(x))
         return x + self.mlp(self.norm_2(x))
 
-
 # %%
 block = Block(tiny)
 assert block(torch.zeros(2, 16, 32)).shape == (2, 16, 32)
@@ -180,7 +177,6 @@ def init_gpt2(model: GPT2, options: GPT2Options) -> None:
             adds = name.endswith(("attention.out.weight", "mlp.down.weight"))
             nn.init.normal_(weight, std=options.init_std / (math.sqrt(2 * options.layers) if adds else 1.0))
 
-
 # %% [markdown]
 # ### Three numbers that must come out
 #
@@ -192,7 +188,6 @@ def parameter_count(options: GPT2Options, vocab_size: int) -> int:
     """Parameters by formula: embeddings, then per block 12 width² of matrices and 13 width of biases and norms."""
     d = options.width
     return (vocab_size + options.context) * d + options.layers * (12 * d * d + 13 * d) + 2 * d
-
 
 # %%
 VOCAB = 50_257
@@ -217,7 +212,6 @@ def flops_per_token(options: GPT2Options, vocab_size: int, seq_len: int, causal:
     weights = options.layers * 12 * d * d + vocab_size * d
     attention = options.layers * 12 * seq_len * d
     return 6.0 * weights + attention * (0.5 if causal else 1.0)
-
 
 # %%
 from torch.utils.flop_counter import FlopCounterMode
@@ -324,7 +318,6 @@ def learning_rate(step: int, steps: int, options: AdamWOptions) -> float:
     cosine = 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
     return options.lr * (options.final_lr + (1 - options.final_lr) * cosine)
 
-
 # %%
 plan = AdamWOptions()
 rates = [learning_rate(step, 19_560, plan) for step in range(19_560)]
@@ -351,7 +344,6 @@ def make_adamw(parameters: dict[str, Tensor], decays: dict[str, bool], options: 
 def decays_by_shape(model: nn.Module) -> dict[str, bool]:
     """llm.c's rule: tensors of two or more dimensions decay."""
     return {name: parameter.ndim >= 2 for name, parameter in model.named_parameters()}
-
 
 # %%
 model = GPT2(small, vocab)
@@ -448,7 +440,6 @@ def profile_step(step, device: torch.device, repeats: int = 3) -> dict[str, floa
         times[kind_of(event.key)] = times.get(kind_of(event.key), 0.0) + spent / 1000 / repeats
     return times | {"waiting": max(0.0, wall - sum(ms for kind, ms in times.items() if kind != "wall"))}
 
-
 # %% [markdown]
 # The names above are CUDA's; on a CPU the same code sorts PyTorch's own operations, which is enough to see that the sorting works:
 
@@ -502,3 +493,91 @@ def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
         torch.cuda.empty_cache()
     flops = flops_per_token(GPT2Options(), 50_257, 1024) * rows * 1024
     return {"forms": forms, "tokens": rows * 1024, "flops": flops}, stamp(command, ["speedrun.measure.baseline"], n=1)
+
+# %%
+from speedrun.lab.results import figure_style, load_result, measured_on
+
+result = load_result("baseline", "step")
+forms, flops = result["data"]["forms"], result["data"]["flops"]
+reached = {form: flops / (times["wall"] / 1000) / 989e12 for form, times in forms.items()}
+compiled = forms["bf16, compiled"]
+between = 1 - (compiled["matrix products"] + compiled["attention"]) / compiled["wall"]
+speedup = {form: forms["float32"]["wall"] / times["wall"] for form, times in forms.items()}
+assert reached["float32"] < reached["bf16"] < reached["bf16, compiled"] and 0.3 < between < 0.6
+for form, times in forms.items():
+    print(f"{form:15} {times['wall']:6.1f} ms a step, {reached[form]:4.0%} of the data sheet, {speedup[form]:.1f}× float32")
+print(measured_on(result))
+
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Stacked bars: milliseconds of one training step by kind of kernel, in float32, bf16 and compiled bf16"}}
+import matplotlib.pyplot as plt
+
+figure_style()
+fig, axis = plt.subplots(figsize=(8.4, 3.0))
+kinds = [*KINDS, "other element-wise", "waiting"]
+for y, (form, times) in enumerate(forms.items()):
+    left = 0.0
+    for n, kind in enumerate(kinds):
+        axis.barh(-y, times.get(kind, 0.0), left=left, color=plt.get_cmap("tab10")(n), label=kind if y == 0 else None, height=0.6)
+        left += times.get(kind, 0.0)
+axis.set_yticks([-y for y in range(len(forms))], list(forms))
+axis.set_xlabel("ms a step of 32,768 tokens")
+axis.set_xscale("linear")
+axis.grid(axis="y", visible=False)
+axis.legend(loc="lower right", ncols=2, fontsize=8)
+axis.set_title(f"bf16 and fusion: {speedup['bf16, compiled']:.1f}× faster; {between:.0%} of what is left is neither matrix nor attention")
+plt.show()
+
+# %% [markdown]
+# Two lines of PyTorch, a number format and a compiler, are most of the way from a naive program to llm.c's level. What is left splits in two. The matrix products themselves run at a good part of the data sheet, and later chapters make them cheaper with eight-bit floats. Everything else, the
+# loss over fifty thousand classes above all, moves bytes and multiplies nothing, and later chapters fuse it away.
+#
+# But look again at the factor. Even a step that did nothing but multiply matrices at full speed would only be 2.6 times faster than this one. The other factor of fourteen on the way to record 89 is not in this figure. It is the number of steps.
+#
+# ## What did not change, and what did
+#
+# Record 2, nine days after record 1, was a port of this program to PyTorch by Keller Jordan. It replaced the learned positions by rotary ones (chapter 06), tripled the learning rate to 0.0018, shortened the warm-up to 250 steps, and let the rate fall along a line. It needed half the tokens:
+
+# %%
+record_2 = next(row for row in public_table("records") if row["record"] == "2")
+halved = float(record_2["total_train_tokens"]) / float(record_1["total_train_tokens"])
+fewer = float(record_1["total_train_tokens"]) / (338.8e6)
+assert 0.45 < halved < 0.55
+print(f"record 2: {halved:.0%} of the tokens, {float(record_2['record_time_s']):.0f} s instead of {seconds:.0f}")
+
+# %% [markdown]
+# The first two things anybody tried were worth a factor of two. That is what an untuned baseline looks like, and it is the reason why this book compares every optimizer with a *tuned* AdamW (chapter 12) and not with this one.
+#
+# ## Exercises
+#
+# 1. Chinchilla's rule of thumb asks for 20 tokens a parameter. Write `tokens_per_parameter(tokens, parameters)` and compare records 1, 2 and 89. (Record 89 has 643.8 million parameters, most of them in tables that are looked up and never multiplied; count its 114 million that multiply.)
+
+# %% tags=["solution"]
+def tokens_per_parameter(tokens: float, parameters: float) -> float:
+    """Training tokens per parameter."""
+    return tokens / parameters
+
+# %%
+ratios = {
+    "1": tokens_per_parameter(float(record_1["total_train_tokens"]), 124.4e6),
+    "2": tokens_per_parameter(float(record_2["total_train_tokens"]), 124.4e6),
+    "89": tokens_per_parameter(338.8e6, 114e6),
+}
+assert ratios["1"] > 80 and ratios["89"] < 4
+print({record: f"{ratio:.0f} tokens a parameter" for record, ratio in ratios.items()})
+
+# %% [markdown]
+# 2. How would a row length of 4,096 change the share of attention? Write `attention_share(options, vocab_size, seq_len)` with the formula above, causal, and find the row length at which attention is half of the work.
+
+# %% tags=["solution"]
+def attention_share(options: GPT2Options, vocab_size: int, seq_len: int) -> float:
+    """Share of attention itself in the FLOPs of a token."""
+    total = flops_per_token(options, vocab_size, seq_len)
+    return (total - flops_per_token(options, vocab_size, 0)) / total
+
+
+half_at = next(seq_len for seq_len in range(1024, 100_000, 64) if attention_share(GPT2Options(), VOCAB, seq_len) >= 0.5)
+
+# %%
+assert attention_share(GPT2Options(), VOCAB, 0) == 0 and 0.05 < attention_share(GPT2Options(), VOCAB, 1024) < 0.1
+assert 12_000 < half_at < 15_000
+print(f"at 1,024 tokens {attention_share(GPT2Options(), VOCAB, 1024):.0%}, at 4,096 {attention_share(GPT2Options(), VOCAB, 4096):.0%}, half at {half_at:,}")

@@ -95,7 +95,6 @@ class Ranks:
     world: int
     device: torch.device
 
-
 # %%
 #| export
 def join_ranks(device: str, backend: str) -> Ranks:
@@ -114,7 +113,6 @@ def join_ranks(device: str, backend: str) -> Ranks:
         backend = backend if backend != "auto" else "nccl" if device == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(minutes=30))
     return Ranks(rank, world, torch.device(device, torch.cuda.current_device()) if device == "cuda" else torch.device("cpu"))
-
 
 # %%
 ranks = join_ranks("cpu", "auto")
@@ -168,7 +166,6 @@ class Clock:
         if running:
             self.start()
 
-
 # %%
 clock = Clock(torch.device("cpu"))
 clock.start()
@@ -205,7 +202,6 @@ class Marks:
         pairs, self.marks = list(zip(self.marks, self.marks[1:])), self.marks[-1:]
         return [a.elapsed_time(b) if self.device.type == "cuda" else 1000 * (b - a) for a, b in pairs]
 
-
 # %%
 marks = Marks(torch.device("cpu"))
 for nap in (0.0, 0.02, 0.04):
@@ -231,7 +227,6 @@ def build_model(config: Config, vocab_size: int, device: torch.device) -> tuple[
     model, decays = build_rung(config, vocab_size)
     return model.to(device), decays
 
-
 # %% [markdown]
 # A step is `grad_shards` micro-batches. Their losses are means over equally many tokens, so the gradient of the whole batch is the mean of their gradients; dividing each loss by `grad_shards` before going backward, and *summing* over micro-batches and ranks, gives exactly that, however they are dealt out.
 
@@ -254,7 +249,6 @@ def sum_over_ranks(tensors: list[Tensor], world: int) -> None:
     if world > 1:
         for handle in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
             handle.wait()
-
 
 # %%
 from speedrun.data.loader import DataOptions
@@ -307,7 +301,6 @@ def culprits(model: nn.Module) -> str:
     broken = [name for name, p in model.named_parameters() if p.grad is not None and not torch.isfinite(p.grad).all()]
     return f"the gradient of {', '.join(broken[-3:])}" if broken else "a gradient of an earlier step"
 
-
 # %% [markdown]
 # ### The run
 #
@@ -344,7 +337,6 @@ class Run:
         self.step += 1
         return loss
 
-
 # %% [markdown]
 # Whoever watches a run from outside, and chapter 24 will, must be able to tell a rank that thinks from a rank that hangs. A ten-minute compilation is not a hang; ten minutes without a training step are. So each rank keeps a small file that says in which phase it is, and touches it whenever something happened.
 
@@ -373,7 +365,6 @@ class Heartbeat:
         """Something happened. Touching a file needs no room on a disk."""
         with contextlib.suppress(OSError):
             os.utime(self.path)
-
 
 # %%
 import tempfile
@@ -424,7 +415,6 @@ def agree_on_stop(folder: Path, ranks: Ranks, step: int, patience_s: float = 20.
         time.sleep(0.02)
     return max(int(path.read_text()) for path in found)
 
-
 # %%
 answers = {}
 workers = [threading.Thread(target=lambda r=r, s=s: answers.update({r: agree_on_stop(scratch, Ranks(r, 3, ranks.device), s)})) for r, s in ((0, 7), (1, 8), (2, 7))]
@@ -470,7 +460,6 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, parameters: dict[str, Te
         name, key = label.rsplit("/", 1)
         optimizer.state[parameters[name]][key] = value.to(parameters[name].device)
 
-
 # %%
 #| export
 KEPT = 2
@@ -501,7 +490,6 @@ def save_checkpoint(folder: Path, step: int, weights: dict[str, Tensor], moments
         shutil.rmtree(old, ignore_errors=True)
     return path
 
-
 # %%
 #| export
 def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict]:
@@ -521,7 +509,6 @@ def latest_checkpoint(folder: Path) -> Path:
     if not found:
         raise Problem(f"{folder} has no checkpoint", "give the folder of a run, such as runs/…; a run saves one when it ends or is interrupted")
     return found[-1]
-
 
 # %%
 weights = {"w": torch.randn(3, 4), "b": torch.zeros(4)}
@@ -566,7 +553,6 @@ def warm_up(run: Run, validation: Shards) -> float:
     run.clock.synchronize()
     return time.perf_counter() - begin
 
-
 # %% [markdown]
 # ### Validating
 #
@@ -601,7 +587,6 @@ def validate(run: Run, validation: Shards) -> float:
         run.heart.phase("train", run.step)
     return loss
 
-
 # %% [markdown]
 # ### The loop
 #
@@ -632,7 +617,6 @@ def run_loop(run: Run, validation: Shards) -> str:
             log_step(run, loss)
         if run.config.checkpoint_every and run.step % run.config.checkpoint_every == 0 and run.step < last:
             keep(run)
-
 
 # %%
 #| export train
@@ -670,7 +654,6 @@ def keep(run: Run) -> Path | None:
         run.heart.phase("train", run.step)
     return saved
 
-
 # %% [markdown]
 # Around the loop stands the function that puts a run together. It is the only long list in this chapter, and reads from top to bottom: ranks, data, model, optimizer, an earlier checkpoint if there is one.
 
@@ -703,7 +686,6 @@ class SilentLog:
     def line(self, text: str) -> None:
         pass
 
-
 # %%
 #| export train
 def resume(run: Run) -> None:
@@ -721,7 +703,6 @@ def resume(run: Run) -> None:
     run.step, run.loader.position = facts["step"], Position(*facts["position"])
     run.clock.elapsed_ms = facts["train_time_ms"]
     run.log.line(f"resumed from {path} at step {run.step}")
-
 
 # %%
 #| export train
@@ -757,7 +738,6 @@ def memory_mb(device: torch.device) -> dict[str, int]:
         return {"allocated": torch.cuda.max_memory_allocated(device) >> 20, "reserved": torch.cuda.max_memory_reserved(device) >> 20}
     return {"resident": psutil.Process().memory_info().rss >> 20}
 
-
 # %%
 #| export train
 def train(config: Config, folder: Path, again: bool = False, interrupts: Interrupts | None = None, echo=print, command: str = "") -> Run:
@@ -781,7 +761,6 @@ def train(config: Config, folder: Path, again: bool = False, interrupts: Interru
         run.log.line(f"to resume: python -m speedrun.train --resume {folder}")
     run.heart.phase("end", run.step)
     return run
-
 
 # %% [markdown]
 # Train one, forty steps of the laptop's run without compiling, and look at what it says:
@@ -878,7 +857,6 @@ def lifeline(interrupts: Interrupts | None = None, grace_s: float = 10.0) -> Non
     for watch in (listen, look_up):
         threading.Thread(target=watch, daemon=True).start()
 
-
 # %%
 orphan = "from speedrun.train import lifeline; lifeline(); import time; print('up', flush=True); time.sleep(600)"
 held = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "env": os.environ | {"SPEEDRUN_LIFELINE": "1"}}
@@ -913,7 +891,6 @@ def saved_config(folder: Path, max_steps: int) -> Config:
     """The config that a run's latest checkpoint was saved with."""
     _, _, facts = load_checkpoint(latest_checkpoint(folder))
     return dataclasses.replace(config_from_json(facts["config"]), max_steps=max_steps)
-
 
 # %%
 #| export train
@@ -1027,7 +1004,6 @@ def time_pieces(run: Run, repeats: int) -> dict[str, float]:
         timed("heartbeat and mark", lambda: (run.heart.beat(), run.marks.mark()))
     return {name: sorted(times)[len(times) // 2] for name, times in seen.items()}
 
-
 # %%
 #| export measure.training_loop
 def time_steps(run: Run, repeats: int) -> dict[str, float]:
@@ -1066,3 +1042,84 @@ def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
     corpus = {"name": manifest.source, "sha256": manifest.sha256}
     data |= {"preset": config.preset, "tokens": config.data.step_tokens, "grad_shards": config.data.grad_shards}
     return data, stamp(command, ["speedrun.measure.training_loop"], n=repeats, corpus=corpus)
+
+# %% [markdown]
+# On a GPU, for a model of 51 million parameters, and on two CPU cores for the laptop's:
+
+# %%
+from speedrun.lab.results import figure_style, load_result, measured_on
+
+results = {name: load_result("training_loop", name) for name in ("gpu", "cpu")}
+gpu, cpu = (results[name]["data"] for name in ("gpu", "cpu"))
+asking = gpu["asking"] / gpu["steps"]["true"] - 1
+others = {name: 1 - data["pieces"]["forward and backward"] / sum(data["pieces"].values()) for name, data in (("gpu", gpu), ("cpu", cpu))}
+assert gpu["steps"]["without waiting"] < gpu["steps"]["true"] and abs(asking) < 0.1
+print(f"a GPU step looks like {gpu['steps']['without waiting']:.0f} ms to a clock that does not wait, and takes {gpu['steps']['true']:.0f}")
+print(f"asking for the loss after every step costs {asking:.1%}")
+for name in results:
+    print(f"{name}: {measured_on(results[name])}")
+
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Shares of the pieces of a training step on a GPU and on a CPU"}}
+import matplotlib.pyplot as plt
+
+figure_style()
+fig, axis = plt.subplots(figsize=(8.4, 2.5))
+pieces = list(gpu["pieces"])
+for y, data in enumerate((gpu, cpu)):
+    left, total = 0.0, sum(data["pieces"].values())
+    for n, piece in enumerate(pieces):
+        share = 100 * data["pieces"][piece] / total
+        axis.barh(-y, share, left=left, height=0.6, color=f"C{n}", label=piece if y == 0 else None)
+        left += share
+axis.set_yticks([0, -1], [f"GPU: {sum(gpu['pieces'].values()):.0f} ms", f"CPU: {sum(cpu['pieces'].values()):.0f} ms"])
+axis.set_xlim(0, 100)
+axis.set_xlabel("share of a step (%)")
+axis.grid(axis="y", visible=False)
+axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.35), ncols=3)
+axis.set_title(f"all that is not the model: {others['gpu']:.1%} of a step on the GPU, {others['cpu']:.1%} on the CPU")
+plt.show()
+
+# %% [markdown]
+# So the answer to the prediction: a clock that does not wait measures how fast Python can *ask*, which is a number about Python. And asking for the loss after every step, the sin that every guide warns of, costs a per cent or so when a step takes a tenth of a second, because Python is quick to catch up. It would be a disaster for a step of two milliseconds. Rules of thumb have units.
+#
+# The loop itself is nearly free, and that is its whole ambition: heartbeats, marks, the check for finite numbers and the log together are lost in the width of a line. Nothing in this chapter will ever make a run faster. It makes sure that *faster* means something.
+#
+# ## What it costs, and when it fails
+#
+# One optimizer state per rank: every rank holds all weights and both moments and repeats the same update. For 124 million parameters that is one and a half gigabytes and two milliseconds, eight times over. Chapter 20 shards it.
+#
+# The check for finite numbers looks at gradients. A loss that runs away slowly, finite all the while, passes it. And a checkpoint is exact on a CPU only: on a GPU some sums are taken in whatever order the hardware finishes, so a resumed run is as close to the uninterrupted one as two uninterrupted runs are to each other.
+#
+# ## Exercises
+#
+# 1. The contest's `step_avg` divides all training time by the number of steps, the slow first ones included. Write `steady_ms(steps_ms, skip)`: the mean after leaving out the first `skip` steps, and the share of training time that the first `skip` steps took.
+
+# %% tags=["solution"]
+def steady_ms(steps_ms: list[float], skip: int) -> tuple[float, float]:
+    """Mean duration after the first `skip` steps, and the share of all time that those first ones took."""
+    rest = steps_ms[skip:]
+    return sum(rest) / len(rest), sum(steps_ms[:skip]) / sum(steps_ms)
+
+# %%
+assert steady_ms([10.0, 10.0, 1.0, 1.0], 2) == (1.0, 20 / 22)
+steady, share = steady_ms(steps_ms, 5)
+print(f"the brief run above: {steady:.0f} ms a step after the fifth; the first five took {share:.0%} of its time")
+
+# %% [markdown]
+# 2. Eight micro-batches and three GPUs do not go together, and `check_options` refuses. Could the loop weight the gradients instead? Write `shares(micro_batches, ranks)`: how many micro-batches each rank would compute, as evenly as possible, and say what the two other ranks do while the unlucky one works.
+
+# %% tags=["solution"]
+def shares(micro_batches: int, ranks: int) -> list[int]:
+    """Micro-batches per rank, differing by at most one, the larger first."""
+    each, more = divmod(micro_batches, ranks)
+    return [each + (rank < more) for rank in range(ranks)]
+
+# %%
+assert shares(8, 3) == [3, 3, 2] and shares(8, 4) == [2] * 4 and sum(shares(7, 5)) == 7
+busy = sum(shares(8, 3)) / (3 * max(shares(8, 3)))
+print(f"three GPUs would take as long as {8 / max(shares(8, 3)):.1f} and be busy for {busy:.0%} of it: possible, correct, and a poor bargain")
+
+# %%
+import shutil
+
+shutil.rmtree(scratch)

@@ -138,7 +138,6 @@ def choose_preset(machine: Machine, needs_gb: float) -> tuple[str, str]:
         return "small", f"{len(gpus)} GPUs, but record needs {needs_gb:.0f} GB each and one has {least:.0f}. To try anyway: {other} record"
     return "record", f"{len(gpus)} GPUs with at least {needs_gb:.0f} GB each: the record's recipe. For minutes: {other} small"
 
-
 # %%
 import shlex
 from dataclasses import replace
@@ -180,7 +179,6 @@ def expected_seconds(work: float, machine: Machine, world: int, measured: list[d
             return work / (run["flops_per_second"] * ours / theirs) / world, f"a guess, from {run['device']} and the data sheets"
     return None
 
-
 # %%
 known = [{"device": "NVIDIA H200", "flops_per_second": 3e14}, {"device": "CPU", "flops_per_second": 1e11}]
 assert expected_seconds(3e15, replace(bare, gpus=(replace(h100, name="NVIDIA H200"),) * 2), 2, known) == (5.0, "measured on NVIDIA H200")
@@ -218,7 +216,6 @@ class Plan:
         time = f"about {self.minutes:.0f} minutes of training ({self.how})" if self.minutes else "nobody has measured how long here"
         return f"preset {self.config.preset} on {self.world} rank{'s' * (self.world > 1)}: {download}, {time}"
 
-
 # %%
 #| export
 def missing_shards(config: Config) -> tuple[int, float]:
@@ -248,7 +245,6 @@ def make_plan(config: Config, machine: Machine, gpus: int = 0) -> Plan:
     expected = expected_seconds(tokens * model_flops_per_token(config.model, vocab, config.data.seq_len), machine, world, rates)
     return Plan(config, world, shards, download, expected[0] / 60 if expected else None, expected[1] if expected else "")
 
-
 # %%
 plan = make_plan(preset("record"), replace(bare, gpus=(h100,) * 8))
 small = make_plan(preset("small"), replace(bare, gpus=(h100,)))
@@ -270,7 +266,6 @@ def prepare_data(plan: Plan, echo=print) -> None:
         echo("building the embedded text from two Python packages")
         build_embedded(root() / plan.config.data.path, root() / "data" / "wheels")
     load_manifest(data_folder(plan.config.data.path))
-
 
 # %%
 prepare_data(make_plan(preset("smoke"), bare))
@@ -300,7 +295,6 @@ def start_ranks(program: list[str], world: int) -> subprocess.Popen:
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     options = {"text": True, "errors": "replace", "env": environment, "start_new_session": True}
     return subprocess.Popen([*torchrun, *program], **pipes, **options)
-
 
 # %% [markdown]
 # ### Noticing silence
@@ -340,7 +334,6 @@ def hung(folder: Path, patience: dict[str, float]) -> Pulse | None:
     """The rank that has been silent for longest beyond its phase's patience, if there is one."""
     late = [pulse for pulse in pulses(folder) if pulse.silent_s > patience[pulse.phase]]
     return max(late, key=lambda pulse: pulse.silent_s - patience[pulse.phase], default=None)
-
 
 # %%
 from speedrun.train import Heartbeat
@@ -397,7 +390,6 @@ def end_ranks(torchrun: subprocess.Popen, folder: Path, grace_s: float) -> None:
         torchrun.kill()
         torchrun.wait()
 
-
 # %% [markdown]
 # ### Watching
 #
@@ -450,7 +442,6 @@ def stack(folder: Path, pulse: Pulse) -> str:
     frames = [line.strip() for line in main if line.strip().startswith("File")]
     return f", at {frames[0]}" if frames else ""
 
-
 # %% [markdown]
 # And the function that does it all. A run that fails is a `Problem`: which rank, where, and how to go on.
 
@@ -487,7 +478,6 @@ def run_ranks(program: list[str], world: int, folder: Path, patience: dict[str, 
         end_ranks(torchrun, folder, grace_s if why is None else 2.0)
     if torchrun.returncode or why:
         raise failure(folder, torchrun.returncode, why)
-
 
 # %% [markdown]
 # Now the promise at the top of the page, for a rank that is as bad as a rank can be: it ignores SIGTERM, prints nothing, and sleeps. One is noticed by its silence. For the other, the *launcher itself* is killed with SIGKILL:
@@ -540,6 +530,8 @@ class LaunchCommand:
     """Ranks to start; 0: one per GPU, or a single one without a GPU."""
     yes: bool = False
     """Do not ask before long runs and large downloads."""
+    plan: bool = False
+    """Say what would be done on this machine, and why, and stop."""
 
 
 def confirm(plan: Plan, yes: bool) -> None:
@@ -562,7 +554,6 @@ def launch(command: LaunchCommand, echo=print, patience: dict[str, float] = PATI
     run_ranks(["-m", "speedrun.train", *own], plan.world, folder, patience, echo)
     return folder
 
-
 # %% tags=["hide-input"]
 #| export
 def main(arguments: list[str]) -> int:
@@ -570,8 +561,12 @@ def main(arguments: list[str]) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         setup()
-        default = choose_preset(look(), memory_needed_gb("record", measured_runs()))[0]
+        default, why = choose_preset(look(), memory_needed_gb("record", measured_runs()))
         command = read_command(lambda config: LaunchCommand(TrainCommand(config)), arguments, default, "python -m speedrun.launch")
+        if command.plan:
+            print(f"make speedrun takes preset {default}: {why}")
+            print(make_plan(command.train.config, look(), command.gpus))
+            return 0
         with progress(command.train.config) as echo:
             folder = launch(command, echo)
     except Problem as problem:
@@ -641,7 +636,6 @@ def read_run(folder: Path) -> dict:
             "train_loss": [[record["step"], record["train_loss"]] for record in series(records, "step")],
             "seconds": seconds, "prepared_s": prepared, "memory_mb": last["memory_mb"], "flops_per_second": rate, "step": last["step"]}  # fmt: skip
 
-
 # %%
 run = read_run(folder)
 assert run["curve"][0]["step"] == 0 and run["curve"][-1]["step"] == run["step"] == (command.train.config.max_steps or command.train.config.steps)
@@ -673,7 +667,6 @@ def summary(run: dict) -> list[tuple[str, str]]:
         ("rate", f"{run['tokens'] / run['seconds']:,.0f} tokens/s, {run['flops_per_second'] / 1e12:.2f} TFLOP/s per rank"),
         ("peak memory", ", ".join(f"{amount:,} MiB {kind}" for kind, amount in run["memory_mb"].items())),
     ]
-
 
 # %%
 lines = summary(run)
@@ -710,7 +703,6 @@ def draw_curves(axis, curves: dict[str, list[dict]], against: str) -> None:
     axis.set_xlabel("training time (s)" if against == "train_time_ms" else "step")
     axis.set_ylabel("validation loss (nats/token)")
 
-
 # %%
 #| export
 def loss_figure(runs: dict[str, dict]):
@@ -731,7 +723,6 @@ def loss_figure(runs: dict[str, dict]):
     for axis in axes[0]:
         axis.legend(fontsize=8)
     return figure
-
 
 # %%
 assert {"12", "89"} <= set(public_curves()) and abs(public_curves()["89"][-1]["val_loss"] - 3.28) < 0.01
@@ -776,7 +767,6 @@ def write_html(notebook: Path) -> Path:
     path.write_text(html, encoding="utf-8")
     return path
 
-
 # %%
 import re
 
@@ -812,3 +802,79 @@ def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
         raise Problem(f"the runs of {name} were made on different machines, versions or texts", "measure them together")
     seeds = [seed for stamp in stamps for seed in stamp["seeds"]]
     return {"runs": runs}, stamps[0] | {"n": len(runs), "seeds": seeds}
+
+# %%
+from speedrun.lab.results import measured_on
+from speedrun.lab.stats import describe
+
+real = {name: load_result("speedrun", name) for name in result_names("speedrun")}
+for name, result in real.items():
+    runs = result["data"]["runs"]
+    losses, seconds = (describe(values) for values in zip(*[(run["curve"][-1]["val_loss"], run["seconds"]) for run in runs]))
+    print(f"{name}: {losses} nats a token in {seconds.mean:.1f} s; {measured_on(result)}")
+    assert all(run["curve"][-1]["val_loss"] < run["curve"][0]["val_loss"] for run in runs)
+
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Validation loss against training time of the book's own measured runs, beside public records"}}
+fig, (left, right) = plt.subplots(1, 2, figsize=(8.6, 3.7))
+draw_curves(left, {"cpu: two cores, 450 thousand parameters": real["cpu"]["data"]["runs"][0]["curve"]}, "train_time_ms")
+left.set_title(f"a laptop's five minutes: {real['cpu']['data']['runs'][0]['curve'][-1]['val_loss']:.2f} nats a byte token")
+ours = {name: result["data"]["runs"][0] for name, result in real.items() if name != "cpu"}
+draw_curves(right, {f"{run['preset']}, {run['world']} × {run['device'].removeprefix('NVIDIA ')}": run["curve"] for run in ours.values()}, "train_time_ms")
+public = {f"record {number}, 8×H100, FineWeb": public_curves()[number] for number in ("4", "20", "89")}
+for label, curve in public.items():
+    points = [(p["train_time_ms"] / 1000, p["val_loss"]) for p in curve if p["train_time_ms"] > 0]
+    right.plot(*zip(*points), ":", label=label)
+right.legend(fontsize=7.5)
+left.legend(fontsize=7.5)
+right.set_title("GPT-2 tokens: ours, and three public records")
+plt.show()
+
+# %% [markdown]
+# *Left: the embedded text. Right: ours on an English corpus of 200 million tokens that is **not** FineWeb, so that heights cannot be compared with the records', only shapes and times.*
+#
+# What do these curves claim? That the trainer trains, on these machines, at these rates. They do not claim to be fast: `record` is llm.c's recipe, at the speed of a plain PyTorch program, and the public curves beside it show what has been left out so far. Every chapter from here on moves ours to the left.
+#
+# And significance? A run is one draw. Where several were made the line above says mean and standard deviation. What can be concluded from them is the business of [chapter 01](01_are_you_faster.py).
+#
+# ## What it costs, and when it fails
+#
+# The watch costs one small file per rank and a `utime` per step. It fails where its assumptions do. A rank that hangs *inside* a C extension while holding Python's lock cannot run the thread that watches its lifeline; the launcher still notices its silence and kills it, but if the launcher dies as well, nobody is left who could. On several machines there
+# is no common standard input, and the heartbeats would need a shared disk. The contest has one machine, and so has this launcher.
+#
+# ## Exercises
+#
+# 1. Validations are far apart, and the target is reached somewhere between two of them. Write `reached(curve, target)`: the training time in seconds at which the straight line between two validations crosses the target, or None.
+
+# %% tags=["solution"]
+def reached(curve: list[dict], target: float) -> float | None:
+    """Seconds at which the curve, a list of {"val_loss", "train_time_ms"}, first meets the target, by linear interpolation."""
+    for a, b in zip(curve, curve[1:]):
+        if b["val_loss"] <= target < a["val_loss"]:
+            share = (a["val_loss"] - target) / (a["val_loss"] - b["val_loss"])
+            return (a["train_time_ms"] + share * (b["train_time_ms"] - a["train_time_ms"])) / 1000
+    return None
+
+# %%
+line = [{"val_loss": 4.0, "train_time_ms": 0.0}, {"val_loss": 3.0, "train_time_ms": 1000.0}]
+assert reached(line, 3.25) == 0.75 and reached(line, 2.0) is None
+for number in ("12", "89"):
+    print(f"record {number} met 3.30 at {reached(public_curves()[number], 3.30):.1f} s")
+
+# %% [markdown]
+# 2. What does a run cost? Write `cost(seconds, gpus, dollars_per_gpu_hour, watts)` → (dollars, kilowatt-hours), and compare a record of 73.8 s with llm.c's 2,700 s, at 3 dollars an hour and 700 watts per GPU.
+
+# %% tags=["solution"]
+def cost(seconds: float, gpus: int, dollars_per_gpu_hour: float, watts: float) -> tuple[float, float]:
+    """Dollars and kilowatt-hours of a run."""
+    hours = gpus * seconds / 3600
+    return hours * dollars_per_gpu_hour, hours * watts / 1000
+
+# %%
+assert cost(3600, 1, 2.0, 500) == (2.0, 0.5)
+for name, seconds in (("record 1", 2700.0), ("record 89", 73.8)):
+    dollars, energy = cost(seconds, 8, 3.0, 700)
+    print(f"{name}: {dollars:.2f} dollars, {energy:.2f} kWh")
+
+# %%
+if not out:
+    shutil.rmtree(scratch)

@@ -318,6 +318,8 @@ class LaunchCommand:
     """Ranks to start; 0: one per GPU, or a single one without a GPU."""
     yes: bool = False
     """Do not ask before long runs and large downloads."""
+    plan: bool = False
+    """Say what would be done on this machine, and why, and stop."""
 
 
 def confirm(plan: Plan, yes: bool) -> None:
@@ -346,8 +348,12 @@ def main(arguments: list[str]) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         setup()
-        default = choose_preset(look(), memory_needed_gb("record", measured_runs()))[0]
+        default, why = choose_preset(look(), memory_needed_gb("record", measured_runs()))
         command = read_command(lambda config: LaunchCommand(TrainCommand(config)), arguments, default, "python -m speedrun.launch")
+        if command.plan:
+            print(f"make speedrun takes preset {default}: {why}")
+            print(make_plan(command.train.config, look(), command.gpus))
+            return 0
         with progress(command.train.config) as echo:
             folder = launch(command, echo)
     except Problem as problem:

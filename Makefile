@@ -1,0 +1,84 @@
+# make             what there is
+# make speedrun    set up, then train here, watched live
+# make test        the tests that need minutes, make check the rest
+#
+# PYTHON names the interpreter. It is used as it is if it has everything; else .venv is made or completed, and only then is the
+# network touched. Nothing here needs an activated environment.
+
+PYTHON ?= python3
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+export YES
+export PYTHONPATH := $(CURDIR)
+
+# $(call python,EXTRAS): the interpreter that has the project with these extras
+python = py="$$($(PYTHON) scripts/environment.py $(1))"
+# the interpreter for targets that install nothing: .venv if it is there
+bare = $(firstword $(wildcard .venv/bin/python .venv/Scripts/python.exe) $(PYTHON))
+
+.PHONY: help
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+.PHONY: setup
+setup:  ## install what running, testing and reading need (the rest installs what it needs when called)
+	@$(call python,book dev); echo "ready: $$py"
+
+.PHONY: speedrun
+speedrun:  ## train on this machine (PRESET=… GPUS=… DATA=… ARGS="--steps 100"; YES=1 does not ask)
+	@$(call python,); exec "$$py" scripts/run_speedrun.py $(if $(PRESET),--preset $(PRESET)) $(if $(GPUS),--gpus $(GPUS)) $(if $(DATA),--data $(DATA)) $(ARGS)
+
+.PHONY: test
+test:  ## unit tests, tangle-check, lint and types (at most 6 minutes on 2 cores)
+	@$(call python,book dev); export PATH="$$(dirname "$$py"):$$PATH"; \
+	"$$py" scripts/tangle.py --check; \
+	"$$py" -m ruff check . ; "$$py" -m ruff format --check . ; "$$py" -m mypy; \
+	"$$py" -m pytest -n 2 --dist loadfile $(TESTS)
+
+.PHONY: check
+check: book  ## what make test leaves out: every chapter, the book, the book in a browser, long tests
+	@$(call python,book dev); export PATH="$$(dirname "$$py"):$$PATH"; \
+	"$$py" -m pytest -m "chapters or browser or slow" $(TESTS)
+
+.PHONY: tangle
+tangle:  ## notebooks/ → speedrun/ (FORCE=1 overwrites modules that were edited by hand)
+	@$(bare) scripts/tangle.py $(if $(FORCE),--force)
+
+.PHONY: tangle-check
+tangle-check:  ## fail where speedrun/ is not what the notebooks say; installs nothing
+	@$(bare) scripts/tangle.py --check
+
+.PHONY: chapter
+chapter:  ## execute one chapter: make chapter NB=02
+	@test -n "$(NB)" || { echo "which one? make chapter NB=02"; exit 2; }
+	@$(call python,book dev); "$$py" scripts/tangle.py; "$$py" scripts/execute.py --force $(NB)
+
+.PHONY: book
+book:  ## execute the chapters that changed and build the book: _build/site/index.html
+	@$(call python,book dev); "$$py" scripts/tangle.py --check; "$$py" scripts/execute.py; "$$py" scripts/book.py
+
+.PHONY: lab
+lab:  ## the chapters in JupyterLab; saving one tangles it, edited modules are reloaded
+	@$(call python,book dev); IPYTHONDIR="$(CURDIR)/scripts/ipython" exec "$$py" -m jupyterlab --config scripts/jupyter_config.py --notebook-dir . notebooks $(ARGS)
+
+.PHONY: exercises
+exercises:  ## the chapters with holes where the solutions were: _build/exercises/*.ipynb
+	@$(call python,book dev); "$$py" scripts/exercises.py
+
+.PHONY: doctor
+doctor:  ## what this machine can run, what is missing, and how to mend it
+	@$(bare) scripts/environment.py --check book dev > /tmp/missing.$$$$ || { echo "✗ $(bare) lacks:"; sed 's/^/    /' /tmp/missing.$$$$; echo "  → make setup"; }; rm -f /tmp/missing.$$$$; \
+	$(bare) -m speedrun.lab.hardware; $(bare) -m speedrun.launch --plan
+
+.PHONY: stale
+stale:  ## results whose code has changed since (PROVE=1 tries to show that it trains the same)
+	@$(call python,book dev); "$$py" scripts/stale.py $(if $(PROVE),--prove)
+
+.PHONY: format
+format:  ## format and lint what can be mended by machine
+	@$(call python,book dev); "$$py" -m ruff format . ; "$$py" -m ruff check --fix . ; "$$py" scripts/tangle.py
+
+.PHONY: clean
+clean:  ## remove what can be made again (not data/, not runs/, not .venv)
+	rm -rf _build .pytest_cache .ruff_cache .mypy_cache .hypothesis
