@@ -21,10 +21,10 @@
 #
 # In May 2024 a well-tuned C program trained a 124-million-parameter GPT-2 to a validation loss of 3.28 in **45 minutes** on eight H100s. In July
 # 2026 the same machine reaches the same loss in **73.8 seconds**. Nothing was bought in between. The hardware is the same, the text is the same, the
-# target is the same; what changed is that some eighty people had some ninety ideas, each small enough to explain over lunch.
+# target is the same; what changed is that fifty people, and lately a few AI systems, had some ninety ideas, each small enough to explain over lunch.
 #
 # You would like to understand them. So you open the trainer that holds the record, and meet five thousand lines in which every line is the residue
-# of an argument somebody won, and none of the arguments are written down.
+# of an argument that somebody won, and none of the arguments are written down.
 #
 # This book is the arguments. Each chapter takes one idea, asks what it should buy, builds it in the fewest lines that work, and measures. The lines
 # are then collected, mechanically, into a trainer; the code you read is the code that runs.
@@ -39,14 +39,15 @@
 # machine*, must show over several runs that the mean loss is below 3.28 at $p < 0.01$, and may not touch the tokens. Everything else is allowed:
 # another architecture, another optimizer, another number format, hand-written kernels.
 #
-# Why 3.28? It is what GPT-2 itself scores on this text. And why is it a good game? Because the score is a *time*, every trade must pay in the one
-# currency. An idea that learns 2% more from each token but slows each step by 3% is worth nothing, and the clock says so.
+# Why 3.28? It is where llm.c, Andrej Karpathy's reproduction of GPT-2, arrived after its 45 minutes. And why is it a good game? Because the score is
+# a *time*. Papers trade in currencies that cannot be exchanged: this one saves steps, that one saves memory, a third one gains accuracy at equal
+# FLOPs. Here an idea that learns 2% more from each token and slows each step by 3% is worth less than nothing, and the clock says so in a minute.
 #
 # Here is everything that happened. Before you scroll to the figure, decide what you expect.
 
 # %% [markdown]
 # ```{admonition} Prediction
-# The record fell by a factor of about 37 in 89 steps. If each step had helped equally, each would have cut the time by
+# The record fell by a factor of about 37 in 88 steps. If each step had helped equally, each would have cut the time by
 # $1 - 37^{-1/88} \approx 4\%$. It was not like that. **Write down your guess: how many of the 88 improvements make up half of the progress?**
 # And a second one: while the time fell by 37, by what factor did the *program* grow?
 # ```
@@ -56,19 +57,22 @@
 
 # %%
 import math
+import re
 from datetime import date
 
 from speedrun.lab.results import figure_style, public_table
 
-rows = public_table("records")
-ladder = [row for row in rows if not row["note"].startswith("retiming")]  # record 21 was timed three times; its first time stands here
+# record 21 was timed three times, under changing rules; its first time stands here
+ladder = [row for row in public_table("records") if not row["note"].startswith("retiming")]
 seconds = [float(row["record_time_s"]) for row in ladder]
 days = [date.fromisoformat(row["date"]) for row in ladder]
 gains = [math.log(before / after) for before, after in zip(seconds, seconds[1:])]
+people = {name for row in ladder for name in re.findall(r"@[\w.-]+", row["contributors"])}
 
-assert len(ladder) == 89 and seconds[0] == 45 * 60
+assert len(ladder) == 89 and seconds[0] == 45 * 60 and len(people) == 50
 assert math.isclose(sum(gains), math.log(seconds[0] / seconds[-1]))
-print(f"{seconds[0]:.0f} s → {seconds[-1]:.1f} s: a factor of {seconds[0] / seconds[-1]:.1f} in {(days[-1] - days[0]).days} days")
+factor, span = seconds[0] / seconds[-1], (days[-1] - days[0]).days
+print(f"{seconds[0]:.0f} s → {seconds[-1]:.1f} s: a factor of {factor:.1f} in {span} days")
 
 # %% [markdown]
 # Sort the gains, add them up from the largest, and stop at half:
@@ -79,35 +83,45 @@ half, running = [], 0.0
 while running < sum(gains) / 2:
     half.append(order[len(half)])
     running += gains[half[-1]]
-slower = [ladder[i + 1]["record"] for i, gain in enumerate(gains) if gain < 0]
 
-assert len(half) < 10, "half of the progress is in single digits of steps"
+assert len(half) == 7 and max(half) <= 10, "seven steps, all among the first eleven"
 for i in sorted(half):
-    row = ladder[i + 1]
-    print(f"record {row['record']:>2}  {seconds[i]:6.0f} → {seconds[i + 1]:6.1f} s  {gains[i] / sum(gains):5.1%}  {row['description']}")
-print(f"these {len(half)} of {len(gains)} steps are half of the progress; the other half took {len(gains) - len(half)}")
+    row, share = ladder[i + 1], gains[i] / sum(gains)
+    print(
+        f"record {row['record']:>2} {seconds[i + 1]:5.0f} s {share:5.1%}  {row['description'][:62]}"
+    )
+print(f"half of the progress took {len(half)} steps, the other half {len(gains) - len(half)}")
 
 # %% [markdown]
-# All of the big ones are early, and most of them are not engineering. Rotary positions, Muon, a squared ReLU, a shortcut for the values, attention
-# over documents: the first half of the ladder is *learning more from each token*. The second half is a long grind of one and two percent, and
-# that is where the kernels, the number formats and the schedules live. The figure shows both halves, and their price.
+# All of the big ones are early, and only one of the seven, record 6, is engineering in the narrow sense. Rotary positions, Muon, a squared ReLU, a
+# shortcut for the values, attention that respects documents: the steep part of the ladder is *learning more from each token*. What follows is a long grind
+# of one and two per cent, and that is where the kernels, the number formats and the schedules live. The figure shows both parts, and their price.
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Record time on a logarithmic axis against date, with the lines of code of each record below"}}
 import matplotlib.pyplot as plt
 
 figure_style()
 lines = [(day, int(row["code_lines"])) for day, row in zip(days, ladder) if row["code_lines"]]
-first, last = lines[0][1], lines[-1][1]
+growth = lines[-1][1] / lines[0][1]
 fig, (top, bottom) = plt.subplots(2, 1, figsize=(8, 5.6), sharex=True, height_ratios=[2.2, 1])
 top.step(days, seconds, where="post", color="C0")
 top.plot(days, seconds, "o", ms=3.5, color="C0")
-top.plot([days[i + 1] for i in half], [seconds[i + 1] for i in half], "o", ms=7, mfc="none", color="C1", label=f"{len(half)} steps, half of the progress")
+circles = [(days[i + 1], seconds[i + 1]) for i in half]
+top.plot(
+    *zip(*circles),
+    "o",
+    ms=8,
+    mfc="none",
+    color="C1",
+    label=f"{len(half)} steps, half of the progress",
+)
 top.set_yscale("log")
-top.set_yticks([60, 120, 300, 600, 1200, 2700], ["1 min", "2 min", "5 min", "10 min", "20 min", "45 min"])
+ticks = {60: "1 min", 120: "2 min", 300: "5 min", 600: "10 min", 1200: "20 min", 2700: "45 min"}
+top.set_yticks(list(ticks), list(ticks.values()))
 top.minorticks_off()
 top.set_ylabel("time to 3.28")
 top.legend(loc="upper right")
-top.set_title(f"{seconds[0] / seconds[-1]:.0f}× faster in {(days[-1] - days[0]).days / 365.25:.1f} years, for {last / first:.1f}× the code")
+top.set_title(f"{factor:.0f}× faster in {span / 365.25:.1f} years, for {growth:.1f}× the code")
 bottom.plot(*zip(*lines), "o-", ms=3, lw=1, color="C2")
 bottom.set_ylim(0)
 bottom.set_ylabel("lines of code")
@@ -116,31 +130,32 @@ plt.show()
 
 # %% [markdown]
 # *Source: the public record logs and README of modded-nanogpt as of August 2026, carried over in `book/data/records.csv`. Code lines are counted in
-# the program that each record's log embeds; logs of branches that were merged later differ a little from the code that holds the record.*
+# the program that each record's log embeds. Logs of branches that were merged later differ from the code that holds the record, which explains the spike.*
 #
-# The lower curve is the reason for this book. The five hundred lines that were one evening's reading in January 2025 are three thousand today, five with the kernels, and the
-# ideas in them have not become harder, only unlabelled.
+# The lower curve is the reason for this book. The five hundred lines of January 2025 were one evening's reading. Today they are three thousand, and
+# five with the kernels, and the ideas in them have not become harder. They have become unlabelled.
 #
 # ## Your machine
 #
-# You do not need eight H100s. Every chapter runs on a laptop CPU in under a minute, on real text, with the same code at smaller shapes; on one GPU it
-# runs at shapes where the timings mean something; and the last chapters run the whole trainer on whatever you have.
+# You do not need eight H100s. Every chapter runs on a laptop CPU in about a minute at most, on real text, with the same code at smaller shapes; on one GPU it
+# runs at shapes where the timings mean something; and the chapters at the end run the whole trainer on whatever you have.
 #
 # | you have | you can | command |
 # | --- | --- | --- |
-# | nothing to install | read, with every output on the page | |
+# | a browser | read, with every output on the page | |
 # | a CPU | run each chapter; train a small GPT in about five minutes | `make speedrun` |
-# | one NVIDIA GPU | the same on GPT-2's tokens, in minutes; every kernel | `make speedrun` |
-# | several | the record's recipe | `make speedrun` |
+# | one NVIDIA GPU | train on GPT-2's tokens, in minutes; run every kernel | `make speedrun` |
+# | several | run the record's recipe | `make speedrun` |
 #
 # It is the same command on purpose. A trainer that works only on the machine it was tuned for is the most common complaint about speedruns, and
-# the second most common is an error that says `AttributeError` when it means *you have no GPU*. So the first code that we write is neither model nor
+# close behind comes the error that says `AttributeError` when it means *you have no GPU*. So the first code that we write is neither model nor
 # optimizer. It is the part that looks at a machine and says what it sees.
 #
 # ### Errors with a way out
 #
-# A message that only says what went wrong leaves the reader where the program stopped. Throughout this book an error that somebody can mend
+# A message that only says what went wrong leaves its reader where the program stopped. Throughout this book an error that somebody can mend
 # is a `Problem`: what is wrong, with the name and the value, and the way out.
+
 
 # %%
 #| default_exp lab.hardware
@@ -154,19 +169,21 @@ class Problem(Exception):
 
 
 # %% [markdown]
-# Commands catch exactly this class and print it without a traceback; anything else is a bug of ours, and keeps its traceback.
+# Commands catch exactly this class and print it without a traceback. Anything else is a bug of ours, and keeps its traceback.
 
 # %%
 try:
-    raise Problem("data/fineweb holds no manifest.json", "python -m speedrun.data manifest data/fineweb")
+    raise Problem(
+        "data/fineweb holds no manifest.json", "python -m speedrun.data manifest data/fineweb"
+    )
 except Problem as problem:
-    assert problem.fix in str(problem) and problem.what in str(problem)
+    assert problem.what in str(problem) and problem.fix in str(problem)
     print(problem)
 
 # %% [markdown]
 # ### Looking without touching
 #
-# Asking PyTorch for GPUs has a side effect: the process that asks may end up holding a CUDA context, some hundreds of megabytes on each device, and
+# Asking PyTorch for GPUs has a side effect. The process that asks may end up holding a CUDA context, some hundreds of megabytes on each device, and
 # can no longer safely fork. A notebook that *launches* training should hold nothing of the kind. The driver's own tool, `nvidia-smi`, answers without
 # leaving a trace, so we ask it and parse what it prints.
 
@@ -188,7 +205,10 @@ GPU_QUERY = "index,uuid,name,memory.total,driver_version,compute_cap"
 
 @dataclass(frozen=True)
 class GPU:
-    """One NVIDIA GPU as its driver describes it. `memory_gb` counts 2**30 bytes; `capability` is (9, 0) for Hopper."""
+    """One NVIDIA GPU as its driver describes it.
+
+    memory_gb: counted in 2**30 bytes. capability: (9, 0) for Hopper; (0, 0) where the driver does not say.
+    """
 
     index: int
     uuid: str
@@ -201,10 +221,11 @@ class GPU:
 # %% [markdown]
 # The parser is kept apart from the call, so that it can be shown machines we do not have:
 
+
 # %%
 #| export
 def parse_gpus(text: str) -> tuple[GPU, ...]:
-    """GPUs from what `nvidia-smi --query-gpu=… --format=csv,noheader,nounits` prints; lines that are no GPU are skipped."""
+    """GPUs from what `nvidia-smi --query-gpu=… --format=csv,noheader,nounits` prints; other lines are skipped."""
     gpus = []
     for line in text.splitlines():
         cells = [cell.strip() for cell in line.split(",")]
@@ -213,24 +234,28 @@ def parse_gpus(text: str) -> tuple[GPU, ...]:
         index, uuid, name, memory, driver, capability = cells
         known = re.fullmatch(r"(\d+)\.(\d+)", capability)
         memory_gb = float(memory) / 1024 if re.fullmatch(r"[\d.]+", memory) else 0.0
-        gpus.append(GPU(int(index), uuid, name, memory_gb, driver, (int(known[1]), int(known[2])) if known else (0, 0)))
+        pair = (int(known[1]), int(known[2])) if known else (0, 0)
+        gpus.append(GPU(int(index), uuid, name, memory_gb, driver, pair))
     return tuple(gpus)
 
 
 # %% [markdown]
-# An eight-GPU server, then a virtual machine whose driver declines to say what its card can do, followed by a line of complaint:
+# An eight-GPU server; then a virtual machine whose driver declines to say what its card can do, followed by a line of complaint:
 
 # %%
-server = parse_gpus("\n".join(f"{i}, GPU-{i}f3c, NVIDIA H100 80GB HBM3, 81559, 580.65.06, 9.0" for i in range(8)))
-shy = parse_gpus("0, GPU-a1, GRID A100, [N/A], 535.00, [N/A]\nFailed to initialize NVML: Driver/library version mismatch")
+row = "{i}, GPU-{i}f3c, NVIDIA H100 80GB HBM3, 81559, 580.65.06, 9.0"
+server = parse_gpus("\n".join(row.format(i=i) for i in range(8)))
+shy = parse_gpus("0, GPU-a1, GRID A100, [N/A], 535.00, [N/A]\nFailed to initialize NVML")
 
-assert len(server) == 8 and server[7].index == 7 and server[0].capability == (9, 0) and 79 < server[0].memory_gb < 80
+assert len(server) == 8 and server[7].index == 7 and server[0].capability == (9, 0)
+assert 79 < server[0].memory_gb < 80
 assert len(shy) == 1 and shy[0].capability == (0, 0) and shy[0].memory_gb == 0
 print(server[0])
 
 # %% [markdown]
 # `nvidia-smi` lists every GPU of the machine, whatever `CUDA_VISIBLE_DEVICES` says. On a shared server that variable is how colleagues keep out of each
 # other's way, so we apply CUDA's reading of it: a list of numbers or UUID prefixes, in that order, which ends at the first entry that matches nothing.
+
 
 # %%
 #| export
@@ -239,8 +264,10 @@ def visible_gpus(gpus: tuple[GPU, ...], setting: str | None) -> tuple[GPU, ...]:
     if setting is None:
         return gpus
     chosen = []
-    for entry in setting.split(","):
-        match = [gpu for gpu in gpus if entry.strip() and (entry.strip() == str(gpu.index) or gpu.uuid.startswith(entry.strip()))]
+    for entry in (part.strip() for part in setting.split(",")):
+        match = [
+            gpu for gpu in gpus if entry and (entry == str(gpu.index) or gpu.uuid.startswith(entry))
+        ]
         if not match:
             break
         chosen.append(match[0])
@@ -248,7 +275,7 @@ def visible_gpus(gpus: tuple[GPU, ...], setting: str | None) -> tuple[GPU, ...]:
 
 
 def find_gpus() -> tuple[GPU, ...]:
-    """The NVIDIA GPUs that this process may use, found without touching CUDA. Empty where there is no driver."""
+    """The NVIDIA GPUs that this process may use, found without touching CUDA. Empty without a driver."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return ()
@@ -258,9 +285,12 @@ def find_gpus() -> tuple[GPU, ...]:
 
 
 # %%
-assert visible_gpus(server, None) == server and visible_gpus(server, "") == () and visible_gpus(server, "-1") == ()
+assert visible_gpus(server, None) == server
+assert visible_gpus(server, "") == visible_gpus(server, "-1") == ()
 assert [gpu.index for gpu in visible_gpus(server, "3, GPU-1f")] == [3, 1]
-assert [gpu.index for gpu in visible_gpus(server, "2,9,4")] == [2], "CUDA stops at the first entry that matches nothing"
+assert [gpu.index for gpu in visible_gpus(server, "2,9,4")] == [2], (
+    "CUDA stops at what matches nothing"
+)
 print("here:", ", ".join(gpu.name for gpu in find_gpus()) or "no NVIDIA GPU")
 
 # %% [markdown]
@@ -276,7 +306,10 @@ PACKAGES = ("torch", "triton", "numpy", "tiktoken", "jupytext", "papermill", "nb
 
 @dataclass(frozen=True)
 class Machine:
-    """What a process can use here. `versions` maps package → version or None; `cuda` is what the torch build was made for, or None."""
+    """What a process can use here.
+
+    versions: package → version, or None. cuda: the CUDA that torch was built for, or None.
+    """
 
     system: str
     python: str
@@ -291,6 +324,20 @@ class Machine:
     def device(self) -> str:
         """`cuda` where there is a GPU and a torch that can use it, else `cpu`."""
         return "cuda" if self.gpus and self.cuda else "cpu"
+
+
+# %% [markdown]
+# A value like this can be made up, and that is its point: every decision in this book that depends on hardware is a function of a `Machine`, and so can be tested on machines that nobody here owns.
+
+# %%
+nothing, everything = dict.fromkeys(PACKAGES), dict.fromkeys(PACKAGES, "1.0")
+poor = Machine("Linux x86_64", "3.10.4", 2, 8.0, (), nothing, None, None)
+mac = Machine(
+    "Darwin arm64", "3.12.1", 8, 16.0, (), everything | {"triton": None}, None, "/usr/bin/clang++"
+)
+forgotten = Machine("Linux x86_64", "3.12.1", 64, 512.0, server, everything, None, "/usr/bin/g++")
+assert [machine.device for machine in (poor, mac, forgotten)] == ["cpu"] * 3
+print(f"{len(forgotten.gpus)} GPUs and a torch without CUDA: device {forgotten.device}")
 
 
 # %%
@@ -309,19 +356,24 @@ def look() -> Machine:
 
     versions = {package: version_of(package) for package in PACKAGES}
     cuda = importlib.import_module("torch.version").cuda if versions["torch"] else None
-    names = [os.environ.get("CXX", ""), "g++", "clang++", "cl"]
-    compiler = next((path for name in names if name and (path := shutil.which(name))), None)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    compilers = [os.environ.get("CXX", ""), "g++", "clang++", "cl"]
+    compiler = next((path for name in compilers if name and (path := shutil.which(name))), None)
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
+    system, python = f"{platform.system()} {platform.machine()}", platform.python_version()
     memory_gb = psutil.virtual_memory().total / 2**30
-    system = f"{platform.system()} {platform.machine()}"
-    return Machine(system, platform.python_version(), cores, memory_gb, find_gpus(), versions, cuda, compiler)
+    return Machine(system, python, cores, memory_gb, find_gpus(), versions, cuda, compiler)
 
 
 # %%
 machine = look()
 assert machine.cores >= 1 and machine.memory_gb > 0.1 and machine.versions["torch"]
 assert version_of("a-package-that-nobody-wrote") is None
-print(f"{machine.system}, Python {machine.python}, {machine.cores} cores, {machine.memory_gb:.0f} GB, torch {machine.versions['torch']} → {machine.device}")
+print(
+    f"{machine.system}, Python {machine.python}, {machine.cores} cores, {machine.memory_gb:.0f} GB"
+)
+print(f"torch {machine.versions['torch']} → {machine.device}")
 
 # %% [markdown]
 # ### Kernels without a GPU
@@ -330,8 +382,9 @@ print(f"{machine.system}, Python {machine.python}, {machine.cores} cores, {machi
 # CPU, thousands of times slower and good enough to show that it is right. The switch is read when a kernel is **defined**, which is too late to
 # think of it once the kernels have been imported. So every command and every kernel chapter begins with `setup()`.
 #
-# On macOS and Windows there is no Triton at all, and a package that cannot be *imported* there is useless there. The decorator below is `triton.jit` where Triton
-# exists. Where it does not, the kernel becomes an object that refuses to launch, and says why, at the moment somebody tries.
+# On macOS and Windows there is no Triton at all, and a package that cannot be *imported* there is useless there. The decorator below is `triton.jit` where
+# Triton exists. Where it does not, the kernel becomes an object that refuses to launch, and says why, at the moment somebody tries.
+
 
 # %%
 #| export
@@ -350,12 +403,13 @@ class Unlaunchable:
         self.__name__, self.__doc__ = kernel.__name__, kernel.__doc__
 
     def __getitem__(self, grid):
-        raise Problem(
-            f"the kernel {self.__name__} cannot be launched: Triton cannot be imported on {platform.system()}, Python {platform.python_version()}",
-            "pip install triton (Linux only); elsewhere call the plain reference that stands beside the kernel",
-        )
+        where = f"{platform.system()}, Python {platform.python_version()}"
+        fix = "pip install triton (Linux only), or call the plain reference beside the kernel"
+        raise Problem(f"kernel {self.__name__} cannot be launched: no Triton on {where}", fix)
 
 
+# %%
+#| export
 def jit(kernel):
     """`triton.jit`, or without Triton a stand-in whose launch says why."""
     triton = find_triton()
@@ -363,7 +417,7 @@ def jit(kernel):
 
 
 def setup() -> Machine:
-    """First call of every command and kernel chapter: looks at the machine, and without a GPU makes Triton interpret."""
+    """First call of every command and kernel chapter: without a GPU, makes Triton interpret its kernels."""
     machine, triton = look(), find_triton()
     if triton and machine.device == "cpu":
         triton.knobs.runtime.interpret = True
@@ -371,31 +425,36 @@ def setup() -> Machine:
 
 
 # %% [markdown]
-# Both promises can be kept on any machine. Blocking the import plays the Mac, and a kernel that doubles a vector plays itself:
+# The second promise can be kept on any machine. Blocking the import plays the Mac:
 
 # %%
-import torch
-
 machine = setup()
-blocked = sys.modules.copy()
+had = sys.modules.get("triton")
 sys.modules["triton"] = None  # Python's own way to say "cannot be imported"
+
+
+def twice(pointer):
+    """Doubles what the pointer points at."""
+
+
 try:
-    refuses = jit(lambda pointer: pointer)
-    try:
-        refuses[(1,)](None)
-    except Problem as problem:
-        assert "Triton cannot be imported" in problem.what and "plain reference" in problem.fix
-        print(problem)
+    kernel = jit(twice)
+    assert kernel.__name__ == "twice" and "Doubles" in kernel.__doc__
+    kernel[(1,)](None)
+    raise AssertionError("launched without Triton")
+except Problem as problem:
+    print(problem)
 finally:
-    del sys.modules["triton"]
-    sys.modules.update({name: module for name, module in blocked.items() if name == "triton"})
+    sys.modules.pop("triton")
+    sys.modules.update({"triton": had} if had else {})
 
 # %% [markdown]
 # ### The doctor
 #
 # `make doctor` prints what follows: one line a finding, and for each problem its fix. It can only know problems that somebody has met. Those below
-# are the ones people report on the contest's own tracker: a PyTorch without CUDA beside a perfectly good GPU, a missing compiler, and a
+# are the ones that people report on the contest's own tracker: a PyTorch without CUDA beside a perfectly good GPU, a missing compiler, and a
 # container with 64 MB of shared memory, in which eight ranks die of a bus error that names nothing.
+
 
 # %%
 #| export
@@ -414,131 +473,163 @@ def verdict(ok: bool | None, good: str, bad: str, fix: str) -> Finding:
 
 
 # %%
+assert verdict(True, "fine", "broken", "mend it") == Finding(True, "fine")
+assert verdict(False, "fine", "broken", "mend it").fix == "mend it"
+
+
+# %%
 #| export
 def software_findings(machine: Machine) -> list[Finding]:
     """Python, torch, Triton, a compiler, and the packages of the book."""
-    have, linux = machine.versions, machine.system.startswith("Linux")
+    have, python = machine.versions, f"Python {machine.python}"
     new = tuple(int(part) for part in machine.python.split(".")[:2]) >= (3, 11)
-    python = f"Python {machine.python}"
-    built = f"torch {have['torch']}, built for {'CUDA ' + machine.cuda if machine.cuda else 'the CPU'}"
+    built = (
+        f"torch {have['torch']}, built for {'CUDA ' + machine.cuda if machine.cuda else 'the CPU'}"
+    )
+    triton = True if have["triton"] else False if machine.system.startswith("Linux") else None
     no_triton = f"no triton on {machine.system}: kernels are shown, not run"
+    compiler = "apt-get install g++ (macOS: xcode-select --install), or train with --no-compile"
     missing = [name for name in PACKAGES if have[name] is None and name not in ("torch", "triton")]
     return [
-        verdict(new, python, f"{python} is too old", "install Python 3.11 or newer, then make setup PYTHON=…"),
+        verdict(
+            new, python, f"{python} is too old", "install 3.11 or newer, then make setup PYTHON=…"
+        ),
         verdict(have["torch"] is not None, built, "torch is missing", "make setup"),
-        verdict(True if have["triton"] else False if linux else None, f"triton {have['triton']}", no_triton, "make setup"),
-        verdict(bool(machine.compiler), f"compiler {machine.compiler}", "no C++ compiler: torch.compile cannot work",
-                "apt-get install g++ (macOS: xcode-select --install), or train with --no-compile"),
-        verdict(not missing, "the packages of the book", f"missing: {', '.join(missing)}", "make setup"),
-    ]  # fmt: skip
+        verdict(triton, f"triton {have['triton']}", no_triton, "make setup"),
+        verdict(
+            bool(machine.compiler), f"compiler {machine.compiler}", "no C++ compiler", compiler
+        ),
+        verdict(
+            not missing, "the packages of the book", f"missing: {', '.join(missing)}", "make setup"
+        ),
+    ]
 
 
 # %% [markdown]
-# A machine on which everything is wrong, and a Mac, which is not wrong but a Mac:
+# The machine on which everything is wrong, and the Mac, which is not wrong but a Mac:
 
 # %%
-nothing = dict.fromkeys(PACKAGES)
-poor = Machine("Linux x86_64", "3.10.4", 2, 8.0, (), nothing, None, None)
 assert [finding.ok for finding in software_findings(poor)] == [False] * 5
 assert all(finding.fix for finding in software_findings(poor)), "each problem comes with its fix"
-
-everything = dict.fromkeys(PACKAGES, "1.0")
-mac = Machine("Darwin arm64", "3.12.1", 8, 16.0, (), everything | {"triton": None}, None, "/usr/bin/clang++")
 assert [finding.ok for finding in software_findings(mac)] == [True, True, None, True, True]
+print(software_findings(mac)[2].text)
+
 
 # %%
 #| export
 def hardware_findings(machine: Machine, disk_gb: float, shared_gb: float | None) -> list[Finding]:
     """GPUs, free disk and shared memory (`shared_gb` is None where there is no /dev/shm)."""
-    found = [Finding(None, f"{machine.system}, {machine.cores} cores, {machine.memory_gb:.0f} GB of memory")]
+    size = f"{machine.cores} cores, {machine.memory_gb:.0f} GB of memory"
+    found = [Finding(None, f"{machine.system}, {size}")]
     for gpu in machine.gpus:
-        capability = ".".join(str(part) for part in gpu.capability)
-        found.append(Finding(True, f"GPU {gpu.index}: {gpu.name}, {gpu.memory_gb:.0f} GB, sm {capability}, driver {gpu.driver}"))
+        what = f"{gpu.name}, {gpu.memory_gb:.0f} GB, sm {gpu.capability[0]}.{gpu.capability[1]}"
+        found.append(Finding(True, f"GPU {gpu.index}: {what}, driver {gpu.driver}"))
     if not machine.gpus:
-        found.append(Finding(None, "no NVIDIA GPU: chapters run small, kernels through Triton's interpreter"))
+        found.append(
+            Finding(None, "no NVIDIA GPU: kernels run through Triton's interpreter, small")
+        )
     elif not machine.cuda:
-        found.append(Finding(False, "there is a GPU, but this torch was built for the CPU",
-                             "pip install --force-reinstall torch, from the default index"))  # fmt: skip
+        fix = "pip install --force-reinstall torch, from the default index"
+        found.append(Finding(False, "there is a GPU, but this torch was built for the CPU", fix))
     disk = f"{disk_gb:.0f} GB of free disk"
-    found.append(verdict(disk_gb >= 5, disk, disk, "free 5 GB: the environment takes 3, the smallest FineWeb run 0.4"))
+    found.append(
+        verdict(disk_gb >= 5, disk, disk, "free 5 GB: 3 for the packages, the rest for data")
+    )
     if shared_gb is not None and len(machine.gpus) > 1:
         shared = f"{shared_gb:.2f} GB of shared memory for the ranks"
-        found.append(verdict(shared_gb >= 1, shared, shared, "docker run --ipc=host, or --shm-size=8g"))
-    cuda = len(machine.gpus) if machine.device == "cuda" else 0
-    tiers = {"C: whole chapters on the CPU": True, "1: one GPU": cuda >= 1, "N: several GPUs": cuda > 1}
-    return found + [Finding(can or None, f"tier {tier}: {'yes' if can else 'no'}") for tier, can in tiers.items()]
+        found.append(
+            verdict(shared_gb >= 1, shared, shared, "docker run --ipc=host, or --shm-size=8g")
+        )
+    return found
 
 
 # %%
-crammed = Machine("Linux x86_64", "3.12.1", 64, 512.0, server, everything, None, "/usr/bin/g++")
-problems = [finding for finding in hardware_findings(crammed, disk_gb=2.0, shared_gb=0.064) if finding.ok is False]
+problems = [f for f in hardware_findings(forgotten, disk_gb=2.0, shared_gb=0.064) if f.ok is False]
 assert len(problems) == 3 and all(finding.fix for finding in problems)
 assert not any(finding.ok is False for finding in hardware_findings(mac, 100.0, None))
 for finding in problems:
     print(f"✗ {finding.text}\n  → {finding.fix}")
 
 # %% [markdown]
-# And yours, or rather the one that made this page:
+# And yours; or rather, that of the machine which made this page:
+
 
 # %%
 #| export
+def tier_findings(machine: Machine) -> list[Finding]:
+    """What can be run here: C, whole chapters on the CPU; 1, one GPU; N, several."""
+    usable = len(machine.gpus) if machine.device == "cuda" else 0
+    tiers = {
+        "C: whole chapters on the CPU": True,
+        "1: one GPU": usable >= 1,
+        "N: several GPUs": usable > 1,
+    }
+    return [
+        Finding(can or None, f"tier {tier}: {'yes' if can else 'no'}")
+        for tier, can in tiers.items()
+    ]
+
+
 def doctor(machine: Machine) -> int:
     """Print every finding, each problem with its fix; returns the number of problems."""
     shared = Path("/dev/shm")
     shared_gb = shutil.disk_usage(shared).total / 2**30 if shared.is_dir() else None
-    findings = software_findings(machine) + hardware_findings(machine, shutil.disk_usage(".").free / 2**30, shared_gb)
-    for finding in findings:
+    found = hardware_findings(machine, shutil.disk_usage(".").free / 2**30, shared_gb)
+    found = software_findings(machine) + found + tier_findings(machine)
+    for finding in found:
         print({True: "✓", False: "✗", None: "·"}[finding.ok], finding.text)
         if finding.ok is False:
             print("  →", finding.fix)
-    return sum(finding.ok is False for finding in findings)
+    return sum(finding.ok is False for finding in found)
 
 
 if __name__ == "__main__" and __spec__ is not None:  # python -m, not a notebook
     sys.exit(min(doctor(look()), 1))
 
 # %%
-count = doctor(machine)
-assert count == sum(finding.ok is False for finding in software_findings(machine)) or count > 0
+assert doctor(machine) >= sum(finding.ok is False for finding in software_findings(machine))
+assert [finding.ok for finding in tier_findings(forgotten)] == [True, None, None]
 
 # %% [markdown]
 # ## How to read this book
 #
-# In order, or by the idea you came for; the [atlas of the ladder](01_are_you_faster.py) is not needed to begin. Three habits hold throughout.
+# In order, or by the idea you came for. Three habits hold throughout.
 #
 # **Predict first.** Each chapter stops before its measurement and asks for a number. A prediction that turns out wrong is worth more than a page that is
 # nodded through.
 #
-# **Every claim is a cell.** A sentence about the code is followed by a cell that asserts it. If the claim is false, the page you are reading cannot be built.
+# **Every claim is a cell.** A sentence about the code is followed by a cell that asserts it. If the claim were false, the page you are reading could not have been built.
 #
-# **The cells are the program.** A cell that begins with `#| export` goes, as it stands, into the package `speedrun`; the file you would find in a
-# traceback carries the heading of the section it came from. `make lab` opens the chapters in Jupyter, and saving one rewrites the package.
+# **The cells are the program.** A cell that begins with `#| export` goes, as it stands, into the package `speedrun`; the file that a traceback
+# names carries the heading of the section that it came from. `make lab` opens the chapters in Jupyter, and saving one rewrites the package. Change the learning
+# rate in chapter 03, save, and the next run of chapter 24 trains with it.
 #
 # ## Exercises
 #
 # 1. The record falls roughly exponentially. Write `half_life(days, seconds)`, the number of days in which the time halves, by a least-squares line through
 #    $\log_2$ of the time. (A straight line has slope $\sum (x-\bar x)(y-\bar y) / \sum (x-\bar x)^2$.)
 
+
 # %% tags=["solution"]
 def half_life(days: list[float], seconds: list[float]) -> float:
     """Days per halving, from a straight line through log2(seconds)."""
     logs = [math.log2(second) for second in seconds]
     day, log = sum(days) / len(days), sum(logs) / len(logs)
-    slope = sum((x - day) * (y - log) for x, y in zip(days, logs)) / sum((x - day) ** 2 for x in days)
-    return -1 / slope
+    slope = sum((x - day) * (y - log) for x, y in zip(days, logs))
+    return -sum((x - day) ** 2 for x in days) / slope
 
 
 # %%
 assert math.isclose(half_life([0.0, 10.0, 20.0], [8.0, 4.0, 2.0]), 10.0)
 since = [(day - days[0]).days for day in days]
-early = half_life(since[:21], seconds[:21])
-late = half_life(since[21:], seconds[21:])
+early, late = half_life(since[:21], seconds[:21]), half_life(since[21:], seconds[21:])
 assert early < late
 print(f"records 1–21 halved the time every {early:.0f} days, records 22–89 every {late:.0f}")
 
 # %% [markdown]
 # 2. Which *kind* of idea paid? Each row of the table has a `technique_area` such as `optimizer` or `systems+kernel`. Write `share_by_area(ladder, gains)`:
 #    the share of the total gain per area, a record with several areas split evenly among them. Predict the order before you run it.
+
 
 # %% tags=["solution"]
 def share_by_area(ladder: list[dict], gains: list[float]) -> dict[str, float]:

@@ -29,8 +29,12 @@ def requirements(extras: list[str]) -> list[str]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     unknown = [extra for extra in extras if extra not in project["optional-dependencies"]]
     if unknown:
-        sys.exit(f"there is no extra “{unknown[0]}”: pyproject.toml has {', '.join(project['optional-dependencies'])}")
-    return project["dependencies"] + [need for extra in extras for need in project["optional-dependencies"][extra]]
+        sys.exit(
+            f"there is no extra “{unknown[0]}”: pyproject.toml has {', '.join(project['optional-dependencies'])}"
+        )
+    return project["dependencies"] + [
+        need for extra in extras for need in project["optional-dependencies"][extra]
+    ]
 
 
 def missing(needs: list[str]) -> list[str]:
@@ -56,7 +60,9 @@ def missing(needs: list[str]) -> list[str]:
 def is_ours() -> bool:
     """Whether this interpreter imports the package from this checkout."""
     code = "import speedrun, sys; print(speedrun.__file__)"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/").stdout.strip()
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd="/"
+    ).stdout.strip()
     return bool(found) and Path(found).resolve().is_relative_to(ROOT)
 
 
@@ -66,7 +72,9 @@ def pip(python: Path, *arguments: str) -> bool:
 
 def pip_is_configured(python: Path) -> bool:
     """Whether somebody told pip where to look: then we do not tell it otherwise."""
-    listing = subprocess.run([python, "-m", "pip", "config", "list"], capture_output=True, text=True).stdout
+    listing = subprocess.run(
+        [python, "-m", "pip", "config", "list"], capture_output=True, text=True
+    ).stdout
     return any(word in listing for word in ("find-links", "index-url"))
 
 
@@ -80,33 +88,56 @@ def install(python: Path, extras: list[str]) -> None:
             say(f"{CPU_INDEX} did not answer; taking torch from the default index")
     what = f"{ROOT}[{','.join(extras)}]" if extras else str(ROOT)
     if not pip(python, "install", "--quiet", "--editable", what):
-        sys.exit(f"pip could not install the project into {python}; its message is above. By hand: {python} -m pip install -e '.[{','.join(extras)}]'")
+        sys.exit(
+            f"pip could not install the project into {python}; its message is above. By hand: {python} -m pip install -e '.[{','.join(extras)}]'"
+        )
 
 
 def main(arguments: list[str]) -> int:
     if sys.version_info < (3, 11):
-        sys.exit(f"Python {sys.version.split()[0]} is too old: the project needs 3.11. Name another one: make PYTHON=python3.12 …")
-    check, extras = "--check" in arguments, [argument for argument in arguments if argument != "--check"]
+        sys.exit(
+            f"Python {sys.version.split()[0]} is too old: the project needs 3.11. Name another one: make PYTHON=python3.12 …"
+        )
+    check, extras = (
+        "--check" in arguments,
+        [argument for argument in arguments if argument != "--check"],
+    )
     lacking = missing(requirements(extras))
     if check:
         print("\n".join(lacking + ([] if is_ours() else ["speedrun itself (pip install -e .)"])))
         return int(bool(lacking) or not is_ours())
     if not lacking and not is_ours():
-        say(f"{sys.executable} has everything but the project itself: installing that, without the network")
-        pip(Path(sys.executable), "install", "--quiet", "--no-deps", "--no-build-isolation", "--editable", str(ROOT))
+        say(
+            f"{sys.executable} has everything but the project itself: installing that, without the network"
+        )
+        pip(
+            Path(sys.executable),
+            "install",
+            "--quiet",
+            "--no-deps",
+            "--no-build-isolation",
+            "--editable",
+            str(ROOT),
+        )
     if not lacking and is_ours():
         print(sys.executable)
         return 0
     if Path(sys.executable).absolute() == VENV_PYTHON.absolute():
         return 1
     if not VENV_PYTHON.exists():
-        say(f"{sys.executable} lacks {', '.join(lacking[:4])}{' …' if len(lacking) > 4 else ''}: making .venv")
+        say(
+            f"{sys.executable} lacks {', '.join(lacking[:4])}{' …' if len(lacking) > 4 else ''}: making .venv"
+        )
         if subprocess.run([sys.executable, "-m", "venv", str(ROOT / ".venv")]).returncode:
-            sys.exit("a virtual environment could not be made: apt-get install python3-venv, or name another interpreter: make PYTHON=… …")
+            sys.exit(
+                "a virtual environment could not be made: apt-get install python3-venv, or name another interpreter: make PYTHON=… …"
+            )
     again = [str(VENV_PYTHON), __file__, *extras]
     done = subprocess.run(again, capture_output=True, text=True)
     if done.returncode:
-        say(f"installing into .venv: the project with {', '.join(extras) or 'no extras'} (a few minutes, about 3 GB)")
+        say(
+            f"installing into .venv: the project with {', '.join(extras) or 'no extras'} (a few minutes, about 3 GB)"
+        )
         install(VENV_PYTHON, extras)
         done = subprocess.run(again, capture_output=True, text=True)
     sys.stdout.write(done.stdout)

@@ -32,7 +32,16 @@ from speedrun.lab.hardware import look
 from speedrun.lab.results import imported_names, module_hashes, root
 
 EXECUTED = root() / "_build" / "executed"
-LIBRARIES = ("torch", "triton", "numpy", "scipy", "matplotlib", "tiktoken", "transformers", "ipykernel")
+LIBRARIES = (
+    "torch",
+    "triton",
+    "numpy",
+    "scipy",
+    "matplotlib",
+    "tiktoken",
+    "transformers",
+    "ipykernel",
+)
 LIMIT_S = 600
 
 
@@ -60,12 +69,16 @@ class Chapter:
         return EXECUTED / f"{self.name}.json"
 
 
-def chapters(wanted: list[str] = []) -> list[Chapter]:  # noqa: B006
+def chapters(wanted: tuple[str, ...] | list[str] = ()) -> list[Chapter]:
     """All chapters, or those whose number or name begins with one of `wanted`."""
     paths = sorted((root() / "notebooks").glob("*.py"))
-    chosen = [path for path in paths if not wanted or any(path.stem.startswith(start) for start in wanted)]
+    chosen = [
+        path for path in paths if not wanted or any(path.stem.startswith(start) for start in wanted)
+    ]
     if not chosen:
-        sys.exit(f"no chapter begins with {' or '.join(wanted)}: there are {', '.join(path.stem for path in paths)}")
+        sys.exit(
+            f"no chapter begins with {' or '.join(wanted)}: there are {', '.join(path.stem for path in paths)}"
+        )
     return [Chapter(path.stem, jupytext.read(path, fmt="py:percent")) for path in chosen]
 
 
@@ -75,7 +88,9 @@ def state_of(chapter: Chapter) -> dict:
     names = set(chapter.options.get("modules", []))
     for source in chapter.code:
         names |= imported_names(source)
-    versions = {library: importlib.metadata.version(library) for library in LIBRARIES if has(library)}
+    versions = {
+        library: importlib.metadata.version(library) for library in LIBRARIES if has(library)
+    }
     return {
         "code": hashlib.sha256("\0".join(chapter.code).encode()).hexdigest(),
         "modules": module_hashes(names),
@@ -104,7 +119,15 @@ def why_stale(chapter: Chapter) -> str | None:
     was, now = json.loads(chapter.ledger.read_text()), state_of(chapter)
     for part, value in now.items():
         if was["state"].get(part) != value:
-            changed = [name for name in {**value, **was["state"].get(part, {})} if value.get(name) != was["state"].get(part, {}).get(name)] if isinstance(value, dict) else []
+            changed = (
+                [
+                    name
+                    for name in {**value, **was["state"].get(part, {})}
+                    if value.get(name) != was["state"].get(part, {}).get(name)
+                ]
+                if isinstance(value, dict)
+                else []
+            )
             return f"{part} changed{': ' + ', '.join(changed) if changed else ''}"
     changed = [path for path, digest in was["opened"].items() if hash_of(path) != digest]
     return f"{changed[0]} changed" if changed else None
@@ -113,7 +136,11 @@ def why_stale(chapter: Chapter) -> str | None:
 def opened_files(ledger: Path) -> dict[str, str | None]:
     """The project's files that an execution read, with their hashes."""
     lines = set(ledger.read_text().splitlines()) if ledger.exists() else set()
-    inside = sorted(Path(line).relative_to(root()).as_posix() for line in lines if Path(line).is_relative_to(root()))
+    inside = sorted(
+        Path(line).relative_to(root()).as_posix()
+        for line in lines
+        if Path(line).is_relative_to(root())
+    )
     return {path: hash_of(path) for path in inside}
 
 
@@ -123,18 +150,40 @@ def execute(chapter: Chapter, threads: int | None) -> tuple[Chapter, str | None,
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     nbformat.write(chapter.notebook, folder / "in.ipynb")
-    environment = os.environ | {"SPEEDRUN_OPENED": str(folder / "opened"), "PYTHONPATH": str(root()), "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+    environment = os.environ | {
+        "SPEEDRUN_OPENED": str(folder / "opened"),
+        "PYTHONPATH": str(root()),
+        "MPLBACKEND": "module://matplotlib_inline.backend_inline",
+    }
     if threads:
         environment |= {"OMP_NUM_THREADS": str(threads)}
     state, begin = state_of(chapter), time.perf_counter()
-    command = [sys.executable, "-m", "papermill", "--no-progress-bar", "--execution-timeout", str(LIMIT_S), "--cwd", str(root())]
-    done = subprocess.run([*command, str(folder / "in.ipynb"), str(folder / "out.ipynb")], env=environment, capture_output=True, text=True)
+    command = [
+        sys.executable,
+        "-m",
+        "papermill",
+        "--no-progress-bar",
+        "--execution-timeout",
+        str(LIMIT_S),
+        "--cwd",
+        str(root()),
+    ]
+    done = subprocess.run(
+        [*command, str(folder / "in.ipynb"), str(folder / "out.ipynb")],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     seconds = time.perf_counter() - begin
     if done.returncode:
         if (folder / "out.ipynb").exists():
             shutil.copy(folder / "out.ipynb", EXECUTED / f"{chapter.name}.failed.ipynb")
         return chapter, done.stderr[-4000:], seconds
-    facts = {"state": state, "opened": opened_files(folder / "opened"), "seconds": round(seconds, 1)}
+    facts = {
+        "state": state,
+        "opened": opened_files(folder / "opened"),
+        "seconds": round(seconds, 1),
+    }
     facts |= {"date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M"), "cores": look().cores}
     os.replace(folder / "out.ipynb", chapter.output)
     chapter.ledger.write_text(json.dumps(facts, indent=1))
@@ -146,9 +195,15 @@ def execute(chapter: Chapter, threads: int | None) -> tuple[Chapter, str | None,
 def refresh_prose(chapter: Chapter) -> None:
     """Put today's prose and tags around the outputs of an execution whose code cells are the same."""
     executed = nbformat.read(chapter.output, as_version=4)
-    ran = [cell for cell in executed.cells if cell.cell_type == "code" and "injected-parameters" not in cell.metadata.get("tags", [])]
+    ran = [
+        cell
+        for cell in executed.cells
+        if cell.cell_type == "code" and "injected-parameters" not in cell.metadata.get("tags", [])
+    ]
     fresh = nbformat.from_dict(chapter.notebook)
-    for cell, old in zip((cell for cell in fresh.cells if cell.cell_type == "code"), ran, strict=True):
+    for cell, old in zip(
+        (cell for cell in fresh.cells if cell.cell_type == "code"), ran, strict=True
+    ):
         cell.outputs, cell.execution_count = old.outputs, old.execution_count
     fresh.metadata.papermill = executed.metadata.get("papermill", {})
     part = chapter.output.with_suffix(".part")
@@ -188,7 +243,10 @@ def run_chapters(wanted: list[str], force: bool = False) -> list[str]:
     for chapter, error, _ in results:
         if error:
             failed.append(chapter.name)
-            print(f"\n{chapter.name} failed; as far as it came: {EXECUTED / chapter.name}.failed.ipynb\n{error}", file=sys.stderr)
+            print(
+                f"\n{chapter.name} failed; as far as it came: {EXECUTED / chapter.name}.failed.ipynb\n{error}",
+                file=sys.stderr,
+            )
     return failed
 
 
@@ -199,7 +257,9 @@ def announce(job: concurrent.futures.Future) -> concurrent.futures.Future:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("chapters", nargs="*", help="numbers or names; default: all")
     parser.add_argument("--force", action="store_true", help="execute even what is up to date")
     options = parser.parse_args()

@@ -21,20 +21,40 @@ import papermill
 from speedrun.config import read_command
 from speedrun.lab.hardware import Problem, setup
 from speedrun.lab.results import root
-from speedrun.launch import LaunchCommand, TrainCommand, choose_preset, confirm, make_plan, measured_runs, memory_needed_gb
+from speedrun.launch import (
+    LaunchCommand,
+    TrainCommand,
+    choose_preset,
+    confirm,
+    make_plan,
+    measured_runs,
+    memory_needed_gb,
+)
 from speedrun.report import write_html
 
 NOTEBOOK = "24_speedrun"
 
 
 def read_arguments(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", default="", help="smoke, cpu, small, record or baseline (default: what fits the machine)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--preset",
+        default="",
+        help="smoke, cpu, small, record or baseline (default: what fits the machine)",
+    )
     parser.add_argument("--gpus", type=int, default=0, help="ranks to start (default: one per GPU)")
     parser.add_argument("--data", default="", help="data folder (default: the preset's)")
-    parser.add_argument("--target", type=float, default=0.0, help="validation loss to reach (default: the preset's)")
-    parser.add_argument("--out", default="", help="folder for the run (default: runs/<date>-<preset>)")
-    parser.add_argument("--yes", action="store_true", help="do not ask before long runs and large downloads")
+    parser.add_argument(
+        "--target", type=float, default=0.0, help="validation loss to reach (default: the preset's)"
+    )
+    parser.add_argument(
+        "--out", default="", help="folder for the run (default: runs/<date>-<preset>)"
+    )
+    parser.add_argument(
+        "--yes", action="store_true", help="do not ask before long runs and large downloads"
+    )
     return parser.parse_known_args(arguments)
 
 
@@ -45,7 +65,13 @@ def show_cells_live() -> None:
     logger.handlers[0].setFormatter(logging.Formatter("%(message)s"))
     logger.handlers[0].terminator = ""
     logger.setLevel(logging.INFO)
-    logger.addFilter(lambda record: not record.getMessage().startswith(("Executing", "Ending Cell", "Input Notebook", "Output Notebook")))
+    logger.addFilter(
+        lambda record: (
+            not record.getMessage().startswith(
+                ("Executing", "Ending Cell", "Input Notebook", "Output Notebook")
+            )
+        )
+    )
 
 
 def execute(parameters: dict, folder: Path) -> Path:
@@ -53,7 +79,15 @@ def execute(parameters: dict, folder: Path) -> Path:
     source, notebook = folder / "source.ipynb", folder / "speedrun.ipynb"
     nbformat.write(jupytext.read(root() / "notebooks" / f"{NOTEBOOK}.py", fmt="py:percent"), source)
     try:
-        papermill.execute_notebook(source, notebook, parameters, log_output=True, progress_bar=False, cwd=root(), request_save_on_cell_execute=True)
+        papermill.execute_notebook(
+            source,
+            notebook,
+            parameters,
+            log_output=True,
+            progress_bar=False,
+            cwd=root(),
+            request_save_on_cell_execute=True,
+        )
     finally:
         source.unlink()
         if notebook.exists():
@@ -72,20 +106,36 @@ def main(arguments: list[str]) -> int:
             flags.append("--no-compile")
             print("there is no C++ compiler: training without torch.compile")
         data = ["--data.path", options.data] if options.data else []
-        command = read_command(lambda config: LaunchCommand(TrainCommand(config)), ["--preset", preset, *data, *flags], preset, "run_speedrun")
+        command = read_command(
+            lambda config: LaunchCommand(TrainCommand(config)),
+            ["--preset", preset, *data, *flags],
+            preset,
+            "run_speedrun",
+        )
         plan = make_plan(command.train.config, machine, options.gpus)
         print(plan)
         confirm(plan, options.yes or os.environ.get("YES") == "1")
-        folder = Path(options.out or root() / "runs" / f"{datetime.now():%Y%m%d-%H%M%S}-{preset}").resolve()
+        folder = Path(
+            options.out or root() / "runs" / f"{datetime.now():%Y%m%d-%H%M%S}-{preset}"
+        ).resolve()
         folder.mkdir(parents=True, exist_ok=True)
         show_cells_live()
-        parameters = {"preset_name": preset, "gpus": options.gpus, "data": options.data, "target": options.target, "out": str(folder)}
+        parameters = {
+            "preset_name": preset,
+            "gpus": options.gpus,
+            "data": options.data,
+            "target": options.target,
+            "out": str(folder),
+        }
         notebook = execute(parameters | {"changes": shlex.join(flags)}, folder)
     except Problem as problem:
         print(problem, file=sys.stderr)
         return 1
     except papermill.PapermillExecutionError as error:
-        print(f"\na cell failed: {error.ename}: {error.evalue}\n  → the notebook up to there: {folder / 'speedrun.html'}", file=sys.stderr)
+        print(
+            f"\na cell failed: {error.ename}: {error.evalue}\n  → the notebook up to there: {folder / 'speedrun.html'}",
+            file=sys.stderr,
+        )
         return 1
     print_what_there_is(folder, notebook)
     return 0
@@ -102,7 +152,9 @@ def print_what_there_is(folder: Path, notebook: Path) -> None:
     }
     print(f"\nall of it is in {folder}")
     for what, path in kept.items():
-        print(f"  {what:11} {path.relative_to(folder)}" if path.exists() else f"  {what:11} missing")
+        print(
+            f"  {what:11} {path.relative_to(folder)}" if path.exists() else f"  {what:11} missing"
+        )
     print(f"more text from the model: python -m speedrun.sample {os.path.relpath(folder)}")
 
 

@@ -88,7 +88,9 @@ def read_cells(notebook, name: str) -> list[Cell]:
                 f"{place}: an export before any default_exp.\n"
                 "  → put “#| default_exp MODULE” on top of this cell, or name the module: “#| export MODULE”"
             )
-        cells.append(Cell(name, number, heading, "\n".join(lines).strip("\n"), module if exports else None))
+        cells.append(
+            Cell(name, number, heading, "\n".join(lines).strip("\n"), module if exports else None)
+        )
     return cells
 
 
@@ -97,9 +99,13 @@ def bound_names(source: str, where: str) -> tuple[set[str], set[str]]:
     try:
         table = symtable.symtable(source, where, "exec")
     except SyntaxError as error:
-        raise TangleError(f"{where}: line {error.lineno} is not Python: {error.msg}.\n  → no magics: a chapter also runs as a plain script") from None
+        raise TangleError(
+            f"{where}: line {error.lineno} is not Python: {error.msg}.\n  → no magics: a chapter also runs as a plain script"
+        ) from None
     imported = {symbol.get_name() for symbol in table.get_symbols() if symbol.is_imported()}
-    return {symbol.get_name() for symbol in table.get_symbols() if symbol.is_assigned()} - imported, imported
+    return {
+        symbol.get_name() for symbol in table.get_symbols() if symbol.is_assigned()
+    } - imported, imported
 
 
 def free_names(source: str) -> set[str]:
@@ -109,11 +115,19 @@ def free_names(source: str) -> set[str]:
         table = stack.pop()
         stack += table.get_children()
         top = table.get_type() == "module"
-        names |= {s.get_name() for s in table.get_symbols() if s.is_referenced() and (top or s.is_global())}
+        names |= {
+            s.get_name()
+            for s in table.get_symbols()
+            if s.is_referenced() and (top or s.is_global())
+        }
     for node in ast.walk(ast.parse(source)):  # names inside string annotations
         for note in (getattr(node, "annotation", None), getattr(node, "returns", None)):
             if isinstance(note, ast.Constant) and isinstance(note.value, str):
-                names |= {n.id for n in ast.walk(ast.parse(note.value, mode="eval")) if isinstance(n, ast.Name)}
+                names |= {
+                    n.id
+                    for n in ast.walk(ast.parse(note.value, mode="eval"))
+                    if isinstance(n, ast.Name)
+                }
     return names
 
 
@@ -126,7 +140,11 @@ def own_imports(source: str, modules: set[str]) -> list[str]:
             names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
         elif isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
-        found += [name for name in names if name.removeprefix(PACKAGE + ".") in modules and name.startswith(PACKAGE + ".")]
+        found += [
+            name
+            for name in names
+            if name.removeprefix(PACKAGE + ".") in modules and name.startswith(PACKAGE + ".")
+        ]
     return found
 
 
@@ -140,37 +158,57 @@ def check_cells(cells: list[Cell]) -> list[str]:
             continue
         for name in sorted(defined):
             if name in owner:
-                problems.append(f"{cell.where}: “{name}” is defined twice, first under “{owner[name].heading}” (cell {owner[name].number}).\n  → rename one, or make it one definition")
+                problems.append(
+                    f"{cell.where}: “{name}” is defined twice, first under “{owner[name].heading}” (cell {owner[name].number}).\n  → rename one, or make it one definition"
+                )
             owner.setdefault(name, cell)
         for name in own_imports(cell.source, modules):
-            problems.append(f"{cell.where}: imports {name}, a module of its own chapter.\n  → delete the import: in the notebook the name is there, in the package the tangler writes it")
+            problems.append(
+                f"{cell.where}: imports {name}, a module of its own chapter.\n  → delete the import: in the notebook the name is there, in the package the tangler writes it"
+            )
         if "from __future__" in cell.source:
-            problems.append(f"{cell.where}: a __future__ import cannot stand in the middle of a module.\n  → delete it (Python 3.11 does not need it)")
+            problems.append(
+                f"{cell.where}: a __future__ import cannot stand in the middle of a module.\n  → delete it (Python 3.11 does not need it)"
+            )
     for cell in cells:
         if cell.module is None:
             defined, imported = bound_names(cell.source, cell.where)
             for name in sorted((defined | imported) & set(owner)):
-                problems.append(f"{cell.where}: this cell rebinds “{name}”, which is exported under “{owner[name].heading}”; from here on the notebook would run other code than the package.\n  → use another name in this cell")
+                problems.append(
+                    f"{cell.where}: this cell rebinds “{name}”, which is exported under “{owner[name].heading}”; from here on the notebook would run other code than the package.\n  → use another name in this cell"
+                )
     return problems
 
 
 def resolve(sources: dict[str, list[Cell]]) -> tuple[dict[str, dict[str, set[str]]], list[str]]:
     """For each module of a chapter, which names it needs from which of the others; and what nothing defines."""
     problems, needs = [], {module: defaultdict(set) for module in sources}
-    defines = {m: set().union(*(bound_names(c.source, c.where)[0] for c in cells)) for m, cells in sources.items()}
-    imports = {m: set().union(*(bound_names(c.source, c.where)[1] for c in cells)) for m, cells in sources.items()}
+    defines = {
+        m: set().union(*(bound_names(c.source, c.where)[0] for c in cells))
+        for m, cells in sources.items()
+    }
+    imports = {
+        m: set().union(*(bound_names(c.source, c.where)[1] for c in cells))
+        for m, cells in sources.items()
+    }
     for module, cells in sources.items():
         for cell in cells:
-            for name in sorted(free_names(cell.source) - defines[module] - imports[module] - MODULE_NAMES):
+            for name in sorted(
+                free_names(cell.source) - defines[module] - imports[module] - MODULE_NAMES
+            ):
                 home = next((other for other in sources if name in defines[other]), None)
                 if home:
                     needs[module][home].add(name)
                 elif not hasattr(builtins, name):
-                    problems.append(f"{cell.where}: uses “{name}”, which no exported cell defines or imports, so {PACKAGE}.{module} would raise NameError.\n  → export the cell that defines it, or import it in an exported cell")
+                    problems.append(
+                        f"{cell.where}: uses “{name}”, which no exported cell defines or imports, so {PACKAGE}.{module} would raise NameError.\n  → export the cell that defines it, or import it in an exported cell"
+                    )
     for module in sources:
         for other in needs[module]:
             if module in needs[other]:
-                problems.append(f"notebooks/{cells[0].notebook}.py: {module} and {other} need each other ({', '.join(sorted(needs[module][other]))} / {', '.join(sorted(needs[other][module]))}).\n  → move those names so that imports point one way")
+                problems.append(
+                    f"notebooks/{cells[0].notebook}.py: {module} and {other} need each other ({', '.join(sorted(needs[module][other]))} / {', '.join(sorted(needs[other][module]))}).\n  → move those names so that imports point one way"
+                )
     return needs, sorted(set(problems))
 
 
@@ -180,7 +218,11 @@ def write_imports(needs: dict[str, set[str]]) -> str:
     for other in sorted(needs):
         names = sorted(needs[other])
         line = f"from {PACKAGE}.{other} import {', '.join(names)}"
-        lines.append(line if len(line) <= 120 else f"from {PACKAGE}.{other} import (\n" + "".join(f"    {n},\n" for n in names) + ")")
+        lines.append(
+            line
+            if len(line) <= 120
+            else f"from {PACKAGE}.{other} import (\n" + "".join(f"    {n},\n" for n in names) + ")"
+        )
     return "\n".join(lines)
 
 
@@ -224,7 +266,10 @@ def exporter():
             nb, resources = super().from_notebook_node(nb, resources, **kwargs)
             name = resources["metadata"]["name"]
             texts = tangle_cells(read_cells(nb, name))
-            resources["outputs"] = {f"{PACKAGE}/{module.replace('.', '/')}.py": text.encode() for module, text in texts.items()}
+            resources["outputs"] = {
+                f"{PACKAGE}/{module.replace('.', '/')}.py": text.encode()
+                for module, text in texts.items()
+            }
             return "\n".join(resources["outputs"]), resources
 
     return TangleExporter()
@@ -236,7 +281,9 @@ def package_inits(paths: list[str]) -> dict[str, bytes]:
     inits = {}
     for folder in folders:
         inside = sorted(Path(p).stem for p in paths if str(Path(p).parent) == folder)
-        inits[f"{folder}/__init__.py"] = f'{INIT_HEADER}\n"""{folder.replace("/", ".")}: {", ".join(inside)}."""\n'.encode()
+        inits[f"{folder}/__init__.py"] = (
+            f'{INIT_HEADER}\n"""{folder.replace("/", ".")}: {", ".join(inside)}."""\n'.encode()
+        )
     return inits
 
 
@@ -247,7 +294,9 @@ def tangle_all(root: Path) -> dict[str, bytes]:
 
         tangler = exporter()
     except ImportError as error:
-        raise TangleError(f"the tangler needs {error.name}, which {sys.executable} does not have.\n  → make setup, or pip install jupytext nbconvert") from None
+        raise TangleError(
+            f"the tangler needs {error.name}, which {sys.executable} does not have.\n  → make setup, or pip install jupytext nbconvert"
+        ) from None
     files, owner, problems = {}, {}, []
     for path in sorted((root / "notebooks").glob("*.py")):
         notebook = jupytext.read(path, fmt="py:percent")
@@ -258,7 +307,9 @@ def tangle_all(root: Path) -> dict[str, bytes]:
             continue
         for target, data in resources["outputs"].items():
             if target in owner:
-                problems.append(f"notebooks/{path.name}: exports to {target}, which notebooks/{owner[target]}.py owns.\n  → a module comes from one chapter; export to a module of this chapter's own")
+                problems.append(
+                    f"notebooks/{path.name}: exports to {target}, which notebooks/{owner[target]}.py owns.\n  → a module comes from one chapter; export to a module of this chapter's own"
+                )
             owner[target] = path.stem
             files[target] = data
     if problems:
@@ -280,19 +331,38 @@ def differences(root: Path, files: dict[str, bytes]) -> list[str]:
         have = path.read_text(encoding="utf-8") if path.exists() else ""
         if have == wanted:
             continue
-        source = wanted.splitlines()[0].split("Tangled from ")[-1].split(":")[0] if "Tangled from" in wanted else "the notebooks"
+        source = (
+            wanted.splitlines()[0].split("Tangled from ")[-1].split(":")[0]
+            if "Tangled from" in wanted
+            else "the notebooks"
+        )
         a, b = have.splitlines(), wanted.splitlines()
         first = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
-        diff = "\n".join(list(difflib.unified_diff(a, b, f"{target} (on disk)", f"{target} (from {source})", lineterm=""))[:40])
-        what = "does not exist yet" if not path.exists() else f"is not what {source} says under “{heading_of(wanted, first)}”"
-        problems.append(f"{target} {what}.\n  → make the change in {source}, then run: make tangle\n{diff}")
+        diff = "\n".join(
+            list(
+                difflib.unified_diff(
+                    a, b, f"{target} (on disk)", f"{target} (from {source})", lineterm=""
+                )
+            )[:40]
+        )
+        what = (
+            "does not exist yet"
+            if not path.exists()
+            else f"is not what {source} says under “{heading_of(wanted, first)}”"
+        )
+        problems.append(
+            f"{target} {what}.\n  → make the change in {source}, then run: make tangle\n{diff}"
+        )
     return problems + strays(root, files)
 
 
 def strays(root: Path, files: dict[str, bytes]) -> list[str]:
     """Python files in the package that no notebook produces."""
     here = {p.relative_to(root).as_posix() for p in (root / PACKAGE).rglob("*.py")}
-    return [f"{path}: no notebook produces this module.\n  → move its code into an exported cell of a chapter, or delete the file" for path in sorted(here - set(files))]
+    return [
+        f"{path}: no notebook produces this module.\n  → move its code into an exported cell of a chapter, or delete the file"
+        for path in sorted(here - set(files))
+    ]
 
 
 def digest(data: bytes) -> str:
@@ -306,12 +376,20 @@ def edited_by_hand(root: Path, files: dict[str, bytes]) -> list[str]:
     edited = []
     for target, data in files.items():
         path = root / target
-        if not path.exists() or path.read_bytes() == data or last.get(target) == digest(path.read_bytes()):
+        if (
+            not path.exists()
+            or path.read_bytes() == data
+            or last.get(target) == digest(path.read_bytes())
+        ):
             continue
-        committed = subprocess.run(["git", "-C", str(root), "show", f"HEAD:{target}"], capture_output=True)
+        committed = subprocess.run(
+            ["git", "-C", str(root), "show", f"HEAD:{target}"], capture_output=True
+        )
         if committed.returncode or committed.stdout != path.read_bytes():
             source = data.decode().splitlines()[0].split("Tangled from ")[-1].split(":")[0]
-            edited.append(f"{target} was edited by hand; tangling would lose that.\n  → carry the change over to {source}, then: make tangle FORCE=1")
+            edited.append(
+                f"{target} was edited by hand; tangling would lose that.\n  → carry the change over to {source}, then: make tangle FORCE=1"
+            )
     return edited
 
 
@@ -328,31 +406,56 @@ def write_files(root: Path, files: dict[str, bytes]) -> list[str]:
             changed.append(target)
     memory = root / "_build" / "tangled.json"
     memory.parent.mkdir(exist_ok=True)
-    memory.write_text(json.dumps({target: digest(data) for target, data in files.items()}, indent=1, sort_keys=True))
+    memory.write_text(
+        json.dumps(
+            {target: digest(data) for target, data in files.items()}, indent=1, sort_keys=True
+        )
+    )
     return changed
 
 
 def tangle(root: Path, check: bool = False, force: bool = False) -> list[str]:
     """Tangle the project at `root`; returns the files written. Raises TangleError with everything that is wrong."""
     files = tangle_all(root)
-    problems = differences(root, files) if check else strays(root, files) + ([] if force else edited_by_hand(root, files))
+    problems = (
+        differences(root, files)
+        if check
+        else strays(root, files) + ([] if force else edited_by_hand(root, files))
+    )
     if problems:
         raise TangleError("\n".join(problems))
     return [] if check else write_files(root, files)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="change nothing; fail where the package is not what the notebooks say")
-    parser.add_argument("--force", action="store_true", help="overwrite modules that were edited by hand")
-    parser.add_argument("--root", type=Path, default=Path(__file__).resolve().parent.parent, help="the project (default: this one)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="change nothing; fail where the package is not what the notebooks say",
+    )
+    parser.add_argument(
+        "--force", action="store_true", help="overwrite modules that were edited by hand"
+    )
+    parser.add_argument(
+        "--root",
+        type=Path,
+        default=Path(__file__).resolve().parent.parent,
+        help="the project (default: this one)",
+    )
     args = parser.parse_args()
     try:
         changed = tangle(args.root, args.check, args.force)
     except TangleError as error:
         print(error, file=sys.stderr)
         return 1
-    print(f"{PACKAGE}/ is what the notebooks say" if args.check else f"tangled: {', '.join(changed) or 'nothing changed'}")
+    print(
+        f"{PACKAGE}/ is what the notebooks say"
+        if args.check
+        else f"tangled: {', '.join(changed) or 'nothing changed'}"
+    )
     return 0
 
 

@@ -32,5 +32,13 @@ def embedded() -> Path:
 @pytest.fixture
 def brief(embedded):
     """A training run of a second: the laptop's, narrower, twelve steps."""
-    changes = {"model.width": 32, "steps": 12, "compile": False, "val_every": 6, "val_tokens": 4096, "log_every": 3, "optim.warmup_steps": 3}
+    changes = {
+        "model.width": 32,
+        "steps": 12,
+        "compile": False,
+        "val_every": 6,
+        "val_tokens": 4096,
+        "log_every": 3,
+        "optim.warmup_steps": 3,
+    }
     return vary(preset("cpu"), changes | {"data.path": str(embedded)})

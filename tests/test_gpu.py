@@ -50,7 +50,15 @@ class TestOneGPU:
 
     @pytest.mark.parametrize("name", ["cpu", "small", "record", "baseline"])
     def test_every_preset_compiles_and_learns_in_bf16(self, name, embedded, tmp_path):
-        run = vary(at_cpu_size(preset(name), 30), {"precision": "bfloat16", "data.path": str(embedded), "optim.warmup_steps": 5, "optim.lr": 3e-3})
+        run = vary(
+            at_cpu_size(preset(name), 30),
+            {
+                "precision": "bfloat16",
+                "data.path": str(embedded),
+                "optim.warmup_steps": 5,
+                "optim.lr": 3e-3,
+            },
+        )
         train(run, tmp_path, echo=None)
         first, *_, last = losses(tmp_path)
         assert abs(first - math.log(288)) < 0.3 and last < first - 1.5
@@ -60,7 +68,9 @@ class TestOneGPU:
         train(here, tmp_path / "whole", echo=None)
         train(vary(here, {"max_steps": 7}), tmp_path / "broken", echo=None)
         train(here, tmp_path / "broken", again=True, echo=None)
-        whole, broken = (load_checkpoint(latest_checkpoint(tmp_path / name))[0] for name in ("whole", "broken"))
+        whole, broken = (
+            load_checkpoint(latest_checkpoint(tmp_path / name))[0] for name in ("whole", "broken")
+        )
         for name, weight in whole.items():
             assert (weight - broken[name]).norm() <= 1e-4 * weight.norm() + 1e-6, name
 
@@ -75,14 +85,26 @@ class TestOneGPU:
             "import sys, torch; from pathlib import Path; from speedrun.launch import run_ranks; from speedrun.lab.hardware import look;"
             "look(); run_ranks(sys.argv[2:], 1, Path(sys.argv[1])); assert not torch.cuda.is_initialized()"
         )
-        rank = ["-m", "speedrun.train", "--out", str(tmp_path), *as_arguments(vary(brief, {"device": "cuda"}))]
+        rank = [
+            "-m",
+            "speedrun.train",
+            "--out",
+            str(tmp_path),
+            *as_arguments(vary(brief, {"device": "cuda"})),
+        ]
         subprocess.run([sys.executable, "-c", code, str(tmp_path), *rank], check=True, timeout=200)
         assert losses(tmp_path)[-1] < losses(tmp_path)[0]
 
     def test_two_ranks_share_a_gpu_through_gloo(self, brief, tmp_path):
         here = vary(brief, {"device": "cuda"})
         train(here, tmp_path / "one", echo=None)
-        program = ["-m", "speedrun.train", "--out", str(tmp_path / "two"), *as_arguments(vary(here, {"backend": "gloo"}))]
+        program = [
+            "-m",
+            "speedrun.train",
+            "--out",
+            str(tmp_path / "two"),
+            *as_arguments(vary(here, {"backend": "gloo"})),
+        ]
         run_ranks(program, 2, tmp_path / "two")
         for one, two in zip(losses(tmp_path / "one"), losses(tmp_path / "two")):
             assert two == pytest.approx(one, abs=2e-4)
@@ -94,7 +116,11 @@ class TestTwoGPUs:
     def test_two_gpus_agree_with_one(self, brief, tmp_path):
         here = vary(brief, {"device": "cuda"})
         train(here, tmp_path / "one", echo=None)
-        run_ranks(["-m", "speedrun.train", "--out", str(tmp_path / "two"), *as_arguments(here)], 2, tmp_path / "two")
+        run_ranks(
+            ["-m", "speedrun.train", "--out", str(tmp_path / "two"), *as_arguments(here)],
+            2,
+            tmp_path / "two",
+        )
         for one, two in zip(losses(tmp_path / "one"), losses(tmp_path / "two")):
             assert two == pytest.approx(one, abs=2e-4)
 
@@ -113,5 +139,10 @@ class TestTwoGPUs:
 
         long = vary(brief, {"device": "cuda", "steps": 100_000, "val_every": 100_000})
         with pytest.raises(Problem, match="rank 1 was killed by SIGKILL"):
-            run_ranks(["-m", "speedrun.train", "--out", str(tmp_path), *as_arguments(long)], 2, tmp_path, echo=kill_rank_1)
+            run_ranks(
+                ["-m", "speedrun.train", "--out", str(tmp_path), *as_arguments(long)],
+                2,
+                tmp_path,
+                echo=kill_rank_1,
+            )
         assert not any(psutil.pid_exists(pulse.pid) for pulse in pulses(tmp_path))

@@ -27,7 +27,10 @@ GPU_QUERY = "index,uuid,name,memory.total,driver_version,compute_cap"
 
 @dataclass(frozen=True)
 class GPU:
-    """One NVIDIA GPU as its driver describes it. `memory_gb` counts 2**30 bytes; `capability` is (9, 0) for Hopper."""
+    """One NVIDIA GPU as its driver describes it.
+
+    memory_gb: counted in 2**30 bytes. capability: (9, 0) for Hopper; (0, 0) where the driver does not say.
+    """
 
     index: int
     uuid: str
@@ -38,7 +41,7 @@ class GPU:
 
 
 def parse_gpus(text: str) -> tuple[GPU, ...]:
-    """GPUs from what `nvidia-smi --query-gpu=… --format=csv,noheader,nounits` prints; lines that are no GPU are skipped."""
+    """GPUs from what `nvidia-smi --query-gpu=… --format=csv,noheader,nounits` prints; other lines are skipped."""
     gpus = []
     for line in text.splitlines():
         cells = [cell.strip() for cell in line.split(",")]
@@ -47,7 +50,8 @@ def parse_gpus(text: str) -> tuple[GPU, ...]:
         index, uuid, name, memory, driver, capability = cells
         known = re.fullmatch(r"(\d+)\.(\d+)", capability)
         memory_gb = float(memory) / 1024 if re.fullmatch(r"[\d.]+", memory) else 0.0
-        gpus.append(GPU(int(index), uuid, name, memory_gb, driver, (int(known[1]), int(known[2])) if known else (0, 0)))
+        pair = (int(known[1]), int(known[2])) if known else (0, 0)
+        gpus.append(GPU(int(index), uuid, name, memory_gb, driver, pair))
     return tuple(gpus)
 
 
@@ -56,8 +60,10 @@ def visible_gpus(gpus: tuple[GPU, ...], setting: str | None) -> tuple[GPU, ...]:
     if setting is None:
         return gpus
     chosen = []
-    for entry in setting.split(","):
-        match = [gpu for gpu in gpus if entry.strip() and (entry.strip() == str(gpu.index) or gpu.uuid.startswith(entry.strip()))]
+    for entry in (part.strip() for part in setting.split(",")):
+        match = [
+            gpu for gpu in gpus if entry and (entry == str(gpu.index) or gpu.uuid.startswith(entry))
+        ]
         if not match:
             break
         chosen.append(match[0])
@@ -65,7 +71,7 @@ def visible_gpus(gpus: tuple[GPU, ...], setting: str | None) -> tuple[GPU, ...]:
 
 
 def find_gpus() -> tuple[GPU, ...]:
-    """The NVIDIA GPUs that this process may use, found without touching CUDA. Empty where there is no driver."""
+    """The NVIDIA GPUs that this process may use, found without touching CUDA. Empty without a driver."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return ()
@@ -80,7 +86,10 @@ PACKAGES = ("torch", "triton", "numpy", "tiktoken", "jupytext", "papermill", "nb
 
 @dataclass(frozen=True)
 class Machine:
-    """What a process can use here. `versions` maps package → version or None; `cuda` is what the torch build was made for, or None."""
+    """What a process can use here.
+
+    versions: package → version, or None. cuda: the CUDA that torch was built for, or None.
+    """
 
     system: str
     python: str
@@ -111,12 +120,14 @@ def look() -> Machine:
 
     versions = {package: version_of(package) for package in PACKAGES}
     cuda = importlib.import_module("torch.version").cuda if versions["torch"] else None
-    names = [os.environ.get("CXX", ""), "g++", "clang++", "cl"]
-    compiler = next((path for name in names if name and (path := shutil.which(name))), None)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    compilers = [os.environ.get("CXX", ""), "g++", "clang++", "cl"]
+    compiler = next((path for name in compilers if name and (path := shutil.which(name))), None)
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
+    system, python = f"{platform.system()} {platform.machine()}", platform.python_version()
     memory_gb = psutil.virtual_memory().total / 2**30
-    system = f"{platform.system()} {platform.machine()}"
-    return Machine(system, platform.python_version(), cores, memory_gb, find_gpus(), versions, cuda, compiler)
+    return Machine(system, python, cores, memory_gb, find_gpus(), versions, cuda, compiler)
 
 
 # %% Kernels without a GPU
@@ -135,10 +146,9 @@ class Unlaunchable:
         self.__name__, self.__doc__ = kernel.__name__, kernel.__doc__
 
     def __getitem__(self, grid):
-        raise Problem(
-            f"the kernel {self.__name__} cannot be launched: Triton cannot be imported on {platform.system()}, Python {platform.python_version()}",
-            "pip install triton (Linux only); elsewhere call the plain reference that stands beside the kernel",
-        )
+        where = f"{platform.system()}, Python {platform.python_version()}"
+        fix = "pip install triton (Linux only), or call the plain reference beside the kernel"
+        raise Problem(f"kernel {self.__name__} cannot be launched: no Triton on {where}", fix)
 
 
 def jit(kernel):
@@ -148,7 +158,7 @@ def jit(kernel):
 
 
 def setup() -> Machine:
-    """First call of every command and kernel chapter: looks at the machine, and without a GPU makes Triton interpret."""
+    """First call of every command and kernel chapter: without a GPU, makes Triton interpret its kernels."""
     machine, triton = look(), find_triton()
     if triton and machine.device == "cpu":
         triton.knobs.runtime.interpret = True
@@ -172,53 +182,81 @@ def verdict(ok: bool | None, good: str, bad: str, fix: str) -> Finding:
 
 def software_findings(machine: Machine) -> list[Finding]:
     """Python, torch, Triton, a compiler, and the packages of the book."""
-    have, linux = machine.versions, machine.system.startswith("Linux")
+    have, python = machine.versions, f"Python {machine.python}"
     new = tuple(int(part) for part in machine.python.split(".")[:2]) >= (3, 11)
-    python = f"Python {machine.python}"
-    built = f"torch {have['torch']}, built for {'CUDA ' + machine.cuda if machine.cuda else 'the CPU'}"
+    built = (
+        f"torch {have['torch']}, built for {'CUDA ' + machine.cuda if machine.cuda else 'the CPU'}"
+    )
+    triton = True if have["triton"] else False if machine.system.startswith("Linux") else None
     no_triton = f"no triton on {machine.system}: kernels are shown, not run"
+    compiler = "apt-get install g++ (macOS: xcode-select --install), or train with --no-compile"
     missing = [name for name in PACKAGES if have[name] is None and name not in ("torch", "triton")]
     return [
-        verdict(new, python, f"{python} is too old", "install Python 3.11 or newer, then make setup PYTHON=…"),
+        verdict(
+            new, python, f"{python} is too old", "install 3.11 or newer, then make setup PYTHON=…"
+        ),
         verdict(have["torch"] is not None, built, "torch is missing", "make setup"),
-        verdict(True if have["triton"] else False if linux else None, f"triton {have['triton']}", no_triton, "make setup"),
-        verdict(bool(machine.compiler), f"compiler {machine.compiler}", "no C++ compiler: torch.compile cannot work",
-                "apt-get install g++ (macOS: xcode-select --install), or train with --no-compile"),
-        verdict(not missing, "the packages of the book", f"missing: {', '.join(missing)}", "make setup"),
-    ]  # fmt: skip
+        verdict(triton, f"triton {have['triton']}", no_triton, "make setup"),
+        verdict(
+            bool(machine.compiler), f"compiler {machine.compiler}", "no C++ compiler", compiler
+        ),
+        verdict(
+            not missing, "the packages of the book", f"missing: {', '.join(missing)}", "make setup"
+        ),
+    ]
 
 
 def hardware_findings(machine: Machine, disk_gb: float, shared_gb: float | None) -> list[Finding]:
     """GPUs, free disk and shared memory (`shared_gb` is None where there is no /dev/shm)."""
-    found = [Finding(None, f"{machine.system}, {machine.cores} cores, {machine.memory_gb:.0f} GB of memory")]
+    size = f"{machine.cores} cores, {machine.memory_gb:.0f} GB of memory"
+    found = [Finding(None, f"{machine.system}, {size}")]
     for gpu in machine.gpus:
-        capability = ".".join(str(part) for part in gpu.capability)
-        found.append(Finding(True, f"GPU {gpu.index}: {gpu.name}, {gpu.memory_gb:.0f} GB, sm {capability}, driver {gpu.driver}"))
+        what = f"{gpu.name}, {gpu.memory_gb:.0f} GB, sm {gpu.capability[0]}.{gpu.capability[1]}"
+        found.append(Finding(True, f"GPU {gpu.index}: {what}, driver {gpu.driver}"))
     if not machine.gpus:
-        found.append(Finding(None, "no NVIDIA GPU: chapters run small, kernels through Triton's interpreter"))
+        found.append(
+            Finding(None, "no NVIDIA GPU: kernels run through Triton's interpreter, small")
+        )
     elif not machine.cuda:
-        found.append(Finding(False, "there is a GPU, but this torch was built for the CPU",
-                             "pip install --force-reinstall torch, from the default index"))  # fmt: skip
+        fix = "pip install --force-reinstall torch, from the default index"
+        found.append(Finding(False, "there is a GPU, but this torch was built for the CPU", fix))
     disk = f"{disk_gb:.0f} GB of free disk"
-    found.append(verdict(disk_gb >= 5, disk, disk, "free 5 GB: the environment takes 3, the smallest FineWeb run 0.4"))
+    found.append(
+        verdict(disk_gb >= 5, disk, disk, "free 5 GB: 3 for the packages, the rest for data")
+    )
     if shared_gb is not None and len(machine.gpus) > 1:
         shared = f"{shared_gb:.2f} GB of shared memory for the ranks"
-        found.append(verdict(shared_gb >= 1, shared, shared, "docker run --ipc=host, or --shm-size=8g"))
-    cuda = len(machine.gpus) if machine.device == "cuda" else 0
-    tiers = {"C: whole chapters on the CPU": True, "1: one GPU": cuda >= 1, "N: several GPUs": cuda > 1}
-    return found + [Finding(can or None, f"tier {tier}: {'yes' if can else 'no'}") for tier, can in tiers.items()]
+        found.append(
+            verdict(shared_gb >= 1, shared, shared, "docker run --ipc=host, or --shm-size=8g")
+        )
+    return found
+
+
+def tier_findings(machine: Machine) -> list[Finding]:
+    """What can be run here: C, whole chapters on the CPU; 1, one GPU; N, several."""
+    usable = len(machine.gpus) if machine.device == "cuda" else 0
+    tiers = {
+        "C: whole chapters on the CPU": True,
+        "1: one GPU": usable >= 1,
+        "N: several GPUs": usable > 1,
+    }
+    return [
+        Finding(can or None, f"tier {tier}: {'yes' if can else 'no'}")
+        for tier, can in tiers.items()
+    ]
 
 
 def doctor(machine: Machine) -> int:
     """Print every finding, each problem with its fix; returns the number of problems."""
     shared = Path("/dev/shm")
     shared_gb = shutil.disk_usage(shared).total / 2**30 if shared.is_dir() else None
-    findings = software_findings(machine) + hardware_findings(machine, shutil.disk_usage(".").free / 2**30, shared_gb)
-    for finding in findings:
+    found = hardware_findings(machine, shutil.disk_usage(".").free / 2**30, shared_gb)
+    found = software_findings(machine) + found + tier_findings(machine)
+    for finding in found:
         print({True: "✓", False: "✗", None: "·"}[finding.ok], finding.text)
         if finding.ok is False:
             print("  →", finding.fix)
-    return sum(finding.ok is False for finding in findings)
+    return sum(finding.ok is False for finding in found)
 
 
 if __name__ == "__main__" and __spec__ is not None:  # python -m, not a notebook

@@ -7,33 +7,32 @@ import csv
 import hashlib
 import json
 import os
-import sys
 from datetime import datetime, timezone
-from functools import cache
 from pathlib import Path
 
 import speedrun
 from speedrun.lab.hardware import Problem, look
 
 
+def is_docstring(node) -> bool:
+    """A string that stands as a statement of its own."""
+    return isinstance(node, ast.Expr) and isinstance(getattr(node.value, "value", None), str)
+
+
 def canonical(node) -> str:
-    """A syntax tree as text: no comments, docstrings, positions or empty fields, so that Python versions agree on it."""
+    """A syntax tree as text, without docstrings, positions and empty fields: every Python version agrees on it."""
     if isinstance(node, list):
-        kept = [item for item in node if not (isinstance(item, ast.Expr) and is_text(item.value))]
-        return "[" + ",".join(canonical(item) for item in kept) + "]"
+        return "[" + ",".join(canonical(item) for item in node if not is_docstring(item)) + "]"
     if not isinstance(node, ast.AST):
         return repr(node)
-    fields = [(name, getattr(node, name, None)) for name in sorted(node._fields) if name not in ("ctx", "kind", "type_ignores")]
-    return type(node).__name__ + "(" + ",".join(f"{name}={canonical(value)}" for name, value in fields if value not in (None, [])) + ")"
-
-
-def is_text(node) -> bool:
-    """A string constant; as a statement of its own it is a docstring."""
-    return isinstance(node, ast.Constant) and isinstance(node.value, str)
+    names = sorted(set(node._fields) - {"ctx", "kind", "type_ignores"})
+    fields = [(name, getattr(node, name, None)) for name in names]
+    shown = [f"{name}={canonical(value)}" for name, value in fields if value not in (None, [])]
+    return f"{type(node).__name__}({','.join(shown)})"
 
 
 def code_hash(source: str) -> str:
-    """Sixteen hex digits that change with the code and not with its comments, docstrings or layout."""
+    """Sixteen hex digits that change with the code, and not with its comments, docstrings or layout."""
     return hashlib.sha256(canonical(ast.parse(source)).encode()).hexdigest()[:16]
 
 
@@ -41,14 +40,17 @@ def root() -> Path:
     """The project's folder, found from the package's own file and never from the working directory."""
     folder = Path(speedrun.__file__).resolve().parent.parent
     if not (folder / "book" / "data").is_dir():
-        raise Problem(f"there is no project around {folder / 'speedrun'}: book/data is missing", "pip install -e . in a clone of the repository")
+        what = f"there is no project around {folder / 'speedrun'}: book/data is missing"
+        raise Problem(what, "pip install -e . in a clone of the repository")
     return folder
 
 
 def module_file(name: str) -> Path | None:
-    """The file of a module such as `speedrun.lab.stats`, or None if there is no such module."""
+    """The file of a module such as speedrun.lab.stats; None if there is no such module."""
     path = Path(speedrun.__file__).resolve().parent.joinpath(*name.split(".")[1:])
-    candidates = [path.with_suffix(".py"), path / "__init__.py"] if name.startswith("speedrun.") else []
+    candidates = (
+        [path.with_suffix(".py"), path / "__init__.py"] if name.startswith("speedrun.") else []
+    )
     return next((candidate for candidate in candidates if candidate.is_file()), None)
 
 
@@ -63,33 +65,33 @@ def imported_names(source: str) -> set[str]:
     return names
 
 
-def module_closure(names) -> list[str]:
-    """The given modules of the package and all that they import, directly or not, sorted."""
-    found, queue = set(), list(names)
+def module_hashes(names) -> dict[str, str]:
+    """Module → code hash, for the given modules of the package and all that they import, directly or not."""
+    hashes, queue = {}, list(names)
     while queue:
         name = queue.pop()
         file = module_file(name)
-        if file is not None and name not in found:
-            found.add(name)
-            queue += imported_names(file.read_text(encoding="utf-8"))
-    return sorted(found)
-
-
-def module_hashes(names) -> dict[str, str]:
-    """Module → code hash, for the given modules and all that they import."""
-    return {name: code_hash(module_file(name).read_text(encoding="utf-8")) for name in module_closure(names)}
+        if file is not None and name not in hashes:
+            source = file.read_text(encoding="utf-8")
+            hashes[name] = code_hash(source)
+            queue += imported_names(source)
+    return dict(sorted(hashes.items()))
 
 
 def stamp(command: str, modules, n: int, seeds=(), corpus: dict | None = None) -> dict:
-    """Where, when and with what a measurement was made. `modules` are those the command starts; `corpus` has name and sha256."""
+    """Where, when and with what something was measured. modules: those that the command starts.
+
+    n: runs, or repetitions of a timing. corpus: {"name": …, "sha256": …}, None if no text was read.
+    """
     machine = look()
-    gpus = sorted({gpu.name for gpu in machine.gpus})
+    names = ", ".join(sorted({gpu.name for gpu in machine.gpus}))
     return {
-        "gpu": f"{len(machine.gpus)}×{', '.join(gpus)}" if gpus else None,
+        "gpu": f"{len(machine.gpus)}×{names}" if names else None,
         "cpu": f"{machine.cores} cores, {machine.system}",
         "driver": machine.gpus[0].driver if machine.gpus else None,
         "python": machine.python,
-        **{name: machine.versions[name] for name in ("torch", "triton")},
+        "torch": machine.versions["torch"],
+        "triton": machine.versions["triton"],
         "command": command,
         "corpus": corpus,
         "seeds": list(seeds),
@@ -101,10 +103,9 @@ def stamp(command: str, modules, n: int, seeds=(), corpus: dict | None = None) -
 
 def freshness(result: dict) -> str:
     """`fresh`: the measured code is today's. `same behaviour`: it changed, and was shown to train bit-equally. Else `stale`."""
-    today = module_hashes(result["stamp"]["modules"])
-    if today == result["stamp"]["modules"]:
-        return "fresh"
-    return "same behaviour" if today == result.get("proof", {}).get("modules") else "stale"
+    measured, proved = result["stamp"]["modules"], result.get("proof", {}).get("modules")
+    today = module_hashes(measured)
+    return "fresh" if today == measured else "same behaviour" if today == proved else "stale"
 
 
 def note_opened(path: Path) -> None:
@@ -116,43 +117,49 @@ def note_opened(path: Path) -> None:
 
 
 def public_table(name: str) -> list[dict]:
-    """A table of the public record history, `book/data/<name>.csv`, as dicts of strings: records, curves or variance."""
+    """A table of the public record history, book/data/<name>.csv, as dicts of strings: records, curves or variance."""
     path = root() / "book" / "data" / f"{name}.csv"
     note_opened(path)
     with open(path, encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
 
 
+def result_path(slug: str, name: str) -> Path:
+    """Where a measurement is kept: book/results/<slug>/<name>.json."""
+    return root() / "book" / "results" / slug / f"{name}.json"
+
+
+def result_names(slug: str) -> list[str]:
+    """The names of all measurements of a chapter."""
+    return sorted(path.stem for path in result_path(slug, "").parent.glob("*.json"))
+
+
 def save_result(slug: str, name: str, data, stamp: dict) -> Path:
-    """Write a measurement to `book/results/<slug>/<name>.json`."""
-    path = root() / "book" / "results" / slug / f"{name}.json"
+    """Write a measurement, in one step."""
+    path = result_path(slug, name)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps({"stamp": stamp, "data": data}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(part, path)
+    text = json.dumps({"stamp": stamp, "data": data}, indent=1, ensure_ascii=False)
+    path.with_suffix(".part").write_text(text + "\n", encoding="utf-8")
+    os.replace(path.with_suffix(".part"), path)
     return path
 
 
 def load_result(slug: str, name: str) -> dict:
     """A measurement with its stamp: {"stamp": …, "data": …}."""
-    path = root() / "book" / "results" / slug / f"{name}.json"
+    path = result_path(slug, name)
     note_opened(path)
     if not path.is_file():
-        raise Problem(f"{path} does not exist: nobody has measured that yet", f"python scripts/measure.py {slug}")
+        what = f"book/results/{slug}/{name}.json does not exist: nobody has measured that yet"
+        raise Problem(what, f"python scripts/measure.py {slug} {name}")
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def result_names(slug: str) -> list[str]:
-    """The names of all measurements of a chapter."""
-    return sorted(path.stem for path in (root() / "book" / "results" / slug).glob("*.json"))
-
-
 def measured_on(result: dict) -> str:
-    """One line for the foot of a figure: hardware, versions, corpus, runs, date and freshness."""
+    """One line for the foot of a figure: hardware, versions, text, runs, date and freshness."""
     stamp = result["stamp"]
-    where = stamp["gpu"] or stamp["cpu"]
     corpus = f", {stamp['corpus']['name']}" if stamp["corpus"] else ""
-    return f"measured on {where}, torch {stamp['torch']}{corpus}, n={stamp['n']}, {stamp['date']} ({freshness(result)})"
+    where = f"{stamp['gpu'] or stamp['cpu']}, torch {stamp['torch']}{corpus}"
+    return f"measured on {where}, n={stamp['n']}, {stamp['date']} ({freshness(result)})"
 
 
 def figure_style() -> None:

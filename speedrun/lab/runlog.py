@@ -11,15 +11,16 @@ from pathlib import Path
 from speedrun.lab.hardware import Problem
 
 LINE = re.compile(
-    r"step:(?P<step>\d+)/(?P<steps>\d+)(?: train_loss:(?P<train_loss>\S+))?(?: val_loss:(?P<val_loss>\S+))?"
-    r" train_time:(?P<train_time_ms>[\d.]+)ms step_avg:(?P<step_avg_ms>\S+)ms"
+    r"step:(?P<step>\d+)/(?P<steps>\d+)(?: train_loss:(?P<train_loss>\S+))?"
+    r"(?: val_loss:(?P<val_loss>\S+))? train_time:(?P<train_time_ms>[\d.]+)ms step_avg:(?P<step_avg_ms>\S+)ms"
 )
 
 
 def format_line(step: int, steps: int, train_time_ms: float, **losses: float) -> str:
-    """The contest's log line, `step:… val_loss:… train_time:…ms step_avg:…ms`; `losses` are `train_loss` or `val_loss`."""
+    """The contest's log line; `losses` are train_loss or val_loss, in nats a token."""
     shown = "".join(f" {name}:{loss:.4f}" for name, loss in losses.items())
-    return f"step:{step}/{steps}{shown} train_time:{train_time_ms:.0f}ms step_avg:{train_time_ms / max(step, 1):.2f}ms"
+    average = train_time_ms / max(step, 1)
+    return f"step:{step}/{steps}{shown} train_time:{train_time_ms:.0f}ms step_avg:{average:.2f}ms"
 
 
 def parse_line(line: str) -> dict | None:
@@ -31,38 +32,11 @@ def parse_line(line: str) -> dict | None:
     return numbers | {"step": int(match["step"]), "steps": int(match["steps"])}
 
 
-class RunLog:
-    """`log.txt` and `metrics.jsonl` in a run's folder. A failed write loses nothing: the text waits for the next one.
-
-    folder: created if missing; an existing log is continued. echo: called with each text line (print, or None).
-    """
-
-    def __init__(self, folder: str | Path, echo=print):
-        self.folder, self.echo, self.waiting, self.full = Path(folder), echo, {}, False
-        self.folder.mkdir(parents=True, exist_ok=True)
-
-    def record(self, kind: str, **fields) -> None:
-        """One line of JSON: the kind of record, the time of day in seconds, and the fields."""
-        self.append("metrics.jsonl", json.dumps({"kind": kind, "time": round(time.time(), 3), **fields}) + "\n")
-
-    def line(self, text: str) -> None:
-        """One line of text, shown and kept."""
-        if self.echo:
-            self.echo(text)
-        self.append("log.txt", text + "\n")
-
-    def append(self, name: str, text: str) -> None:
-        """Append, together with whatever could not be written before."""
-        self.waiting[name] = self.waiting.get(name, "") + text
-        if append_whole(self.folder / name, self.waiting[name]):
-            self.waiting[name], self.full = "", False
-        elif self.echo and not self.full:
-            self.full = True
-            self.echo(f"cannot write {self.folder / name} (disk full?): going on, its lines wait in memory")
-
-
 def append_whole(path: Path, text: str) -> bool:
-    """Append all of `text` or nothing. A half line that a killed writer left behind is cut off first. False: no room."""
+    """Append all of `text` or nothing; False if there is no room.
+
+    A half line that a killed writer left at the end is cut off first.
+    """
     try:
         with open(path, "ab+") as file:
             size = file.seek(0, os.SEEK_END)
@@ -82,17 +56,44 @@ def append_whole(path: Path, text: str) -> bool:
     return True
 
 
+class RunLog:
+    """`log.txt` and `metrics.jsonl` in a run's folder. echo: called with each text line (print, or None)."""
+
+    def __init__(self, folder: str | Path, echo=print):
+        self.folder, self.echo, self.waiting = Path(folder), echo, {}
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def record(self, kind: str, **fields) -> None:
+        """One line of JSON: the kind of record, the time of day in seconds, and the fields."""
+        self.append(
+            "metrics.jsonl", json.dumps({"kind": kind, "time": round(time.time(), 3), **fields})
+        )
+
+    def line(self, text: str) -> None:
+        """One line of text, shown and kept."""
+        if self.echo:
+            self.echo(text)
+        self.append("log.txt", text)
+
+    def append(self, name: str, line: str) -> None:
+        """Append a line, with whatever could not be written before; says so once when it begins to wait."""
+        before = self.waiting.pop(name, "")
+        if not append_whole(self.folder / name, before + line + "\n"):
+            self.waiting[name] = before + line + "\n"
+            if not before and self.echo:
+                self.echo(f"no room for {self.folder / name}: going on, its lines wait in memory")
+
+
 def read_metrics(path: str | Path) -> list[dict]:
-    """All records of a `metrics.jsonl`. A torn last line is skipped (its writer may be at work); one in the middle is an error."""
-    lines = Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
-    records = []
+    """All records of a metrics.jsonl. A torn last line is skipped: its writer may be at work."""
+    lines, records = Path(path).read_text(encoding="utf-8").splitlines(), []
     for number, line in enumerate(lines, 1):
         try:
             records.append(json.loads(line))
         except json.JSONDecodeError as error:
-            if number == len(lines):
-                break
-            raise Problem(f"{path}, line {number}: not a record: {error}", "delete that line; the others are whole") from None
+            if number < len(lines):
+                fix = "delete that line; the others are whole"
+                raise Problem(f"{path}, line {number}: not a record: {error}", fix) from None
     return records
 
 
@@ -103,6 +104,6 @@ def series(records: list[dict], kind: str) -> list[dict]:
 
 
 def read_log(path: str | Path) -> list[dict]:
-    """The numbers of a text log, ours or the contest's, one dict a line that has any."""
+    """The numbers of a text log, ours or the contest's: a dict for each line that has any."""
     lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
     return [numbers for line in lines if (numbers := parse_line(line))]

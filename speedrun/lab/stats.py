@@ -10,7 +10,7 @@ from scipy import stats
 
 @dataclass(frozen=True)
 class Sample:
-    """n runs of one thing: their mean and their sample standard deviation (n − 1 in the denominator; nan for one run)."""
+    """n runs of one thing: mean and sample standard deviation (n − 1 below; nan for a single run)."""
 
     n: int
     mean: float
@@ -23,37 +23,38 @@ class Sample:
 def describe(values) -> Sample:
     """Summarise a sequence of numbers."""
     values = [float(value) for value in values]
-    mean = math.fsum(values) / len(values)
+    n, mean = len(values), math.fsum(values) / len(values)
     squares = math.fsum((value - mean) ** 2 for value in values)
-    return Sample(len(values), mean, math.sqrt(squares / (len(values) - 1)) if len(values) > 1 else math.nan)
+    return Sample(n, mean, math.sqrt(squares / (n - 1)) if n > 1 else math.nan)
 
 
 # %% The contest's own test
 def p_below(sample: Sample, target: float) -> float:
-    """One-sided p-value of "the true mean is below `target`": the chance of a mean this low if it were `target`. Student's t."""
+    """One-sided p-value of "the true mean is below target": how likely a mean this low is if it were target."""
     if sample.n < 2:
         raise ValueError(f"a test needs at least 2 runs, got {sample.n}")
-    return float(stats.t.cdf((sample.mean - target) / (sample.sd / math.sqrt(sample.n)), sample.n - 1))
+    t = (sample.mean - target) / (sample.sd / math.sqrt(sample.n))
+    return float(stats.t.cdf(t, sample.n - 1))
 
 
 def p_difference(a: Sample, b: Sample) -> float:
     """Two-sided p-value of "the true means differ" (Welch's t-test)."""
     if a.n < 2 or b.n < 2:
         raise ValueError(f"a test needs at least 2 runs on each side, got {a.n} and {b.n}")
-    result = stats.ttest_ind_from_stats(a.mean, a.sd, a.n, b.mean, b.sd, b.n, equal_var=False)
-    return float(result.pvalue)
+    two = stats.ttest_ind_from_stats(a.mean, a.sd, a.n, b.mean, b.sd, b.n, equal_var=False)
+    return float(two.pvalue)
 
 
 # %% How many runs?
 def power(difference: float, sd: float, n: int, alpha: float = 0.01) -> float:
-    """Chance that n runs against n show a true `difference` of means, in a one-sided t-test at level `alpha`."""
+    """Chance that n runs against n show a true difference of means, in a one-sided t-test at level alpha."""
     freedom = 2 * n - 2
     threshold = stats.t.ppf(1 - alpha, freedom)
     return float(stats.nct.sf(threshold, freedom, difference / (sd * math.sqrt(2 / n))))
 
 
 def runs_needed(difference: float, sd: float, alpha: float = 0.01, wanted: float = 0.9) -> int:
-    """Runs *per arm* that show a true `difference` with probability `wanted`."""
+    """Runs *per arm* that show a true difference with probability `wanted`."""
     if difference <= 0 or sd <= 0:
         raise ValueError(f"need a positive difference and sd, got {difference} and {sd}")
     n = 2
