@@ -197,7 +197,7 @@ print(f"to see 0.001 at sd {record_37.sd:.4f}: {needed} runs with, {needed} with
 print(f"to see 0.0005: {halved} and {halved}")
 
 # %% [markdown]
-# Seventy-odd runs a side, not ten. At two and a half minutes of eight H100s each that is an afternoon and a few hundred dollars, for a thousandth of a nat. It explains
+# Seventy-odd runs a side, not ten. At two and a half minutes each that is six hours of a machine that costs some twenty-five dollars an hour, for a thousandth of a nat. It explains
 # much about the contest: why its thousandths are rarely *shown* one by one, why several small ideas travel together in one record, why the margin exists. And it decides how this book
 # measures. Effects on the loss are claimed on small models, where a run costs seconds and a control of nine or more can be afforded; effects on speed on the real one.
 #

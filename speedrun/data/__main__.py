@@ -2,11 +2,10 @@
 
 
 from speedrun.data.shards import file_sha256, how_to_mend, load_manifest, read_shard
-from speedrun.data.sources import build_embedded, describe_folder, fetch_fineweb, gpt2_facts, pack
-from speedrun.data.tokenizer import BYTE_DOCUMENT
+from speedrun.data.sources import BYTE_FACTS, GPT2_FACTS, build_embedded, describe_folder, fetch_fineweb, pack
 
 
-# %% FineWeb, and your own text
+# %% The command
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -16,8 +15,7 @@ import tyro
 from speedrun.lab.hardware import Problem
 from speedrun.lab.results import root
 
-Files = Annotated[tuple[Path, ...], tyro.conf.Positional]
-Folder = Annotated[Path, tyro.conf.Positional]
+Name = Literal["gpt2", "bytes"]
 
 
 def make_embedded(out: Path | None = None, wheels: Path | None = None) -> None:
@@ -42,7 +40,12 @@ def make_fineweb(shards: int = 9, out: Path | None = None) -> None:
     report(fetch_fineweb(out, shards), out)
 
 
-def make_pack(files: Files, out: Path, tokenizer: Literal["gpt2", "bytes"] = "gpt2", validation: float = 0.05) -> None:
+def make_pack(
+    files: Annotated[tuple[Path, ...], tyro.conf.Positional],
+    out: Path,
+    tokenizer: Name = "gpt2",
+    validation: float = 0.05,
+) -> None:
     """Turn text files, or .jsonl files with a “text” field, into a data folder.
 
     Args:
@@ -54,7 +57,9 @@ def make_pack(files: Files, out: Path, tokenizer: Literal["gpt2", "bytes"] = "gp
     report(pack(list(files), out, tokenizer, validation), out)
 
 
-def make_manifest(folder: Folder, tokenizer: Literal["gpt2", "bytes"] = "gpt2", source: str = "unknown") -> None:
+def make_manifest(
+    folder: Annotated[Path, tyro.conf.Positional], tokenizer: Name = "gpt2", source: str = "unknown"
+) -> None:
     """Write manifest.json for a folder that already holds shards named *train*.bin and *val*.bin.
 
     Args:
@@ -62,11 +67,14 @@ def make_manifest(folder: Folder, tokenizer: Literal["gpt2", "bytes"] = "gpt2", 
         tokenizer: what its tokens index.
         source: where the text comes from.
     """
-    facts = gpt2_facts() if tokenizer == "gpt2" else ("bytes", BYTE_DOCUMENT + 1, BYTE_DOCUMENT)
-    report(describe_folder(folder, facts, source, f"python -m speedrun.data manifest {folder} --tokenizer {tokenizer}"), folder)
+    command = f"python -m speedrun.data manifest {folder} --tokenizer {tokenizer}"
+    report(
+        describe_folder(folder, GPT2_FACTS if tokenizer == "gpt2" else BYTE_FACTS, source, command),
+        folder,
+    )
 
 
-def verify(folder: Folder) -> None:
+def verify(folder: Annotated[Path, tyro.conf.Positional]) -> None:
     """Check every shard of a data folder: header, size, vocabulary and SHA-256.
 
     Args:
@@ -74,9 +82,12 @@ def verify(folder: Folder) -> None:
     """
     found = load_manifest(folder)
     for file in found.files:
-        read_shard(folder / file.name, found.vocab_size)
-        if file_sha256(folder / file.name) != file.sha256:
-            raise Problem(f"{folder / file.name}: its SHA-256 is not the manifest's {file.sha256}", how_to_mend(folder / file.name))
+        path = folder / file.name
+        read_shard(path, found.vocab_size)
+        if file_sha256(path) != file.sha256:
+            raise Problem(
+                f"{path}: its SHA-256 is not the manifest's {file.sha256}", how_to_mend(path)
+            )
     report(found, folder)
 
 
@@ -84,14 +95,23 @@ def report(manifest, folder: Path) -> None:
     """Say what a data folder holds."""
     for split in ("train", "val"):
         files = manifest.split(split)
-        print(f"{folder}: {split}: {sum(file.tokens for file in files):,} {manifest.tokenizer} tokens in {len(files)} shards")
+        tokens = sum(file.tokens for file in files)
+        print(f"{folder}: {split}: {tokens:,} tokens ({manifest.tokenizer}) in {len(files)} shards")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """`python -m speedrun.data COMMAND`: embedded, fineweb, pack, manifest or verify."""
-    commands = {"embedded": make_embedded, "fineweb": make_fineweb, "pack": make_pack, "manifest": make_manifest, "verify": verify}
+    commands = {
+        "embedded": make_embedded,
+        "fineweb": make_fineweb,
+        "pack": make_pack,
+        "manifest": make_manifest,
+        "verify": verify,
+    }
     try:
-        tyro.extras.subcommand_cli_from_dict(commands, args=arguments, prog="python -m speedrun.data")
+        tyro.extras.subcommand_cli_from_dict(
+            commands, args=arguments, prog="python -m speedrun.data"
+        )
     except Problem as problem:
         print(problem, file=sys.stderr)
         return 1

@@ -24,7 +24,7 @@ class DataOptions:
     path: str = "data/embedded"
     """Data folder, with a manifest.json; relative to here or to the project."""
     mode: Literal["stream", "documents"] = "stream"
-    """stream: rows cut from the token stream wherever they fall. documents: rows of whole documents, from their beginning."""
+    """stream: rows cut from the stream wherever they fall. documents: whole documents, from their beginning."""
     seq_len: int = 1024
     """Tokens a row; in the documents mode a micro-batch is one row, and this is not used."""
     step_tokens: int = 524_288
@@ -36,60 +36,79 @@ class DataOptions:
 
 
 def check_options(options: DataOptions, world: int = 1) -> int:
-    """Tokens a micro-batch, after checking that everything divides. Raises Problem with the field and a way out."""
-    if options.grad_shards % world:
-        fix = f"run on a divisor of {options.grad_shards} GPUs, or set --data.grad-shards to a multiple of {world}"
-        raise Problem(f"{world} ranks cannot share {options.grad_shards} micro-batches a step evenly (data.grad_shards)", fix)
-    micro, rest = divmod(options.step_tokens, options.grad_shards)
+    """Tokens a micro-batch, after checking that everything divides."""
+    shards, tokens = options.grad_shards, options.step_tokens
+    if shards % world:
+        what = f"{world} ranks cannot share {shards} micro-batches a step evenly (data.grad_shards)"
+        fix = f"a divisor of {shards} as the number of GPUs, or --data.grad-shards a multiple of {world}"
+        raise Problem(what, fix)
     row = options.seq_len if options.mode == "stream" else 1
-    if rest or micro % row or micro == 0:
-        what = f"data.step_tokens={options.step_tokens} is no multiple of grad_shards × row = {options.grad_shards} × {row}"
-        raise Problem(what, f"use {max(1, round(options.step_tokens / options.grad_shards / row)) * options.grad_shards * row}")
-    return micro
+    if tokens % (shards * row) or tokens == 0:
+        what = f"data.step_tokens={tokens} is no multiple of grad_shards × row = {shards} × {row}"
+        raise Problem(
+            what, f"--data.step-tokens {max(1, round(tokens / shards / row)) * shards * row}"
+        )
+    return tokens // shards
+
+
+def read_row(shards: "Shards", start: int, count: int) -> np.ndarray:
+    """Tokens start … start + count of the long row, (count,) uint16, across shard borders."""
+    parts, number = [], int(np.searchsorted(shards.ends, start, side="right"))
+    while count:
+        begin = start - (int(shards.ends[number - 1]) if number else 0)
+        parts.append(shards.shard(number)[begin : begin + count])
+        start, count, number = start + len(parts[-1]), count - len(parts[-1]), number + 1
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 class Shards:
-    """One split of a data folder as one long row of tokens. Reads shards when needed, the next one ahead in a thread."""
+    """One split of a data folder as one long row of tokens; shards are loaded when needed, the next one ahead."""
 
     def __init__(self, folder: str | Path, split: str):
-        self.folder, manifest = data_folder(str(folder)), load_manifest(data_folder(str(folder)))
-        self.files, self.manifest, self.split = manifest.split(split), manifest, split
+        self.folder = data_folder(str(folder))
+        self.manifest = load_manifest(self.folder)
+        self.files = self.manifest.split(split)
         if not self.files:
-            raise Problem(f"{self.folder}: the manifest lists no {split} shard", manifest.command)
+            raise Problem(
+                f"{self.folder}: the manifest lists no {split} shard", self.manifest.command
+            )
         self.ends = np.cumsum([file.tokens for file in self.files])
         self.total = int(self.ends[-1])
-        self.thread, self.held = ThreadPoolExecutor(1), {}
+        self.thread, self.held = ThreadPoolExecutor(1), dict[int, Future]()
 
     def shard(self, number: int) -> np.ndarray:
-        """The tokens of one shard; starts loading its successor, and lets go of all others."""
-        keep = {number, (number + 1) % len(self.files)}
-        self.held = {n: loading for n, loading in self.held.items() if n in keep or n == number - 1}
-        for n in sorted(keep, key=lambda n: n != number):
+        """The tokens of one shard. Its successor starts loading; all but these and the last one are let go."""
+        ahead = (number + 1) % len(self.files)
+        self.held = {
+            n: loading for n, loading in self.held.items() if n in (number - 1, number, ahead)
+        }
+        for n in (number, ahead):
             if n not in self.held:
                 path = self.folder / self.files[n].name
                 self.held[n] = self.thread.submit(read_shard, path, self.manifest.vocab_size)
         return self.held[number].result()
 
-    def read(self, start: int, count: int) -> np.ndarray:
-        """Tokens start … start + count of the row, across shard borders."""
-        parts, number = [], int(np.searchsorted(self.ends, start, side="right"))
-        while count:
-            begin = start - (int(self.ends[number - 1]) if number else 0)
-            parts.append(self.shard(number)[begin : begin + count])
-            start, count, number = start + len(parts[-1]), count - len(parts[-1]), number + 1
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+    read = read_row
 
 
 class Position(NamedTuple):
-    """Where the next step reads: the epoch, and the next token (stream) or shard and document (documents) in it."""
+    """Where the next step reads: the epoch; then the next token (stream), or shard and document (documents)."""
 
     epoch: int = 0
     offset: int = 0
     document: int = 0
 
 
+class Batch(NamedTuple):
+    """A micro-batch: inputs and targets, (rows, seq_len) int64; cu_seqlens, int32, the borders of documents."""
+
+    inputs: torch.Tensor
+    targets: torch.Tensor
+    cu_seqlens: torch.Tensor | None = None
+
+
 def next_slice(total: int, options: DataOptions, at: Position) -> tuple[int, Position]:
-    """Stream mode: where a step's tokens start, and the position after it. A new epoch begins where the rest is too short."""
+    """Stream mode: where a step's tokens start, and the position after it; too short a rest begins a new epoch."""
     if options.step_tokens + 1 > total:
         what = f"a step reads {options.step_tokens + 1:,} tokens (data.step_tokens), the training shards hold {total:,}"
         raise Problem(what, "add shards, or lower --data.step-tokens")
@@ -98,25 +117,19 @@ def next_slice(total: int, options: DataOptions, at: Position) -> tuple[int, Pos
     return at.offset, Position(at.epoch, at.offset + options.step_tokens)
 
 
-class Batch(NamedTuple):
-    """A micro-batch: inputs and targets, (rows, seq_len) int64; `cu_seqlens`, int32, document borders (documents mode)."""
-
-    inputs: torch.Tensor
-    targets: torch.Tensor
-    cu_seqlens: torch.Tensor | None = None
-
-
 def rows(tokens: np.ndarray, seq_len: int) -> Batch:
-    """A slice of n·seq_len + 1 tokens as a batch of n rows: the targets are the inputs shifted by one."""
-    tokens = torch.from_numpy(tokens.astype(np.int64))
-    return Batch(tokens[:-1].view(-1, seq_len), tokens[1:].view(-1, seq_len))
+    """A slice of n · seq_len + 1 tokens as a batch of n rows: the targets are the inputs shifted by one."""
+    row = torch.from_numpy(tokens.astype(np.int64))
+    return Batch(row[:-1].view(-1, seq_len), row[1:].view(-1, seq_len))
 
 
 # %% Reading by documents
-def fill(starts: np.ndarray, stops: np.ndarray, first: int, need: int, longest: int) -> tuple[list[tuple[int, int]], int] | None:
-    """Slices of consecutive documents from `first`, each clipped at `longest`, that hold exactly `need` tokens together.
+def fill(
+    starts, stops, first: int, need: int, longest: int
+) -> tuple[list[tuple[int, int]], int] | None:
+    """Slices of consecutive documents from `first`, each clipped at `longest`, that hold `need` tokens together.
 
-    Returns the slices and the next document, or None where the documents run out.
+    starts, stops: where each document begins and ends. Returns the slices and the next document; None if they run out.
     """
     slices = []
     while need:
@@ -130,21 +143,23 @@ def fill(starts: np.ndarray, stops: np.ndarray, first: int, need: int, longest: 
 
 
 def document_batch(tokens: np.ndarray, slices: list[tuple[int, int]]) -> Batch:
-    """A micro-batch of one row from the slices of a shard: n + 1 tokens become n inputs and n targets."""
-    joined = torch.from_numpy(np.concatenate([tokens[start:stop] for start, stop in slices]).astype(np.int64))
-    borders = np.cumsum([0] + [stop - start for start, stop in slices])
-    borders = np.unique(np.minimum(borders, len(joined) - 1)).astype(np.int32)
-    return Batch(joined[None, :-1], joined[None, 1:], torch.from_numpy(borders))
+    """A micro-batch of one row from slices of a shard: n + 1 tokens become n inputs and n targets."""
+    row = torch.from_numpy(np.concatenate([tokens[a:b] for a, b in slices]).astype(np.int64))
+    borders = np.minimum(np.cumsum([0] + [b - a for a, b in slices]), len(row) - 1)
+    return Batch(
+        row[None, :-1], row[None, 1:], torch.from_numpy(np.unique(borders).astype(np.int32))
+    )
 
 
-def plan_step(shards: Shards, options: DataOptions, at: Position, micro: int) -> tuple[list, int, Position]:
+def plan_step(shards: Shards, options: DataOptions, at: Position) -> tuple[list, int, Position]:
     """Documents mode: slices for each micro-batch of the next step, the shard they are in, and the position after it."""
+    need = options.step_tokens // options.grad_shards + 1
     for _ in range(len(shards.files) + 1):
         tokens = shards.shard(at.offset)
         starts = np.flatnonzero(tokens == shards.manifest.document)
         stops, document, plan = np.append(starts[1:], len(tokens)), at.document, []
         while len(plan) < options.grad_shards:
-            filled = fill(starts, stops, document, micro + 1, options.max_document)
+            filled = fill(starts, stops, document, need, options.max_document)
             if filled is None:
                 break
             plan.append(filled[0])
@@ -153,13 +168,15 @@ def plan_step(shards: Shards, options: DataOptions, at: Position, micro: int) ->
             return plan, at.offset, Position(at.epoch, at.offset, document)
         last = at.offset + 1 == len(shards.files)
         at = Position(at.epoch + last, 0 if last else at.offset + 1)
-    raise Problem(f"no shard of {shards.folder} holds the documents of one step", "lower --data.step-tokens, or pack larger shards")
+    raise Problem(
+        f"no shard of {shards.folder} holds the documents of one step", "lower --data.step-tokens"
+    )
 
 
 class Loader:
-    """This rank's micro-batches of one step after the other. `position` is all its state: keep it to resume.
+    """This rank's micro-batches, one step after the other. `position` is all its state: keep it to resume.
 
-    rank, world: this rank's number and how many share a step. pin: page-locked memory, for asynchronous copies to a GPU.
+    rank, world: this rank's number, and how many share a step. pin: page-locked memory, for copies to a GPU.
     """
 
     def __init__(self, options: DataOptions, rank: int = 0, world: int = 1, pin: bool = False):
@@ -170,27 +187,40 @@ class Loader:
 
     def next(self) -> list[Batch]:
         """The next step's micro-batches for this rank."""
-        make = self.next_stream if self.options.mode == "stream" else self.next_documents
-        return [Batch(*(t.pin_memory() if self.pin and t is not None else t for t in batch)) for batch in make()]
-
-    def next_stream(self) -> list[Batch]:
-        start, self.position = next_slice(self.shards.total, self.options, self.position)
-        own = self.shards.read(start + self.mine[0] * self.micro, len(self.mine) * self.micro + 1)
-        return [rows(own[i * self.micro : (i + 1) * self.micro + 1], self.options.seq_len) for i in range(len(self.mine))]
-
-    def next_documents(self) -> list[Batch]:
-        plan, number, self.position = plan_step(self.shards, self.options, self.position, self.micro)
-        tokens = self.shards.shard(number)
-        return [document_batch(tokens, plan[i]) for i in self.mine]
+        make = next_stream if self.options.mode == "stream" else next_documents
+        pinned = [
+            [t.pin_memory() if self.pin and t is not None else t for t in b] for b in make(self)
+        ]
+        return [Batch(*tensors) for tensors in pinned]
 
 
-def validation_batches(shards: Shards, options: DataOptions, tokens: int, rank: int = 0, world: int = 1) -> Iterator[Batch]:
+def next_stream(loader: Loader) -> list[Batch]:
+    """A rank's part of the next slice of the stream."""
+    start, loader.position = next_slice(loader.shards.total, loader.options, loader.position)
+    micro, mine = loader.micro, loader.mine
+    own = loader.shards.read(start + mine[0] * micro, len(mine) * micro + 1)
+    return [
+        rows(own[i * micro : (i + 1) * micro + 1], loader.options.seq_len) for i in range(len(mine))
+    ]
+
+
+def next_documents(loader: Loader) -> list[Batch]:
+    """A rank's part of the next documents."""
+    plan, number, loader.position = plan_step(loader.shards, loader.options, loader.position)
+    tokens = loader.shards.shard(number)
+    return [document_batch(tokens, plan[i]) for i in loader.mine]
+
+
+def validation_batches(
+    shards: Shards, options: DataOptions, tokens: int, rank: int = 0, world: int = 1
+) -> Iterator[Batch]:
     """This rank's share of the first `tokens` validation tokens, as micro-batches like those of training."""
-    micro = check_options(options, world)
-    count = min(tokens, shards.total - 1) // micro
-    if count == 0:
-        what = f"validation reads micro-batches of {micro:,} tokens; {min(tokens, shards.total - 1):,} are asked for or there"
+    micro, there = check_options(options, world), min(tokens, shards.total - 1)
+    if there < micro:
+        what = (
+            f"validation reads micro-batches of {micro:,} tokens; {there:,} are asked for or there"
+        )
         raise Problem(what, "raise --val-tokens, or lower --data.step-tokens")
-    for number in range(rank, count, world):
+    for number in range(rank, there // micro, world):
         own = shards.read(number * micro, micro + 1)
         yield rows(own, options.seq_len if options.mode == "stream" else micro)

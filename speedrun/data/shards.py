@@ -17,7 +17,7 @@ MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 1024
 
 
 def write_shard(path: str | Path, tokens: np.ndarray) -> None:
-    """Write tokens as an llm.c shard: 256 int32 of header, then uint16 tokens. The file appears whole or not at all."""
+    """Write an llm.c shard: 256 int32 of header, then uint16 tokens. The file appears whole or not at all."""
     header = np.zeros(HEADER_BYTES // 4, dtype="<i4")
     header[:3] = MAGIC, VERSION, len(tokens)
     part = Path(path).with_suffix(f".{os.getpid()}.part")
@@ -36,26 +36,43 @@ def how_to_mend(path: Path) -> str:
     return f"delete {path.name}, then: {command}"
 
 
-def count_tokens(path: Path) -> int:
-    """The number of tokens in a shard, after checking that it is one and that it is whole."""
+def bad_shard(path: Path, at: int, what: str) -> Problem:
+    """The complaint about one byte of one file, with its cure."""
+    return Problem(f"{path}, byte {at}: {what}", how_to_mend(path))
+
+
+def read_header(path: Path) -> tuple[int, np.ndarray]:
+    """The size of a file in bytes and its first 256 integers (fewer if it is shorter)."""
     try:
-        size = path.stat().st_size
         with open(path, "rb") as file:
-            header = np.frombuffer(file.read(HEADER_BYTES), dtype="<i4")
+            head = file.read(HEADER_BYTES)
+        return path.stat().st_size, np.frombuffer(head[: len(head) // 4 * 4], dtype="<i4")
     except FileNotFoundError:
         raise Problem(f"{path} is missing", how_to_mend(path)) from None
     except PermissionError:
         raise Problem(f"{path} may not be read by this user", f"chmod u+r {path}") from None
-    if size < HEADER_BYTES:
-        raise Problem(f"{path}, byte {size}: the file ends here, expected a header of {HEADER_BYTES} bytes", how_to_mend(path))
-    for name, found, wanted, offset in (("magic number", header[0], MAGIC, 0), ("version", header[1], VERSION, 4)):
+
+
+def count_tokens(path: Path) -> int:
+    """The number of tokens in a shard, after checking that it is one and that it is whole."""
+    size, header = read_header(path)
+    if len(header) < HEADER_BYTES // 4:
+        raise bad_shard(
+            path, size, f"the file ends here, expected a header of {HEADER_BYTES} bytes"
+        )
+    for name, found, wanted, at in (
+        ("magic number", header[0], MAGIC, 0),
+        ("version", header[1], VERSION, 4),
+    ):
         if found != wanted:
-            raise Problem(f"{path}, byte {offset}: {name} {found}, expected {wanted}: not a shard of tokens", how_to_mend(path))
-    count, expected = int(header[2]), HEADER_BYTES + 2 * int(header[2])
+            raise bad_shard(path, at, f"{name} {found}, expected {wanted}: not a shard of tokens")
+    count, end = int(header[2]), HEADER_BYTES + 2 * int(header[2])
     if count <= 0:
-        raise Problem(f"{path}, byte 8: the header announces {count} tokens, expected at least 1", how_to_mend(path))
-    if size != expected:
-        raise Problem(f"{path}, byte {size}: the file ends here, expected at byte {expected} ({count:,} tokens)", how_to_mend(path))
+        raise bad_shard(path, 8, f"the header announces {count} tokens, expected at least 1")
+    if size != end:
+        raise bad_shard(
+            path, size, f"the file ends here, expected at byte {end} ({count:,} tokens)"
+        )
     return count
 
 
@@ -65,16 +82,16 @@ def read_shard(path: str | Path, vocab_size: int) -> np.ndarray:
     tokens = np.fromfile(path, dtype="<u2", count=count_tokens(path), offset=HEADER_BYTES)
     note_opened(path)
     if int(tokens.max()) >= vocab_size:
-        index = int(np.argmax(tokens >= vocab_size))
-        where = f"{path}, byte {HEADER_BYTES + 2 * index}"
-        raise Problem(f"{where}: token {tokens[index]}, expected below {vocab_size} (the vocabulary)", how_to_mend(path))
+        first = int(np.argmax(tokens >= vocab_size))
+        what = f"token {tokens[first]}, expected below {vocab_size} (the vocabulary)"
+        raise bad_shard(path, HEADER_BYTES + 2 * first, what)
     return tokens
 
 
 # %% A manifest beside the shards
 @dataclass(frozen=True)
 class ShardFile:
-    """One shard of a manifest. `bytes` is the length of the text that its tokens stand for, None if nobody counted."""
+    """One shard of a manifest. `bytes`: the length of the text that its tokens stand for, None if nobody counted."""
 
     name: str
     split: str
@@ -117,22 +134,28 @@ def save_manifest(folder: Path, manifest: Manifest) -> None:
     os.replace(part, folder / "manifest.json")
 
 
+def data_folder(path: str) -> Path:
+    """A data folder by its name: as given if it exists from here, else inside the project."""
+    return Path(path) if Path(path).is_absolute() or Path(path).exists() else root() / path
+
+
 def load_manifest(folder: str | Path) -> Manifest:
     """Read the manifest of a data folder."""
     path = Path(folder) / "manifest.json"
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
-        files = tuple(ShardFile(**file) for file in fields.pop("files"))
-        manifest = Manifest(files=files, **fields)
+        manifest = Manifest(
+            files=tuple(ShardFile(**file) for file in fields.pop("files")), **fields
+        )
     except FileNotFoundError:
-        fix = f"python -m speedrun.data manifest {folder} --tokenizer gpt2 (if it holds shards), embedded, fineweb or pack (if not)"
+        fix = f"if it has shards: python -m speedrun.data manifest {folder}; if not: … embedded, fineweb or pack"
         raise Problem(f"{folder} holds no manifest.json", fix) from None
+    except PermissionError:
+        raise Problem(
+            f"{path} may not be read by this user", f"chmod u+rx {folder}; chmod u+r {path}"
+        ) from None
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise Problem(f"{path} is not a manifest: {error}", f"delete it, then: python -m speedrun.data manifest {folder}") from None
+        fix = f"delete it, then: python -m speedrun.data manifest {folder}"
+        raise Problem(f"{path} is not a manifest: {error}", fix) from None
     note_opened(path)
     return manifest
-
-
-def data_folder(path: str) -> Path:
-    """A data folder by its name: as given if it exists from here, else inside the project."""
-    return Path(path) if Path(path).is_absolute() or Path(path).exists() else root() / path
