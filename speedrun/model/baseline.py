@@ -37,7 +37,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         batch, tokens, width = x.shape
-        q, k, v = self.qkv(x).view(batch, tokens, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        shape = (batch, tokens, 3, self.heads, width // self.heads)
+        q, k, v = self.qkv(x).view(shape).permute(2, 0, 3, 1, 4)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # scaled by 1 / sqrt(head_dim)
         return self.out(y.transpose(1, 2).reshape(batch, tokens, width))
 
@@ -67,8 +68,20 @@ class Block(nn.Module):
         return x + self.mlp(self.norm_2(x))
 
 
+def init_gpt2(model: nn.Module, options: GPT2Options) -> None:
+    """Normal weights of `init_std`, biases zero; smaller by sqrt(2 · layers) where a matrix adds to the stream."""
+    for name, weight in model.named_parameters():
+        if name.endswith("bias"):
+            nn.init.zeros_(weight)
+        elif "norm" not in name:
+            adds = name.endswith(("attention.out.weight", "mlp.down.weight"))
+            nn.init.normal_(
+                weight, std=options.init_std / (math.sqrt(2 * options.layers) if adds else 1.0)
+            )
+
+
 class GPT2(nn.Module):
-    """GPT-2 with tied embedding and head. `model(inputs)` gives logits (batch, tokens, vocab), with targets the mean loss."""
+    """GPT-2, embedding and head tied. `model(inputs)`: logits (batch, tokens, vocab); with targets the mean loss."""
 
     def __init__(self, options: GPT2Options, vocab_size: int):
         super().__init__()
@@ -79,21 +92,18 @@ class GPT2(nn.Module):
         init_gpt2(self, options)
 
     def forward(self, inputs: Tensor, targets: Tensor | None = None) -> Tensor:
-        x = self.tokens(inputs) + self.positions.weight[: inputs.shape[1]]
-        for block in self.blocks:
-            x = block(x)
-        logits = F.linear(self.norm(x), self.tokens.weight)
-        return logits if targets is None else F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+        return gpt2_forward(self, inputs, targets)
 
 
-def init_gpt2(model: GPT2, options: GPT2Options) -> None:
-    """Normal weights of `init_std`, biases zero; what adds to the stream is smaller by sqrt(2 · layers), its number of terms."""
-    for name, weight in model.named_parameters():
-        if name.endswith("bias"):
-            nn.init.zeros_(weight)
-        elif "norm" not in name:
-            adds = name.endswith(("attention.out.weight", "mlp.down.weight"))
-            nn.init.normal_(weight, std=options.init_std / (math.sqrt(2 * options.layers) if adds else 1.0))
+def gpt2_forward(model: GPT2, inputs: Tensor, targets: Tensor | None) -> Tensor:
+    """Embed, run the blocks, score. inputs and targets: (batch, tokens) int64."""
+    x = model.tokens(inputs) + model.positions.weight[: inputs.shape[1]]
+    for block in model.blocks:
+        x = block(x)
+    logits = F.linear(model.norm(x), model.tokens.weight)
+    if targets is None:
+        return logits
+    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 
 
 # %% Three numbers that must come out
@@ -103,14 +113,15 @@ def parameter_count(options: GPT2Options, vocab_size: int) -> int:
     return (vocab_size + options.context) * d + options.layers * (12 * d * d + 13 * d) + 2 * d
 
 
-def flops_per_token(options: GPT2Options, vocab_size: int, seq_len: int, causal: bool = True) -> float:
-    """FLOPs of one token's forward and backward pass: 6 a weight that multiplies, and 12·T·width a layer for attention.
+def flops_per_token(
+    options: GPT2Options, vocab_size: int, seq_len: int, causal: bool = True
+) -> float:
+    """FLOPs of a token, forward and backward: 6 a weight that multiplies, 12 · seq_len · width a layer for attention.
 
-    causal: count half of attention, as a kernel does that skips masked tiles.
+    causal: count half of attention, as a kernel does that skips what the mask hides.
     """
-    d = options.width
-    weights = options.layers * 12 * d * d + vocab_size * d
-    attention = options.layers * 12 * seq_len * d
+    weights = options.layers * 12 * options.width**2 + vocab_size * options.width
+    attention = options.layers * 12 * seq_len * options.width
     return 6.0 * weights + attention * (0.5 if causal else 1.0)
 
 
@@ -144,17 +155,27 @@ def learning_rate(step: int, steps: int, options: AdamWOptions) -> float:
     return options.lr * (options.final_lr + (1 - options.final_lr) * cosine)
 
 
-def make_adamw(parameters: dict[str, Tensor], decays: dict[str, bool], options: AdamWOptions) -> torch.optim.AdamW:
-    """torch's fused AdamW over named parameters, in two groups: those that decay and those that do not."""
-    missing = sorted(set(parameters) ^ set(decays))
-    if missing:
-        raise ValueError(f"parameters and decays must name the same tensors; only one names {', '.join(missing)}")
-    groups = [{"params": [p for name, p in parameters.items() if decays[name] is decay], "weight_decay": weight_decay}
-              for decay, weight_decay in ((True, options.weight_decay), (False, 0.0))]  # fmt: skip
-    groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, lr=options.lr, betas=options.betas, eps=options.eps, fused=True)
-
-
 def decays_by_shape(model: nn.Module) -> dict[str, bool]:
     """llm.c's rule: tensors of two or more dimensions decay."""
     return {name: parameter.ndim >= 2 for name, parameter in model.named_parameters()}
+
+
+def make_adamw(
+    parameters: dict[str, Tensor], decays: dict[str, bool], options: AdamWOptions
+) -> torch.optim.AdamW:
+    """torch's fused AdamW over named parameters, in two groups: those that decay and those that do not."""
+    odd = sorted(set(parameters) ^ set(decays))
+    if odd:
+        raise ValueError(
+            f"parameters and decays must name the same tensors; only one names {', '.join(odd)}"
+        )
+    groups = []
+    for decay in (True, False):
+        members = [p for name, p in parameters.items() if decays[name] is decay]
+        if members:
+            groups.append(
+                {"params": members, "weight_decay": options.weight_decay if decay else 0.0}
+            )
+    return torch.optim.AdamW(
+        groups, lr=options.lr, betas=options.betas, eps=options.eps, fused=True
+    )
