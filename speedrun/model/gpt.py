@@ -24,12 +24,15 @@ class GPTOptions:
     context: int = 1024
     """Longest row of tokens: the number of learned positions."""
     init_std: float = 0.02
-    """Standard deviation of the initial weights; GPT-2's 0.02 suits a width of 768, and sqrt(768 / width) times as much others."""
+    """Standard deviation of the initial weights: 0.02 for a width of 768, more for a narrower model."""
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """A row of the parameter table. It starts as normal(mean, std); `multiplies`: one multiply-add a weight and token."""
+    """A row of the parameter table. It starts as normal(mean, std).
+
+    decay: whether AdamW decays it. multiplies: whether it costs one multiply-add a weight and token.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -42,7 +45,7 @@ class Parameter:
 def parameter_table(options: GPTOptions, vocab_size: int) -> tuple[Parameter, ...]:
     """Every parameter of the model. What begins with the number of layers is a bank: one slice a layer."""
     n, d, std = options.layers, options.width, options.init_std
-    adds = std / math.sqrt(2 * n)  # matrices whose output is added to the stream 2n times
+    adds = std / math.sqrt(2 * n)  # matrices whose output is added to the stream, 2n times in all
     matrix = {"decay": True, "multiplies": True}
     return (
         Parameter("token_embedding", (vocab_size, d), std=std, **matrix),  # multiplies as the head
@@ -64,20 +67,22 @@ def parameter_table(options: GPTOptions, vocab_size: int) -> tuple[Parameter, ..
     )
 
 
-def init_parameter(row: Parameter, seed: int, device: torch.device | str = "cpu") -> Tensor:
-    """The initial values of one row, float32: a function of the seed and the row alone. Drawn on the CPU."""
+# %% Beginning
+def init_parameter(row: Parameter, seed: int) -> Tensor:
+    """The initial values of one row, float32 on the CPU: a function of the seed and the row alone."""
     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{row.name}".encode()))
     values = torch.full(row.shape, row.mean)
-    if row.std:
-        values += row.std * torch.randn(row.shape, generator=generator)
-    return values.to(device)
+    return values + row.std * torch.randn(row.shape, generator=generator) if row.std else values
 
 
 # %% The forward pass
-def attention(x: Tensor, qkv: Tensor, qkv_bias: Tensor, out: Tensor, out_bias: Tensor, heads: int) -> Tensor:
+def attention(
+    x: Tensor, qkv: Tensor, qkv_bias: Tensor, out: Tensor, out_bias: Tensor, heads: int
+) -> Tensor:
     """Causal self-attention, (batch, tokens, width) → the same. qkv: (3 · width, width), out: (width, width)."""
     batch, tokens, width = x.shape
-    q, k, v = F.linear(x, qkv, qkv_bias).view(batch, tokens, 3, heads, width // heads).permute(2, 0, 3, 1, 4)
+    shape = (batch, tokens, 3, heads, width // heads)
+    q, k, v = F.linear(x, qkv, qkv_bias).view(shape).permute(2, 0, 3, 1, 4)
     y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # scaled by 1 / sqrt(head_dim)
     return F.linear(y.transpose(1, 2).reshape(batch, tokens, width), out, out_bias)
 
@@ -92,12 +97,13 @@ def norm(x: Tensor, gain: Tensor, bias: Tensor) -> Tensor:
     return F.layer_norm(x, gain.shape, gain, bias)
 
 
-ATTENTION = ("attention_norm_gain", "attention_norm_bias", "attention_qkv", "attention_qkv_bias", "attention_out", "attention_out_bias")
+ATTENTION = ("attention_norm_gain", "attention_norm_bias", "attention_qkv", "attention_qkv_bias")
+ATTENTION += ("attention_out", "attention_out_bias")
 MLP = ("mlp_norm_gain", "mlp_norm_bias", "mlp_up", "mlp_up_bias", "mlp_down", "mlp_down_bias")
 
 
 def gpt_forward(self, inputs: Tensor, targets: Tensor | None = None) -> Tensor:
-    """Logits (batch, tokens, vocab) of `inputs`, (batch, tokens) int64; with targets the mean cross-entropy in nats."""
+    """Logits (batch, tokens, vocab) of inputs, (batch, tokens) int64; with targets the mean cross-entropy, nats."""
     x = F.embedding(inputs, self.token_embedding) + self.position_embedding[: inputs.shape[1]]
     banks = [getattr(self, name).unbind() for name in ATTENTION + MLP]
     for weights in zip(*banks):
@@ -107,11 +113,13 @@ def gpt_forward(self, inputs: Tensor, targets: Tensor | None = None) -> Tensor:
         x = x + mlp(norm(x, gain, bias), *matrices)
     x = norm(x, self.final_norm_gain, self.final_norm_bias)
     logits = F.linear(x, self.token_embedding)
-    return logits if targets is None else F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+    if targets is None:
+        return logits
+    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 
 
 class GPT(nn.Module):
-    """The package's model: banks of weights and the table that describes them."""
+    """The package's model: banks of weights, and the table that describes them."""
 
     def __init__(self, options: GPTOptions, vocab_size: int, seed: int = 0):
         super().__init__()
@@ -129,22 +137,37 @@ class GPT(nn.Module):
 
 
 # %% The same model
+INSIDE = {
+    "attention_norm": "norm_1",
+    "attention_qkv": "attention.qkv",
+    "attention_out": "attention.out",
+    "mlp_norm": "norm_2",
+    "mlp_up": "mlp.up",
+    "mlp_down": "mlp.down",
+}
+
+
 def banks_from_blocks(state: dict[str, Tensor], layers: int) -> dict[str, Tensor]:
-    """The weights of chapter 03's GPT2 as banks: the tensors of all blocks stacked. Works on gradients just as well."""
-    inside = {"attention_norm": "norm_1", "attention_qkv": "attention.qkv", "attention_out": "attention.out"}
-    inside |= {"mlp_norm": "norm_2", "mlp_up": "mlp.up", "mlp_down": "mlp.down"}
-    banks = {"token_embedding": state["tokens.weight"], "position_embedding": state["positions.weight"]}
-    for bank, layer in inside.items():
+    """Tensors of chapter 03's GPT2 (weights or gradients, by name) as banks: those of all blocks stacked."""
+    banks = {
+        "token_embedding": state["tokens.weight"],
+        "position_embedding": state["positions.weight"],
+    }
+    for bank, layer in INSIDE.items():
         for part, suffix in (("weight", "_gain" if "norm" in bank else ""), ("bias", "_bias")):
-            banks[bank + suffix] = torch.stack([state[f"blocks.{i}.{layer}.{part}"] for i in range(layers)])
+            banks[bank + suffix] = torch.stack(
+                [state[f"blocks.{i}.{layer}.{part}"] for i in range(layers)]
+            )
     return banks | {"final_norm_gain": state["norm.weight"], "final_norm_bias": state["norm.bias"]}
 
 
 # %% The measurement
 def model_flops_per_token(options: GPTOptions, vocab_size: int, seq_len: int) -> float:
-    """FLOPs of a token's forward and backward pass: 6 a weight that multiplies, 6 · tokens · width a layer for attention.
+    """FLOPs of a token, forward and backward: 6 a weight that multiplies, 6 · seq_len · width a layer for attention.
 
     Attention counts what causality leaves: on average a token sees half of the row.
     """
-    weights = sum(math.prod(row.shape) for row in parameter_table(options, vocab_size) if row.multiplies)
+    weights = sum(
+        math.prod(row.shape) for row in parameter_table(options, vocab_size) if row.multiplies
+    )
     return 6.0 * weights + 6.0 * options.layers * seq_len * options.width
