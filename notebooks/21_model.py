@@ -476,7 +476,7 @@ plt.show()
 # views of one gradient bank works until something (compilation, moving the model to another device, loading a checkpoint) replaces a tensor and quietly breaks the sharing. The failure is silent, which disqualifies it: the optimizer would go on updating a bank that nobody reads. Here the bank is the parameter, and the slices are made in
 # the forward pass, where autograd can see them.
 #
-# The other gentle design stacks the matrices when the optimizer needs them. Upstream did that for a year. It costs a read and a write of every weight and gradient in every step, in exchange for not touching the model:
+# The other gentle design stacks the matrices when the optimizer needs them. Upstream did that for months. It costs a read and a write of every weight and gradient in every step, in exchange for not touching the model:
 
 # %%
 block_weights = sum(math.prod(shape) for shape in matrices)

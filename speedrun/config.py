@@ -22,7 +22,7 @@ class Config:
     """One training run. Every command takes these as flags: --model.layers 4 --steps 100."""
 
     preset: PresetName = "record"
-    """Where all other fields get their defaults: smoke (40 s), cpu (minutes), small (one GPU, minutes), record, or a rung of history: baseline."""
+    """Defaults of all other fields. smoke: 40 s; cpu, small: minutes; record; baseline: record 1."""
     architecture: Literal["gpt", "baseline"] = "gpt"
     """gpt: the package's model. baseline: the plain GPT-2 of chapter 03."""
     model: GPTOptions = field(default_factory=GPTOptions)
@@ -40,7 +40,7 @@ class Config:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; auto: on a GPU if PyTorch sees one."""
     backend: Literal["auto", "nccl", "gloo"] = "auto"
-    """How ranks talk; auto: nccl between GPUs, gloo between CPUs. gloo lets ranks share a GPU, slowly."""
+    """How ranks talk; auto: nccl between GPUs, gloo between CPUs. gloo also lets ranks share a GPU, slowly."""
     precision: Literal["float32", "bfloat16"] = "bfloat16"
     """bfloat16: matrix products under autocast, weights in float32."""
     compile: bool = True
@@ -61,27 +61,29 @@ class Config:
     """Weights & Biases project to log to as well; empty: none."""
 
 
-def check_config(config: Config, world: int = 1) -> Config:
-    """The config itself, after checking what can be known beforehand. Raises Problem with the field and a way out."""
-    check_options(config.data, world)
-    model, data = config.model, config.data
-    if data.mode == "stream" and data.seq_len > model.context:
-        what = f"rows of {data.seq_len} tokens (data.seq_len) do not fit a model with {model.context} positions (model.context)"
-        raise Problem(what, f"--data.seq-len {model.context}, or --model.context {data.seq_len}")
-    if data.mode == "documents":
-        fix = "--data.mode stream; the documents mode waits for attention that knows documents"
-        raise Problem("data.mode=documents: this model's attention cannot keep documents apart", fix)
-    if model.width % model.heads:
-        raise Problem(f"width {model.width} cannot be shared by {model.heads} heads", f"--model.heads {largest_divisor(model.width, model.heads)}")
-    for name in ("steps", "val_every", "val_tokens", "log_every"):
-        if getattr(config, name) < 1:
-            raise Problem(f"{name}={getattr(config, name)} must be at least 1", f"--{name.replace('_', '-')} 1 or more")
-    return config
-
-
 def largest_divisor(number: int, limit: int) -> int:
     """The largest divisor of `number` that is at most `limit`."""
     return next(n for n in range(min(limit, number), 0, -1) if number % n == 0)
+
+
+def check_config(config: Config, world: int = 1) -> Config:
+    """The config itself, after checking what can be known beforehand. world: ranks that will share it."""
+    check_options(config.data, world)
+    model, data = config.model, config.data
+    if data.mode == "documents":
+        what = "data.mode=documents: this model's attention cannot keep documents apart"
+        raise Problem(what, "--data.mode stream")
+    if data.seq_len > model.context:
+        what = f"rows of {data.seq_len} tokens (data.seq_len) do not fit {model.context} positions (model.context)"
+        raise Problem(what, f"--data.seq-len {model.context}, or --model.context {data.seq_len}")
+    if model.width % model.heads:
+        what = f"a width of {model.width} cannot be shared by {model.heads} heads"
+        raise Problem(what, f"--model.heads {largest_divisor(model.width, model.heads)}")
+    for name in ("steps", "val_every", "val_tokens", "log_every"):
+        if getattr(config, name) < 1:
+            what = f"{name}={getattr(config, name)} must be at least 1"
+            raise Problem(what, f"--{name.replace('_', '-')} 1 or more")
+    return config
 
 
 # %% Five runs
@@ -97,10 +99,11 @@ LAPTOP = Config(
     val_every=1000,
     val_tokens=262_144,
     log_every=50,
-    target=1.8,
+    target=1.75,
 )
+SMOKE = {"preset": "smoke", "steps": 800, "compile": False, "val_every": 200, "val_tokens": 65_536}
 PRESETS = {
-    "smoke": dataclasses.replace(LAPTOP, preset="smoke", steps=900, compile=False, val_every=300, val_tokens=65_536, log_every=25, target=2.6),
+    "smoke": dataclasses.replace(LAPTOP, **SMOKE, target=2.7),
     "cpu": LAPTOP,
     "small": Config(
         preset="small",
@@ -110,6 +113,7 @@ PRESETS = {
         steps=1520,
         val_every=190,
         val_tokens=4_194_304,
+        log_every=20,
         target=4.5,
     ),
     "record": Config(preset="record", data=FINEWEB),
@@ -121,12 +125,12 @@ def preset(name: str) -> Config:
     """A run by its name: one of the presets, or a rung of history."""
     if name in PRESETS:
         return PRESETS[name]
-    rungs = importlib.import_module("speedrun.history").RUNGS if name in HISTORY else {}
-    if name not in rungs:
-        names = [*PRESETS, *HISTORY]
-        near = difflib.get_close_matches(name, names, 1)
-        raise Problem(f"there is no preset “{name}”", f"did you mean {near[0]}? " * bool(near) + f"Known are {', '.join(names)}")
-    return rungs[name]
+    if name in HISTORY:
+        return importlib.import_module("speedrun.history").RUNGS[name]
+    names = [*PRESETS, *HISTORY]
+    near = difflib.get_close_matches(name, names, 1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    raise Problem(f"there is no preset “{name}”", f"{hint}Known are {', '.join(names)}")
 
 
 # %% Varying
@@ -140,44 +144,63 @@ def fields_of(config: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def same_kind(value: Any, known: Any) -> bool:
+    """Whether a value may replace a known one: the same type, or an int for a float."""
+    return type(value) is type(known) or (isinstance(known, float) and type(value) is int)
+
+
 def vary(config: Any, changes: dict[str, Any]) -> Any:
     """A copy of a config with some fields changed, by dotted name: vary(run, {"model.layers": 3, "seed": 1})."""
-    names = fields_of(config)
+    known = fields_of(config)
     for name, value in changes.items():
-        if name not in names:
-            near = difflib.get_close_matches(name, names, 1)
-            raise Problem(f"a run has no field “{name}”", f"did you mean {near[0]}?" if near else f"the fields are {', '.join(names)}")
-        if type(value) is not type(names[name]) and not (isinstance(names[name], float) and isinstance(value, int)):
-            raise Problem(f"{name}={value!r} is a {type(value).__name__}", f"it must be a {type(names[name]).__name__}, like {names[name]!r}")
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            fix = f"did you mean {near[0]}?" if near else f"the fields are {', '.join(known)}"
+            raise Problem(f"a run has no field “{name}”", fix)
+        if not same_kind(value, known[name]):
+            what = f"{name}={value!r} is a {type(value).__name__}"
+            raise Problem(what, f"it must be a {type(known[name]).__name__}, like {known[name]!r}")
         head, _, rest = name.partition(".")
-        config = dataclasses.replace(config, **{head: vary(getattr(config, head), {rest: value}) if rest else value})
+        new = vary(getattr(config, head), {rest: value}) if rest else value
+        config = dataclasses.replace(config, **{head: new})
     return config
 
 
-SIZES = ("model.layers", "model.heads", "model.width", "model.context", "model.init_std", "data.path", "data.seq_len",
-         "data.step_tokens", "data.grad_shards", "precision", "val_tokens")  # fmt: skip
+# %% Any run, on a laptop
+SIZES = (
+    "model.layers",
+    "model.heads",
+    "model.width",
+    "model.context",
+    "model.init_std",
+    "data.path",
+)
+SIZES += ("data.seq_len", "data.step_tokens", "data.grad_shards", "precision")
 
 
 def at_cpu_size(config: Config, steps: int = 20) -> Config:
     """The same decisions at the cpu preset's widths, vocabulary and lengths, for a few steps."""
     laptop = fields_of(preset("cpu"))
-    return vary(config, {name: laptop[name] for name in SIZES} | {"steps": steps, "val_every": steps, "val_tokens": 16_384, "max_steps": 0})
+    brief = {"steps": steps, "max_steps": 0, "val_every": steps, "val_tokens": 16_384}
+    return vary(config, {name: laptop[name] for name in SIZES} | brief)
 
 
+# %% Saved, and said
 def config_from_json(saved: dict, kind: type = Config) -> Any:
-    """Rebuild a config from its `dataclasses.asdict` form after a trip through JSON. Unknown fields raise Problem."""
+    """Rebuild a config from its `dataclasses.asdict` form after a trip through JSON."""
     known = {item.name: item.type for item in dataclasses.fields(kind)}
     unknown = sorted(set(saved) - set(known))
     if unknown:
-        raise Problem(f"the saved run has fields that today's {kind.__name__} lacks: {', '.join(unknown)}", "check out the commit that its log names")
+        what = f"the saved run has fields that today's {kind.__name__} lacks: {', '.join(unknown)}"
+        raise Problem(what, "check out the commit that its log names")
     values = {}
     for name, value in saved.items():
-        nested = dataclasses.is_dataclass(known[name])
-        values[name] = config_from_json(value, known[name]) if nested else tuple(value) if isinstance(value, list) else value
+        if dataclasses.is_dataclass(known[name]):
+            value = config_from_json(value, known[name])
+        values[name] = tuple(value) if isinstance(value, list) else value
     return kind(**values)
 
 
-# %% The command line
 def preset_in(arguments: list[str], default: str) -> str:
     """The value of --preset among command-line arguments, wherever it stands."""
     for n, argument in enumerate(arguments):
@@ -188,8 +211,10 @@ def preset_in(arguments: list[str], default: str) -> str:
     return default
 
 
-def read_command(make: Callable[[Config], Any], arguments: list[str], default: str, prog: str) -> Any:
-    """A command, which `make` builds around a run, with its fields set from arguments; --preset names the run to start from."""
+def read_command(
+    make: Callable[[Config], Any], arguments: list[str], default: str, prog: str
+) -> Any:
+    """A command, which `make` builds around a run, with its fields set from arguments; --preset names the run."""
     import tyro
 
     command = make(preset(preset_in(arguments, default)))
@@ -200,12 +225,12 @@ def as_arguments(config: Config) -> list[str]:
     """The command-line arguments that `read_command` turns into this config."""
     arguments, defaults = ["--preset", config.preset], fields_of(preset(config.preset))
     for name, value in fields_of(config).items():
+        *groups, last = name.replace("_", "-").split(".")
         if value == defaults[name]:
             continue
-        flag = name.replace("_", "-")
         if isinstance(value, bool):
-            head, _, last = flag.rpartition(".")
-            arguments.append(f"--{head}{'.' * bool(head)}{'' if value else 'no-'}{last}")
+            arguments.append("--" + ".".join([*groups, last if value else f"no-{last}"]))
         else:
-            arguments += [f"--{flag}", *map(str, value if isinstance(value, tuple) else [value])]
+            values = value if isinstance(value, tuple) else [value]
+            arguments += ["--" + ".".join([*groups, last]), *map(str, values)]
     return arguments
