@@ -2,7 +2,6 @@
 
 
 # %% Checkpoints
-import contextlib
 import json
 import os
 import shutil
@@ -16,12 +15,17 @@ from torch import Tensor
 from speedrun.lab.hardware import Problem
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+def optimizer_tensors(
+    optimizer: torch.optim.Optimizer, parameters: dict[str, Tensor]
+) -> dict[str, Tensor]:
     """The state of an optimizer as named tensors, `parameter/moment`."""
-    return {f"{name}/{key}": value for name, p in parameters.items() for key, value in optimizer.state[p].items()}
+    moments = {name: optimizer.state[p].items() for name, p in parameters.items()}
+    return {f"{name}/{key}": value for name, items in moments.items() for key, value in items}
 
 
-def restore_optimizer(optimizer: torch.optim.Optimizer, parameters: dict[str, Tensor], saved: dict[str, Tensor]) -> None:
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, parameters: dict[str, Tensor], saved: dict
+) -> None:
     """Put named tensors back as the state of an optimizer, on each parameter's device."""
     optimizer.state.clear()
     for label, value in saved.items():
@@ -37,18 +41,20 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in (folder / "checkpoints").glob("step-*") if not path.suffix)
 
 
-def save_checkpoint(folder: Path, step: int, weights: dict[str, Tensor], moments: dict[str, Tensor], facts: dict) -> Path | str:
-    """Save under `folder/checkpoints/step-…`, whole or not at all. Returns its path, or the reason why there is none."""
+def save_checkpoint(
+    folder: Path, step: int, weights: dict, moments: dict, facts: dict
+) -> Path | str:
+    """Save named tensors and facts, whole or not at all. Returns the path, or the reason why there is none."""
     path = folder / "checkpoints" / f"step-{step:07d}"
     part = path.with_suffix(".part")
     try:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
-        save_file({name: tensor.detach().contiguous() for name, tensor in weights.items()}, part / "model.safetensors")
-        save_file({name: tensor.contiguous() for name, tensor in moments.items()}, part / "optimizer.safetensors")
+        for name, tensors in (("model", weights), ("optimizer", moments)):
+            whole = {label: tensor.detach().contiguous() for label, tensor in tensors.items()}
+            save_file(whole, part / f"{name}.safetensors")
         (part / "state.json").write_text(json.dumps({"step": step, **facts}, indent=1))
-        if path.exists():
-            shutil.rmtree(path)
+        shutil.rmtree(path, ignore_errors=True)
         os.replace(part, path)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(part, ignore_errors=True)
@@ -62,10 +68,15 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], d
     """Weights, optimizer tensors and facts of a checkpoint folder, on the CPU."""
     try:
         facts = json.loads((path / "state.json").read_text())
-        return load_file(path / "model.safetensors"), load_file(path / "optimizer.safetensors"), facts
+        return (
+            load_file(path / "model.safetensors"),
+            load_file(path / "optimizer.safetensors"),
+            facts,
+        )
     except (OSError, ValueError, SafetensorError) as error:
-        older = [str(other) for other in checkpoints(path.parent.parent) if other != path]
-        fix = f"delete it; the run then resumes from {older[-1]}" if older else "start the run again: it has no other checkpoint"
+        others = [str(other) for other in checkpoints(path.parent.parent) if other != path]
+        again = "start the run again: it has no other checkpoint"
+        fix = f"delete it; the run then resumes from {others[-1]}" if others else again
         raise Problem(f"{path} is not a whole checkpoint: {error}", fix) from None
 
 
@@ -73,5 +84,8 @@ def latest_checkpoint(folder: Path) -> Path:
     """The newest complete checkpoint of a run."""
     found = checkpoints(folder)
     if not found:
-        raise Problem(f"{folder} has no checkpoint", "give the folder of a run, such as runs/…; a run saves one when it ends or is interrupted")
+        raise Problem(
+            f"{folder} has no checkpoint",
+            "give the folder of a run, such as runs/…, that has saved one",
+        )
     return found[-1]
