@@ -180,13 +180,15 @@ class Clock:
 # %%
 #| export
 @contextlib.contextmanager
-def paused(clock: Clock):
-    """What happens in this block is not training time. A clock that stands still still does afterwards."""
+def paused(clock: Clock, marks: "Marks | None" = None):
+    """What happens in this block is not training time, nor part of a step for `marks`."""
     running = clock.since is not None
     clock.stop()
     yield
     if running:
         clock.start()
+    if marks is not None:
+        marks.restart()
 
 
 # %%
@@ -988,9 +990,8 @@ def run_loop(run: Run, step=train_step) -> str:
     marks.restart()
     while True:
         if run.step % config.val_every == 0 or run.step >= last:
-            with paused(run.clock):
+            with paused(run.clock, marks):
                 validate(run)
-            marks.restart()
             if run.step >= last:
                 return "finished"
         if run.interrupts.signal and run.stop_at is None:
@@ -1003,9 +1004,8 @@ def run_loop(run: Run, step=train_step) -> str:
         if run.step % config.log_every == 0:
             log_step(run, loss, marks)
         if run.step % (config.checkpoint_every or last) == 0 and run.step < last:
-            with paused(run.clock):
+            with paused(run.clock, marks):
                 keep(run)
-            marks.restart()
 
 
 # %% [markdown]
@@ -1389,24 +1389,25 @@ PRESET_OF = {"cpu": "cpu", "gpu": "small"}
 
 def time_pieces(run: Run, repeats: int) -> dict[str, float]:
     """Milliseconds of each piece of a step, waiting for the device after each (medians)."""
-    shards, device, precision = run.config.data.grad_shards, run.ranks.device, run.config.precision
-    parameters, marks, seen = list(run.model.parameters()), Marks(device), {}
-
-    def timed(name, piece):
-        begin, result = time.perf_counter(), piece()
-        run.clock.wait()
-        seen.setdefault(name, []).append(1000 * (time.perf_counter() - begin))
-        return result
-
+    device, precision, seen = run.ranks.device, run.config.precision, {}
+    parameters, marks, batches = list(run.model.parameters()), Marks(device), []
+    shards = run.config.data.grad_shards
+    pieces = {
+        "reading": lambda: batches.append(run.loader.next()),
+        "forward and backward": lambda: accumulate(
+            run.forward, batches[-1], shards, device, precision
+        ),
+        "sum over ranks": lambda: sum_over_ranks([p.grad for p in parameters], run.ranks.world),
+        "clip and update": lambda: update(run),
+        "heartbeat and mark": lambda: (run.heart.beat(), marks.mark()),
+    }
     for _ in range(repeats):
         run.model.zero_grad()
-        both = (run.forward, timed("reading", run.loader.next), shards, device, precision)
-        timed("forward and backward", lambda both=both: accumulate(*both))
-        timed(
-            "sum over ranks", lambda: sum_over_ranks([p.grad for p in parameters], run.ranks.world)
-        )
-        timed("clip and update", lambda: update(run))
-        timed("heartbeat and mark", lambda: (run.heart.beat(), marks.mark()))
+        for name, piece in pieces.items():
+            begin = time.perf_counter()
+            piece()
+            run.clock.wait()
+            seen.setdefault(name, []).append(1000 * (time.perf_counter() - begin))
     return {name: statistics.median(times) for name, times in seen.items()}
 
 

@@ -112,13 +112,15 @@ class Clock:
 
 
 @contextlib.contextmanager
-def paused(clock: Clock):
-    """What happens in this block is not training time. A clock that stands still still does afterwards."""
+def paused(clock: Clock, marks: "Marks | None" = None):
+    """What happens in this block is not training time, nor part of a step for `marks`."""
     running = clock.since is not None
     clock.stop()
     yield
     if running:
         clock.start()
+    if marks is not None:
+        marks.restart()
 
 
 class Marks:
@@ -512,9 +514,8 @@ def run_loop(run: Run, step=train_step) -> str:
     marks.restart()
     while True:
         if run.step % config.val_every == 0 or run.step >= last:
-            with paused(run.clock):
+            with paused(run.clock, marks):
                 validate(run)
-            marks.restart()
             if run.step >= last:
                 return "finished"
         if run.interrupts.signal and run.stop_at is None:
@@ -527,9 +528,8 @@ def run_loop(run: Run, step=train_step) -> str:
         if run.step % config.log_every == 0:
             log_step(run, loss, marks)
         if run.step % (config.checkpoint_every or last) == 0 and run.step < last:
-            with paused(run.clock):
+            with paused(run.clock, marks):
                 keep(run)
-            marks.restart()
 
 
 def describe_code() -> dict:

@@ -19,24 +19,25 @@ PRESET_OF = {"cpu": "cpu", "gpu": "small"}
 
 def time_pieces(run: Run, repeats: int) -> dict[str, float]:
     """Milliseconds of each piece of a step, waiting for the device after each (medians)."""
-    shards, device, precision = run.config.data.grad_shards, run.ranks.device, run.config.precision
-    parameters, marks, seen = list(run.model.parameters()), Marks(device), {}
-
-    def timed(name, piece):
-        begin, result = time.perf_counter(), piece()
-        run.clock.wait()
-        seen.setdefault(name, []).append(1000 * (time.perf_counter() - begin))
-        return result
-
+    device, precision, seen = run.ranks.device, run.config.precision, {}
+    parameters, marks, batches = list(run.model.parameters()), Marks(device), []
+    shards = run.config.data.grad_shards
+    pieces = {
+        "reading": lambda: batches.append(run.loader.next()),
+        "forward and backward": lambda: accumulate(
+            run.forward, batches[-1], shards, device, precision
+        ),
+        "sum over ranks": lambda: sum_over_ranks([p.grad for p in parameters], run.ranks.world),
+        "clip and update": lambda: update(run),
+        "heartbeat and mark": lambda: (run.heart.beat(), marks.mark()),
+    }
     for _ in range(repeats):
         run.model.zero_grad()
-        both = (run.forward, timed("reading", run.loader.next), shards, device, precision)
-        timed("forward and backward", lambda both=both: accumulate(*both))
-        timed(
-            "sum over ranks", lambda: sum_over_ranks([p.grad for p in parameters], run.ranks.world)
-        )
-        timed("clip and update", lambda: update(run))
-        timed("heartbeat and mark", lambda: (run.heart.beat(), marks.mark()))
+        for name, piece in pieces.items():
+            begin = time.perf_counter()
+            piece()
+            run.clock.wait()
+            seen.setdefault(name, []).append(1000 * (time.perf_counter() - begin))
     return {name: statistics.median(times) for name, times in seen.items()}
 
 
