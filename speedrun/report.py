@@ -16,44 +16,82 @@ def quantile(values: list[float], share: float) -> float:
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
 
+def curve_of(records: list[dict]) -> list[dict]:
+    """The validation curve of a log's records: step, val_loss (nats a token), train_time_ms."""
+    return [
+        {key: r[key] for key in ("step", "val_loss", "train_time_ms")}
+        for r in series(records, "val")
+    ]
+
+
 def read_run(folder: Path) -> dict:
-    """What a finished run's log says, as plain numbers: its curve, its steps, its rates. Times are of training only."""
+    """What a finished run's log says, as plain numbers. Times are of training only; rates are per rank."""
     records = read_metrics(Path(folder) / "metrics.jsonl")
     first, last = records[0], records[-1]
     if last["kind"] != "end":
-        raise Problem(f"the run in {folder} has not ended", f"python -m speedrun.launch --resume {folder}")
-    config, stamp, tokens = first["config"], first["stamp"], last["step"] * first["config"]["data"]["step_tokens"]
-    seconds = last["train_time_ms"] / 1000
-    steps_ms = [duration for record in series(records, "step") for duration in record["steps_ms"]]
-    curve = [{key: record[key] for key in ("step", "val_loss", "train_time_ms")} for record in series(records, "val")]
-    prepared = sum(record["seconds"] for record in records if record["kind"] == "phase")
-    device = stamp["gpu"].split("×", 1)[1] if first["device"].startswith("cuda") else "CPU"
-    rate = tokens * first["flops_per_token"] / max(seconds, 1e-9) / first["world"]
-    return {"preset": config["preset"], "config": config, "stamp": stamp, "data": first["data"], "world": first["world"], "device": device,
-            "parameters": first["parameters"], "bytes_per_token": first["bytes_per_token"], "tokens": tokens, "curve": curve,
-            "steps_ms": {name: quantile(steps_ms, share) for name, share in (("p10", 0.1), ("p50", 0.5), ("p90", 0.9), ("p99", 0.99))},
-            "train_loss": [[record["step"], record["train_loss"]] for record in series(records, "step")],
-            "seconds": seconds, "prepared_s": prepared, "memory_mb": last["memory_mb"], "flops_per_second": rate, "step": last["step"]}  # fmt: skip
+        raise Problem(
+            f"the run in {folder} has not ended", f"python -m speedrun.launch --resume {folder}"
+        )
+    config, stamp, seconds = first["config"], first["stamp"], last["train_time_ms"] / 1000
+    tokens = last["step"] * config["data"]["step_tokens"]
+    gpu = stamp["gpu"].split("×", 1)[1] if first["device"].startswith("cuda") else None
+    return {
+        **{"preset": config["preset"], "config": config, "stamp": stamp},
+        **{key: first[key] for key in ("data", "world", "parameters", "bytes_per_token")},
+        "device": gpu or "CPU",
+        "tokens": tokens,
+        "step": last["step"],
+        "curve": curve_of(records),
+        "steps_ms": sum((record["steps_ms"] for record in series(records, "step")), []),
+        "seconds": seconds,
+        "prepared_s": sum(record["seconds"] for record in records if record["kind"] == "phase"),
+        "memory_mb": last["memory_mb"],
+        "flops_per_second": tokens * first["flops_per_token"] / max(seconds, 1e-9) / first["world"],
+    }
+
+
+def loss_lines(run: dict) -> list[tuple[str, str]]:
+    """The loss in nats a token and, where the bytes of the text are known, in nats and bits a byte; and the target."""
+    loss, target, per_token = (
+        run["curve"][-1]["val_loss"],
+        run["config"]["target"],
+        run["bytes_per_token"],
+    )
+    lines = [("validation loss", f"{loss:.4f} nats a token")]
+    if per_token:
+        nats = loss / per_token
+        lines.append(("", f"{nats:.4f} nats a byte, {nats / math.log(2):.4f} bits a byte"))
+    met = next((point for point in run["curve"] if point["val_loss"] <= target), None)
+    when = (
+        f"met after {met['train_time_ms'] / 1000:.1f} s, step {met['step']}" if met else "not met"
+    )
+    return [*lines, (f"target {target}", when)]
 
 
 def summary(run: dict) -> list[tuple[str, str]]:
     """The lines of a report, as (what, value)."""
-    loss, target, per_byte = run["curve"][-1]["val_loss"], run["config"]["target"], run["bytes_per_token"]
-    reached = next((point for point in run["curve"] if point["val_loss"] <= target), None)
-    lines = [
-        ("run", f"preset {run['preset']}, {run['parameters']:,} parameters, {run['world']} × {run['device']}"),
-        ("text", f"{run['data']['source']}, {run['tokens'] / 1e6:.1f}M tokens ({run['data']['tokenizer']})"),
-        ("validation loss", f"{loss:.4f} nats a token"),
-    ]
-    if per_byte:
-        lines.append(("", f"{loss / per_byte:.4f} nats a byte, {loss / per_byte / math.log(2):.4f} bits a byte"))
-    when = f"after {reached['train_time_ms'] / 1000:.1f} s, step {reached['step']}" if reached else "not reached"
-    return lines + [
-        (f"target {target}", when),
-        ("training time", f"{run['seconds']:.1f} s, after {run['prepared_s']:.1f} s of compiling and warming up"),
-        ("step", f"{run['steps_ms']['p50']:.1f} ms (median), {run['steps_ms']['p10']:.1f} to {run['steps_ms']['p90']:.1f} (80% of steps)"),
-        ("rate", f"{run['tokens'] / run['seconds']:,.0f} tokens/s, {run['flops_per_second'] / 1e12:.2f} TFLOP/s per rank"),
-        ("peak memory", ", ".join(f"{amount:,} MiB {kind}" for kind, amount in run["memory_mb"].items())),
+    steps, text = run["steps_ms"], run["data"]["name"]
+    low, middle, high = (quantile(steps, share) for share in (0.1, 0.5, 0.9))
+    return [
+        (
+            "run",
+            f"preset {run['preset']}, {run['parameters']:,} parameters, {run['world']} × {run['device']}",
+        ),
+        ("text", f"{text}, {run['tokens'] / 1e6:.1f}M tokens ({run['data']['tokenizer']})"),
+        *loss_lines(run),
+        (
+            "training time",
+            f"{run['seconds']:.1f} s, after {run['prepared_s']:.1f} s of compiling and warming up",
+        ),
+        ("step", f"{middle:.1f} ms (median), {low:.1f} to {high:.1f} (80% of steps)"),
+        (
+            "rate",
+            f"{run['tokens'] / run['seconds']:,.0f} tokens/s, {run['flops_per_second'] / 1e12:.2f} TFLOP/s a rank",
+        ),
+        (
+            "memory",
+            ", ".join(f"{amount:,} MiB {kind}" for kind, amount in run["memory_mb"].items()),
+        ),
     ]
 
 
@@ -66,44 +104,70 @@ def public_curves() -> dict[str, list[dict]]:
     curves: dict[str, list[dict]] = {}
     for row in public_table("curves"):
         if row["train_time_ms"]:
-            point = {"step": int(row["step"]), "val_loss": float(row["val_loss"]), "train_time_ms": float(row["train_time_ms"])}
+            point = {key: float(row[key]) for key in ("step", "val_loss", "train_time_ms")}
             curves.setdefault(row["record"], []).append(point)
     return curves
 
 
-def draw_curves(axis, curves: dict[str, list[dict]], against: str) -> None:
-    """Validation loss against `step` or `train_time_ms` (drawn in seconds), one line per label."""
+def draw_curves(axis, curves: dict[str, list[dict]], against: str, style: str = "o-") -> None:
+    """Validation loss against `step` or `train_time_ms` (drawn in seconds), a line per label; both axes are marked."""
+    unit = 1000 if against == "train_time_ms" else 1
     for label, points in curves.items():
-        later = [point for point in points if point[against] > 0]
-        axis.plot([p[against] / (1000 if against == "train_time_ms" else 1) for p in later], [p["val_loss"] for p in later], "o-", ms=3, label=label)
+        later = [
+            (point[against] / unit, point["val_loss"]) for point in points if point[against] > 0
+        ]
+        axis.plot(*zip(*later), style, ms=3, label=label)
     axis.set_xscale("log")
-    axis.set_xlabel("training time (s)" if against == "train_time_ms" else "step")
+    axis.set_xlabel("training time (s)" if unit > 1 else "step")
     axis.set_ylabel("validation loss (nats/token)")
 
 
-def loss_figure(runs: dict[str, dict]):
-    """Our runs (left) and the public records (right), against time (above) and against steps (below)."""
+def loss_figure(run: dict):
+    """A run (left) beside public records (right), against time (above) and against steps (below)."""
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(2, 2, figsize=(8.6, 6.4), sharey="col")
-    curves = public_curves()
-    records = {f"record {number}": curves[number] for number in SHOWN if number in curves}
-    for row, against in enumerate(("train_time_ms", "step")):
-        draw_curves(axes[row][0], {label: run["curve"] for label, run in runs.items()}, against)
-        draw_curves(axes[row][1], records, against)
-        axes[row][1].set_ylim(3.2, 4.8)
-        axes[row][1].axhline(3.28, color="0.4", lw=0.8, ls=":")
-    text = next(iter(runs.values()))["data"]["source"]
-    axes[0][0].set_title(f"here: {text}" if len(text) < 40 else "here")
+    figure, axes = plt.subplots(2, 2, figsize=(8.6, 6.2), sharey="col")
+    ours = {f"{run['preset']}, {run['world']} × {run['device']}": run["curve"]}
+    records = {f"record {number}": public_curves()[number] for number in SHOWN}
+    for row, against in zip(axes, ("train_time_ms", "step")):
+        draw_curves(row[0], ours, against)
+        draw_curves(row[1], records, against)
+        row[1].set_ylim(3.2, 4.8)
+        row[1].axhline(3.28, color="0.4", lw=0.8, ls=":")
+    first, last = (run["curve"][i]["val_loss"] for i in (0, -1))
+    axes[0][0].set_title(
+        f"{first:.2f} → {last:.2f} in {run['seconds']:.0f} s: {run['data']['name'][:34]}"
+    )
     axes[0][1].set_title("the public ladder: FineWeb, 8×H100")
     for axis in axes[0]:
         axis.legend(fontsize=8)
     return figure
 
 
+def step_figure(run: dict):
+    """How long the steps took: in order (left), and how often (right)."""
+    import matplotlib.pyplot as plt
+
+    steps = run["steps_ms"]
+    middle, slow = quantile(steps, 0.5), quantile(steps, 0.99)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8.6, 2.8), sharey=True, width_ratios=[2, 1])
+    left.plot(steps, ".", ms=2)
+    left.set_xlabel("step")
+    left.set_ylabel("ms")
+    left.set_ylim(0, 2 * slow)
+    right.hist(steps, bins=60, range=(0, 2 * slow), orientation="horizontal")
+    right.set_xlabel("steps")
+    memory = max(run["memory_mb"].values()) / 1024
+    left.set_title(
+        f"a step takes {middle:.1f} ms, one in a hundred more than {slow:.1f}; peak memory {memory:.1f} GiB"
+    )
+    return figure
+
+
 # %% The page that stays
 OFFLINE = """{% extends 'lab/index.html.j2' %}
-{% block html_head_js_requirejs %}{% endblock %}{% block html_head_js_mathjax %}{% endblock %}{% block html_head_js_mermaidjs %}{% endblock %}"""
+{% block html_head_js_requirejs %}{% endblock %}{% block html_head_js_mathjax %}{% endblock %}
+{% block html_head_js_mermaidjs %}{% endblock %}"""
 
 
 def write_html(notebook: Path) -> Path:
@@ -112,7 +176,8 @@ def write_html(notebook: Path) -> Path:
     from nbconvert import HTMLExporter
 
     exporter = HTMLExporter(template_name="lab", raw_template=OFFLINE, embed_images=True)
-    html, _ = exporter.from_notebook_node(nbformat.read(notebook, as_version=4), {"metadata": {"name": notebook.stem}})
+    named = {"metadata": {"name": notebook.stem}}
+    html, _ = exporter.from_notebook_node(nbformat.read(notebook, as_version=4), named)
     path = notebook.with_suffix(".html")
     path.write_text(html, encoding="utf-8")
     return path

@@ -22,7 +22,7 @@ from speedrun.train import build_model
 
 @dataclass(frozen=True)
 class Trained:
-    """A trained model, ready to be asked: on its device, with its tokenizer, the longest row it takes, and its data folder."""
+    """A trained model with its tokenizer, the longest row that it takes, its step, and its data folder."""
 
     model: nn.Module
     tokenizer: Tokenizer
@@ -34,14 +34,15 @@ class Trained:
 def load_trained(folder: Path, device: str = "cpu") -> Trained:
     """The model of a run's latest checkpoint, uncompiled and in float32."""
     weights, _, facts = load_checkpoint(latest_checkpoint(Path(folder)))
-    config = config_from_json(facts["config"])
+    config, tokenizer = config_from_json(facts["config"]), get_tokenizer(facts["tokenizer"])
     model, _ = build_model(config, facts["vocab_size"], torch.device(device))
     model.load_state_dict(weights)
-    return Trained(model.eval(), get_tokenizer(facts["tokenizer"]), config.model.context, facts["step"], data_folder(config.data.path))
+    data = data_folder(config.data.path)
+    return Trained(model.eval(), tokenizer, config.model.context, facts["step"], data)
 
 
 def choose(logits: Tensor, temperature: float, top_k: int, generator: torch.Generator) -> int:
-    """Draw a token from logits, (vocab,), at a temperature, among the `top_k` likeliest (0: all). Temperature 0: the likeliest."""
+    """Draw a token from logits, (vocab,), among the `top_k` likeliest (0: all). Temperature 0: the likeliest."""
     if temperature <= 0:
         return int(logits.argmax())
     if top_k:
@@ -51,10 +52,11 @@ def choose(logits: Tensor, temperature: float, top_k: int, generator: torch.Gene
 
 
 @torch.no_grad()
-def generate(trained: Trained, prompt: str, count: int, temperature: float = 0.8, top_k: int = 40, seed: int = 0) -> str:
+def generate(
+    trained: Trained, prompt: str, count: int, temperature=0.8, top_k: int = 40, seed: int = 0
+) -> str:
     """`count` tokens that the model writes after a prompt, as text. An empty prompt begins a document."""
-    generator = torch.Generator().manual_seed(seed)
-    device = next(trained.model.parameters()).device
+    generator, device = torch.Generator().manual_seed(seed), next(trained.model.parameters()).device
     tokens = [trained.tokenizer.document, *trained.tokenizer.encode(prompt).tolist()]
     start = len(tokens)
     for _ in range(count):
@@ -72,10 +74,11 @@ def words_of(text: str) -> list[str]:
 
 def training_words(folder: Path, most_tokens: int = 20_000_000) -> set[str]:
     """All words of the training text (of its first `most_tokens` tokens)."""
-    manifest, found, left = load_manifest(folder), set(), most_tokens
+    manifest, left = load_manifest(folder), most_tokens
+    tokenizer, found = get_tokenizer(manifest.tokenizer), set()
     for file in manifest.split("train"):
         tokens = read_shard(folder / file.name, manifest.vocab_size)[:left]
-        found |= set(words_of(get_tokenizer(manifest.tokenizer).decode(tokens.tolist())))
+        found |= set(words_of(tokenizer.decode(tokens.tolist())))
         left -= len(tokens)
         if not left:
             break
@@ -86,6 +89,22 @@ def known_share(text: str, known: set[str]) -> float:
     """Share of the words of a text that are known; nan where it has none."""
     found = words_of(text)
     return sum(word in known for word in found) / len(found) if found else float("nan")
+
+
+# %% How far back does it look?
+@torch.no_grad()
+def loss_by_position(trained: Trained, rows: int = 1000) -> list[float]:
+    """Mean loss in nats at each position of a row, over the first rows of the validation text."""
+    manifest, length = load_manifest(trained.data), trained.context
+    path = trained.data / manifest.split("val")[0].name
+    tokens = read_shard(path, manifest.vocab_size)[: rows * length + 1].astype("int64")
+    row = torch.from_numpy(tokens)
+    inputs, targets = row[:-1].view(-1, length), row[1:].view(-1, length)
+    losses = [
+        nn.functional.cross_entropy(trained.model(x).transpose(1, 2), y, reduction="none")
+        for x, y in zip(inputs.split(50), targets.split(50))
+    ]
+    return torch.cat(losses).mean(0).tolist()
 
 
 # %% The command
@@ -110,16 +129,18 @@ class SampleCommand:
 
 
 def main(arguments: list[str]) -> int:
-    """`python -m speedrun.sample RUN`: print a sample, keep it in RUN/sample.txt, and say how many of its words are known."""
+    """`python -m speedrun.sample RUN`: print a sample, keep it in RUN/sample.txt, and count its known words."""
     try:
         setup()
         command = tyro.cli(SampleCommand, args=arguments, prog="python -m speedrun.sample")
         trained = load_trained(command.run, command.device)
-        text = command.prompt + generate(trained, command.prompt, command.tokens, command.temperature, command.top_k, command.seed)
+        knobs = (command.temperature, command.top_k, command.seed)
+        text = command.prompt + generate(trained, command.prompt, command.tokens, *knobs)
         (command.run / "sample.txt").write_text(text, encoding="utf-8")
-        print(text)
-        share = known_share(text, training_words(trained.data))
-        print(f"\n{share:.0%} of its {len(words_of(text))} words of four or more letters occur in the training text")
+        share, count = known_share(text, training_words(trained.data)), len(words_of(text))
+        print(
+            f"{text}\n\n{share:.0%} of its {count} words of four or more letters occur in the training text"
+        )
     except Problem as problem:
         print(problem, file=sys.stderr)
         return 1

@@ -17,7 +17,8 @@ class Sample:
     sd: float
 
     def __str__(self) -> str:
-        return f"{self.mean:.4f} ± {self.sd:.4f} (n={self.n})"
+        spread = f" ± {self.sd:.4f}" if self.n > 1 else ""
+        return f"{self.mean:.4f}{spread} (n={self.n})"
 
 
 def describe(values) -> Sample:

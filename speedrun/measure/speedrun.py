@@ -1,7 +1,7 @@
 # Tangled from notebooks/24_speedrun.py: edit the notebook, then run "make tangle". Edits made here are lost.
 
 
-from speedrun.report import read_run
+from speedrun.report import quantile, read_run
 
 
 # %% The real runs
@@ -13,12 +13,17 @@ NAMES = ()  # any name: python scripts/measure.py speedrun NAME RUN_FOLDER …
 
 
 def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
-    """Collect finished runs (their folders) under a name. Returns data and the stamp of the first run, for all of them."""
+    """Collect finished runs (their folders) under a name. Returns data, and the stamp of the first run for all."""
     if not arguments:
-        raise Problem(f"no run is given for {name}", f"python scripts/measure.py speedrun {name} runs/…")
+        raise Problem(
+            f"no run is given for {name}", f"python scripts/measure.py speedrun {name} runs/…"
+        )
     runs = [read_run(Path(folder)) for folder in arguments]
     stamps = [run.pop("stamp") for run in runs]
     if len({(stamp["gpu"], stamp["torch"], stamp["corpus"]["sha256"]) for stamp in stamps}) > 1:
-        raise Problem(f"the runs of {name} were made on different machines, versions or texts", "measure them together")
+        what = f"the runs of {name} were made on different machines, versions or texts"
+        raise Problem(what, "measure them together")
+    for run in runs:
+        run["steps_ms"] = [quantile(run["steps_ms"], share / 100) for share in range(1, 100)]
     seeds = [seed for stamp in stamps for seed in stamp["seeds"]]
     return {"runs": runs}, stamps[0] | {"n": len(runs), "seeds": seeds}

@@ -17,20 +17,24 @@ NAMES = ("cpu", "gpu")
 PRESET_OF = {"cpu": "cpu", "gpu": "small"}
 
 
-def time_pieces(run: Run, repeats: int) -> dict[str, float]:
-    """Milliseconds of each piece of a step, waiting for the device after each (medians)."""
-    device, precision, seen = run.ranks.device, run.config.precision, {}
+def pieces_of(run: Run) -> dict:
+    """What a training step does, one after the other: name → function."""
+    device, precision, shards = run.ranks.device, run.config.precision, run.config.data.grad_shards
     parameters, marks, batches = list(run.model.parameters()), Marks(device), []
-    shards = run.config.data.grad_shards
-    pieces = {
+    return {
         "reading": lambda: batches.append(run.loader.next()),
         "forward and backward": lambda: accumulate(
-            run.forward, batches[-1], shards, device, precision
+            run.forward, batches.pop(), shards, device, precision
         ),
         "sum over ranks": lambda: sum_over_ranks([p.grad for p in parameters], run.ranks.world),
         "clip and update": lambda: update(run),
         "heartbeat and mark": lambda: (run.heart.beat(), marks.mark()),
     }
+
+
+def time_pieces(run: Run, repeats: int) -> dict[str, float]:
+    """Milliseconds of each piece of a step, waiting for the device after each (medians)."""
+    pieces, seen = pieces_of(run), {}
     for _ in range(repeats):
         run.model.zero_grad()
         for name, piece in pieces.items():
