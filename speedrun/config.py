@@ -158,7 +158,7 @@ def vary(config: Any, changes: dict[str, Any]) -> Any:
             fix = f"did you mean {near[0]}?" if near else f"the fields are {', '.join(known)}"
             raise Problem(f"a run has no field “{name}”", fix)
         if not same_kind(value, known[name]):
-            what = f"{name}={value!r} is a {type(value).__name__}"
+            what = f"{name}={value!r} has the wrong type, {type(value).__name__}"
             raise Problem(what, f"it must be a {type(known[name]).__name__}, like {known[name]!r}")
         head, _, rest = name.partition(".")
         new = vary(getattr(config, head), {rest: value}) if rest else value

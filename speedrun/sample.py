@@ -72,23 +72,30 @@ def words_of(text: str) -> list[str]:
     return re.findall(r"[A-Za-z]{4,}", text)
 
 
-def training_words(folder: Path, most_tokens: int = 20_000_000) -> set[str]:
-    """All words of the training text (of its first `most_tokens` tokens)."""
-    manifest, left = load_manifest(folder), most_tokens
-    tokenizer, found = get_tokenizer(manifest.tokenizer), set()
-    for file in manifest.split("train"):
-        tokens = read_shard(folder / file.name, manifest.vocab_size)[:left]
-        found |= set(words_of(tokenizer.decode(tokens.tolist())))
-        left -= len(tokens)
-        if not left:
-            break
-    return found
-
-
 def known_share(text: str, known: set[str]) -> float:
     """Share of the words of a text that are known; nan where it has none."""
     found = words_of(text)
     return sum(word in known for word in found) / len(found) if found else float("nan")
+
+
+# %% Does it recite?
+def training_text(folder: Path, most_tokens: int = 20_000_000) -> str:
+    """The training text (its first `most_tokens` tokens)."""
+    manifest, texts, left = load_manifest(folder), [], most_tokens
+    tokenizer = get_tokenizer(manifest.tokenizer)
+    for file in manifest.split("train"):
+        tokens = read_shard(folder / file.name, manifest.vocab_size)[:left]
+        texts.append(tokenizer.decode(tokens.tolist()))
+        left -= len(tokens)
+        if not left:
+            break
+    return "".join(texts)
+
+
+def recited_share(text: str, training: str, least: int = 24) -> float:
+    """Share of a text's lines of at least `least` characters that occur in the training text word for word."""
+    lines = [line.strip() for line in text.splitlines() if len(line.strip()) >= least]
+    return sum(line in training for line in lines) / len(lines) if lines else float("nan")
 
 
 # %% How far back does it look?
@@ -137,7 +144,8 @@ def main(arguments: list[str]) -> int:
         knobs = (command.temperature, command.top_k, command.seed)
         text = command.prompt + generate(trained, command.prompt, command.tokens, *knobs)
         (command.run / "sample.txt").write_text(text, encoding="utf-8")
-        share, count = known_share(text, training_words(trained.data)), len(words_of(text))
+        known = set(words_of(training_text(trained.data)))
+        share, count = known_share(text, known), len(words_of(text))
         print(
             f"{text}\n\n{share:.0%} of its {count} words of four or more letters occur in the training text"
         )

@@ -214,6 +214,12 @@ FINEWEB = "kjj0/fineweb10B-gpt2"
 FINEWEB_SHARDS = 103
 
 
+def is_network_error(error: Exception) -> bool:
+    """Whether an exception comes from the network: the system's, or one of the libraries below the hub's."""
+    libraries = {"huggingface_hub", "httpx", "httpx2", "httpcore", "requests", "urllib3"}
+    return isinstance(error, OSError) or type(error).__module__.split(".")[0] in libraries
+
+
 def hub_files(shards: int) -> dict[str, tuple[int, str | None]]:
     """The files of a FineWeb run with that many training shards: name → bytes and SHA-256, as the hub states them."""
     from huggingface_hub import HfApi
@@ -228,15 +234,18 @@ def hub_files(shards: int) -> dict[str, tuple[int, str | None]]:
         found = {
             info.path: info for info in HfApi().get_paths_info(FINEWEB, names, repo_type="dataset")
         }
-        return {
-            name: (found[name].size, found[name].lfs.sha256 if found[name].lfs else None)
-            for name in names
-        }
-    except OSError as error:  # every network error of the library is one
+    except Exception as error:
+        if not is_network_error(error):
+            raise
         what = f"the Hugging Face hub did not answer for {FINEWEB}: {error}"
         raise Problem(what, "check the network, or set HF_ENDPOINT to a mirror") from None
-    except KeyError as error:
-        raise Problem(f"the hub's {FINEWEB} has no {error}", "choose fewer --shards") from None
+    missing = [name for name in names if name not in found]
+    if missing:
+        raise Problem(f"the hub's {FINEWEB} has no {missing[0]}", "choose fewer --shards")
+    return {
+        name: (found[name].size, found[name].lfs.sha256 if found[name].lfs else None)
+        for name in names
+    }
 
 
 def is_right(path: Path, size: int, sha256: str | None) -> bool:
@@ -252,7 +261,9 @@ def fetch_file(folder: Path, name: str, size: int, sha256: str | None) -> None:
     path.unlink(missing_ok=True)
     try:
         hf_hub_download(FINEWEB, name, repo_type="dataset", local_dir=folder)
-    except OSError as error:
+    except Exception as error:
+        if not is_network_error(error):
+            raise
         raise Problem(
             f"fetching {name} failed: {error}", "the same command again: it resumes"
         ) from None

@@ -1,7 +1,7 @@
 # Tangled from notebooks/25_samples.py: edit the notebook, then run "make tangle". Edits made here are lost.
 
 
-from speedrun.sample import generate, known_share, load_trained, loss_by_position, training_words
+from speedrun.sample import generate, known_share, load_trained, loss_by_position, training_text, words_of
 
 
 # %% The measurement
@@ -19,17 +19,17 @@ STAGES = (125, 1000, 0)  # steps; 0: the end
 
 
 def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
-    """Train the preset `name` in three stages, and let each write 2,000 tokens. Returns data and stamp."""
+    """Train the preset `name` in three stages, and let each write four samples. Returns data and stamp."""
     stages, config = [], preset(name)
     with TemporaryDirectory() as folder:
         for stage in STAGES:
             train(vary(config, {"max_steps": stage}), Path(folder), again=stage != STAGES[0])
             trained = load_trained(Path(folder))
-            text, loss = generate(trained, "", 2000), loss_by_position(trained)
+            text = "\n".join(generate(trained, "", 500, seed=seed) for seed in range(4))
             val = series(read_metrics(Path(folder) / "metrics.jsonl"), "val")[-1]["val_loss"]
-            share = known_share(text, training_words(trained.data))
+            share = known_share(text, set(words_of(training_text(trained.data))))
             facts = {"step": trained.step, "val_loss": val, "text": text, "known_share": share}
-            stages.append(facts | {"loss_by_position": loss})
+            stages.append(facts | {"loss_by_position": loss_by_position(trained)})
         data = load_manifest(trained.data)
     corpus = {"name": data.source, "sha256": data.sha256}
     return {"stages": stages}, stamp(

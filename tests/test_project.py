@@ -1,0 +1,361 @@
+"""What must hold for the project as a whole: layers, imports, chapters, environment files, messages, notices."""
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import jupytext
+import pytest
+import yaml
+
+from speedrun.lab.results import imported_names, root
+
+ROOT = root()
+MODULES = sorted(
+    path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".")
+    for path in (ROOT / "speedrun").rglob("*.py")
+    if path.stem != "__init__"
+)
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.py"))
+LAYERS = [  # imports point from a later line to an earlier one, or stay on one line
+    {"speedrun.lab"},
+    {"speedrun.data"},
+    {"speedrun.kernels"},
+    {"speedrun.model", "speedrun.optim"},
+    {"speedrun.config", "speedrun.history"},
+    {"speedrun.checkpoint", "speedrun.train"},
+    {"speedrun.launch", "speedrun.report", "speedrun.sample", "speedrun.evaluate"},
+    {"speedrun.measure"},
+]
+
+
+def layer(module: str) -> int:
+    return next(
+        n
+        for n, names in enumerate(LAYERS)
+        if any(module == name or module.startswith(name + ".") for name in names)
+    )
+
+
+def source_of(module: str) -> str:
+    return ROOT.joinpath(*module.split(".")).with_suffix(".py").read_text(encoding="utf-8")
+
+
+class TestLayers:
+    @pytest.mark.parametrize("module", MODULES)
+    def test_imports_point_downwards(self, module):
+        ours = {name for name in imported_names(source_of(module)) if name in MODULES}
+        for other in ours:
+            assert layer(other) <= layer(module), f"{module} imports {other}"
+            sides = {module.split(".")[1], other.split(".")[1]}
+            assert sides != {"model", "optim"} and not other.startswith("speedrun.measure")
+
+    def test_history_is_imported_on_demand_only(self):
+        for module in MODULES:
+            for node in ast.parse(source_of(module)).body:
+                if isinstance(node, (ast.Import, ast.ImportFrom)):
+                    assert "speedrun.history" not in imported_names(ast.unparse(node)), module
+
+    def test_the_record_run_is_small(self):
+        from speedrun.lab.results import module_hashes
+
+        lines = 0
+        for module in module_hashes(["speedrun.train"]):
+            if module != "speedrun.history":
+                text = source_of(module)
+                lines += sum(
+                    bool(line.strip()) and not line.strip().startswith("#")
+                    for line in text.splitlines()
+                )
+        assert lines <= 2500
+
+
+class TestImports:
+    def test_importing_everything_touches_nothing(self):
+        """No CUDA, no network, no process group, no environment variable is read; and Triton may be missing."""
+        code = f"""
+import os, socket, sys
+sys.modules["triton"] = None
+import torch, huggingface_hub, tiktoken, tyro, matplotlib, papermill, nbconvert, psutil, scipy.stats, tqdm, safetensors.torch
+def refuse(*args, **kwargs): raise AssertionError("touched at import")
+socket.socket.connect = refuse
+torch.cuda.init = torch.cuda._lazy_init = torch.distributed.init_process_group = refuse
+class Watched(dict):
+    pass
+read = []
+class Environment(type(os.environ)):
+    def __getitem__(self, key):
+        read.append(key); return super().__getitem__(key)
+    def get(self, key, default=None):
+        read.append(key); return super().get(key, default)
+os.environ.__class__ = Environment
+for name in {MODULES!r}:
+    before = len(read)
+    __import__(name)
+    mine = [key for key in read[before:] if not key.startswith(("TORCH", "PYTORCH", "TRITON", "CUDA"))]
+    assert not mine, (name, mine)
+assert not torch.cuda.is_initialized()
+"""
+        subprocess.run([sys.executable, "-c", code], check=True, cwd="/", timeout=120)
+
+    def test_nothing_of_the_trainer_knows_about_notebooks(self):
+        for module in MODULES:
+            if layer(module) <= layer("speedrun.train"):
+                assert not {
+                    "nbformat",
+                    "papermill",
+                    "jupytext",
+                    "IPython",
+                    "nbconvert",
+                } & imported_names(source_of(module))
+
+    def test_the_root_is_named_when_there_is_none(self, tmp_path):
+        import shutil
+
+        shutil.copytree(
+            ROOT / "speedrun", tmp_path / "speedrun", ignore=shutil.ignore_patterns("__pycache__")
+        )
+        code = "from speedrun.lab.results import root; root()"
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=tmp_path,
+            env={"PYTHONPATH": str(tmp_path)},
+            capture_output=True,
+            text=True,
+        )
+        assert (
+            done.returncode
+            and "there is no project around" in done.stderr
+            and "pip install -e ." in done.stderr
+        )
+
+
+def cells_of(path: Path):
+    return jupytext.read(path, fmt="py:percent").cells
+
+
+def exported(cell) -> bool:
+    return cell.cell_type == "code" and any(
+        line.startswith("#| export") for line in cell.source.splitlines()[:3]
+    )
+
+
+def is_long_by_right(source: str) -> bool:
+    """Field tables and import cells may be longer: what is left without them has at most 25 lines."""
+    tree = ast.parse(source)
+    return all(isinstance(node, (ast.Import, ast.ImportFrom, ast.ClassDef, ast.Assign, ast.AnnAssign, ast.AugAssign)) or len(ast.unparse(node).splitlines()) <= 25 for node in tree.body)  # fmt: skip
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+class TestChapters:
+    def test_it_begins_as_chapters_do(self, path):
+        first = cells_of(path)[0].source
+        assert (
+            first.startswith("# ")
+            and "```{admonition} Cost box" in first
+            and "## The problem" in first
+        )
+
+    def test_it_asks_for_a_prediction_and_has_exercises(self, path):
+        text = "\n".join(cell.source for cell in cells_of(path) if cell.cell_type == "markdown")
+        assert "```{admonition} Prediction" in text and "## Exercises" in text
+
+    def test_exported_cells_are_short_and_asserted_at_once(self, path):
+        waiting = 0
+        for cell in (cell for cell in cells_of(path) if cell.cell_type == "code"):
+            lines = [
+                line
+                for line in cell.source.splitlines()
+                if line.strip() and not line.startswith("#|")
+            ]
+            if exported(cell):
+                waiting += 1
+                assert len(lines) <= 25 or is_long_by_right(cell.source), cell.source[:80]
+                assert waiting <= 5, (
+                    f"five exported cells in a row without an assertion, at {cell.source[:80]}"
+                )
+            elif "assert" in cell.source:
+                waiting = 0
+        assert waiting == 0
+
+    def test_solutions_are_graded_and_the_holes_fail(self, path):
+        code = [cell for cell in cells_of(path) if cell.cell_type == "code"]
+        solutions = [
+            n for n, cell in enumerate(code) if "solution" in cell.metadata.get("tags", [])
+        ]
+        assert solutions and all("assert" in code[n + 1].source for n in solutions)
+
+    def test_it_is_long_enough_and_not_longer(self, path):
+        words = sum(
+            len(cell.source.split()) for cell in cells_of(path) if cell.cell_type == "markdown"
+        )
+        assert 1400 <= words <= 3600
+
+    def test_figures_have_descriptions(self, path):
+        for cell in cells_of(path):
+            if cell.cell_type == "code" and "plt.show()" in cell.source:
+                assert cell.metadata["mystnb"]["image"]["alt"]
+
+    def test_no_notebook_speaks_of_this_machine(self, path):
+        assert not re.search(r"/wor[k]/|/roo[t]/", path.read_text(encoding="utf-8"))
+
+
+def test_exercises_have_holes():
+    import exercises
+
+    cell = '"""doc"""\ndef f(x):\n    """What it does."""\n    return x\n\n\ny = f(3)'
+    hole = exercises.with_holes(cell)
+    assert "What it does" in hole and "return x" not in hole and "y = ..." in hole
+    for path in NOTEBOOKS:
+        notebook, count = exercises.holed(jupytext.read(path, fmt="py:percent"))
+        assert count >= 1
+        for cell in notebook.cells:
+            if "solution" in cell.metadata.get("tags", []):
+                compile(cell.source, path.name, "exec")
+
+
+class TestEnvironment:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+    def test_every_pin_has_its_reason(self):
+        text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+        block = text[text.index("dependencies = [") : text.index("[tool.setuptools")]
+        pins = [line for line in block.splitlines() if line.strip().startswith('"')]
+        bare = [
+            line
+            for line in pins
+            if "#" not in line and not re.search(r'"(pytest|hypothesis|ruff|mypy|pyyaml)', line)
+        ]
+        assert pins and not bare
+
+    def test_the_pins_that_were_promised(self):
+        needs = self.project["dependencies"]
+        assert "torch>=2.11,<2.14" in needs and "triton>=3.6,<3.8; sys_platform == 'linux'" in needs
+        assert self.project["requires-python"] == ">=3.11"
+        assert {"gpu", "book", "dev", "wandb"} == set(self.project["optional-dependencies"])
+        named = {
+            "torch",
+            "triton",
+            "jupyterlab",
+            "jupytext",
+            "nbconvert",
+            "matplotlib",
+            "tiktoken",
+            "numpy",
+            "papermill",
+        }
+        every = needs + [
+            need for extra in self.project["optional-dependencies"].values() for need in extra
+        ]
+        assert named <= {re.split(r"[<>=;\[ ]", need)[0] for need in every}
+
+    def test_conda_and_docker_install_from_pyproject(self):
+        conda = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
+        (pip,) = [entry["pip"] for entry in conda["dependencies"] if isinstance(entry, dict)]
+        docker = (ROOT / "Dockerfile").read_text(encoding="utf-8")
+        for spec in (*pip, *re.findall(r'--editable "?([^"\s]+)', docker)):
+            extras = set(re.search(r"\.\[(.*)\]", spec)[1].split(","))
+            assert extras <= set(self.project["optional-dependencies"])
+        python = next(entry for entry in conda["dependencies"] if str(entry).startswith("python"))
+        assert self.project["requires-python"].removeprefix(">=") in python
+        pinned = [
+            entry
+            for entry in conda["dependencies"]
+            if isinstance(entry, str) and not entry.startswith("python")
+        ]
+        assert not any(re.search("[<>=]", entry) for entry in pinned), (
+            "versions stand in pyproject.toml"
+        )
+
+    def test_the_dockerfile_passes_hadolint(self):
+        subprocess.run(["hadolint", str(ROOT / "Dockerfile")], check=True)
+
+    def test_what_is_missing_is_named(self):
+        import environment
+
+        assert environment.missing(
+            ["torch>=2.11", "no-such-package>=1", "torch<2; python_version < '3'"]
+        ) == ["no-such-package>=1"]
+        assert environment.missing(["torch>=99"]) == ["torch>=99"]
+        with pytest.raises(SystemExit, match="there is no extra"):
+            environment.requirements(["nonsense"])
+
+
+class TestMessages:
+    """The troubleshooting page and the messages in the code, held together in both directions."""
+
+    page = (ROOT / "book" / "troubleshooting.md").read_text(encoding="utf-8")
+
+    @staticmethod
+    def messages() -> dict[str, str]:
+        """First constant words of every Problem that the package raises → the module."""
+        found = {}
+        for module in MODULES:
+            tree = ast.parse(source_of(module))
+            named = {}
+            for node in ast.walk(tree):
+                if (
+                    isinstance(node, ast.Assign)
+                    and len(node.targets) == 1
+                    and isinstance(node.targets[0], ast.Name)
+                ):
+                    named.setdefault(node.targets[0].id, []).append(node.value)
+            for node in ast.walk(tree):
+                if isinstance(node, ast.Call) and getattr(node.func, "id", "") in (
+                    "Problem",
+                    "bad_shard",
+                ):
+                    value = node.args[-1] if node.func.id == "bad_shard" else node.args[0]
+                    for text in named.get(value.id, []) if isinstance(value, ast.Name) else [value]:
+                        parts = [
+                            p.value
+                            for p in ast.walk(text)
+                            if isinstance(p, ast.Constant) and isinstance(p.value, str)
+                        ]
+                        words = max((part.strip(" :,.“”()") for part in parts), key=len, default="")
+                        if len(words) > 7:
+                            found[words] = module
+        return found
+
+    def test_every_message_is_explained(self):
+        missing = {
+            words: module for words, module in self.messages().items() if words not in self.page
+        }
+        assert not missing
+
+    def test_every_entry_is_a_message(self):
+        code = [
+            node.value
+            for module in MODULES
+            for node in ast.walk(ast.parse(source_of(module)))
+            if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        ]
+        for heading in re.findall(r"^### (.*)$", self.page, re.MULTILINE):
+            key = heading.strip("`")
+            assert any(key in text for text in code), f"nothing in the code says “{key}”"
+
+
+def test_every_contributor_is_credited():
+    from speedrun.lab.results import public_table
+
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["license"] == "MIT" and any(
+        "modded-nanogpt" in str(ref) for ref in citation["references"]
+    )
+    names = {
+        n for row in public_table("records") for n in re.findall(r"@[\w.-]+", row["contributors"])
+    }
+    import book
+
+    table = book.records_table().replace("&#64;", "@")
+    assert all(name in table for name in names)
+
+
+def test_only_text_is_tracked():
+    tracked = subprocess.run(
+        ["git", "-C", str(ROOT), "ls-files"], capture_output=True, text=True
+    ).stdout.splitlines()
+    assert not [path for path in tracked if path.endswith((".ipynb", ".bin", ".safetensors"))]

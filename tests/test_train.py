@@ -1,0 +1,387 @@
+"""Training: one rank and two, interrupted and resumed, on a full disk, with a number that is not one."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from speedrun.checkpoint import checkpoints, latest_checkpoint, load_checkpoint, save_checkpoint
+from speedrun.config import HISTORY, PRESETS, as_arguments, at_cpu_size, preset, vary
+from speedrun.lab.hardware import Problem
+from speedrun.lab.runlog import read_log, read_metrics, series
+from speedrun.launch import run_ranks
+from speedrun.train import train
+
+
+def curve(folder: Path, kind: str = "val") -> list[float]:
+    records = series(read_metrics(folder / "metrics.jsonl"), kind)
+    return [record["val_loss" if kind == "val" else "train_loss"] for record in records]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_checkpoint(latest_checkpoint(folder))[0]
+
+
+def command(config, folder: Path, *flags: str) -> list[str]:
+    return [
+        sys.executable,
+        "-m",
+        "speedrun.train",
+        "--out",
+        str(folder),
+        *as_arguments(config),
+        *flags,
+    ]
+
+
+class TestOneRank:
+    @pytest.mark.parametrize("name", [*PRESETS, *HISTORY])
+    def test_every_preset_learns_at_cpu_size(self, name, tmp_path, embedded):
+        run = vary(
+            at_cpu_size(preset(name)), {"compile": False, "optim.warmup_steps": 3, "optim.lr": 4e-3}
+        )
+        train(run, tmp_path, echo=None)
+        first, *_, last = curve(tmp_path)
+        assert abs(first - math.log(288)) < 0.3 and last < 4.5
+
+    def test_the_same_run_is_the_same_run(self, brief, tmp_path):
+        for name in "ab":
+            train(brief, tmp_path / name, echo=None)
+        assert curve(tmp_path / "a") == curve(tmp_path / "b")
+        assert curve(tmp_path / "a", "step") == curve(tmp_path / "b", "step")
+
+    def test_a_golden_curve(self, brief, tmp_path):
+        """Twenty steps whose losses are known: whoever changes them has changed the arithmetic."""
+        torch.set_num_threads(1)
+        train(
+            vary(at_cpu_size(preset("record"), 20), {"compile": False, "log_every": 5}),
+            tmp_path,
+            echo=None,
+        )
+        golden = json.loads((Path(__file__).parent / "golden.json").read_text())["record"]
+        assert curve(tmp_path, "step") == pytest.approx(golden, abs=2e-4)
+
+    def test_the_baseline_and_the_banked_model_train_alike(self, brief, tmp_path):
+        from speedrun.history import build_rung
+        from speedrun.model.gpt import banks_from_blocks
+        from speedrun.train import assemble, run_loop
+
+        torch.manual_seed(0)
+        plain, _ = build_rung(brief, 288)
+        runs = {}
+        for name in ("gpt", "baseline"):
+            run = assemble(vary(brief, {"architecture": name}), tmp_path / name, echo=None)
+            state = (
+                plain.state_dict()
+                if name == "baseline"
+                else banks_from_blocks(plain.state_dict(), brief.model.layers)
+            )
+            run.model.load_state_dict(state)
+            run_loop(run)
+            runs[name] = curve(tmp_path / name)
+        assert runs["gpt"] == pytest.approx(runs["baseline"], abs=1e-4)
+
+    def test_max_steps_keeps_the_schedule(self, brief, tmp_path):
+        train(brief, tmp_path / "whole", echo=None)
+        train(vary(brief, {"max_steps": 6}), tmp_path / "part", echo=None)
+        assert curve(tmp_path / "part", "step") == curve(tmp_path / "whole", "step")[:2]
+
+    def test_a_log_holds_what_could_differ(self, brief, tmp_path):
+        train(brief, tmp_path, echo=None, command="python -m …")
+        first, *_, last = read_metrics(tmp_path / "metrics.jsonl")
+        assert first["config"]["steps"] == 12 and first["stamp"]["torch"] and first["world"] == 1
+        assert first["modules"]["speedrun.model.gpt"]["source"].startswith(
+            "# Tangled from notebooks/21_model.py"
+        )
+        assert last["kind"] == "end" and last["reason"] == "finished"
+        lines = read_log(tmp_path / "log.txt")
+        assert [line["step"] for line in lines if "val_loss" in line] == [0, 6, 12]
+        assert all(line["steps"] == 12 for line in lines)
+
+    def test_validation_and_saving_are_not_timed(self, brief, tmp_path, monkeypatch):
+        from speedrun import train as module
+
+        real = module.evaluate
+        monkeypatch.setattr(
+            module, "evaluate", lambda run, batches: (time.sleep(0.5), real(run, batches))[1]
+        )
+        run = train(brief, tmp_path, echo=None)
+        steps = [
+            ms
+            for record in series(read_metrics(tmp_path / "metrics.jsonl"), "step")
+            for ms in record["steps_ms"]
+        ]
+        assert run.clock.ms < 1000 and max(steps) < 500
+
+    def test_data_that_run_short_are_announced(self, brief, tmp_path, capsys):
+        import numpy as np
+
+        from speedrun.data.sources import write_corpus
+        from speedrun.data.tokenizer import byte_tokenizer
+
+        texts = [(np.arange(400, dtype=np.uint16) % 256, 400) for _ in range(12)]
+        write_corpus(
+            tmp_path / "d", {"train": texts, "val": texts}, byte_tokenizer(), "counting", "…", 10**6
+        )
+        train(vary(brief, {"data.path": str(tmp_path / "d"), "val_tokens": 1024}), tmp_path / "run")
+        assert (
+            "the data run short: 12,288 tokens are 2.55 epochs of the 4,812 there are"
+            in capsys.readouterr().out
+        )
+        assert series(read_metrics(tmp_path / "run" / "metrics.jsonl"), "step")[-1]["epoch"] == 2
+
+    def test_without_data_it_says_how_to_get_them(self, brief, tmp_path):
+        done = subprocess.run(
+            command(vary(brief, {"data.path": str(tmp_path)}), tmp_path / "r"),
+            capture_output=True,
+            text=True,
+        )
+        assert (
+            done.returncode == 1
+            and "holds no manifest.json" in done.stderr
+            and "Traceback" not in done.stderr
+        )
+
+    def test_weights_and_biases_is_asked_for_only_when_named(self, brief, tmp_path, monkeypatch):
+        import types
+
+        seen = []
+        fake = types.SimpleNamespace(
+            init=lambda **k: seen.append(("init", k["project"])),
+            log=lambda n, step: seen.append((step, n)),
+        )
+        monkeypatch.setitem(sys.modules, "wandb", fake)
+        train(brief, tmp_path / "quiet", echo=None)
+        assert not seen
+        train(vary(brief, {"wandb": "mine"}), tmp_path / "loud", echo=None)
+        assert seen[0] == ("init", "mine") and seen[1][0] == 0 and "val_loss" in seen[1][1]
+        monkeypatch.setitem(sys.modules, "wandb", None)
+        with pytest.raises(Problem, match="wandb is not installed"):
+            train(vary(brief, {"wandb": "mine"}), tmp_path / "none", echo=None)
+
+
+class TestResuming:
+    @pytest.mark.parametrize("stop", [1, 5, 6, 11])
+    def test_every_bit_is_the_same(self, brief, tmp_path, stop):
+        train(brief, tmp_path / "whole", echo=None)
+        train(vary(brief, {"max_steps": stop}), tmp_path / "broken", echo=None)
+        train(brief, tmp_path / "broken", again=True, echo=None)
+        whole, broken = weights(tmp_path / "whole"), weights(tmp_path / "broken")
+        assert all(torch.equal(whole[name], broken[name]) for name in whole)
+        assert curve(tmp_path / "whole")[-1] == curve(tmp_path / "broken")[-1]
+        assert curve(tmp_path / "whole", "step") == curve(tmp_path / "broken", "step")
+
+    @pytest.mark.slow
+    def test_every_bit_is_the_same_when_compiled(self, brief, tmp_path):
+        compiled = vary(brief, {"compile": True})
+        train(compiled, tmp_path / "whole", echo=None)
+        train(vary(compiled, {"max_steps": 5}), tmp_path / "broken", echo=None)
+        train(compiled, tmp_path / "broken", again=True, echo=None)
+        whole, broken = weights(tmp_path / "whole"), weights(tmp_path / "broken")
+        assert all(torch.equal(whole[name], broken[name]) for name in whole)
+
+    def test_killed_without_warning_it_goes_on_from_the_last_checkpoint(self, brief, tmp_path):
+        train(brief, tmp_path / "whole", echo=None)
+        slow = vary(brief, {"checkpoint_every": 4, "log_every": 1})
+        live = subprocess.Popen(
+            command(slow, tmp_path / "killed"), stdout=subprocess.PIPE, text=True
+        )
+        for line in live.stdout:
+            if line.startswith("step:9/"):
+                live.kill()
+        live.wait()
+        saved = [path.name for path in checkpoints(tmp_path / "killed")]
+        assert saved and saved[-1] in ("step-0000008", "step-0000012")
+        train(slow, tmp_path / "killed", again=True, echo=None)
+        whole, killed = weights(tmp_path / "whole"), weights(tmp_path / "killed")
+        assert all(torch.equal(whole[name], killed[name]) for name in whole)
+
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+    def test_a_signal_saves_and_says_how_to_go_on(self, brief, tmp_path, number):
+        long = vary(brief, {"steps": 100_000, "val_every": 100_000})
+        live = subprocess.Popen(command(long, tmp_path), stdout=subprocess.PIPE, text=True)
+        said = []
+        for line in live.stdout:
+            said.append(line)
+            if line.startswith("step:6/"):
+                live.send_signal(number)
+        assert live.wait(timeout=60) == 128 + number
+        assert said[-1].startswith("to resume: python -m speedrun.train --resume") and checkpoints(
+            tmp_path
+        )
+
+    def test_other_data_are_refused(self, brief, tmp_path):
+        import numpy as np
+
+        from speedrun.data.sources import write_corpus
+        from speedrun.data.tokenizer import byte_tokenizer
+
+        train(brief, tmp_path / "run", echo=None)
+        texts = [(np.arange(900, dtype=np.uint16) % 256, 900) for _ in range(12)]
+        write_corpus(
+            tmp_path / "d", {"train": texts, "val": texts}, byte_tokenizer(), "other", "…", 10**6
+        )
+        with pytest.raises(Problem, match="was trained on other data"):
+            train(
+                vary(brief, {"data.path": str(tmp_path / "d")}),
+                tmp_path / "run",
+                again=True,
+                echo=None,
+            )
+
+    def test_a_folder_without_a_checkpoint(self, tmp_path):
+        done = subprocess.run(
+            [sys.executable, "-m", "speedrun.train", "--resume", str(tmp_path)],
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 1 and "has no checkpoint" in done.stderr
+
+
+class TestTrouble:
+    def test_a_full_disk_loses_nothing(self, brief, tmp_path):
+        """Files may not grow beyond 300 kB: no checkpoint fits, the log is cut short; the run goes on and says so."""
+        code = f"""
+import resource, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
+from speedrun.train import main
+sys.exit(main({command(vary(brief, {"checkpoint_every": 6, "model.width": 64}), tmp_path)[3:]!r}))
+"""
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert (
+            "no checkpoint at step 6, going on without" in done.stdout
+            and "finished at step 12" in done.stdout
+        )
+        assert checkpoints(tmp_path) == [] and not list(tmp_path.rglob("*.part"))
+        assert len(curve(tmp_path)) == 3, "the log before and after is whole"
+
+    def test_an_old_checkpoint_survives_a_failed_save(self, tmp_path, monkeypatch):
+        from speedrun import checkpoint
+
+        tensors = {"w": torch.ones(3)}
+        first = save_checkpoint(tmp_path, 1, tensors, tensors, {})
+        monkeypatch.setattr(
+            checkpoint.os,
+            "replace",
+            lambda a, b: (_ for _ in ()).throw(OSError(28, "No space left on device")),
+        )
+        assert "No space left" in save_checkpoint(tmp_path, 2, tensors, tensors, {})
+        assert checkpoints(tmp_path) == [first] and load_checkpoint(first)[2] == {"step": 1}
+
+    @pytest.mark.parametrize("value", [math.nan, math.inf])
+    def test_the_broken_parameter_is_named(self, brief, tmp_path, value):
+        from speedrun.train import assemble, run_loop, train_step
+
+        run = assemble(brief, tmp_path, echo=None)
+
+        def poisoned(run):
+            if run.step == 4:
+                with torch.no_grad():
+                    run.model.attention_out[0, 1, 1] = value
+            return train_step(run)
+
+        with pytest.raises(Problem, match="step 6: parameter attention_out is not finite"):
+            run_loop(run, step=poisoned)
+        others = (p for name, p in run.model.named_parameters() if name != "attention_out")
+        assert all(torch.isfinite(p).all() for p in others)
+
+    def test_a_rate_that_explodes_stops_the_run(self, brief, tmp_path):
+        train(vary(brief, {"max_steps": 3}), tmp_path, echo=None)
+        done = subprocess.run(
+            command(vary(brief, {"optim.lr": 1e30}), tmp_path / "x"), capture_output=True, text=True
+        )
+        assert (
+            done.returncode == 1 and "is not finite" in done.stderr and "--optim.lr" in done.stderr
+        )
+
+
+class TestTwoRanks:
+    def test_gradients_and_losses_equal_one_ranks(self, brief, tmp_path):
+        train(brief, tmp_path / "one", echo=None)
+        run_ranks(
+            ["-m", "speedrun.train", "--out", str(tmp_path / "two"), *as_arguments(brief)],
+            2,
+            tmp_path / "two",
+        )
+        assert curve(tmp_path / "two") == pytest.approx(curve(tmp_path / "one"), abs=1e-5)
+        one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+        for name in one:
+            assert (one[name] - two[name]).norm() <= 1e-4 * one[name].norm() + 1e-6, name
+        assert read_metrics(tmp_path / "two" / "metrics.jsonl")[0]["world"] == 2
+
+    def test_interrupted_and_resumed_on_one_rank(self, brief, tmp_path):
+        """Two ranks are told to stop through their launcher; one rank finishes what they began."""
+        long = vary(brief, {"steps": 400, "val_every": 400})
+        train(long, tmp_path / "whole", echo=None)
+        code = (
+            "import sys; from pathlib import Path; from speedrun.launch import run_ranks;"
+            "run_ranks(sys.argv[2:], 2, Path(sys.argv[1]))"
+        )
+        folder = tmp_path / "two"
+        rank = ["-m", "speedrun.train", "--out", str(folder), *as_arguments(long)]
+        live = subprocess.Popen(
+            [sys.executable, "-c", code, str(folder), *rank], stdout=subprocess.PIPE, text=True
+        )
+        said = []
+        for line in live.stdout:
+            said.append(line)
+            if line.startswith("step:30/"):
+                live.send_signal(signal.SIGINT)
+        live.wait(timeout=60)
+        assert any("the ranks save" in line for line in said) and checkpoints(folder)
+        train(long, folder, again=True, echo=None)
+        assert curve(folder)[-1] == pytest.approx(curve(tmp_path / "whole")[-1], abs=1e-3)
+
+    def test_three_ranks_cannot_share_two_micro_batches(self, brief, tmp_path):
+        with pytest.raises(Problem, match="rank 0 ended with status 1|failed"):
+            run_ranks(
+                ["-m", "speedrun.train", "--out", str(tmp_path), *as_arguments(brief)],
+                3,
+                tmp_path,
+                echo=lambda line: None,
+            )
+        assert "3 ranks cannot share 2 micro-batches" in (tmp_path / "output.txt").read_text()
+
+
+@pytest.mark.slow
+class TestCompiled:
+    @pytest.mark.parametrize("name", ["cpu", "record"])
+    def test_inductor_trains_what_eager_trains(self, name, embedded, tmp_path):
+        run = vary(at_cpu_size(preset(name), 10), {"optim.warmup_steps": 3, "log_every": 2})
+        train(run, tmp_path / "compiled", echo=None)
+        train(vary(run, {"compile": False}), tmp_path / "eager", echo=None)
+        assert curve(tmp_path / "compiled", "step") == pytest.approx(
+            curve(tmp_path / "eager", "step"), abs=1e-4
+        )
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals")
+class TestLaunching:
+    def test_launch_prepares_trains_and_resumes(self, brief, tmp_path):
+        flags = as_arguments(vary(brief, {"max_steps": 6}))
+        done = subprocess.run(
+            [sys.executable, "-m", "speedrun.launch", "--out", str(tmp_path), *flags],
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        assert "nothing to download" in done.stdout and str(tmp_path) in done.stdout
+        again = subprocess.run(
+            [sys.executable, "-m", "speedrun.launch", "--resume", str(tmp_path)],
+            capture_output=True,
+            text=True,
+        )
+        assert again.returncode == 0 and "finished at step 12" in again.stdout, (
+            again.stderr + again.stdout
+        )
+        train(brief, tmp_path / "whole", echo=None)
+        assert curve(tmp_path)[-1] == pytest.approx(curve(tmp_path / "whole")[-1], abs=1e-5)
