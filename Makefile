@@ -36,8 +36,13 @@ test:  ## unit tests, tangle-check, lint and types (at most 6 minutes on 2 cores
 	"$$py" -m ruff check . ; "$$py" -m ruff format --check . ; "$$py" -m mypy; \
 	"$$py" -m pytest -n 2 --dist loadfile $(TESTS)
 
+.PHONY: chromium
+chromium:
+	@for name in chromium chromium-browser google-chrome google-chrome-stable; do command -v $$name > /dev/null && exit 0; done; \
+	echo "make check drives the book in Chromium, which is not installed: apt-get install chromium (macOS: brew install --cask chromium)"; exit 1
+
 .PHONY: check
-check: book  ## what make test leaves out: every chapter, the book, the book in a browser, long tests
+check: chromium book  ## what make test leaves out: every chapter, the book, the book in a browser, long tests
 	@$(call python,book dev); export PATH="$$(dirname "$$py"):$$PATH"; \
 	"$$py" -m pytest -m "chapters or browser or slow" $(TESTS)
 
@@ -68,8 +73,10 @@ exercises:  ## the chapters with holes where the solutions were: _build/exercise
 
 .PHONY: doctor
 doctor:  ## what this machine can run, what is missing, and how to mend it
-	@$(bare) scripts/environment.py --check book dev > /tmp/missing.$$$$ || { echo "✗ $(bare) lacks:"; sed 's/^/    /' /tmp/missing.$$$$; echo "  → make setup"; }; rm -f /tmp/missing.$$$$; \
-	$(bare) -m speedrun.lab.hardware; $(bare) -m speedrun.launch --plan
+	@status=0; lacking="$$($(bare) scripts/environment.py --check book dev)" || status=1; \
+	if [ "$$status" = 1 ]; then printf '✗ %s lacks:\n%s\n  → make setup\n' "$(bare)" "$$(sed 's/^/    /' <<< "$$lacking")"; fi; \
+	$(bare) -m speedrun.lab.hardware || status=1; \
+	if [ "$$status" = 0 ]; then $(bare) -m speedrun.launch --plan; fi; exit $$status
 
 .PHONY: stale
 stale:  ## results whose code has changed since (PROVE=1 tries to show that it trains the same)

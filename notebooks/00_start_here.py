@@ -350,10 +350,19 @@ def version_of(package: str) -> str | None:
         return None
 
 
-def look() -> Machine:
-    """Describe this machine. Starts no CUDA context and opens no connection."""
+def physical_memory_gb() -> float:
+    """Memory of this machine, counted in 2**30 bytes."""
+    if hasattr(
+        os, "sysconf"
+    ):  # everywhere but on Windows; the doctor must work where nothing is installed
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     import psutil
 
+    return psutil.virtual_memory().total / 2**30
+
+
+def look() -> Machine:
+    """Describe this machine. Starts no CUDA context and opens no connection."""
     versions = {package: version_of(package) for package in PACKAGES}
     cuda = importlib.import_module("torch.version").cuda if versions["torch"] else None
     compilers = [os.environ.get("CXX", ""), "g++", "clang++", "cl"]
@@ -362,8 +371,8 @@ def look() -> Machine:
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )
     system, python = f"{platform.system()} {platform.machine()}", platform.python_version()
-    memory_gb = psutil.virtual_memory().total / 2**30
-    return Machine(system, python, cores, memory_gb, find_gpus(), versions, cuda, compiler)
+    facts = (find_gpus(), versions, cuda, compiler)
+    return Machine(system, python, cores, physical_memory_gb(), *facts)
 
 
 # %%

@@ -428,6 +428,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -1023,14 +1024,17 @@ class Loader:
     def next(self) -> list[Batch]:
         """The next step's micro-batches for this rank."""
         make = next_stream if self.options.mode == "stream" else next_documents
-        pinned = [
-            [t.pin_memory() if self.pin and t is not None else t for t in b] for b in make(self)
-        ]
-        return [Batch(*tensors) for tensors in pinned]
+        return [pinned(batch) if self.pin else batch for batch in make(self)]
 
 
 # %%
 #| export
+def pinned(batch: Batch) -> Batch:
+    """A batch in page-locked memory, which a GPU can fetch while Python goes on."""
+    borders = None if batch.cu_seqlens is None else batch.cu_seqlens.pin_memory()
+    return Batch(batch.inputs.pin_memory(), batch.targets.pin_memory(), borders)
+
+
 def next_stream(loader: Loader) -> list[Batch]:
     """A rank's part of the next slice of the stream."""
     start, loader.position = next_slice(loader.shards.total, loader.options, loader.position)
@@ -1234,7 +1238,7 @@ def hub_files(shards: int) -> dict[str, tuple[int, str | None]]:
         f"fineweb_train_{i:06d}.bin" for i in range(1, shards + 1)
     ]
     try:
-        found = {
+        found: dict[str, Any] = {
             info.path: info for info in HfApi().get_paths_info(FINEWEB, names, repo_type="dataset")
         }
     except Exception as error:
@@ -1307,7 +1311,11 @@ BYTE_FACTS = ("bytes", BYTE_DOCUMENT + 1, BYTE_DOCUMENT)
 
 
 def describe_folder(
-    folder: Path, facts: tuple, source: str, command: str, names: list[str] | None = None
+    folder: Path,
+    facts: tuple[str, int, int],
+    source: str,
+    command: str,
+    names: list[str] | None = None,
 ) -> Manifest:
     """Write a manifest for shards that are already there, named `*train*.bin` and `*val*.bin`.
 
@@ -1417,8 +1425,9 @@ except Problem as problem:
 # %% tags=["hide-input"]
 #| export data.__main__
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -1519,7 +1528,7 @@ def report(manifest, folder: Path) -> None:
 #| export data.__main__
 def main(arguments: list[str] | None = None) -> int:
     """`python -m speedrun.data COMMAND`: embedded, fineweb, pack, manifest or verify."""
-    commands = {
+    commands: dict[str, Callable[..., Any]] = {
         "embedded": make_embedded,
         "fineweb": make_fineweb,
         "pack": make_pack,

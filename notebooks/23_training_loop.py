@@ -156,7 +156,8 @@ class Clock:
     """Training time in ms, stopped for whatever does not count. `elapsed_ms` may carry on from a checkpoint."""
 
     def __init__(self, device: torch.device, elapsed_ms: float = 0.0):
-        self.device, self.elapsed_ms, self.since = device, elapsed_ms, None
+        self.device, self.elapsed_ms = device, elapsed_ms
+        self.since: float | None = None
 
     def wait(self) -> None:
         """Until the device has done all that it was given."""
@@ -274,8 +275,8 @@ def build_model(
         return model.to(device), model.decays()
     from speedrun.history import build_rung
 
-    model, decays = build_rung(config, vocab_size)
-    return model.to(device), decays
+    rung, decays = build_rung(config, vocab_size)
+    return rung.to(device), decays
 
 
 # %%
@@ -350,10 +351,15 @@ print(f"1,024 tokens in 1, 2, 4 or 8 parts: the gradients differ by {worst:.0e} 
 
 # %%
 #| export
+def gradients_of(model: nn.Module) -> list[Tensor]:
+    """The gradients of all parameters, in the parameters' order."""
+    return [p.grad for p in model.parameters() if p.grad is not None]
+
+
 def update(run: "Run") -> Tensor:
     """Clip, set the rate, step. Returns the gradient's length; where that is not finite, nothing is updated."""
     optim, parameters = run.config.optim, list(run.model.parameters())
-    total = nn.utils.get_total_norm([p.grad for p in parameters])
+    total = nn.utils.get_total_norm(gradients_of(run.model))
     finite = torch.isfinite(total)
     length = torch.where(finite, total, 0.0)  # a broken gradient is not scaled: it stays what it is
     nn.utils.clip_grads_with_norm_(parameters, optim.grad_clip or math.inf, length)
@@ -525,14 +531,17 @@ except Problem as problem:
 #| export
 @dataclass
 class Run:
-    """Everything that changes while training, and what it needs. skipped: steps whose gradient was not finite."""
+    """Everything that changes while training, and what it needs.
+
+    optimizer: a torch.optim.Optimizer. skipped: how many steps had a gradient that was not finite.
+    """
 
     config: Config
     folder: Path
     ranks: Ranks
     model: nn.Module
     forward: Any
-    optimizer: torch.optim.Optimizer
+    optimizer: Any
     loader: Loader
     validation: Shards
     clock: Clock
@@ -551,7 +560,7 @@ def train_step(run: Run) -> Tensor:
     shards, device, precision = run.config.data.grad_shards, run.ranks.device, run.config.precision
     run.model.zero_grad()
     loss = accumulate(run.forward, run.loader.next(), shards, device, precision)
-    sum_over_ranks([p.grad for p in run.model.parameters()], run.ranks.world)
+    sum_over_ranks(gradients_of(run.model), run.ranks.world)
     update(run)
     run.step += 1
     return loss
@@ -656,6 +665,7 @@ print(f"one step: loss {loss.item():.3f}, position {run.loader.position}")
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -667,7 +677,7 @@ from speedrun.lab.hardware import Problem
 
 
 def optimizer_tensors(
-    optimizer: torch.optim.Optimizer, parameters: dict[str, Tensor]
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """The state of an optimizer as named tensors, `parameter/moment`."""
     moments = {name: optimizer.state[p].items() for name, p in parameters.items()}
@@ -675,7 +685,7 @@ def optimizer_tensors(
 
 
 def restore_optimizer(
-    optimizer: torch.optim.Optimizer, parameters: dict[str, Tensor], saved: dict
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor], saved: dict
 ) -> None:
     """Put named tensors back as the state of an optimizer, on each parameter's device."""
     optimizer.state.clear()
@@ -1020,7 +1030,8 @@ def describe_code() -> dict:
         ["git", "-C", str(root()), "rev-parse", "HEAD"], capture_output=True, text=True
     )
     hashes = module_hashes(["speedrun.train"])
-    texts = {name: module_file(name).read_text(encoding="utf-8") for name in hashes}
+    files = {name: file for name in hashes if (file := module_file(name))}
+    texts = {name: file.read_text(encoding="utf-8") for name, file in files.items()}
     modules = {name: {"hash": hashes[name], "source": text} for name, text in texts.items()}
     return {"commit": git.stdout.strip(), "modules": modules}
 
@@ -1292,9 +1303,10 @@ assert run_config(later) == brief, "a resumed run has its own settings"
 # %%
 #| export train
 def say(line: str) -> None:
-    """Print at once; if nobody is left to read it, go on."""
+    """Print a line in one piece, at once; if nobody is left to read it, go on."""
     with contextlib.suppress(BrokenPipeError):
-        print(line, flush=True)
+        sys.stdout.write(line + "\n")  # print() writes the line's end apart, and ranks get mixed up
+        sys.stdout.flush()
 
 
 @contextlib.contextmanager
@@ -1331,7 +1343,7 @@ def main(arguments: list[str]) -> int:
         with progress(config) as echo:
             train(config, folder, bool(command.resume), interrupts, echo, words)
     except Problem as problem:
-        print(problem, file=sys.stderr, flush=True)
+        sys.stderr.write(f"{problem}\n")
         return 1
     finally:
         if dist.is_initialized():
@@ -1375,6 +1387,7 @@ print("\n".join([*said[-3:], "…", answer[0], answer[-1]]).replace(str(scratch)
 
 # %% tags=["hide-input"]
 #| export measure.training_loop
+import dataclasses
 import statistics
 import tempfile
 import time
@@ -1390,15 +1403,20 @@ PRESET_OF = {"cpu": "cpu", "gpu": "small"}
 def pieces_of(run: Run) -> dict:
     """What a training step does, one after the other: name → function."""
     device, precision, shards = run.ranks.device, run.config.precision, run.config.data.grad_shards
-    parameters, marks, batches = list(run.model.parameters()), Marks(device), []
+    marks, batches = Marks(device), []
+
+    def heartbeat_and_mark() -> None:
+        run.heart.beat()
+        marks.mark()
+
     return {
         "reading": lambda: batches.append(run.loader.next()),
         "forward and backward": lambda: accumulate(
             run.forward, batches.pop(), shards, device, precision
         ),
-        "sum over ranks": lambda: sum_over_ranks([p.grad for p in parameters], run.ranks.world),
+        "sum over ranks": lambda: sum_over_ranks(gradients_of(run.model), run.ranks.world),
         "clip and update": lambda: update(run),
-        "heartbeat and mark": lambda: (run.heart.beat(), marks.mark()),
+        "heartbeat and mark": heartbeat_and_mark,
     }
 
 
@@ -1451,7 +1469,7 @@ def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
         warm_up(run)
         data = {"steps": time_steps(run, repeats), "pieces": time_pieces(run, repeats)}
     manifest = run.loader.shards.manifest
-    data |= {"preset": config.preset, "tokens": config.data.step_tokens}
+    data |= {"config": dataclasses.asdict(config), "tokens": config.data.step_tokens}
     corpus = {"name": manifest.source, "sha256": manifest.sha256}
     return data, stamp(command, ["speedrun.measure.training_loop"], repeats, corpus=corpus)
 

@@ -36,7 +36,9 @@ import psutil
 
 scratch = Path(tempfile.mkdtemp())
 sleeper = scratch / "sleeper.py"
-sleeper.write_text("import time\nprint('up', flush=True)\ntime.sleep(600)\n")
+sleeper.write_text(
+    "import sys, time\nsys.stdout.write('up\\n')\nsys.stdout.flush()\ntime.sleep(600)\n"
+)
 command = [
     sys.executable,
     "-m",
@@ -406,7 +408,9 @@ environment = rank_environment(world=2, cores=16)
 del os.environ["RANK"]
 assert "RANK" not in environment and environment["SPEEDRUN_LIFELINE"] == "1"
 hello = scratch / "hello.py"
-hello.write_text("import os; print('rank', os.environ['RANK'], 'of', os.environ['WORLD_SIZE'])\n")
+hello.write_text(
+    "import os, sys; sys.stdout.write(f\"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']}\\n\")\n"
+)
 said = start_ranks([str(hello)], 2).communicate()[0].split("\n")
 assert {"rank 0 of 2", "rank 1 of 2"} <= set(said)
 
@@ -527,7 +531,8 @@ def end_ranks(torchrun: subprocess.Popen, folder: Path, grace_s: float) -> None:
     ranks = rank_processes(torchrun, folder)
     torchrun.terminate()
     psutil.wait_procs(ranks, timeout=grace_s)
-    torchrun.stdin.close()
+    if torchrun.stdin:
+        torchrun.stdin.close()
     for rank in ranks | rank_processes(torchrun, folder):
         try:
             rank.kill()
@@ -625,7 +630,8 @@ def run_ranks(
     folder.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(folder / "heartbeat", ignore_errors=True)
     (folder / "output.txt").unlink(missing_ok=True)
-    torchrun, why, patient = start_ranks(program, world), "the launcher was ended", 2.0
+    torchrun, patient = start_ranks(program, world), 2.0
+    why: str | None = "the launcher was ended"
     try:
         why = watch(torchrun, folder, patience, echo)
         patient = 2.0 if why else grace_s
@@ -1079,7 +1085,8 @@ def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
     for run in runs:
         run["steps_ms"] = [quantile(run["steps_ms"], share / 100) for share in range(1, 100)]
     seeds = [seed for stamp in stamps for seed in stamp["seeds"]]
-    return {"runs": runs}, stamps[0] | {"n": len(runs), "seeds": seeds}
+    minutes = round(sum(run["seconds"] + run["prepared_s"] for run in runs) / 60, 2)
+    return {"runs": runs}, stamps[0] | {"n": len(runs), "seeds": seeds, "minutes": minutes}
 
 
 # %%

@@ -48,7 +48,7 @@ print(
 # %% [markdown]
 # Minutes of training on two cores beat gzip and lose to xz, which took half a second. Did we train anything?
 #
-# The comparison is a little unfair. xz may look back over a megabyte of the very text that it is packing, in which every file repeats its neighbours' imports; our model sees 128 tokens and then forgets. (Exercise 2 makes it fair.) But it also asks the wrong question. There is one thing that xz cannot do at all, which is to go on: to write the next line of a file that does
+# The comparison is a little unfair. xz may look back over a megabyte of the very text that it is packing, in which every file repeats its neighbours' imports; our model sees 64 tokens and then forgets. (Exercise 2 makes it fair.) But it also asks the wrong question. There is one thing that xz cannot do at all, which is to go on: to write the next line of a file that does
 # not exist. To see what a model knows, leave it alone with its own mistakes.
 #
 # ```{admonition} Prediction
@@ -124,7 +124,7 @@ scratch = Path(tempfile.mkdtemp())
 brief = {"steps": 300, "val_every": 300, "log_every": 100, "val_tokens": 16_384}
 train(vary(preset("smoke"), brief), scratch)
 trained = load_trained(scratch)
-assert trained.step == 300 and trained.tokenizer.name == "bytes" and trained.context == 128
+assert trained.step == 300 and trained.tokenizer.name == "bytes" and trained.context == 64
 
 # %% [markdown]
 # The two knobs are one small function. It is tested where it is exact: at temperature zero it must choose the likeliest token, and with $k=2$ nothing but the likeliest two, in the right proportion.
@@ -262,7 +262,7 @@ print(
 # %% [markdown]
 # ### How far back does it look?
 #
-# A second question has a sharper answer. At the first position of a row the model has seen one token; at the last, 128. If it uses what it sees, its loss must fall along the row, and where it stops falling is how far back it looks.
+# A second question has a sharper answer. At the first position of a row the model has seen one token; at the last, 64. If it uses what it sees, its loss must fall along the row, and where it stops falling is how far back it looks.
 
 
 # %%
@@ -284,7 +284,7 @@ def loss_by_position(trained: Trained, rows: int = 1000) -> list[float]:
 
 # %%
 positions = loss_by_position(trained, rows=200)
-assert len(positions) == 128 and positions[0] > positions[-1]
+assert len(positions) == 64 and positions[0] > positions[-1]
 print(
     f"the ten-second model: {positions[0]:.2f} nats at the first position, {sum(positions[-32:]) / 32:.2f} over the last 32"
 )
@@ -296,6 +296,7 @@ print(
 
 # %% tags=["hide-input"]
 #| export measure.samples
+from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -320,12 +321,12 @@ def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
             val = series(read_metrics(Path(folder) / "metrics.jsonl"), "val")[-1]["val_loss"]
             share = known_share(text, set(words_of(training_text(trained.data))))
             facts = {"step": trained.step, "val_loss": val, "text": text, "known_share": share}
+            facts |= {"config": asdict(config)}
             stages.append(facts | {"loss_by_position": loss_by_position(trained)})
         data = load_manifest(trained.data)
     corpus = {"name": data.source, "sha256": data.sha256}
-    return {"stages": stages}, stamp(
-        command, ["speedrun.measure.samples"], 1, [config.seed], corpus
-    )
+    modules = ["speedrun.measure.samples"]
+    return {"stages": stages}, stamp(command, modules, 1, [config.seed], corpus)
 
 
 # %%
@@ -378,21 +379,21 @@ print(measured_on(result))
 
 # %%
 last = stages[-1]["loss_by_position"]
-blocks = {start: sum(last[start : start + 16]) / 16 for start in (0, 16, 32, 48, 64, 80, 96, 112)}
-gains = {"first": blocks[0] - blocks[16], "last": blocks[96] - blocks[112]}
+blocks = {start: sum(last[start : start + 8]) / 8 for start in range(0, 64, 8)}
+gains = {"first": blocks[0] - blocks[8], "last": blocks[48] - blocks[56]}
 assert gains["first"] > 4 * abs(gains["last"])
-print({f"{start}–{start + 15}": f"{loss:.3f}" for start, loss in blocks.items()})
+print({f"{start}–{start + 7}": f"{loss:.3f}" for start, loss in blocks.items()})
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Loss against position in the row, for the model after three lengths of training"}}
 fig, axis = plt.subplots(figsize=(8.2, 3.2))
 for stage in stages:
-    axis.semilogx(range(1, 129), stage["loss_by_position"], label=f"step {stage['step']:,}", base=2)
+    axis.semilogx(range(1, 65), stage["loss_by_position"], label=f"step {stage['step']:,}", base=2)
 axis.set_xlabel("tokens seen")
 axis.set_ylabel("loss (nats/token)")
-axis.set_xticks([1, 2, 4, 8, 16, 32, 64, 128], ["1", "2", "4", "8", "16", "32", "64", "128"])
+axis.set_xticks([1, 2, 4, 8, 16, 32, 64], ["1", "2", "4", "8", "16", "32", "64"])
 axis.legend()
 axis.set_title(
-    f"the first 16 tokens of context save {gains['first']:.2f} nats, the last 16 {abs(gains['last']):.2f}"
+    f"the first 8 tokens of context save {gains['first']:.2f} nats, the last 8 {abs(gains['last']):.2f}"
 )
 plt.show()
 
@@ -483,7 +484,7 @@ print(
 )
 
 # %% [markdown]
-# 2. How unfair was the comparison with xz? Give it only what our model has: pack the held-out text in pieces of 128 bytes, each on its own, and write `bits_per_byte(text, piece)`. (Use `lzma.FORMAT_RAW`, which has no header: `lzma.compress(data, format=lzma.FORMAT_RAW, filters=[{"id": lzma.FILTER_LZMA2}])`.)
+# 2. How unfair was the comparison with xz? Give it only what our model has: pack the held-out text in pieces of 64 bytes, each on its own, and write `bits_per_byte(text, piece)`. (Use `lzma.FORMAT_RAW`, which has no header: `lzma.compress(data, format=lzma.FORMAT_RAW, filters=[{"id": lzma.FILTER_LZMA2}])`.)
 
 
 # %% tags=["solution"]
@@ -495,10 +496,10 @@ def bits_per_byte(text: bytes, piece: int) -> float:
 
 
 # %%
-alone = bits_per_byte(held_out[:20_000], 128)
+alone = bits_per_byte(held_out[:20_000], 64)
 assert alone > 3 > bits_per_byte(held_out, len(held_out))
 print(
-    f"xz with a memory of 128 bytes: {alone:.1f} bits a byte; with a megabyte {bits['xz']:.2f}; our model {ours:.2f}"
+    f"xz with a memory of 64 bytes: {alone:.1f} bits a byte; with a megabyte {bits['xz']:.2f}; our model {ours:.2f}"
 )
 
 # %%

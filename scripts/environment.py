@@ -41,8 +41,8 @@ def missing(needs: list[str]) -> list[str]:
     """Requirements that this interpreter does not satisfy."""
     try:
         from packaging.requirements import Requirement
-    except ImportError:
-        from pip._vendor.packaging.requirements import Requirement
+    except ImportError:  # pip carries a copy
+        from pip._vendor.packaging.requirements import Requirement  # type: ignore[assignment]
     lacking = []
     for text in needs:
         need = Requirement(text)
@@ -94,7 +94,7 @@ def install(python: Path, extras: list[str]) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    if sys.version_info < (3, 11):
+    if sys.version_info < (3, 11):  # noqa: UP036  (somebody's old interpreter may run this line)
         sys.exit(
             f"Python {sys.version.split()[0]} is too old: the project needs 3.11. Name another one: make PYTHON=python3.12 …"
         )

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 import jupytext
@@ -184,7 +184,7 @@ def execute(chapter: Chapter, threads: int | None) -> tuple[Chapter, str | None,
         "opened": opened_files(folder / "opened"),
         "seconds": round(seconds, 1),
     }
-    facts |= {"date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M"), "cores": look().cores}
+    facts |= {"date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M"), "cores": look().cores}
     os.replace(folder / "out.ipynb", chapter.output)
     chapter.ledger.write_text(json.dumps(facts, indent=1))
     (EXECUTED / f"{chapter.name}.failed.ipynb").unlink(missing_ok=True)

@@ -29,7 +29,7 @@ def with_holes(source: str) -> str:
             lines = source.splitlines()[node.lineno - 1 : last]
             kept.append("\n".join([*lines, f"    {HOLE}"]))
         elif isinstance(node, (ast.Import, ast.ImportFrom)):
-            kept.append(ast.get_source_segment(source, node))
+            kept.append(ast.unparse(node))
         elif isinstance(node, ast.Assign):
             names = ", ".join(ast.unparse(target) for target in node.targets)
             kept.append(f"# exercise: define {names}\n{names} = ...")

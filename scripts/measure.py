@@ -8,6 +8,7 @@ SLUG is a module of speedrun.measure (baseline, training_loop, samples, speedrun
 import importlib
 import shlex
 import sys
+import time
 
 from speedrun.lab.hardware import Problem, setup
 from speedrun.lab.results import root, save_result
@@ -25,7 +26,9 @@ def main(arguments: list[str]) -> int:
     command = shlex.join(["python", "scripts/measure.py", *arguments])
     try:
         for name in names or module.NAMES:
+            begin = time.perf_counter()
             data, stamp = module.measure(name, rest, command)
+            stamp.setdefault("minutes", round((time.perf_counter() - begin) / 60, 2))
             print(f"wrote {save_result(slug, name, data, stamp).relative_to(root())}", flush=True)
     except Problem as problem:
         print(problem, file=sys.stderr)

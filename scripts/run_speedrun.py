@@ -9,7 +9,6 @@ import argparse
 import logging
 import os
 import shlex
-import subprocess
 import sys
 from datetime import datetime
 from pathlib import Path
@@ -17,18 +16,22 @@ from pathlib import Path
 import jupytext
 import nbformat
 import papermill
+import psutil
+from nbclient.exceptions import DeadKernelError
 
-from speedrun.config import read_command
+from speedrun.config import Config, read_command
 from speedrun.lab.hardware import Problem, setup
 from speedrun.lab.results import root
 from speedrun.launch import (
     LaunchCommand,
     TrainCommand,
+    checkpoints,
     choose_preset,
     confirm,
     make_plan,
     measured_runs,
     memory_needed_gb,
+    pulses,
 )
 from speedrun.report import write_html
 
@@ -58,12 +61,20 @@ def read_arguments(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]
     return parser.parse_known_args(arguments)
 
 
+def read_config(preset: str, data: str, flags: list[str]) -> Config:
+    """The run that the flags describe."""
+    given = ["--preset", preset, *(["--data.path", data] if data else []), *flags]
+    make = lambda config: LaunchCommand(TrainCommand(config))  # noqa: E731
+    return read_command(make, given, preset, "scripts/run_speedrun.py").train.config
+
+
 def show_cells_live() -> None:
     """Print what cells print, as they print it: papermill passes it to a logger."""
     logger = logging.getLogger("papermill")
-    logger.handlers, logger.propagate = [logging.StreamHandler(sys.stdout)], False
-    logger.handlers[0].setFormatter(logging.Formatter("%(message)s"))
-    logger.handlers[0].terminator = ""
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.terminator = ""
+    logger.handlers, logger.propagate = [handler], False
     logger.setLevel(logging.INFO)
     logger.addFilter(
         lambda record: (
@@ -99,20 +110,16 @@ def main(arguments: list[str]) -> int:
     options, flags = read_arguments(arguments)
     try:
         machine = setup()
-        preset, why = choose_preset(machine, memory_needed_gb("record", measured_runs()))
+        runs = measured_runs()
+        preset, why = choose_preset(machine, memory_needed_gb("record", runs))
         preset, why = (options.preset, "as asked") if options.preset else (preset, why)
         print(f"preset {preset}: {why}")
-        if not machine.compiler and "--no-compile" not in flags:
+        config = read_config(preset, options.data, flags)
+        if config.compile and not machine.compiler:
             flags.append("--no-compile")
+            config = read_config(preset, options.data, flags)
             print("there is no C++ compiler: training without torch.compile")
-        data = ["--data.path", options.data] if options.data else []
-        command = read_command(
-            lambda config: LaunchCommand(TrainCommand(config)),
-            ["--preset", preset, *data, *flags],
-            preset,
-            "run_speedrun",
-        )
-        plan = make_plan(command.train.config, machine, options.gpus)
+        plan = make_plan(config, machine, options.gpus, runs)
         print(plan)
         confirm(plan, options.yes or os.environ.get("YES") == "1")
         folder = Path(
@@ -131,6 +138,8 @@ def main(arguments: list[str]) -> int:
     except Problem as problem:
         print(problem, file=sys.stderr)
         return 1
+    except (KeyboardInterrupt, DeadKernelError):
+        return interrupted(folder)
     except papermill.PapermillExecutionError as error:
         print(
             f"\na cell failed: {error.ename}: {error.evalue}\n  → the notebook up to there: {folder / 'speedrun.html'}",
@@ -139,6 +148,21 @@ def main(arguments: list[str]) -> int:
         return 1
     print_what_there_is(folder, notebook)
     return 0
+
+
+def interrupted(folder: Path) -> int:
+    """After Ctrl-C: papermill has ended the notebook, whose ranks notice that and save. Wait for them."""
+    print("\ninterrupted: the ranks save", flush=True)
+    ranks = [psutil.Process(p.pid) for p in pulses(folder) if psutil.pid_exists(p.pid)]
+    psutil.wait_procs(ranks, timeout=20)
+    saved = checkpoints(folder)
+    print(
+        f"to resume: python -m speedrun.launch --resume {os.path.relpath(folder)}"
+        if saved
+        else "nothing was saved: the run had not begun to train",
+        flush=True,
+    )
+    return 130
 
 
 def print_what_there_is(folder: Path, notebook: Path) -> None:

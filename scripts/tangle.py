@@ -182,7 +182,8 @@ def check_cells(cells: list[Cell]) -> list[str]:
 
 def resolve(sources: dict[str, list[Cell]]) -> tuple[dict[str, dict[str, set[str]]], list[str]]:
     """For each module of a chapter, which names it needs from which of the others; and what nothing defines."""
-    problems, needs = [], {module: defaultdict(set) for module in sources}
+    problems: list[str] = []
+    needs: dict[str, dict[str, set[str]]] = {module: defaultdict(set) for module in sources}
     defines = {
         m: set().union(*(bound_names(c.source, c.where)[0] for c in cells))
         for m, cells in sources.items()
@@ -220,7 +221,7 @@ def write_imports(needs: dict[str, set[str]]) -> str:
         line = f"from {PACKAGE}.{other} import {', '.join(names)}"
         lines.append(
             line
-            if len(line) <= 120
+            if len(line) <= 100
             else f"from {PACKAGE}.{other} import (\n" + "".join(f"    {n},\n" for n in names) + ")"
         )
     return "\n".join(lines)

@@ -5,6 +5,7 @@
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from speedrun.lab.hardware import Problem
 
 
 def optimizer_tensors(
-    optimizer: torch.optim.Optimizer, parameters: dict[str, Tensor]
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """The state of an optimizer as named tensors, `parameter/moment`."""
     moments = {name: optimizer.state[p].items() for name, p in parameters.items()}
@@ -24,7 +25,7 @@ def optimizer_tensors(
 
 
 def restore_optimizer(
-    optimizer: torch.optim.Optimizer, parameters: dict[str, Tensor], saved: dict
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor], saved: dict
 ) -> None:
     """Put named tensors back as the state of an optimizer, on each parameter's device."""
     optimizer.state.clear()

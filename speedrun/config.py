@@ -87,21 +87,28 @@ def check_config(config: Config, world: int = 1) -> Config:
 
 
 # %% Five runs
-EMBEDDED = DataOptions(path="data/embedded", seq_len=128, step_tokens=1024, grad_shards=2)
+EMBEDDED = DataOptions(path="data/embedded", seq_len=64, step_tokens=1024, grad_shards=2)
 FINEWEB = DataOptions(path="data/fineweb10B")
 LAPTOP = Config(
     preset="cpu",
-    model=GPTOptions(layers=2, heads=2, width=128, context=128, init_std=0.05),
-    optim=AdamWOptions(lr=4e-3, warmup_steps=100),
+    model=GPTOptions(layers=2, heads=2, width=128, context=64, init_std=0.05),
+    optim=AdamWOptions(lr=2e-3, warmup_steps=100),
     data=EMBEDDED,
-    steps=7000,
+    steps=9000,
     precision="float32",
+    compile=False,
     val_every=1000,
     val_tokens=262_144,
     log_every=50,
     target=1.75,
 )
-SMOKE = {"preset": "smoke", "steps": 600, "compile": False, "val_every": 200, "val_tokens": 65_536}
+SMOKE: dict[str, Any] = {
+    "preset": "smoke",
+    "steps": 600,
+    "compile": False,
+    "val_every": 200,
+    "val_tokens": 65_536,
+}
 PRESETS = {
     "smoke": dataclasses.replace(LAPTOP, **SMOKE, target=2.75),
     "cpu": LAPTOP,
@@ -167,15 +174,9 @@ def vary(config: Any, changes: dict[str, Any]) -> Any:
 
 
 # %% Any run, on a laptop
-SIZES = (
-    "model.layers",
-    "model.heads",
-    "model.width",
-    "model.context",
-    "model.init_std",
-    "data.path",
-)
-SIZES += ("data.seq_len", "data.step_tokens", "data.grad_shards", "precision")
+MODEL_SIZES = [f"model.{name}" for name in ("layers", "heads", "width", "context", "init_std")]
+DATA_SIZES = [f"data.{name}" for name in ("path", "seq_len", "step_tokens", "grad_shards")]
+SIZES = (*MODEL_SIZES, *DATA_SIZES, "precision")
 
 
 def at_cpu_size(config: Config, steps: int = 20) -> Config:
@@ -188,7 +189,7 @@ def at_cpu_size(config: Config, steps: int = 20) -> Config:
 # %% Saved, and said
 def config_from_json(saved: dict, kind: type = Config) -> Any:
     """Rebuild a config from its `dataclasses.asdict` form after a trip through JSON."""
-    known = {item.name: item.type for item in dataclasses.fields(kind)}
+    known: dict[str, Any] = {item.name: item.type for item in dataclasses.fields(kind)}
     unknown = sorted(set(saved) - set(known))
     if unknown:
         what = f"the saved run has fields that today's {kind.__name__} lacks: {', '.join(unknown)}"

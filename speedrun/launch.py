@@ -300,7 +300,8 @@ def end_ranks(torchrun: subprocess.Popen, folder: Path, grace_s: float) -> None:
     ranks = rank_processes(torchrun, folder)
     torchrun.terminate()
     psutil.wait_procs(ranks, timeout=grace_s)
-    torchrun.stdin.close()
+    if torchrun.stdin:
+        torchrun.stdin.close()
     for rank in ranks | rank_processes(torchrun, folder):
         try:
             rank.kill()
@@ -379,7 +380,8 @@ def run_ranks(
     folder.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(folder / "heartbeat", ignore_errors=True)
     (folder / "output.txt").unlink(missing_ok=True)
-    torchrun, why, patient = start_ranks(program, world), "the launcher was ended", 2.0
+    torchrun, patient = start_ranks(program, world), 2.0
+    why: str | None = "the launcher was ended"
     try:
         why = watch(torchrun, folder, patience, echo)
         patient = 2.0 if why else grace_s

@@ -90,7 +90,8 @@ class Clock:
     """Training time in ms, stopped for whatever does not count. `elapsed_ms` may carry on from a checkpoint."""
 
     def __init__(self, device: torch.device, elapsed_ms: float = 0.0):
-        self.device, self.elapsed_ms, self.since = device, elapsed_ms, None
+        self.device, self.elapsed_ms = device, elapsed_ms
+        self.since: float | None = None
 
     def wait(self) -> None:
         """Until the device has done all that it was given."""
@@ -160,8 +161,8 @@ def build_model(
         return model.to(device), model.decays()
     from speedrun.history import build_rung
 
-    model, decays = build_rung(config, vocab_size)
-    return model.to(device), decays
+    rung, decays = build_rung(config, vocab_size)
+    return rung.to(device), decays
 
 
 def accumulate(
@@ -186,10 +187,15 @@ def sum_over_ranks(tensors: list[Tensor], world: int) -> None:
 
 
 # %% A number that is not one
+def gradients_of(model: nn.Module) -> list[Tensor]:
+    """The gradients of all parameters, in the parameters' order."""
+    return [p.grad for p in model.parameters() if p.grad is not None]
+
+
 def update(run: "Run") -> Tensor:
     """Clip, set the rate, step. Returns the gradient's length; where that is not finite, nothing is updated."""
     optim, parameters = run.config.optim, list(run.model.parameters())
-    total = nn.utils.get_total_norm([p.grad for p in parameters])
+    total = nn.utils.get_total_norm(gradients_of(run.model))
     finite = torch.isfinite(total)
     length = torch.where(finite, total, 0.0)  # a broken gradient is not scaled: it stays what it is
     nn.utils.clip_grads_with_norm_(parameters, optim.grad_clip or math.inf, length)
@@ -278,14 +284,17 @@ def agree_on_stop(folder: Path, ranks: Ranks, step: int, patience_s: float = 20.
 # %% The run
 @dataclass
 class Run:
-    """Everything that changes while training, and what it needs. skipped: steps whose gradient was not finite."""
+    """Everything that changes while training, and what it needs.
+
+    optimizer: a torch.optim.Optimizer. skipped: how many steps had a gradient that was not finite.
+    """
 
     config: Config
     folder: Path
     ranks: Ranks
     model: nn.Module
     forward: Any
-    optimizer: torch.optim.Optimizer
+    optimizer: Any
     loader: Loader
     validation: Shards
     clock: Clock
@@ -302,7 +311,7 @@ def train_step(run: Run) -> Tensor:
     shards, device, precision = run.config.data.grad_shards, run.ranks.device, run.config.precision
     run.model.zero_grad()
     loss = accumulate(run.forward, run.loader.next(), shards, device, precision)
-    sum_over_ranks([p.grad for p in run.model.parameters()], run.ranks.world)
+    sum_over_ranks(gradients_of(run.model), run.ranks.world)
     update(run)
     run.step += 1
     return loss
@@ -538,7 +547,8 @@ def describe_code() -> dict:
         ["git", "-C", str(root()), "rev-parse", "HEAD"], capture_output=True, text=True
     )
     hashes = module_hashes(["speedrun.train"])
-    texts = {name: module_file(name).read_text(encoding="utf-8") for name in hashes}
+    files = {name: file for name in hashes if (file := module_file(name))}
+    texts = {name: file.read_text(encoding="utf-8") for name, file in files.items()}
     modules = {name: {"hash": hashes[name], "source": text} for name, text in texts.items()}
     return {"commit": git.stdout.strip(), "modules": modules}
 
@@ -684,9 +694,10 @@ def run_config(command: TrainCommand) -> Config:
 
 
 def say(line: str) -> None:
-    """Print at once; if nobody is left to read it, go on."""
+    """Print a line in one piece, at once; if nobody is left to read it, go on."""
     with contextlib.suppress(BrokenPipeError):
-        print(line, flush=True)
+        sys.stdout.write(line + "\n")  # print() writes the line's end apart, and ranks get mixed up
+        sys.stdout.flush()
 
 
 @contextlib.contextmanager
@@ -721,7 +732,7 @@ def main(arguments: list[str]) -> int:
         with progress(config) as echo:
             train(config, folder, bool(command.resume), interrupts, echo, words)
     except Problem as problem:
-        print(problem, file=sys.stderr, flush=True)
+        sys.stderr.write(f"{problem}\n")
         return 1
     finally:
         if dist.is_initialized():

@@ -2,13 +2,21 @@
 
 
 from speedrun.data.shards import file_sha256, how_to_mend, load_manifest, read_shard
-from speedrun.data.sources import BYTE_FACTS, GPT2_FACTS, build_embedded, describe_folder, fetch_fineweb, pack
+from speedrun.data.sources import (
+    BYTE_FACTS,
+    GPT2_FACTS,
+    build_embedded,
+    describe_folder,
+    fetch_fineweb,
+    pack,
+)
 
 
 # %% The command
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -101,7 +109,7 @@ def report(manifest, folder: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """`python -m speedrun.data COMMAND`: embedded, fineweb, pack, manifest or verify."""
-    commands = {
+    commands: dict[str, Callable[..., Any]] = {
         "embedded": make_embedded,
         "fineweb": make_fineweb,
         "pack": make_pack,

@@ -188,10 +188,13 @@ class Loader:
     def next(self) -> list[Batch]:
         """The next step's micro-batches for this rank."""
         make = next_stream if self.options.mode == "stream" else next_documents
-        pinned = [
-            [t.pin_memory() if self.pin and t is not None else t for t in b] for b in make(self)
-        ]
-        return [Batch(*tensors) for tensors in pinned]
+        return [pinned(batch) if self.pin else batch for batch in make(self)]
+
+
+def pinned(batch: Batch) -> Batch:
+    """A batch in page-locked memory, which a GPU can fetch while Python goes on."""
+    borders = None if batch.cu_seqlens is None else batch.cu_seqlens.pin_memory()
+    return Batch(batch.inputs.pin_memory(), batch.targets.pin_memory(), borders)
 
 
 def next_stream(loader: Loader) -> list[Batch]:

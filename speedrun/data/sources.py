@@ -1,7 +1,15 @@
 # Tangled from notebooks/02_data.py: edit the notebook, then run "make tangle". Edits made here are lost.
 
 
-from speedrun.data.shards import Manifest, ShardFile, file_sha256, how_to_mend, read_shard, save_manifest, write_shard
+from speedrun.data.shards import (
+    Manifest,
+    ShardFile,
+    file_sha256,
+    how_to_mend,
+    read_shard,
+    save_manifest,
+    write_shard,
+)
 from speedrun.data.tokenizer import (
     BYTE_DOCUMENT,
     GPT2_DOCUMENT,
@@ -21,6 +29,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -231,7 +240,7 @@ def hub_files(shards: int) -> dict[str, tuple[int, str | None]]:
         f"fineweb_train_{i:06d}.bin" for i in range(1, shards + 1)
     ]
     try:
-        found = {
+        found: dict[str, Any] = {
             info.path: info for info in HfApi().get_paths_info(FINEWEB, names, repo_type="dataset")
         }
     except Exception as error:
@@ -295,7 +304,11 @@ BYTE_FACTS = ("bytes", BYTE_DOCUMENT + 1, BYTE_DOCUMENT)
 
 
 def describe_folder(
-    folder: Path, facts: tuple, source: str, command: str, names: list[str] | None = None
+    folder: Path,
+    facts: tuple[str, int, int],
+    source: str,
+    command: str,
+    names: list[str] | None = None,
 ) -> Manifest:
     """Write a manifest for shards that are already there, named `*train*.bin` and `*val*.bin`.
 

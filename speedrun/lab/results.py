@@ -7,7 +7,7 @@ import csv
 import hashlib
 import json
 import os
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 import speedrun
@@ -96,7 +96,7 @@ def stamp(command: str, modules, n: int, seeds=(), corpus: dict | None = None) -
         "corpus": corpus,
         "seeds": list(seeds),
         "n": n,
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "modules": module_hashes(modules),
     }
 
@@ -164,6 +164,6 @@ def measured_on(result: dict) -> str:
 
 def figure_style() -> None:
     """The look of the book's figures: call it once, before the first one."""
-    import matplotlib
+    from matplotlib import style
 
-    matplotlib.style.use(root() / "book" / "figures.mplstyle")
+    style.use(root() / "book" / "figures.mplstyle")

@@ -1,7 +1,14 @@
 # Tangled from notebooks/03_baseline.py: edit the notebook, then run "make tangle". Edits made here are lost.
 
 
-from speedrun.model.baseline import AdamWOptions, GPT2, GPT2Options, decays_by_shape, flops_per_token, make_adamw
+from speedrun.model.baseline import (
+    AdamWOptions,
+    GPT2,
+    GPT2Options,
+    decays_by_shape,
+    flops_per_token,
+    make_adamw,
+)
 
 
 # %% The measurement

@@ -1,10 +1,18 @@
 # Tangled from notebooks/25_samples.py: edit the notebook, then run "make tangle". Edits made here are lost.
 
 
-from speedrun.sample import generate, known_share, load_trained, loss_by_position, training_text, words_of
+from speedrun.sample import (
+    generate,
+    known_share,
+    load_trained,
+    loss_by_position,
+    training_text,
+    words_of,
+)
 
 
 # %% The measurement
+from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -29,9 +37,9 @@ def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
             val = series(read_metrics(Path(folder) / "metrics.jsonl"), "val")[-1]["val_loss"]
             share = known_share(text, set(words_of(training_text(trained.data))))
             facts = {"step": trained.step, "val_loss": val, "text": text, "known_share": share}
+            facts |= {"config": asdict(config)}
             stages.append(facts | {"loss_by_position": loss_by_position(trained)})
         data = load_manifest(trained.data)
     corpus = {"name": data.source, "sha256": data.sha256}
-    return {"stages": stages}, stamp(
-        command, ["speedrun.measure.samples"], 1, [config.seed], corpus
-    )
+    modules = ["speedrun.measure.samples"]
+    return {"stages": stages}, stamp(command, modules, 1, [config.seed], corpus)

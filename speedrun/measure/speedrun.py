@@ -26,4 +26,5 @@ def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
     for run in runs:
         run["steps_ms"] = [quantile(run["steps_ms"], share / 100) for share in range(1, 100)]
     seeds = [seed for stamp in stamps for seed in stamp["seeds"]]
-    return {"runs": runs}, stamps[0] | {"n": len(runs), "seeds": seeds}
+    minutes = round(sum(run["seconds"] + run["prepared_s"] for run in runs) / 60, 2)
+    return {"runs": runs}, stamps[0] | {"n": len(runs), "seeds": seeds, "minutes": minutes}

@@ -1,10 +1,21 @@
 # Tangled from notebooks/23_training_loop.py: edit the notebook, then run "make tangle". Edits made here are lost.
 
 
-from speedrun.train import Marks, Run, accumulate, assemble, sum_over_ranks, train_step, update, warm_up
+from speedrun.train import (
+    Marks,
+    Run,
+    accumulate,
+    assemble,
+    gradients_of,
+    sum_over_ranks,
+    train_step,
+    update,
+    warm_up,
+)
 
 
 # %% The measurement
+import dataclasses
 import statistics
 import tempfile
 import time
@@ -20,15 +31,20 @@ PRESET_OF = {"cpu": "cpu", "gpu": "small"}
 def pieces_of(run: Run) -> dict:
     """What a training step does, one after the other: name → function."""
     device, precision, shards = run.ranks.device, run.config.precision, run.config.data.grad_shards
-    parameters, marks, batches = list(run.model.parameters()), Marks(device), []
+    marks, batches = Marks(device), []
+
+    def heartbeat_and_mark() -> None:
+        run.heart.beat()
+        marks.mark()
+
     return {
         "reading": lambda: batches.append(run.loader.next()),
         "forward and backward": lambda: accumulate(
             run.forward, batches.pop(), shards, device, precision
         ),
-        "sum over ranks": lambda: sum_over_ranks([p.grad for p in parameters], run.ranks.world),
+        "sum over ranks": lambda: sum_over_ranks(gradients_of(run.model), run.ranks.world),
         "clip and update": lambda: update(run),
-        "heartbeat and mark": lambda: (run.heart.beat(), marks.mark()),
+        "heartbeat and mark": heartbeat_and_mark,
     }
 
 
@@ -75,6 +91,6 @@ def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
         warm_up(run)
         data = {"steps": time_steps(run, repeats), "pieces": time_pieces(run, repeats)}
     manifest = run.loader.shards.manifest
-    data |= {"preset": config.preset, "tokens": config.data.step_tokens}
+    data |= {"config": dataclasses.asdict(config), "tokens": config.data.step_tokens}
     corpus = {"name": manifest.source, "sha256": manifest.sha256}
     return data, stamp(command, ["speedrun.measure.training_loop"], repeats, corpus=corpus)

@@ -77,7 +77,7 @@ def init_parameter(row: Parameter, seed: int) -> Tensor:
 
 # %% The forward pass
 def attention(
-    x: Tensor, qkv: Tensor, qkv_bias: Tensor, out: Tensor, out_bias: Tensor, heads: int
+    x: Tensor, qkv: Tensor, qkv_bias: Tensor, out: Tensor, out_bias: Tensor, *, heads: int
 ) -> Tensor:
     """Causal self-attention, (batch, tokens, width) → the same. qkv: (3 · width, width), out: (width, width)."""
     batch, tokens, width = x.shape
@@ -97,8 +97,8 @@ def norm(x: Tensor, gain: Tensor, bias: Tensor) -> Tensor:
     return F.layer_norm(x, gain.shape, gain, bias)
 
 
-ATTENTION = ("attention_norm_gain", "attention_norm_bias", "attention_qkv", "attention_qkv_bias")
-ATTENTION += ("attention_out", "attention_out_bias")
+NORM = ("attention_norm_gain", "attention_norm_bias")
+ATTENTION = (*NORM, "attention_qkv", "attention_qkv_bias", "attention_out", "attention_out_bias")
 MLP = ("mlp_norm_gain", "mlp_norm_bias", "mlp_up", "mlp_up_bias", "mlp_down", "mlp_down_bias")
 
 
@@ -108,7 +108,7 @@ def gpt_forward(self, inputs: Tensor, targets: Tensor | None = None) -> Tensor:
     banks = [getattr(self, name).unbind() for name in ATTENTION + MLP]
     for weights in zip(*banks):
         gain, bias, *matrices = weights[: len(ATTENTION)]
-        x = x + attention(norm(x, gain, bias), *matrices, self.options.heads)
+        x = x + attention(norm(x, gain, bias), *matrices, heads=self.options.heads)
         gain, bias, *matrices = weights[len(ATTENTION) :]
         x = x + mlp(norm(x, gain, bias), *matrices)
     x = norm(x, self.final_norm_gain, self.final_norm_bias)

@@ -1,0 +1,236 @@
+"""Which measurements rest on code that has changed since, and whether it still trains the same.
+
+    python scripts/stale.py            list what is stale, the dearest first
+    python scripts/stale.py --prove    try to show that the changed code computes the same; what is shown is kept in the result
+
+The proof trains twenty steps of every run of a result, at the size of a laptop, with the code of the commit that brought the result
+and with today's. It is given where all losses are equal bit by bit, and never for code that only GPUs run. Losses then still stand;
+times do not.
+"""
+
+import argparse
+import ast
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from speedrun.config import at_cpu_size, config_from_json, fields_of
+from speedrun.data.shards import data_folder
+from speedrun.lab.hardware import Problem
+from speedrun.lab.results import canonical, freshness, module_hashes, root
+
+GPU_WORDS = ("cuda", "nccl", "autocast", "bfloat16", "float8", "triton")  # never run by the proof
+TRAIN = """
+import json, sys, tempfile
+from pathlib import Path
+import speedrun
+from speedrun.config import config_from_json
+from speedrun.lab.runlog import read_metrics, series
+from speedrun.train import train
+assert Path(speedrun.__file__).resolve().is_relative_to(Path(sys.argv[1]).resolve()), speedrun.__file__
+with tempfile.TemporaryDirectory() as folder:
+    train(config_from_json(json.loads(sys.argv[2])), Path(folder), echo=None)
+    records = read_metrics(Path(folder) / "metrics.jsonl")
+print(json.dumps([r["train_loss"] for r in series(records, "step")] + [r["val_loss"] for r in series(records, "val")]))
+"""
+
+
+def git(*words: str) -> str:
+    """What git says about this project; Problem if it says no."""
+    done = subprocess.run(["git", "-C", str(root()), *words], capture_output=True, text=True)
+    if done.returncode:
+        raise Problem(
+            f"git {' '.join(words[:2])} failed: {done.stderr.strip()}",
+            "run it in a clone with its history",
+        )
+    return done.stdout
+
+
+def all_results() -> dict[Path, dict]:
+    """Every committed measurement, by its path."""
+    paths = sorted((root() / "book" / "results").rglob("*.json"))
+    return {path: json.loads(path.read_text(encoding="utf-8")) for path in paths}
+
+
+def gpu_minutes(result: dict) -> float:
+    """What measuring it again costs, in GPU minutes; 0 for a measurement on a CPU."""
+    stamp = result["stamp"]
+    gpus = int(stamp["gpu"].split("×")[0]) if stamp["gpu"] else 0
+    return gpus * stamp.get("minutes", 0.0)
+
+
+def changed_modules(result: dict) -> list[str]:
+    """Modules of the measured code whose hash is another today, or that have come or gone."""
+    then = result["stamp"]["modules"]
+    now = module_hashes(then)
+    return sorted(name for name in {*then, *now} if then.get(name) != now.get(name))
+
+
+def configs_in(value) -> list[dict]:
+    """Every training run's config that a result holds under the key `config`."""
+    if isinstance(value, list):
+        return [config for item in value for config in configs_in(item)]
+    if not isinstance(value, dict):
+        return []
+    own = [value["config"]] if isinstance(value.get("config"), dict) else []
+    return own + [
+        config for key, item in value.items() if key != "config" for config in configs_in(item)
+    ]
+
+
+def definitions(source: str) -> dict[str, tuple[str, str]]:
+    """A module's functions, methods and other statements: name (or text) → canonical form, and the text to search."""
+    found: dict[str, tuple[str, str]] = {}
+
+    def visit(body, prefix: str) -> None:
+        for node in body:
+            if isinstance(node, ast.ClassDef):
+                visit(node.body, f"{prefix}{node.name}.")
+                node.body = []
+            name = getattr(node, "name", None) or canonical(node)
+            found[prefix + name] = canonical(node), ast.unparse(node).lower()
+
+    visit(ast.parse(source).body, "")
+    return found
+
+
+def touches_gpus(old: str, new: str) -> str | None:
+    """The first changed definition, between two versions of a module, that names something only GPUs do."""
+    before, after = definitions(old), definitions(new)
+    for name in sorted({*before, *after}):
+        (form, text), (new_form, new_text) = (d.get(name, ("", "")) for d in (before, after))
+        if form != new_form and any(word in text + new_text for word in GPU_WORDS):
+            return name[:60]
+    return None
+
+
+def source_at(commit: str, module: str) -> str:
+    """A module's text at a commit, empty if it did not exist."""
+    path = module.replace(".", "/")
+    for candidate in (f"{path}.py", f"{path}/__init__.py"):
+        with contextlib.suppress(Problem):
+            return git("show", f"{commit}:{candidate}")
+    return ""
+
+
+def objection(result: dict, commit: str) -> str | None:
+    """Why training a little on a CPU could not show that this result still stands; None if it could."""
+    trained = module_hashes(["speedrun.train", "speedrun.history"])
+    for name in changed_modules(result):
+        if name.startswith("speedrun.kernels."):
+            return f"{name} is a kernel"
+        if name not in trained and source_at(commit, name):
+            return f"{name} is not part of training: the proof would not run it"
+        file = root().joinpath(*name.split(".")).with_suffix(".py")
+        text = file.read_text(encoding="utf-8") if file.exists() else ""
+        found = touches_gpus(source_at(commit, name), text)
+        if found:
+            return f"{name}: “{found}” has changed and is about GPUs"
+    if not configs_in(result["data"]):
+        return "it names no training run"
+    return None
+
+
+def small(saved: dict, data: Path) -> dict:
+    """A saved config at a laptop's size, with the fields that it was saved with and no others."""
+    sizes = fields_of(at_cpu_size(config_from_json(saved)))
+    sizes |= {"data.path": str(data), "log_every": 1, "compile": False, "device": "cpu"}
+    sizes |= {"wandb": "", "warmup": 0, "checkpoint_every": 0, "backend": "auto"}
+
+    def shrink(fields: dict, prefix: str) -> dict:
+        return {
+            name: shrink(value, f"{prefix}{name}.")
+            if isinstance(value, dict)
+            else sizes.get(prefix + name, value)
+            for name, value in fields.items()
+        }
+
+    return shrink(saved, "")
+
+
+@contextlib.contextmanager
+def checked_out(commit: str):
+    """A folder with the project as it was at a commit."""
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder) / "then"
+        git("worktree", "add", "--detach", str(tree), commit)
+        try:
+            yield tree
+        finally:
+            git("worktree", "remove", "--force", str(tree))
+
+
+def losses(tree: Path, config: dict) -> list[float]:
+    """All losses of a run with the code in `tree`."""
+    environment = os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", TRAIN, str(tree), json.dumps(config)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tree)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise Problem(f"the code in {tree.name} cannot train this run: {last}", "measure it again")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def prove(path: Path, result: dict) -> str:
+    """Try to show that today's code trains what the result's did. Returns what came of it; keeps a proof in the file."""
+    commit = git("log", "-1", "--format=%H", "--", str(path)).strip()
+    if not commit or git("status", "--porcelain", "--", str(path)).strip():
+        return "not proved: the result itself is not committed"
+    why_not = objection(result, commit)
+    if why_not:
+        return f"not proved: {why_not}"
+    data = data_folder("data/embedded").resolve()
+    runs = [small(config, data) for config in configs_in(result["data"])]
+    runs = [json.loads(text) for text in dict.fromkeys(map(json.dumps, runs))]
+    with checked_out(commit) as then:
+        for number, run in enumerate(runs, 1):
+            try:
+                before, after = losses(then, run), losses(root(), run)
+            except Problem as problem:
+                return f"not proved: {problem.what}"
+            if before != after:
+                step = next(n for n, pair in enumerate(zip(before, after), 1) if pair[0] != pair[1])
+                return f"trains differently: run {number} of {len(runs)}, from step {step} on"
+    facts = {
+        "modules": module_hashes(result["stamp"]["modules"]),
+        "commit": commit,
+        "runs": len(runs),
+    }
+    text = json.dumps(result | {"proof": facts}, indent=1, ensure_ascii=False)
+    path.with_suffix(".part").write_text(text + "\n", encoding="utf-8")
+    os.replace(path.with_suffix(".part"), path)
+    return f"same behaviour: {len(runs)} runs, all losses bit-equal"
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--prove", action="store_true", help="try to show that the code still trains the same"
+    )
+    options = parser.parse_args(arguments)
+    results = all_results()
+    stale = {path: result for path, result in results.items() if freshness(result) == "stale"}
+    for path, result in sorted(stale.items(), key=lambda item: -gpu_minutes(item[1])):
+        cost = f"{gpu_minutes(result):.1f} GPU min" if gpu_minutes(result) else "CPU"
+        print(
+            f"{path.parent.name}/{path.stem}  {cost}  changed: {', '.join(changed_modules(result))}"
+        )
+        print(f"    again: {result['stamp']['command']}")
+        if options.prove:
+            try:
+                print(f"    {prove(path, result)}", flush=True)
+            except Problem as problem:
+                print(problem, file=sys.stderr)
+                return 1
+    print(f"{len(stale)} of {len(results)} results are stale")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

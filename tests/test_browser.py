@@ -1,0 +1,190 @@
+"""The built book in headless Chromium (make check): pages, figures, formulas, search, downloads, and no request that leaves the machine."""
+
+import functools
+import http.server
+import json
+import re
+import shutil
+import threading
+from pathlib import Path
+
+import execute
+import pytest
+import yaml
+
+from speedrun.lab.results import root
+
+pytestmark = [pytest.mark.browser, pytest.mark.timeout(600)]
+SITE, SCREENS = root() / "_build" / "site", root() / "_build" / "screens"
+TOC = yaml.safe_load((root() / "book" / "_toc.yml").read_text(encoding="utf-8"))
+PAGES = [TOC["root"], *(entry["file"] for part in TOC["parts"] for entry in part["chapters"])]
+WIDTHS = {"desktop": (1280, 900), "phone": (390, 844)}
+NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture(scope="session")
+def site():
+    """The address of the built book, served on this machine."""
+    assert (SITE / "index.html").exists(), "there is no built book: make book"
+    handler = functools.partial(Quiet, directory=str(SITE))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """The Chromium of this system."""
+    from playwright.sync_api import sync_playwright
+
+    path = next(filter(None, map(shutil.which, NAMES)), None)
+    assert path, (
+        "no Chromium: apt-get install chromium (Debian, Ubuntu), brew install chromium (macOS)"
+    )
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def visit(browser, site):
+    """Open a page at a width; afterwards nothing may have failed, complained or gone elsewhere."""
+    complaints, contexts = [], []
+
+    def watch(request) -> None:
+        if not request.url.startswith((site, "file:", "data:", "blob:")):
+            complaints.append(f"left the machine: {request.url}")
+
+    def open_page(name: str, width: str = "desktop", address: str = site):
+        size = WIDTHS[width]
+        contexts.append(browser.new_context(viewport={"width": size[0], "height": size[1]}))
+        page = contexts[-1].new_page()
+        page.on("request", watch)
+        page.on("console", lambda m: complaints.append(m.text) if m.type == "error" else None)
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("requestfailed", lambda request: complaints.append(f"failed: {request.url}"))
+        page.goto(f"{address}/{name}.html", wait_until="load")
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert not complaints
+
+
+@pytest.mark.parametrize("name", PAGES)
+class TestPages:
+    @pytest.mark.parametrize("width", WIDTHS)
+    def test_it_is_whole_at_two_widths(self, visit, name, width):
+        page = visit(name, width)
+        assert page.locator("article h1, main h1").first.inner_text().strip()
+        for image in page.locator("article img").all():
+            image.scroll_into_view_if_needed()
+            assert image.evaluate("image => image.decode().then(() => image.naturalWidth)") > 0
+            assert image.get_attribute("alt"), "a figure without a description"
+        if page.locator("article .math").count():
+            page.wait_for_selector("mjx-container")
+            assert page.locator("mjx-merror").count() == 0
+        overflow = page.evaluate("document.documentElement.scrollWidth - window.innerWidth")
+        assert overflow <= 1, f"the page is {overflow} pixels wider than the screen"
+        SCREENS.mkdir(exist_ok=True)
+        page.screenshot(path=SCREENS / f"{name.replace('/', '-')}.{width}.png", full_page=True)
+
+    def test_its_links_lead_somewhere(self, visit, name, site):
+        page = visit(name)
+        links = page.eval_on_selector_all("a[href]", "nodes => nodes.map(node => node.href)")
+        for link in {link for link in links if link.startswith(site)}:
+            target, _, anchor = link.removeprefix(site + "/").partition("#")
+            path = SITE / (target or "index.html")
+            assert path.exists(), link
+            if anchor and path.suffix == ".html":
+                text = path.read_text(encoding="utf-8")
+                assert f'id="{anchor}"' in text or f'name="{anchor}"' in text, link
+
+
+class TestChapterPages:
+    @pytest.mark.parametrize("name", [page for page in PAGES if page.startswith("notebooks/")])
+    def test_it_shows_its_outputs_figures_and_download(self, visit, name, site):
+        page = visit(name)
+        assert page.locator("article .cell_output").count() >= 5
+        assert page.locator("article .cell_output img").count() >= 1
+        assert page.locator(".admonition", has_text="Cost box").count() == 1
+        assert "page executed" in page.locator("article").inner_text()
+        hidden = page.locator("details.hide summary")
+        assert hidden.count() >= 1
+        before = page.locator("details.hide[open]").count()
+        hidden.first.click()
+        assert page.locator("details.hide[open]").count() == before + 1
+        link = page.locator("a.btn-download-source-button").first.get_attribute("href")
+        notebook = json.loads((SITE / "notebooks" / link).resolve().read_text(encoding="utf-8"))
+        assert any(cell.get("outputs") for cell in notebook["cells"]), "the executed notebook"
+
+
+class TestTheBook:
+    def test_navigation_leads_through_it(self, visit):
+        page = visit("intro")
+        for name in PAGES[1:]:
+            page.locator("a.right-next").first.click()
+            page.wait_for_url(f"**/{name}.html")
+
+    def test_search_finds_a_word_of_a_chapter(self, visit):
+        page = visit("search")
+        page.goto(page.url + "?q=lifeline")
+        page.wait_for_selector("#search-results li a")
+        found = page.eval_on_selector_all("#search-results li a", "nodes => nodes.map(n => n.href)")
+        assert any("24_speedrun" in link for link in found)
+
+    def test_dark_mode_is_dark_and_stays(self, visit):
+        page = visit("notebooks/00_start_here")
+
+        def mode() -> str:
+            return page.evaluate("document.documentElement.dataset.theme")
+
+        button = page.locator("button.theme-switch-button:visible").first
+        for _ in range(3):
+            if mode() == "dark":
+                break
+            button.click()
+        assert mode() == "dark"
+        background = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        assert max(map(int, re.findall(r"\d+", background)[:3])) < 80
+        page.reload()
+        assert mode() == "dark"
+        page.screenshot(path=SCREENS / "dark.png")
+
+    def test_it_opens_from_the_disk(self, visit):
+        page = visit("notebooks/01_are_you_faster", address=SITE.as_uri())
+        page.wait_for_selector("mjx-container")
+        assert page.locator("article .cell_output img").count() >= 1
+
+    def test_the_status_page_names_every_chapter_and_measurement(self, visit):
+        text = visit("status").locator("article").inner_text()
+        assert all(chapter.name in text for chapter in execute.chapters())
+        for path in (root() / "book" / "results").rglob("*.json"):
+            assert f"{path.parent.name}/{path.stem}" in text
+
+    def test_no_page_names_the_machine_that_built_it(self):
+        for path in SITE.rglob("*.html"):
+            assert str(root()) not in path.read_text(encoding="utf-8"), path
+        assert not list(SITE.rglob(str(Path("_sources") / "*.py")))
+
+
+class TestReport:
+    def test_a_runs_html_opens_without_a_network(self, visit, browser, tmp_path):
+        import nbformat
+        from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+
+        from speedrun.report import write_html
+
+        cells = [new_markdown_cell("# A run\n\n$x^2$"), new_code_cell("1 + 1")]
+        nbformat.write(new_notebook(cells=cells), tmp_path / "speedrun.ipynb")
+        write_html(tmp_path / "speedrun.ipynb")
+        page = visit("speedrun", address=tmp_path.as_uri())
+        assert "A run" in page.locator("body").inner_text()

@@ -1,0 +1,133 @@
+"""Which measurements are stale, and what may be called the same behaviour."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import stale
+
+from speedrun.lab.results import module_hashes, root
+
+OLD = "import torch\n\n\ndef f(x):\n    return x + 1\n\n\nclass A:\n    def g(self):\n        torch.cuda.synchronize()\n"
+
+
+class TestWhatChanged:
+    def test_a_change_beside_gpu_code_is_no_objection(self):
+        assert stale.touches_gpus(OLD, OLD.replace("x + 1", "1 + x")) is None
+        assert stale.touches_gpus(OLD, OLD + "# cuda\n") is None
+
+    def test_a_change_of_gpu_code_is_one(self):
+        assert stale.touches_gpus(OLD, OLD.replace("synchronize()", "synchronize(0)")) == "A.g"
+        assert stale.touches_gpus(OLD, OLD.replace("torch.cuda.synchronize()", "pass")) == "A.g"
+        assert stale.touches_gpus(OLD, OLD.replace("x + 1", "x.to('cuda')")) == "f"
+        assert stale.touches_gpus("", OLD) == "A.g"
+        said = "def f():\n    print('one two', cuda)\n"
+        assert stale.touches_gpus(said, said.replace("one two", "one three")) == "f"
+
+    def test_configs_are_found_wherever_they_are(self):
+        data = {"runs": [{"config": {"steps": 1}}, {"arm": {"config": {"steps": 2, "config": {}}}}]}
+        assert [config["steps"] for config in stale.configs_in(data)] == [1, 2]
+
+    def test_minutes_count_gpus(self):
+        assert stale.gpu_minutes({"stamp": {"gpu": "2×NVIDIA H100", "minutes": 3.0}}) == 6.0
+        assert stale.gpu_minutes({"stamp": {"gpu": None, "minutes": 3.0}}) == 0.0
+
+    def test_every_committed_training_result_can_be_proved_some_day(self):
+        for path, result in stale.all_results().items():
+            for config in stale.configs_in(result["data"]):
+                small = stale.small(config, Path("/data"))
+                assert set(small) == set(config) and small["steps"] == 20, path
+
+
+def test_it_lists_what_there_is():
+    done = subprocess.run(
+        [sys.executable, str(root() / "scripts" / "stale.py")], capture_output=True, text=True
+    )
+    count = len(list((root() / "book" / "results").rglob("*.json")))
+    assert done.returncode == 0 and f"of {count} results are stale" in done.stdout
+
+
+@pytest.fixture
+def project(tmp_path, embedded):
+    """A clone of this project with one small committed result, and its own package first on the path."""
+    tree = tmp_path / "clone"
+    tree.mkdir()
+    for name in ("speedrun", "scripts", "book"):
+        shutil.copytree(
+            root() / name, tree / name, ignore=shutil.ignore_patterns("__pycache__", "results")
+        )
+    shutil.copy(root() / "pyproject.toml", tree)
+    (tree / "data").mkdir()
+    (tree / "data" / "embedded").symlink_to(embedded.resolve())
+    import dataclasses
+
+    from speedrun.config import preset
+
+    result = {
+        "stamp": {"gpu": None, "command": "…", "modules": module_hashes(["speedrun.train"])},
+        "data": {"runs": [{"config": dataclasses.asdict(preset("record"))}]},
+    }
+    folder = tree / "book" / "results" / "example"
+    folder.mkdir(parents=True)
+    (folder / "run.json").write_text(json.dumps(result))
+
+    def git(*words):
+        subprocess.run(["git", "-C", str(tree), "-c", "user.name=x", "-c", "user.email=x@x", *words], check=True, capture_output=True)  # fmt: skip
+
+    git("init")
+    git("add", "-A")
+    git("commit", "-m", "a result")
+    return tree
+
+
+def prove(tree: Path) -> tuple[str, dict]:
+    """What `stale.py --prove` says in a project, and the result afterwards."""
+    done = subprocess.run(
+        [sys.executable, str(tree / "scripts" / "stale.py"), "--prove"],
+        capture_output=True,
+        text=True,
+        env={"PYTHONPATH": str(tree), "PATH": "/usr/bin:/bin"},
+        cwd=tree,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout, json.loads((tree / "book/results/example/run.json").read_text())
+
+
+def edit(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert text.count(old) == 1, (path, old)
+    path.write_text(text.replace(old, new))
+
+
+@pytest.mark.slow
+class TestProof:
+    def test_another_way_to_write_the_same_is_the_same_behaviour(self, project):
+        edit(project / "speedrun/model/gpt.py", "x = x + mlp(norm(x, gain, bias), *matrices)", "y = norm(x, gain, bias)\n        x = x + mlp(y, *matrices)")  # fmt: skip
+        said, result = prove(project)
+        assert "same behaviour: 1 runs, all losses bit-equal" in said
+        assert set(result["proof"]["modules"]) == set(result["stamp"]["modules"])
+        assert "0 of 1 results are stale" in prove(project)[0]
+
+    def test_another_arithmetic_is_not(self, project):
+        edit(project / "speedrun/model/baseline.py", "0.5 * (1 + math.cos", "0.499 * (1 + math.cos")
+        edit(
+            project / "speedrun/model/baseline.py",
+            "if step < options.warmup_steps:",
+            "if step < 0:",
+        )
+        said, result = prove(project)
+        assert "trains differently: run 1 of 1, from step" in said and "proof" not in result
+
+    def test_a_path_that_only_gpus_take_is_never_proved(self, project):
+        edit(project / "speedrun/train.py", "torch.cuda.synchronize(self.device)", "torch.cuda.synchronize()")  # fmt: skip
+        said, result = prove(project)
+        assert "is about GPUs" in said and "Clock.wait" in said and "proof" not in result
+
+    def test_an_uncommitted_result_has_no_past(self, project):
+        path = project / "book/results/example/run.json"
+        path.write_text(path.read_text() + "\n")
+        edit(project / "speedrun/model/gpt.py", "x = x + mlp(norm(x, gain, bias), *matrices)", "x = mlp(norm(x, gain, bias), *matrices) + x")  # fmt: skip
+        assert "the result itself is not committed" in prove(project)[0]
