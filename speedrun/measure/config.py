@@ -6,7 +6,6 @@ from speedrun.config import Config, preset, vary
 
 # %% Five runs
 import dataclasses
-import os
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from speedrun.data.loader import Shards
+from speedrun.lab.hardware import look
 from speedrun.lab.results import stamp
 from speedrun.lab.runlog import read_metrics, series
 
@@ -57,7 +57,7 @@ def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
         for arm in ARMS
         for seed in SEEDS
     }
-    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
+    with ProcessPoolExecutor(look().cores, get_context("spawn")) as pool:
         done = dict(zip(runs, pool.map(train_one, runs.values())))
     arms = {arm: [done[arm, seed] for seed in SEEDS] for arm in ARMS}
     manifest = Shards(laptop.data.path, "val").manifest
