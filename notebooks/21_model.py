@@ -463,7 +463,32 @@ plt.show()
 #
 # ## What it buys, and what it costs
 #
-# Nothing yet, in seconds. That is worth saying plainly: with AdamW on one GPU, 16 tensors are as good as 148. What a bank buys is the chapters that follow. An orthogonalised update of a bank is a batched matrix product; a bank of 24 equal matrices is shared by eight GPUs without remainder; a checkpoint has sixteen names that mean something.
+# Nothing yet, in seconds. That is worth saying plainly: with AdamW on one GPU, 16 tensors are as good as 148. What a bank buys is the chapters that follow. A checkpoint has sixteen names that mean something. A bank of 24 equal matrices is shared by eight GPUs without remainder. And where an optimizer multiplies each gradient with its own transpose, fifteen times a step, as
+# Muon does (chapter 12), a bank makes that one launch where a list makes twelve:
+
+
+# %%
+class CountProducts(TorchDispatchMode):
+    """Counts the matrix products that are launched."""
+
+    launched = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.launched += "mm" in operation.__name__
+        return operation(*args, **(kwargs or {}))
+
+
+bank = torch.randn(12, 64, 64)
+with CountProducts() as apart:
+    separately = [matrix @ matrix.mT for matrix in bank.unbind()]
+with CountProducts() as stacked:
+    at_once = bank @ bank.mT
+assert (apart.launched, stacked.launched) == (12, 1)
+assert torch.allclose(at_once, torch.stack(separately), atol=1e-4)
+print(f"{apart.launched} launches, or {stacked.launched}: the same numbers")
+
+# %% [markdown]
+# A launch costs some five microseconds. A product of two 768-wide matrices is $2 \cdot 768^3$ FLOPs, about one microsecond of an H100. Twelve in one launch keep it busy; one at a time they leave it waiting for the next.
 #
 # The cost is one extra copy of the gradient per micro-batch, the stack, about a quarter of a gigabyte for this model and a tenth of a millisecond on an H100. And a bank is rigid. All layers have the same shapes, so a model that drops the attention of
 # one layer (as the record's does) must leave a hole, or keep a list of which layer owns which slice. Chapter 07 makes that list.

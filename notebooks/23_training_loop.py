@@ -282,16 +282,14 @@ def build_model(
 # %%
 from speedrun.config import at_cpu_size, preset
 
-names = {}
+names, sizes = {}, {}
 for rung in ("record", "baseline"):
     model, decays = build_model(at_cpu_size(preset(rung)), 288, ranks.device)
     names[rung] = dict(model.named_parameters())
+    sizes[rung] = sum(p.numel() for p in model.parameters())
     assert set(decays) == set(names[rung])
-    assert sum(p.numel() for p in model.parameters()) == 450_048
-print(
-    {rung: f"{len(tensors)} tensors" for rung, tensors in names.items()},
-    "the same 450,048 parameters",
-)
+assert sizes["record"] == sizes["baseline"]
+print({rung: f"{len(names[rung])} tensors, {sizes[rung]:,} numbers" for rung in names})
 
 # %% [markdown]
 # A step is `grad_shards` micro-batches. Their losses are means over equally many tokens, so the gradient of the whole batch is the mean of their gradients. Dividing each loss by `grad_shards` before going backward, and *summing* over micro-batches and ranks, gives exactly that, however they are dealt out.
@@ -1072,7 +1070,8 @@ def describe_run(run: Run, command: str) -> dict:
 # %%
 facts = describe_run(run, "…")
 assert (
-    "class Run" in facts["modules"]["speedrun.train"]["source"] and facts["parameters"] == 450_048
+    "class Run" in facts["modules"]["speedrun.train"]["source"]
+    and facts["parameters"] == sizes["record"]
 )
 assert facts["data"]["tokenizer"] == "bytes" and 1.1 < facts["bytes_per_token"] < 1.3
 print(f"{len(facts['modules'])} modules with their source, {len(json.dumps(facts)) / 1e3:.0f} kB")
@@ -1492,10 +1491,9 @@ rest = {}
 for name, data in (("gpu", gpu), ("cpu", cpu)):
     rest[name] = 1 - data["pieces"]["forward and backward"] / sum(data["pieces"].values())
 blind = gpu["steps"]["without waiting"] / gpu["steps"]["true"]
-assert blind < 0.9 and abs(asking) < 0.1 and max(rest.values()) < 0.1
-print(
-    f"a clock that does not wait sees {blind:.0%} of a GPU's step; asking for every loss costs {asking:.1%}"
-)
+assert blind > 0.8 and abs(asking) < 0.1 and max(rest.values()) < 0.1
+print(f"a clock that does not wait sees {blind:.0%} of a GPU's step")
+print(f"asking for every loss costs {asking:+.1%}")
 for name, result in results.items():
     print(f"{name}: {measured_on(result)}")
 
@@ -1522,7 +1520,9 @@ axis.set_title(
 plt.show()
 
 # %% [markdown]
-# So the answer to the prediction. A clock that does not wait measures how fast Python can *ask*, which is a number about Python. And asking for the loss after every step, the sin that every guide warns of, costs a few per cent at most when a step takes a tenth of a second, because Python is quick to catch up. It would be a disaster for a step of two milliseconds. Rules of thumb have units.
+# So the answer to the prediction. A clock that does not wait measures how long Python takes to *ask*, which is a number about Python. Textbooks promise that it is a small fraction of the step. Here it is all of it: a step of this preset is eight micro-batches, some hundred kernels each, and Python launches them no faster than an H100
+# runs them, the less so beside another job on the same machine, as here ([chapter 24](24_speedrun.py) has the same step without company). The wrong clock shows the right time, by accident, and with a larger batch it would not. And asking for the loss after every step, the sin that every guide warns of, costs nothing that one could measure, for the same reason: Python has no lead to lose. Rules of thumb have units. What helps
+# is to know which of the two is waiting for the other.
 #
 # The loop itself is nearly free, and that is its whole ambition. Heartbeats, marks, the check for finite numbers and the log together are lost in the width of a line. Nothing in this chapter will ever make a run faster. It makes sure that *faster* means something.
 #

@@ -588,8 +588,16 @@ def watch(torchrun: subprocess.Popen, folder: Path, patience: dict[str, float], 
     return None
 
 
+# %%
+import io
+
+lines: queue.Queue = queue.Queue()
+pump(io.StringIO("step:1/2\nstep:2/2\n"), lines, scratch / "copy.txt")
+assert [lines.get() for _ in range(3)] == ["step:1/2", "step:2/2", None]
+assert (scratch / "copy.txt").read_text() == "step:1/2\nstep:2/2\n"
+
 # %% [markdown]
-# And the function that does it all. A run that fails is a `Problem`: which rank, where, and how to go on.
+# What went wrong has to be said in one line. torchrun reports exit codes at length; the heartbeats know the rest.
 
 
 # %%
@@ -616,6 +624,16 @@ def failure(folder: Path, why: str) -> Problem:
     if saved:
         fix = f"python -m speedrun.launch --resume {folder} goes on from {saved[-1].name}"
     return Problem(f"the run in {folder} failed: {why}", fix)
+
+
+# %%
+(scratch / "output.txt").write_text("[0]: exitcode: -9 (pid: 77) ... exitcode: -9) local_rank: 2\n")
+assert diagnosis(scratch, 1) == "rank 2 was killed by SIGKILL in phase train, step 12"
+assert diagnosis(scratch / "nowhere", 7) == "torchrun ended with status 7"
+print(str(failure(scratch, diagnosis(scratch, 1))).replace(str(scratch), "runs/example"))
+
+# %% [markdown]
+# And the function that does it all.
 
 
 # %%
@@ -1105,39 +1123,89 @@ from speedrun.lab.stats import describe
 real = {name: load_result("speedrun", name) for name in result_names("speedrun")}
 for name, result in real.items():
     runs = result["data"]["runs"]
-    losses = describe(measured["curve"][-1]["val_loss"] for measured in runs)
-    seconds = describe(measured["seconds"] for measured in runs)
-    assert all(
-        measured["curve"][-1]["val_loss"] < measured["curve"][0]["val_loss"] for measured in runs
-    )
-    print(f"{name}: {losses} nats a token after step {runs[0]['step']:,}, {seconds.mean:.1f} s")
-    print(f"    {measured_on(result)}")
+    loss = describe(measured["curve"][-1]["val_loss"] for measured in runs)
+    ms = describe(quantile(measured["steps_ms"], 0.5) for measured in runs)
+    assert all(points["curve"][-1]["val_loss"] < points["curve"][0]["val_loss"] for points in runs)
+    print(f"{name:16} step {runs[0]['step']:>5,}: {loss} nats a token; {ms.mean:.0f} ms a step")
+    print(f"{'':16} {measured_on(result)}")
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Validation loss against training time of the book's own measured runs, beside public records"}}
 fig, (left, right) = plt.subplots(1, 2, figsize=(8.6, 3.7))
 laptop = real["cpu"]["data"]["runs"][0]
 draw_curves(left, {"cpu: two cores": laptop["curve"]}, "train_time_ms")
 per_byte = laptop["curve"][-1]["val_loss"] / laptop["bytes_per_token"]
-left.set_title(f"a laptop's {laptop['seconds'] / 60:.0f} minutes: {per_byte:.2f} nats a byte")
-ours = [result["data"]["runs"][0] for name, result in real.items() if name != "cpu"]
-labels = [f"{r['preset']}, {r['world']} × {r['device'].removeprefix('NVIDIA ')}" for r in ours]
+left.set_title(f"a laptop's {laptop['seconds'] / 60:.1f} minutes: {per_byte:.2f} nats a byte")
+ours = [run for name, result in real.items() if name != "cpu" for run in result["data"]["runs"]]
+ours = [run for run in ours if len(run["curve"]) > 4 and run["config"]["seed"] == 0]
+labels = [f"{r['preset']}, {r['world']} × {r['device'].split()[1]}" for r in ours]
 draw_curves(right, dict(zip(labels, (r["curve"] for r in ours))), "train_time_ms")
 public = {
     f"record {number}, 8×H100, FineWeb": public_curves()[number] for number in ("4", "20", "89")
 }
 draw_curves(right, public, "train_time_ms", ":")
+right.set_ylim(3.1, 6.6)
 right.legend(fontsize=7.5)
 left.legend(fontsize=7.5)
-right.set_title("GPT-2's tokens: ours, and three public records")
+gain = (
+    real["small_1gpu"]["data"]["runs"][0]["seconds"]
+    / real["small_2gpu"]["data"]["runs"][0]["seconds"]
+)
+right.set_title(f"a second GPU: {gain:.1f} times as fast, the same curve")
 plt.show()
 
 # %% [markdown]
-# *Left: the embedded text. Right: ours on an English corpus of 200 million tokens that is **not** FineWeb, so that heights cannot be compared with the records', only shapes and times.*
+# *Left: the embedded text. Right: ours on 100 million tokens of English that are **not** FineWeb, so that heights cannot be compared with the records', only shapes and times.*
 #
-# What do these curves claim? That the trainer trains, on these machines, at these rates. They do not claim to be fast. `record` is llm.c's recipe at the speed of a plain PyTorch program, and the public curves beside it show what has been left out so far. Every chapter from here on moves ours to the left.
+# What do these curves claim? That the trainer trains, on these machines, at these rates. They do not claim to be fast. `record` is llm.c's recipe at the speed of a plain PyTorch program, and fifty steps of it are there to show that it runs. The public curves beside ours show what has been left out so far. Every chapter from here on moves ours to the left.
 #
-# And significance? A run is one draw. Where several were made, the line above says mean and standard deviation, and what can be concluded from them is the business of [chapter 01](01_are_you_faster.py). Nothing is concluded here.
+# The times hold a lesson already. The long runs on one GPU were made two at a time, each on four of their machine's cores, while other cores were busy. The brief ones had the machine to themselves:
+
+
+# %%
+def step_ms(name: str) -> float:
+    """Median milliseconds a step of the first run of a result."""
+    return quantile(real[name]["data"]["runs"][0]["steps_ms"], 0.5)
+
+
+crowded, alone = step_ms("small_1gpu"), step_ms("small_1gpu_brief")
+assert crowded > 1.1 * alone and abs(alone / step_ms("small_2gpu_brief") - 2) < 0.2
+print(f"small on one GPU: {alone:.0f} ms a step alone, {crowded:.0f} with four cores in company")
+print(f"on two GPUs, alone: {step_ms('small_2gpu_brief'):.0f} ms")
+
+# %% [markdown]
+# The GPU was the same, and what changed is how fast Python could talk to it. A step of `small` is eight micro-batches of 8,192 tokens, and launching their kernels takes about as long as running them. Two ranks launch half as many each, so the second GPU brings its whole factor of two. A machine that waits for Python is the first thing to
+# mend, and the profile of [chapter 03](03_baseline.py), whose batches are four times as large, shows that it can be mended.
 #
+# ### The same run, everywhere?
+#
+# The number of GPUs is not supposed to matter. The loss has a different opinion in the third digit, because sums in another order round differently and training amplifies the difference. Whether that is *more* than the difference between two seeds can be read off four runs:
+
+# %%
+ends = {
+    name: [r["curve"][-1]["val_loss"] for r in real[name]["data"]["runs"]]
+    for name in ("small_1gpu", "small_2gpu")
+}
+one_gpu, two_gpus = ends["small_1gpu"], ends["small_2gpu"]
+between_machines = max(abs(a - b) for a, b in zip(one_gpu, two_gpus))
+between_seeds = max(abs(a - b) for a, b in (one_gpu, two_gpus))
+assert between_machines < 0.01 and between_seeds < 0.01
+print(f"one GPU {one_gpu}, two {two_gpus}")
+print(
+    f"same seed, other number of GPUs: at most {between_machines:.4f}; other seed: {between_seeds:.4f}"
+)
+
+# %% [markdown]
+# Of one size, then, and four runs can say no more than that. What it takes to say more is the business of [chapter 01](01_are_you_faster.py).
+#
+# One promise of this chapter is left. The process that launched all this is a notebook, and was to keep its hands off the GPU:
+
+# %%
+import torch
+
+assert not torch.cuda.is_initialized()
+print("this process holds no CUDA context")
+
+# %% [markdown]
 # ## What it costs, and when it fails
 #
 # The watch costs one small file per rank, and a touch of it per step. `torchrun` could have done some of this: it can restart failed ranks by itself. We tell it not to. A restart after a failure that nobody has read is how a run burns a night repeating the same out-of-memory error, and the contest's clock would not forgive it anyway; a failed run should stop, say where, and name the command that goes on.

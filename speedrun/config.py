@@ -87,11 +87,11 @@ def check_config(config: Config, world: int = 1) -> Config:
 
 
 # %% Five runs
-EMBEDDED = DataOptions(path="data/embedded", seq_len=64, step_tokens=1024, grad_shards=2)
+EMBEDDED = DataOptions(path="data/embedded", seq_len=128, step_tokens=1024, grad_shards=2)
 FINEWEB = DataOptions(path="data/fineweb10B")
 LAPTOP = Config(
     preset="cpu",
-    model=GPTOptions(layers=2, heads=2, width=128, context=64, init_std=0.05),
+    model=GPTOptions(layers=2, heads=2, width=128, context=128, init_std=0.05),
     optim=AdamWOptions(lr=2e-3, warmup_steps=100),
     data=EMBEDDED,
     steps=9000,
