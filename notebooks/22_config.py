@@ -159,7 +159,7 @@ for config in wrong:
 #
 # A preset is a named value. `record` is the fastest configuration whose chapters exist; for now that is llm.c's recipe on the banked model, and it will change with almost every part of the book. `small` is a run for one GPU and a coffee, `cpu` for a laptop and five minutes, `smoke` for this page.
 #
-# The laptop's run is not the record's made small. Its batches are small because what a short run lacks is *steps*: 1,024 tokens and nine thousand updates, where the record takes half a million tokens and twenty thousand. Its rows are short, its rate is three times the record's. It does not compile, since on a CPU that costs
+# The laptop's run is not the record's made small. Its batches are small because what a short run lacks is *steps*: 1,024 tokens and eight thousand updates, where the record takes half a million tokens and twenty thousand. Its rows are short, its rate is three times the record's. It does not compile, since on a CPU that costs
 # half a minute and gains a hundredth. And its initial deviation is 0.05, since GPT-2's 0.02 belongs to a width of 768 and a good deviation falls with the root of the width:
 
 # %%
@@ -176,7 +176,7 @@ LAPTOP = Config(
     model=GPTOptions(layers=2, heads=2, width=128, context=128, init_std=0.05),
     optim=AdamWOptions(lr=2e-3, warmup_steps=100),
     data=EMBEDDED,
-    steps=9000,
+    steps=8000,
     precision="float32",
     compile=False,
     val_every=1000,
@@ -316,8 +316,8 @@ print(f"9,000 steps: {gap_long:+.3f}, p = {p_long:.3f}")
 print(measured_on(short))
 
 # %% [markdown]
-# The curves cross. A model has to learn to spell before it can use what stands further back, and a run that ends while it is still learning to spell sees only the price of the longer row. The second difference is beyond doubt. The first is as sure as three runs a side can make it: each short run with rows of 64 beat each with rows of 128. Both are true, each is an answer to its own question, and the question was about nine thousand steps. Short runs that stand for
-# long ones are the cheapest instrument in this contest and its favourite way to be wrong. The preset has rows of 128 since. It has two layers still, because five minutes is a promise.
+# The curves cross. A model has to learn to spell before it can use what stands further back, and a run that ends while it is still learning to spell sees only the price of the longer row. The second difference is beyond doubt. The first is as sure as three runs a side can make it: each short run with rows of 64 beat each with rows of 128. Both are true, each is an answer to its own question, and the question was about a run of five minutes. Short runs that stand for
+# long ones are the cheapest instrument in this contest and its favourite way to be wrong. The preset has rows of 128 since. It has two layers still, and eight thousand steps, because five minutes is a promise.
 #
 # Old rungs of the ladder live in a module of their own, which is imported only when one of them is asked for. The record must not carry its ancestors around.
 

@@ -94,7 +94,7 @@ LAPTOP = Config(
     model=GPTOptions(layers=2, heads=2, width=128, context=128, init_std=0.05),
     optim=AdamWOptions(lr=2e-3, warmup_steps=100),
     data=EMBEDDED,
-    steps=9000,
+    steps=8000,
     precision="float32",
     compile=False,
     val_every=1000,
