@@ -5,8 +5,10 @@ from speedrun.report import quantile, read_run
 
 
 # %% The real runs
+import shlex
 from pathlib import Path
 
+from speedrun.config import as_arguments, config_from_json
 from speedrun.lab.hardware import Problem
 
 NAMES = ()  # any name: python scripts/measure.py speedrun NAME RUN_FOLDER …
@@ -23,8 +25,10 @@ def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
     if len({(stamp["gpu"], stamp["torch"], stamp["corpus"]["sha256"]) for stamp in stamps}) > 1:
         what = f"the runs of {name} were made on different machines, versions or texts"
         raise Problem(what, "measure them together")
+    arguments = as_arguments(config_from_json(runs[0]["config"]))
+    again = {"command": shlex.join(["python", "-m", "speedrun.launch", *arguments])}
     for run in runs:
         run["steps_ms"] = [quantile(run["steps_ms"], share / 100) for share in range(1, 100)]
     seeds = [seed for stamp in stamps for seed in stamp["seeds"]]
     minutes = round(sum(run["seconds"] + run["prepared_s"] for run in runs) / 60, 2)
-    return {"runs": runs}, stamps[0] | {"n": len(runs), "seeds": seeds, "minutes": minutes}
+    return {"runs": runs}, stamps[0] | again | {"n": len(runs), "seeds": seeds, "minutes": minutes}
