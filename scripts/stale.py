@@ -3,8 +3,8 @@
     python scripts/stale.py            list what is stale, the dearest first
     python scripts/stale.py --prove    try to show that the changed code computes the same; what is shown is kept in the result
 
-The proof trains twenty steps of every run of a result, at the size of a laptop, with the code of the commit that brought the result
-and with today's. It is given where all losses are equal bit by bit, and never for code that only GPUs run. Losses then still stand;
+The proof trains twenty steps of every run of a result, at the size of a laptop, with the code of the commit that was measured and with
+today's. It is given where all losses are equal bit by bit, and never for code that only GPUs run. Losses then still stand;
 times do not.
 """
 
@@ -21,7 +21,7 @@ from pathlib import Path
 from speedrun.config import at_cpu_size, config_from_json, fields_of
 from speedrun.data.shards import data_folder
 from speedrun.lab.hardware import Problem
-from speedrun.lab.results import canonical, freshness, module_hashes, root
+from speedrun.lab.results import canonical, code_hash, freshness, module_hashes, root
 
 GPU_WORDS = ("cuda", "nccl", "autocast", "bfloat16", "float8", "triton")  # never run by the proof
 TRAIN = """
@@ -117,6 +117,15 @@ def source_at(commit: str, module: str) -> str:
     return ""
 
 
+def measured_commit(result: dict) -> str | None:
+    """The newest commit whose modules have the hashes of the stamp."""
+    wanted = result["stamp"]["modules"]
+    for commit in git("log", "--format=%H", "--", "speedrun").split():
+        if all(code_hash(source_at(commit, name)) == digest for name, digest in wanted.items()):
+            return commit
+    return None
+
+
 def objection(result: dict, commit: str) -> str | None:
     """Why training a little on a CPU could not show that this result still stands; None if it could."""
     trained = module_hashes(["speedrun.train", "speedrun.history"])
@@ -179,9 +188,9 @@ def losses(tree: Path, config: dict) -> list[float]:
 
 def prove(path: Path, result: dict) -> str:
     """Try to show that today's code trains what the result's did. Returns what came of it; keeps a proof in the file."""
-    commit = git("log", "-1", "--format=%H", "--", str(path)).strip()
-    if not commit or git("status", "--porcelain", "--", str(path)).strip():
-        return "not proved: the result itself is not committed"
+    commit = measured_commit(result)
+    if commit is None:
+        return "not proved: no commit holds the code that was measured"
     why_not = objection(result, commit)
     if why_not:
         return f"not proved: {why_not}"

@@ -102,10 +102,7 @@ class TestDocuments:
         )
 
     def test_the_order_is_pinned(self):
-        assert (
-            shuffled([*range(8)]) == [6, 1, 2, 0, 5, 3, 7, 4]
-            or len(set(shuffled([*range(8)]))) == 8
-        )
+        assert shuffled([*range(8)]) == [7, 4, 3, 2, 6, 0, 5, 1]
         assert is_validation("sympy/core/add.py", 1.0) and not is_validation(
             "sympy/core/add.py", 0.0
         )

@@ -126,8 +126,10 @@ class TestProof:
         said, result = prove(project)
         assert "is about GPUs" in said and "Clock.wait" in said and "proof" not in result
 
-    def test_an_uncommitted_result_has_no_past(self, project):
+    def test_code_that_was_never_committed_has_no_past(self, project):
         path = project / "book/results/example/run.json"
-        path.write_text(path.read_text() + "\n")
+        result = json.loads(path.read_text())
+        result["stamp"]["modules"]["speedrun.train"] = "0" * 16
+        path.write_text(json.dumps(result))
         edit(project / "speedrun/model/gpt.py", "x = x + mlp(norm(x, gain, bias), *matrices)", "x = mlp(norm(x, gain, bias), *matrices) + x")  # fmt: skip
-        assert "the result itself is not committed" in prove(project)[0]
+        assert "no commit holds the code that was measured" in prove(project)[0]
