@@ -131,6 +131,12 @@ def records_table() -> str:
     return "\n".join(lines) + "\n"
 
 
+def without_thebe(text: str) -> str:
+    """A page without the live-code scripts that the theme adds even if told not to: they name a host on the network."""
+    scripts = r'\s*<script[^>]*?(?:src="[^"]*sphinx-thebe\.js[^"]*"|type="text/x-thebe-config")[^>]*>.*?</script>'
+    return re.sub(scripts + r"|\s*<script>const THEBE_JS_URL.*?</script>", "", text, flags=re.S)
+
+
 def assemble() -> None:
     """Lay out what Jupyter Book reads: front matter, generated pages, executed chapters."""
     shutil.rmtree(SOURCE, ignore_errors=True)
@@ -173,6 +179,8 @@ def main() -> int:
         return done.returncode
     shutil.rmtree(SITE, ignore_errors=True)
     shutil.copytree(out / "_build" / "html", SITE)
+    for path in SITE.rglob("*.html"):
+        path.write_text(without_thebe(path.read_text(encoding="utf-8")), encoding="utf-8")
     print(f"the book: {SITE.relative_to(root())}/index.html")
     return 0
 

@@ -31,6 +31,7 @@ from speedrun.launch import (
     make_plan,
     measured_runs,
     memory_needed_gb,
+    process_of,
     pulses,
 )
 from speedrun.report import write_html
@@ -108,7 +109,14 @@ def execute(parameters: dict, folder: Path) -> Path:
 
 def main(arguments: list[str]) -> int:
     options, flags = read_arguments(arguments)
+    folder: Path | None = None
     try:
+        for flag, instead in {
+            "--plan": "python -m speedrun.launch --plan",
+            "--resume": "python -m speedrun.launch --resume RUN",
+        }.items():
+            if any(word.split("=")[0] == flag for word in flags):
+                raise Problem(f"make speedrun does not take {flag}", instead)
         machine = setup()
         runs = measured_runs()
         preset, why = choose_preset(machine, memory_needed_gb("record", runs))
@@ -138,11 +146,15 @@ def main(arguments: list[str]) -> int:
     except Problem as problem:
         print(problem, file=sys.stderr)
         return 1
-    except (KeyboardInterrupt, DeadKernelError):
-        return interrupted(folder)
+    except KeyboardInterrupt:
+        return interrupted(folder, "interrupted")
+    except DeadKernelError:  # what papermill makes of Ctrl-C, and of a kernel that was killed
+        return interrupted(
+            folder, "the notebook's process is gone (Ctrl-C, or killed for its memory)"
+        )
     except papermill.PapermillExecutionError as error:
         print(
-            f"\na cell failed: {error.ename}: {error.evalue}\n  → the notebook up to there: {folder / 'speedrun.html'}",
+            f"\na cell failed: {error.ename}: {error.evalue}\n  → the notebook up to there: {(folder or Path()) / 'speedrun.html'}",
             file=sys.stderr,
         )
         return 1
@@ -150,17 +162,17 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def interrupted(folder: Path) -> int:
-    """After Ctrl-C: papermill has ended the notebook, whose ranks notice that and save. Wait for them."""
-    print("\ninterrupted: the ranks save", flush=True)
-    ranks = [psutil.Process(p.pid) for p in pulses(folder) if psutil.pid_exists(p.pid)]
+def interrupted(folder: Path | None, why: str) -> int:
+    """The notebook has ended early; its ranks notice that and save. Wait for them, and say how to go on."""
+    if folder is None:
+        print("\nnot started", flush=True)
+        return 130
+    print(f"\n{why}: the ranks save", flush=True)
+    ranks = [process for pulse in pulses(folder) if (process := process_of(pulse, folder))]
     psutil.wait_procs(ranks, timeout=20)
-    saved = checkpoints(folder)
+    again = f"to resume: python -m speedrun.launch --resume {os.path.relpath(folder)}"
     print(
-        f"to resume: python -m speedrun.launch --resume {os.path.relpath(folder)}"
-        if saved
-        else "nothing was saved: the run had not begun to train",
-        flush=True,
+        again if checkpoints(folder) else "nothing was saved: no training step was done", flush=True
     )
     return 130
 

@@ -48,6 +48,8 @@ def save_checkpoint(
     """Save named tensors and facts, whole or not at all. Returns the path, or the reason why there is none."""
     path = folder / "checkpoints" / f"step-{step:07d}"
     part = path.with_suffix(".part")
+    if path.exists():  # a resumed run has come by here before
+        return path
     try:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
@@ -55,12 +57,12 @@ def save_checkpoint(
             whole = {label: tensor.detach().contiguous() for label, tensor in tensors.items()}
             save_file(whole, part / f"{name}.safetensors")
         (part / "state.json").write_text(json.dumps({"step": step, **facts}, indent=1))
-        shutil.rmtree(path, ignore_errors=True)
         os.replace(part, path)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(part, ignore_errors=True)
         return str(error)
-    for old in checkpoints(folder)[:-KEPT]:
+    others = [other for other in checkpoints(folder) if other != path]
+    for old in others[: len(others) - KEPT + 1]:
         shutil.rmtree(old, ignore_errors=True)
     return path
 

@@ -7,7 +7,7 @@ import difflib
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from speedrun.data.loader import DataOptions, check_options
 from speedrun.lab.hardware import Problem
@@ -61,15 +61,34 @@ class Config:
     """Weights & Biases project to log to as well; empty: none."""
 
 
+def fields_of(config: Any, prefix: str = "") -> dict[str, Any]:
+    """All fields of a config with their dotted names, nested ones included."""
+    flat: dict[str, Any] = {}
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        nested = dataclasses.is_dataclass(value)
+        flat |= fields_of(value, f"{prefix}{item.name}.") if nested else {prefix + item.name: value}
+    return flat
+
+
 def largest_divisor(number: int, limit: int) -> int:
     """The largest divisor of `number` that is at most `limit`."""
     return next(n for n in range(min(limit, number), 0, -1) if number % n == 0)
 
 
+LEAST = {"model.layers": 1, "model.heads": 1, "model.width": 1, "model.context": 1, "steps": 1}
+LEAST |= {"val_every": 1, "val_tokens": 1, "log_every": 1}
+LEAST |= dict.fromkeys(("max_steps", "warmup", "checkpoint_every", "optim.warmup_steps"), 0)
+
+
 def check_config(config: Config, world: int = 1) -> Config:
     """The config itself, after checking what can be known beforehand. world: ranks that will share it."""
-    check_options(config.data, world)
-    model, data = config.model, config.data
+    fields, model, data = fields_of(config), config.model, config.data
+    for name, least in LEAST.items():
+        if fields[name] < least:
+            what = f"{name}={fields[name]} must be at least {least}"
+            raise Problem(what, f"--{name.replace('_', '-')} {least} or more")
+    micro = check_options(data, world)
     if data.mode == "documents":
         what = "data.mode=documents: this model's attention cannot keep documents apart"
         raise Problem(what, "--data.mode stream")
@@ -79,10 +98,9 @@ def check_config(config: Config, world: int = 1) -> Config:
     if model.width % model.heads:
         what = f"a width of {model.width} cannot be shared by {model.heads} heads"
         raise Problem(what, f"--model.heads {largest_divisor(model.width, model.heads)}")
-    for name in ("steps", "val_every", "val_tokens", "log_every"):
-        if getattr(config, name) < 1:
-            what = f"{name}={getattr(config, name)} must be at least 1"
-            raise Problem(what, f"--{name.replace('_', '-')} 1 or more")
+    if config.val_tokens < world * micro:
+        what = f"val_tokens={config.val_tokens} are less than a micro-batch of {micro} for each of {world} ranks"
+        raise Problem(what, f"--val-tokens {world * micro} or more")
     return config
 
 
@@ -100,7 +118,7 @@ LAPTOP = Config(
     val_every=1000,
     val_tokens=262_144,
     log_every=50,
-    target=1.75,
+    target=1.55,
 )
 SMOKE: dict[str, Any] = {
     "preset": "smoke",
@@ -141,19 +159,23 @@ def preset(name: str) -> Config:
 
 
 # %% Varying
-def fields_of(config: Any, prefix: str = "") -> dict[str, Any]:
-    """All fields of a config with their dotted names, nested ones included."""
-    flat: dict[str, Any] = {}
-    for item in dataclasses.fields(config):
-        value = getattr(config, item.name)
-        nested = dataclasses.is_dataclass(value)
-        flat |= fields_of(value, f"{prefix}{item.name}.") if nested else {prefix + item.name: value}
-    return flat
+def fits(value: Any, kind: Any) -> bool:
+    """Whether a value is of a field's type: a choice among literals, a tuple of types, or a plain type."""
+    parts = get_args(kind)
+    if get_origin(kind) is Literal:
+        return value in parts and isinstance(value, str)
+    if get_origin(kind) is tuple:
+        same = type(value) is tuple and len(value) == len(parts)
+        return same and all(map(fits, value, parts))
+    return type(value) is kind or (kind is float and type(value) is int)
 
 
-def same_kind(value: Any, known: Any) -> bool:
-    """Whether a value may replace a known one: the same type, or an int for a float."""
-    return type(value) is type(known) or (isinstance(known, float) and type(value) is int)
+def wrong_value(name: str, value: Any, kind: Any) -> Problem:
+    """What to say about a value that does not fit."""
+    if get_origin(kind) is Literal:
+        return Problem(f"{name}={value!r} is none of its choices", " or ".join(get_args(kind)))
+    known = str(kind) if get_args(kind) else kind.__name__
+    return Problem(f"{name}={value!r} has the wrong type, {type(value).__name__}", f"a {known}")
 
 
 def vary(config: Any, changes: dict[str, Any]) -> Any:
@@ -164,10 +186,10 @@ def vary(config: Any, changes: dict[str, Any]) -> Any:
             near = difflib.get_close_matches(name, known, 1)
             fix = f"did you mean {near[0]}?" if near else f"the fields are {', '.join(known)}"
             raise Problem(f"a run has no field “{name}”", fix)
-        if not same_kind(value, known[name]):
-            what = f"{name}={value!r} has the wrong type, {type(value).__name__}"
-            raise Problem(what, f"it must be a {type(known[name]).__name__}, like {known[name]!r}")
         head, _, rest = name.partition(".")
+        kind = get_type_hints(type(config))[head]
+        if not rest and not fits(value, kind):
+            raise wrong_value(name, value, kind)
         new = vary(getattr(config, head), {rest: value}) if rest else value
         config = dataclasses.replace(config, **{head: new})
     return config
@@ -187,17 +209,25 @@ def at_cpu_size(config: Config, steps: int = 20) -> Config:
 
 
 # %% Saved, and said
-def config_from_json(saved: dict, kind: type = Config) -> Any:
+ABSENT: dict[str, Any] = {}  # dotted name → what a run saved before the field existed has for it
+
+
+def config_from_json(saved: dict, kind: type = Config, prefix: str = "") -> Any:
     """Rebuild a config from its `dataclasses.asdict` form after a trip through JSON."""
     known: dict[str, Any] = {item.name: item.type for item in dataclasses.fields(kind)}
     unknown = sorted(set(saved) - set(known))
     if unknown:
         what = f"the saved run has fields that today's {kind.__name__} lacks: {', '.join(unknown)}"
         raise Problem(what, "check out the commit that its log names")
-    values = {}
+    later = {name: prefix + name for name in known if name not in saved}
+    lost = [name for name in later.values() if name not in ABSENT]
+    if lost:
+        what = f"the saved run lacks fields of today's {kind.__name__}: {', '.join(lost)}"
+        raise Problem(what, "check out the commit that its log names")
+    values = {name: ABSENT[full] for name, full in later.items()}
     for name, value in saved.items():
         if dataclasses.is_dataclass(known[name]):
-            value = config_from_json(value, known[name])
+            value = config_from_json(value, known[name], f"{prefix}{name}.")
         values[name] = tuple(value) if isinstance(value, list) else value
     return kind(**values)
 

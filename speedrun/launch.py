@@ -21,7 +21,7 @@ import psutil
 import tyro
 
 from speedrun.checkpoint import checkpoints
-from speedrun.config import Config, as_arguments, check_config, read_command
+from speedrun.config import Config, as_arguments, check_config, largest_divisor, read_command
 from speedrun.data.shards import data_folder, load_manifest
 from speedrun.data.sources import FINEWEB_SHARDS, SHARD_TOKENS, build_embedded, fetch_fineweb
 from speedrun.lab.hardware import Machine, Problem, look, setup
@@ -68,13 +68,13 @@ DENSE_BF16 = {  # TFLOP/s by the data sheet; the first name that occurs in a GPU
     "RTX 5090": 210,
     "RTX 4090": 165,
     "RTX 3090": 71,
-    "V100": 125,
 }
 
 
 def peak_tflops(name: str) -> float | None:
     """Dense bf16 TFLOP/s of a GPU by its data sheet, None for one that is not in the table."""
-    return next((float(peak) for part, peak in DENSE_BF16.items() if part in name), None)
+    words = DENSE_BF16.items()
+    return next((float(peak) for part, peak in words if re.search(rf"\b{part}\b", name)), None)
 
 
 def expected_seconds(
@@ -84,7 +84,8 @@ def expected_seconds(
     name = machine.gpus[0].name if machine.device == "cuda" else "CPU"
     for run in runs:
         if run["device"] == name:
-            return work / run["flops_per_second"] / world, f"measured on {name}"
+            how = "a guess, from two other cores" if name == "CPU" else f"as measured on {name}"
+            return work / run["flops_per_second"] / world, how
     for run in runs:
         ours, theirs = peak_tflops(name), peak_tflops(run["device"])
         if ours and theirs:
@@ -99,7 +100,10 @@ ASK_MINUTES, ASK_GB = 30, 5
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will do to a machine. shards: of FineWeb. minutes: of training, None if nobody knows."""
+    """What a run will do to a machine. shards: of FineWeb. minutes: of training, None if nobody knows.
+
+    idle: GPUs that stay out, because the micro-batches of a step cannot be shared by all evenly.
+    """
 
     config: Config
     world: int
@@ -107,6 +111,7 @@ class Plan:
     download_gb: float
     minutes: float | None
     how: str
+    idle: int = 0
 
     @property
     def asks(self) -> bool:
@@ -114,20 +119,21 @@ class Plan:
 
     def __str__(self) -> str:
         ranks = f"{self.world} rank{'s' * (self.world > 1)}"
+        if self.idle:
+            ranks += f" ({self.idle} GPUs stay idle: a step is {self.config.data.grad_shards} micro-batches)"
         download = (
             f"{self.download_gb:.1f} GB to download" if self.download_gb else "nothing to download"
         )
-        time = (
-            f"about {self.minutes:.0f} minutes of training, {self.how}"
-            if self.minutes
-            else "time unknown"
-        )
+        time = "time unknown"
+        if self.minutes:
+            few = "less than a minute" if self.minutes < 1 else f"about {self.minutes:.0f} minutes"
+            time = f"{few} of training, {self.how}"
         return f"preset {self.config.preset} on {ranks}: {download}, {time}"
 
 
 def missing_shards(config: Config) -> tuple[int, float]:
     """FineWeb shards that a run needs, and the GB of them that are not in its data folder yet."""
-    steps = config.max_steps or config.steps
+    steps = min(config.max_steps or config.steps, config.steps)
     shards = min(math.ceil((steps * config.data.step_tokens + 1) / SHARD_TOKENS), FINEWEB_SHARDS)
     try:
         have = {file.name for file in load_manifest(data_folder(config.data.path)).files}
@@ -142,18 +148,21 @@ def missing_shards(config: Config) -> tuple[int, float]:
 def make_plan(config: Config, machine: Machine, gpus: int, runs: list[dict]) -> Plan:
     """What `config` will do on this machine. gpus: ranks, 0 for one per GPU. runs: measured ones, to estimate from."""
     on_gpu = machine.device == "cuda" and config.device != "cpu"
-    world = gpus or (len(machine.gpus) if on_gpu else 1)
+    there = len(machine.gpus) if on_gpu else 1
+    world = gpus or largest_divisor(max(1, config.data.grad_shards), there)
     check_config(config, world)
     fineweb, vocab = (
         config.data.path == "data/fineweb10B",
         288 if "embedded" in config.data.path else 50_257,
     )
     shards, download = missing_shards(config) if fineweb else (0, 0.0)
-    tokens = (config.max_steps or config.steps) * config.data.step_tokens
+    steps = min(config.max_steps or config.steps, config.steps)
+    tokens = steps * config.data.step_tokens
     work = tokens * model_flops_per_token(config.model, vocab, config.data.seq_len)
     alike = [run for run in runs if run.get("preset") == config.preset] or runs
     seconds, how = expected_seconds(work, machine, world, alike) or (None, "")
-    return Plan(config, world, shards, download, seconds / 60 if seconds else None, how)
+    minutes, idle = seconds / 60 if seconds else None, 0 if gpus else there - world
+    return Plan(config, world, shards, download, minutes, how, idle)
 
 
 def prepare_data(plan: Plan, echo=print) -> None:
@@ -170,7 +179,10 @@ def prepare_data(plan: Plan, echo=print) -> None:
 def confirm(plan: Plan, yes: bool) -> None:
     """Ask before much time or traffic. Without a terminal, or at a no, raise Problem."""
     if plan.asks and not yes:
-        answer = input(f"{plan}\ngo on? [y/N] ") if sys.stdin.isatty() else ""
+        try:
+            answer = input(f"{plan}\ngo on? [y/N] ") if sys.stdin.isatty() else ""
+        except EOFError:
+            answer = ""
         if not answer.lower().startswith("y"):
             raise Problem(
                 f"not started: {plan}",
@@ -179,24 +191,12 @@ def confirm(plan: Plan, yes: bool) -> None:
 
 
 # %% Starting ranks
-LEFTOVERS = (
-    "RANK",
-    "LOCAL_RANK",
-    "WORLD_SIZE",
-    "LOCAL_WORLD_SIZE",
-    "GROUP_RANK",
-    "MASTER_ADDR",
-    "MASTER_PORT",
-)
-
-
 def rank_environment(world: int, cores: int) -> dict[str, str]:
-    """The environment of ranks: nothing of an earlier torchrun, a lifeline, and a fair share of the cores."""
-    clean = {name: value for name, value in os.environ.items() if name not in LEFTOVERS}
-    clean |= {"SPEEDRUN_LIFELINE": "1", "PYTHONUNBUFFERED": "1"}
+    """The environment of ranks: a lifeline, lines at once, and a fair share of the cores."""
+    environment = os.environ | {"SPEEDRUN_LIFELINE": "1", "PYTHONUNBUFFERED": "1"}
     if world > 1:  # else torchrun gives each rank one thread, and says so at length
-        clean.setdefault("OMP_NUM_THREADS", str(max(1, cores // world)))
-    return clean
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // world)))
+    return environment
 
 
 def start_ranks(program: list[str], world: int) -> subprocess.Popen:
@@ -208,6 +208,7 @@ def start_ranks(program: list[str], world: int) -> subprocess.Popen:
         "--standalone",
         "--nproc-per-node",
         str(world),
+        "--max-restarts=0",
     ]
     return subprocess.Popen(
         [*torchrun, *program],
@@ -259,15 +260,37 @@ def pulses(folder: Path) -> list[Pulse]:
     return sorted(found, key=lambda pulse: pulse.rank)
 
 
-def hung(folder: Path, patience: dict[str, float]) -> Pulse | None:
-    """The rank that has been silent for longest beyond its phase's patience, if there is one."""
-    late = [pulse for pulse in pulses(folder) if pulse.silent_s > patience[pulse.phase]]
-    return max(late, key=lambda pulse: pulse.silent_s - patience[pulse.phase], default=None)
+def process_of(pulse: Pulse, folder: Path) -> psutil.Process | None:
+    """The process of a heartbeat, if it lives and its command line names this run: numbers of the dead are reused."""
+    try:
+        process = psutil.Process(pulse.pid)
+        return process if str(folder) in " ".join(process.cmdline()) else None
+    except (psutil.NoSuchProcess, psutil.AccessDenied):
+        return None
+
+
+def hung(
+    folder: Path, patience: dict[str, float], world: int = 0, started: float = 0.0
+) -> Pulse | None:
+    """The rank that has been silent for longest beyond everybody's patience, if there is one.
+
+    Ranks wait for each other, so the most patient phase counts for all. world, started: how many ranks there should
+    be, and since when (seconds since 1970): one that has no heartbeat yet is silent since then.
+    """
+    found = pulses(folder)
+    lost = set(range(world)) - {pulse.rank for pulse in found}
+    found += [Pulse(rank, "start", 0, 0, time.time() - started) for rank in sorted(lost)]
+    found = [p for p in found if p.phase != "end" or process_of(p, folder)]
+    limit = max((patience[pulse.phase] for pulse in found), default=0.0)
+    late = [pulse for pulse in found if pulse.silent_s > limit]
+    return max(late, key=lambda pulse: pulse.silent_s, default=None)
 
 
 def stack(folder: Path, pulse: Pulse) -> str:
     """Where a silent rank is: the innermost line of its main thread; empty if it cannot even say that."""
     path = folder / "heartbeat" / f"rank{pulse.rank}.stack"
+    if process_of(pulse, folder) is None:
+        return ""
     try:
         os.kill(pulse.pid, signal.SIGUSR1)
         time.sleep(0.5)
@@ -286,13 +309,7 @@ def rank_processes(torchrun: subprocess.Popen, folder: Path) -> set[psutil.Proce
         found |= set(psutil.Process(torchrun.pid).children(recursive=True))
     except psutil.NoSuchProcess:
         pass
-    for pulse in pulses(folder):
-        try:
-            process = psutil.Process(pulse.pid)
-            found |= {process} if str(folder) in " ".join(process.cmdline()) else set()
-        except (psutil.NoSuchProcess, psutil.AccessDenied):
-            pass
-    return found
+    return found | {process for pulse in pulses(folder) if (process := process_of(pulse, folder))}
 
 
 def end_ranks(torchrun: subprocess.Popen, folder: Path, grace_s: float) -> None:
@@ -327,8 +344,9 @@ def pump(stream, lines: queue.Queue, copy: Path) -> None:
     lines.put(None)
 
 
-def watch(torchrun: subprocess.Popen, folder: Path, patience: dict[str, float], echo) -> str | None:
+def watch(torchrun: subprocess.Popen, world: int, folder: Path, patience: dict, echo) -> str | None:
     """Show the ranks' lines until they end. Returns why they have to be ended; None if they end by themselves."""
+    started = time.time()
     lines: queue.Queue = queue.Queue()
     arguments = (torchrun.stdout, lines, folder / "output.txt")
     threading.Thread(target=pump, args=arguments, daemon=True).start()
@@ -341,7 +359,7 @@ def watch(torchrun: subprocess.Popen, folder: Path, patience: dict[str, float], 
             echo(line) if line else None
         except queue.Empty:
             orphaned += torchrun.poll() is not None
-        late = hung(folder, patience)
+        late = hung(folder, patience, world, started)
         if late is not None and torchrun.poll() is None:
             where = f"silent for {late.silent_s:.0f} s in phase {late.phase}, step {late.step}"
             return f"rank {late.rank} hangs: {where}{stack(folder, late)}"
@@ -383,7 +401,7 @@ def run_ranks(
     torchrun, patient = start_ranks(program, world), 2.0
     why: str | None = "the launcher was ended"
     try:
-        why = watch(torchrun, folder, patience, echo)
+        why = watch(torchrun, world, folder, patience, echo)
         patient = 2.0 if why else grace_s
     except KeyboardInterrupt:
         patient = grace_s
@@ -420,6 +438,8 @@ def launch(command: LaunchCommand, echo=print, patience=PATIENCE_S) -> Path:
     own = ["--out", str(folder), *as_arguments(config)]
     if command.train.resume:
         own = ["--resume", str(folder), "--max-steps", str(config.max_steps)]
+        own += ["--data.path", config.data.path, "--device", config.device]
+        own += ["--backend", config.backend]
     run_ranks(["-m", "speedrun.train", *own], plan.world, folder, patience, echo)
     return folder
 
@@ -427,8 +447,8 @@ def launch(command: LaunchCommand, echo=print, patience=PATIENCE_S) -> Path:
 def main(arguments: list[str]) -> int:
     """`python -m speedrun.launch`. Status 0: finished; 1: a problem, printed with its fix; 130: interrupted."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    name, why = choose_preset(setup(), memory_needed_gb("record", measured_runs()))
     try:
+        name, why = choose_preset(setup(), memory_needed_gb("record", measured_runs()))
         prog = "python -m speedrun.launch"
         command = read_command(
             lambda config: LaunchCommand(TrainCommand(config)), arguments, name, prog

@@ -114,10 +114,11 @@ def draw_curves(axis, curves: dict[str, list[dict]], against: str, style: str = 
     unit = 1000 if against == "train_time_ms" else 1
     for label, points in curves.items():
         later = [
-            (point[against] / unit, point["val_loss"]) for point in points if point[against] > 0
+            (point[against] / unit, point["val_loss"]) for point in points if point["step"] > 0
         ]
         axis.plot(*zip(*later), style, ms=3, label=label)
     axis.set_xscale("log")
+    axis.minorticks_off()
     axis.set_xlabel("training time (s)" if unit > 1 else "step")
     axis.set_ylabel("validation loss (nats/token)")
 
@@ -135,9 +136,7 @@ def loss_figure(run: dict):
         row[1].set_ylim(3.2, 4.8)
         row[1].axhline(3.28, color="0.4", lw=0.8, ls=":")
     first, last = (run["curve"][i]["val_loss"] for i in (0, -1))
-    axes[0][0].set_title(
-        f"{first:.2f} → {last:.2f} in {run['seconds']:.0f} s: {run['data']['name'][:34]}"
-    )
+    axes[0][0].set_title(f"this run: {first:.2f} → {last:.2f} in {run['seconds']:.0f} s")
     axes[0][1].set_title("the public ladder: FineWeb, 8×H100")
     for axis in axes[0]:
         axis.legend(fontsize=8)
@@ -157,10 +156,9 @@ def step_figure(run: dict):
     left.set_ylim(0, 2 * slow)
     right.hist(steps, bins=60, range=(0, 2 * slow), orientation="horizontal")
     right.set_xlabel("steps")
-    memory = max(run["memory_mb"].values()) / 1024
-    left.set_title(
-        f"a step takes {middle:.1f} ms, one in a hundred more than {slow:.1f}; peak memory {memory:.1f} GiB"
-    )
+    kind, most = max(run["memory_mb"].items(), key=lambda item: item[1])
+    left.set_title(f"a step takes {middle:.1f} ms, one in a hundred over {slow:.1f}")
+    right.set_title(f"{most / 1024:.1f} GiB {kind}")
     return figure
 
 

@@ -22,7 +22,7 @@ from speedrun.train import build_model
 
 @dataclass(frozen=True)
 class Trained:
-    """A trained model with its tokenizer, the longest row that it takes, its step, and its data folder."""
+    """A trained model with its tokenizer, the length of the rows that it was trained on, its step, its data folder."""
 
     model: nn.Module
     tokenizer: Tokenizer
@@ -38,7 +38,7 @@ def load_trained(folder: Path, device: str = "cpu") -> Trained:
     model, _ = build_model(config, facts["vocab_size"], torch.device(device))
     model.load_state_dict(weights)
     data = data_folder(config.data.path)
-    return Trained(model.eval(), tokenizer, config.model.context, facts["step"], data)
+    return Trained(model.eval(), tokenizer, config.data.seq_len, facts["step"], data)
 
 
 def choose(logits: Tensor, temperature: float, top_k: int, generator: torch.Generator) -> int:
@@ -92,10 +92,10 @@ def training_text(folder: Path, most_tokens: int = 20_000_000) -> str:
     return "".join(texts)
 
 
-def recited_share(text: str, training: str, least: int = 24) -> float:
-    """Share of a text's lines of at least `least` characters that occur in the training text word for word."""
-    lines = [line.strip() for line in text.splitlines() if len(line.strip()) >= least]
-    return sum(line in training for line in lines) / len(lines) if lines else float("nan")
+def recited_share(text: str, training: str, length: int = 16) -> float:
+    """Share of a text's pieces of `length` characters that occur in the training text word for word."""
+    pieces = [text[i : i + length] for i in range(0, len(text) - length + 1, length)]
+    return sum(piece in training for piece in pieces) / len(pieces) if pieces else float("nan")
 
 
 # %% How far back does it look?
@@ -105,7 +105,7 @@ def loss_by_position(trained: Trained, rows: int = 1000) -> list[float]:
     manifest, length = load_manifest(trained.data), trained.context
     path = trained.data / manifest.split("val")[0].name
     tokens = read_shard(path, manifest.vocab_size)[: rows * length + 1].astype("int64")
-    row = torch.from_numpy(tokens)
+    row = torch.from_numpy(tokens).to(next(trained.model.parameters()).device)
     inputs, targets = row[:-1].view(-1, length), row[1:].view(-1, length)
     losses = [
         nn.functional.cross_entropy(trained.model(x).transpose(1, 2), y, reduction="none")

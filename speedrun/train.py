@@ -15,6 +15,7 @@ from speedrun.checkpoint import (
 import contextlib
 import dataclasses
 import faulthandler
+import itertools
 import json
 import math
 import os
@@ -36,7 +37,8 @@ import tyro
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from speedrun.config import Config, check_config, config_from_json, read_command
+from speedrun.config import Config, check_config, config_from_json, fields_of, preset
+from speedrun.config import read_command, vary
 from speedrun.data.loader import Batch, Loader, Position, Shards, validation_batches
 from speedrun.lab.hardware import Problem, setup
 from speedrun.lab.results import module_file, module_hashes, root, stamp
@@ -208,17 +210,27 @@ def update(run: "Run") -> Tensor:
     return total
 
 
-def culprits(model: nn.Module) -> str:
-    """The parameters that hold a number that is none; failing that, the gradients that do."""
-    broken = [name for name, p in model.named_parameters() if not torch.isfinite(p).all()]
-    if broken:
-        return f"parameter {', '.join(broken)}"
-    bad = [
-        n
-        for n, p in model.named_parameters()
-        if p.grad is not None and not torch.isfinite(p.grad).all()
-    ]
-    return f"the gradient of {', '.join(bad[-3:])}" if bad else "a gradient of an earlier step"
+def not_finite(model: nn.Module) -> tuple[list[str], list[str]]:
+    """Names of parameters, and of gradients, that hold a number that is none."""
+    named = list(model.named_parameters())
+    weights = [name for name, p in named if not torch.isfinite(p).all()]
+    grads = [name for name, p in named if p.grad is not None and not torch.isfinite(p.grad).all()]
+    return weights, grads
+
+
+def broken(run: "Run") -> Problem:
+    """What to say about steps that were left out: who is to blame, what still happened, and the way on."""
+    weights, gradients = not_finite(run.model)
+    if weights:
+        what = f"parameter {', '.join(weights)} is not finite; nothing has been updated since"
+    elif gradients:
+        what = f"the gradient of {', '.join(gradients)} is not finite; that step was left out"
+    else:
+        what = f"{int(run.skipped)} steps had a gradient that is not finite; they were left out, the others taken"
+    fix = "a lower --optim.lr, or a longer --optim.warmup-steps"
+    saved = [path.name for path in checkpoints(run.folder)]
+    back = f"--resume {run.folder} goes back to {saved[-1]}; or begin again with " if saved else ""
+    return Problem(f"step {run.step}: {what}", back + fix)
 
 
 # %% Signs of life
@@ -228,6 +240,7 @@ class Heartbeat:
     def __init__(self, folder: Path, rank: int):
         self.path = folder / "heartbeat" / f"rank{rank}.json"
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.with_name(f"stop{rank}").unlink(missing_ok=True)  # of an earlier attempt
         self.phase("start")
         if hasattr(
             signal, "SIGUSR1"
@@ -265,20 +278,19 @@ class Interrupts:
         self.signal = number
 
 
-def agree_on_stop(folder: Path, ranks: Ranks, step: int, patience_s: float = 20.0) -> int:
-    """The step before which all ranks stop, once all were asked to: the largest of those that they are at."""
+def agree_on_stop(folder: Path, ranks: Ranks, step: int, patience_s: float = 20.0) -> int | None:
+    """The step before which all ranks stop; None while some have not been asked. Never waits: ask again next step."""
     own = folder / "heartbeat" / f"stop{ranks.rank}"
-    own.with_suffix(".part").write_text(str(step))
-    os.replace(own.with_suffix(".part"), own)
-    end = time.monotonic() + patience_s
-    while True:
-        found = [path for path in own.parent.glob("stop*") if not path.suffix]
-        if len(found) >= ranks.world:
-            return max(int(path.read_text()) for path in found)
-        if time.monotonic() > end:
-            what = f"rank {ranks.rank} was asked to stop, but only {len(found)} of {ranks.world} ranks were"
-            raise Problem(what, "interrupt the launcher, not a rank")
-        time.sleep(0.02)
+    if not own.exists():
+        own.with_suffix(".part").write_text(str(step))
+        os.replace(own.with_suffix(".part"), own)
+    found = [path for path in own.parent.glob("stop*") if not path.suffix]
+    if len(found) >= ranks.world:
+        return max(int(path.read_text()) for path in found) + (ranks.world > 1)
+    if time.time() - own.stat().st_mtime > patience_s:
+        what = f"rank {ranks.rank} was asked to stop, but only {len(found)} of {ranks.world} ranks were"
+        raise Problem(what, "interrupt the launcher, not a rank")
+    return None
 
 
 # %% The run
@@ -329,9 +341,10 @@ class SilentLog:
 
 def assemble(config: Config, folder: Path, echo=print) -> Run:
     """Everything that a run needs, on this rank, at step 0."""
+    heart = Heartbeat(folder, int(os.environ.get("RANK", 0)))  # before anything that could hang
     ranks = join_ranks(config.device, config.backend)
     check_config(config, ranks.world)
-    heart, device = Heartbeat(folder, ranks.rank), ranks.device
+    device = ranks.device
     heart.phase("data")
     loader = Loader(config.data, ranks.rank, ranks.world, pin=device.type == "cuda")
     validation = Shards(config.data.path, "val")
@@ -403,7 +416,12 @@ def resume(run: Run) -> None:
 
 
 def keep(run: Run) -> Path | None:
-    """Save a checkpoint (rank 0), off the clock. None where there was no room, which is said and survived."""
+    """Save a checkpoint (rank 0), off the clock. None where there was no room, which is said and survived.
+
+    Raises Problem on every rank if a number is broken: such a state is not worth going back to.
+    """
+    if run.skipped.item():
+        raise broken(run)
     if run.ranks.rank != 0:
         return None
     manifest, named = run.loader.shards.manifest, dict(run.model.named_parameters())
@@ -458,7 +476,7 @@ def warm_up(run: Run) -> float:
     for _ in range(run.config.warmup):
         train_step(run)
         run.heart.beat()
-    evaluate(run, [next(held_out(run, run.config.val_tokens))])
+    evaluate(run, itertools.islice(held_out(run, run.config.val_tokens), 1))
     put_weights(run.model, weights)
     restore_optimizer(run.optimizer, named, moments)
     run.model.zero_grad()
@@ -474,14 +492,7 @@ def log_step(run: Run, loss: Tensor, marks: Marks) -> None:
     sum_over_ranks([together], run.ranks.world)
     mean, skipped = together.tolist()
     if skipped or not math.isfinite(mean):
-        what = (
-            f"step {run.step}: {culprits(run.model)} is not finite; nothing has been updated since"
-        )
-        fix = "a lower --optim.lr, or a longer --optim.warmup-steps"
-        saved = [path.name for path in checkpoints(run.folder)]
-        raise Problem(
-            what, f"--resume {run.folder} goes back to {saved[-1]}; or {fix}" if saved else fix
-        )
+        raise broken(run)
     run.log.line(format_line(run.step, run.config.steps, run.clock.ms, train_loss=mean))
     steps_ms, rate = [round(ms, 3) for ms in marks.drain()], run.optimizer.param_groups[0]["lr"]
     where = {"epoch": run.loader.position.epoch, "train_time_ms": run.clock.ms}
@@ -528,13 +539,14 @@ def run_loop(run: Run, step=train_step) -> str:
             if run.step >= last:
                 return "finished"
         if run.interrupts.signal and run.stop_at is None:
+            run.clock.wait()  # else this rank may be many steps ahead of its GPU
             run.stop_at = agree_on_stop(run.folder, run.ranks, run.step)
         if run.step == run.stop_at:
             return "interrupted"
         loss = step(run)
         marks.mark()
         run.heart.beat()
-        if run.step % config.log_every == 0:
+        if run.step % config.log_every == 0 or run.step == last:
             log_step(run, loss, marks)
         if run.step % (config.checkpoint_every or last) == 0 and run.step < last:
             with paused(run.clock, marks):
@@ -611,7 +623,7 @@ def finish(run: Run, why: str) -> None:
     run.log.record("end", step=run.step, reason=why, **facts)
     used = ", ".join(f"{amount:,} MiB {kind}" for kind, amount in memory.items())
     run.log.line(f"{why} at step {run.step}: {ms / 1000:.1f} s of training, memory {used}")
-    if why == "interrupted":
+    if why == "interrupted" and saved:
         run.log.line(f"to resume: python -m speedrun.train --resume {run.folder}")
     run.heart.phase("end", run.step)
 
@@ -624,6 +636,8 @@ def train(
     run.interrupts = interrupts or run.interrupts
     if again:
         resume(run)
+    elif run.ranks.rank == 0 and (folder / "metrics.jsonl").exists():
+        raise Problem(f"{folder} holds a run already", f"--resume {folder}, or another --out")
     run.log.record("run", again=again, step=run.step, **describe_run(run, command))
     for line in filter(None, [epochs_line(run)]):
         run.log.line(line)
@@ -683,14 +697,22 @@ def run_folder(command: TrainCommand) -> Path:
     return root() / "runs" / f"{datetime.now():%Y%m%d-%H%M%S}-{command.config.preset}"
 
 
+FREE = ("max_steps", "data.path", "device", "backend")  # what may change when a run goes on
+
+
 def run_config(command: TrainCommand) -> Config:
     """The run that a command asks for: the one on the command line, or the one that a checkpoint was saved with."""
     if not command.resume:
         return command.config
     facts = load_checkpoint(latest_checkpoint(Path(command.resume)))[2]
-    return dataclasses.replace(
-        config_from_json(facts["config"]), max_steps=command.config.max_steps
-    )
+    given, usual = fields_of(command.config), fields_of(preset(command.config.preset))
+    said = {name: value for name, value in given.items() if value != usual[name]}
+    ignored = ", ".join(sorted(set(said) - set(FREE)))
+    if ignored:
+        what = f"--resume goes on with the run's own settings: {ignored} would be ignored"
+        raise Problem(what, "leave them out, or start another run")
+    own = {name: said[name] for name in FREE if name in said}
+    return vary(config_from_json(facts["config"]), {"max_steps": 0} | own)
 
 
 def say(line: str) -> None:

@@ -440,7 +440,9 @@ class Hub(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def hub(tmp_path):
     def shard(seed: int) -> bytes:
-        write_shard(tmp_path / "made.bin", np.random.default_rng(seed).integers(0, 50257, 3000))
+        tokens = np.random.default_rng(seed).integers(0, 50257, 3000)
+        tokens[0] = 50256
+        write_shard(tmp_path / "made.bin", tokens)
         return (tmp_path / "made.bin").read_bytes()
 
     Hub.files = {
@@ -560,12 +562,15 @@ class TestCommand:
         assert "no document is left" in capsys.readouterr().err
 
     def test_somebody_elses_shards_get_a_manifest(self, tmp_path, capsys):
-        write_shard(tmp_path / "x_train_1.bin", np.arange(100))
+        write_shard(tmp_path / "x_train_1.bin", np.append(50256, np.arange(100)))
         assert (
-            main(["manifest", str(tmp_path)]) == 1 and "has no val shard" in capsys.readouterr().err
+            main(["manifest", str(tmp_path), "--tokenizer", "gpt2"]) == 1
+            and "has no val shard" in capsys.readouterr().err
         )
-        write_shard(tmp_path / "x_val_0.bin", np.arange(50))
-        assert main(["manifest", str(tmp_path), "--source", "elsewhere"]) == 0
+        write_shard(tmp_path / "x_val_0.bin", np.append(50256, np.arange(50)))
+        assert (
+            main(["manifest", str(tmp_path), "--tokenizer", "gpt2", "--source", "elsewhere"]) == 0
+        )
         assert load_manifest(tmp_path).source == "elsewhere"
 
     def test_help_explains_every_command(self):

@@ -249,7 +249,9 @@ class TestPlanning:
     def test_ranks_that_do_not_divide_a_step_are_refused_before_anything_starts(self):
         run = replace(preset("record"), data=DataOptions(path="data/fineweb10B"))
         with pytest.raises(Problem, match="3 ranks cannot share 8 micro-batches"):
-            make_plan(run, replace(BARE, gpus=(CARD,) * 3), 0, [])
+            make_plan(run, replace(BARE, gpus=(CARD,) * 3), 3, [])
+        plan = make_plan(run, replace(BARE, gpus=(CARD,) * 3), 0, [])
+        assert (plan.world, plan.idle) == (2, 1) and "1 GPUs stay idle" in str(plan)
 
 
 @pytest.mark.slow

@@ -66,7 +66,7 @@ def make_pack(
 
 
 def make_manifest(
-    folder: Annotated[Path, tyro.conf.Positional], tokenizer: Name = "gpt2", source: str = "unknown"
+    folder: Annotated[Path, tyro.conf.Positional], tokenizer: Name, source: str = "unknown"
 ) -> None:
     """Write manifest.json for a folder that already holds shards named *train*.bin and *val*.bin.
 

