@@ -1021,9 +1021,9 @@ def document_batch(tokens: np.ndarray, slices: list[tuple[int, int]]) -> Batch:
 
 
 # %%
-opens = np.flatnonzero(whole == BYTE_DOCUMENT)
-ends = np.append(opens[1:], len(whole))
-slices, after = fill(opens, ends, first=3, need=141, longest=40)
+heads = np.flatnonzero(whole == BYTE_DOCUMENT)
+ends = np.append(heads[1:], len(whole))
+slices, after = fill(heads, ends, first=3, need=141, longest=40)
 batch = document_batch(whole, slices)
 borders = batch.cu_seqlens.tolist()
 assert (
@@ -1035,7 +1035,7 @@ assert (
 assert (batch.inputs[0, borders[:-1]] == BYTE_DOCUMENT).all(), (
     "every document begins at its beginning"
 )
-assert max(np.diff(borders)) <= 40 and fill(opens, ends, len(opens) - 1, 10_000, 40) is None
+assert max(np.diff(borders)) <= 40 and fill(heads, ends, len(heads) - 1, 10_000, 40) is None
 print(f"{len(borders) - 1} documents in 140 tokens, borders {borders}")
 
 # %% [markdown]

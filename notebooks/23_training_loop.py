@@ -520,9 +520,11 @@ together, stopped = threading.Barrier(2), {}
 def play(rank: int, asked_before: int) -> None:
     """Play one of two ranks that is asked to stop before a step."""
     step, stop_at = 0, None
-    while step != stop_at and step < 50:
+    while step < 50:
         if step >= asked_before and stop_at is None:
             stop_at = agree_on_stop(scratch / "two", Ranks(rank, 2, ranks.device), step)
+        if step == stop_at:
+            break
         together.wait(timeout=5)
         step += 1
     stopped[rank] = step

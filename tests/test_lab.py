@@ -135,7 +135,7 @@ from speedrun.lab.runlog import RunLog
 log = RunLog({str(tmp_path)!r})
 log.line("a" * 100)
 soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-resource.setrlimit(resource.RLIMIT_FSIZE, (150, hard))
+resource.setrlimit(resource.RLIMIT_FSIZE, (161, hard))
 log.line("b" * 100)
 log.line("c" * 100)
 resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -38,16 +38,19 @@ def append_whole(path: Path, text: str) -> bool:
     A half line that a killed writer left at the end is cut off first.
     """
     try:
-        with open(path, "ab+") as file:
+        with open(
+            path, "ab+", buffering=0
+        ) as file:  # a buffer would be written when the file is closed
             size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - (1 << 20)))
             tail = file.read()
             if tail and not tail.endswith(b"\n"):
                 size -= len(tail) - (tail.rfind(b"\n") + 1)
                 os.truncate(path, size)
+            rest = memoryview(text.encode())
             try:
-                file.write(text.encode())
-                file.flush()
+                while rest:
+                    rest = rest[file.write(rest) :]
             except OSError:
                 os.truncate(path, size)
                 raise

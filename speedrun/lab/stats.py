@@ -55,10 +55,15 @@ def power(difference: float, sd: float, n: int, alpha: float = 0.01) -> float:
 
 
 def runs_needed(difference: float, sd: float, alpha: float = 0.01, wanted: float = 0.9) -> int:
-    """Runs *per arm* that show a true difference with probability `wanted`."""
+    """The fewest runs *per arm* (with, and without) that show a true difference with probability `wanted`."""
     if difference <= 0 or sd <= 0:
         raise ValueError(f"need a positive difference and sd, got {difference} and {sd}")
-    n = 2
-    while power(difference, sd, n, alpha) < wanted:
-        n += max(1, n // 50)
-    return n
+    low, high = 1, 2  # too few, perhaps enough
+    while power(difference, sd, high, alpha) < wanted:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (
+            (low, middle) if power(difference, sd, middle, alpha) >= wanted else (middle, high)
+        )
+    return high
