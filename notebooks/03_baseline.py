@@ -13,13 +13,13 @@
 # # The baseline: GPT-2 as llm.c trains it
 #
 # ```{admonition} Cost box
-# Any machine: about twenty-five seconds on two CPU cores, no GPU. The profile in the figure was measured on one GPU and is committed.
+# Any machine: about fifteen seconds on two CPU cores, no GPU. The profile in the figure was measured on one GPU and is committed.
 # Records 1 and 2: Andrej Karpathy and the contributors of llm.c; Keller Jordan.
 # ```
 #
 # ## The problem
 #
-# Record 1 took **2,700 seconds** on eight H100s and read 10.26 billion tokens. It is a good program: hand-written CUDA, mixed precision, nobody's homework {cite}`llmc`. And yet 88 records later the same loss
+# Record 1 took **2,700 seconds** on eight H100s and read 10.26 billion tokens. It is a good program: C and CUDA by hand around NVIDIA's matrix library, mixed precision, nobody's homework {cite}`llmc`. And yet 88 records later the same loss
 # takes 73.8 seconds and 0.34 billion tokens. Before improving on something by a factor of 37 it is worth knowing *which* thing is being improved on. How much of those 45 minutes was arithmetic that had to be done? How much was
 # the machine waiting? And who says that it takes ten billion tokens?
 
@@ -34,9 +34,15 @@
 # GPT-2 {cite}`radford2019` is a stack of twelve equal blocks on a stream of vectors. A token is a row of an embedding matrix, to which a learned vector for its position is added. Each block adds two corrections: what attention gathers from earlier tokens
 # {cite}`vaswani2017`, and what a two-layer perceptron makes of the result. At the end the embedding matrix is used once more, transposed, to score every token of the vocabulary {cite}`press2017`. In symbols, with $x$ the stream, $E$ the embedding and $\mathrm{LN}$ a layer norm,
 #
-# $$x \leftarrow x + \mathrm{Attention}(\mathrm{LN}(x)), \qquad x \leftarrow x + \mathrm{MLP}(\mathrm{LN}(x)), \qquad \text{logits} = \mathrm{LN}(x)\, E^{\top}.$$
+# $$
+# \begin{aligned}
+# x &\leftarrow x + \mathrm{Attention}(\mathrm{LN}(x)) \\
+# x &\leftarrow x + \mathrm{MLP}(\mathrm{LN}(x)) \\
+# \text{logits} &= \mathrm{LN}(x)\, E^{\top}
+# \end{aligned}
+# $$
 #
-# Every chapter of this book replaces something in these two lines. So they are written here as plainly as they can be.
+# The chapters on architecture each replace something in these lines. So they are written here as plainly as they can be.
 #
 # ## The code
 
@@ -288,11 +294,22 @@ print(
 )
 
 # %% [markdown]
-# So a perfect implementation of record 1 would still take seventeen minutes. Of the factor 37, at most 2.6 could ever come from running *this* computation faster. The rest had to come from computing less: better steps, and fewer of them. That is the most useful thing to know about the contest before
-# entering it. It is told as a story about kernels, and kernels are the smaller half.
+# (The one line gives sixteen minutes. Attention's own products, which no weight pays for, are the seventeenth. The share is called MFU, model FLOPs utilisation.) So a perfect implementation of record 1 would still take seventeen minutes. Of the factor 37, at most 2.6 could ever come from running *this* computation faster in bf16. The rest had to come from computing less: better steps, and fewer of them.
+# The ledger can be closed with one more public number, the tokens that record 89 reads:
+
+# %%
+fewer = float(ladder["1"]["total_train_tokens"]) / float(ladder["89"]["merged_total_tokens"])
+times_faster = seconds / float(ladder["89"]["record_time_s"])
+assert 30 < fewer < 31 and 1.15 < times_faster / fewer < 1.25
+print(
+    f"{times_faster:.0f} = {fewer:.0f} (fewer tokens) × {times_faster / fewer:.2f} (more tokens a second)"
+)
+
+# %% [markdown]
+# Thirty-seven is thirty times 1.2. Record 89 reads a thirtieth of the tokens, and passes only a fifth more of them a second. The kernels of 88 records bought time, and nearly all of it was spent again on better steps. The contest is told as a story about kernels; its ledger says otherwise.
 #
 # **The first loss.** A model that knows nothing should be wrong by $\ln V$: 10.82 nats for 50,257 equally likely tokens. Record 1's log begins at 11.009. Is that a bug? The logits of an untrained model are not zero. The last layer norm
-# leaves a vector of length $\sqrt d$, and its product with an embedding row of standard deviation $\sigma$ scatters with $\sigma\sqrt d$. For normal logits of that variance the mean cross-entropy is $\ln V + \sigma^2 d / 2$:
+# leaves a vector of length $\sqrt d$, and its product with an embedding row of standard deviation $\sigma$ scatters with $\sigma\sqrt d$. The mean of $e^z$ over such normal logits is $e^{\sigma^2 d/2}$, so the mean cross-entropy is ${\ln V + \sigma^2 d / 2}$. (That holds because the blocks have drowned the token's own embedding. Without any block the tied head would mostly predict the token that it has just read, and be wrong.)
 
 # %%
 torch.manual_seed(1)
@@ -315,7 +332,11 @@ print(
 # One check is still missing, and it is the one that matters most. All of the above could be right in a model that is *not* GPT-2. So give the same weights to an implementation that we did not write, Hugging Face's, and compare logits. (It stores linear layers transposed, as OpenAI did.)
 
 # %%
-from transformers import GPT2Config, GPT2LMHeadModel
+import warnings
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # about a progress bar
+    from transformers import GPT2Config, GPT2LMHeadModel
 
 shape = {"vocab_size": vocab, "n_positions": 128, "n_embd": 64, "n_layer": 3, "n_head": 2}
 off = dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0) | {
@@ -341,8 +362,8 @@ print(f"largest difference of any logit: {difference:.0e}")
 # %% [markdown]
 # ### The optimizer
 #
-# Record 1 trains with AdamW {cite}`loshchilov2019`. Its learning rate climbs for 700 steps to $6\cdot10^{-4}$ and falls along half a cosine to zero at the last step; matrices decay towards zero, biases and norms do not; gradients longer than 1 are shortened to 1.
-# These numbers come from the GPT-3 paper {cite}`brown2020` and were not searched for. Remember that when chapter 12 finds better ones.
+# Record 1 trains with AdamW {cite}`loshchilov2019`. Its learning rate climbs for 700 steps to $6\cdot10^{-4}$ and falls along half a cosine to zero at the last step; matrices decay towards zero, biases and norms do not; gradients longer than 1 are shortened to 1. A step reads 512 rows of 1,024 tokens; 19,560 steps make the 10.26 billion.
+# These numbers are the GPT-3 paper's {cite}`brown2020`, except that the rate there stops at a tenth of its peak; they were taken over, not tuned for this run. Remember that when chapter 12 finds better ones.
 
 
 # %%
@@ -379,6 +400,7 @@ def learning_rate(step: int, steps: int, options: AdamWOptions) -> float:
 # %%
 plan = AdamWOptions()
 rates = [learning_rate(step, 19_560, plan) for step in range(19_560)]
+assert 19_560 * 512 * 1024 == float(ladder["1"]["total_train_tokens"])
 assert math.isclose(max(rates), 6e-4) and rates.index(max(rates)) in (699, 700)
 assert math.isclose(rates[0], 6e-4 / 700) and rates[-1] < 1e-10
 assert math.isclose(rates[700 + 18_860 // 2], 3e-4), "half-way down after half of the descent"
@@ -432,7 +454,7 @@ except ValueError as error:
 # %% [markdown]
 # ### A hundred and twenty steps of it
 #
-# Everything together, small, on the embedded text: two layers, rows of 64 bytes. The loop is eight lines, and in its essence it will not change until the end of the book.
+# Everything together, small, on the embedded text: two layers, rows of 64 bytes. (A narrow model wants larger weights and a larger rate; the vocabulary is chapter 02's 288.) The loop is ten lines, and in its essence it will not change until the end of the book.
 
 # %%
 from speedrun.data.loader import DataOptions, Loader
@@ -469,7 +491,8 @@ print(
 # %% [markdown]
 # ## The measurement
 #
-# Thirty-eight per cent of the data sheet is what record 1 reached. Where is the rest? PyTorch's profiler names every kernel that ran and how long it took; sorting the names into a few kinds answers the question. What the kernels do not fill is time in which the GPU waited for Python.
+# Thirty-eight per cent of the data sheet is what record 1 reached. Where is the rest? llm.c's own kernels cannot be asked here, and one GPU says nothing about what eight tell each other. But our model does the same arithmetic, and can be profiled. PyTorch's profiler names every kernel that ran and how long it took; sorting the names into a few kinds answers the question. (A fused kernel counts under the first
+# kind that its name matches.) What the kernels do not fill is time in which the GPU waited for Python.
 
 # %% tags=["hide-input"]
 #| export measure.baseline
@@ -607,41 +630,63 @@ for form, times in forms.items():
     print(f"{form:15} {times['wall']:6.1f} ms a step, {reached[form]:4.0%} of the data sheet")
 print(measured_on(result))
 
-# %% tags=["hide-input"] mystnb={"image": {"alt": "Stacked bars: milliseconds of one training step by kind of kernel, in float32, bf16 and compiled bf16"}}
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Left: milliseconds of one training step in float32, bf16 and compiled bf16. Right: the shares of the kinds of kernels in each"}}
 import matplotlib.pyplot as plt
 
 figure_style()
-fig, axis = plt.subplots(figsize=(8.4, 3.0))
+fig, (left, right) = plt.subplots(1, 2, figsize=(8.6, 3.4), width_ratios=[1, 2.4], sharey=True)
 kinds = [*KINDS, "other element-wise", "waiting"]
+colors = [f"C{n}" for n in range(6)] + ["0.55", "0.8"]
 for y, times in enumerate(forms.values()):
-    left = 0.0
-    for n, kind in enumerate(kinds):
-        width = times.get(kind, 0.0)
-        label = kind if y == 0 else None
-        axis.barh(-y, width, left=left, color=plt.get_cmap("tab10")(n), label=label, height=0.6)
-        left += width
-axis.set_yticks([-y for y in range(len(forms))], list(forms))
-axis.set_xlabel("ms a step of 32,768 tokens")
-axis.grid(axis="y", visible=False)
-axis.legend(loc="lower right", ncols=2, fontsize=8)
-best = speedup["bf16, compiled"]
-axis.set_title(
-    f"{best:.1f}× from two lines; {between:.0%} of what is left is neither matrix nor attention"
-)
+    left.barh(-y, times["wall"], color="0.4", height=0.6)
+    left.text(times["wall"] + 12, -y, f"{times['wall']:.0f} ms", va="center", fontsize=9)
+    total, begin = sum(times.get(kind, 0.0) for kind in kinds), 0.0
+    for kind, color in zip(kinds, colors):
+        share = 100 * times.get(kind, 0.0) / total
+        right.barh(-y, share, left=begin, color=color, label=kind if y == 0 else None, height=0.6)
+        if share >= 5:
+            right.text(
+                begin + share / 2,
+                -y,
+                f"{share:.0f}",
+                ha="center",
+                va="center",
+                color="white",
+                fontsize=8,
+            )
+        begin += share
+left.set_yticks([-y for y in range(len(forms))], list(forms))
+left.set_xlim(0, 760)
+left.set_xlabel("ms a step")
+right.set_xlim(0, 100)
+right.set_xlabel("share of a step (%)")
+for axis in (left, right):
+    axis.grid(axis="y", visible=False)
+right.legend(loc="upper center", bbox_to_anchor=(0.32, -0.22), ncols=4, fontsize=8)
+left.set_title(f"{speedup['bf16, compiled']:.1f}× from two lines")
+right.set_title(f"{between:.0%} of what is left is neither matrix nor attention")
 plt.show()
 
 # %% [markdown]
-# Two lines of PyTorch, a number format and a compiler, are most of the way from a naive program to llm.c's level: the compiled step reaches about the share of the data sheet that record 1's hand-written CUDA did. What is left splits in two. The matrix products themselves run at a good part of the data sheet, and later chapters make them cheaper with eight-bit
-# floats. Everything else, the loss over fifty thousand classes above all, moves bytes and multiplies nothing, and later chapters fuse it away.
+# Two lines of PyTorch, a number format and a compiler, bring a naive program to llm.c's level: the compiled step reaches about the share of the data sheet that record 1 did. What is left splits in two. The matrix products run at a good part of the data sheet, and later chapters make them cheaper with eight-bit floats. Everything else moves bytes and multiplies next to nothing:
+
+# %%
+rest = {
+    kind: compiled[kind] for kind in ("other element-wise", "loss", "norms", "copies and casts")
+}
+waiting = compiled["waiting"] / compiled["wall"]
+assert list(rest) == sorted(rest, key=rest.get, reverse=True) and waiting < 0.05
+print({kind: f"{ms:.1f} ms" for kind, ms in rest.items()}, f"waiting {waiting:.0%}")
+
+# %% [markdown]
+# No single kind dominates, which is why fusing them took so many records. And the machine that waits, of which one hears so much? Two per cent. On one GPU, with batches as large as these, Python keeps ahead of it.
 #
-# But look again at the factor. Even a step that did nothing but multiply matrices at full speed would only be 2.6 times faster than this one. The other factor of fourteen on the way to record 89 is not in this figure. It is the number of steps, and what each of them learns.
-#
-# ## What did not change, and what did
+# ## Record 2: half the tokens
 #
 # Record 2, nine days after record 1, was a port of this program to PyTorch by Keller Jordan. By his recollection it replaced the learned positions by rotary ones (chapter 06), tripled the learning rate to 0.0018, shortened the warm-up to 250 steps, and let the rate fall along a line at the end. It needed half the tokens:
 
 # %%
-tokens_of = {number: float(ladder[number]["total_train_tokens"] or 0) for number in ("1", "2")}
+tokens_of = {number: float(ladder[number]["total_train_tokens"]) for number in ("1", "2")}
 halved = tokens_of["2"] / tokens_of["1"]
 faster = float(ladder["2"]["record_time_s"]) / seconds
 assert 0.45 < halved < 0.55 and 0.65 < faster < 0.75
@@ -650,12 +695,12 @@ print(
 )
 
 # %% [markdown]
-# The first few things that anybody tried were worth a factor of two. That is what an untuned baseline looks like, and it is the reason why this book compares every optimizer with a *tuned* AdamW (chapter 12) and not with this one. It is also a warning about reading the ladder as a sum. A record's gain is measured against whatever
+# One port with four changes halved the tokens. That is what an untuned baseline looks like, and it is the reason why this book compares every optimizer with a *tuned* AdamW (chapter 12) and not with this one. It is also a warning about reading the ladder as a sum. A record's gain is measured against whatever
 # stood there before, and what stood there first had never been pushed.
 #
 # ## Exercises
 #
-# 1. Chinchilla's rule of thumb asks for 20 tokens a parameter. Write `tokens_per_parameter(tokens, parameters)` and compare records 1, 2 and 89. (Record 89 read 338.8 million tokens. It has 643.8 million parameters, most of them in tables that are looked up and never multiplied; count the 114 million that multiply.)
+# 1. Chinchilla's rule of thumb asks for 20 tokens a parameter: a model that sees fewer is larger than its budget deserves, one that sees more is smaller. Which are the records, and why would a contest for *time to a loss* prefer a model that is too large? Write `tokens_per_parameter(tokens, parameters)` and compare records 1, 2 and 89. (Record 89 read 338.8 million tokens. It has 643.8 million parameters, most of them in tables that are looked up and never multiplied; count the 114 million that multiply.)
 
 
 # %% tags=["solution"]
@@ -669,6 +714,7 @@ ratios = {number: tokens_per_parameter(tokens_of[number], counted) for number in
 ratios["89"] = tokens_per_parameter(338.8e6, 114e6)
 assert ratios["1"] > 80 and ratios["89"] < 4
 print({record: f"{ratio:.0f} tokens a parameter" for record, ratio in ratios.items()})
+print("a larger model learns more from each token, and the contest pays for tokens in seconds")
 
 # %% [markdown]
 # 2. How would longer rows change the share of attention? Write `attention_share(options, vocab_size, seq_len)` with the formula above, causal, and find `half_at`, the row length at which attention is half of the work.

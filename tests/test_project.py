@@ -359,3 +359,50 @@ def test_only_text_is_tracked():
         ["git", "-C", str(ROOT), "ls-files"], capture_output=True, text=True
     ).stdout.splitlines()
     assert not [path for path in tracked if path.endswith((".ipynb", ".bin", ".safetensors"))]
+
+
+class TestReadme:
+    """The numbers on the front page are those of the committed results."""
+
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+
+    @staticmethod
+    def runs(name: str) -> list[dict]:
+        from speedrun.lab.results import load_result
+
+        return load_result("speedrun", name)["data"]["runs"]
+
+    def test_the_laptops_run(self):
+        import math
+
+        (run,) = self.runs("cpu")
+        loss = run["curve"][-1]["val_loss"]
+        nats = loss / run["bytes_per_token"]
+        assert nats <= 1.50, "the aim of the five-minute run"
+        assert f"{loss:.2f} nats a token" in self.text and f"{nats:.2f} nats a byte" in self.text
+        assert f"{nats / math.log(2):.2f} bits a byte" in self.text
+        assert f"{run['seconds'] / 60:.1f} minutes of training" in self.text
+
+    def test_the_gpu_runs(self):
+        from speedrun.launch import memory_needed_gb
+
+        for name in ("small_1gpu", "small_2gpu"):
+            for run in self.runs(name):
+                assert f"{run['curve'][-1]['val_loss']:.3f}" in self.text, name
+        one, two = (self.runs(f"small_{n}gpu")[0]["seconds"] for n in (1, 2))
+        assert f"{one:.0f} s" in self.text and f"{two:.0f} s" in self.text
+        record = [self.runs(f"record_{n}gpu")[0] for n in (1, 2)]
+        for run in record:
+            assert f"{run['curve'][-1]['val_loss']:.3f}" in self.text
+            assert f"{1000 * run['seconds'] / run['step']:,.0f} ms" in self.text
+        assert f"{memory_needed_gb('record', record):.0f} GB" in self.text
+
+    def test_no_placeholder_is_left(self):
+        assert not re.search(r"@\w+@", self.text)
+
+    def test_its_commands_exist(self):
+        makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+        for target in set(re.findall(r"\bmake ([a-z-]+)", self.text)) - {"is"}:
+            assert f"\n{target}:" in makefile, target
+        for path in re.findall(r"\]\(((?:notebooks|book|CONTRIBUTING)[^)#]*)\)", self.text):
+            assert (ROOT / path).exists(), path
