@@ -407,12 +407,6 @@ def start_ranks(program: list[str], world: int) -> subprocess.Popen:
 
 # %%
 assert rank_environment(world=2, cores=16)["SPEEDRUN_LIFELINE"] == "1"
-hello = scratch / "hello.py"
-hello.write_text(
-    "import os, sys; sys.stdout.write(f\"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']}\\n\")\n"
-)
-said = start_ranks([str(hello)], 2).communicate()[0].split("\n")
-assert {"rank 0 of 2", "rank 1 of 2"} <= set(said)
 
 # %% [markdown]
 # ### Noticing silence
@@ -1067,7 +1061,7 @@ sample = [
     "speedrun.sample",
     str(folder),
     "--tokens",
-    "300",
+    "200",
     "--device",
     look().device,
 ]

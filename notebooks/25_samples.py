@@ -549,10 +549,10 @@ short_pieces = [held_out[i : i + row] for i in range(0, 20_000, row)]
 forgetful = sum(bits_per_byte(piece) * len(piece) for piece in short_pieces) / sum(
     map(len, short_pieces)
 )
-informed = bits_per_byte(held_out[:100_000], training[:4_000_000].encode())
+informed = bits_per_byte(held_out[:100_000], training[:2_000_000].encode())
 assert forgetful > 3 and informed < bits_per_byte(held_out[:100_000])
 print(f"xz with a memory of {row} bytes: {forgetful:.1f} bits a byte; our model {ours:.2f}")
-print(f"xz after four megabytes of our training text: {informed:.2f}")
+print(f"xz after two megabytes of our training text: {informed:.2f}")
 
 # %%
 import shutil

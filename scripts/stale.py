@@ -82,29 +82,30 @@ def configs_in(value) -> list[dict]:
     ]
 
 
-def definitions(source: str) -> dict[str, tuple[str, str]]:
-    """A module's functions, methods and other statements: name (or text) → canonical form, and the text to search."""
-    found: dict[str, tuple[str, str]] = {}
+def statements(source: str) -> dict[tuple[str, str], str]:
+    """A module's statements, those of functions and methods one by one: (where, canonical form) → text to search."""
+    found: dict[tuple[str, str], str] = {}
 
-    def visit(body, prefix: str) -> None:
+    def visit(body, where: str) -> None:
         for node in body:
-            if isinstance(node, ast.ClassDef):
-                visit(node.body, f"{prefix}{node.name}.")
+            if isinstance(node, ast.ClassDef | ast.FunctionDef):
+                visit(node.body, f"{where}.{node.name}".strip("."))
                 node.body = []
-            name = getattr(node, "name", None) or canonical(node)
-            found[prefix + name] = canonical(node), ast.unparse(node).lower()
+            found[where or getattr(node, "name", "a statement"), canonical(node)] = ast.unparse(
+                node
+            ).lower()
 
     visit(ast.parse(source).body, "")
     return found
 
 
 def touches_gpus(old: str, new: str) -> str | None:
-    """The first changed definition, between two versions of a module, that names something only GPUs do."""
-    before, after = definitions(old), definitions(new)
-    for name in sorted({*before, *after}):
-        (form, text), (new_form, new_text) = (d.get(name, ("", "")) for d in (before, after))
-        if form != new_form and any(word in text + new_text for word in GPU_WORDS):
-            return name[:60]
+    """Where, between two versions of a module, a statement has changed that names something only GPUs do."""
+    before, after = statements(old), statements(new)
+    for where, form in sorted(set(before) ^ set(after)):
+        text = before.get((where, form), "") + after.get((where, form), "")
+        if any(word in text for word in GPU_WORDS):
+            return where
     return None
 
 
@@ -138,7 +139,8 @@ def objection(result: dict, commit: str) -> str | None:
             return f"{name} is not part of training: the proof would not run it"
         file = root().joinpath(*name.split(".")).with_suffix(".py")
         text = file.read_text(encoding="utf-8") if file.exists() else ""
-        found = touches_gpus(source_at(commit, name), text)
+        on_gpu = result["stamp"]["gpu"] is not None
+        found = touches_gpus(source_at(commit, name), text) if on_gpu else None
         if found:
             return f"{name}: “{found}” has changed and is about GPUs"
     if not configs_in(result["data"]):

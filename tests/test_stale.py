@@ -24,6 +24,8 @@ class TestWhatChanged:
         assert stale.touches_gpus(OLD, OLD.replace("torch.cuda.synchronize()", "pass")) == "A.g"
         assert stale.touches_gpus(OLD, OLD.replace("x + 1", "x.to('cuda')")) == "f"
         assert stale.touches_gpus("", OLD) == "A.g"
+        two = "def f(x):\n    y = x + 1\n    return y.to('cuda')\n"
+        assert stale.touches_gpus(two, two.replace("x + 1", "1 + x")) is None, "another statement"
         said = "def f():\n    print('one two', cuda)\n"
         assert stale.touches_gpus(said, said.replace("one two", "one three")) == "f"
 
@@ -67,7 +69,11 @@ def project(tmp_path, embedded):
     from speedrun.config import preset
 
     result = {
-        "stamp": {"gpu": None, "command": "…", "modules": module_hashes(["speedrun.train"])},
+        "stamp": {
+            "gpu": "1×NVIDIA H100",
+            "command": "…",
+            "modules": module_hashes(["speedrun.train"]),
+        },
         "data": {"runs": [{"config": dataclasses.asdict(preset("record"))}]},
     }
     folder = tree / "book" / "results" / "example"
