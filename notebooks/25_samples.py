@@ -55,7 +55,7 @@ print(f"xz on the whole file, {len(held_out) / len(text):.1f} times as long: {wh
 # How can a loss and a file size be in one table? Because a prediction *is* a code. Whoever gives the next byte the probability $p$ can spend $-\log_2 p$ bits on it: that nobody can do better on average is Shannon's theorem {cite}`shannon1948`, and arithmetic coding comes within two bits of it for a whole file. The mean of that is the cross-entropy, in bits where it is usually told in nats, so a language model with
 # a loss of $L$ nats a byte is a compressor that needs $L / \ln 2$ bits a byte. And it works backwards: gzip, which knows nothing but the last 32 kilobytes, is a language model, and the numbers above are its loss, at most.
 #
-# Three minutes of training on two cores beat both, narrowly. Then comes the last line. xz goes on learning while it reads; it may look back over a megabyte of the very text that it is packing, and libraries repeat themselves. Our model's weights are frozen, it sees 128 tokens, and then it forgets. On a longer text it stays where it is and xz overtakes it. Did we train anything?
+# Three minutes of training on two cores beat both, narrowly. Then comes the last line. xz goes on learning while it reads; it may look back over a megabyte of the very text that it is packing, and libraries repeat themselves. Our model's weights are frozen, it sees 128 tokens, and then it forgets: nothing that it reads makes it better. Did we train anything?
 # (Exercise 2 takes xz's memory away, and then gives it ours.)
 #
 # The comparison also asks the wrong question. There is one thing that xz is hopeless at, which is to go on: to write the next line of a file that does

@@ -1,6 +1,7 @@
 """Shared by all tests: the interpreter switch for kernels, GPT-2's vocabulary without a network, the embedded text."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,10 @@ from speedrun.data.sources import build_embedded
 from speedrun.lab.hardware import setup
 from speedrun.lab.results import root
 
+if (
+    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+):  # started in the background: children would ignore Ctrl-C, too
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 setup()
 offline_vocabulary(root() / "_build" / "tiktoken")
 if "PYTEST_XDIST_WORKER" in os.environ:  # two workers with two threads each fight over two cores

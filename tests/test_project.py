@@ -101,6 +101,20 @@ assert not torch.cuda.is_initialized()
 """
         subprocess.run([sys.executable, "-c", code], check=True, cwd="/", timeout=120)
 
+    def test_training_and_sampling_work_without_triton(self, brief, tmp_path):
+        """As on macOS and Windows: blocked, not only missing."""
+        from speedrun.config import as_arguments
+
+        flags = ["--out", str(tmp_path), *as_arguments(brief)]
+        code = f"""
+import sys
+sys.modules["triton"] = None
+from speedrun import sample, train
+assert train.main({flags!r}) == 0
+assert sample.main([{str(tmp_path)!r}, "--tokens", "20"]) == 0
+"""
+        subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
     def test_nothing_of_the_trainer_knows_about_notebooks(self):
         for module in MODULES:
             if layer(module) <= layer("speedrun.train"):
