@@ -1199,7 +1199,7 @@ left.set_ylim(0, 100)
 left.set_xlabel("row length T (tokens)")
 left.set_ylabel("beheaded tokens (%)")
 left.set_title(f"at T = 1024, {lost[1024]:.0%} lost their beginning")
-T, colors = 1024, plt.get_cmap("Set2").colors
+T, colors = 1024, plt.get_cmap("Set2").colors[:7]  # the eighth is grey
 picked = np.random.default_rng(0).integers(0, len(stream) // T, 6) * T
 
 
@@ -1220,7 +1220,7 @@ for group, (name, picture) in enumerate((("naive", naive), ("by documents", alig
     for y, row in enumerate(picture):
         x = 0
         for at, length, has_head in row:
-            color = colors[int(np.searchsorted(opens, at)) % 8] if has_head else "0.85"
+            color = colors[int(np.searchsorted(opens, at)) % 7] if has_head else "0.85"
             right.barh(
                 -y - group * 7.5, length, left=x, height=0.8, color=color, edgecolor="white", lw=0.8
             )

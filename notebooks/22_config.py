@@ -335,7 +335,7 @@ axis.set_yticks(
 )
 axis.set_xlabel("final validation loss (nats a token), three seeds each")
 better = [arm for arm in order if losses[arm].mean < was.mean - 0.04]
-axis.set_title(f"only {' and '.join(better)} are clearly better than what we had")
+axis.set_title(f"only {' and '.join(better)} clearly beat what we had")
 plt.show()
 
 # %% [markdown]

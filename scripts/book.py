@@ -41,9 +41,10 @@ def badges(facts: dict) -> str:
     lines = [
         f"{{bdg-secondary}}`page executed {facts['date'][:10]} in {facts['seconds']:.0f} s on {where}, torch {versions['torch']}`"
     ]
-    lines += [
-        f"{{bdg-light}}`measured: {name}` {badge(result)}" for name, result in results_of(facts)
-    ]
+    alike: dict[str, list[str]] = {}
+    for name, result in results_of(facts):
+        alike.setdefault(badge(result), []).append(name)
+    lines += [f"{{bdg-light}}`{', '.join(names)}` {shown}" for shown, names in alike.items()]
     return "\n".join(lines)
 
 

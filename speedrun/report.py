@@ -111,6 +111,8 @@ def public_curves() -> dict[str, list[dict]]:
 
 def draw_curves(axis, curves: dict[str, list[dict]], against: str, style: str = "o-") -> None:
     """Validation loss against `step` or `train_time_ms` (drawn in seconds), a line per label; both axes are marked."""
+    from matplotlib.ticker import LogLocator
+
     unit = 1000 if against == "train_time_ms" else 1
     for label, points in curves.items():
         later = [
@@ -118,6 +120,8 @@ def draw_curves(axis, curves: dict[str, list[dict]], against: str, style: str = 
         ]
         axis.plot(*zip(*later), style, ms=3, label=label)
     axis.set_xscale("log")
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.xaxis.set_major_formatter(lambda value, _: f"{value:,g}")
     axis.minorticks_off()
     axis.set_xlabel("training time (s)" if unit > 1 else "step")
     axis.set_ylabel("validation loss (nats/token)")

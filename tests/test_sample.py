@@ -1,0 +1,68 @@
+"""Sampling, and the judge of samples: half of the words must be real, and shuffled text must fail."""
+
+import math
+import random
+
+import pytest
+import torch
+
+from speedrun.lab.hardware import Problem
+from speedrun.lab.results import load_result
+from speedrun.sample import choose, known_share, load_trained, main, training_text, words_of
+from speedrun.train import train
+
+
+@pytest.fixture(scope="module")
+def known(request) -> set[str]:
+    """The words of the training text."""
+    return set(words_of(training_text(request.getfixturevalue("embedded"))))
+
+
+class TestTheFiveMinuteRun:
+    def test_half_of_its_words_are_real_and_shuffled_text_fails(self, known):
+        text = load_result("samples", "cpu")["data"]["stages"][-1]["text"]
+        letters = list(text)
+        random.Random(0).shuffle(letters)
+        assert len(words_of(text)) > 100
+        assert known_share(text, known) >= 0.5 > 0.1 > known_share("".join(letters), known)
+
+    def test_text_without_words_has_no_share(self, known):
+        assert math.isnan(known_share("x = 1\n", known))
+
+
+class TestChoosing:
+    @pytest.mark.parametrize("top_k", [0, 1, 3, 99])
+    def test_only_the_likeliest_are_drawn(self, top_k):
+        logits = torch.tensor([0.5, 3.0, 1.0, 2.0, -4.0])
+        allowed = set(logits.topk(min(top_k or 5, 5)).indices.tolist())
+        generator = torch.Generator().manual_seed(0)
+        assert {choose(logits, 1.0, top_k, generator) for _ in range(300)} <= allowed
+
+    def test_the_same_seed_draws_the_same(self):
+        logits = torch.randn(288, generator=torch.Generator().manual_seed(1))
+        draws = [
+            [choose(logits, 1.0, 40, torch.Generator().manual_seed(s)) for s in range(9)]
+            for _ in range(2)
+        ]
+        assert draws[0] == draws[1]
+
+
+class TestCommand:
+    def test_it_writes_and_keeps_what_it_wrote(self, brief, tmp_path, capsys):
+        train(brief, tmp_path, echo=None)
+        assert main([str(tmp_path), "--prompt", "def ", "--tokens", "30"]) == 0
+        said = capsys.readouterr().out
+        kept = (tmp_path / "sample.txt").read_text(encoding="utf-8")
+        assert kept.startswith("def ") and kept in said and "occur in the training text" in said
+
+    def test_it_reads_rows_as_long_as_it_was_trained_on(self, brief, tmp_path):
+        from speedrun.config import vary
+
+        train(vary(brief, {"data.seq_len": 64}), tmp_path, echo=None)
+        assert load_trained(tmp_path).context == 64
+
+    def test_a_folder_without_a_run(self, tmp_path, capsys):
+        assert main([str(tmp_path)]) == 1
+        assert "has no checkpoint" in capsys.readouterr().err
+        with pytest.raises(Problem):
+            load_trained(tmp_path)
