@@ -65,7 +65,7 @@ book:  ## execute the chapters that changed and build the book: _build/site/inde
 
 .PHONY: lab
 lab:  ## the chapters in JupyterLab; saving one tangles it, edited modules are reloaded
-	@$(call python,book dev); IPYTHONDIR="$(CURDIR)/scripts/ipython" exec "$$py" -m jupyterlab --config scripts/jupyter_config.py --notebook-dir . notebooks $(ARGS)
+	@$(call python,book dev); IPYTHONDIR="$(CURDIR)/scripts/ipython" exec "$$py" -m jupyterlab --config scripts/jupyter_config.py --ServerApp.root_dir="$(CURDIR)" --LabApp.default_url=/lab/tree/notebooks $(ARGS)
 
 .PHONY: exercises
 exercises:  ## the chapters with holes where the solutions were: _build/exercises/*.ipynb
