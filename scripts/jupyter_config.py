@@ -10,7 +10,12 @@ c = get_config()  # noqa: F821  (given by Jupyter)
 c.ServerApp.contents_manager_class = "jupytext.TextFileContentsManager"
 c.TextFileContentsManager.notebook_extensions = "py,ipynb"
 c.TextFileContentsManager.cell_metadata_filter = "tags,mystnb,-all"
-c.TextFileContentsManager.notebook_metadata_filter = "jupytext,kernelspec,speedrun,-all"
+c.TextFileContentsManager.notebook_metadata_filter = (
+    "jupytext,-jupytext.text_representation.jupytext_version,"
+    "-jupytext.text_representation.format_version,kernelspec,speedrun,-all"
+)
+c.TextFileContentsManager.formats = "py:percent"
+c.TextFileContentsManager.preferred_jupytext_formats_read = "py:percent"
 ROOT = Path(__file__).resolve().parent.parent
 
 
