@@ -5,9 +5,9 @@
 #       extension: .py
 #       format_name: percent
 #   kernelspec:
-#     name: python3
 #     display_name: Python 3
 #     language: python
+#     name: python3
 # ---
 
 # %% [markdown]

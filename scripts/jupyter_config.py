@@ -1,5 +1,6 @@
 """JupyterLab for the chapters (make lab): jupytext opens the .py as notebooks, saving one rewrites the package."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -10,10 +11,7 @@ c = get_config()  # noqa: F821  (given by Jupyter)
 c.ServerApp.contents_manager_class = "jupytext.TextFileContentsManager"
 c.TextFileContentsManager.notebook_extensions = "py,ipynb"
 c.TextFileContentsManager.cell_metadata_filter = "tags,mystnb,-all"
-c.TextFileContentsManager.notebook_metadata_filter = (
-    "jupytext,-jupytext.text_representation.jupytext_version,"
-    "-jupytext.text_representation.format_version,kernelspec,speedrun,-all"
-)
+c.TextFileContentsManager.notebook_metadata_filter = "jupytext,kernelspec,speedrun,-all"
 c.TextFileContentsManager.formats = "py:percent"
 c.TextFileContentsManager.preferred_jupytext_formats_read = "py:percent"
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,6 +22,12 @@ def tangle_on_save(model, os_path, contents_manager, **kwargs) -> None:
     path = Path(os_path)
     if path.parent != ROOT / "notebooks" or path.suffix != ".py":
         return
+    text = path.read_text(
+        encoding="utf-8"
+    )  # without versions, which would differ from machine to machine
+    path.write_text(
+        re.sub(r"^#       (format|jupytext)_version: .*\n", "", text, flags=re.M), encoding="utf-8"
+    )
     try:
         changed = tangle.tangle(ROOT)
         contents_manager.log.info("tangled: %s", ", ".join(changed) or "nothing changed")
