@@ -153,7 +153,7 @@ top.minorticks_off()
 top.set_ylabel("time to 3.28")
 top.legend(loc="upper right")
 since = next(t for t, row in zip(seconds, ladder) if row["code_lines"]) / seconds[-1]
-assert 17 < since < 19 and 6 < growth < 7
+assert 17 < since < 19 and 6 < growth < 7 and (lines[0][1], lines[-1][1]) == (462, 2978)
 top.set_title(
     f"{factor:.0f}× faster in {span / 365.25:.1f} years; since record 4, {since:.0f}× for {growth:.1f}× the code"
 )

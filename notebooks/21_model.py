@@ -505,6 +505,7 @@ block_weights = sum(math.prod(shape) for shape in matrices)
 stack_gb = 2 * 4 * block_weights / 1e9  # gradients, read and written, four bytes
 demand_gb = 2 * stack_gb  # weights as well
 assert 0.6 < stack_gb < 0.7 and 8 * stack_gb == 4 * demand_gb
+assert round(8 * stack_gb / 3.35, 1) == 1.6, "ms at an H100's 3.35 TB/s"
 print(f"a stack of gradients moves {stack_gb:.2f} GB, {stack_gb / 3.35:.2f} ms of an H100's memory")
 print(f"once a step on eight GPUs: {stack_gb:.2f} GB against {demand_gb:.2f} on demand")
 print(f"eight micro-batches on one GPU: {8 * stack_gb:.1f} GB against {demand_gb:.2f}")

@@ -309,6 +309,8 @@ arms = result["data"]["arms"]
 losses = {arm: describe(run["val_loss"] for run in runs) for arm, runs in arms.items()}
 pace = {arm: sum(run["seconds"] for run in runs) for arm, runs in arms.items()}
 was = losses["as it is"]
+spread = (sum(sample.sd**2 for sample in losses.values()) / len(losses)) ** 0.5
+assert 0.035 < 4.7 * spread < 0.05, "what three runs a side can see (chapter 01)"
 assert set(losses) == set(ARMS) and min(sample.n for sample in losses.values()) == 3
 for arm, sample in sorted(losses.items(), key=lambda item: item[1].mean):
     p, time = p_difference(sample, was), pace[arm] / pace["as it is"]

@@ -1204,6 +1204,9 @@ def step_ms(name: str) -> float:
     return quantile(real[name]["data"]["runs"][0]["steps_ms"], 0.5)
 
 
+compiled = load_result("baseline", "step")["data"]["forms"]["bf16, compiled"]
+assert round(compiled["waiting"] / compiled["wall"], 2) == 0.02, "chapter 03's profile"
+assert round(public_curves()["89"][-1]["train_time_ms"] / 1000, 1) == 79.5
 crowded, alone = step_ms("small_1gpu"), step_ms("small_1gpu_brief")
 assert crowded > 1.1 * alone and abs(alone / step_ms("small_2gpu_brief") - 2) < 0.2
 print(f"small on one GPU: {alone:.0f} ms a step alone, {crowded:.0f} with four cores in company")
