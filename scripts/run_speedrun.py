@@ -167,9 +167,14 @@ def interrupted(folder: Path | None, why: str) -> int:
     if folder is None:
         print("\nnot started", flush=True)
         return 130
+    # the cell that was cut off is an unawaited task: asyncio would print its traceback at exit
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL + 1)
     print(f"\n{why}: the ranks save", flush=True)
     ranks = [process for pulse in pulses(folder) if (process := process_of(pulse, folder))]
-    psutil.wait_procs(ranks, timeout=20)
+    try:
+        psutil.wait_procs(ranks, timeout=20)
+    except KeyboardInterrupt:
+        print("\nnot waiting: the ranks still save by themselves", flush=True)
     again = f"to resume: python -m speedrun.launch --resume {os.path.relpath(folder)}"
     print(
         again if checkpoints(folder) else "nothing was saved: no training step was done", flush=True

@@ -298,7 +298,9 @@ class TestTheRunScript:
         for line in live.stdout:
             said.append(line)
             if line.startswith("step:100/"):
-                live.send_signal(signal.SIGINT)
-        assert live.wait(timeout=60) == 130, said
+                break
+        live.send_signal(signal.SIGINT)
+        said += list(live.stdout)
+        assert live.wait(timeout=60) == 130, "".join(said)
         assert "--resume" in "".join(said) and "Traceback" not in "".join(said)
         assert list((tmp_path / "run" / "checkpoints").glob("step-*"))
