@@ -5,7 +5,7 @@
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -16,22 +16,34 @@ from torch import Tensor
 from speedrun.lab.hardware import Problem
 
 
+Optimizers = Sequence[torch.optim.Optimizer]
+
+
+def states_by_parameter(optimizers: Optimizers) -> dict[Tensor, dict[str, Tensor]]:
+    """Each parameter's own state, from whichever optimizer it belongs to."""
+    groups = [(optimizer, group) for optimizer in optimizers for group in optimizer.param_groups]
+    return {p: optimizer.state[p] for optimizer, group in groups for p in group["params"]}
+
+
 def optimizer_tensors(
-    optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor]
+    optimizers: Optimizers, parameters: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """The state of an optimizer as named tensors, `parameter/moment`."""
-    moments = {name: optimizer.state[p].items() for name, p in parameters.items()}
+    """The state of optimizers as named tensors, `parameter/moment`."""
+    states = states_by_parameter(optimizers)
+    moments = {name: states[p].items() for name, p in parameters.items()}
     return {f"{name}/{key}": value for name, items in moments.items() for key, value in items}
 
 
-def restore_optimizer(
-    optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor], saved: dict
+def restore_optimizers(
+    optimizers: Optimizers, parameters: Mapping[str, Tensor], saved: dict
 ) -> None:
-    """Put named tensors back as the state of an optimizer, on each parameter's device."""
-    optimizer.state.clear()
+    """Put named tensors back as the state of optimizers, on each parameter's device."""
+    for optimizer in optimizers:
+        optimizer.state.clear()
+    states = states_by_parameter(optimizers)
     for label, value in saved.items():
         name, key = label.rsplit("/", 1)
-        optimizer.state[parameters[name]][key] = value.to(parameters[name].device)
+        states[parameters[name]][key] = value.to(parameters[name].device)
 
 
 KEPT = 2

@@ -5,6 +5,7 @@
 import dataclasses
 import difflib
 import importlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -13,6 +14,7 @@ from speedrun.data.loader import DataOptions, check_options
 from speedrun.lab.hardware import Problem
 from speedrun.model.baseline import AdamWOptions
 from speedrun.model.gpt import GPTOptions
+from speedrun.optim.newton_schulz import MatrixOptions
 
 PresetName = Literal["smoke", "cpu", "small", "record", "baseline"]
 
@@ -29,6 +31,8 @@ class Config:
     """The shape of the model."""
     optim: AdamWOptions = field(default_factory=AdamWOptions)
     """The optimizer and its schedule."""
+    matrix: MatrixOptions = field(default_factory=MatrixOptions)
+    """Another rule for the matrices of the blocks."""
     data: DataOptions = field(default_factory=DataOptions)
     """What a step reads."""
     steps: int = 19_560
@@ -76,6 +80,11 @@ def largest_divisor(number: int, limit: int) -> int:
     return next(n for n in range(min(limit, number), 0, -1) if number % n == 0)
 
 
+def flag(name: str) -> str:
+    """A field's name as it is written on the command line."""
+    return name.replace("_", "-")
+
+
 LEAST = {"model.layers": 1, "model.heads": 1, "model.width": 1, "model.context": 1, "steps": 1}
 LEAST |= {"val_every": 1, "val_tokens": 1, "log_every": 1}
 LEAST |= dict.fromkeys(("max_steps", "warmup", "checkpoint_every", "optim.warmup_steps"), 0)
@@ -87,7 +96,10 @@ def check_config(config: Config, world: int = 1) -> Config:
     for name, least in LEAST.items():
         if fields[name] < least:
             what = f"{name}={fields[name]} must be at least {least}"
-            raise Problem(what, f"--{name.replace('_', '-')} {least} or more")
+            raise Problem(what, f"--{flag(name)} {least} or more")
+    for name in ("optim.lr", "model.init_std"):
+        if not 0 < fields[name] < math.inf:
+            raise Problem(f"{name}={fields[name]} must be positive", f"--{flag(name)} 0.001, say")
     micro = check_options(data, world)
     if data.mode == "documents":
         what = "data.mode=documents: this model's attention cannot keep documents apart"
@@ -98,6 +110,9 @@ def check_config(config: Config, world: int = 1) -> Config:
     if model.width % model.heads:
         what = f"a width of {model.width} cannot be shared by {model.heads} heads"
         raise Problem(what, f"--model.heads {largest_divisor(model.width, model.heads)}")
+    if config.architecture == "baseline" and config.matrix != MatrixOptions():
+        what = "architecture=baseline has no banks of matrices that another rule could update"
+        raise Problem(what, "--architecture gpt")
     if config.val_tokens < world * micro:
         what = f"val_tokens={config.val_tokens} are less than a micro-batch of {micro} for each of {world} ranks"
         raise Problem(what, f"--val-tokens {world * micro} or more")
@@ -146,6 +161,7 @@ PRESETS = {
 HISTORY = ("baseline",)
 
 
+# %% The rungs of history
 def preset(name: str) -> Config:
     """A run by its name: one of the presets, or a rung of history."""
     if name in PRESETS:
@@ -175,22 +191,33 @@ def wrong_value(name: str, value: Any, kind: Any) -> Problem:
     if get_origin(kind) is Literal:
         return Problem(f"{name}={value!r} is none of its choices", " or ".join(get_args(kind)))
     known = str(kind) if get_args(kind) else kind.__name__
-    return Problem(f"{name}={value!r} has the wrong type, {type(value).__name__}", f"a {known}")
+    what = f"{name}={value!r} has the wrong type, {type(value).__name__}"
+    return Problem(what, f"a value of type {known}")
 
 
-def vary(config: Any, changes: dict[str, Any]) -> Any:
+def no_field(name: str, known: dict[str, Any], prefix: str) -> Problem:
+    """What to say about a name that no field has."""
+    inside = [prefix + other for other in known if other.startswith(f"{name}.")]
+    near = difflib.get_close_matches(name, known, 1)
+    if inside:
+        fix = f"it is a group: vary its fields, such as {inside[0]}"
+    else:
+        fix = f"did you mean {prefix}{near[0]}?" if near else f"the fields are {', '.join(known)}"
+    return Problem(f"a run has no field “{prefix}{name}”", fix)
+
+
+def vary(config: Any, changes: dict[str, Any], prefix: str = "") -> Any:
     """A copy of a config with some fields changed, by dotted name: vary(run, {"model.layers": 3, "seed": 1})."""
     known = fields_of(config)
     for name, value in changes.items():
         if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
-            fix = f"did you mean {near[0]}?" if near else f"the fields are {', '.join(known)}"
-            raise Problem(f"a run has no field “{name}”", fix)
+            raise no_field(name, known, prefix)
         head, _, rest = name.partition(".")
         kind = get_type_hints(type(config))[head]
         if not rest and not fits(value, kind):
-            raise wrong_value(name, value, kind)
-        new = vary(getattr(config, head), {rest: value}) if rest else value
+            raise wrong_value(prefix + name, value, kind)
+        inner = f"{prefix}{head}."
+        new = vary(getattr(config, head), {rest: value}, inner) if rest else value
         config = dataclasses.replace(config, **{head: new})
     return config
 
@@ -209,7 +236,8 @@ def at_cpu_size(config: Config, steps: int = 20) -> Config:
 
 
 # %% Saved, and said
-ABSENT: dict[str, Any] = {}  # dotted name → what a run saved before the field existed has for it
+# dotted name → what a run saved before the field existed has for it
+ABSENT: dict[str, Any] = {"matrix": MatrixOptions()}
 
 
 def config_from_json(saved: dict, kind: type = Config, prefix: str = "") -> Any:
@@ -228,18 +256,22 @@ def config_from_json(saved: dict, kind: type = Config, prefix: str = "") -> Any:
     for name, value in saved.items():
         if dataclasses.is_dataclass(known[name]):
             value = config_from_json(value, known[name], f"{prefix}{name}.")
-        values[name] = tuple(value) if isinstance(value, list) else value
+        value = tuple(value) if isinstance(value, list) else value
+        if not fits(value, get_type_hints(kind)[name]):
+            raise wrong_value(prefix + name, value, get_type_hints(kind)[name])
+        values[name] = value
     return kind(**values)
 
 
 def preset_in(arguments: list[str], default: str) -> str:
-    """The value of --preset among command-line arguments, wherever it stands."""
-    for n, argument in enumerate(arguments):
-        if argument == "--preset" and n + 1 < len(arguments):
-            return arguments[n + 1]
-        if argument.startswith("--preset="):
-            return argument.split("=", 1)[1]
-    return default
+    """The value of --preset among command-line arguments, wherever it stands; the last one counts."""
+    found = default
+    for argument, following in zip(arguments, [*arguments[1:], default]):
+        if argument == "--preset":
+            found = following
+        elif argument.startswith("--preset="):
+            found = argument.split("=", 1)[1]
+    return found
 
 
 def read_command(

@@ -4,7 +4,7 @@
 from speedrun.config import Config, FINEWEB
 
 
-# %% Five runs
+# %% The rungs of history
 import dataclasses
 
 from speedrun.model.baseline import GPT2, GPT2Options, decays_by_shape

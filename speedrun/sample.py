@@ -2,6 +2,7 @@
 
 
 # %% The code
+import math
 import re
 import sys
 from dataclasses import dataclass
@@ -78,7 +79,6 @@ def known_share(text: str, known: set[str]) -> float:
     return sum(word in known for word in found) / len(found) if found else float("nan")
 
 
-# %% Does it recite?
 def training_text(folder: Path, most_tokens: int = 20_000_000) -> str:
     """The training text (its first `most_tokens` tokens)."""
     manifest, texts, left = load_manifest(folder), [], most_tokens
@@ -92,16 +92,18 @@ def training_text(folder: Path, most_tokens: int = 20_000_000) -> str:
     return "".join(texts)
 
 
+# %% Does it recite?
 def recited_share(text: str, training: str, length: int = 16) -> float:
-    """Share of a text's pieces of `length` characters that occur in the training text word for word."""
+    """Share of a text's pieces of `length` characters, half of them letters, that stand in the training text."""
     pieces = [text[i : i + length] for i in range(0, len(text) - length + 1, length)]
+    pieces = [piece for piece in pieces if 2 * sum(map(str.isalpha, piece)) >= length]
     return sum(piece in training for piece in pieces) / len(pieces) if pieces else float("nan")
 
 
 # %% How far back does it look?
 @torch.no_grad()
-def loss_by_position(trained: Trained, rows: int = 1000) -> list[float]:
-    """Mean loss in nats at each position of a row, over the first rows of the validation text."""
+def losses_of_rows(trained: Trained, rows: int = 2000) -> Tensor:
+    """Loss in nats at each position of the first rows of the validation text, (rows, context)."""
     manifest, length = load_manifest(trained.data), trained.context
     path = trained.data / manifest.split("val")[0].name
     tokens = read_shard(path, manifest.vocab_size)[: rows * length + 1].astype("int64")
@@ -111,7 +113,17 @@ def loss_by_position(trained: Trained, rows: int = 1000) -> list[float]:
         nn.functional.cross_entropy(trained.model(x).transpose(1, 2), y, reduction="none")
         for x, y in zip(inputs.split(50), targets.split(50))
     ]
-    return torch.cat(losses).mean(0).tolist()
+    return torch.cat(losses).cpu()
+
+
+def by_context(losses: Tensor) -> list[dict]:
+    """Mean loss and its standard error over rows, by how many tokens were seen: 1, 2, 3–4, 5–8, … at position 0, 1, …"""
+    edges, found = [0, 1, *(2**n for n in range(1, losses.shape[1].bit_length()))], []
+    for begin, end in zip(edges, edges[1:]):
+        means = losses[:, begin:end].mean(1)
+        error = means.std() / math.sqrt(len(means))
+        found.append({"seen": [begin + 1, end], "mean": means.mean().item(), "error": error.item()})
+    return found
 
 
 # %% The command
@@ -136,18 +148,25 @@ class SampleCommand:
 
 
 def main(arguments: list[str]) -> int:
-    """`python -m speedrun.sample RUN`: print a sample, keep it in RUN/sample.txt, and count its known words."""
+    """`python -m speedrun.sample RUN`: print a sample, keep it in RUN/sample.txt, and count its known words.
+
+    Of a large training text, the first twenty million tokens count.
+    """
     try:
         setup()
         command = tyro.cli(SampleCommand, args=arguments, prog="python -m speedrun.sample")
+        if command.device == "cuda" and not torch.cuda.is_available():
+            what = "--device cuda, but PyTorch sees no GPU"
+            raise Problem(what, "make doctor says why; or --device cpu")
         trained = load_trained(command.run, command.device)
         knobs = (command.temperature, command.top_k, command.seed)
         text = command.prompt + generate(trained, command.prompt, command.tokens, *knobs)
         (command.run / "sample.txt").write_text(text, encoding="utf-8")
-        known = set(words_of(training_text(trained.data)))
-        share, count = known_share(text, known), len(words_of(text))
+        print(text)
+        known, count = set(words_of(training_text(trained.data))), len(words_of(text))
+        share = known_share(text, known)
         print(
-            f"{text}\n\n{share:.0%} of its {count} words of four or more letters occur in the training text"
+            f"\n{share:.0%} of its {count} words of four or more letters occur in the training text"
         )
     except Problem as problem:
         print(problem, file=sys.stderr)

@@ -6,7 +6,7 @@ from speedrun.checkpoint import (
     latest_checkpoint,
     load_checkpoint,
     optimizer_tensors,
-    restore_optimizer,
+    restore_optimizers,
     save_checkpoint,
 )
 
@@ -27,6 +27,7 @@ import threading
 import time
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -40,10 +41,13 @@ from tqdm import tqdm
 from speedrun.config import Config, check_config, config_from_json, fields_of, preset
 from speedrun.config import read_command, vary
 from speedrun.data.loader import Batch, Loader, Position, Shards, validation_batches
+from speedrun.data.tokenizer import decode_bytes
 from speedrun.lab.hardware import Problem, setup
 from speedrun.lab.results import module_file, module_hashes, root, stamp
 from speedrun.lab.runlog import RunLog, format_line, parse_line
 from speedrun.model.baseline import learning_rate, make_adamw
+from speedrun.optim.newton_schulz import MatrixOptimizer, MatrixOptions, muon_update
+from speedrun.optim.soap import soap_update
 from speedrun.model.gpt import GPT, model_flops_per_token
 
 
@@ -167,6 +171,30 @@ def build_model(
     return rung.to(device), decays
 
 
+def make_optimizers(
+    config: Config, model: nn.Module, decays: dict[str, bool]
+) -> list[torch.optim.Optimizer]:
+    """AdamW for all parameters; or for most, and then the rule that the run names for the banks of matrices."""
+    chosen, optim = config.matrix, config.optim
+    named: dict[str, Tensor] = dict(model.named_parameters())
+    if chosen == MatrixOptions():
+        return [make_adamw(named, decays, optim)]
+    assert isinstance(model, GPT)  # check_config has refused all others
+    rate, matrices = chosen.lr or optim.lr, model.matrices()
+    banks = {name: named.pop(name) for name in matrices}
+    first = make_adamw(named, {name: decays[name] for name in named}, optim)
+    if chosen.rule == "adamw":
+        alone = dataclasses.replace(optim, lr=rate)
+        second: Any = make_adamw(banks, {name: decays[name] for name in banks}, alone)
+    else:
+        pairs = [(bank, matrices[name]) for name, bank in banks.items()]
+        rule = partial(muon_update, options=chosen) if chosen.rule == "muon" else soap_update
+        second = MatrixOptimizer(pairs, rule, rate, optim.weight_decay)
+    for group in second.param_groups:
+        group["share"] = rate / optim.lr
+    return [first, second]
+
+
 def accumulate(
     forward, batches: list[Batch], grad_shards: int, device: torch.device, precision: str
 ) -> Tensor:
@@ -202,11 +230,13 @@ def update(run: "Run") -> Tensor:
     length = torch.where(finite, total, 0.0)  # a broken gradient is not scaled: it stays what it is
     nn.utils.clip_grads_with_norm_(parameters, optim.grad_clip or math.inf, length)
     rate = learning_rate(run.step, run.config.steps, optim)
-    for group in run.optimizer.param_groups:
-        group["lr"] = rate
-    run.optimizer.found_inf, run.optimizer.grad_scale = (~finite).float(), None
-    run.optimizer.step()
-    run.skipped += run.optimizer.found_inf
+    broken = (~finite).float()
+    for optimizer in run.optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = rate * group.get("share", 1.0)
+        optimizer.found_inf, optimizer.grad_scale = broken, None
+        optimizer.step()
+    run.skipped += broken
     return total
 
 
@@ -280,13 +310,19 @@ class Interrupts:
 
 def agree_on_stop(folder: Path, ranks: Ranks, step: int, patience_s: float = 20.0) -> int | None:
     """The step before which all ranks stop; None while some have not been asked. Never waits: ask again next step."""
-    own = folder / "heartbeat" / f"stop{ranks.rank}"
-    if not own.exists():
-        own.with_suffix(".part").write_text(str(step))
-        os.replace(own.with_suffix(".part"), own)
-    found = [path for path in own.parent.glob("stop*") if not path.suffix]
-    if len(found) >= ranks.world:
-        return max(int(path.read_text()) for path in found) + (ranks.world > 1)
+    if ranks.world == 1:
+        return step
+    every = [folder / "heartbeat" / f"stop{rank}" for rank in range(ranks.world)]
+    own = every[ranks.rank]
+    try:
+        if not own.exists():
+            own.with_suffix(".part").write_text(str(step))
+            os.replace(own.with_suffix(".part"), own)
+    except OSError as error:
+        raise Problem(f"cannot stop: {error}", "free some space, and interrupt again") from None
+    found = [path for path in every if path.exists()]
+    if len(found) == ranks.world:
+        return max(int(path.read_text()) for path in found) + 1
     if time.time() - own.stat().st_mtime > patience_s:
         what = f"rank {ranks.rank} was asked to stop, but only {len(found)} of {ranks.world} ranks were"
         raise Problem(what, "interrupt the launcher, not a rank")
@@ -298,7 +334,7 @@ def agree_on_stop(folder: Path, ranks: Ranks, step: int, patience_s: float = 20.
 class Run:
     """Everything that changes while training, and what it needs.
 
-    optimizer: a torch.optim.Optimizer. skipped: how many steps had a gradient that was not finite.
+    optimizers: of torch.optim.Optimizer. skipped: how many steps had a gradient that was not finite.
     """
 
     config: Config
@@ -306,7 +342,7 @@ class Run:
     ranks: Ranks
     model: nn.Module
     forward: Any
-    optimizer: Any
+    optimizers: list[Any]
     loader: Loader
     validation: Shards
     clock: Clock
@@ -351,7 +387,7 @@ def assemble(config: Config, folder: Path, echo=print) -> Run:
     heart.phase("build")
     model, decays = build_model(config, loader.shards.manifest.vocab_size, device)
     forward = torch.compile(model, dynamic=False, fullgraph=True) if config.compile else model
-    optimizer = make_adamw(dict(model.named_parameters()), decays, config.optim)
+    optimizers = make_optimizers(config, model, decays)
     log = open_log(config, folder, echo) if ranks.rank == 0 else SilentLog()
     parts = (
         loader,
@@ -362,7 +398,7 @@ def assemble(config: Config, folder: Path, echo=print) -> Run:
         torch.zeros((), device=device),
         Interrupts(),
     )
-    return Run(config, folder, ranks, model, forward, optimizer, *parts)
+    return Run(config, folder, ranks, model, forward, optimizers, *parts)
 
 
 def open_log(config: Config, folder: Path, echo) -> RunLog:
@@ -409,7 +445,7 @@ def resume(run: Run) -> None:
             what, f"--data.path of the text whose SHA-256 begins with {facts['data_sha256'][:12]}"
         )
     put_weights(run.model, weights)
-    restore_optimizer(run.optimizer, dict(run.model.named_parameters()), moments)
+    restore_optimizers(run.optimizers, dict(run.model.named_parameters()), moments)
     run.step, run.loader.position = facts["step"], Position(*facts["position"])
     run.clock.elapsed_ms = facts["train_time_ms"]
     run.log.line(f"resumed from {path} at step {run.step}")
@@ -435,7 +471,7 @@ def keep(run: Run) -> Path | None:
     }
     run.heart.phase("checkpoint", run.step)
     saved = save_checkpoint(
-        run.folder, run.step, named, optimizer_tensors(run.optimizer, named), facts
+        run.folder, run.step, named, optimizer_tensors(run.optimizers, named), facts
     )
     if isinstance(saved, str):
         run.log.line(f"no checkpoint at step {run.step}, going on without: {saved}")
@@ -472,13 +508,13 @@ def warm_up(run: Run) -> float:
     begin = time.perf_counter()
     named, step, position = dict(run.model.named_parameters()), run.step, run.loader.position
     weights = {name: p.detach().clone() for name, p in named.items()}
-    moments = {label: t.clone() for label, t in optimizer_tensors(run.optimizer, named).items()}
+    moments = {label: t.clone() for label, t in optimizer_tensors(run.optimizers, named).items()}
     for _ in range(run.config.warmup):
         train_step(run)
         run.heart.beat()
     evaluate(run, itertools.islice(held_out(run, run.config.val_tokens), 1))
     put_weights(run.model, weights)
-    restore_optimizer(run.optimizer, named, moments)
+    restore_optimizers(run.optimizers, named, moments)
     run.model.zero_grad()
     run.step, run.loader.position, run.skipped = step, position, torch.zeros_like(run.skipped)
     run.clock.wait()
@@ -494,7 +530,7 @@ def log_step(run: Run, loss: Tensor, marks: Marks) -> None:
     if skipped or not math.isfinite(mean):
         raise broken(run)
     run.log.line(format_line(run.step, run.config.steps, run.clock.ms, train_loss=mean))
-    steps_ms, rate = [round(ms, 3) for ms in marks.drain()], run.optimizer.param_groups[0]["lr"]
+    steps_ms, rate = [round(ms, 3) for ms in marks.drain()], run.optimizers[0].param_groups[0]["lr"]
     where = {"epoch": run.loader.position.epoch, "train_time_ms": run.clock.ms}
     run.log.record("step", step=run.step, train_loss=mean, lr=rate, steps_ms=steps_ms, **where)
 
@@ -551,6 +587,7 @@ def run_loop(run: Run, step=train_step) -> str:
         if run.step % (config.checkpoint_every or last) == 0 and run.step < last:
             with paused(run.clock, marks):
                 keep(run)
+                run.heart.phase("train", run.step)
 
 
 def describe_code() -> dict:
@@ -565,12 +602,15 @@ def describe_code() -> dict:
     return {"commit": git.stdout.strip(), "modules": modules}
 
 
-def bytes_per_token(manifest) -> float | None:
-    """Bytes of text per validation token, None where nobody counted them."""
-    files = manifest.split("val")
+def bytes_per_token(validation: Shards, tokens: int) -> float | None:
+    """Bytes of text a validation token: of the first `tokens` if tokens are bytes, else the files' mean, if known."""
+    files = validation.files
+    if validation.manifest.tokenizer == "bytes":
+        read = validation.read(0, min(tokens, validation.total))
+        return len(decode_bytes(read.tolist())) / len(read)
     if any(file.bytes is None for file in files):
         return None
-    return sum(file.bytes for file in files) / sum(file.tokens for file in files)
+    return sum(file.bytes or 0 for file in files) / sum(file.tokens for file in files)
 
 
 def describe_run(run: Run, command: str) -> dict:
@@ -587,9 +627,10 @@ def describe_run(run: Run, command: str) -> dict:
         },
         "stamp": stamp(command, ["speedrun.train"], 1, [config.seed], corpus),
         "world": run.ranks.world,
+        "threads": torch.get_num_threads(),
         "device": str(run.ranks.device),
         "parameters": sum(p.numel() for p in run.model.parameters()),
-        "bytes_per_token": bytes_per_token(manifest),
+        "bytes_per_token": bytes_per_token(run.validation, config.val_tokens),
         "flops_per_token": model_flops_per_token(
             config.model, manifest.vocab_size, config.data.seq_len
         ),
@@ -687,7 +728,7 @@ class TrainCommand:
     out: str = ""
     """Folder for logs and checkpoints; empty: runs/<date>-<preset> in the project."""
     resume: str = ""
-    """Folder of a run to go on with; its own settings are used, except for --max-steps."""
+    """Folder of a run to go on with: its own settings, but for --max-steps, --data.path, --device, --backend."""
 
 
 def run_folder(command: TrainCommand) -> Path:

@@ -2,16 +2,18 @@
 
 
 from speedrun.sample import (
+    by_context,
     generate,
     known_share,
     load_trained,
-    loss_by_position,
+    losses_of_rows,
     training_text,
     words_of,
 )
 
 
 # %% The measurement
+import math
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,23 +25,28 @@ from speedrun.lab.runlog import read_metrics, series
 from speedrun.train import train
 
 NAMES = ("cpu",)
-STAGES = (125, 1000, 0)  # steps; 0: the end
+STAGES = {125: 4, 1000: 4, 0: 16}  # steps (0: the end) → samples
 
 
 def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
-    """Train the preset `name` in three stages, and let each write four samples. Returns data and stamp."""
+    """Train the preset `name` in three stages, and let each write samples. Returns data and stamp."""
     stages, config = [], preset(name)
     with TemporaryDirectory() as folder:
-        for stage in STAGES:
-            train(vary(config, {"max_steps": stage}), Path(folder), again=stage != STAGES[0])
+        for stage, count in STAGES.items():
+            train(vary(config, {"max_steps": stage}), Path(folder), again=bool(stages))
             trained = load_trained(Path(folder))
-            text = "\n".join(generate(trained, "", 500, seed=seed) for seed in range(4))
+            texts = [generate(trained, "", 500, seed=seed) for seed in range(count)]
             val = series(read_metrics(Path(folder) / "metrics.jsonl"), "val")[-1]["val_loss"]
-            share = known_share(text, set(words_of(training_text(trained.data))))
-            facts = {"step": trained.step, "val_loss": val, "text": text, "known_share": share}
-            greedy = generate(trained, "", 500, temperature=0.0)
-            facts |= {"config": asdict(config), "greedy": greedy}
-            stages.append(facts | {"loss_by_position": loss_by_position(trained)})
+            known = set(words_of(training_text(trained.data)))
+            facts = {"step": trained.step, "val_loss": val, "texts": texts}
+            facts["known_share"] = known_share("\n".join(texts), known)
+            losses, middle = losses_of_rows(trained), trained.context // 8
+            late = losses[:, middle // 2 : middle].mean(1) - losses[:, trained.context // 2 :].mean(
+                1
+            )
+            facts["late_gain"] = [late.mean().item(), late.std().item() / math.sqrt(len(late))]
+            facts |= {"context": by_context(losses), "config": asdict(config)}
+            stages.append(facts | {"greedy": generate(trained, "", 500, temperature=0.0)})
         data = load_manifest(trained.data)
     corpus = {"name": data.source, "sha256": data.sha256}
     modules = ["speedrun.measure.samples"]

@@ -5,6 +5,7 @@
 import math
 import zlib
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,7 @@ class Parameter:
     """A row of the parameter table. It starts as normal(mean, std).
 
     decay: whether AdamW decays it. multiplies: whether it costs one multiply-add a weight and token.
+    matrices: how many matrices stand on top of each other in each slice of a bank; 0: it is no bank of matrices.
     """
 
     name: str
@@ -40,19 +42,21 @@ class Parameter:
     std: float = 0.0
     decay: bool = False
     multiplies: bool = False
+    matrices: int = 0
 
 
 def parameter_table(options: GPTOptions, vocab_size: int) -> tuple[Parameter, ...]:
     """Every parameter of the model. What begins with the number of layers is a bank: one slice a layer."""
     n, d, std = options.layers, options.width, options.init_std
     adds = std / math.sqrt(2 * n)  # matrices whose output is added to the stream, 2n times in all
-    matrix = {"decay": True, "multiplies": True}
+    table: dict[str, Any] = {"decay": True, "multiplies": True}
+    matrix: dict[str, Any] = table | {"matrices": 1}
     return (
-        Parameter("token_embedding", (vocab_size, d), std=std, **matrix),  # multiplies as the head
+        Parameter("token_embedding", (vocab_size, d), std=std, **table),  # multiplies as the head
         Parameter("position_embedding", (options.context, d), std=std, decay=True),
         Parameter("attention_norm_gain", (n, d), mean=1.0),
         Parameter("attention_norm_bias", (n, d)),
-        Parameter("attention_qkv", (n, 3 * d, d), std=std, **matrix),
+        Parameter("attention_qkv", (n, 3 * d, d), std=std, **matrix | {"matrices": 3}),
         Parameter("attention_qkv_bias", (n, 3 * d)),
         Parameter("attention_out", (n, d, d), std=adds, **matrix),
         Parameter("attention_out_bias", (n, d)),
@@ -134,6 +138,10 @@ class GPT(nn.Module):
     def decays(self) -> dict[str, bool]:
         """Which parameters decay, by name."""
         return {row.name: row.decay for row in self.table}
+
+    def matrices(self) -> dict[str, int]:
+        """The banks of matrices, by name, and how many each of their slices holds."""
+        return {row.name: row.matrices for row in self.table if row.matrices}
 
 
 # %% The same model

@@ -1,0 +1,581 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Muon: orthogonalised updates
+#
+# ```{admonition} Cost box
+# Any machine: under a minute on two CPU cores, no GPU. The comparison of optimizers in the last figures is some 130 short trainings on a CPU, and is committed.
+# Records 3 and 4: Keller Jordan, Jeremy Bernstein, Vlado Boža. Muon itself {cite}`jordan2024`: also You Jiacheng, Franz Cesista, Laker Newhouse.
+# ```
+#
+# ## The problem
+#
+# AdamW sees a matrix as a bag of numbers. Each is divided by the size that it usually has, and no number knows its neighbours. But a matrix acts as a whole, and its gradient has a shape that the bag does not show. Here is a small GPT after sixty steps. The running mean of the gradient of one of its matrices, which is what an optimizer follows, has 128 directions. How many of them does it use?
+
+# %%
+import tempfile
+from pathlib import Path
+
+import torch
+
+from speedrun.config import preset, vary
+from speedrun.train import train
+
+scratch = Path(tempfile.mkdtemp())
+BRIEF = {"steps": 60, "optim.warmup_steps": 10, "val_every": 60, "val_tokens": 32_768}
+model_run = train(vary(preset("cpu"), BRIEF), scratch / "look", echo=None)
+(adamw,) = model_run.optimizers
+bank = model_run.model.attention_qkv  # (2, 384, 128): in each layer Q, K and V
+followed = adamw.state[bank]["exp_avg"].view(6, 128, 128)[1].double()
+sigma = torch.linalg.svdvals(followed)
+energy = (sigma.square().cumsum(0) / sigma.square().sum()).tolist()
+few = sum(share < 0.9 for share in energy) + 1
+assert few < 16 and sigma[0] > 30 * sigma[64]
+print(f"90% of its squared length lies in {few} of 128 directions")
+print(f"the largest singular value is {sigma[0] / sigma[64]:.0f} times the median one")
+
+# %% [markdown]
+# A step along this mean moves the weights in a handful of directions and leaves the others where they are. The others are not noise: they are where the rare words are.
+#
+# ```{admonition} Prediction
+# Muon replaces that mean by the matrix which has the same directions, *all of them equally long*. It does so with five iterations of three matrix products each, in every matrix, at every step. Record 4 trains matrices of width 768 on 524,288 tokens a step; the laptop's run, width 128 on 1,024. **By which share does a step get dearer, in FLOPs, for each of the two?** (Forward and backward a matrix costs
+# 6 FLOPs a weight and token.)
+# ```
+#
+# ## The idea
+#
+# Let $G$ be the gradient of a matrix of weights $W$. A step $\Delta$ changes the loss by about $\langle G, \Delta\rangle = \sum_{ij} G_{ij}\Delta_{ij}$. The best step is the one that makes this most negative *without being too long*, and everything depends on what “long” means. Three rulers, three optimizers {cite}`bernstein2024`:
+#
+# | a step is as long as | the best step of length 1 | known as |
+# | --- | --- | --- |
+# | the root of its summed squares | $-G / \lVert G\rVert_F$ | gradient descent |
+# | its largest entry | $-\operatorname{sign}(G)$ | Adam, without its memory |
+# | its largest singular value | $-UV^\top$, where $G = U\Sigma V^\top$ | Muon, without its momentum |
+#
+# The last line takes one more. Write $\langle G,\Delta\rangle = \sum_i \sigma_i\, u_i^\top \Delta v_i$. If no singular value of $\Delta$ exceeds 1, then each $u_i^\top\Delta v_i$ is at least $-1$, so the sum is at least $-\sum_i\sigma_i$; and $\Delta = -UV^\top$ gets exactly that, with every term at its bound.
+#
+# Why this ruler? Because of what a matrix is for. It multiplies: $\lVert \Delta x\rVert \le \sigma_{\max}(\Delta)\,\lVert x\rVert$. A step of spectral length $\eta$ changes the output of the layer, for no input whatsoever, by more than $\eta$ times the input's length. That is the promise one wants from a learning rate. Under that promise, $UV^\top$ goes as far as it may in *every* direction at once.
+#
+# ## The code
+#
+# ### What we want: the orthogonal factor
+#
+# The singular value decomposition gives it directly.
+
+# %%
+#| default_exp optim.newton_schulz
+#| export
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+
+# %%
+#| export
+def orthogonal_factor(g: Tensor) -> Tensor:
+    """U Vᵀ of each matrix U S Vᵀ in g, (…, rows, cols), without the directions in which it is zero."""
+    u, s, vt = torch.linalg.svd(g, full_matrices=False)
+    kept = s > s[..., :1] * torch.finfo(g.dtype).eps * max(g.shape[-2:])
+    return (u * kept[..., None, :]) @ vt
+
+
+# %%
+g = followed
+u = orthogonal_factor(g)
+assert torch.allclose(u @ u.mT, torch.eye(128, dtype=torch.float64), atol=1e-10)
+nuclear = torch.linalg.matrix_norm(g, ord="nuc")
+assert torch.allclose((g * u).sum(), nuclear)
+generator = torch.Generator().manual_seed(0)
+rivals = torch.randn(1000, 128, 128, dtype=torch.float64, generator=generator)
+rivals /= torch.linalg.matrix_norm(rivals, ord=2, keepdim=True)  # spectral length 1
+best = (g * rivals).sum((-2, -1)).max()
+descent = (g * g).sum() / torch.linalg.matrix_norm(g, ord=2)  # the gradient's own direction
+assert best < descent < nuclear
+print(
+    f"gain of a step of spectral length 1: {nuclear / descent:.1f} × the gradient's own direction"
+)
+signs = torch.optim.Adam([p := torch.zeros(3, requires_grad=True)], lr=1.0)
+p.grad = torch.tensor([0.001, -5.0, 70.0])
+signs.step()
+assert torch.allclose(p, torch.tensor([-1.0, 1.0, -1.0])), "Adam's first step is the sign"
+
+# %% [markdown]
+# That is the update, and nobody computes it so. The decomposition is iterative, sequential and unbatched where a GPU is parallel.
+#
+# ### Polynomials do not care for bases
+#
+# A product such as $XX^\top X$ has the singular vectors of $X$ and the cubes of its singular values, since the inner $U^\top U$ and $V^\top V$ vanish. So any odd polynomial can be applied to all singular values at once without knowing one of them:
+#
+# $$
+# X \mapsto aX + b\,(XX^\top)X + c\,(XX^\top)^2X \qquad\text{does}\qquad \sigma_i \mapsto p(\sigma_i) = a\sigma_i + b\sigma_i^3 + c\sigma_i^5 .
+# $$
+#
+# Find a $p$ that, applied again and again, drives everything in $(0, 1]$ to 1, divide $G$ by its length so that nothing exceeds 1, and iterate. The classic choice is Newton–Schulz, $p(\sigma) = \tfrac32\sigma - \tfrac12\sigma^3$ {cite}`bjorck1971`. It ends at 1 exactly, and takes its time: a small value grows by a factor of 1.5 an iteration, and small values are the point. Keller Jordan's quintic grows them by 3.44:
+
+# %%
+#| export
+QUINTIC = (3.4445, -4.7750, 2.0315)
+
+
+def newton_schulz(
+    g: Tensor,
+    iterations: int = 5,
+    coefficients: tuple[float, float, float] = QUINTIC,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Tensor:
+    """Nearly the orthogonal factor of each matrix in g, (…, rows, cols) → the same, in `dtype`.
+
+    Singular vectors stay; singular values, divided by the matrix's length, go through the polynomial
+    `iterations` times. Zeros stay zeros. Coefficients: Keller Jordan's of record 4.
+    """
+    a, b, c = coefficients
+    x = g.to(dtype)
+    x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if tall else x
+    for _ in range(iterations):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.mT if tall else x
+
+
+# %%
+def p(sigma, coefficients=QUINTIC):
+    """The quintic, on numbers."""
+    a, b, c = coefficients
+    return a * sigma + b * sigma**3 + c * sigma**5
+
+
+def iterated(sigma, times: int, coefficients=QUINTIC):
+    """The quintic applied several times."""
+    for _ in range(times):
+        sigma = p(sigma, coefficients)
+    return sigma
+
+
+wide = torch.randn(3, 64, 128, dtype=torch.float64, generator=generator)
+exact = torch.linalg.svdvals(wide / torch.linalg.matrix_norm(wide, keepdim=True))
+got = torch.linalg.svdvals(newton_schulz(wide, dtype=torch.float64))
+assert torch.allclose(got, iterated(exact, 5).sort(-1, descending=True).values, atol=1e-6)
+print("the singular values went through the polynomial, five times, and nobody looked at them")
+
+# %% [markdown]
+# The tall and the wide form are one another's transpose, and the code turns a tall matrix so that the squares which it multiplies are the small ones. A bank of matrices goes through in one call. The result does not depend on the gradient's scale, so neither does the step: what clipping and loss scaling do for others is built in.
+
+# %%
+assert torch.allclose(
+    newton_schulz(wide.mT, dtype=torch.float64), newton_schulz(wide, dtype=torch.float64).mT
+)
+one_by_one = torch.stack([newton_schulz(matrix, dtype=torch.float64) for matrix in wide])
+assert torch.allclose(newton_schulz(wide, dtype=torch.float64), one_by_one)
+flat = newton_schulz(wide)
+assert torch.equal(flat, newton_schulz(1024 * wide)), "a power of two: the same bits"
+assert (flat - newton_schulz(1000 * wide)).norm() < 0.02 * flat.norm()
+assert not newton_schulz(torch.zeros(4, 8)).any(), "no gradient, no step"
+
+# %% [markdown]
+# ### Not quite orthogonal, on purpose
+#
+# No polynomial has a steep slope at zero *and* settles at one in so few iterations. This one does not settle at all: above about 0.7 it swings. How far, and from where on, can be read from the map itself.
+
+# %%
+grid_of_sigma = torch.logspace(-5, 0, 200_001, dtype=torch.float64)
+after = iterated(grid_of_sigma, 5)
+floor = after[grid_of_sigma > 0.1].min().item()
+lifted = grid_of_sigma[after < floor].max().item()  # the last input that ends up lower
+top = max(iterated(grid_of_sigma, times).max().item() for times in (5, 6, 7, 8, 9, 10))
+assert 0.67 < floor < 0.69 and 1.19 < after.max() < 1.22 and 1 / 450 < lifted < 1 / 300
+print(f"inputs above 1/{1 / lifted:.0f} end between {floor:.2f} and {after.max():.2f}")
+
+# %% [markdown]
+# PyTorch's documentation of its own Muon says that the singular values of the result are spread uniformly over 0.5 to 1.5. They are not, as the bound shows; no input at all ends above 1.21. Does it matter that they are not all 1? It is asked below, by training with the exact factor.
+#
+# What about bf16, with its eight bits? The distance from $UV^\top$ that the polynomial leaves is larger than what rounding adds:
+
+# %%
+in_bf16 = newton_schulz(followed).double()
+in_float64 = newton_schulz(followed, dtype=torch.float64)
+rounding = ((in_bf16 - in_float64).norm() / in_float64.norm()).item()
+shape_error = ((in_float64 - u).norm() / u.norm()).item()
+cosine = ((in_bf16 * u).sum() / in_bf16.norm() / u.norm()).item()
+assert rounding < shape_error / 3 and cosine > 0.9
+print(
+    f"bf16 against float64: {rounding:.1%}; float64 against UVᵀ: {shape_error:.0%}; cosine {cosine:.3f}"
+)
+
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Left: the quintic map applied one to five times, on a logarithmic axis of input singular values. Right: the singular values of a real momentum matrix after each iteration"}}
+import matplotlib.pyplot as plt
+
+from speedrun.lab.results import figure_style
+
+figure_style()
+fig, (left, right) = plt.subplots(2, 1, figsize=(5.6, 6.4), layout="constrained")
+shades = plt.get_cmap("viridis")
+start = sigma / sigma.norm()
+for times in range(6):
+    shade = shades(0.9 - 0.16 * times)
+    left.semilogx(
+        grid_of_sigma[::50], iterated(grid_of_sigma, times)[::50], color=shade, label=times
+    )
+    right.semilogy(range(1, 129), iterated(start, times).sort(descending=True).values, color=shade)
+left.axvline(lifted, color="0.5", ls=":")
+left.set_xlabel("singular value of the gradient, as a share of its length")
+left.legend(title="iterations", loc="upper left")
+right.set_xlabel("singular value, in order of size")
+right.set_ylim(1e-4, 2)
+for axis in (left, right):
+    axis.set_ylabel("becomes")
+reached = (iterated(start, 5) > 0.5).sum().item()
+left.set_title(f"five iterations lift all above 1/{1 / lifted:.0f} to {floor:.2f} or more")
+right.set_title(f"a real momentum: {reached} of 128 directions arrive")
+plt.show()
+
+# %% [markdown]
+# ### Muon
+#
+# Momentum first, then orthogonalise: the mean of gradients is what is followed, and a mean of orthogonal matrices would not be one. Nesterov's variant looks one gradient ahead. And a matrix that widens the stream gets a factor: an orthogonal step on `rows × cols` adds a vector of the input's length that is spread over more entries, so each changes by $\sqrt{\text{cols}/\text{rows}}$ less; the factor gives that back.
+
+
+# %%
+#| export
+@dataclass(frozen=True)
+class MatrixOptions:
+    """How the blocks' matrices are updated. All other parameters are AdamW's, and so are these under `adamw`."""
+
+    rule: Literal["adamw", "muon", "soap"] = "adamw"
+    """muon: orthogonalised momentum. soap: Adam in the eigenbases of the gradient's covariances."""
+    lr: float = 0.0
+    """Peak rate of the matrices, on the schedule of all parameters; 0: optim.lr, like all."""
+    momentum: float = 0.95
+    """muon: the share of its momentum that a step keeps."""
+    nesterov: bool = True
+    """muon: look one gradient ahead of the momentum."""
+    iterations: int = 5
+    """muon: Newton–Schulz iterations; 0: the exact factor, from a singular value decomposition."""
+    shape_factor: bool = True
+    """muon: the rate of a matrix of more rows than columns is larger by sqrt(rows / cols)."""
+
+
+# %%
+#| export
+def muon_update(g: Tensor, state: dict, skip: Tensor | None, options: MatrixOptions) -> Tensor:
+    """The update at rate 1 of matrices with gradient g, (matrices, rows, cols); folds g into state["momentum"].
+
+    skip: where this is not zero the momentum stays as it is, and nobody waits to find out.
+    """
+    momentum = state.setdefault("momentum", torch.zeros_like(g))
+    if skip is not None:
+        g = torch.where(skip > 0, momentum, g)  # momentum folded into itself is what it was
+    momentum.lerp_(g, 1 - options.momentum)
+    ahead = g.lerp(momentum, options.momentum) if options.nesterov else momentum
+    rule = newton_schulz if options.iterations else orthogonal_factor
+    update = rule(ahead, *([options.iterations] if options.iterations else []))
+    rows, cols = g.shape[-2:]
+    return update * math.sqrt(max(1.0, rows / cols)) if options.shape_factor else update
+
+
+# %%
+options, state = MatrixOptions(rule="muon"), {}
+gradient = torch.randn(2, 128, 64, generator=generator)
+first = muon_update(gradient, state, None, options)
+values = torch.linalg.svdvals(first.double()) / math.sqrt(2)
+assert floor - 0.02 < values.min() and values.max() < 1.22, (
+    "semi-orthogonal, to the map's tolerance"
+)
+kept = state["momentum"].clone()
+muon_update(gradient * math.nan, state, torch.ones(()), options)
+assert torch.equal(state["momentum"], kept), "a broken gradient leaves no trace"
+
+# %% [markdown]
+# Records 3 to 14 kept the momentum as a plain sum, $B \leftarrow \mu B + G$; since record 15 it is a mean, $B \leftarrow \mu B + (1-\mu)G$. Nobody had to retune, since the two differ by a factor and the orthogonal factor has no scale. What remains is the code that puts banks through a rule: each slice of the queries', keys' and values' bank is three matrices, and has to be cut into them.
+
+
+# %%
+#| export
+def cut(bank: Tensor, matrices: int) -> Tensor:
+    """A bank (slices, matrices · rows, cols) as its matrices (slices · matrices, rows, cols): a view."""
+    slices, rows, cols = bank.shape
+    return bank.view(slices * matrices, rows // matrices, cols)
+
+
+class MatrixOptimizer(torch.optim.Optimizer):
+    """Banks of matrices under one rule: p ← (1 − lr · weight_decay) p − lr · rule(gradients, state, found_inf).
+
+    banks: bank and the number of matrices in each of its slices. Like torch's fused optimizers it
+    changes nothing in a step whose `found_inf` is not zero.
+    """
+
+    found_inf: Tensor | None = None
+
+    def __init__(
+        self,
+        banks: list[tuple[Tensor, int]],
+        rule: Callable[[Tensor, dict, Tensor | None], Tensor],
+        lr: float,
+        weight_decay: float,
+    ):
+        self.rule = rule
+        groups = [{"params": [bank], "matrices": matrices} for bank, matrices in banks]
+        super().__init__(groups, {"lr": lr, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            (bank,) = group["params"]
+            g = cut(bank.grad, group["matrices"])
+            update = self.rule(g, self.state[bank], self.found_inf).view(bank.shape)
+            rate = group["lr"] if self.found_inf is None else group["lr"] * (1 - self.found_inf)
+            bank.mul_(1 - rate * group["weight_decay"]).sub_(rate * update)
+
+
+# %%
+bank = torch.arange(24.0).view(2, 6, 2)
+assert torch.equal(cut(bank, 3), torch.stack([*bank[0].split(2), *bank[1].split(2)]))
+
+rows, cols = 96, 64
+start_weight = torch.randn(rows, cols, generator=generator)
+theirs, ours = (torch.nn.Parameter(start_weight.clone()) for _ in range(2))
+reference = torch.optim.Muon([theirs], lr=0.02, weight_decay=0.1, momentum=0.95)
+bank = torch.nn.Parameter(ours.detach()[None].clone())
+rule = lambda g, state, skip: muon_update(g, state, skip, options)  # noqa: E731
+optimizer = MatrixOptimizer([(bank, 1)], rule, lr=0.02, weight_decay=0.1)
+for _ in range(10):
+    theirs.grad = torch.randn(rows, cols, generator=generator)
+    bank.grad = theirs.grad[None].clone()
+    reference.step()
+    optimizer.step()
+moved = (theirs - start_weight).norm()
+apart = ((theirs - bank[0]).norm() / moved).item()
+assert apart < 0.02
+print(
+    f"ten steps of torch.optim.Muon and of ours: apart by {apart:.1%} of the way, bf16's rounding"
+)
+
+# %% [markdown]
+# ### SOAP, from the other side
+#
+# There is an older road to the same place. Shampoo {cite}`gupta2018` multiplies the gradient by inverse roots of its two covariances, $GG^\top$ and $G^\top G$, averaged over time. SOAP {cite}`vyas2025` noticed that this is Adam in other coordinates, and does just that: it turns the gradient into the eigenbases of the two covariances, lets Adam divide there, and turns the result back.
+
+# %%
+#| default_exp optim.soap
+#| export
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SoapOptions:
+    """SOAP's constants, its authors' defaults."""
+
+    betas: tuple[float, float] = (0.95, 0.95)
+    """Decay of the running mean, and of the squares and covariances."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    every: int = 10
+    """Steps between two looks at the eigenbases."""
+
+
+def adam_in(basis: tuple[Tensor, Tensor], g: Tensor, state: dict, options: SoapOptions) -> Tensor:
+    """One step of Adam on matrices (n, rows, cols), taken in another pair of bases and turned back."""
+    (left, right), (beta1, beta2) = basis, options.betas
+    turned = left.mT @ g @ right
+    state["exp_avg"].lerp_(turned, 1 - beta1)
+    state["exp_avg_sq"].lerp_(turned.square(), 1 - beta2)
+    state["step"] += 1
+    done = state["step"].item()
+    mean = state["exp_avg"] / (1 - beta1**done)
+    root = (state["exp_avg_sq"] / (1 - beta2**done)).sqrt()
+    return left @ (mean / (root + options.eps)) @ right.mT
+
+
+# %%
+#| export
+def eigenbasis(covariance: Tensor) -> Tensor:
+    """Eigenvectors of symmetric matrices (n, d, d) as columns, the largest eigenvalue first."""
+    return torch.linalg.eigh(covariance)[1].flip(-1)
+
+
+def follow(covariance: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
+    """One step of orthogonal iteration from an old eigenbasis to the new one: (basis, order of its old columns)."""
+    values = (basis * (covariance @ basis)).sum(-2)
+    order = values.argsort(-1, descending=True)
+    basis = basis.gather(-1, order[..., None, :].expand_as(basis))
+    return torch.linalg.qr(covariance @ basis)[0], order
+
+
+# %%
+covariance = wide @ wide.mT
+basis = eigenbasis(covariance)
+turned = basis.mT @ covariance @ basis
+values = turned.diagonal(dim1=-2, dim2=-1)
+assert (values[:, :-1] >= values[:, 1:]).all()
+assert torch.allclose(turned, torch.diag_embed(values), atol=1e-9 * values.max())
+moved_on = covariance + 0.05 * (other := torch.randn(3, 64, 64, dtype=torch.float64)) @ other.mT
+after_one = follow(moved_on, basis)[0]
+crooked = [(b.mT @ moved_on @ b).triu(1).norm() for b in (basis, after_one)]
+assert crooked[1] < crooked[0], "one step of the iteration brings the basis closer"
+
+
+# %%
+#| export
+def turn(state: dict) -> None:
+    """Move SOAP's bases after its covariances, and its moments along with them."""
+    for side, axis in (("left", -2), ("right", -1)):
+        old = state[f"{side}_basis"]
+        new, order = follow(state[side], old)
+        index = order.unsqueeze(-1 if axis == -2 else -2).expand_as(state["exp_avg_sq"])
+        state["exp_avg_sq"].copy_(state["exp_avg_sq"].gather(axis, index))
+        mean, change = state["exp_avg"], new.mT @ old
+        mean.copy_(change @ mean if side == "left" else mean @ change.mT)
+        old.copy_(new)
+
+
+# %%
+#| export
+def soap_update(
+    g: Tensor, state: dict, skip: Tensor | None, options: SoapOptions = SoapOptions()
+) -> Tensor:
+    """The update at rate 1 of matrices with gradient g, (matrices, rows, cols). The first step only looks."""
+    if skip is not None and skip.item():
+        return torch.zeros_like(g)
+    pairs, beta2 = {"left": g @ g.mT, "right": g.mT @ g}, options.betas[1]
+    if not state:
+        state |= {side: (1 - beta2) * pair for side, pair in pairs.items()}
+        state |= {f"{side}_basis": eigenbasis(pair) for side, pair in pairs.items()}
+        state |= {"exp_avg": torch.zeros_like(g), "exp_avg_sq": torch.zeros_like(g)}
+        state["step"] = torch.zeros(())
+        return torch.zeros_like(g)
+    update = adam_in((state["left_basis"], state["right_basis"]), g, state, options)
+    for side, pair in pairs.items():
+        state[side].lerp_(pair, 1 - beta2)
+    if state["step"].item() % options.every == 0:
+        turn(state)
+    return update
+
+
+# %% [markdown]
+# How do the three relate? Ask each for one step without any memory. Adam's is the sign of every entry. SOAP's eigenbases of $GG^\top$ and $G^\top G$ are $U$ and $V$; there the gradient is $\Sigma$, a diagonal; Adam makes it the identity; turned back it is $UV^\top$. *SOAP without memory is Muon without momentum.* The two differ in what they average over time, and in the bill.
+
+# %%
+g = wide[:, :, :64].contiguous()  # square, of full rank
+bases = (eigenbasis(g @ g.mT), eigenbasis(g.mT @ g))
+fresh = {"exp_avg": torch.zeros_like(g), "exp_avg_sq": torch.zeros_like(g), "step": torch.zeros(())}
+one_step = adam_in(bases, g, fresh, SoapOptions())
+assert torch.allclose(one_step, orthogonal_factor(g), atol=1e-3)
+q, r = (
+    torch.linalg.qr(torch.randn(64, 64, dtype=torch.float64, generator=generator))[0] for _ in "qr"
+)
+assert torch.allclose(orthogonal_factor(q @ g @ r), q @ orthogonal_factor(g) @ r, atol=1e-8)
+assert not torch.allclose((q @ g @ r).sign(), q @ g.sign() @ r, atol=0.1)
+print("turn the gradient and Muon's step turns along; Adam's does not: it depends on the basis")
+
+# %% [markdown]
+# ## The measurement
+#
+# A comparison of optimizers is a comparison of tunings. So each rule is given the same grid: eight rates for the matrices, four for everything else (embeddings, gains and biases, which AdamW trains in every case), the same warm-up, decay and clipping. Each point trains the laptop's model for 600 steps. Then the three winners run with nine seeds, and once more for 4,000 steps with three, because [chapter 22](22_config.py) has taught us what a short
+# run is worth. Muon's parts are taken away one at a time, at its best rates.
+
+# %% tags=["hide-input"]
+#| default_exp measure.newton_schulz
+#| export
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from speedrun.config import Config, preset, vary
+from speedrun.lab.results import load_result, stamp
+from speedrun.measure.runs import corpus_of, train_many
+
+NAMES = ("grid", "winners", "long", "parts", "pace")
+RULES = ("adamw", "soap", "muon")
+KEYS = ("matrix.rule", "matrix.lr", "optim.lr")
+RATES = tuple(0.001 * 2**n for n in range(8))
+OTHERS = (0.002, 0.004, 0.008, 0.016)
+SHORT: dict[str, Any] = {"steps": 600, "val_tokens": 131_072}
+PARTS: dict[str, dict[str, Any]] = {
+    "exact factor": {"matrix.iterations": 0},
+    "three iterations": {"matrix.iterations": 3},
+    "no Nesterov": {"matrix.nesterov": False},
+    "no momentum": {"matrix.momentum": 0.0, "matrix.nesterov": False},
+    "no shape factor": {"matrix.shape_factor": False},
+}
+
+
+def grid() -> dict[str, Config]:
+    """Every rule at every rate of the matrices and every rate of the rest, by its three numbers."""
+    points = [(rule, rate, other) for rule in RULES for rate in RATES for other in OTHERS]
+    return {
+        f"{p[0]} {p[1]:g} {p[2]:g}": vary(preset("cpu"), SHORT | dict(zip(KEYS, p))) for p in points
+    }
+
+
+# %% tags=["hide-input"]
+#| export measure.newton_schulz
+def winners() -> dict[str, Config]:
+    """Each rule at the point of the committed grid with the lowest loss."""
+    runs, points = load_result("newton_schulz", "grid")["data"]["arms"], grid()
+    loss = {name: found[0]["val_loss"] for name, found in runs.items()}
+    of_rule = {rule: [name for name in runs if name.split()[0] == rule] for rule in RULES}
+    return {rule: points[min(names, key=loss.__getitem__)] for rule, names in of_rule.items()}
+
+
+def step_times(
+    arms: dict[str, Config], rounds: int = 12, steps: int = 10
+) -> dict[str, list[float]]:
+    """Milliseconds of single steps of each arm on one thread, the arms in turn."""
+    from speedrun.train import assemble, train_step
+
+    torch.set_num_threads(1)
+    folder = Path(tempfile.mkdtemp())
+    live = {arm: assemble(run, folder / arm, echo=None) for arm, run in arms.items()}
+    took: dict[str, list[float]] = {arm: [] for arm in arms}
+    for _ in range(rounds):
+        for arm, run in live.items():
+            begin = time.perf_counter()
+            for _ in range(steps):
+                train_step(run)
+            took[arm].append(1000 * (time.perf_counter() - begin) / steps)
+    return took
+
+
+# %% tags=["hide-input"]
+#| export measure.newton_schulz
+def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
+    """Train arms with paired seeds: {"arms": {arm: [run, …]}}. pace: step times, {"ms": {arm: [ms, …]}}."""
+    seeds = {"grid": 1, "winners": 9, "long": 3, "parts": 3}.get(name, 1)
+    best = {} if name == "grid" else winners()
+    arms = grid() if name == "grid" else best
+    if name == "long":
+        arms = {rule: vary(run, {"steps": 4000}) for rule, run in best.items()}
+    if name == "parts":
+        arms = {part: vary(best["muon"], change) for part, change in PARTS.items()}
+    modules = ["speedrun.measure.newton_schulz", "speedrun.train"]
+    facts = stamp(command, modules, seeds, range(seeds), corpus_of(preset("cpu")))
+    if name == "pace":
+        took = step_times(arms)
+        return {"ms": took, "median": {a: statistics.median(ms) for a, ms in took.items()}}, facts
+    runs = {
+        (arm, seed): vary(run, {"seed": seed}) for arm, run in arms.items() for seed in range(seeds)
+    }
+    done = dict(zip(runs, train_many(list(runs.values()))))
+    return {"arms": {arm: [done[arm, seed] for seed in range(seeds)] for arm in arms}}, facts

@@ -1,0 +1,85 @@
+# Tangled from notebooks/12_newton_schulz.py: edit the notebook, then run "make tangle". Edits made here are lost.
+
+
+# %% The measurement
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from speedrun.config import Config, preset, vary
+from speedrun.lab.results import load_result, stamp
+from speedrun.measure.runs import corpus_of, train_many
+
+NAMES = ("grid", "winners", "long", "parts", "pace")
+RULES = ("adamw", "soap", "muon")
+KEYS = ("matrix.rule", "matrix.lr", "optim.lr")
+RATES = tuple(0.001 * 2**n for n in range(8))
+OTHERS = (0.002, 0.004, 0.008, 0.016)
+SHORT: dict[str, Any] = {"steps": 600, "val_tokens": 131_072}
+PARTS: dict[str, dict[str, Any]] = {
+    "exact factor": {"matrix.iterations": 0},
+    "three iterations": {"matrix.iterations": 3},
+    "no Nesterov": {"matrix.nesterov": False},
+    "no momentum": {"matrix.momentum": 0.0, "matrix.nesterov": False},
+    "no shape factor": {"matrix.shape_factor": False},
+}
+
+
+def grid() -> dict[str, Config]:
+    """Every rule at every rate of the matrices and every rate of the rest, by its three numbers."""
+    points = [(rule, rate, other) for rule in RULES for rate in RATES for other in OTHERS]
+    return {
+        f"{p[0]} {p[1]:g} {p[2]:g}": vary(preset("cpu"), SHORT | dict(zip(KEYS, p))) for p in points
+    }
+
+
+def winners() -> dict[str, Config]:
+    """Each rule at the point of the committed grid with the lowest loss."""
+    runs, points = load_result("newton_schulz", "grid")["data"]["arms"], grid()
+    loss = {name: found[0]["val_loss"] for name, found in runs.items()}
+    of_rule = {rule: [name for name in runs if name.split()[0] == rule] for rule in RULES}
+    return {rule: points[min(names, key=loss.__getitem__)] for rule, names in of_rule.items()}
+
+
+def step_times(
+    arms: dict[str, Config], rounds: int = 12, steps: int = 10
+) -> dict[str, list[float]]:
+    """Milliseconds of single steps of each arm on one thread, the arms in turn."""
+    from speedrun.train import assemble, train_step
+
+    torch.set_num_threads(1)
+    folder = Path(tempfile.mkdtemp())
+    live = {arm: assemble(run, folder / arm, echo=None) for arm, run in arms.items()}
+    took: dict[str, list[float]] = {arm: [] for arm in arms}
+    for _ in range(rounds):
+        for arm, run in live.items():
+            begin = time.perf_counter()
+            for _ in range(steps):
+                train_step(run)
+            took[arm].append(1000 * (time.perf_counter() - begin) / steps)
+    return took
+
+
+def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
+    """Train arms with paired seeds: {"arms": {arm: [run, …]}}. pace: step times, {"ms": {arm: [ms, …]}}."""
+    seeds = {"grid": 1, "winners": 9, "long": 3, "parts": 3}.get(name, 1)
+    best = {} if name == "grid" else winners()
+    arms = grid() if name == "grid" else best
+    if name == "long":
+        arms = {rule: vary(run, {"steps": 4000}) for rule, run in best.items()}
+    if name == "parts":
+        arms = {part: vary(best["muon"], change) for part, change in PARTS.items()}
+    modules = ["speedrun.measure.newton_schulz", "speedrun.train"]
+    facts = stamp(command, modules, seeds, range(seeds), corpus_of(preset("cpu")))
+    if name == "pace":
+        took = step_times(arms)
+        return {"ms": took, "median": {a: statistics.median(ms) for a, ms in took.items()}}, facts
+    runs = {
+        (arm, seed): vary(run, {"seed": seed}) for arm, run in arms.items() for seed in range(seeds)
+    }
+    done = dict(zip(runs, train_many(list(runs.values()))))
+    return {"arms": {arm: [done[arm, seed] for seed in range(seeds)] for arm in arms}}, facts
