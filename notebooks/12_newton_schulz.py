@@ -45,7 +45,7 @@ print(f"90% of its squared length lies in {few} of 128 directions")
 print(f"the largest singular value is {sigma[0] / sigma[64]:.0f} times the median one")
 
 # %% [markdown]
-# A step along this mean moves the weights in a handful of directions and leaves the others where they are. The others are not noise: they are where the rare words are.
+# A step along this mean moves the weights in a handful of directions and leaves the others where they are. Are those noise? Or are they what is rare, and therefore slow to learn? Training will tell.
 #
 # ```{admonition} Prediction
 # Muon replaces that mean by the matrix which has the same directions, *all of them equally long*. It does so with five iterations of three matrix products each, in every matrix, at every step. Record 4 trains matrices of width 768 on 524,288 tokens a step; the laptop's run, width 128 on 1,024. **By which share does a step get dearer, in FLOPs, for each of the two?** (Forward and backward a matrix costs
@@ -111,7 +111,9 @@ print(
 signs = torch.optim.Adam([p := torch.zeros(3, requires_grad=True)], lr=1.0)
 p.grad = torch.tensor([0.001, -5.0, 70.0])
 signs.step()
-assert torch.allclose(p, torch.tensor([-1.0, 1.0, -1.0])), "Adam's first step is the sign"
+assert torch.allclose(p, torch.tensor([-1.0, 1.0, -1.0]), atol=1e-4), (
+    "Adam's first step is the sign"
+)
 
 # %% [markdown]
 # That is the update, and nobody computes it so. The decomposition is iterative, sequential and unbatched where a GPU is parallel.
@@ -184,7 +186,7 @@ one_by_one = torch.stack([newton_schulz(matrix, dtype=torch.float64) for matrix 
 assert torch.allclose(newton_schulz(wide, dtype=torch.float64), one_by_one)
 flat = newton_schulz(wide)
 assert torch.equal(flat, newton_schulz(1024 * wide)), "a power of two: the same bits"
-assert (flat - newton_schulz(1000 * wide)).norm() < 0.02 * flat.norm()
+assert (flat - newton_schulz(1000 * wide)).norm() < 0.05 * flat.norm(), "else bf16's rounding"
 assert not newton_schulz(torch.zeros(4, 8)).any(), "no gradient, no step"
 
 # %% [markdown]
@@ -196,9 +198,9 @@ assert not newton_schulz(torch.zeros(4, 8)).any(), "no gradient, no step"
 grid_of_sigma = torch.logspace(-5, 0, 200_001, dtype=torch.float64)
 after = iterated(grid_of_sigma, 5)
 floor = after[grid_of_sigma > 0.1].min().item()
-lifted = grid_of_sigma[after < floor].max().item()  # the last input that ends up lower
+lifted = grid_of_sigma[after < floor - 1e-6].max().item()  # the last input that ends up lower
 top = max(iterated(grid_of_sigma, times).max().item() for times in (5, 6, 7, 8, 9, 10))
-assert 0.67 < floor < 0.69 and 1.19 < after.max() < 1.22 and 1 / 450 < lifted < 1 / 300
+assert 0.67 < floor < 0.69 and 1.19 < after.max() < 1.22 and 1 / 700 < lifted < 1 / 600
 print(f"inputs above 1/{1 / lifted:.0f} end between {floor:.2f} and {after.max():.2f}")
 
 # %% [markdown]
@@ -506,7 +508,7 @@ from speedrun.config import Config, preset, vary
 from speedrun.lab.results import load_result, stamp
 from speedrun.measure.runs import corpus_of, train_many
 
-NAMES = ("grid", "winners", "long", "parts", "pace")
+NAMES = ("grid", "winners", "pace", "clock", "parts", "long")
 RULES = ("adamw", "soap", "muon")
 KEYS = ("matrix.rule", "matrix.lr", "optim.lr")
 RATES = tuple(0.001 * 2**n for n in range(8))
@@ -561,10 +563,17 @@ def step_times(
 # %% tags=["hide-input"]
 #| export measure.newton_schulz
 def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
-    """Train arms with paired seeds: {"arms": {arm: [run, …]}}. pace: step times, {"ms": {arm: [ms, …]}}."""
-    seeds = {"grid": 1, "winners": 9, "long": 3, "parts": 3}.get(name, 1)
+    """Train arms with paired seeds: {"arms": {arm: [run, …]}}. pace: step times, {"ms": {arm: [ms, …]}}.
+
+    clock: as many steps as Muon leaves time for. long: more steps. parts: Muon without one of its parts.
+    """
+    seeds = {"winners": 9, "clock": 9, "long": 3, "parts": 3}.get(name, 1)
     best = {} if name == "grid" else winners()
     arms = grid() if name == "grid" else best
+    if name == "clock":
+        ms = load_result("newton_schulz", "pace")["data"]["median"]
+        steps = {rule: round(SHORT["steps"] * ms["muon"] / ms[rule]) for rule in ("adamw", "soap")}
+        arms = {rule: vary(best[rule], {"steps": count}) for rule, count in steps.items()}
     if name == "long":
         arms = {rule: vary(run, {"steps": 4000}) for rule, run in best.items()}
     if name == "parts":

@@ -14,7 +14,7 @@ from speedrun.config import Config, preset, vary
 from speedrun.lab.results import load_result, stamp
 from speedrun.measure.runs import corpus_of, train_many
 
-NAMES = ("grid", "winners", "long", "parts", "pace")
+NAMES = ("grid", "winners", "pace", "clock", "parts", "long")
 RULES = ("adamw", "soap", "muon")
 KEYS = ("matrix.rule", "matrix.lr", "optim.lr")
 RATES = tuple(0.001 * 2**n for n in range(8))
@@ -65,10 +65,17 @@ def step_times(
 
 
 def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
-    """Train arms with paired seeds: {"arms": {arm: [run, …]}}. pace: step times, {"ms": {arm: [ms, …]}}."""
-    seeds = {"grid": 1, "winners": 9, "long": 3, "parts": 3}.get(name, 1)
+    """Train arms with paired seeds: {"arms": {arm: [run, …]}}. pace: step times, {"ms": {arm: [ms, …]}}.
+
+    clock: as many steps as Muon leaves time for. long: more steps. parts: Muon without one of its parts.
+    """
+    seeds = {"winners": 9, "clock": 9, "long": 3, "parts": 3}.get(name, 1)
     best = {} if name == "grid" else winners()
     arms = grid() if name == "grid" else best
+    if name == "clock":
+        ms = load_result("newton_schulz", "pace")["data"]["median"]
+        steps = {rule: round(SHORT["steps"] * ms["muon"] / ms[rule]) for rule in ("adamw", "soap")}
+        arms = {rule: vary(best[rule], {"steps": count}) for rule, count in steps.items()}
     if name == "long":
         arms = {rule: vary(run, {"steps": 4000}) for rule, run in best.items()}
     if name == "parts":
