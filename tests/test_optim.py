@@ -1,0 +1,211 @@
+"""Update rules for matrices: against singular value decompositions, PyTorch's Muon, Adam, and themselves when resumed."""
+
+import math
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from speedrun.checkpoint import latest_checkpoint, load_checkpoint
+from speedrun.config import check_config, preset, vary
+from speedrun.lab.hardware import Problem
+from speedrun.optim.newton_schulz import (
+    QUINTIC,
+    MatrixOptimizer,
+    MatrixOptions,
+    cut,
+    muon_update,
+    newton_schulz,
+    orthogonal_factor,
+)
+from speedrun.optim.soap import SoapOptions, adam_in, eigenbasis, follow, soap_update
+from speedrun.train import make_optimizers, train
+
+MUON = MatrixOptions(rule="muon")
+RULES = {"muon": partial(muon_update, options=MUON), "soap": soap_update}
+
+
+def random(*shape: int, seed: int = 0, dtype=torch.float64) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def rotation(size: int, seed: int) -> torch.Tensor:
+    return torch.linalg.qr(random(size, size, seed=seed))[0]
+
+
+class TestNewtonSchulz:
+    @settings(max_examples=25, deadline=None)
+    @given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 3), st.integers(0, 99))
+    def test_singular_values_go_through_the_polynomial_and_vectors_stay(self, rows, cols, n, seed):
+        g, (a, b, c) = random(n, rows, cols, seed=seed), QUINTIC
+        u, s, vt = torch.linalg.svd(g, full_matrices=False)
+        sigma = s / (torch.linalg.matrix_norm(g)[:, None] + 1e-7)
+        for _ in range(5):
+            sigma = a * sigma + b * sigma**3 + c * sigma**5
+        wanted = (u * sigma[:, None, :]) @ vt
+        assert torch.allclose(newton_schulz(g, dtype=torch.float64), wanted, atol=1e-8)
+
+    @pytest.mark.parametrize("shape", [(768, 768), (768, 3072), (3072, 768), (256, 768)])
+    def test_at_the_records_shapes_bf16_is_semi_orthogonal_to_the_maps_tolerance(self, shape):
+        g = random(*shape, dtype=torch.float32)
+        sigma = torch.linalg.svdvals(g) / g.norm()
+        kept = torch.linalg.svdvals(newton_schulz(g).float())
+        assert kept.max() < 1.22 and (kept > 0.65).sum() >= (sigma > 1 / 600).sum()
+
+    def test_scale_does_not_matter(self):
+        g = random(3, 24, 40, dtype=torch.float32)
+        assert torch.equal(newton_schulz(g), newton_schulz(2.0**-6 * g))
+        assert torch.equal(newton_schulz(g), newton_schulz(2.0**20 * g))
+
+    @pytest.mark.parametrize("rank", [1, 3])
+    def test_directions_without_a_gradient_stay_without(self, rank):
+        g = random(2, 16, rank) @ random(2, rank, 24, seed=1)
+        exact = orthogonal_factor(g)
+        assert torch.linalg.matrix_rank(exact, atol=1e-6).tolist() == [rank, rank]
+        flat = newton_schulz(g, dtype=torch.float64)
+        assert (torch.linalg.svdvals(flat)[:, rank:] < 1e-6).all()
+
+
+class TestMuon:
+    @pytest.mark.parametrize("shape", [(48, 48), (32, 96), (96, 32)])
+    @pytest.mark.parametrize("nesterov", [True, False])
+    def test_it_agrees_with_pytorchs(self, shape, nesterov):
+        start = random(*shape, dtype=torch.float32)
+        theirs = torch.nn.Parameter(start.clone())
+        ours = torch.nn.Parameter(start[None].clone())
+        constants = {"lr": 0.02, "weight_decay": 0.1}
+        reference = torch.optim.Muon([theirs], momentum=0.9, nesterov=nesterov, **constants)
+        options = replace(MUON, momentum=0.9, nesterov=nesterov)
+        own = MatrixOptimizer([(ours, 1)], partial(muon_update, options=options), **constants)
+        for step in range(6):
+            theirs.grad = random(*shape, seed=step + 1, dtype=torch.float32)
+            ours.grad = theirs.grad[None].clone()
+            reference.step()
+            own.step()
+        moved = (theirs - start).norm()
+        assert (theirs - ours[0]).norm() < 0.02 * moved
+
+    def test_a_bank_is_many_matrices_and_not_one(self):
+        bank, g = torch.nn.Parameter(torch.zeros(2, 24, 8)), random(2, 24, 8, dtype=torch.float32)
+        optimizer = MatrixOptimizer([(bank, 3)], RULES["muon"], lr=1.0, weight_decay=0.0)
+        bank.grad = g
+        optimizer.step()
+        for matrix, gradient in zip(cut(bank.detach(), 3), cut(g, 3)):
+            wanted = -muon_update(gradient[None], {}, None, MUON)[0].float()
+            assert torch.allclose(matrix, wanted, atol=0.02)
+
+    def test_a_mean_and_a_sum_of_gradients_lead_the_same_way(self):
+        summed, state = torch.zeros(1, 16, 16, dtype=torch.float64), {}
+        exact = replace(MUON, iterations=0)
+        for seed in range(5):
+            g = random(1, 16, 16, seed=seed)
+            ours = muon_update(g, state, None, exact)
+            summed = 0.95 * summed + g
+            assert torch.allclose(ours, orthogonal_factor(g + 0.95 * summed), atol=1e-9)
+
+
+class TestSoap:
+    def test_in_fixed_bases_it_is_adam(self):
+        g = [random(1, 6, 9, seed=seed) for seed in range(8)]
+        bases = (torch.eye(6).double()[None], torch.eye(9).double()[None])
+        state = {"exp_avg": torch.zeros_like(g[0]), "exp_avg_sq": torch.zeros_like(g[0])}
+        state["step"] = torch.zeros(())
+        p = torch.nn.Parameter(torch.zeros(1, 6, 9, dtype=torch.float64))
+        adam, ours = torch.optim.Adam([p], lr=1.0, betas=(0.95, 0.95)), torch.zeros_like(p)
+        for gradient in g:
+            p.grad = gradient.clone()
+            adam.step()
+            ours = ours - adam_in(bases, gradient, state, SoapOptions())
+        assert torch.allclose(p, ours, atol=1e-9)
+
+    def test_it_turns_with_the_gradient(self):
+        left, right, states = rotation(8, 1), rotation(8, 2), ({}, {})
+        options = SoapOptions(every=3)
+        for seed in range(9):
+            g = random(2, 8, 8, seed=seed)
+            plain = soap_update(g, states[0], None, options)
+            turned = soap_update(left @ g @ right, states[1], None, options)
+            assert torch.allclose(turned, left @ plain @ right, atol=1e-4)
+
+    def test_orthogonal_iteration_arrives(self):
+        x = random(2, 12, 30)
+        covariance, basis = x @ x.mT, rotation(12, 5).expand(2, 12, 12).contiguous()
+        for _ in range(400):
+            basis, order = follow(covariance, basis)
+        wanted = eigenbasis(covariance)
+        assert torch.allclose((basis * wanted).sum(-2).abs(), torch.ones(2, 12).double(), atol=1e-3)
+        assert order.tolist() == [list(range(12))] * 2
+
+
+@pytest.mark.parametrize("rule", RULES)
+class TestEitherRule:
+    def test_a_broken_gradient_changes_nothing(self, rule):
+        bank = torch.nn.Parameter(random(2, 12, 4, dtype=torch.float32))
+        optimizer = MatrixOptimizer([(bank, 3)], RULES[rule], lr=0.1, weight_decay=0.1)
+        optimizer.found_inf = torch.zeros(())
+        for seed in range(3):
+            bank.grad = random(2, 12, 4, seed=seed, dtype=torch.float32)
+            optimizer.step()
+        weights = bank.detach().clone()
+        state = {name: value.clone() for name, value in optimizer.state[bank].items()}
+        bank.grad, optimizer.found_inf = torch.full_like(bank, math.nan), torch.ones(())
+        optimizer.step()
+        assert torch.equal(bank, weights) and bank.isfinite().all()
+        assert all(torch.equal(value, state[name]) for name, value in optimizer.state[bank].items())
+
+    def test_resuming_is_exact(self, rule, brief, tmp_path):
+        run = vary(brief, {"matrix.rule": rule, "matrix.lr": 0.01})
+        whole = train(run, tmp_path / "whole", echo=None)
+        train(vary(run, {"max_steps": 7}), tmp_path / "cut", echo=None)
+        moments = load_checkpoint(latest_checkpoint(tmp_path / "cut"))[1]
+        assert any(name.startswith("mlp_up/") for name in moments)
+        resumed = train(run, tmp_path / "cut", again=True, echo=None)
+        for (name, a), (_, b) in zip(
+            whole.model.named_parameters(), resumed.model.named_parameters()
+        ):
+            assert torch.equal(a, b), name
+
+    def test_the_plain_architecture_refuses_it(self, rule):
+        run = vary(preset("baseline"), {"matrix.rule": rule})
+        with pytest.raises(Problem, match="no banks of matrices"):
+            check_config(run)
+
+
+class TestTwoOptimizers:
+    def test_adamw_with_a_rate_of_its_own_is_adamw(self, brief, tmp_path):
+        """The same rate said twice, in two optimizers, trains the same bits as one optimizer."""
+        one = train(brief, tmp_path / "one", echo=None)
+        twice = train(vary(brief, {"matrix.lr": brief.optim.lr}), tmp_path / "two", echo=None)
+        assert len(one.optimizers) == 1 and len(twice.optimizers) == 2
+        for (name, a), (_, b) in zip(one.model.named_parameters(), twice.model.named_parameters()):
+            assert torch.equal(a, b), name
+
+    def test_rates_keep_their_ratio_through_the_schedule(self, brief, tmp_path):
+        run = train(vary(brief, {"matrix.rule": "muon", "matrix.lr": 0.02}), tmp_path, echo=None)
+        first, second = (optimizer.param_groups[0]["lr"] for optimizer in run.optimizers)
+        assert second / first == pytest.approx(0.02 / brief.optim.lr)
+        assert (
+            make_optimizers(brief, run.model, run.model.decays())[0].param_groups[0]["lr"] > first
+        )
+
+
+@pytest.mark.slow
+def test_the_three_winners_keep_their_order_for_sixty_steps(tmp_path, embedded):
+    from speedrun.measure.newton_schulz import RULES as ARMS
+    from speedrun.measure.newton_schulz import winners
+
+    brief, losses = {"steps": 60, "optim.warmup_steps": 10, "val_every": 60}, {}
+    for rule, run in winners().items():
+        done = train(vary(run, brief | {"val_tokens": 32_768}), tmp_path / rule, echo=None)
+        losses[rule] = done.log and last_loss(tmp_path / rule)
+    assert list(losses) == list(ARMS)
+    assert losses["muon"] < losses["soap"] < losses["adamw"], losses
+
+
+def last_loss(folder) -> float:
+    from speedrun.lab.runlog import read_metrics, series
+
+    return series(read_metrics(folder / "metrics.jsonl"), "val")[-1]["val_loss"]
