@@ -588,3 +588,216 @@ def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
     }
     done = dict(zip(runs, train_many(list(runs.values()))))
     return {"arms": {arm: [done[arm, seed] for seed in range(seeds)] for arm in arms}}, facts
+
+
+# %%
+from speedrun.lab.results import measured_on
+from speedrun.lab.stats import describe, p_difference
+
+result = load_result("newton_schulz", "grid")
+loss_at = {
+    tuple(name.split()): runs[0]["val_loss"] for name, runs in result["data"]["arms"].items()
+}
+NAMES_OF = {"adamw": "AdamW", "soap": "SOAP", "muon": "Muon"}
+lowest = {rule: min((k for k in loss_at if k[0] == rule), key=loss_at.get) for rule in RULES}
+assert len(loss_at) == len(RULES) * len(RATES) * len(OTHERS) == 96
+assert all(RATES[0] < float(rate) < RATES[-1] for _, rate, _ in lowest.values()), "not at an edge"
+assert loss_at[lowest["muon"]] < loss_at[lowest["soap"]] < loss_at[lowest["adamw"]]
+for rule, (_, rate, other) in lowest.items():
+    print(
+        f"{NAMES_OF[rule]:5} {loss_at[lowest[rule]]:.3f} at a rate of {rate}, {other} for the rest"
+    )
+print(measured_on(result))
+
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Validation loss after 600 steps against the rate of the matrices for AdamW, SOAP and Muon, each at its best rate for the rest"}}
+fig, axis = plt.subplots(figsize=(5.6, 3.8))
+for n, rule in enumerate(RULES):
+    curve = [min(loss_at[rule, f"{rate:g}", f"{other:g}"] for other in OTHERS) for rate in RATES]
+    axis.semilogx(RATES, curve, "o-", ms=4, color=f"C{n}", label=NAMES_OF[rule])
+axis.set_ylim(None, loss_at[lowest["adamw"]] + 0.25)
+axis.set_xticks(RATES, [f"{rate:g}" for rate in RATES])
+axis.minorticks_off()
+axis.set_xlabel("rate of the matrices; the rest at each point's best")
+axis.set_ylabel("validation loss after 600 steps")
+axis.legend()
+gap = loss_at[lowest["adamw"]] - loss_at[lowest["muon"]]
+axis.set_title(f"tuned on the same grid, Muon ends {gap:.2f} nats below AdamW")
+plt.show()
+
+# %% [markdown]
+# One run a point, so the curve is a map and not a proof. Its lesson stands even so: the three valleys lie at different rates, and whoever compares two optimizers at one rate measures where that rate lies in each valley. The proof is the winners, nine seeds each, all of them started from the same nine sets of weights:
+
+
+# %%
+def samples_of(name: str) -> dict:
+    """The final losses of each arm of a measurement."""
+    arms = load_result("newton_schulz", name)["data"]["arms"]
+    return {arm: describe(run["val_loss"] for run in runs) for arm, runs in arms.items()}
+
+
+won, lasting, clocked = (samples_of(name) for name in ("winners", "long", "clock"))
+pace = load_result("newton_schulz", "pace")["data"]["median"]
+for title, found, ours in (
+    ("600 steps", won, won["muon"]),
+    ("4,000 steps", lasting, lasting["muon"]),
+    ("as long as 600 of Muon's", clocked | {"muon": won["muon"]}, won["muon"]),
+):
+    print(title)
+    for rule in RULES:
+        p_value = "" if rule == "muon" else f"  p = {p_difference(found[rule], ours):.0e}"
+        print(f"  {NAMES_OF[rule]:5} {found[rule]}  {found[rule].mean - ours.mean:+.3f}{p_value}")
+assert won["muon"].n == clocked["adamw"].n == 9 and lasting["muon"].n == 3
+print(measured_on(load_result("newton_schulz", "winners")))
+
+# %% [markdown]
+# ### The bill
+#
+# The prediction can be settled now. An iteration multiplies an $m \times n$ matrix, $m \le n$, three times: $X X^\top$ and the last product cost $2m^2n$ FLOPs each, the square of the small matrix $2m^3$. Forward and backward through the same matrix, with $B$ tokens in a step, cost $6mnB$. For a square matrix and five iterations the ratio is $30m^3/6m^2B = 5m/B$: it does not depend on anything but the width and the batch.
+
+# %%
+from torch.utils.flop_counter import FlopCounterMode
+
+from speedrun.model.gpt import GPTOptions, model_flops_per_token, parameter_table
+
+
+def newton_schulz_flops(rows: int, cols: int, iterations: int = 5) -> int:
+    """FLOPs of the iterations for one matrix."""
+    m, n = sorted((rows, cols))
+    return iterations * (4 * m * m * n + 2 * m**3)
+
+
+def dearer(shape: GPTOptions, vocab_size: int, seq_len: int, step_tokens: int) -> float:
+    """FLOPs of orthogonalising all matrices of the blocks, as a share of a training step's."""
+    total = 0
+    for row in parameter_table(shape, vocab_size):
+        if row.matrices:
+            slices, rows, cols = row.shape
+            total += slices * row.matrices * newton_schulz_flops(rows // row.matrices, cols)
+    return total / (step_tokens * model_flops_per_token(shape, vocab_size, seq_len))
+
+
+with FlopCounterMode(display=False) as counter:
+    newton_schulz(torch.randn(96, 64))
+assert counter.get_total_flops() == newton_schulz_flops(96, 64)
+laptop = preset("cpu")
+shares = {
+    "record 4": dearer(GPTOptions(), 50_257, 1024, 524_288),
+    "the laptop": dearer(laptop.model, 288, laptop.data.seq_len, laptop.data.step_tokens),
+}
+measured = pace["muon"] / pace["adamw"] - 1
+assert shares["record 4"] < 0.01 and 0.3 < shares["the laptop"] < 0.7
+for name, share in shares.items():
+    print(f"{name}: {share:.1%} more FLOPs a step")
+print(
+    f"the laptop, by its clock: {measured:.0%} more time; SOAP {pace['soap'] / pace['adamw'] - 1:.0%}"
+)
+print(measured_on(load_result("newton_schulz", "pace")))
+
+# %% [markdown]
+# Seven tenths of a per cent for the record, more than half of a step for the laptop. Muon is nearly free *where the batch is large*, and the contest's is. On the laptop's clock the price is smaller than in FLOPs, since much of its step is not multiplying at all. SOAP multiplies less at each step and decomposes more at every tenth.
+#
+# ### Which part does it?
+
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Change of the final loss when one part of Muon is taken away, three seeds each, against Muon as it is"}}
+parts = load_result("newton_schulz", "parts")["data"]["arms"]
+as_it_is = [
+    run["val_loss"] for run in load_result("newton_schulz", "winners")["data"]["arms"]["muon"]
+]
+change = {
+    part: [run["val_loss"] - whole for run, whole in zip(runs, as_it_is)]
+    for part, runs in parts.items()
+}
+means = {part: sum(values) / len(values) for part, values in change.items()}
+order = sorted(means, key=means.get)
+fig, axis = plt.subplots(figsize=(5.6, 2.9))
+for y, part in enumerate(order):
+    axis.plot(change[part], [y] * 3, "o", ms=5, color="C2", alpha=0.8)
+axis.axvline(0, color="0.5", lw=0.8)
+spread = describe(as_it_is).sd
+axis.axvspan(-2 * spread, 2 * spread, color="0.9", zorder=0)
+axis.set_yticks(range(len(order)), order)
+axis.set_xlabel("change of the loss, same seed (nats a token); grey: ±2 sd")
+axis.set_title(f"without {order[-1].removeprefix('no ')}: {means[order[-1]]:+.2f} nats")
+plt.show()
+
+# %% [markdown]
+# @@PARTS@@
+#
+# ## What it buys
+#
+# The public ladder has the same comparison at full size. Record 2 read 9,536 steps of 524,288 tokens with a tuned AdamW; record 4 reached the target in 6,200 with Muon and a schedule of its own. A race of optimizers at record 7, one run each, ended with Muon at 3.2760 and 142 ms a step, SOAP at 3.2752 and 301 ms, AdamW at 3.3406 and 139 ms {cite}`moddednanogpt`. A step of SOAP is worth a step of Muon there, too. The clock decides.
+
+# %%
+from speedrun.lab.results import public_table
+
+ladder = {row["record"]: row for row in public_table("records")}
+steps = {n: int(ladder[n]["steps"]) for n in ("2", "4")}
+assert steps == {"2": 9536, "4": 6200}
+assert ladder["2"]["tokens_per_step_start"] == ladder["4"]["tokens_per_step_start"] == "524288"
+saved = float(ladder["2"]["record_time_s"]) - float(ladder["4"]["record_time_s"])
+print(
+    f"{1 - steps['4'] / steps['2']:.0%} fewer steps; {saved:.0f} s, of which records 3 and 4 share the credit"
+)
+
+# %% [markdown]
+# ## When it fails
+#
+# Orthogonalising is right for what *multiplies* a stream whose directions all matter. An embedding is looked up, not multiplied: most rows of its gradient are zero, and lifting all singular values to one would move every row, seen or not. Gains and biases have no singular values worth the name. So Muon is always half of an optimizer, and the other half is AdamW.
+#
+# It needs whole matrices. AdamW can be cut anywhere: a GPU that holds a thousandth of the weights can update that thousandth. A matrix has to be in one place to be multiplied by itself, which is why sharing the work among eight GPUs takes a chapter.
+#
+# And it is deaf to the gradient's size. Where a matrix has nothing left to learn, Muon goes on moving it by a full step in every direction in which there is any gradient at all, noise included. Only the schedule brings it to rest. That is the other reason why a rate has to end at zero.
+#
+# ## What did not work
+#
+# The contest tried the obvious neighbours. Distributed Shampoo ended at 3.2858 in the race above, between AdamW and SOAP. Sophia, Lion and schedule-free AdamW gained nothing over AdamW. Later, blending Adam's update and Muon's on the same matrix was worse than either, and so was orthogonalising each head of queries, keys, values and outputs by itself (record 48's trials; record 80 found a grouping of queries and keys by pairs of heads that pays).
+#
+# ## Exercises
+#
+# 1. How many iterations does a polynomial need? Write `iterations_needed(coefficients, smallest, floor)`: the number of times that the quintic has to be applied until `smallest` is at least `floor`. Compare Newton and Schulz's cubic with Keller Jordan's quintic.
+
+
+# %% tags=["solution"]
+def iterations_needed(
+    coefficients: tuple[float, float, float], smallest: float, floor: float
+) -> int:
+    """Applications of the polynomial until a singular value of `smallest` has reached `floor`."""
+    sigma, count = smallest, 0
+    while sigma < floor:
+        sigma, count = p(sigma, coefficients), count + 1
+    return count
+
+
+# %%
+CUBIC = (1.5, -0.5, 0.0)
+assert iterations_needed(CUBIC, 0.5, 0.5) == 0
+assert iterations_needed(QUINTIC, 1 / 600, 0.68) == 5 < iterations_needed(CUBIC, 1 / 600, 0.68)
+print(f"to lift 1/600: quintic 5, cubic {iterations_needed(CUBIC, 1 / 600, 0.68)}")
+
+# %% [markdown]
+# 2. The three rulers of this chapter are the beginning of a family. For an embedding, “long” should mean the largest *row*: no token may move by more than 1. Write `steepest_by_rows(g)`, the best step of length 1 by that ruler, and see that it treats a frequent and a rare token alike.
+
+
+# %% tags=["solution"]
+def steepest_by_rows(g: Tensor) -> Tensor:
+    """The step that lowers ⟨g, step⟩ most when no row may be longer than 1; rows without a gradient stay."""
+    length = g.norm(dim=-1, keepdim=True)
+    return -torch.where(length > 0, g / length, 0.0)
+
+
+# %%
+rows_of = torch.tensor([[300.0, -400.0], [0.0, 0.0], [0.003, 0.004]])
+step = steepest_by_rows(rows_of)
+assert torch.allclose(step, torch.tensor([[-0.6, 0.8], [0.0, 0.0], [-0.6, -0.8]]))
+rivals = torch.nn.functional.normalize(torch.randn(1000, 3, 2, generator=generator), dim=-1)
+assert (rivals * rows_of).sum((-2, -1)).min() >= (step * rows_of).sum() - 1e-3
+
+# %%
+import shutil
+
+shutil.rmtree(scratch)
+
+# %% [markdown]
+# ## Since then
+#
+# Record 38 replaced the quintic by five different ones, each the best for what the last has left over (Polar Express). Record 41 rescales the result row by row (NorMuon), record 43 lets weights decay only where the step agrees. Record 24 shares the work by scattering gradients and gathering weights, record 57 keeps the weights in bf16 with their lost bits beside them. The idea has not been replaced.

@@ -145,14 +145,21 @@ def flag(name: str) -> str:
     return name.replace("_", "-")
 
 
+# %%
+flat = fields_of(Config())
+assert flat["model.layers"] == 12 and flat["optim.betas"] == (0.9, 0.95) and "model" not in flat
+assert largest_divisor(768, 13) == 12 and flag("optim.warmup_steps") == "optim.warmup-steps"
+
+
+# %%
+#| export
 LEAST = {"model.layers": 1, "model.heads": 1, "model.width": 1, "model.context": 1, "steps": 1}
 LEAST |= {"val_every": 1, "val_tokens": 1, "log_every": 1}
 LEAST |= dict.fromkeys(("max_steps", "warmup", "checkpoint_every", "optim.warmup_steps"), 0)
 
 
-def check_config(config: Config, world: int = 1) -> Config:
-    """The config itself, after checking what can be known beforehand. world: ranks that will share it."""
-    fields, model, data = fields_of(config), config.model, config.data
+def check_ranges(fields: dict[str, Any]) -> None:
+    """Refuse counts that are too small, and rates and deviations that are none."""
     for name, least in LEAST.items():
         if fields[name] < least:
             what = f"{name}={fields[name]} must be at least {least}"
@@ -160,6 +167,23 @@ def check_config(config: Config, world: int = 1) -> Config:
     for name in ("optim.lr", "model.init_std"):
         if not 0 < fields[name] < math.inf:
             raise Problem(f"{name}={fields[name]} must be positive", f"--{flag(name)} 0.001, say")
+
+
+# %%
+for nonsense in ({"val_every": 0}, {"model.init_std": -1.0}, {"optim.lr": float("nan")}):
+    try:
+        check_ranges(fields_of(Config()) | nonsense)
+        raise AssertionError("accepted")
+    except Problem as problem:
+        print(problem)
+
+
+# %%
+#| export
+def check_config(config: Config, world: int = 1) -> Config:
+    """The config itself, after checking what can be known beforehand. world: ranks that will share it."""
+    model, data = config.model, config.data
+    check_ranges(fields_of(config))
     micro = check_options(data, world)
     if data.mode == "documents":
         what = "data.mode=documents: this model's attention cannot keep documents apart"
@@ -171,8 +195,8 @@ def check_config(config: Config, world: int = 1) -> Config:
         what = f"a width of {model.width} cannot be shared by {model.heads} heads"
         raise Problem(what, f"--model.heads {largest_divisor(model.width, model.heads)}")
     if config.architecture == "baseline" and config.matrix != MatrixOptions():
-        what = "architecture=baseline has no banks of matrices that another rule could update"
-        raise Problem(what, "--architecture gpt")
+        fix = "--architecture gpt: the plain one has no banks for --matrix.rule to update"
+        raise Problem("there are no banks of matrices", fix)
     if config.val_tokens < world * micro:
         what = f"val_tokens={config.val_tokens} are less than a micro-batch of {micro} for each of {world} ranks"
         raise Problem(what, f"--val-tokens {world * micro} or more")
@@ -180,14 +204,12 @@ def check_config(config: Config, world: int = 1) -> Config:
 
 
 # %%
-assert check_config(Config()) == Config() and largest_divisor(768, 13) == 12
+assert check_config(Config()) == Config()
 wrong = [
     Config(data=DataOptions(seq_len=2048)),
     Config(model=GPTOptions(heads=13)),
-    Config(val_every=0),
     Config(val_tokens=1000),
     Config(data=DataOptions(mode="documents")),
-    Config(optim=AdamWOptions(lr=math.nan)),
     Config(architecture="baseline", matrix=MatrixOptions(rule="muon")),
 ]
 for config in wrong:

@@ -933,6 +933,7 @@ def keep(run: Run) -> Path | None:
     saved = save_checkpoint(
         run.folder, run.step, named, optimizer_tensors(run.optimizers, named), facts
     )
+    run.heart.phase("train", run.step)
     if isinstance(saved, str):
         run.log.line(f"no checkpoint at step {run.step}, going on without: {saved}")
         return None
@@ -1104,7 +1105,6 @@ def run_loop(run: Run, step=train_step) -> str:
         if run.step % (config.checkpoint_every or last) == 0 and run.step < last:
             with paused(run.clock, marks):
                 keep(run)
-                run.heart.phase("train", run.step)
 
 
 # %% [markdown]

@@ -16,7 +16,8 @@ from speedrun.lab.results import root, save_result
 
 def main(arguments: list[str]) -> int:
     """Dispatch to speedrun.measure.<slug>.measure and save what it returns."""
-    known = sorted(path.stem for path in (root() / "speedrun" / "measure").glob("[!_]*.py"))
+    files = (root() / "speedrun" / "measure").glob("[!_]*.py")
+    known = sorted(path.stem for path in files if "\ndef measure(" in path.read_text("utf-8"))
     if not arguments or arguments[0] not in known:
         print(f"{__doc__}\nmeasurements: {', '.join(known)}", file=sys.stderr)
         return 2

@@ -90,9 +90,8 @@ LEAST |= {"val_every": 1, "val_tokens": 1, "log_every": 1}
 LEAST |= dict.fromkeys(("max_steps", "warmup", "checkpoint_every", "optim.warmup_steps"), 0)
 
 
-def check_config(config: Config, world: int = 1) -> Config:
-    """The config itself, after checking what can be known beforehand. world: ranks that will share it."""
-    fields, model, data = fields_of(config), config.model, config.data
+def check_ranges(fields: dict[str, Any]) -> None:
+    """Refuse counts that are too small, and rates and deviations that are none."""
     for name, least in LEAST.items():
         if fields[name] < least:
             what = f"{name}={fields[name]} must be at least {least}"
@@ -100,6 +99,12 @@ def check_config(config: Config, world: int = 1) -> Config:
     for name in ("optim.lr", "model.init_std"):
         if not 0 < fields[name] < math.inf:
             raise Problem(f"{name}={fields[name]} must be positive", f"--{flag(name)} 0.001, say")
+
+
+def check_config(config: Config, world: int = 1) -> Config:
+    """The config itself, after checking what can be known beforehand. world: ranks that will share it."""
+    model, data = config.model, config.data
+    check_ranges(fields_of(config))
     micro = check_options(data, world)
     if data.mode == "documents":
         what = "data.mode=documents: this model's attention cannot keep documents apart"
@@ -111,8 +116,8 @@ def check_config(config: Config, world: int = 1) -> Config:
         what = f"a width of {model.width} cannot be shared by {model.heads} heads"
         raise Problem(what, f"--model.heads {largest_divisor(model.width, model.heads)}")
     if config.architecture == "baseline" and config.matrix != MatrixOptions():
-        what = "architecture=baseline has no banks of matrices that another rule could update"
-        raise Problem(what, "--architecture gpt")
+        fix = "--architecture gpt: the plain one has no banks for --matrix.rule to update"
+        raise Problem("there are no banks of matrices", fix)
     if config.val_tokens < world * micro:
         what = f"val_tokens={config.val_tokens} are less than a micro-batch of {micro} for each of {world} ranks"
         raise Problem(what, f"--val-tokens {world * micro} or more")
