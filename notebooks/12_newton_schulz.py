@@ -694,7 +694,7 @@ print(
 print(measured_on(load_result("newton_schulz", "pace")))
 
 # %% [markdown]
-# Seven tenths of a per cent for the record, more than half of a step for the laptop. Muon is nearly free *where the batch is large*, and the contest's is. On the laptop's clock the price is smaller than in FLOPs, since much of its step is not multiplying at all. SOAP multiplies less at each step and decomposes more at every tenth.
+# Seven tenths of a per cent for the record, more than half of a step for the laptop. Muon is nearly free *where the batch is large*, and the contest's is. On the laptop's clock the price is smaller than in FLOPs: the iterations run in bf16 and the model here in float32, and much of a small model's step is not multiplying at all. SOAP pays with products by square matrices of both sizes, the larger included, and with a QR decomposition at every tenth step.
 #
 # ### Which part does it?
 
