@@ -371,7 +371,7 @@ print(f"largest difference of any logit: {difference:.0e}")
 #| export
 @dataclass(frozen=True)
 class AdamWOptions:
-    """AdamW and its schedule. The defaults are llm.c's for the 124M model."""
+    """AdamW, and the ends of its rate. The defaults are llm.c's for the 124M model."""
 
     lr: float = 6e-4
     """Peak learning rate."""
@@ -389,18 +389,14 @@ class AdamWOptions:
     """Rate at the last step, as a share of the peak."""
 
 
-def learning_rate(step: int, steps: int, options: AdamWOptions) -> float:
-    """The rate of a step (0 … steps − 1): a line up, then half a cosine down."""
-    if step < options.warmup_steps:
-        return options.lr * (step + 1) / options.warmup_steps
-    progress = (step - options.warmup_steps) / max(1, steps - options.warmup_steps)
-    cosine = 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
-    return options.lr * (options.final_lr + (1 - options.final_lr) * cosine)
-
+# %% [markdown]
+# What the rate does between its ends is a choice of its own, and [chapter 14](14_schedule.py) has the function for it. Of the two shapes that it knows, llm.c's is the first:
 
 # %%
-plan = AdamWOptions()
-rates = [learning_rate(step, 19_560, plan) for step in range(19_560)]
+from speedrun.optim.schedule import ScheduleOptions, learning_rate
+
+plan, shape = AdamWOptions(), ScheduleOptions(shape="cosine")
+rates = [learning_rate(step, 19_560, plan, shape) for step in range(19_560)]
 assert 19_560 * 512 * 1024 == float(ladder["1"]["total_train_tokens"])
 assert math.isclose(max(rates), 6e-4) and rates.index(max(rates)) in (699, 700)
 assert math.isclose(rates[0], 6e-4 / 700) and rates[-1] < 1e-10
@@ -469,7 +465,8 @@ loader = Loader(DataOptions("data/embedded", seq_len=64, step_tokens=1024, grad_
 torch.manual_seed(0)
 shape = GPT2Options(layers=2, heads=2, width=128, context=64, init_std=0.05)
 model = GPT2(shape, loader.shards.manifest.vocab_size)
-options, steps, losses = AdamWOptions(lr=4e-3, warmup_steps=10), 120, []
+options, cosine = AdamWOptions(lr=4e-3, warmup_steps=10), ScheduleOptions(shape="cosine")
+steps, losses = 120, []
 optimizer = make_adamw(dict(model.named_parameters()), decays_by_shape(model), options)
 
 # %%
@@ -479,7 +476,7 @@ for step in range(steps):
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), options.grad_clip)
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate(step, steps, options)
+        group["lr"] = learning_rate(step, steps, options, cosine)
     optimizer.step()
     optimizer.zero_grad()
     losses.append(loss.item())

@@ -35,7 +35,7 @@ assert 2**25 == 33_554_432
 #
 # ## The idea
 #
-# A run is a **value**. It is made of small frozen dataclasses, each exported by the chapter that explains its fields: what the data loader reads ([chapter 02](02_data.py)), the optimizer ([03](03_baseline.py)), the shape of the model ([21](21_model.py)). This chapter puts them side by side and adds what belongs to the run as a whole. Being a value,
+# A run is a **value**. It is made of small frozen dataclasses, each exported by the chapter that explains its fields: what the data loader reads ([chapter 02](02_data.py)), the optimizer ([03](03_baseline.py)) and its schedule ([14](14_schedule.py)), the shape of the model ([21](21_model.py)). This chapter puts them side by side and adds what belongs to the run as a whole. Being a value,
 # it can be printed, compared, saved in the log, and varied: *this run, but with that field changed* is an expression, and an ablation is a list of such expressions.
 #
 # Three rules keep it honest. A module reads only its own options, so that one can tell from a signature what a function depends on. A field that is off leaves nothing behind in the compiled program, so that turning a technique off measures its absence and not the presence of an `if`. (The chapter of each technique asserts it.) And the vocabulary is *not* here: it is a property of the text and stands in the
@@ -67,6 +67,7 @@ from speedrun.lab.hardware import Problem
 from speedrun.model.baseline import AdamWOptions
 from speedrun.model.gpt import GPTOptions
 from speedrun.optim.newton_schulz import MatrixOptions
+from speedrun.optim.schedule import ScheduleOptions
 
 PresetName = Literal["smoke", "cpu", "small", "record", "baseline"]
 
@@ -84,9 +85,11 @@ class Config:
     model: GPTOptions = field(default_factory=GPTOptions)
     """The shape of the model."""
     optim: AdamWOptions = field(default_factory=AdamWOptions)
-    """The optimizer and its schedule."""
+    """The optimizer, and where its rate begins and ends."""
     matrix: MatrixOptions = field(default_factory=MatrixOptions)
     """Another rule for the matrices of the blocks."""
+    schedule: ScheduleOptions = field(default_factory=ScheduleOptions)
+    """How the rate gets from its peak to its end."""
     data: DataOptions = field(default_factory=DataOptions)
     """What a step reads."""
     steps: int = 19_560
@@ -159,7 +162,7 @@ LEAST |= dict.fromkeys(("max_steps", "warmup", "checkpoint_every", "optim.warmup
 
 
 def check_ranges(fields: dict[str, Any]) -> None:
-    """Refuse counts that are too small, and rates and deviations that are none."""
+    """Refuse counts that are too small, and rates, deviations and shares that are none."""
     for name, least in LEAST.items():
         if fields[name] < least:
             what = f"{name}={fields[name]} must be at least {least}"
@@ -167,10 +170,15 @@ def check_ranges(fields: dict[str, Any]) -> None:
     for name in ("optim.lr", "model.init_std"):
         if not 0 < fields[name] < math.inf:
             raise Problem(f"{name}={fields[name]} must be positive", f"--{flag(name)} 0.001, say")
+    share = fields["schedule.cooldown"]
+    if not 0 < share <= 1:
+        what = f"schedule.cooldown={share} is no share of the steps"
+        raise Problem(what, "--schedule.cooldown 0.6, say: more than 0, and at most 1")
 
 
 # %%
-for nonsense in ({"val_every": 0}, {"model.init_std": -1.0}, {"optim.lr": float("nan")}):
+odd = ({"model.init_std": -1.0}, {"optim.lr": float("nan")}, {"schedule.cooldown": 60.0})
+for nonsense in ({"val_every": 0}, *odd):
     try:
         check_ranges(fields_of(Config()) | nonsense)
         raise AssertionError("accepted")
@@ -451,7 +459,7 @@ assert firsts["cpu"] == firsts["small"] == firsts["record"] != firsts["baseline"
 # %%
 #| export config
 # dotted name → what a run saved before the field existed has for it
-ABSENT: dict[str, Any] = {"matrix": MatrixOptions()}
+ABSENT: dict[str, Any] = {"matrix": MatrixOptions(), "schedule": ScheduleOptions()}
 
 
 def config_from_json(saved: dict, kind: type = Config, prefix: str = "") -> Any:
@@ -484,8 +492,9 @@ for name in (*PRESETS, *HISTORY):
     whole = dataclasses.asdict(preset(name))
     saved = json.loads(json.dumps(whole))
     assert dataclasses.asdict(config_from_json(saved)) == whole
-    del saved["matrix"]  # as in the days before chapter 12
-    assert config_from_json(saved).matrix == ABSENT["matrix"]
+    for later in ABSENT:  # as in the days before chapters 12 and 14
+        del saved[later]
+    assert all(getattr(config_from_json(saved), later) == ABSENT[later] for later in ABSENT)
 known_by_heart = dataclasses.asdict(preset("cpu"))
 wrong_saves = ({"flux_capacitor": True}, {"steps": "many"}, {"precision": "bf16"})
 for wrong_save in (*(known_by_heart | wrong for wrong in wrong_saves), {"preset": "cpu"}):
@@ -585,6 +594,7 @@ from speedrun.lab.results import is_docstring, module_file
 
 homes = {"Config": "config", "DataOptions": "data.loader", "AdamWOptions": "model.baseline"}
 homes |= {"GPTOptions": "model.gpt", "MatrixOptions": "optim.newton_schulz"}
+homes |= {"ScheduleOptions": "optim.schedule"}
 explained = 0
 for kind, home in homes.items():
     tree = ast.parse(module_file(f"speedrun.{home}").read_text(encoding="utf-8"))

@@ -93,8 +93,9 @@ from speedrun.data.tokenizer import decode_bytes
 from speedrun.lab.hardware import Problem, setup
 from speedrun.lab.results import module_file, module_hashes, root, stamp
 from speedrun.lab.runlog import RunLog, format_line, parse_line
-from speedrun.model.baseline import learning_rate, make_adamw
+from speedrun.model.baseline import make_adamw
 from speedrun.optim.newton_schulz import MatrixOptimizer, MatrixOptions, muon_update
+from speedrun.optim.schedule import learning_rate
 from speedrun.optim.soap import soap_update
 from speedrun.model.gpt import GPT, model_flops_per_token
 
@@ -407,7 +408,7 @@ def update(run: "Run") -> Tensor:
     finite = torch.isfinite(total)
     length = torch.where(finite, total, 0.0)  # a broken gradient is not scaled: it stays what it is
     nn.utils.clip_grads_with_norm_(parameters, optim.grad_clip or math.inf, length)
-    rate = learning_rate(run.step, run.config.steps, optim)
+    rate = learning_rate(run.step, run.config.steps, optim, run.config.schedule)
     broken = (~finite).float()
     for optimizer in run.optimizers:
         for group in optimizer.param_groups:

@@ -15,6 +15,7 @@ from speedrun.lab.hardware import Problem
 from speedrun.model.baseline import AdamWOptions
 from speedrun.model.gpt import GPTOptions
 from speedrun.optim.newton_schulz import MatrixOptions
+from speedrun.optim.schedule import ScheduleOptions
 
 PresetName = Literal["smoke", "cpu", "small", "record", "baseline"]
 
@@ -30,9 +31,11 @@ class Config:
     model: GPTOptions = field(default_factory=GPTOptions)
     """The shape of the model."""
     optim: AdamWOptions = field(default_factory=AdamWOptions)
-    """The optimizer and its schedule."""
+    """The optimizer, and where its rate begins and ends."""
     matrix: MatrixOptions = field(default_factory=MatrixOptions)
     """Another rule for the matrices of the blocks."""
+    schedule: ScheduleOptions = field(default_factory=ScheduleOptions)
+    """How the rate gets from its peak to its end."""
     data: DataOptions = field(default_factory=DataOptions)
     """What a step reads."""
     steps: int = 19_560
@@ -91,7 +94,7 @@ LEAST |= dict.fromkeys(("max_steps", "warmup", "checkpoint_every", "optim.warmup
 
 
 def check_ranges(fields: dict[str, Any]) -> None:
-    """Refuse counts that are too small, and rates and deviations that are none."""
+    """Refuse counts that are too small, and rates, deviations and shares that are none."""
     for name, least in LEAST.items():
         if fields[name] < least:
             what = f"{name}={fields[name]} must be at least {least}"
@@ -99,6 +102,10 @@ def check_ranges(fields: dict[str, Any]) -> None:
     for name in ("optim.lr", "model.init_std"):
         if not 0 < fields[name] < math.inf:
             raise Problem(f"{name}={fields[name]} must be positive", f"--{flag(name)} 0.001, say")
+    share = fields["schedule.cooldown"]
+    if not 0 < share <= 1:
+        what = f"schedule.cooldown={share} is no share of the steps"
+        raise Problem(what, "--schedule.cooldown 0.6, say: more than 0, and at most 1")
 
 
 def check_config(config: Config, world: int = 1) -> Config:
@@ -242,7 +249,7 @@ def at_cpu_size(config: Config, steps: int = 20) -> Config:
 
 # %% Saved, and said
 # dotted name → what a run saved before the field existed has for it
-ABSENT: dict[str, Any] = {"matrix": MatrixOptions()}
+ABSENT: dict[str, Any] = {"matrix": MatrixOptions(), "schedule": ScheduleOptions()}
 
 
 def config_from_json(saved: dict, kind: type = Config, prefix: str = "") -> Any:

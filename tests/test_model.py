@@ -12,7 +12,6 @@ from speedrun.model.baseline import (
     GPT2Options,
     decays_by_shape,
     flops_per_token,
-    learning_rate,
     make_adamw,
     parameter_count,
 )
@@ -169,19 +168,6 @@ class TestHuggingFace:
 
 
 class TestOptimizer:
-    def test_the_schedule_has_no_corners_but_one(self):
-        options = AdamWOptions(lr=1.0, warmup_steps=10, final_lr=0.1)
-        rates = [learning_rate(step, 100, options) for step in range(100)]
-        assert (
-            rates[0] == pytest.approx(0.1)
-            and max(rates) == pytest.approx(1.0)
-            and rates[-1] == pytest.approx(0.1, abs=0.001)
-        )
-        assert rates[:10] == sorted(rates[:10]) and rates[10:] == sorted(rates[10:], reverse=True)
-        assert learning_rate(5, 5, AdamWOptions(warmup_steps=700)) > 0, (
-            "a run shorter than its warm-up"
-        )
-
     def test_only_what_should_decay_decays(self):
         model = GPT(GPTOptions(1, 1, 8, 4), 9)
         with torch.no_grad():

@@ -118,12 +118,8 @@ class TestProof:
         assert "0 of 1 results are stale" in prove(project)[0]
 
     def test_another_arithmetic_is_not(self, project):
-        edit(project / "speedrun/model/baseline.py", "0.5 * (1 + math.cos", "0.499 * (1 + math.cos")
-        edit(
-            project / "speedrun/model/baseline.py",
-            "if step < options.warmup_steps:",
-            "if step < 0:",
-        )
+        edit(project / "speedrun/optim/schedule.py", "0.5 * (1 + math.cos", "0.499 * (1 + math.cos")
+        edit(project / "speedrun/optim/schedule.py", "if step < warmup:", "if step < 0:")
         said, result = prove(project)
         assert "trains differently: run 1 of 1, from step" in said and "proof" not in result
 

@@ -128,7 +128,7 @@ def flops_per_token(
 # %% The optimizer
 @dataclass(frozen=True)
 class AdamWOptions:
-    """AdamW and its schedule. The defaults are llm.c's for the 124M model."""
+    """AdamW, and the ends of its rate. The defaults are llm.c's for the 124M model."""
 
     lr: float = 6e-4
     """Peak learning rate."""
@@ -144,15 +144,6 @@ class AdamWOptions:
     """Steps in which the rate climbs to its peak."""
     final_lr: float = 0.0
     """Rate at the last step, as a share of the peak."""
-
-
-def learning_rate(step: int, steps: int, options: AdamWOptions) -> float:
-    """The rate of a step (0 … steps − 1): a line up, then half a cosine down."""
-    if step < options.warmup_steps:
-        return options.lr * (step + 1) / options.warmup_steps
-    progress = (step - options.warmup_steps) / max(1, steps - options.warmup_steps)
-    cosine = 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
-    return options.lr * (options.final_lr + (1 - options.final_lr) * cosine)
 
 
 def decays_by_shape(model: nn.Module) -> dict[str, bool]:

@@ -1,0 +1,31 @@
+# Tangled from notebooks/14_schedule.py: edit the notebook, then run "make tangle". Edits made here are lost.
+
+
+# %% The measurement
+from typing import Any
+
+from speedrun.config import Config, preset, vary
+from speedrun.lab.results import stamp
+from speedrun.measure.runs import corpus_of, train_many
+
+NAMES = ("shapes",)
+SEEDS = (0, 1, 2)
+SHARES = (0.2, 0.4, 0.6, 0.8, 1.0)
+MUON: dict[str, Any] = {"matrix.rule": "muon", "matrix.lr": 0.02, "steps": 1000}
+
+
+def arms() -> dict[str, Config]:
+    """The cosine, and the trapezoid by the share of steps in which it falls."""
+    base = vary(preset("cpu"), MUON)
+    falls = {"schedule.shape": "trapezoid"}
+    shapes = {f"{share:g}": vary(base, falls | {"schedule.cooldown": share}) for share in SHARES}
+    return {"cosine": base} | shapes
+
+
+def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
+    """Train each arm with each seed: {"arms": {arm: [run, …]}}."""
+    runs = {(a, s): vary(run, {"seed": s}) for a, run in arms().items() for s in SEEDS}
+    modules = ["speedrun.measure.schedule", "speedrun.train"]
+    facts = stamp(command, modules, len(SEEDS), SEEDS, corpus_of(preset("cpu")))
+    done = dict(zip(runs, train_many(list(runs.values()))))
+    return {"arms": {arm: [done[arm, seed] for seed in SEEDS] for arm in arms()}}, facts

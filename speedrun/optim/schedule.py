@@ -1,0 +1,211 @@
+# Tangled from notebooks/14_schedule.py: edit the notebook, then run "make tangle". Edits made here are lost.
+
+
+# %% The trainer's rate
+import math
+from bisect import bisect_right
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Literal, NamedTuple, Protocol
+
+
+@dataclass(frozen=True)
+class ScheduleOptions:
+    """How the learning rate comes down."""
+
+    shape: Literal["cosine", "trapezoid"] = "cosine"
+    """cosine: from the end of the warm-up on. trapezoid: held, then along a line."""
+    cooldown: float = 0.6
+    """trapezoid: the share of the steps in which the rate falls."""
+
+
+class Peak(Protocol):
+    """What `learning_rate` asks of an optimizer's options."""
+
+    @property
+    def lr(self) -> float: ...
+    @property
+    def warmup_steps(self) -> int: ...
+    @property
+    def final_lr(self) -> float: ...
+
+
+def cooled(peak: float, floor: float, step: int, begin: int, end: int) -> float:
+    """`peak` until step `begin`, then a line that is at `floor` in step `end` and stays there."""
+    if step <= begin or step >= end:
+        return floor if step >= end else peak
+    t = (step - begin) / (end - begin)
+    return (1 - t) * peak + t * floor
+
+
+def learning_rate(step: int, steps: int, optim: Peak, schedule: ScheduleOptions) -> float:
+    """The rate of a step (0 … steps − 1): a line up, then the schedule's shape down to final_lr · lr."""
+    warmup = optim.warmup_steps
+    if step < warmup:
+        return optim.lr * (step + 1) / warmup
+    if schedule.shape == "trapezoid":
+        begin = max(warmup, steps - round(schedule.cooldown * steps))
+        return optim.lr * cooled(1.0, optim.final_lr, step, begin, steps)
+    progress = (step - warmup) / max(1, steps - warmup)
+    cosine = 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+    return optim.lr * (optim.final_lr + (1 - optim.final_lr) * cosine)
+
+
+# %% Training as a list of stages
+@dataclass(frozen=True)
+class Stage:
+    """A stretch of training. What changes inside it is a pair: its value at the stage's start, and at its end."""
+
+    share: float
+    """Share of the scheduled steps. The last stage has none: it is the extension."""
+    batch_tokens: int
+    """Tokens a step."""
+    rate: float
+    """Learning rate before it falls, as a multiple of the base rate."""
+    cap_tokens: int
+    """Longest stretch of one document."""
+    windows: tuple[int, int]
+    """How far short and long attention look back, in blocks of 128 tokens."""
+    ahead: tuple[tuple[float, ...], tuple[float, ...]] = ((1.0,), (1.0,))
+    """Weights in the loss of the next token, the one after it, and so on."""
+    prefix: tuple[float, float] = (0.0, 0.0)
+    """Weight in the loss of the next token's longest prefix that is a token."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Training as a list of stages, and what runs across them."""
+
+    stages: tuple[Stage, ...]
+    """One after the other; the last is the extension."""
+    scheduled: int
+    """Steps of all stages but the last."""
+    extension: int = 0
+    """Steps of the last stage, at the floor of the rate."""
+    cooldown: float = 0.6
+    """Share of the scheduled steps in which the rate falls."""
+    floor: float = 0.0
+    """Where it falls to, as a multiple of the base rate."""
+    momentum: tuple[float, float] = (0.85, 0.95)
+    """Lowest and highest."""
+    momentum_steps: tuple[int, int] = (300, 50)
+    """First steps, in which momentum rises, and last steps, in which it falls."""
+
+    def __post_init__(self):
+        check_schedule(self)
+
+
+def check_schedule(schedule: Schedule) -> None:
+    """Refuse, with a ValueError that says why, what no run could follow."""
+    stages, (low, high) = schedule.stages, schedule.momentum
+    shares = [stage.share for stage in stages]
+    sound = {
+        "two stages or more": len(stages) >= 2,
+        "shares above 0, and 0 for the last stage": all(shares[:-1]) and shares[-1:] == [0],
+        "shares that add up to 1": min(shares, default=-1) >= 0
+        and abs(math.fsum(shares) - 1) < 1e-9,
+        "a step or more": schedule.scheduled >= 1 and schedule.extension >= 0,
+        "0 < cooldown ≤ 1": 0 < schedule.cooldown <= 1,
+        "floor and rates of 0 or more": min([schedule.floor, *(s.rate for s in stages)]) >= 0,
+        "0 ≤ lowest ≤ highest momentum < 1": 0 <= low <= high < 1,
+        "momentum_steps of 0 or more": min(schedule.momentum_steps) >= 0,
+        "batches, caps and windows of 1 or more": all(
+            min(s.batch_tokens, s.cap_tokens, *s.windows) >= 1 for s in stages
+        ),
+        "weights for equally many tokens ahead": all(
+            len(s.ahead[0]) == len(s.ahead[1]) > 0 for s in stages
+        ),
+    }
+    wrong = [what for what, holds in sound.items() if not holds]
+    if wrong:
+        raise ValueError(f"a schedule needs {'; '.join(wrong)}")
+
+
+def borders(schedule: Schedule) -> tuple[int, ...]:
+    """The first step of each stage, and at the end the number of steps."""
+    ends = list(accumulate(stage.share for stage in schedule.stages[:-1]))
+    ends[-1] = 1.0  # whatever the rounding of the shares
+    scheduled = [round(schedule.scheduled * end) for end in ends]
+    return (0, *scheduled, schedule.scheduled + schedule.extension)
+
+
+def stage_at(schedule: Schedule, step: int) -> tuple[Stage, float]:
+    """The stage of a step, and the share of the stage that is over: 0 at its first step, below 1 at its last."""
+    edges = borders(schedule)
+    if not 0 <= step < edges[-1]:
+        raise ValueError(f"step {step} is none of the {edges[-1]} steps")
+    n = bisect_right(edges, step) - 1
+    return schedule.stages[n], (step - edges[n]) / (edges[n + 1] - edges[n])
+
+
+# %% The rate is a saw
+def rate_at(schedule: Schedule, step: int) -> float:
+    """The learning rate of a step, as a multiple of the base rate."""
+    stage, _ = stage_at(schedule, step)
+    begin = schedule.scheduled - round(schedule.cooldown * schedule.scheduled)
+    return cooled(stage.rate, schedule.floor, step, begin, schedule.scheduled)
+
+
+# %% Momentum
+def momentum_at(schedule: Schedule, step: int) -> float:
+    """Momentum of a step: a line up in the first steps, a line down in the last."""
+    (low, high), (rising, falling) = schedule.momentum, schedule.momentum_steps
+    left = sum((schedule.scheduled, schedule.extension)) - step
+    up = step / rising if rising else 1.0
+    down = left / falling if falling else 1.0
+    return low + (high - low) * min(1.0, up, down)
+
+
+# %% What the model is asked, and how far it sees
+class Settings(NamedTuple):
+    """All that a schedule says about one step."""
+
+    batch_tokens: int
+    rate: float
+    momentum: float
+    cap_tokens: int
+    windows: tuple[int, int]
+    ahead: tuple[float, ...]
+    prefix: float
+
+
+def loss_weights_at(schedule: Schedule, step: int) -> tuple[tuple[float, ...], float]:
+    """Weights of the tokens ahead, and of the prefix target: on lines between the ends of the stage."""
+    stage, t = stage_at(schedule, step)
+    ahead = tuple((1 - t) * first + t * last for first, last in zip(*stage.ahead))
+    return ahead, (1 - t) * stage.prefix[0] + t * stage.prefix[1]
+
+
+def settings_at(schedule: Schedule, step: int) -> Settings:
+    """Everything at once."""
+    stage, _ = stage_at(schedule, step)
+    rate, momentum = rate_at(schedule, step), momentum_at(schedule, step)
+    lengths = (stage.cap_tokens, stage.windows)
+    return Settings(stage.batch_tokens, rate, momentum, *lengths, *loss_weights_at(schedule, step))
+
+
+def tokens_before(schedule: Schedule, step: int) -> int:
+    """Tokens that have been read before a step; before the step after the last: all of them."""
+    pairs = zip(schedule.stages, borders(schedule), borders(schedule)[1:])
+    return sum(s.batch_tokens * max(0, min(step, end) - begin) for s, begin, end in pairs)
+
+
+# %% The table
+def turning_points(schedule: Schedule) -> list[int]:
+    """The steps at which something begins, ends or is last what it was."""
+    edges, (rising, falling) = borders(schedule), schedule.momentum_steps
+    begin = schedule.scheduled - round(schedule.cooldown * schedule.scheduled)
+    points = {begin, rising, edges[-1] - falling, *edges, *(edge - 1 for edge in edges)}
+    return sorted(point for point in points if 0 <= point < edges[-1])
+
+
+def schedule_table(schedule: Schedule) -> list[str]:
+    """A heading, and a line for each turning point."""
+    lines = [" step   batch   rate  mom.   cap  windows  ahead / prefix"]
+    for step in turning_points(schedule):
+        now = settings_at(schedule, step)
+        windows = "{}, {}".format(*now.windows)
+        targets = " ".join(f"{weight:.2f}" for weight in now.ahead) + f" / {now.prefix:.2f}"
+        numbers = f"{step:5} {now.batch_tokens:7} {now.rate:6.3f} {now.momentum:5.3f}"
+        lines.append(f"{numbers} {now.cap_tokens:5}  {windows:>7}  {targets}")
+    return lines
