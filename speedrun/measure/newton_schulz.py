@@ -14,10 +14,10 @@ from speedrun.config import Config, preset, vary
 from speedrun.lab.results import load_result, stamp
 from speedrun.measure.runs import corpus_of, train_many
 
-NAMES = ("grid", "winners", "pace", "clock", "parts", "long")
+NAMES = ("grid", "low", "winners", "pace", "clock", "parts", "long")
 RULES = ("adamw", "soap", "muon")
 KEYS = ("matrix.rule", "matrix.lr", "optim.lr")
-RATES = tuple(0.001 * 2**n for n in range(8))
+RATES = tuple(0.00025 * 2**n for n in range(10))
 OTHERS = (0.002, 0.004, 0.008, 0.016)
 SHORT: dict[str, Any] = {"steps": 600, "val_tokens": 131_072}
 PARTS: dict[str, dict[str, Any]] = {
@@ -29,9 +29,9 @@ PARTS: dict[str, dict[str, Any]] = {
 }
 
 
-def grid() -> dict[str, Config]:
+def grid(rates: tuple[float, ...] = RATES) -> dict[str, Config]:
     """Every rule at every rate of the matrices and every rate of the rest, by its three numbers."""
-    points = [(rule, rate, other) for rule in RULES for rate in RATES for other in OTHERS]
+    points = [(rule, rate, other) for rule in RULES for rate in rates for other in OTHERS]
     return {
         f"{p[0]} {p[1]:g} {p[2]:g}": vary(preset("cpu"), SHORT | dict(zip(KEYS, p))) for p in points
     }
