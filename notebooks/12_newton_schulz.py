@@ -490,7 +490,7 @@ print("turn the gradient and Muon's step turns along; Adam's does not: it depend
 # %% [markdown]
 # ## The measurement
 #
-# A comparison of optimizers is a comparison of tunings. So each rule is given the same grid: eight rates for the matrices, four for everything else (embeddings, gains and biases, which AdamW trains in every case), the same warm-up, decay and clipping. Each point trains the laptop's model for 600 steps. Then the three winners run with nine seeds, and once more for 4,000 steps with three, because [chapter 22](22_config.py) has taught us what a short
+# A comparison of optimizers is a comparison of tunings. So each rule is given the same grid: ten rates for the matrices, four for everything else (embeddings, gains and biases, which AdamW trains in every case), the same warm-up, decay and clipping. Each point trains the laptop's model for 600 steps. Then the three winners run with nine seeds, and once more for 2,000 steps with three, because [chapter 22](22_config.py) has taught us what a short
 # run is worth. Muon's parts are taken away one at a time, at its best rates.
 
 # %% tags=["hide-input"]
@@ -533,11 +533,16 @@ def grid(rates: tuple[float, ...] = RATES) -> dict[str, Config]:
 
 # %% tags=["hide-input"]
 #| export measure.newton_schulz
+def losses_of_grid() -> dict[str, float]:
+    """The loss at each point of the committed grid; its lowest rates were added when AdamW's best lay at the edge."""
+    halves = [load_result("newton_schulz", name)["data"]["arms"] for name in ("grid", "low")]
+    return {name: runs[0]["val_loss"] for half in halves for name, runs in half.items()}
+
+
 def winners() -> dict[str, Config]:
     """Each rule at the point of the committed grid with the lowest loss."""
-    runs, points = load_result("newton_schulz", "grid")["data"]["arms"], grid()
-    loss = {name: found[0]["val_loss"] for name, found in runs.items()}
-    of_rule = {rule: [name for name in runs if name.split()[0] == rule] for rule in RULES}
+    loss, points = losses_of_grid(), grid()
+    of_rule = {rule: [name for name in loss if name.split()[0] == rule] for rule in RULES}
     return {rule: points[min(names, key=loss.__getitem__)] for rule, names in of_rule.items()}
 
 
@@ -568,14 +573,15 @@ def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
     clock: as many steps as Muon leaves time for. long: more steps. parts: Muon without one of its parts.
     """
     seeds = {"winners": 9, "clock": 9, "long": 3, "parts": 3}.get(name, 1)
-    best = {} if name == "grid" else winners()
-    arms = grid() if name == "grid" else best
+    halves = {"grid": RATES[2:], "low": RATES[:2]}
+    best = {} if name in halves else winners()
+    arms = grid(halves[name]) if name in halves else best
     if name == "clock":
         ms = load_result("newton_schulz", "pace")["data"]["median"]
         steps = {rule: round(SHORT["steps"] * ms["muon"] / ms[rule]) for rule in ("adamw", "soap")}
         arms = {rule: vary(best[rule], {"steps": count}) for rule, count in steps.items()}
     if name == "long":
-        arms = {rule: vary(run, {"steps": 4000}) for rule, run in best.items()}
+        arms = {rule: vary(run, {"steps": 2000}) for rule, run in best.items()}
     if name == "parts":
         arms = {part: vary(best["muon"], change) for part, change in PARTS.items()}
     modules = ["speedrun.measure.newton_schulz", "speedrun.train"]
@@ -594,20 +600,17 @@ def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
 from speedrun.lab.results import measured_on
 from speedrun.lab.stats import describe, p_difference
 
-result = load_result("newton_schulz", "grid")
-loss_at = {
-    tuple(name.split()): runs[0]["val_loss"] for name, runs in result["data"]["arms"].items()
-}
+loss_at = {tuple(name.split()): loss for name, loss in losses_of_grid().items()}
 NAMES_OF = {"adamw": "AdamW", "soap": "SOAP", "muon": "Muon"}
 lowest = {rule: min((k for k in loss_at if k[0] == rule), key=loss_at.get) for rule in RULES}
-assert len(loss_at) == len(RULES) * len(RATES) * len(OTHERS) == 96
+assert len(loss_at) == len(RULES) * len(RATES) * len(OTHERS) == 120
 assert all(RATES[0] < float(rate) < RATES[-1] for _, rate, _ in lowest.values()), "not at an edge"
 assert loss_at[lowest["muon"]] < loss_at[lowest["soap"]] < loss_at[lowest["adamw"]]
 for rule, (_, rate, other) in lowest.items():
     print(
         f"{NAMES_OF[rule]:5} {loss_at[lowest[rule]]:.3f} at a rate of {rate}, {other} for the rest"
     )
-print(measured_on(result))
+print(measured_on(load_result("newton_schulz", "grid")))
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Validation loss after 600 steps against the rate of the matrices for AdamW, SOAP and Muon, each at its best rate for the rest"}}
 fig, axis = plt.subplots(figsize=(5.6, 3.8))
@@ -639,7 +642,7 @@ won, lasting, clocked = (samples_of(name) for name in ("winners", "long", "clock
 pace = load_result("newton_schulz", "pace")["data"]["median"]
 for title, found, ours in (
     ("600 steps", won, won["muon"]),
-    ("4,000 steps", lasting, lasting["muon"]),
+    ("2,000 steps", lasting, lasting["muon"]),
     ("as long as 600 of Muon's", clocked | {"muon": won["muon"]}, won["muon"]),
 ):
     print(title)

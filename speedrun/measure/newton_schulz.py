@@ -37,11 +37,16 @@ def grid(rates: tuple[float, ...] = RATES) -> dict[str, Config]:
     }
 
 
+def losses_of_grid() -> dict[str, float]:
+    """The loss at each point of the committed grid; its lowest rates were added when AdamW's best lay at the edge."""
+    halves = [load_result("newton_schulz", name)["data"]["arms"] for name in ("grid", "low")]
+    return {name: runs[0]["val_loss"] for half in halves for name, runs in half.items()}
+
+
 def winners() -> dict[str, Config]:
     """Each rule at the point of the committed grid with the lowest loss."""
-    runs, points = load_result("newton_schulz", "grid")["data"]["arms"], grid()
-    loss = {name: found[0]["val_loss"] for name, found in runs.items()}
-    of_rule = {rule: [name for name in runs if name.split()[0] == rule] for rule in RULES}
+    loss, points = losses_of_grid(), grid()
+    of_rule = {rule: [name for name in loss if name.split()[0] == rule] for rule in RULES}
     return {rule: points[min(names, key=loss.__getitem__)] for rule, names in of_rule.items()}
 
 
@@ -70,14 +75,15 @@ def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
     clock: as many steps as Muon leaves time for. long: more steps. parts: Muon without one of its parts.
     """
     seeds = {"winners": 9, "clock": 9, "long": 3, "parts": 3}.get(name, 1)
-    best = {} if name == "grid" else winners()
-    arms = grid() if name == "grid" else best
+    halves = {"grid": RATES[2:], "low": RATES[:2]}
+    best = {} if name in halves else winners()
+    arms = grid(halves[name]) if name in halves else best
     if name == "clock":
         ms = load_result("newton_schulz", "pace")["data"]["median"]
         steps = {rule: round(SHORT["steps"] * ms["muon"] / ms[rule]) for rule in ("adamw", "soap")}
         arms = {rule: vary(best[rule], {"steps": count}) for rule, count in steps.items()}
     if name == "long":
-        arms = {rule: vary(run, {"steps": 4000}) for rule, run in best.items()}
+        arms = {rule: vary(run, {"steps": 2000}) for rule, run in best.items()}
     if name == "parts":
         arms = {part: vary(best["muon"], change) for part, change in PARTS.items()}
     modules = ["speedrun.measure.newton_schulz", "speedrun.train"]
