@@ -685,7 +685,7 @@ plt.show()
 # %% [markdown]
 # ## The measurement
 #
-# The prediction's second half can be tried here. The laptop's run, with Muon for the matrices ([chapter 12](12_newton_schulz.py)), 1,000 steps, three seeds: once with the cosine, and with the trapezoid falling over a fifth, two, three, four fifths and all of the steps. The peak is the same for all.
+# The prediction's second half can be tried here. The laptop's run, with Muon for the matrices at the rates of [chapter 12](12_newton_schulz.py), 1,000 steps, three seeds: once with the cosine, and with the trapezoid falling over a fifth, two, three, four fifths and all of the steps. The peak is the same for all.
 
 # %% tags=["hide-input"]
 #| default_exp measure.schedule
@@ -699,7 +699,7 @@ from speedrun.measure.runs import corpus_of, train_many
 NAMES = ("shapes",)
 SEEDS = (0, 1, 2)
 SHARES = (0.2, 0.4, 0.6, 0.8, 1.0)
-MUON: dict[str, Any] = {"matrix.rule": "muon", "matrix.lr": 0.02, "steps": 1000}
+MUON: dict[str, Any] = {"matrix.rule": "muon", "matrix.lr": 0.016, "optim.lr": 0.008, "steps": 1000}
 
 
 def arms() -> dict[str, Config]:
@@ -729,7 +729,7 @@ area = {
 mean_rate = {arm: area[arm] / run.steps / run.optim.lr for arm, run in planned.items()}
 trapezoids = [arm for arm in planned if arm != "cosine"]
 assert sorted(trapezoids, key=mean_rate.get) == ["1", "0.8", "0.6", "0.4", "0.2"]
-assert abs(mean_rate["cosine"] - 0.5) < 0.001 and abs(mean_rate["1"] - 0.5) < 0.001
+assert abs(mean_rate["cosine"] - 0.5) < 0.002 and abs(mean_rate["1"] - 0.5) < 0.002
 print({arm: f"mean rate {share:.2f} of the peak" for arm, share in mean_rate.items()})
 
 # %% [markdown]

@@ -11,7 +11,7 @@ from speedrun.measure.runs import corpus_of, train_many
 NAMES = ("shapes",)
 SEEDS = (0, 1, 2)
 SHARES = (0.2, 0.4, 0.6, 0.8, 1.0)
-MUON: dict[str, Any] = {"matrix.rule": "muon", "matrix.lr": 0.02, "steps": 1000}
+MUON: dict[str, Any] = {"matrix.rule": "muon", "matrix.lr": 0.016, "optim.lr": 0.008, "steps": 1000}
 
 
 def arms() -> dict[str, Config]:
