@@ -33,6 +33,11 @@ class TestWhatChanged:
         data = {"runs": [{"config": {"steps": 1}}, {"arm": {"config": {"steps": 2, "config": {}}}}]}
         assert [config["steps"] for config in stale.configs_in(data)] == [1, 2]
 
+    def test_runs_that_differ_in_numbers_only_are_tried_once(self):
+        runs = [{"seed": s, "a": {"lr": lr, "on": on}} for s in (1, 2) for lr in (0.1, 0.0, 3.0) for on in (True, False)]  # fmt: skip
+        kept = [(run["seed"], run["a"]["lr"], run["a"]["on"]) for run in stale.paths(runs)]
+        assert kept == [(1, 0.1, True), (1, 0.1, False), (1, 0.0, True), (1, 0.0, False)]
+
     def test_minutes_count_gpus(self):
         assert stale.gpu_minutes({"stamp": {"gpu": "2×NVIDIA H100", "minutes": 3.0}}) == 6.0
         assert stale.gpu_minutes({"stamp": {"gpu": None, "minutes": 3.0}}) == 0.0
