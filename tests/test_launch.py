@@ -254,6 +254,18 @@ class TestPlanning:
         assert (plan.world, plan.idle) == (2, 1) and "1 GPUs stay idle" in str(plan)
 
 
+def test_a_second_ctrl_c_ends_the_waiting(tmp_path, monkeypatch, capsys):
+    import run_speedrun
+
+    def pressed(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run_speedrun.psutil, "wait_procs", pressed)
+    (tmp_path / "heartbeat").mkdir()
+    assert run_speedrun.interrupted(tmp_path, "interrupted") == 130
+    assert "the ranks still save by themselves" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 class TestTheRunScript:
     def script(self, folder: Path, *flags: str, **environment: str) -> subprocess.Popen:
