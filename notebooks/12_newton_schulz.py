@@ -284,8 +284,10 @@ def muon_update(g: Tensor, state: dict, skip: Tensor | None, options: MatrixOpti
         g = torch.where(skip > 0, momentum, g)  # momentum folded into itself is what it was
     momentum.lerp_(g, 1 - options.momentum)
     ahead = g.lerp(momentum, options.momentum) if options.nesterov else momentum
-    rule = newton_schulz if options.iterations else orthogonal_factor
-    update = rule(ahead, *([options.iterations] if options.iterations else []))
+    if options.iterations:
+        update = newton_schulz(ahead, options.iterations)
+    else:
+        update = orthogonal_factor(ahead)
     rows, cols = g.shape[-2:]
     return update * math.sqrt(max(1.0, rows / cols)) if options.shape_factor else update
 

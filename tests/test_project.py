@@ -401,6 +401,17 @@ class TestReadme:
         assert f"{nats / math.log(2):.2f} bits a byte" in self.text
         assert f"{run['seconds'] / 60:.1f} minutes of training" in self.text
 
+    def test_muons_lead(self):
+        from statistics import mean
+
+        from speedrun.lab.results import load_result
+
+        clock, won = (load_result("newton_schulz", name)["data"]["arms"] for name in ("clock", "winners"))  # fmt: skip
+        adamw, muon = (mean(run["val_loss"] for run in runs) for runs in (clock["adamw"], won["muon"]))  # fmt: skip
+        assert f"{adamw - muon:.2f} nats a token lower with Muon" in self.text
+        best = won["muon"][0]["config"]
+        assert f"--matrix.lr {best['matrix']['lr']} --optim.lr {best['optim']['lr']} " in self.text
+
     def test_the_gpu_runs(self):
         from speedrun.launch import memory_needed_gb
 

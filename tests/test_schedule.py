@@ -63,7 +63,8 @@ class TestLearningRate:
         begin = max(climb, steps - round(share * steps))
         assert found[:climb] == sorted(found[:climb])
         assert found[climb:begin] == [optim.lr] * (begin - climb)
-        assert found[begin:] == sorted(found[begin:], reverse=True)
+        falls = found[begin:]
+        assert all(a >= b * (1 - 1e-12) for a, b in zip(falls, falls[1:])), "but for rounding"
         least = optim.lr * optim.final_lr
         assert all(least * (1 - 1e-12) <= rate <= optim.lr * (1 + 1e-12) for rate in found[begin:])
 
@@ -115,16 +116,17 @@ class TestInARun:
 
 @st.composite
 def schedules(draw) -> Schedule:
-    """Sound schedules of one to five stages and an extension, some of whose stages may be empty."""
+    """Sound schedules of one to five stages and an extension, which may be empty."""
     parts = draw(st.lists(st.integers(1, 100), min_size=1, max_size=5))
-    stages = []
+    floor = draw(st.floats(0, 0.3))
+    least, stages = math.ceil(1.001 * sum(parts) / min(parts)), []
     for share in [part / sum(parts) for part in parts] + [0]:
         weights = st.tuples(*[st.floats(0, 1)] * draw(st.integers(1, 3)))
         stages.append(
             Stage(
                 share,
                 batch_tokens=draw(st.integers(1, 10**6)),
-                rate=draw(st.floats(0, 3)),
+                rate=draw(st.floats(floor, 3)),
                 cap_tokens=draw(st.integers(1, 4096)),
                 windows=(draw(st.integers(1, 20)), draw(st.integers(1, 20))),
                 ahead=(draw(weights), draw(weights)),
@@ -133,10 +135,10 @@ def schedules(draw) -> Schedule:
         )
     return Schedule(
         tuple(stages),
-        scheduled=draw(st.integers(1, 400)),
+        scheduled=least + draw(st.integers(0, 400)),
         extension=draw(st.integers(0, 40)),
         cooldown=draw(FALLS),
-        floor=draw(st.floats(0, 0.3)),
+        floor=floor,
         momentum=tuple(sorted(draw(st.tuples(st.floats(0, 0.99), st.floats(0, 0.99))))),
         momentum_steps=(draw(st.integers(0, 100)), draw(st.integers(0, 100))),
     )
@@ -243,12 +245,13 @@ SOUND = Schedule((FIRST, replace(FIRST, share=0)), scheduled=10)
         ({"stages": (replace(FIRST, share=0.5), SOUND.stages[1])}, "add up to 1"),
         (
             {"stages": (replace(FIRST, share=2.0), replace(FIRST, share=-1.0), SOUND.stages[1])},
-            "add up to 1",
+            "shares above 0",
         ),
         ({"stages": (replace(FIRST, share=math.nan), SOUND.stages[1])}, "add up to 1"),
         ({"stages": (replace(FIRST, batch_tokens=0), SOUND.stages[1])}, "batches"),
         ({"stages": (replace(FIRST, windows=(0, 3)), SOUND.stages[1])}, "windows"),
-        ({"stages": (replace(FIRST, rate=-1.0), SOUND.stages[1])}, "rates of 0 or more"),
+        ({"stages": (replace(FIRST, rate=-1.0), SOUND.stages[1])}, "0 ≤ floor ≤ every rate"),
+        ({"stages": (replace(FIRST, prefix=(-1.0, 0.0)), SOUND.stages[1])}, "weights of 0 or more"),
         ({"stages": (replace(FIRST, ahead=((1.0,), ())), SOUND.stages[1])}, "equally many"),
         ({"scheduled": 0}, "a step or more"),
         ({"extension": -1}, "a step or more"),

@@ -61,7 +61,7 @@ class Stage:
     batch_tokens: int
     """Tokens a step."""
     rate: float
-    """Learning rate before it falls, as a multiple of the base rate."""
+    """Learning rate before it falls, as a multiple of the base rate. The extension's is the floor, whatever stands here."""
     cap_tokens: int
     """Longest stretch of one document."""
     windows: tuple[int, int]
@@ -77,7 +77,7 @@ class Schedule:
     """Training as a list of stages, and what runs across them."""
 
     stages: tuple[Stage, ...]
-    """One after the other; the last is the extension."""
+    """One after the other; the last is the extension, which may have no steps."""
     scheduled: int
     """Steps of all stages but the last."""
     extension: int = 0
@@ -98,15 +98,17 @@ class Schedule:
 def check_schedule(schedule: Schedule) -> None:
     """Refuse, with a ValueError that says why, what no run could follow."""
     stages, (low, high) = schedule.stages, schedule.momentum
-    shares = [stage.share for stage in stages]
+    shares, rates = ([getattr(stage, name) for stage in stages] for name in ("share", "rate"))
+    weights = [w for s in stages for w in (*s.ahead[0], *s.ahead[1], *s.prefix)]
     sound = {
         "two stages or more": len(stages) >= 2,
-        "shares above 0, and 0 for the last stage": all(shares[:-1]) and shares[-1:] == [0],
-        "shares that add up to 1": min(shares, default=-1) >= 0
-        and abs(math.fsum(shares) - 1) < 1e-9,
-        "a step or more": schedule.scheduled >= 1 and schedule.extension >= 0,
+        "shares above 0, and 0 for the last stage": min(shares[:-1], default=0) > 0 == shares[-1],
+        "shares that add up to 1": abs(math.fsum(shares) - 1) < 1e-9,
+        "a step or more for each stage": schedule.extension >= 0
+        and all(schedule.scheduled * share >= 1 for share in shares[:-1]),
         "0 < cooldown ≤ 1": 0 < schedule.cooldown <= 1,
-        "floor and rates of 0 or more": min([schedule.floor, *(s.rate for s in stages)]) >= 0,
+        "0 ≤ floor ≤ every rate": 0 <= schedule.floor <= min(rates, default=0),
+        "weights of 0 or more": min(weights, default=0) >= 0,
         "0 ≤ lowest ≤ highest momentum < 1": 0 <= low <= high < 1,
         "momentum_steps of 0 or more": min(schedule.momentum_steps) >= 0,
         "batches, caps and windows of 1 or more": all(
@@ -129,6 +131,11 @@ def borders(schedule: Schedule) -> tuple[int, ...]:
     return (0, *scheduled, schedule.scheduled + schedule.extension)
 
 
+def fall_begins(schedule: Schedule) -> int:
+    """The last step at the full rate."""
+    return schedule.scheduled - round(schedule.cooldown * schedule.scheduled)
+
+
 def stage_at(schedule: Schedule, step: int) -> tuple[Stage, float]:
     """The stage of a step, and the share of the stage that is over: 0 at its first step, below 1 at its last."""
     edges = borders(schedule)
@@ -142,15 +149,15 @@ def stage_at(schedule: Schedule, step: int) -> tuple[Stage, float]:
 def rate_at(schedule: Schedule, step: int) -> float:
     """The learning rate of a step, as a multiple of the base rate."""
     stage, _ = stage_at(schedule, step)
-    begin = schedule.scheduled - round(schedule.cooldown * schedule.scheduled)
-    return cooled(stage.rate, schedule.floor, step, begin, schedule.scheduled)
+    return cooled(stage.rate, schedule.floor, step, fall_begins(schedule), schedule.scheduled)
 
 
 # %% Momentum
 def momentum_at(schedule: Schedule, step: int) -> float:
     """Momentum of a step: a line up in the first steps, a line down in the last."""
     (low, high), (rising, falling) = schedule.momentum, schedule.momentum_steps
-    left = sum((schedule.scheduled, schedule.extension)) - step
+    stage_at(schedule, step)  # refuses a step that there is not
+    left = schedule.scheduled + schedule.extension - step
     up = step / rising if rising else 1.0
     down = left / falling if falling else 1.0
     return low + (high - low) * min(1.0, up, down)
@@ -177,7 +184,7 @@ def loss_weights_at(schedule: Schedule, step: int) -> tuple[tuple[float, ...], f
 
 
 def settings_at(schedule: Schedule, step: int) -> Settings:
-    """Everything at once."""
+    """All settings of one step."""
     stage, _ = stage_at(schedule, step)
     rate, momentum = rate_at(schedule, step), momentum_at(schedule, step)
     lengths = (stage.cap_tokens, stage.windows)
@@ -194,8 +201,13 @@ def tokens_before(schedule: Schedule, step: int) -> int:
 def turning_points(schedule: Schedule) -> list[int]:
     """The steps at which something begins, ends or is last what it was."""
     edges, (rising, falling) = borders(schedule), schedule.momentum_steps
-    begin = schedule.scheduled - round(schedule.cooldown * schedule.scheduled)
-    points = {begin, rising, edges[-1] - falling, *edges, *(edge - 1 for edge in edges)}
+    points = {
+        fall_begins(schedule),
+        rising,
+        edges[-1] - falling,
+        *edges,
+        *(edge - 1 for edge in edges),
+    }
     return sorted(point for point in points if 0 <= point < edges[-1])
 
 
