@@ -56,7 +56,7 @@ class MatrixOptions:
     momentum: float = 0.95
     """muon: the share of its momentum that a step keeps."""
     nesterov: bool = True
-    """muon: look one gradient ahead of the momentum."""
+    """muon: mix the newest gradient in once more."""
     iterations: int = 5
     """muon: Newton–Schulz iterations; 0: the exact factor, from a singular value decomposition."""
     shape_factor: bool = True
