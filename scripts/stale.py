@@ -5,7 +5,7 @@
 
 The proof trains twenty steps of the runs of a result, at the size of a laptop, with the code of the commit that was measured and with
 today's. Of runs that differ in nothing but numbers (seeds, rates) the first stands for all, unless a number is zero in one and not in another. It is given where all losses are equal bit by bit, and never for code that only GPUs run. Losses then still stand;
-times do not.
+times do not. A result that trained nothing is shown to stand where every statement that its measuring code uses is what it was.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from pathlib import Path
 from speedrun.config import at_cpu_size, config_from_json, fields_of
 from speedrun.data.shards import data_folder
 from speedrun.lab.hardware import Problem
-from speedrun.lab.results import canonical, code_hash, freshness, module_hashes, root
+from speedrun.lab.results import canonical, code_hash, freshness, module_file, module_hashes, root
 
 GPU_WORDS = ("cuda", "nccl", "autocast", "bfloat16", "float8", "triton")  # never run by the proof
 TRAIN = """
@@ -127,6 +127,64 @@ def measured_commit(result: dict) -> str | None:
     return None
 
 
+def used_statements(read, start: list[str]) -> dict[tuple[str, str], str]:
+    """All statements that the modules in `start` come to by names: (module, what it defines) → canonical form.
+
+    read: a module's name → its text. Of a module that is imported as a whole, everything counts.
+    """
+    parsed: dict[str, list] = {}
+    found: dict[tuple[str, str], str] = {}
+    wanted, seen = [(module, "") for module in start], set()
+    while wanted:
+        module, name = wanted.pop()
+        if (module, name) in seen:
+            continue
+        seen.add((module, name))
+        if module not in parsed:
+            parsed[module] = ast.parse(read(module)).body
+        for node in parsed[module]:
+            own = defined_by(node)
+            if name and own and name not in own:
+                continue
+            found[module, ", ".join(own) or canonical(node)] = canonical(node)
+            for inner in ast.walk(node):
+                if isinstance(inner, ast.Name):
+                    wanted.append((module, inner.id))
+                elif isinstance(inner, ast.ImportFrom) and "speedrun" in (inner.module or ""):
+                    wanted += [(str(inner.module), alias.name) for alias in inner.names]
+                elif isinstance(inner, ast.Import):
+                    names = [alias.name for alias in inner.names]
+                    wanted += [(other, "") for other in names if other.startswith("speedrun.")]
+    return found
+
+
+def defined_by(node: ast.stmt) -> list[str]:
+    """The names that a top-level statement defines; none for one that is there for what it does."""
+    if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        return [node.name]
+    if isinstance(node, ast.Import | ast.ImportFrom):
+        return [(alias.asname or alias.name).split(".")[0] for alias in node.names]
+    targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+    return [
+        inner.id
+        for target in targets
+        if target
+        for inner in ast.walk(target)
+        if isinstance(inner, ast.Name)
+    ]
+
+
+def same_statements(result: dict, commit: str) -> int:
+    """How many statements the measuring code uses, if all are today what they were at the commit; else 0."""
+    start = [name for name in result["stamp"]["modules"] if name.startswith("speedrun.measure.")]
+    today = {name: file for name in module_hashes(start) if (file := module_file(name))}
+    then = used_statements(lambda name: source_at(commit, name), start)
+    now = used_statements(
+        lambda name: today[name].read_text(encoding="utf-8") if name in today else "", start
+    )
+    return len(now) if then == now else 0
+
+
 def objection(result: dict, commit: str) -> str | None:
     """Why training a little on a CPU could not show that this result still stands; None if it could."""
     trained = module_hashes(["speedrun.train", "speedrun.history"])
@@ -204,11 +262,22 @@ def losses(tree: Path, config: dict) -> list[float]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def keep_proof(path: Path, result: dict, facts: dict) -> None:
+    """Write a proof into a result's file, with the hashes of the code that it was given for."""
+    proof = {"modules": module_hashes(result["stamp"]["modules"]), **facts}
+    text = json.dumps(result | {"proof": proof}, indent=1, ensure_ascii=False)
+    path.with_suffix(".part").write_text(text + "\n", encoding="utf-8")
+    os.replace(path.with_suffix(".part"), path)
+
+
 def prove(path: Path, result: dict) -> str:
     """Try to show that today's code trains what the result's did. Returns what came of it; keeps a proof in the file."""
     commit = measured_commit(result)
     if commit is None:
         return "not proved: no commit holds the code that was measured"
+    if not configs_in(result["data"]) and (count := same_statements(result, commit)):
+        keep_proof(path, result, {"commit": commit, "statements": count})
+        return f"same behaviour: the {count} statements that it uses are the same"
     why_not = objection(result, commit)
     if why_not:
         return f"not proved: {why_not}"
@@ -223,14 +292,7 @@ def prove(path: Path, result: dict) -> str:
             if before != after:
                 step = next(n for n, pair in enumerate(zip(before, after), 1) if pair[0] != pair[1])
                 return f"trains differently: run {number} of {len(runs)}, from step {step} on"
-    facts = {
-        "modules": module_hashes(result["stamp"]["modules"]),
-        "commit": commit,
-        "runs": len(runs),
-    }
-    text = json.dumps(result | {"proof": facts}, indent=1, ensure_ascii=False)
-    path.with_suffix(".part").write_text(text + "\n", encoding="utf-8")
-    os.replace(path.with_suffix(".part"), path)
+    keep_proof(path, result, {"commit": commit, "runs": len(runs)})
     return f"same behaviour: {len(runs)} runs, all losses bit-equal"
 
 

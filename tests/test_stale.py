@@ -38,6 +38,21 @@ class TestWhatChanged:
         kept = [(run["seed"], run["a"]["lr"], run["a"]["on"]) for run in stale.paths(runs)]
         assert kept == [(1, 0.1, True), (1, 0.1, False), (1, 0.0, True), (1, 0.0, False)]
 
+    def test_statements_that_are_not_used_do_not_count(self):
+        texts = {
+            "speedrun.measure.m": "from speedrun.a import f\n\n\ndef measure():\n    return f(1)\n",
+            "speedrun.a": "K = 2\n\n\ndef g(x):\n    return K * x\n\n\ndef f(x):\n    return g(x)\n\n\ndef h(x):\n    return x\n",
+        }
+
+        def used(old: str = "", new: str = "") -> dict:
+            return stale.used_statements(
+                lambda n: texts[n].replace(old, new), ["speedrun.measure.m"]
+            )
+
+        assert {name for _, name in used()} == {"f", "measure", "g", "K"}
+        assert used("return x\n", "return -x\n") == used() != used("K = 2", "K = 3")
+        assert used("K * x", "K + x") != used() != used("f(1)", "f(2)")
+
     def test_minutes_count_gpus(self):
         assert stale.gpu_minutes({"stamp": {"gpu": "2×NVIDIA H100", "minutes": 3.0}}) == 6.0
         assert stale.gpu_minutes({"stamp": {"gpu": None, "minutes": 3.0}}) == 0.0
