@@ -420,7 +420,7 @@ print(measured_on(result))
 HTML("".join(parts))
 
 # %% [markdown]
-# Orange words occur nowhere in the training text. Indentation comes first, because a few tokens are enough for it. Words come later: four in five of the last text's are real, where the same characters in random order give one in a hundred. It does not get them by reciting; what it shares with the training text is well below what a held-out file shares. And it does not fall apart, as far as spelling goes:
+# Orange words occur nowhere in the training text. Indentation comes first, because a few tokens are enough for it. Words come later: four in five of the last text's are real, where the same characters in random order give next to none. It does not get them by reciting; what it shares with the training text is well below what a held-out file shares. And it does not fall apart, as far as spelling goes:
 # the second halves are as good as the first.
 #
 # What it does not have is anything to say. A name that is used was not defined; an argument that is documented does not exist. That, too, is knowledge, about what a loss of this size means. Between this loss and a program that runs lies everything that a larger model learns later and slower.

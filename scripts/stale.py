@@ -32,10 +32,19 @@ from speedrun.config import config_from_json
 from speedrun.lab.runlog import read_metrics, series
 from speedrun.train import train
 assert Path(speedrun.__file__).resolve().is_relative_to(Path(sys.argv[1]).resolve()), speedrun.__file__
+entered = set()
+def note(frame, event, argument):
+    code = frame.f_code  # what dataclasses write for themselves has no file
+    if event == "call" and code.co_name != "<module>" and code.co_filename[0] != "<":
+        entered.add(frame.f_globals.get("__name__", ""))
 with tempfile.TemporaryDirectory() as folder:
-    train(config_from_json(json.loads(sys.argv[2])), Path(folder), echo=None)
+    config = config_from_json(json.loads(sys.argv[2]))
+    sys.setprofile(note)
+    train(config, Path(folder), echo=None)
+    sys.setprofile(None)
     records = read_metrics(Path(folder) / "metrics.jsonl")
-print(json.dumps([r["train_loss"] for r in series(records, "step")] + [r["val_loss"] for r in series(records, "val")]))
+losses = [r["train_loss"] for r in series(records, "step")] + [r["val_loss"] for r in series(records, "val")]
+print(json.dumps([losses, sorted(name for name in entered if name.startswith("speedrun."))]))
 """
 
 
@@ -197,8 +206,9 @@ def objection(result: dict, commit: str) -> str | None:
             return f"{name} is not part of training: the proof would not run it"
         file = root().joinpath(*name.split(".")).with_suffix(".py")
         text = file.read_text(encoding="utf-8") if file.exists() else ""
-        on_gpu = result["stamp"]["gpu"] is not None
-        found = touches_gpus(source_at(commit, name), text) if on_gpu else None
+        on_gpu, before = result["stamp"]["gpu"] is not None, source_at(commit, name)
+        # a new module is looked at when it has been seen whether the run enters it at all
+        found = touches_gpus(before, text) if on_gpu and before else None
         if found:
             return f"{name}: “{found}” has changed and is about GPUs"
     if not configs_in(result["data"]):
@@ -251,8 +261,22 @@ def checked_out(commit: str):
             git("worktree", "remove", "--force", str(tree))
 
 
-def losses(tree: Path, config: dict) -> list[float]:
-    """All losses of a run with the code in `tree`."""
+def new_and_about_gpus(result: dict, commit: str) -> set[str]:
+    """Modules that a result on GPUs did not have, and that name something only GPUs do.
+
+    Where a run on the CPU does not enter them, neither does the same run on a GPU: what leads there has been compared.
+    """
+    if result["stamp"]["gpu"] is None:
+        return set()
+    files = {name: file for name in changed_modules(result) if (file := module_file(name))}
+    new = {
+        name: file.read_text("utf-8") for name, file in files.items() if not source_at(commit, name)
+    }
+    return {name for name, text in new.items() if touches_gpus("", text)}
+
+
+def losses(tree: Path, config: dict) -> tuple[list[float], list[str]]:
+    """All losses of a run with the code in `tree`, and the modules of which it called a function."""
     environment = os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", TRAIN, str(tree), json.dumps(config)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tree)
@@ -282,13 +306,16 @@ def prove(path: Path, result: dict) -> str:
     if why_not:
         return f"not proved: {why_not}"
     data = data_folder("data/embedded").resolve()
+    doubtful = new_and_about_gpus(result, commit)
     runs = paths([small(config, data) for config in configs_in(result["data"])])
     with checked_out(commit) as then:
         for number, run in enumerate(runs, 1):
             try:
-                before, after = losses(then, run), losses(root(), run)
+                (before, _), (after, entered) = losses(then, run), losses(root(), run)
             except Problem as problem:
                 return f"not proved: {problem.what}"
+            if doubtful & set(entered):
+                return f"not proved: {', '.join(doubtful & set(entered))} is new, and about GPUs"
             if before != after:
                 step = next(n for n, pair in enumerate(zip(before, after), 1) if pair[0] != pair[1])
                 return f"trains differently: run {number} of {len(runs)}, from step {step} on"
