@@ -62,6 +62,10 @@ def visit(browser, site):
         if not request.url.startswith((site, "file:", "data:", "blob:")):
             complaints.append(f"left the machine: {request.url}")
 
+    def note_failure(request) -> None:
+        if "ERR_ABORTED" not in (request.failure or ""):  # given up when a page is left: no fault
+            complaints.append(f"failed: {request.url}: {request.failure}")
+
     def open_page(name: str, width: str = "desktop", address: str = site):
         size = WIDTHS[width]
         contexts.append(browser.new_context(viewport={"width": size[0], "height": size[1]}))
@@ -69,7 +73,7 @@ def visit(browser, site):
         page.on("request", watch)
         page.on("console", lambda m: complaints.append(m.text) if m.type == "error" else None)
         page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.on("requestfailed", lambda request: complaints.append(f"failed: {request.url}"))
+        page.on("requestfailed", note_failure)
         page.goto(f"{address}/{name}.html", wait_until="load")
         return page
 
