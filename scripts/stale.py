@@ -25,7 +25,7 @@ from speedrun.lab.results import canonical, code_hash, freshness, module_file, m
 
 GPU_WORDS = ("cuda", "nccl", "autocast", "bfloat16", "float8", "triton")  # never run by the proof
 TRAIN = """
-import json, sys, tempfile
+import json, sys, tempfile, threading
 from pathlib import Path
 import speedrun
 from speedrun.config import config_from_json
@@ -39,6 +39,7 @@ def note(frame, event, argument):
         entered.add(frame.f_globals.get("__name__", ""))
 with tempfile.TemporaryDirectory() as folder:
     config = config_from_json(json.loads(sys.argv[2]))
+    threading.setprofile(note)
     sys.setprofile(note)
     train(config, Path(folder), echo=None)
     sys.setprofile(None)
@@ -136,13 +137,13 @@ def measured_commit(result: dict) -> str | None:
     return None
 
 
-def used_statements(read, start: list[str]) -> dict[tuple[str, str], str]:
-    """All statements that the modules in `start` come to by names: (module, what it defines) → canonical form.
+def used_statements(read, start: list[str]) -> set[tuple[str, str, str]]:
+    """All statements that the modules in `start` come to by names: (module, what it defines, canonical form).
 
     read: a module's name → its text. Of a module that is imported as a whole, everything counts.
     """
     parsed: dict[str, list] = {}
-    found: dict[tuple[str, str], str] = {}
+    found: set[tuple[str, str, str]] = set()  # a name may be defined in several steps
     wanted, seen = [(module, "") for module in start], set()
     while wanted:
         module, name = wanted.pop()
@@ -155,7 +156,7 @@ def used_statements(read, start: list[str]) -> dict[tuple[str, str], str]:
             own = defined_by(node)
             if name and own and name not in own:
                 continue
-            found[module, ", ".join(own) or canonical(node)] = canonical(node)
+            found.add((module, ", ".join(own), canonical(node)))
             for inner in ast.walk(node):
                 if isinstance(inner, ast.Name):
                     wanted.append((module, inner.id))

@@ -194,18 +194,13 @@ class TestTwoOptimizers:
 
 @pytest.mark.slow
 def test_the_three_winners_keep_their_order_for_sixty_steps(tmp_path, embedded):
-    from speedrun.measure.newton_schulz import RULES as ARMS
+    from speedrun.lab.runlog import read_metrics, series
     from speedrun.measure.newton_schulz import winners
 
     brief, losses = {"steps": 60, "optim.warmup_steps": 10, "val_every": 60}, {}
     for rule, run in winners().items():
-        done = train(vary(run, brief | {"val_tokens": 32_768}), tmp_path / rule, echo=None)
-        losses[rule] = done.log and last_loss(tmp_path / rule)
-    assert list(losses) == list(ARMS)
+        train(vary(run, brief | {"val_tokens": 32_768}), tmp_path / rule, echo=None)
+        losses[rule] = series(read_metrics(tmp_path / rule / "metrics.jsonl"), "val")[-1][
+            "val_loss"
+        ]
     assert losses["muon"] < losses["soap"] < losses["adamw"], losses
-
-
-def last_loss(folder) -> float:
-    from speedrun.lab.runlog import read_metrics, series
-
-    return series(read_metrics(folder / "metrics.jsonl"), "val")[-1]["val_loss"]

@@ -41,16 +41,17 @@ class TestWhatChanged:
     def test_statements_that_are_not_used_do_not_count(self):
         texts = {
             "speedrun.measure.m": "from speedrun.a import f\n\n\ndef measure():\n    return f(1)\n",
-            "speedrun.a": "K = 2\n\n\ndef g(x):\n    return K * x\n\n\ndef f(x):\n    return g(x)\n\n\ndef h(x):\n    return x\n",
+            "speedrun.a": "K = 2\nK += 5\n\n\ndef g(x):\n    return K * x\n\n\ndef f(x):\n    return g(x)\n\n\ndef h(x):\n    return x\n",
         }
 
-        def used(old: str = "", new: str = "") -> dict:
+        def used(old: str = "", new: str = "") -> set:
             return stale.used_statements(
                 lambda n: texts[n].replace(old, new), ["speedrun.measure.m"]
             )
 
-        assert {name for _, name in used()} == {"f", "measure", "g", "K"}
+        assert {name for _, name, _ in used()} == {"f", "measure", "g", "K"}
         assert used("return x\n", "return -x\n") == used() != used("K = 2", "K = 3")
+        assert used("K += 5", "K += 6") != used()
         assert used("K * x", "K + x") != used() != used("f(1)", "f(2)")
 
     def test_minutes_count_gpus(self):
