@@ -823,16 +823,19 @@ class DataOptions:
     """Equal micro-batches a step; a multiple of the number of ranks."""
     max_document: int = 2048
     """Documents mode: the longest piece of a document that is used."""
+    pass_tokens: int = 0
+    """Stream mode: a rank's micro-batches are joined up to this many tokens for a pass of the model; 0: never."""
 
 
 # %%
 #| export
 def check_options(options: DataOptions, world: int = 1) -> int:
     """Tokens a micro-batch, after checking that everything divides."""
-    for name in ("seq_len", "step_tokens", "grad_shards", "max_document"):
-        if getattr(options, name) < 1:
-            what = f"data.{name}={getattr(options, name)} must be at least 1"
-            raise Problem(what, f"--data.{name.replace('_', '-')} 1 or more")
+    for name in ("seq_len", "step_tokens", "grad_shards", "max_document", "pass_tokens"):
+        least = int(name != "pass_tokens")
+        if getattr(options, name) < least:
+            what = f"data.{name}={getattr(options, name)} must be at least {least}"
+            raise Problem(what, f"--data.{name.replace('_', '-')} {least} or more")
     shards, tokens = options.grad_shards, options.step_tokens
     if shards % world:
         what = f"{world} ranks cannot share {shards} micro-batches a step evenly (data.grad_shards)"
@@ -1077,7 +1080,7 @@ assert [sum(b - a for a, b in slices) for slices in plan] == [49, 49]
 print(f"two micro-batches of 48 tokens: {plan}")
 
 # %% [markdown]
-# The loader itself is thin: it holds the position and hands each rank its part.
+# The loader itself is thin: it holds the position and hands each rank its part. Eight micro-batches are right for eight GPUs, and may be too small for one: if a pass of the model takes less time than Python needs to start its kernels, the GPU waits. So a rank may read several of its micro-batches as one larger batch (`pass_tokens`). The step remains the same mean over the same tokens.
 
 
 # %%
@@ -1093,9 +1096,11 @@ class Loader:
         self.shards, self.position = Shards(options.path, "train"), Position()
         share = options.grad_shards // world
         self.mine = range(rank * share, (rank + 1) * share)
+        most = options.pass_tokens // self.micro if options.mode == "stream" else 1
+        self.joined = next(n for n in range(max(1, min(most, share)), 0, -1) if share % n == 0)
 
     def next(self) -> list[Batch]:
-        """The next step's micro-batches for this rank."""
+        """The next step's micro-batches for this rank, `joined` at a time."""
         make = next_stream if self.options.mode == "stream" else next_documents
         return [pinned(batch) if self.pin else batch for batch in make(self)]
 
@@ -1113,9 +1118,9 @@ def next_stream(loader: Loader) -> list[Batch]:
     start, loader.position = next_slice(loader.shards.total, loader.options, loader.position)
     micro, mine = loader.micro, loader.mine
     own = loader.shards.read(start + mine[0] * micro, len(mine) * micro + 1)
-    return [
-        rows(own[i * micro : (i + 1) * micro + 1], loader.options.seq_len) for i in range(len(mine))
-    ]
+    size = micro * loader.joined
+    cuts = range(0, len(mine) * micro, size)
+    return [rows(own[at : at + size + 1], loader.options.seq_len) for at in cuts]
 
 
 def next_documents(loader: Loader) -> list[Batch]:
@@ -1130,6 +1135,9 @@ def next_documents(loader: Loader) -> list[Batch]:
 
 
 # %%
+from dataclasses import replace
+
+
 def read_by(world: int, options: DataOptions, steps: int) -> tuple[torch.Tensor, Loader]:
     """All that `world` ranks read in some steps (inputs, targets, borders), and the first rank's loader."""
     loaders = [Loader(options, rank, world) for rank in range(world)]
@@ -1149,7 +1157,11 @@ for mode in ("stream", "documents"):
     first, again = loader.next(), resumed.next()
     assert all(torch.equal(a.inputs, b.inputs) for a, b in zip(first, again)), "position is all"
     assert len({tuple(batch.inputs.flatten().tolist()) for batch in first}) == 8, "all different"
+    larger, _ = read_by(2, replace(options, pass_tokens=128), 40)
+    assert torch.equal(alone.sort().values, larger.sort().values), "joined: the same tokens"
     print(f"{mode}: 40 steps, {loader.position.epoch + 1} epochs, the same on 1, 2, 4 and 8 ranks")
+joined = Loader(DataOptions(str(scratch / "many"), seq_len=8, step_tokens=512, pass_tokens=300))
+assert [len(batch.inputs) for batch in joined.next()] == [32, 32], "two passes of 256 tokens"
 
 # %% [markdown]
 # Validation reads the plain stream in both modes, a fixed number of tokens from the start, micro-batch $j$ on rank $j \bmod w$:

@@ -85,7 +85,7 @@ print(f"the largest singular value is {sigma[0] / sigma[64]:.0f} times the media
 #| default_exp optim.newton_schulz
 #| export
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -140,6 +140,16 @@ assert torch.allclose(p, torch.tensor([-1.0, 1.0, -1.0]), atol=1e-4), (
 QUINTIC = (3.4445, -4.7750, 2.0315)
 
 
+def through(x: Tensor, polynomials: Sequence[tuple[float, float, float]]) -> Tensor:
+    """x, (…, rows, cols), after its singular values went through odd quintics (a, b, c), one after the other."""
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if tall else x
+    for a, b, c in polynomials:
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.mT if tall else x
+
+
 def newton_schulz(
     g: Tensor,
     iterations: int = 5,
@@ -151,15 +161,9 @@ def newton_schulz(
     Singular vectors stay; singular values, divided by the matrix's length, go through the polynomial
     `iterations` times. Zeros stay zeros. Coefficients: Keller Jordan's of record 4.
     """
-    a, b, c = coefficients
     x = g.to(dtype)
     x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
-    tall = x.shape[-2] > x.shape[-1]
-    x = x.mT if tall else x
-    for _ in range(iterations):
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.mT if tall else x
+    return through(x, [coefficients] * iterations)
 
 
 # %%
@@ -287,16 +291,21 @@ class MatrixOptions:
 
 # %%
 #| export
-def muon_update(g: Tensor, state: dict, skip: Tensor | None, options: MatrixOptions) -> Tensor:
-    """The update at rate 1 of matrices with gradient g, (matrices, rows, cols); folds g into state["momentum"].
+def fold(g: Tensor, momentum: Tensor, kept: float, nesterov: bool, skip: Tensor | None) -> Tensor:
+    """Fold g into momentum, in place. Returns what a step follows: the momentum, or with `nesterov` g mixed into it again.
 
-    skip: where this is not zero the momentum stays as it is, and nobody waits to find out.
+    kept: the share of itself that the momentum keeps. skip: where this is not zero it stays as it is, and nobody waits to find out.
     """
-    momentum = state.setdefault("momentum", torch.zeros_like(g))
     if skip is not None:
         g = torch.where(skip > 0, momentum, g)  # momentum folded into itself is what it was
-    momentum.lerp_(g, 1 - options.momentum)
-    ahead = g.lerp(momentum, options.momentum) if options.nesterov else momentum
+    momentum.lerp_(g, 1 - kept)
+    return g.lerp(momentum, kept) if nesterov else momentum
+
+
+def muon_update(g: Tensor, state: dict, skip: Tensor | None, options: MatrixOptions) -> Tensor:
+    """The update at rate 1 of matrices with gradient g, (matrices, rows, cols); folds g into state["momentum"]."""
+    momentum = state.setdefault("momentum", torch.zeros_like(g))
+    ahead = fold(g, momentum, options.momentum, options.nesterov, skip)
     if options.iterations:
         update = newton_schulz(ahead, options.iterations)
     else:
@@ -356,7 +365,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
     def __init__(
         self,
         banks: list[tuple[Tensor, int]],
-        rule: Callable[[Tensor, dict, Tensor | None], Tensor],
+        rule: Callable[[Tensor, dict, Tensor | None], Tensor] | None,
         lr: float,
         weight_decay: float,
     ):
@@ -369,9 +378,18 @@ class MatrixOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             (bank,) = group["params"]
             g = cut(bank.grad, group["matrices"])
-            update = self.rule(g, self.state[bank], self.found_inf).view(bank.shape)
+            update = self.direction(g, group).view(bank.shape)
             rate = group["lr"] if self.found_inf is None else group["lr"] * (1 - self.found_inf)
-            bank.mul_(1 - rate * group["weight_decay"]).sub_(rate * update)
+            self.move(bank, update, rate, group)
+
+    def direction(self, g: Tensor, group: dict) -> Tensor:
+        """The update at rate 1 of a group's matrices."""
+        assert self.rule is not None  # else a subclass has a direction of its own
+        return self.rule(g, self.state[group["params"][0]], self.found_inf)
+
+    def move(self, bank: Tensor, update: Tensor, rate: float | Tensor, group: dict) -> None:
+        """Take the step."""
+        bank.mul_(1 - rate * group["weight_decay"]).sub_(rate * update)
 
 
 # %%
@@ -539,9 +557,10 @@ import torch
 
 from speedrun.config import Config, preset, vary
 from speedrun.lab.results import load_result, stamp
-from speedrun.measure.runs import corpus_of, train_many
+from speedrun.measure.runs import bench, corpus_of, train_arms, train_many, train_on_gpus
 
 NAMES = ("grid", "low", "winners", "pace", "clock", "parts", "long")
+CORPUS = ("corpus_grid", "corpus_winners", "corpus_pace", "corpus_clock")  # with a data folder
 RULES = ("adamw", "soap", "muon")
 KEYS = ("matrix.rule", "matrix.lr", "optim.lr")
 RATES = tuple(0.00025 * 2**n for n in range(10))
@@ -556,25 +575,27 @@ PARTS: dict[str, dict[str, Any]] = {
 }
 
 
-def grid(rates: tuple[float, ...] = RATES) -> dict[str, Config]:
-    """Every rule at every rate of the matrices and every rate of the rest, by its three numbers."""
-    points = [(rule, rate, other) for rule in RULES for rate in rates for other in OTHERS]
-    return {
-        f"{p[0]} {p[1]:g} {p[2]:g}": vary(preset("cpu"), SHORT | dict(zip(KEYS, p))) for p in points
-    }
+def grid(base: Config, rates=RATES, others=OTHERS) -> dict[str, Config]:
+    """A run under every rule at every rate of the matrices and every rate of the rest, by its three numbers."""
+    points = [(rule, rate, other) for rule in RULES for rate in rates for other in others]
+    return {f"{p[0]} {p[1]:g} {p[2]:g}": vary(base, dict(zip(KEYS, p))) for p in points}
+
+
+def short() -> Config:
+    """The laptop's run, made short."""
+    return vary(preset("cpu"), SHORT)
 
 
 # %% tags=["hide-input"]
 #| export measure.newton_schulz
-def losses_of_grid() -> dict[str, float]:
+def losses_of_grid(names=("grid", "low")) -> dict[str, float]:
     """The loss at each point of the committed grid; its lowest rates were added when AdamW's best lay at the edge."""
-    halves = [load_result("newton_schulz", name)["data"]["arms"] for name in ("grid", "low")]
+    halves = [load_result("newton_schulz", name)["data"]["arms"] for name in names]
     return {name: runs[0]["val_loss"] for half in halves for name, runs in half.items()}
 
 
-def winners() -> dict[str, Config]:
+def winners(loss: dict[str, float], points: dict[str, Config]) -> dict[str, Config]:
     """Each rule at the point of the committed grid with the lowest loss."""
-    loss, points = losses_of_grid(), grid()
     of_rule = {rule: [name for name in loss if name.split()[0] == rule] for rule in RULES}
     return {rule: points[min(names, key=loss.__getitem__)] for rule, names in of_rule.items()}
 
@@ -582,51 +603,74 @@ def winners() -> dict[str, Config]:
 def step_times(
     arms: dict[str, Config], rounds: int = 12, steps: int = 10
 ) -> dict[str, list[float]]:
-    """Milliseconds of single steps of each arm on one thread, the arms in turn."""
-    from speedrun.train import assemble, train_step
+    """Milliseconds of a step of each arm, the arms in turn; on a CPU with one thread."""
+    from speedrun.train import assemble, train_step, warm_up
 
     torch.set_num_threads(1)
     folder = Path(tempfile.mkdtemp())
     live = {arm: assemble(run, folder / arm, echo=None) for arm, run in arms.items()}
     took: dict[str, list[float]] = {arm: [] for arm in arms}
+    for run in live.values():
+        warm_up(run)
     for _ in range(rounds):
         for arm, run in live.items():
+            run.clock.wait()
             begin = time.perf_counter()
             for _ in range(steps):
                 train_step(run)
+            run.clock.wait()
             took[arm].append(1000 * (time.perf_counter() - begin) / steps)
     return took
 
 
+def corpus_arms(name: str, data: str) -> dict[str, Config]:
+    """The arms of a measurement on a GPU, by the name that they have on a CPU."""
+    points = grid(bench(data), RATES[1:8], OTHERS[:3])
+    if name == "grid":
+        return points
+    best = winners(losses_of_grid(("corpus_grid",)), points)
+    return in_muons_time(best, "corpus_pace") if name == "clock" else best
+
+
+def in_muons_time(best: dict[str, Config], pace: str) -> dict[str, Config]:
+    """AdamW and SOAP for as many steps as fit into the time of Muon's run, by measured step times."""
+    ms = load_result("newton_schulz", pace)["data"]["median"]
+    steps = {rule: best[rule].steps * ms["muon"] / ms[rule] for rule in ("adamw", "soap")}
+    return {rule: vary(best[rule], {"steps": round(count)}) for rule, count in steps.items()}
+
+
 # %% tags=["hide-input"]
 #| export measure.newton_schulz
+def laptop_arms(name: str) -> dict[str, Config]:
+    """The arms of a measurement on a CPU."""
+    halves = {"grid": RATES[2:], "low": RATES[:2]}
+    if name in halves:
+        return grid(short(), halves[name])
+    best = winners(losses_of_grid(), grid(short()))
+    if name == "clock":
+        return in_muons_time(best, "pace")
+    if name == "long":
+        return {rule: vary(run, {"steps": 2000}) for rule, run in best.items()}
+    if name == "parts":
+        return {part: vary(best["muon"], change) for part, change in PARTS.items()}
+    return best
+
+
 def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
     """Train arms with paired seeds: {"arms": {arm: [run, …]}}. pace: step times, {"ms": {arm: [ms, …]}}.
 
     clock: as many steps as Muon leaves time for. long: more steps. parts: Muon without one of its parts.
     """
-    seeds = {"winners": 9, "clock": 9, "long": 3, "parts": 3}.get(name, 1)
-    halves = {"grid": RATES[2:], "low": RATES[:2]}
-    best = {} if name in halves else winners()
-    arms = grid(halves[name]) if name in halves else best
-    if name == "clock":
-        ms = load_result("newton_schulz", "pace")["data"]["median"]
-        steps = {rule: round(SHORT["steps"] * ms["muon"] / ms[rule]) for rule in ("adamw", "soap")}
-        arms = {rule: vary(best[rule], {"steps": count}) for rule, count in steps.items()}
-    if name == "long":
-        arms = {rule: vary(run, {"steps": 2000}) for rule, run in best.items()}
-    if name == "parts":
-        arms = {part: vary(best["muon"], change) for part, change in PARTS.items()}
+    place, _, kind = name.rpartition("_")
+    seeds = {"winners": 9, "clock": 9, "long": 3, "parts": 3}.get(kind, 1)
+    arms = corpus_arms(kind, arguments[0]) if place else laptop_arms(kind)
     modules = ["speedrun.measure.newton_schulz", "speedrun.train"]
-    facts = stamp(command, modules, seeds, range(seeds), corpus_of(preset("cpu")))
-    if name == "pace":
+    corpus = corpus_of(next(iter(arms.values())))
+    facts = stamp(command, modules, seeds, range(seeds), corpus)
+    if kind == "pace":
         took = step_times(arms)
         return {"ms": took, "median": {a: statistics.median(ms) for a, ms in took.items()}}, facts
-    runs = {
-        (arm, seed): vary(run, {"seed": seed}) for arm, run in arms.items() for seed in range(seeds)
-    }
-    done = dict(zip(runs, train_many(list(runs.values()))))
-    return {"arms": {arm: [done[arm, seed] for seed in range(seeds)] for arm in arms}}, facts
+    return {"arms": train_arms(arms, seeds, train_on_gpus if place else train_many)}, facts
 
 
 # %%

@@ -552,14 +552,19 @@ print(f"jumps by {tooth[0]:.2f} and {tooth[1]:.2f}; the root of the batch: 1.41 
 
 # %%
 #| export
+def between(step: int, steps: int, ends: tuple[float, float], ramps: tuple[int, int]) -> float:
+    """A line from ends[0] up to ends[1] over the first ramps[0] steps, and a line back over the last ramps[1]."""
+    (low, high), (rising, falling) = ends, ramps
+    up = step / rising if rising else 1.0
+    down = (steps - step) / falling if falling else 1.0
+    return low + (high - low) * min(1.0, up, down)
+
+
 def momentum_at(schedule: Schedule, step: int) -> float:
     """Momentum of a step: a line up in the first steps, a line down in the last."""
-    (low, high), (rising, falling) = schedule.momentum, schedule.momentum_steps
     stage_at(schedule, step)  # refuses a step that there is not
-    left = schedule.scheduled + schedule.extension - step
-    up = step / rising if rising else 1.0
-    down = left / falling if falling else 1.0
-    return low + (high - low) * min(1.0, up, down)
+    steps = schedule.scheduled + schedule.extension
+    return between(step, steps, schedule.momentum, schedule.momentum_steps)
 
 
 # %%

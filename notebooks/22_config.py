@@ -66,6 +66,7 @@ from speedrun.data.loader import DataOptions, check_options
 from speedrun.lab.hardware import Problem
 from speedrun.model.baseline import AdamWOptions
 from speedrun.model.gpt import GPTOptions
+from speedrun.optim.muon import MuonOptions
 from speedrun.optim.newton_schulz import MatrixOptions
 from speedrun.optim.schedule import ScheduleOptions
 
@@ -88,6 +89,8 @@ class Config:
     """The optimizer, and where its rate begins and ends."""
     matrix: MatrixOptions = field(default_factory=MatrixOptions)
     """Another rule for the matrices of the blocks."""
+    muon: MuonOptions = field(default_factory=MuonOptions)
+    """What has become of Muon, if that is the rule."""
     schedule: ScheduleOptions = field(default_factory=ScheduleOptions)
     """How the rate gets from its peak to its end."""
     data: DataOptions = field(default_factory=DataOptions)
@@ -174,6 +177,10 @@ def check_ranges(fields: dict[str, Any]) -> None:
     if not 0 < share <= 1:
         what = f"schedule.cooldown={share} is no share of the steps"
         raise Problem(what, "--schedule.cooldown 0.6, say: more than 0, and at most 1")
+    for name in ("matrix.momentum", "muon.low_momentum", "muon.beta2"):
+        if not 0 <= fields[name] < 1:
+            what = f"{name}={fields[name]} is no share of a mean that could be kept"
+            raise Problem(what, f"--{flag(name)} 0.9, say: 0 or more, and less than 1")
 
 
 # %%
@@ -202,6 +209,9 @@ def check_config(config: Config, world: int = 1) -> Config:
     if model.width % model.heads:
         what = f"a width of {model.width} cannot be shared by {model.heads} heads"
         raise Problem(what, f"--model.heads {largest_divisor(model.width, model.heads)}")
+    if config.muon.weights != "float32" and config.precision == "float32":
+        what = f"muon.weights={config.muon.weights} in a model that computes in float32"
+        raise Problem(what, "--precision bfloat16, or --muon.weights float32")
     if config.architecture == "baseline" and config.matrix != MatrixOptions():
         fix = "--architecture gpt: the plain one has no banks for --matrix.rule to update"
         raise Problem("there are no banks of matrices", fix)
@@ -274,6 +284,14 @@ PRESETS = {
     ),
     "record": Config(preset="record", data=FINEWEB),
 }
+TODAY = MuonOptions(
+    polynomials="polar_express",
+    beta2=0.9,
+    decay="cautious",
+    low_momentum=0.85,
+    wide_factor=4.0,
+    weights="split",
+)
 HISTORY = ("baseline",)
 
 # %%
@@ -414,8 +432,14 @@ for nonsense in (*mistakes, {"layers": 3}, {"optim.betas": ("a", "b")}):
 # %%
 #| export config
 MODEL_SIZES = [f"model.{name}" for name in ("layers", "heads", "width", "context", "init_std")]
-DATA_SIZES = [f"data.{name}" for name in ("path", "seq_len", "step_tokens", "grad_shards")]
-SIZES = (*MODEL_SIZES, *DATA_SIZES, "precision")
+DATA_SIZES = [
+    "data.path",
+    "data.seq_len",
+    "data.step_tokens",
+    "data.grad_shards",
+    "data.pass_tokens",
+]
+SIZES = (*MODEL_SIZES, *DATA_SIZES, "precision", "muon.weights")
 
 
 def at_cpu_size(config: Config, steps: int = 20) -> Config:
@@ -460,6 +484,7 @@ assert firsts["cpu"] == firsts["small"] == firsts["record"] != firsts["baseline"
 #| export config
 # dotted name → what a run saved before the field existed has for it
 ABSENT: dict[str, Any] = {"matrix": MatrixOptions(), "schedule": ScheduleOptions()}
+ABSENT |= {"muon": MuonOptions(), "data.pass_tokens": 0}
 
 
 def config_from_json(saved: dict, kind: type = Config, prefix: str = "") -> Any:
@@ -594,7 +619,7 @@ from speedrun.lab.results import is_docstring, module_file
 
 homes = {"Config": "config", "DataOptions": "data.loader", "AdamWOptions": "model.baseline"}
 homes |= {"GPTOptions": "model.gpt", "MatrixOptions": "optim.newton_schulz"}
-homes |= {"ScheduleOptions": "optim.schedule"}
+homes |= {"ScheduleOptions": "optim.schedule", "MuonOptions": "optim.muon"}
 explained = 0
 for kind, home in homes.items():
     tree = ast.parse(module_file(f"speedrun.{home}").read_text(encoding="utf-8"))
@@ -658,14 +683,19 @@ HTML(
 # %% tags=["hide-input"]
 #| export measure.runs
 import dataclasses
+import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from speedrun.train import Run
 
 from speedrun.data.loader import Shards
-from speedrun.lab.hardware import look
+from speedrun.lab.hardware import Problem, look
 from speedrun.lab.runlog import read_metrics, series
 
 
@@ -693,6 +723,91 @@ def corpus_of(run: Config) -> dict[str, str]:
     """Name and SHA-256 of what a run reads, for a result's stamp."""
     manifest = Shards(run.data.path, "val").manifest
     return {"name": manifest.source, "sha256": manifest.sha256}
+
+
+# %% [markdown]
+# A GPU trains one of these in seconds, and would spend more of them on compiling. So there a process assembles a run once and trains others with its compiled model, as long as they differ in nothing that the model can see. `bench` is the run for such comparisons: half the layers and half the width of the record's, a sixteenth of its batch.
+
+
+# %% tags=["hide-input"]
+#| export measure.runs
+def bench(data: str) -> Config:
+    """The run in which ideas are compared on a GPU: 30 million parameters, 400 steps of 32,768 tokens."""
+    sizes = {"model.layers": 6, "model.heads": 6, "model.width": 384, "model.init_std": 0.03}
+    reads = {"data.path": data, "data.step_tokens": 32_768, "data.grad_shards": 1}
+    lasts = {"steps": 400, "optim.warmup_steps": 40, "val_tokens": 1_048_576}
+    return vary(preset("small"), sizes | reads | lasts | {"schedule.shape": "trapezoid"})
+
+
+def retrain(live: "Run", config: Config) -> dict:
+    """Train a run with the assembled model of another, from which it differs in optimizers, schedule and seed alone."""
+    from speedrun.data.loader import Position
+    from speedrun.model.gpt import init_parameter
+    from speedrun.train import evaluate, held_out, make_optimizers, train_step, warm_up
+
+    model: Any = live.model
+    for row in model.table:
+        weights = init_parameter(row, config.seed)
+        model.get_parameter(row.name).data = weights.to(live.ranks.device)
+    live.config, live.step, live.loader.position = config, 0, Position()
+    live.optimizers = make_optimizers(config, model, model.decays())
+    live.skipped.zero_()
+    live.clock.elapsed_ms = 0.0
+    warm_up(live)
+    live.clock.start()
+    for _ in range(config.steps):
+        train_step(live)
+    live.clock.stop()
+    loss = evaluate(live, held_out(live, config.val_tokens))
+    done = {
+        "val_loss": loss,
+        "seconds": live.clock.elapsed_ms / 1000,
+        "skipped": live.skipped.item(),
+    }
+    return done | {"config": dataclasses.asdict(config)}
+
+
+# %% tags=["hide-input"]
+#| export measure.runs
+LIVE: dict[str, Any] = {}
+
+
+def train_on_gpu(config: Config) -> dict:
+    """`retrain` with this process's run of that model, assembled when first needed."""
+    from speedrun.train import assemble
+
+    sees = repr((config.model, config.data, config.precision, config.compile))
+    if sees not in LIVE:
+        LIVE[sees] = assemble(config, Path(tempfile.mkdtemp()), echo=None)
+    return retrain(LIVE[sees], config)
+
+
+def train_arms(
+    arms: dict[str, Config], seeds: int, many: Callable[[Sequence[Config]], list[dict]]
+) -> dict[str, list[dict]]:
+    """Train every arm with the same seeds 0 … seeds − 1. many: trains a list of runs."""
+    runs = {
+        (arm, seed): vary(run, {"seed": seed}) for arm, run in arms.items() for seed in range(seeds)
+    }
+    done = dict(zip(runs, many(list(runs.values()))))
+    return {arm: [done[arm, seed] for seed in range(seeds)] for arm in arms}
+
+
+def take_gpu(numbers: Any) -> None:
+    """Let this process see one GPU only."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = str(numbers.get())
+
+
+def train_on_gpus(runs: Sequence[Config]) -> list[dict]:
+    """Train runs on the GPUs of this machine, one process each; what `retrain` says of each, in order."""
+    context, gpus = get_context("spawn"), len(look().gpus)
+    if not gpus:
+        raise Problem("this is measured on a GPU, and PyTorch sees none", "make doctor says why")
+    numbers = context.Queue()
+    for number in range(gpus):
+        numbers.put(number)
+    with ProcessPoolExecutor(gpus, context, take_gpu, (numbers,)) as pool:
+        return list(pool.map(train_on_gpu, runs))
 
 
 # %% tags=["hide-input"]

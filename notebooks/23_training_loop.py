@@ -75,7 +75,6 @@ import threading
 import time
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -94,9 +93,9 @@ from speedrun.lab.hardware import Problem, setup
 from speedrun.lab.results import module_file, module_hashes, root, stamp
 from speedrun.lab.runlog import RunLog, format_line, parse_line
 from speedrun.model.baseline import make_adamw
-from speedrun.optim.newton_schulz import MatrixOptimizer, MatrixOptions, muon_update
-from speedrun.optim.schedule import learning_rate
-from speedrun.optim.soap import soap_update
+from speedrun.optim.muon import Muon
+from speedrun.optim.newton_schulz import MatrixOptimizer, MatrixOptions
+from speedrun.optim.schedule import between, learning_rate
 from speedrun.model.gpt import GPT, model_flops_per_token
 
 
@@ -304,6 +303,17 @@ print({rung: f"{len(names[rung])} tensors, {sizes[rung]:,} numbers" for rung in 
 
 # %%
 #| export
+def matrix_optimizer(
+    config: Config, banks: list[tuple[Tensor, int]], rate: float
+) -> torch.optim.Optimizer:
+    """Muon or SOAP for banks of matrices, as the run says."""
+    if config.matrix.rule == "muon":
+        return Muon(banks, config.matrix, config.muon, rate, config.optim.weight_decay)
+    from speedrun.optim.soap import soap_update
+
+    return MatrixOptimizer(banks, soap_update, rate, config.optim.weight_decay)
+
+
 def make_optimizers(
     config: Config, model: nn.Module, decays: dict[str, bool]
 ) -> list[torch.optim.Optimizer]:
@@ -321,8 +331,7 @@ def make_optimizers(
         second: Any = make_adamw(banks, {name: decays[name] for name in banks}, alone)
     else:
         pairs = [(bank, matrices[name]) for name, bank in banks.items()]
-        rule = partial(muon_update, options=chosen) if chosen.rule == "muon" else soap_update
-        second = MatrixOptimizer(pairs, rule, rate, optim.weight_decay)
+        second = matrix_optimizer(config, pairs, rate)
     for group in second.param_groups:
         group["share"] = rate / optim.lr
     return [first, second]
@@ -339,20 +348,20 @@ for rule, owned in {"muon": (12, 4), "soap": (12, 4), "adamw": (12, 4)}.items():
 assert sum(len(g["params"]) for g in one.param_groups) == 16
 
 # %% [markdown]
-# A step is `grad_shards` micro-batches. Their losses are means over equally many tokens, so the gradient of the whole batch is the mean of their gradients. Dividing each loss by `grad_shards` before going backward, and *summing* over micro-batches and ranks, gives exactly that, however they are dealt out.
+# A step is `grad_shards` micro-batches, of which a rank reads its share in equal parts. Their losses are means over equally many tokens, so the gradient of the whole batch is the mean of the parts' gradients. Dividing each loss by the number of parts of the whole step before going backward, and *summing* over parts and ranks, gives exactly that, however they are dealt out.
 
 
 # %%
 #| export
 def accumulate(
-    forward, batches: list[Batch], grad_shards: int, device: torch.device, precision: str
+    forward, batches: list[Batch], parts: int, device: torch.device, precision: str
 ) -> Tensor:
     """Forward and backward through this rank's micro-batches. Gradients add up; returns its part of the mean loss."""
     total = torch.zeros((), device=device)
     for batch in batches:
         inputs, targets = (tensor.to(device, non_blocking=True) for tensor in batch[:2])
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-            loss = forward(inputs, targets) / grad_shards
+            loss = forward(inputs, targets) / parts
         loss.backward()
         total += loss.detach()
     return total
@@ -408,11 +417,14 @@ def update(run: "Run") -> Tensor:
     finite = torch.isfinite(total)
     length = torch.where(finite, total, 0.0)  # a broken gradient is not scaled: it stays what it is
     nn.utils.clip_grads_with_norm_(parameters, optim.grad_clip or math.inf, length)
-    rate = learning_rate(run.step, run.config.steps, optim, run.config.schedule)
+    steps, muon = run.config.steps, run.config.muon
+    rate = learning_rate(run.step, steps, optim, run.config.schedule)
+    high = run.config.matrix.momentum
+    momentum = between(run.step, steps, (muon.low_momentum or high, high), muon.momentum_steps)
     broken = (~finite).float()
     for optimizer in run.optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = rate * group.get("share", 1.0)
+            group["lr"], group["momentum"] = rate * group.get("share", 1.0), momentum
         optimizer.found_inf, optimizer.grad_scale = broken, None
         optimizer.step()
     run.skipped += broken
@@ -634,9 +646,9 @@ class Run:
 #| export
 def train_step(run: Run) -> Tensor:
     """One step: read, forward and backward, sum over ranks, update. Returns this rank's part of the loss."""
-    shards, device, precision = run.config.data.grad_shards, run.ranks.device, run.config.precision
+    batches, device, precision = run.loader.next(), run.ranks.device, run.config.precision
     run.model.zero_grad()
-    loss = accumulate(run.forward, run.loader.next(), shards, device, precision)
+    loss = accumulate(run.forward, batches, len(batches) * run.ranks.world, device, precision)
     sum_over_ranks(gradients_of(run.model), run.ranks.world)
     update(run)
     run.step += 1
@@ -1517,8 +1529,12 @@ PRESET_OF = {"cpu": "cpu", "gpu": "small"}
 
 def pieces_of(run: Run) -> dict:
     """What a training step does, one after the other: name → function."""
-    device, precision, shards = run.ranks.device, run.config.precision, run.config.data.grad_shards
+    device, precision, world = run.ranks.device, run.config.precision, run.ranks.world
     marks, batches = Marks(device), []
+
+    def model() -> None:
+        parts = len(batches[-1]) * world
+        accumulate(run.forward, batches.pop(), parts, device, precision)
 
     def heartbeat_and_mark() -> None:
         run.heart.beat()
@@ -1526,9 +1542,7 @@ def pieces_of(run: Run) -> dict:
 
     return {
         "reading": lambda: batches.append(run.loader.next()),
-        "forward and backward": lambda: accumulate(
-            run.forward, batches.pop(), shards, device, precision
-        ),
+        "forward and backward": model,
         "sum over ranks": lambda: sum_over_ranks(gradients_of(run.model), run.ranks.world),
         "clip and update": lambda: update(run),
         "heartbeat and mark": heartbeat_and_mark,
@@ -1552,26 +1566,29 @@ def time_pieces(run: Run, repeats: int) -> dict[str, float]:
 
 # %% tags=["hide-input"]
 #| export measure.training_loop
-def time_steps(run: Run, repeats: int) -> dict[str, float]:
-    """Milliseconds a step (means): as Python sees one without waiting, truly, and asking for the loss each time."""
+def time_steps(run: Run, repeats: int, steps: int = 4) -> dict[str, list[float]]:
+    """Milliseconds a step, in turn: as Python sees one without waiting, truly, and asking for the loss each time.
 
-    def timed(count: int, look, wait: bool) -> float:
+    Each sample is of `steps` steps and begins when the device has nothing to do.
+    """
+
+    def timed(ask: bool, wait: bool) -> float:
         run.clock.wait()
         begin = time.perf_counter()
-        for _ in range(count):
-            look(train_step(run))
+        for _ in range(steps):
+            loss = train_step(run)
+            if ask:
+                loss.item()
         if wait:
             run.clock.wait()
-        return 1000 * (time.perf_counter() - begin) / count
+        return 1000 * (time.perf_counter() - begin) / steps
 
-    def nothing(loss):
-        return None
-
-    return {
-        "without waiting": timed(1, nothing, wait=False),
-        "true": timed(repeats, nothing, wait=True),
-        "asking": timed(repeats, lambda loss: loss.item(), wait=True),
-    }
+    kinds = {"without waiting": (False, False), "true": (False, True), "asking": (True, True)}
+    taken: dict[str, list[float]] = {kind: [] for kind in kinds}
+    for _ in range(repeats):
+        for kind, (ask, wait) in kinds.items():
+            taken[kind].append(timed(ask, wait))
+    return taken
 
 
 # %% tags=["hide-input"]
@@ -1591,9 +1608,9 @@ def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
 
 # %%
 run = assemble(brief, scratch / "timed", echo=None)
-pieces, whole_step = time_pieces(run, 5), time_steps(run, 5)
+pieces, whole_step = time_pieces(run, 5), statistics.median(time_steps(run, 2)["true"])
 assert max(pieces, key=pieces.get) == "forward and backward"
-assert 0.1 < sum(pieces.values()) / whole_step["true"] < 10, "the same units"
+assert 0.1 < sum(pieces.values()) / whole_step < 10, "the same units"
 
 # %% [markdown]
 # On a GPU, for a model of 51 million parameters, and on two CPU cores for the laptop's:

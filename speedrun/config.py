@@ -14,6 +14,7 @@ from speedrun.data.loader import DataOptions, check_options
 from speedrun.lab.hardware import Problem
 from speedrun.model.baseline import AdamWOptions
 from speedrun.model.gpt import GPTOptions
+from speedrun.optim.muon import MuonOptions
 from speedrun.optim.newton_schulz import MatrixOptions
 from speedrun.optim.schedule import ScheduleOptions
 
@@ -34,6 +35,8 @@ class Config:
     """The optimizer, and where its rate begins and ends."""
     matrix: MatrixOptions = field(default_factory=MatrixOptions)
     """Another rule for the matrices of the blocks."""
+    muon: MuonOptions = field(default_factory=MuonOptions)
+    """What has become of Muon, if that is the rule."""
     schedule: ScheduleOptions = field(default_factory=ScheduleOptions)
     """How the rate gets from its peak to its end."""
     data: DataOptions = field(default_factory=DataOptions)
@@ -106,6 +109,10 @@ def check_ranges(fields: dict[str, Any]) -> None:
     if not 0 < share <= 1:
         what = f"schedule.cooldown={share} is no share of the steps"
         raise Problem(what, "--schedule.cooldown 0.6, say: more than 0, and at most 1")
+    for name in ("matrix.momentum", "muon.low_momentum", "muon.beta2"):
+        if not 0 <= fields[name] < 1:
+            what = f"{name}={fields[name]} is no share of a mean that could be kept"
+            raise Problem(what, f"--{flag(name)} 0.9, say: 0 or more, and less than 1")
 
 
 def check_config(config: Config, world: int = 1) -> Config:
@@ -122,6 +129,9 @@ def check_config(config: Config, world: int = 1) -> Config:
     if model.width % model.heads:
         what = f"a width of {model.width} cannot be shared by {model.heads} heads"
         raise Problem(what, f"--model.heads {largest_divisor(model.width, model.heads)}")
+    if config.muon.weights != "float32" and config.precision == "float32":
+        what = f"muon.weights={config.muon.weights} in a model that computes in float32"
+        raise Problem(what, "--precision bfloat16, or --muon.weights float32")
     if config.architecture == "baseline" and config.matrix != MatrixOptions():
         fix = "--architecture gpt: the plain one has no banks for --matrix.rule to update"
         raise Problem("there are no banks of matrices", fix)
@@ -170,6 +180,14 @@ PRESETS = {
     ),
     "record": Config(preset="record", data=FINEWEB),
 }
+TODAY = MuonOptions(
+    polynomials="polar_express",
+    beta2=0.9,
+    decay="cautious",
+    low_momentum=0.85,
+    wide_factor=4.0,
+    weights="split",
+)
 HISTORY = ("baseline",)
 
 
@@ -236,8 +254,14 @@ def vary(config: Any, changes: dict[str, Any], prefix: str = "") -> Any:
 
 # %% Any run, on a laptop
 MODEL_SIZES = [f"model.{name}" for name in ("layers", "heads", "width", "context", "init_std")]
-DATA_SIZES = [f"data.{name}" for name in ("path", "seq_len", "step_tokens", "grad_shards")]
-SIZES = (*MODEL_SIZES, *DATA_SIZES, "precision")
+DATA_SIZES = [
+    "data.path",
+    "data.seq_len",
+    "data.step_tokens",
+    "data.grad_shards",
+    "data.pass_tokens",
+]
+SIZES = (*MODEL_SIZES, *DATA_SIZES, "precision", "muon.weights")
 
 
 def at_cpu_size(config: Config, steps: int = 20) -> Config:
@@ -250,6 +274,7 @@ def at_cpu_size(config: Config, steps: int = 20) -> Config:
 # %% Saved, and said
 # dotted name → what a run saved before the field existed has for it
 ABSENT: dict[str, Any] = {"matrix": MatrixOptions(), "schedule": ScheduleOptions()}
+ABSENT |= {"muon": MuonOptions(), "data.pass_tokens": 0}
 
 
 def config_from_json(saved: dict, kind: type = Config, prefix: str = "") -> Any:

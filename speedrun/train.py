@@ -27,7 +27,6 @@ import threading
 import time
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -46,9 +45,9 @@ from speedrun.lab.hardware import Problem, setup
 from speedrun.lab.results import module_file, module_hashes, root, stamp
 from speedrun.lab.runlog import RunLog, format_line, parse_line
 from speedrun.model.baseline import make_adamw
-from speedrun.optim.newton_schulz import MatrixOptimizer, MatrixOptions, muon_update
-from speedrun.optim.schedule import learning_rate
-from speedrun.optim.soap import soap_update
+from speedrun.optim.muon import Muon
+from speedrun.optim.newton_schulz import MatrixOptimizer, MatrixOptions
+from speedrun.optim.schedule import between, learning_rate
 from speedrun.model.gpt import GPT, model_flops_per_token
 
 
@@ -172,6 +171,17 @@ def build_model(
     return rung.to(device), decays
 
 
+def matrix_optimizer(
+    config: Config, banks: list[tuple[Tensor, int]], rate: float
+) -> torch.optim.Optimizer:
+    """Muon or SOAP for banks of matrices, as the run says."""
+    if config.matrix.rule == "muon":
+        return Muon(banks, config.matrix, config.muon, rate, config.optim.weight_decay)
+    from speedrun.optim.soap import soap_update
+
+    return MatrixOptimizer(banks, soap_update, rate, config.optim.weight_decay)
+
+
 def make_optimizers(
     config: Config, model: nn.Module, decays: dict[str, bool]
 ) -> list[torch.optim.Optimizer]:
@@ -189,22 +199,21 @@ def make_optimizers(
         second: Any = make_adamw(banks, {name: decays[name] for name in banks}, alone)
     else:
         pairs = [(bank, matrices[name]) for name, bank in banks.items()]
-        rule = partial(muon_update, options=chosen) if chosen.rule == "muon" else soap_update
-        second = MatrixOptimizer(pairs, rule, rate, optim.weight_decay)
+        second = matrix_optimizer(config, pairs, rate)
     for group in second.param_groups:
         group["share"] = rate / optim.lr
     return [first, second]
 
 
 def accumulate(
-    forward, batches: list[Batch], grad_shards: int, device: torch.device, precision: str
+    forward, batches: list[Batch], parts: int, device: torch.device, precision: str
 ) -> Tensor:
     """Forward and backward through this rank's micro-batches. Gradients add up; returns its part of the mean loss."""
     total = torch.zeros((), device=device)
     for batch in batches:
         inputs, targets = (tensor.to(device, non_blocking=True) for tensor in batch[:2])
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-            loss = forward(inputs, targets) / grad_shards
+            loss = forward(inputs, targets) / parts
         loss.backward()
         total += loss.detach()
     return total
@@ -230,11 +239,14 @@ def update(run: "Run") -> Tensor:
     finite = torch.isfinite(total)
     length = torch.where(finite, total, 0.0)  # a broken gradient is not scaled: it stays what it is
     nn.utils.clip_grads_with_norm_(parameters, optim.grad_clip or math.inf, length)
-    rate = learning_rate(run.step, run.config.steps, optim, run.config.schedule)
+    steps, muon = run.config.steps, run.config.muon
+    rate = learning_rate(run.step, steps, optim, run.config.schedule)
+    high = run.config.matrix.momentum
+    momentum = between(run.step, steps, (muon.low_momentum or high, high), muon.momentum_steps)
     broken = (~finite).float()
     for optimizer in run.optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = rate * group.get("share", 1.0)
+            group["lr"], group["momentum"] = rate * group.get("share", 1.0), momentum
         optimizer.found_inf, optimizer.grad_scale = broken, None
         optimizer.step()
     run.skipped += broken
@@ -357,9 +369,9 @@ class Run:
 
 def train_step(run: Run) -> Tensor:
     """One step: read, forward and backward, sum over ranks, update. Returns this rank's part of the loss."""
-    shards, device, precision = run.config.data.grad_shards, run.ranks.device, run.config.precision
+    batches, device, precision = run.loader.next(), run.ranks.device, run.config.precision
     run.model.zero_grad()
-    loss = accumulate(run.forward, run.loader.next(), shards, device, precision)
+    loss = accumulate(run.forward, batches, len(batches) * run.ranks.world, device, precision)
     sum_over_ranks(gradients_of(run.model), run.ranks.world)
     update(run)
     run.step += 1

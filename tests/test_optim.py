@@ -195,10 +195,10 @@ class TestTwoOptimizers:
 @pytest.mark.slow
 def test_the_three_winners_keep_their_order_for_sixty_steps(tmp_path, embedded):
     from speedrun.lab.runlog import read_metrics, series
-    from speedrun.measure.newton_schulz import winners
+    from speedrun.measure.newton_schulz import grid, losses_of_grid, short, winners
 
     brief, losses = {"steps": 60, "optim.warmup_steps": 10, "val_every": 60}, {}
-    for rule, run in winners().items():
+    for rule, run in winners(losses_of_grid(), grid(short())).items():
         train(vary(run, brief | {"val_tokens": 32_768}), tmp_path / rule, echo=None)
         losses[rule] = series(read_metrics(tmp_path / rule / "metrics.jsonl"), "val")[-1][
             "val_loss"

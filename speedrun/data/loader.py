@@ -33,14 +33,17 @@ class DataOptions:
     """Equal micro-batches a step; a multiple of the number of ranks."""
     max_document: int = 2048
     """Documents mode: the longest piece of a document that is used."""
+    pass_tokens: int = 0
+    """Stream mode: a rank's micro-batches are joined up to this many tokens for a pass of the model; 0: never."""
 
 
 def check_options(options: DataOptions, world: int = 1) -> int:
     """Tokens a micro-batch, after checking that everything divides."""
-    for name in ("seq_len", "step_tokens", "grad_shards", "max_document"):
-        if getattr(options, name) < 1:
-            what = f"data.{name}={getattr(options, name)} must be at least 1"
-            raise Problem(what, f"--data.{name.replace('_', '-')} 1 or more")
+    for name in ("seq_len", "step_tokens", "grad_shards", "max_document", "pass_tokens"):
+        least = int(name != "pass_tokens")
+        if getattr(options, name) < least:
+            what = f"data.{name}={getattr(options, name)} must be at least {least}"
+            raise Problem(what, f"--data.{name.replace('_', '-')} {least} or more")
     shards, tokens = options.grad_shards, options.step_tokens
     if shards % world:
         what = f"{world} ranks cannot share {shards} micro-batches a step evenly (data.grad_shards)"
@@ -194,9 +197,11 @@ class Loader:
         self.shards, self.position = Shards(options.path, "train"), Position()
         share = options.grad_shards // world
         self.mine = range(rank * share, (rank + 1) * share)
+        most = options.pass_tokens // self.micro if options.mode == "stream" else 1
+        self.joined = next(n for n in range(max(1, min(most, share)), 0, -1) if share % n == 0)
 
     def next(self) -> list[Batch]:
-        """The next step's micro-batches for this rank."""
+        """The next step's micro-batches for this rank, `joined` at a time."""
         make = next_stream if self.options.mode == "stream" else next_documents
         return [pinned(batch) if self.pin else batch for batch in make(self)]
 
@@ -212,9 +217,9 @@ def next_stream(loader: Loader) -> list[Batch]:
     start, loader.position = next_slice(loader.shards.total, loader.options, loader.position)
     micro, mine = loader.micro, loader.mine
     own = loader.shards.read(start + mine[0] * micro, len(mine) * micro + 1)
-    return [
-        rows(own[i * micro : (i + 1) * micro + 1], loader.options.seq_len) for i in range(len(mine))
-    ]
+    size = micro * loader.joined
+    cuts = range(0, len(mine) * micro, size)
+    return [rows(own[at : at + size + 1], loader.options.seq_len) for at in cuts]
 
 
 def next_documents(loader: Loader) -> list[Batch]:

@@ -12,9 +12,10 @@ import torch
 
 from speedrun.config import Config, preset, vary
 from speedrun.lab.results import load_result, stamp
-from speedrun.measure.runs import corpus_of, train_many
+from speedrun.measure.runs import bench, corpus_of, train_arms, train_many, train_on_gpus
 
 NAMES = ("grid", "low", "winners", "pace", "clock", "parts", "long")
+CORPUS = ("corpus_grid", "corpus_winners", "corpus_pace", "corpus_clock")  # with a data folder
 RULES = ("adamw", "soap", "muon")
 KEYS = ("matrix.rule", "matrix.lr", "optim.lr")
 RATES = tuple(0.00025 * 2**n for n in range(10))
@@ -29,23 +30,25 @@ PARTS: dict[str, dict[str, Any]] = {
 }
 
 
-def grid(rates: tuple[float, ...] = RATES) -> dict[str, Config]:
-    """Every rule at every rate of the matrices and every rate of the rest, by its three numbers."""
-    points = [(rule, rate, other) for rule in RULES for rate in rates for other in OTHERS]
-    return {
-        f"{p[0]} {p[1]:g} {p[2]:g}": vary(preset("cpu"), SHORT | dict(zip(KEYS, p))) for p in points
-    }
+def grid(base: Config, rates=RATES, others=OTHERS) -> dict[str, Config]:
+    """A run under every rule at every rate of the matrices and every rate of the rest, by its three numbers."""
+    points = [(rule, rate, other) for rule in RULES for rate in rates for other in others]
+    return {f"{p[0]} {p[1]:g} {p[2]:g}": vary(base, dict(zip(KEYS, p))) for p in points}
 
 
-def losses_of_grid() -> dict[str, float]:
+def short() -> Config:
+    """The laptop's run, made short."""
+    return vary(preset("cpu"), SHORT)
+
+
+def losses_of_grid(names=("grid", "low")) -> dict[str, float]:
     """The loss at each point of the committed grid; its lowest rates were added when AdamW's best lay at the edge."""
-    halves = [load_result("newton_schulz", name)["data"]["arms"] for name in ("grid", "low")]
+    halves = [load_result("newton_schulz", name)["data"]["arms"] for name in names]
     return {name: runs[0]["val_loss"] for half in halves for name, runs in half.items()}
 
 
-def winners() -> dict[str, Config]:
+def winners(loss: dict[str, float], points: dict[str, Config]) -> dict[str, Config]:
     """Each rule at the point of the committed grid with the lowest loss."""
-    loss, points = losses_of_grid(), grid()
     of_rule = {rule: [name for name in loss if name.split()[0] == rule] for rule in RULES}
     return {rule: points[min(names, key=loss.__getitem__)] for rule, names in of_rule.items()}
 
@@ -53,20 +56,55 @@ def winners() -> dict[str, Config]:
 def step_times(
     arms: dict[str, Config], rounds: int = 12, steps: int = 10
 ) -> dict[str, list[float]]:
-    """Milliseconds of single steps of each arm on one thread, the arms in turn."""
-    from speedrun.train import assemble, train_step
+    """Milliseconds of a step of each arm, the arms in turn; on a CPU with one thread."""
+    from speedrun.train import assemble, train_step, warm_up
 
     torch.set_num_threads(1)
     folder = Path(tempfile.mkdtemp())
     live = {arm: assemble(run, folder / arm, echo=None) for arm, run in arms.items()}
     took: dict[str, list[float]] = {arm: [] for arm in arms}
+    for run in live.values():
+        warm_up(run)
     for _ in range(rounds):
         for arm, run in live.items():
+            run.clock.wait()
             begin = time.perf_counter()
             for _ in range(steps):
                 train_step(run)
+            run.clock.wait()
             took[arm].append(1000 * (time.perf_counter() - begin) / steps)
     return took
+
+
+def corpus_arms(name: str, data: str) -> dict[str, Config]:
+    """The arms of a measurement on a GPU, by the name that they have on a CPU."""
+    points = grid(bench(data), RATES[1:8], OTHERS[:3])
+    if name == "grid":
+        return points
+    best = winners(losses_of_grid(("corpus_grid",)), points)
+    return in_muons_time(best, "corpus_pace") if name == "clock" else best
+
+
+def in_muons_time(best: dict[str, Config], pace: str) -> dict[str, Config]:
+    """AdamW and SOAP for as many steps as fit into the time of Muon's run, by measured step times."""
+    ms = load_result("newton_schulz", pace)["data"]["median"]
+    steps = {rule: best[rule].steps * ms["muon"] / ms[rule] for rule in ("adamw", "soap")}
+    return {rule: vary(best[rule], {"steps": round(count)}) for rule, count in steps.items()}
+
+
+def laptop_arms(name: str) -> dict[str, Config]:
+    """The arms of a measurement on a CPU."""
+    halves = {"grid": RATES[2:], "low": RATES[:2]}
+    if name in halves:
+        return grid(short(), halves[name])
+    best = winners(losses_of_grid(), grid(short()))
+    if name == "clock":
+        return in_muons_time(best, "pace")
+    if name == "long":
+        return {rule: vary(run, {"steps": 2000}) for rule, run in best.items()}
+    if name == "parts":
+        return {part: vary(best["muon"], change) for part, change in PARTS.items()}
+    return best
 
 
 def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
@@ -74,25 +112,13 @@ def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
 
     clock: as many steps as Muon leaves time for. long: more steps. parts: Muon without one of its parts.
     """
-    seeds = {"winners": 9, "clock": 9, "long": 3, "parts": 3}.get(name, 1)
-    halves = {"grid": RATES[2:], "low": RATES[:2]}
-    best = {} if name in halves else winners()
-    arms = grid(halves[name]) if name in halves else best
-    if name == "clock":
-        ms = load_result("newton_schulz", "pace")["data"]["median"]
-        steps = {rule: round(SHORT["steps"] * ms["muon"] / ms[rule]) for rule in ("adamw", "soap")}
-        arms = {rule: vary(best[rule], {"steps": count}) for rule, count in steps.items()}
-    if name == "long":
-        arms = {rule: vary(run, {"steps": 2000}) for rule, run in best.items()}
-    if name == "parts":
-        arms = {part: vary(best["muon"], change) for part, change in PARTS.items()}
+    place, _, kind = name.rpartition("_")
+    seeds = {"winners": 9, "clock": 9, "long": 3, "parts": 3}.get(kind, 1)
+    arms = corpus_arms(kind, arguments[0]) if place else laptop_arms(kind)
     modules = ["speedrun.measure.newton_schulz", "speedrun.train"]
-    facts = stamp(command, modules, seeds, range(seeds), corpus_of(preset("cpu")))
-    if name == "pace":
+    corpus = corpus_of(next(iter(arms.values())))
+    facts = stamp(command, modules, seeds, range(seeds), corpus)
+    if kind == "pace":
         took = step_times(arms)
         return {"ms": took, "median": {a: statistics.median(ms) for a, ms in took.items()}}, facts
-    runs = {
-        (arm, seed): vary(run, {"seed": seed}) for arm, run in arms.items() for seed in range(seeds)
-    }
-    done = dict(zip(runs, train_many(list(runs.values()))))
-    return {"arms": {arm: [done[arm, seed] for seed in range(seeds)] for arm in arms}}, facts
+    return {"arms": train_arms(arms, seeds, train_on_gpus if place else train_many)}, facts

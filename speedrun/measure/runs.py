@@ -1,19 +1,24 @@
 # Tangled from notebooks/22_config.py: edit the notebook, then run "make tangle". Edits made here are lost.
 
 
-from speedrun.config import Config, vary
+from speedrun.config import Config, preset, vary
 
 
 # %% Were the choices right?
 import dataclasses
+import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from speedrun.train import Run
 
 from speedrun.data.loader import Shards
-from speedrun.lab.hardware import look
+from speedrun.lab.hardware import Problem, look
 from speedrun.lab.runlog import read_metrics, series
 
 
@@ -41,3 +46,80 @@ def corpus_of(run: Config) -> dict[str, str]:
     """Name and SHA-256 of what a run reads, for a result's stamp."""
     manifest = Shards(run.data.path, "val").manifest
     return {"name": manifest.source, "sha256": manifest.sha256}
+
+
+def bench(data: str) -> Config:
+    """The run in which ideas are compared on a GPU: 30 million parameters, 400 steps of 32,768 tokens."""
+    sizes = {"model.layers": 6, "model.heads": 6, "model.width": 384, "model.init_std": 0.03}
+    reads = {"data.path": data, "data.step_tokens": 32_768, "data.grad_shards": 1}
+    lasts = {"steps": 400, "optim.warmup_steps": 40, "val_tokens": 1_048_576}
+    return vary(preset("small"), sizes | reads | lasts | {"schedule.shape": "trapezoid"})
+
+
+def retrain(live: "Run", config: Config) -> dict:
+    """Train a run with the assembled model of another, from which it differs in optimizers, schedule and seed alone."""
+    from speedrun.data.loader import Position
+    from speedrun.model.gpt import init_parameter
+    from speedrun.train import evaluate, held_out, make_optimizers, train_step, warm_up
+
+    model: Any = live.model
+    for row in model.table:
+        weights = init_parameter(row, config.seed)
+        model.get_parameter(row.name).data = weights.to(live.ranks.device)
+    live.config, live.step, live.loader.position = config, 0, Position()
+    live.optimizers = make_optimizers(config, model, model.decays())
+    live.skipped.zero_()
+    live.clock.elapsed_ms = 0.0
+    warm_up(live)
+    live.clock.start()
+    for _ in range(config.steps):
+        train_step(live)
+    live.clock.stop()
+    loss = evaluate(live, held_out(live, config.val_tokens))
+    done = {
+        "val_loss": loss,
+        "seconds": live.clock.elapsed_ms / 1000,
+        "skipped": live.skipped.item(),
+    }
+    return done | {"config": dataclasses.asdict(config)}
+
+
+LIVE: dict[str, Any] = {}
+
+
+def train_on_gpu(config: Config) -> dict:
+    """`retrain` with this process's run of that model, assembled when first needed."""
+    from speedrun.train import assemble
+
+    sees = repr((config.model, config.data, config.precision, config.compile))
+    if sees not in LIVE:
+        LIVE[sees] = assemble(config, Path(tempfile.mkdtemp()), echo=None)
+    return retrain(LIVE[sees], config)
+
+
+def train_arms(
+    arms: dict[str, Config], seeds: int, many: Callable[[Sequence[Config]], list[dict]]
+) -> dict[str, list[dict]]:
+    """Train every arm with the same seeds 0 … seeds − 1. many: trains a list of runs."""
+    runs = {
+        (arm, seed): vary(run, {"seed": seed}) for arm, run in arms.items() for seed in range(seeds)
+    }
+    done = dict(zip(runs, many(list(runs.values()))))
+    return {arm: [done[arm, seed] for seed in range(seeds)] for arm in arms}
+
+
+def take_gpu(numbers: Any) -> None:
+    """Let this process see one GPU only."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = str(numbers.get())
+
+
+def train_on_gpus(runs: Sequence[Config]) -> list[dict]:
+    """Train runs on the GPUs of this machine, one process each; what `retrain` says of each, in order."""
+    context, gpus = get_context("spawn"), len(look().gpus)
+    if not gpus:
+        raise Problem("this is measured on a GPU, and PyTorch sees none", "make doctor says why")
+    numbers = context.Queue()
+    for number in range(gpus):
+        numbers.put(number)
+    with ProcessPoolExecutor(gpus, context, take_gpu, (numbers,)) as pool:
+        return list(pool.map(train_on_gpu, runs))

@@ -30,8 +30,12 @@ PRESET_OF = {"cpu": "cpu", "gpu": "small"}
 
 def pieces_of(run: Run) -> dict:
     """What a training step does, one after the other: name → function."""
-    device, precision, shards = run.ranks.device, run.config.precision, run.config.data.grad_shards
+    device, precision, world = run.ranks.device, run.config.precision, run.ranks.world
     marks, batches = Marks(device), []
+
+    def model() -> None:
+        parts = len(batches[-1]) * world
+        accumulate(run.forward, batches.pop(), parts, device, precision)
 
     def heartbeat_and_mark() -> None:
         run.heart.beat()
@@ -39,9 +43,7 @@ def pieces_of(run: Run) -> dict:
 
     return {
         "reading": lambda: batches.append(run.loader.next()),
-        "forward and backward": lambda: accumulate(
-            run.forward, batches.pop(), shards, device, precision
-        ),
+        "forward and backward": model,
         "sum over ranks": lambda: sum_over_ranks(gradients_of(run.model), run.ranks.world),
         "clip and update": lambda: update(run),
         "heartbeat and mark": heartbeat_and_mark,
@@ -61,26 +63,29 @@ def time_pieces(run: Run, repeats: int) -> dict[str, float]:
     return {name: statistics.median(times) for name, times in seen.items()}
 
 
-def time_steps(run: Run, repeats: int) -> dict[str, float]:
-    """Milliseconds a step (means): as Python sees one without waiting, truly, and asking for the loss each time."""
+def time_steps(run: Run, repeats: int, steps: int = 4) -> dict[str, list[float]]:
+    """Milliseconds a step, in turn: as Python sees one without waiting, truly, and asking for the loss each time.
 
-    def timed(count: int, look, wait: bool) -> float:
+    Each sample is of `steps` steps and begins when the device has nothing to do.
+    """
+
+    def timed(ask: bool, wait: bool) -> float:
         run.clock.wait()
         begin = time.perf_counter()
-        for _ in range(count):
-            look(train_step(run))
+        for _ in range(steps):
+            loss = train_step(run)
+            if ask:
+                loss.item()
         if wait:
             run.clock.wait()
-        return 1000 * (time.perf_counter() - begin) / count
+        return 1000 * (time.perf_counter() - begin) / steps
 
-    def nothing(loss):
-        return None
-
-    return {
-        "without waiting": timed(1, nothing, wait=False),
-        "true": timed(repeats, nothing, wait=True),
-        "asking": timed(repeats, lambda loss: loss.item(), wait=True),
-    }
+    kinds = {"without waiting": (False, False), "true": (False, True), "asking": (True, True)}
+    taken: dict[str, list[float]] = {kind: [] for kind in kinds}
+    for _ in range(repeats):
+        for kind, (ask, wait) in kinds.items():
+            taken[kind].append(timed(ask, wait))
+    return taken
 
 
 def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:

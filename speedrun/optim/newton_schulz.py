@@ -3,7 +3,7 @@
 
 # %% What we want: the orthogonal factor
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -22,6 +22,16 @@ def orthogonal_factor(g: Tensor) -> Tensor:
 QUINTIC = (3.4445, -4.7750, 2.0315)
 
 
+def through(x: Tensor, polynomials: Sequence[tuple[float, float, float]]) -> Tensor:
+    """x, (…, rows, cols), after its singular values went through odd quintics (a, b, c), one after the other."""
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if tall else x
+    for a, b, c in polynomials:
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.mT if tall else x
+
+
 def newton_schulz(
     g: Tensor,
     iterations: int = 5,
@@ -33,15 +43,9 @@ def newton_schulz(
     Singular vectors stay; singular values, divided by the matrix's length, go through the polynomial
     `iterations` times. Zeros stay zeros. Coefficients: Keller Jordan's of record 4.
     """
-    a, b, c = coefficients
     x = g.to(dtype)
     x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
-    tall = x.shape[-2] > x.shape[-1]
-    x = x.mT if tall else x
-    for _ in range(iterations):
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.mT if tall else x
+    return through(x, [coefficients] * iterations)
 
 
 # %% Muon
@@ -63,16 +67,21 @@ class MatrixOptions:
     """muon: the rate of a matrix of more rows than columns is larger by sqrt(rows / cols)."""
 
 
-def muon_update(g: Tensor, state: dict, skip: Tensor | None, options: MatrixOptions) -> Tensor:
-    """The update at rate 1 of matrices with gradient g, (matrices, rows, cols); folds g into state["momentum"].
+def fold(g: Tensor, momentum: Tensor, kept: float, nesterov: bool, skip: Tensor | None) -> Tensor:
+    """Fold g into momentum, in place. Returns what a step follows: the momentum, or with `nesterov` g mixed into it again.
 
-    skip: where this is not zero the momentum stays as it is, and nobody waits to find out.
+    kept: the share of itself that the momentum keeps. skip: where this is not zero it stays as it is, and nobody waits to find out.
     """
-    momentum = state.setdefault("momentum", torch.zeros_like(g))
     if skip is not None:
         g = torch.where(skip > 0, momentum, g)  # momentum folded into itself is what it was
-    momentum.lerp_(g, 1 - options.momentum)
-    ahead = g.lerp(momentum, options.momentum) if options.nesterov else momentum
+    momentum.lerp_(g, 1 - kept)
+    return g.lerp(momentum, kept) if nesterov else momentum
+
+
+def muon_update(g: Tensor, state: dict, skip: Tensor | None, options: MatrixOptions) -> Tensor:
+    """The update at rate 1 of matrices with gradient g, (matrices, rows, cols); folds g into state["momentum"]."""
+    momentum = state.setdefault("momentum", torch.zeros_like(g))
+    ahead = fold(g, momentum, options.momentum, options.nesterov, skip)
     if options.iterations:
         update = newton_schulz(ahead, options.iterations)
     else:
@@ -99,7 +108,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
     def __init__(
         self,
         banks: list[tuple[Tensor, int]],
-        rule: Callable[[Tensor, dict, Tensor | None], Tensor],
+        rule: Callable[[Tensor, dict, Tensor | None], Tensor] | None,
         lr: float,
         weight_decay: float,
     ):
@@ -112,6 +121,15 @@ class MatrixOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             (bank,) = group["params"]
             g = cut(bank.grad, group["matrices"])
-            update = self.rule(g, self.state[bank], self.found_inf).view(bank.shape)
+            update = self.direction(g, group).view(bank.shape)
             rate = group["lr"] if self.found_inf is None else group["lr"] * (1 - self.found_inf)
-            bank.mul_(1 - rate * group["weight_decay"]).sub_(rate * update)
+            self.move(bank, update, rate, group)
+
+    def direction(self, g: Tensor, group: dict) -> Tensor:
+        """The update at rate 1 of a group's matrices."""
+        assert self.rule is not None  # else a subclass has a direction of its own
+        return self.rule(g, self.state[group["params"][0]], self.found_inf)
+
+    def move(self, bank: Tensor, update: Tensor, rate: float | Tensor, group: dict) -> None:
+        """Take the step."""
+        bank.mul_(1 - rate * group["weight_decay"]).sub_(rate * update)

@@ -1,0 +1,159 @@
+# Tangled from notebooks/13_muon.py: edit the notebook, then run "make tangle". Edits made here are lost.
+
+
+# %% The best polynomials
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from speedrun.optim.newton_schulz import MatrixOptimizer, MatrixOptions
+from speedrun.optim.newton_schulz import fold, newton_schulz, orthogonal_factor, through
+
+
+POLAR_EXPRESS = (
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
+
+
+def polar_express(g: Tensor, iterations: int = 5, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """Nearly the orthogonal factor of each matrix in g, (…, rows, cols) → the same, in `dtype`.
+
+    The polynomials are Amsel and others' for singular values above 1/1000 of the matrix's length, with record 38's margins.
+    """
+    x = g.to(dtype)
+    x = x / (1.02 * torch.linalg.matrix_norm(x, keepdim=True) + 1e-6)
+    last = POLAR_EXPRESS[-1:] * max(0, iterations - len(POLAR_EXPRESS))
+    return through(x, (*POLAR_EXPRESS[:iterations], *last))
+
+
+# %% Rows of one length
+def even_rows(update: Tensor, second: Tensor, beta2: float, skip: Tensor | None) -> Tensor:
+    """NorMuon: rows of update, (matrices, rows, cols), divided by the root of their mean square, at the matrix's old length.
+
+    second: the running mean squares, (matrices, rows, 1), folded in place; of columns, (matrices, 1, cols), where these are more.
+    """
+    u = update.float()
+    square = u.square().mean(-1 if second.shape[-1] == 1 else -2, keepdim=True)
+    if skip is not None:
+        square = torch.where(skip > 0, second, square)
+    second.lerp_(square, 1 - beta2)
+    even = u * second.clamp_min(1e-10).rsqrt()
+    length, now = (torch.linalg.matrix_norm(x, keepdim=True) for x in (u, even))
+    return even * (length / now.clamp_min(1e-10))
+
+
+# %% Decay that agrees
+def cautious(p: Tensor, update: Tensor, decay: float | Tensor) -> Tensor:
+    """The update with decay · p added where both have one sign, so where the step makes a weight smaller anyway."""
+    return update + decay * p * (update * p >= 0)
+
+
+# %% Sixteen bits beside sixteen bits
+def split(whole: Tensor) -> tuple[Tensor, Tensor]:
+    """float32 as the nearest bfloat16 and what is missing, int16: `join` gives back every bit."""
+    bits = whole.view(torch.int32)
+    high = (bits + 0x8000) >> 16
+    return high.to(torch.int16).view(torch.bfloat16), (bits - (high << 16)).to(torch.int16)
+
+
+def join(rounded: Tensor, lost: Tensor) -> Tensor:
+    """The float32 that `split` took apart."""
+    return ((rounded.view(torch.int16).to(torch.int32) << 16) + lost).view(torch.float32)
+
+
+# %% All of it, in the optimizer
+@dataclass(frozen=True)
+class MuonOptions:
+    """What later records made of Muon. The defaults change nothing: they are record 4's."""
+
+    polynomials: Literal["quintic", "polar_express"] = "quintic"
+    """quintic: the same one again and again. polar_express: each the best for what the last one left."""
+    beta2: float = 0.0
+    """NorMuon: what the rows' mean squares keep of themselves in a step; 0: rows stay as long as they are."""
+    decay: Literal["plain", "squared", "cautious", "none"] = "plain"
+    """plain: rate · optim.weight_decay. squared: rate² · decay_factor. cautious: that, where the step makes a weight smaller anyway."""
+    decay_factor: float = 1.2
+    """squared, cautious: decay of a step as a multiple of the rate's square."""
+    low_momentum: float = 0.0
+    """Momentum in the first step and after the last, on a line to matrix.momentum and back; 0: no lines."""
+    momentum_steps: tuple[int, int] = (300, 50)
+    """Steps in which momentum rises at the beginning, and falls at the end."""
+    wide_factor: float = 1.0
+    """The rate of a matrix of fewer rows than columns is larger by this."""
+    weights: Literal["float32", "bfloat16", "split"] = "float32"
+    """What the matrices are in the model. split: bfloat16, and the optimizer keeps what rounding took."""
+
+
+class Muon(MatrixOptimizer):
+    """Banks of matrices under Muon, old or new. Parameters change their dtype if the options say so.
+
+    The state of a bank: momentum (matrices, rows, cols), float32; second, for NorMuon; lost (as the bank), for split weights.
+    """
+
+    def __init__(
+        self,
+        banks: list[tuple[Tensor, int]],
+        matrix: MatrixOptions,
+        options: MuonOptions,
+        lr: float,
+        weight_decay: float,
+    ):
+        super().__init__(banks, None, lr, weight_decay)
+        self.matrix, self.options = matrix, options
+        for group in self.param_groups:
+            (bank,) = group["params"]
+            rows, cols = bank.shape[1] // group["matrices"], bank.shape[2]
+            tall = math.sqrt(rows / cols) if matrix.shape_factor and rows > cols else 1.0
+            group["factor"] = options.wide_factor if rows < cols else tall
+            group["momentum"] = matrix.momentum
+            if options.weights != "float32" and bank.dtype == torch.float32:
+                bank.data, lost = split(bank.data)
+                if options.weights == "split":
+                    self.state[bank]["lost"] = lost
+
+    def direction(self, g: Tensor, group: dict) -> Tensor:
+        (bank,), g = group["params"], g if g.dtype == torch.float64 else g.float()
+        state, skip = self.state[bank], self.found_inf
+        if "momentum" not in state:
+            state["momentum"] = torch.zeros_like(g)
+        ahead = fold(g, state["momentum"], group["momentum"], self.matrix.nesterov, skip)
+        update = orthogonal(ahead, self.matrix.iterations, self.options.polynomials)
+        if self.options.beta2:
+            if "second" not in state:
+                by_row = g.shape[1] >= g.shape[2]
+                state["second"] = torch.zeros_like(g[:, :, :1] if by_row else g[:, :1, :])
+            update = even_rows(update, state["second"], self.options.beta2, skip)
+        return update * group["factor"]
+
+    def move(self, bank: Tensor, update: Tensor, rate: float | Tensor, group: dict) -> None:
+        lost, whole = self.state[bank].get("lost"), bank.data
+        if bank.dtype == torch.bfloat16:
+            whole = bank.float() if lost is None else join(whole, lost)
+        kind, decay = self.options.decay, self.options.decay_factor * rate * group["factor"]
+        if kind == "plain":
+            super().move(whole, update, rate, group)
+        elif kind == "cautious":
+            whole.sub_(rate * cautious(whole, update.float(), decay))
+        else:
+            whole.mul_(1 - rate * decay * (kind == "squared")).sub_(rate * update)
+        if bank.dtype == torch.bfloat16:
+            rounded, missing = split(whole)
+            bank.copy_(rounded)
+            if lost is not None:
+                lost.copy_(missing)
+
+
+def orthogonal(g: Tensor, iterations: int, polynomials: str) -> Tensor:
+    """Nearly the orthogonal factor of matrices, as the options say; without iterations the exact one."""
+    if not iterations:
+        return orthogonal_factor(g)
+    if polynomials == "polar_express":
+        return polar_express(g, iterations)
+    return newton_schulz(g, iterations)
