@@ -694,12 +694,14 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from speedrun.train import Run
-
 from speedrun.data.loader import Shards
 from speedrun.lab.hardware import Problem, look
 from speedrun.lab.runlog import read_metrics, series
+from speedrun.optim.muon import MuonOptions
+from speedrun.optim.newton_schulz import MatrixOptions
+
+if TYPE_CHECKING:
+    from speedrun.train import Run
 
 
 def train_one(run: Config) -> dict:

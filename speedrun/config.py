@@ -164,22 +164,6 @@ SMOKE: dict[str, Any] = {
     "val_every": 200,
     "val_tokens": 65_536,
 }
-PRESETS = {
-    "smoke": dataclasses.replace(LAPTOP, **SMOKE, target=2.75),
-    "cpu": LAPTOP,
-    "small": Config(
-        preset="small",
-        model=GPTOptions(layers=8, heads=8, width=512, init_std=0.025),
-        optim=AdamWOptions(lr=1e-3, warmup_steps=100),
-        data=dataclasses.replace(FINEWEB, step_tokens=65_536),
-        steps=1520,
-        val_every=190,
-        val_tokens=4_194_304,
-        log_every=20,
-        target=4.5,
-    ),
-    "record": Config(preset="record", data=FINEWEB),
-}
 TODAY = MuonOptions(
     polynomials="polar_express",
     beta2=0.9,
@@ -188,6 +172,25 @@ TODAY = MuonOptions(
     wide_factor=4.0,
     weights="split",
 )
+PRESETS = {
+    "smoke": dataclasses.replace(LAPTOP, **SMOKE, target=2.75),
+    "cpu": LAPTOP,
+    "small": Config(
+        preset="small",
+        model=GPTOptions(layers=8, heads=8, width=512, init_std=0.025),
+        optim=AdamWOptions(lr=4e-3, warmup_steps=100),
+        matrix=MatrixOptions(rule="muon", lr=0.016),
+        muon=TODAY,
+        schedule=ScheduleOptions(shape="trapezoid"),
+        data=dataclasses.replace(FINEWEB, step_tokens=65_536, pass_tokens=32_768),
+        steps=1520,
+        val_every=190,
+        val_tokens=4_194_304,
+        log_every=20,
+        target=4.5,
+    ),
+    "record": Config(preset="record", data=FINEWEB),
+}
 HISTORY = ("baseline",)
 
 

@@ -14,12 +14,14 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from speedrun.train import Run
-
 from speedrun.data.loader import Shards
 from speedrun.lab.hardware import Problem, look
 from speedrun.lab.runlog import read_metrics, series
+from speedrun.optim.muon import MuonOptions
+from speedrun.optim.newton_schulz import MatrixOptions
+
+if TYPE_CHECKING:
+    from speedrun.train import Run
 
 
 def train_one(run: Config) -> dict:
@@ -53,7 +55,8 @@ def bench(data: str) -> Config:
     sizes = {"model.layers": 6, "model.heads": 6, "model.width": 384, "model.init_std": 0.03}
     reads = {"data.path": data, "data.step_tokens": 32_768, "data.grad_shards": 1}
     lasts = {"steps": 400, "optim.warmup_steps": 40, "val_tokens": 1_048_576}
-    return vary(preset("small"), sizes | reads | lasts | {"schedule.shape": "trapezoid"})
+    plain = dataclasses.replace(preset("small"), matrix=MatrixOptions(), muon=MuonOptions())
+    return vary(plain, sizes | reads | lasts)
 
 
 def retrain(live: "Run", config: Config) -> dict:
