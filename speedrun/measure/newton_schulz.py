@@ -121,4 +121,8 @@ def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
     if kind == "pace":
         took = step_times(arms)
         return {"ms": took, "median": {a: statistics.median(ms) for a, ms in took.items()}}, facts
-    return {"arms": train_arms(arms, seeds, train_on_gpus if place else train_many)}, facts
+    many = train_on_gpus if place else train_many
+    if place and kind == "winners":  # one control for both
+        control = train_arms({"muon": arms.pop("muon")}, seeds, many)
+        return {"arms": control | train_arms(arms, 3, many)}, facts
+    return {"arms": train_arms(arms, seeds, many)}, facts
