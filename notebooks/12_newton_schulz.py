@@ -559,8 +559,11 @@ from speedrun.config import Config, preset, vary
 from speedrun.lab.results import load_result, stamp
 from speedrun.measure.runs import bench, corpus_of, train_arms, train_many, train_on_gpus
 
+GRIDS = tuple(
+    f"corpus_{rule}" for rule in RULES
+)  # on GPUs, with a data folder, as are the rest of these
+CORPUS = (*GRIDS, "corpus_winners", "corpus_pace", "corpus_clock")
 NAMES = ("grid", "low", "winners", "pace", "clock", "parts", "long")
-CORPUS = ("corpus_grid", "corpus_winners", "corpus_pace", "corpus_clock")  # with a data folder
 RULES = ("adamw", "soap", "muon")
 KEYS = ("matrix.rule", "matrix.lr", "optim.lr")
 RATES = tuple(0.00025 * 2**n for n in range(10))
@@ -626,9 +629,9 @@ def step_times(
 def corpus_arms(name: str, data: str) -> dict[str, Config]:
     """The arms of a measurement on a GPU, by the name that they have on a CPU."""
     points = grid(bench(data), RATES[1:8], OTHERS[:3])
-    if name == "grid":
-        return points
-    best = winners(losses_of_grid(("corpus_grid",)), points)
+    if name in RULES:
+        return {point: run for point, run in points.items() if run.matrix.rule == name}
+    best = winners(losses_of_grid(GRIDS), points)
     return in_muons_time(best, "corpus_pace") if name == "clock" else best
 
 

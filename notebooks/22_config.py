@@ -694,6 +694,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tqdm import tqdm
+
 from speedrun.data.loader import Shards
 from speedrun.lab.hardware import Problem, look
 from speedrun.lab.runlog import read_metrics, series
@@ -721,7 +723,7 @@ def train_one(run: Config) -> dict:
 def train_many(runs: Sequence[Config]) -> list[dict]:
     """Train runs on the CPU, as many at a time as there are cores; what `train_one` says of each, in order."""
     with ProcessPoolExecutor(look().cores, get_context("spawn")) as pool:
-        return list(pool.map(train_one, runs))
+        return list(tqdm(pool.map(train_one, runs), total=len(runs), unit="run"))
 
 
 def corpus_of(run: Config) -> dict[str, str]:
@@ -813,7 +815,7 @@ def train_on_gpus(runs: Sequence[Config]) -> list[dict]:
     for number in range(gpus):
         numbers.put(number)
     with ProcessPoolExecutor(gpus, context, take_gpu, (numbers,)) as pool:
-        return list(pool.map(train_on_gpu, runs))
+        return list(tqdm(pool.map(train_on_gpu, runs), total=len(runs), unit="run"))
 
 
 # %% tags=["hide-input"]
