@@ -14,12 +14,10 @@ from speedrun.config import Config, preset, vary
 from speedrun.lab.results import load_result, stamp
 from speedrun.measure.runs import bench, corpus_of, train_arms, train_many, train_on_gpus
 
-GRIDS = tuple(
-    f"corpus_{rule}" for rule in RULES
-)  # on GPUs, with a data folder, as are the rest of these
-CORPUS = (*GRIDS, "corpus_winners", "corpus_pace", "corpus_clock")
 NAMES = ("grid", "low", "winners", "pace", "clock", "parts", "long")
 RULES = ("adamw", "soap", "muon")
+GRIDS = tuple(f"corpus_{rule}" for rule in RULES)
+CORPUS = (*GRIDS, "corpus_winners", "corpus_pace", "corpus_clock")  # on GPUs, with a data folder
 KEYS = ("matrix.rule", "matrix.lr", "optim.lr")
 RATES = tuple(0.00025 * 2**n for n in range(10))
 OTHERS = (0.002, 0.004, 0.008, 0.016)
