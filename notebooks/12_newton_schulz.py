@@ -549,7 +549,6 @@ print("turn the gradient and Muon's step turns along; Adam's does not: it depend
 #| export
 import statistics
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -557,7 +556,14 @@ import torch
 
 from speedrun.config import Config, preset, vary
 from speedrun.lab.results import load_result, stamp
-from speedrun.measure.runs import bench, corpus_of, train_arms, train_many, train_on_gpus
+from speedrun.measure.runs import (
+    bench,
+    corpus_of,
+    step_times,
+    train_arms,
+    train_many,
+    train_on_gpus,
+)
 
 NAMES = ("grid", "low", "winners", "pace", "clock", "parts", "long")
 RULES = ("adamw", "soap", "muon")
@@ -599,29 +605,6 @@ def winners(loss: dict[str, float], points: dict[str, Config]) -> dict[str, Conf
     """Each rule at the point of the committed grid with the lowest loss."""
     of_rule = {rule: [name for name in loss if name.split()[0] == rule] for rule in RULES}
     return {rule: points[min(names, key=loss.__getitem__)] for rule, names in of_rule.items()}
-
-
-def step_times(
-    arms: dict[str, Config], rounds: int = 12, steps: int = 10
-) -> dict[str, list[float]]:
-    """Milliseconds of a step of each arm, the arms in turn; on a CPU with one thread."""
-    from speedrun.train import assemble, train_step, warm_up
-
-    torch.set_num_threads(1)
-    folder = Path(tempfile.mkdtemp())
-    live = {arm: assemble(run, folder / arm, echo=None) for arm, run in arms.items()}
-    took: dict[str, list[float]] = {arm: [] for arm in arms}
-    for run in live.values():
-        warm_up(run)
-    for _ in range(rounds):
-        for arm, run in live.items():
-            run.clock.wait()
-            begin = time.perf_counter()
-            for _ in range(steps):
-                train_step(run)
-            run.clock.wait()
-            took[arm].append(1000 * (time.perf_counter() - begin) / steps)
-    return took
 
 
 def corpus_arms(name: str, data: str) -> dict[str, Config]:

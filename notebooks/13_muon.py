@@ -211,9 +211,16 @@ from typing import Any
 
 from speedrun.config import TODAY, Config, preset, vary
 from speedrun.lab.results import load_result, stamp
-from speedrun.measure.runs import bench, corpus_of, train_arms, train_many, train_on_gpus
+from speedrun.measure.runs import (
+    bench,
+    corpus_of,
+    step_times,
+    train_arms,
+    train_many,
+    train_on_gpus,
+)
 
-NAMES = ("laptop_rates", "laptop")
+NAMES = ("laptop_rates", "laptop", "laptop_long", "laptop_weights", "laptop_pace")
 CORPUS = ("rates", "parts")  # on a GPU, with a data folder
 RATES = tuple(0.004 * 2**n for n in range(5))
 OTHERS = (0.002, 0.004, 0.008)
@@ -257,18 +264,39 @@ def tuned(name: str, base: Config) -> Config:
     return rates(base)[min(arms, key=lambda arm: arms[arm][0]["val_loss"])]
 
 
+def arms_of(name: str, base: Config) -> dict[str, Config]:
+    """The arms of a measurement: today's Muon, tuned, and what is compared with it."""
+    whole = tuned("laptop_rates" if name.startswith("laptop") else "rates", base)
+    if name == "laptop_weights":
+        half = vary(whole, {"precision": "bfloat16"})
+        return {
+            kind: vary(half, {"muon.weights": kind}) for kind in ("split", "bfloat16", "float32")
+        }
+    if name == "laptop_pace":
+        plain = dataclasses.replace(whole, muon=MuonOptions())
+        return {"AdamW": vary(plain, {"matrix.rule": "adamw"}), "record 4": plain, "today": whole}
+    parts = PARTS if name.startswith("laptop") else PARTS | WEIGHTS
+    return {"today": whole} | {part: vary(whole, change) for part, change in parts.items()}
+
+
+# %% tags=["hide-input"]
+#| export measure.muon
 def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
-    """Train arms with paired seeds: {"arms": {arm: [run, …]}}. rates: one seed a point; else nine of all, three of each part."""
+    """Train arms with paired seeds: {"arms": {arm: [run, …]}}; laptop_pace: step times, {"ms": {arm: [ms, …]}}.
+
+    rates: every point once. laptop and parts: today's Muon nine times, each part three times; the rest: all three times.
+    """
     laptop = name.startswith("laptop")
     base = vary(preset("cpu"), LAPTOP) if laptop else bench(arguments[0])
-    facts = stamp(
-        command, ["speedrun.measure.muon", "speedrun.train"], 9, range(9), corpus_of(base)
-    )
+    base = vary(base, {"steps": 2000}) if name == "laptop_long" else base
+    seeds = {"laptop": 9, "parts": 9, "laptop_long": 3, "laptop_weights": 3}.get(name, 1)
+    modules = ["speedrun.measure.muon", "speedrun.train"]
+    facts = stamp(command, modules, seeds, range(seeds), corpus_of(base))
     many = train_many if laptop else train_on_gpus
     if name.endswith("rates"):
-        return {"arms": train_arms(rates(base), 1, many)}, facts | {"n": 1, "seeds": [0]}
-    whole = tuned("laptop_rates" if laptop else "rates", base)
-    parts = PARTS if laptop else PARTS | WEIGHTS
-    arms = {part: vary(whole, change) for part, change in parts.items()}
-    control = train_arms({"today": whole}, 9, many)
+        return {"arms": train_arms(rates(base), 1, many)}, facts
+    arms = arms_of(name, base)
+    if name == "laptop_pace":
+        return {"ms": step_times(arms)}, facts
+    control = train_arms({"today": arms.pop("today")}, seeds, many) if "today" in arms else {}
     return {"arms": control | train_arms(arms, 3, many)}, facts

@@ -282,11 +282,8 @@ PRESETS = {
     "small": Config(
         preset="small",
         model=GPTOptions(layers=8, heads=8, width=512, init_std=0.025),
-        optim=AdamWOptions(lr=4e-3, warmup_steps=100),
-        matrix=MatrixOptions(rule="muon", lr=0.016),
-        muon=TODAY,
-        schedule=ScheduleOptions(shape="trapezoid"),
-        data=dataclasses.replace(FINEWEB, step_tokens=65_536, pass_tokens=32_768),
+        optim=AdamWOptions(lr=1e-3, warmup_steps=100),
+        data=dataclasses.replace(FINEWEB, step_tokens=65_536),
         steps=1520,
         val_every=190,
         val_tokens=4_194_304,
@@ -688,6 +685,7 @@ HTML(
 import dataclasses
 import os
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -699,8 +697,6 @@ from tqdm import tqdm
 from speedrun.data.loader import Shards
 from speedrun.lab.hardware import Problem, look
 from speedrun.lab.runlog import read_metrics, series
-from speedrun.optim.muon import MuonOptions
-from speedrun.optim.newton_schulz import MatrixOptions
 
 if TYPE_CHECKING:
     from speedrun.train import Run
@@ -742,9 +738,9 @@ def bench(data: str) -> Config:
     """The run in which ideas are compared on a GPU: 30 million parameters, 400 steps of 32,768 tokens."""
     sizes = {"model.layers": 6, "model.heads": 6, "model.width": 384, "model.init_std": 0.03}
     reads = {"data.path": data, "data.step_tokens": 32_768, "data.grad_shards": 1}
-    lasts = {"steps": 400, "optim.warmup_steps": 40, "val_tokens": 1_048_576}
-    plain = dataclasses.replace(preset("small"), matrix=MatrixOptions(), muon=MuonOptions())
-    return vary(plain, sizes | reads | lasts)
+    lasts: dict[str, Any] = {"steps": 400, "optim.warmup_steps": 40, "val_tokens": 1_048_576}
+    lasts |= {"schedule.shape": "trapezoid"}
+    return vary(preset("small"), sizes | reads | lasts)
 
 
 def retrain(live: "Run", config: Config) -> dict:
@@ -799,6 +795,31 @@ def train_arms(
     }
     done = dict(zip(runs, many(list(runs.values()))))
     return {arm: [done[arm, seed] for seed in range(seeds)] for arm in arms}
+
+
+def step_times(
+    arms: dict[str, Config], rounds: int = 12, steps: int = 10
+) -> dict[str, list[float]]:
+    """Milliseconds of a step of each arm, the arms in turn; on a CPU with one thread."""
+    import torch
+
+    from speedrun.train import assemble, train_step, warm_up
+
+    torch.set_num_threads(1)
+    folder = Path(tempfile.mkdtemp())
+    live = {arm: assemble(run, folder / arm, echo=None) for arm, run in arms.items()}
+    took: dict[str, list[float]] = {arm: [] for arm in arms}
+    for run in live.values():
+        warm_up(run)
+    for _ in range(rounds):
+        for arm, run in live.items():
+            run.clock.wait()
+            begin = time.perf_counter()
+            for _ in range(steps):
+                train_step(run)
+            run.clock.wait()
+            took[arm].append(1000 * (time.perf_counter() - begin) / steps)
+    return took
 
 
 def take_gpu(numbers: Any) -> None:

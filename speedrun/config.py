@@ -178,11 +178,8 @@ PRESETS = {
     "small": Config(
         preset="small",
         model=GPTOptions(layers=8, heads=8, width=512, init_std=0.025),
-        optim=AdamWOptions(lr=4e-3, warmup_steps=100),
-        matrix=MatrixOptions(rule="muon", lr=0.016),
-        muon=TODAY,
-        schedule=ScheduleOptions(shape="trapezoid"),
-        data=dataclasses.replace(FINEWEB, step_tokens=65_536, pass_tokens=32_768),
+        optim=AdamWOptions(lr=1e-3, warmup_steps=100),
+        data=dataclasses.replace(FINEWEB, step_tokens=65_536),
         steps=1520,
         val_every=190,
         val_tokens=4_194_304,
