@@ -21,6 +21,7 @@
 #| default_exp optim.muon
 #| export
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -41,15 +42,47 @@ POLAR_EXPRESS = (
 )
 
 
-def polar_express(g: Tensor, iterations: int = 5, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+def polar_express(
+    g: Tensor, iterations: int = 5, dtype: torch.dtype = torch.bfloat16, gram: bool = False
+) -> Tensor:
     """Nearly the orthogonal factor of each matrix in g, (…, rows, cols) → the same, in `dtype`.
 
     The polynomials are Amsel and others' for singular values above 1/1000 of the matrix's length, with record 38's margins.
+    gram: by way of the Gram matrix, where that is cheaper; for g of three dimensions.
     """
-    x = g.to(dtype)
-    x = x / (1.02 * torch.linalg.matrix_norm(x, keepdim=True) + 1e-6)
+    x = g.float() if dtype == torch.float16 else g.to(dtype)  # a small gradient is none in float16
+    x = (x / (1.02 * torch.linalg.matrix_norm(x, keepdim=True) + 1e-6)).to(dtype)
     last = POLAR_EXPRESS[-1:] * max(0, iterations - len(POLAR_EXPRESS))
-    return through(x, (*POLAR_EXPRESS[:iterations], *last))
+    way = through_gram if gram and max(x.shape[-2:]) > 1.5 * min(x.shape[-2:]) else through
+    return way(x, (*POLAR_EXPRESS[:iterations], *last))
+
+
+# %% [markdown]
+# ### The small square
+
+
+# %%
+#| export
+def through_gram(
+    x: Tensor, polynomials: Sequence[tuple[float, float, float]], restart: int = 3
+) -> Tensor:
+    """`through`, for x (matrices, rows, cols), with products of the short side's square alone, but for four.
+
+    restart: after so many polynomials the square is computed anew, from x as it is by then.
+    """
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if tall else x
+    for part in filter(None, (polynomials[:restart], polynomials[restart:])):
+        gram = x @ x.mT
+        q = torch.eye(len(gram[0]), dtype=x.dtype, device=x.device).expand_as(gram)
+        for n, (a, b, c) in enumerate(part):
+            z = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+            q = torch.baddbmm(q, z, q, beta=a) if n else torch.add(z, q, alpha=a)
+            if n < len(part) - 1:  # p(gram) · gram · p(gram): all of these commute
+                half = torch.baddbmm(gram, z, gram, beta=a)
+                gram = torch.baddbmm(half, z, half, beta=a)
+        x = q @ x
+    return x.mT if tall else x
 
 
 # %% [markdown]
@@ -114,6 +147,10 @@ class MuonOptions:
 
     polynomials: Literal["quintic", "polar_express"] = "quintic"
     """quintic: the same one again and again. polar_express: each the best for what the last one left."""
+    products: Literal["bfloat16", "float16"] = "bfloat16"
+    """polar_express: the numbers that are multiplied."""
+    gram: bool = False
+    """polar_express: multiply squares of the short side, where that is cheaper."""
     beta2: float = 0.0
     """NorMuon: what the rows' mean squares keep of themselves in a step; 0: rows stay as long as they are."""
     decay: Literal["plain", "squared", "cautious", "none"] = "plain"
@@ -128,6 +165,46 @@ class MuonOptions:
     """The rate of a matrix of fewer rows than columns is larger by this."""
     weights: Literal["float32", "bfloat16", "split"] = "float32"
     """What the matrices are in the model. split: bfloat16, and the optimizer keeps what rounding took."""
+
+
+# %%
+#| export
+def take_step(
+    p: Tensor,
+    lost: Tensor | None,
+    update: Tensor,
+    rate: float | Tensor,
+    kind: str,
+    plain: float | Tensor,
+    squared: float | Tensor,
+) -> None:
+    """p ← p − rate · (update + decay · p), in place and in float32, whatever p is. lost: what p's rounding took, or None.
+
+    kind: how p decays. plain: the decay of that kind. squared: of the other kinds, a multiple of the rate.
+    """
+    whole = p if p.dtype != torch.bfloat16 else p.float() if lost is None else join(p, lost)
+    if kind == "plain":
+        whole.mul_(1 - rate * plain).sub_(rate * update)
+    elif kind == "cautious":
+        whole.sub_(rate * cautious(whole, update.float(), squared))
+    else:
+        whole.mul_(1 - rate * squared * (kind == "squared")).sub_(rate * update)
+    if p.dtype == torch.bfloat16:
+        rounded, missing = split(whole)
+        p.copy_(rounded)
+        if lost is not None:
+            lost.copy_(missing)
+
+
+# %%
+#| export
+def orthogonal(g: Tensor, iterations: int, options: MuonOptions) -> Tensor:
+    """Nearly the orthogonal factor of matrices, as the options say; without iterations the exact one."""
+    if not iterations:
+        return orthogonal_factor(g)
+    if options.polynomials == "polar_express":
+        return polar_express(g, iterations, getattr(torch, options.products), options.gram)
+    return newton_schulz(g, iterations)
 
 
 # %%
@@ -165,7 +242,7 @@ class Muon(MatrixOptimizer):
         if "momentum" not in state:
             state["momentum"] = torch.zeros_like(g)
         ahead = fold(g, state["momentum"], group["momentum"], self.matrix.nesterov, skip)
-        update = orthogonal(ahead, self.matrix.iterations, self.options.polynomials)
+        update = orthogonal(ahead, self.matrix.iterations, self.options)
         if self.options.beta2:
             if "second" not in state:
                 by_row = g.shape[1] >= g.shape[2]
@@ -174,30 +251,9 @@ class Muon(MatrixOptimizer):
         return update * group["factor"]
 
     def move(self, bank: Tensor, update: Tensor, rate: float | Tensor, group: dict) -> None:
-        lost, whole = self.state[bank].get("lost"), bank.data
-        if bank.dtype == torch.bfloat16:
-            whole = bank.float() if lost is None else join(whole, lost)
-        kind, decay = self.options.decay, self.options.decay_factor * rate * group["factor"]
-        if kind == "plain":
-            super().move(whole, update, rate, group)
-        elif kind == "cautious":
-            whole.sub_(rate * cautious(whole, update.float(), decay))
-        else:
-            whole.mul_(1 - rate * decay * (kind == "squared")).sub_(rate * update)
-        if bank.dtype == torch.bfloat16:
-            rounded, missing = split(whole)
-            bank.copy_(rounded)
-            if lost is not None:
-                lost.copy_(missing)
-
-
-def orthogonal(g: Tensor, iterations: int, polynomials: str) -> Tensor:
-    """Nearly the orthogonal factor of matrices, as the options say; without iterations the exact one."""
-    if not iterations:
-        return orthogonal_factor(g)
-    if polynomials == "polar_express":
-        return polar_express(g, iterations)
-    return newton_schulz(g, iterations)
+        decay = group["weight_decay"], self.options.decay_factor * rate * group["factor"]
+        lost = self.state[bank].get("lost")
+        take_step(bank.data, lost, update, rate, self.options.decay, *decay)
 
 
 # %% [markdown]
@@ -248,7 +304,8 @@ def today(base: Config) -> Config:
     """A run under Muon as it runs today; momentum's ramps are as long a share of it as of the record's."""
     rises, falls = round(0.23 * base.steps), round(0.04 * base.steps)
     changes: dict[str, Any] = {"matrix.rule": "muon", "muon.momentum_steps": (rises, falls)}
-    changes["muon.weights"] = "split" if base.precision == "bfloat16" else "float32"
+    if base.precision == "float32":  # on a CPU
+        changes |= {"muon.weights": "float32", "muon.products": "bfloat16", "muon.gram": False}
     return vary(dataclasses.replace(base, muon=TODAY), changes)
 
 

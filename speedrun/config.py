@@ -166,6 +166,8 @@ SMOKE: dict[str, Any] = {
 }
 TODAY = MuonOptions(
     polynomials="polar_express",
+    products="float16",
+    gram=True,
     beta2=0.9,
     decay="cautious",
     low_momentum=0.85,
@@ -261,7 +263,7 @@ DATA_SIZES = [
     "data.grad_shards",
     "data.pass_tokens",
 ]
-SIZES = (*MODEL_SIZES, *DATA_SIZES, "precision", "muon.weights")
+SIZES = (*MODEL_SIZES, *DATA_SIZES, "precision", "muon.weights", "muon.products")
 
 
 def at_cpu_size(config: Config, steps: int = 20) -> Config:
@@ -275,6 +277,7 @@ def at_cpu_size(config: Config, steps: int = 20) -> Config:
 # dotted name → what a run saved before the field existed has for it
 ABSENT: dict[str, Any] = {"matrix": MatrixOptions(), "schedule": ScheduleOptions()}
 ABSENT |= {"muon": MuonOptions(), "data.pass_tokens": 0}
+ABSENT |= {"muon.products": "bfloat16", "muon.gram": False}
 
 
 def config_from_json(saved: dict, kind: type = Config, prefix: str = "") -> Any:

@@ -45,7 +45,8 @@ def today(base: Config) -> Config:
     """A run under Muon as it runs today; momentum's ramps are as long a share of it as of the record's."""
     rises, falls = round(0.23 * base.steps), round(0.04 * base.steps)
     changes: dict[str, Any] = {"matrix.rule": "muon", "muon.momentum_steps": (rises, falls)}
-    changes["muon.weights"] = "split" if base.precision == "bfloat16" else "float32"
+    if base.precision == "float32":  # on a CPU
+        changes |= {"muon.weights": "float32", "muon.products": "bfloat16", "muon.gram": False}
     return vary(dataclasses.replace(base, muon=TODAY), changes)
 
 

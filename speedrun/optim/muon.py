@@ -3,6 +3,7 @@
 
 # %% The best polynomials
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,15 +23,42 @@ POLAR_EXPRESS = (
 )
 
 
-def polar_express(g: Tensor, iterations: int = 5, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+def polar_express(
+    g: Tensor, iterations: int = 5, dtype: torch.dtype = torch.bfloat16, gram: bool = False
+) -> Tensor:
     """Nearly the orthogonal factor of each matrix in g, (…, rows, cols) → the same, in `dtype`.
 
     The polynomials are Amsel and others' for singular values above 1/1000 of the matrix's length, with record 38's margins.
+    gram: by way of the Gram matrix, where that is cheaper; for g of three dimensions.
     """
-    x = g.to(dtype)
-    x = x / (1.02 * torch.linalg.matrix_norm(x, keepdim=True) + 1e-6)
+    x = g.float() if dtype == torch.float16 else g.to(dtype)  # a small gradient is none in float16
+    x = (x / (1.02 * torch.linalg.matrix_norm(x, keepdim=True) + 1e-6)).to(dtype)
     last = POLAR_EXPRESS[-1:] * max(0, iterations - len(POLAR_EXPRESS))
-    return through(x, (*POLAR_EXPRESS[:iterations], *last))
+    way = through_gram if gram and max(x.shape[-2:]) > 1.5 * min(x.shape[-2:]) else through
+    return way(x, (*POLAR_EXPRESS[:iterations], *last))
+
+
+# %% The small square
+def through_gram(
+    x: Tensor, polynomials: Sequence[tuple[float, float, float]], restart: int = 3
+) -> Tensor:
+    """`through`, for x (matrices, rows, cols), with products of the short side's square alone, but for four.
+
+    restart: after so many polynomials the square is computed anew, from x as it is by then.
+    """
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if tall else x
+    for part in filter(None, (polynomials[:restart], polynomials[restart:])):
+        gram = x @ x.mT
+        q = torch.eye(len(gram[0]), dtype=x.dtype, device=x.device).expand_as(gram)
+        for n, (a, b, c) in enumerate(part):
+            z = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+            q = torch.baddbmm(q, z, q, beta=a) if n else torch.add(z, q, alpha=a)
+            if n < len(part) - 1:  # p(gram) · gram · p(gram): all of these commute
+                half = torch.baddbmm(gram, z, gram, beta=a)
+                gram = torch.baddbmm(half, z, half, beta=a)
+        x = q @ x
+    return x.mT if tall else x
 
 
 # %% Rows of one length
@@ -75,6 +103,10 @@ class MuonOptions:
 
     polynomials: Literal["quintic", "polar_express"] = "quintic"
     """quintic: the same one again and again. polar_express: each the best for what the last one left."""
+    products: Literal["bfloat16", "float16"] = "bfloat16"
+    """polar_express: the numbers that are multiplied."""
+    gram: bool = False
+    """polar_express: multiply squares of the short side, where that is cheaper."""
     beta2: float = 0.0
     """NorMuon: what the rows' mean squares keep of themselves in a step; 0: rows stay as long as they are."""
     decay: Literal["plain", "squared", "cautious", "none"] = "plain"
@@ -89,6 +121,42 @@ class MuonOptions:
     """The rate of a matrix of fewer rows than columns is larger by this."""
     weights: Literal["float32", "bfloat16", "split"] = "float32"
     """What the matrices are in the model. split: bfloat16, and the optimizer keeps what rounding took."""
+
+
+def take_step(
+    p: Tensor,
+    lost: Tensor | None,
+    update: Tensor,
+    rate: float | Tensor,
+    kind: str,
+    plain: float | Tensor,
+    squared: float | Tensor,
+) -> None:
+    """p ← p − rate · (update + decay · p), in place and in float32, whatever p is. lost: what p's rounding took, or None.
+
+    kind: how p decays. plain: the decay of that kind. squared: of the other kinds, a multiple of the rate.
+    """
+    whole = p if p.dtype != torch.bfloat16 else p.float() if lost is None else join(p, lost)
+    if kind == "plain":
+        whole.mul_(1 - rate * plain).sub_(rate * update)
+    elif kind == "cautious":
+        whole.sub_(rate * cautious(whole, update.float(), squared))
+    else:
+        whole.mul_(1 - rate * squared * (kind == "squared")).sub_(rate * update)
+    if p.dtype == torch.bfloat16:
+        rounded, missing = split(whole)
+        p.copy_(rounded)
+        if lost is not None:
+            lost.copy_(missing)
+
+
+def orthogonal(g: Tensor, iterations: int, options: MuonOptions) -> Tensor:
+    """Nearly the orthogonal factor of matrices, as the options say; without iterations the exact one."""
+    if not iterations:
+        return orthogonal_factor(g)
+    if options.polynomials == "polar_express":
+        return polar_express(g, iterations, getattr(torch, options.products), options.gram)
+    return newton_schulz(g, iterations)
 
 
 class Muon(MatrixOptimizer):
@@ -124,7 +192,7 @@ class Muon(MatrixOptimizer):
         if "momentum" not in state:
             state["momentum"] = torch.zeros_like(g)
         ahead = fold(g, state["momentum"], group["momentum"], self.matrix.nesterov, skip)
-        update = orthogonal(ahead, self.matrix.iterations, self.options.polynomials)
+        update = orthogonal(ahead, self.matrix.iterations, self.options)
         if self.options.beta2:
             if "second" not in state:
                 by_row = g.shape[1] >= g.shape[2]
@@ -133,27 +201,6 @@ class Muon(MatrixOptimizer):
         return update * group["factor"]
 
     def move(self, bank: Tensor, update: Tensor, rate: float | Tensor, group: dict) -> None:
-        lost, whole = self.state[bank].get("lost"), bank.data
-        if bank.dtype == torch.bfloat16:
-            whole = bank.float() if lost is None else join(whole, lost)
-        kind, decay = self.options.decay, self.options.decay_factor * rate * group["factor"]
-        if kind == "plain":
-            super().move(whole, update, rate, group)
-        elif kind == "cautious":
-            whole.sub_(rate * cautious(whole, update.float(), decay))
-        else:
-            whole.mul_(1 - rate * decay * (kind == "squared")).sub_(rate * update)
-        if bank.dtype == torch.bfloat16:
-            rounded, missing = split(whole)
-            bank.copy_(rounded)
-            if lost is not None:
-                lost.copy_(missing)
-
-
-def orthogonal(g: Tensor, iterations: int, polynomials: str) -> Tensor:
-    """Nearly the orthogonal factor of matrices, as the options say; without iterations the exact one."""
-    if not iterations:
-        return orthogonal_factor(g)
-    if polynomials == "polar_express":
-        return polar_express(g, iterations)
-    return newton_schulz(g, iterations)
+        decay = group["weight_decay"], self.options.decay_factor * rate * group["factor"]
+        lost = self.state[bank].get("lost")
+        take_step(bank.data, lost, update, rate, self.options.decay, *decay)

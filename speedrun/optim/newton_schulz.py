@@ -67,7 +67,9 @@ class MatrixOptions:
     """muon: the rate of a matrix of more rows than columns is larger by sqrt(rows / cols)."""
 
 
-def fold(g: Tensor, momentum: Tensor, kept: float, nesterov: bool, skip: Tensor | None) -> Tensor:
+def fold(
+    g: Tensor, momentum: Tensor, kept: float | Tensor, nesterov: bool, skip: Tensor | None
+) -> Tensor:
     """Fold g into momentum, in place. Returns what a step follows: the momentum, or with `nesterov` g mixed into it again.
 
     kept: the share of itself that the momentum keeps. skip: where this is not zero it stays as it is, and nobody waits to find out.

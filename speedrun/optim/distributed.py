@@ -1,0 +1,178 @@
+# Tangled from notebooks/20_many_gpus.py: edit the notebook, then run "make tangle". Edits made here are lost.
+
+
+# %% A share for every rank
+import math
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+# PyTorch 2.13 has new names for these, and warns of the old ones
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+def ranks() -> tuple[int, int]:
+    """This process's rank, and how many there are."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+class Sharded:
+    """A parameter whose units, matrices of a bank or rows of a table, are dealt out evenly to the ranks.
+
+    whole, grads: parameter and gradient, (units, *unit), of which the parameter's own become views; units
+    are padded with zeros to a multiple of the ranks. own: this rank's units. grad: their summed gradient.
+    """
+
+    def __init__(self, parameter: Tensor, unit: tuple[int, ...]):
+        self.rank, self.world = ranks()
+        self.units = parameter.numel() // math.prod(unit)
+        per = -(-self.units // self.world)
+        self.whole = parameter.data.new_zeros(per * self.world, *unit)
+        self.whole[: self.units] = parameter.data.view(self.units, *unit)
+        self.grads = torch.zeros_like(self.whole)
+        parameter.data = self.whole[: self.units].view(parameter.shape)
+        parameter.grad = self.grads[: self.units].view(parameter.shape)
+        self.own = self.mine(self.whole)
+        self.grad = torch.empty_like(self.own) if self.world > 1 else self.grads
+        self.work: dist.Work | None = None
+
+    def mine(self, whole: Tensor) -> Tensor:
+        """This rank's part of something padded, (units, …)."""
+        per = len(whole) // self.world
+        return whole[self.rank * per : (self.rank + 1) * per]
+
+    def padded(self, units: Tensor) -> Tensor:
+        """Something of every unit, (units, …), with zeros for the units that are not there."""
+        more = units.new_zeros(len(self.whole) - self.units, *units.shape[1:])
+        return torch.cat([units, more])
+
+    def collect(self, own: Tensor) -> Tensor:
+        """What every rank has of its own units, as that of all, (units, …)."""
+        if self.world == 1:
+            return own[: self.units]
+        whole = own.new_empty(self.world * len(own), *own.shape[1:])
+        all_gather(whole.view(torch.uint8), own.contiguous().view(torch.uint8))
+        return whole[: self.units]
+
+    def scatter(self) -> None:
+        """Begin to sum the gradient over ranks; each gets its own units'."""
+        if self.world > 1:
+            self.work = reduce_scatter(self.grad, self.grads, async_op=True)
+
+    def gather(self) -> None:
+        """Begin to collect all units from those who updated them."""
+        if self.world > 1:
+            self.work = all_gather(self.whole, self.own, async_op=True)
+
+    def wait(self) -> None:
+        """Until what was begun is there; on a GPU the stream waits, and Python does not."""
+        if self.work is not None:
+            self.work.wait()
+            self.work = None
+
+    def clear(self) -> None:
+        """Forget the gradient."""
+        self.grads.zero_()
+
+
+class Replicated:
+    """Small parameters of one dtype that every rank updates: one vector, whose gradient is summed in one go.
+
+    parameters: name → tensor; data and gradient become views. slices: where each stands in the vector.
+    """
+
+    def __init__(self, parameters: dict[str, Tensor]):
+        self.world, self.slices = ranks()[1], {}
+        tensors = list(parameters.values())
+        self.own = torch.cat([p.data.flatten() for p in tensors])
+        self.grad = self.grads = torch.zeros_like(self.own)
+        end = 0
+        for name, p in parameters.items():
+            here = self.slices[name] = slice(end, end := end + p.numel())
+            p.data, p.grad = self.own[here].view(p.shape), self.grad[here].view(p.shape)
+        self.work: dist.Work | None = None
+
+    def scatter(self) -> None:
+        if self.world > 1:
+            self.work = dist.all_reduce(self.grad, async_op=True)
+
+    def gather(self) -> None:
+        """Nothing: every rank has done the same."""
+
+    wait, clear = Sharded.wait, Sharded.clear
+
+
+# %% Rows that were touched
+class Sparse(Sharded):
+    """A sharded table of which a batch touches few rows: only those rows' gradients travel.
+
+    `announce` says which, before the gradient is there; counts go by way of the CPU, where they are known.
+    """
+
+    def __init__(self, parameter: Tensor):
+        super().__init__(parameter, tuple(parameter.shape[1:]))
+        self.touched = torch.zeros(len(self.whole), dtype=torch.bool)
+        gpu = parameter.device.type == "cuda" and self.world > 1
+        self.cpu_group = dist.new_group(backend="gloo") if gpu else None
+
+    def announce(self, ids: Tensor) -> None:
+        """ids: rows that this rank's batch has looked up, on the CPU; any shape, any number of times."""
+        self.touched[ids.flatten()] = True
+
+    def exchange(self) -> None:
+        """Tell every owner how many rows, and which, it will get from this rank."""
+        device = self.whole.device
+        ids = self.touched.nonzero()[:, 0]
+        per = len(self.own)
+        counts = torch.bincount(ids // per, minlength=self.world)
+        theirs = torch.empty_like(counts)
+        dist.all_to_all_single(theirs, counts, group=self.cpu_group)
+        self.sent, self.received = counts.tolist(), theirs.tolist()
+        self.ids = ids.to(device, non_blocking=True)
+        self.rows = torch.empty(sum(self.received), dtype=torch.int64, device=device)
+        dist.all_to_all_single(self.rows, self.ids, self.received, self.sent)
+
+    def scatter(self) -> None:
+        if self.world == 1:
+            return
+        self.exchange()
+        values = self.grads[self.ids]
+        self.values = values.new_empty(len(self.rows), *values.shape[1:])
+        self.work = dist.all_to_all_single(
+            self.values, values, self.received, self.sent, async_op=True
+        )
+
+    def wait(self) -> None:
+        """As ever; a gradient that has just arrived is added up, rank after rank, so that sums have one order."""
+        scattered = self.world > 1 and self.work is not None and hasattr(self, "values")
+        super().wait()
+        if not scattered:
+            return
+        self.grad.zero_()
+        local = self.rows - self.rank * len(self.own)
+        for rows, values in zip(local.split(self.received), self.values.split(self.received)):
+            self.grad[rows] += values  # a rank names a row once
+        del self.values
+
+    def clear(self) -> None:
+        """Forget the gradient: of one rank all, else of the rows that were touched."""
+        if self.world == 1:
+            self.grads.zero_()
+        else:
+            self.grads[self.touched.nonzero()[:, 0].to(self.grads.device)] = 0
+        self.touched.zero_()
+
+
+# %% Bytes
+def bytes_sent(comm: str, numel: int, size: int, world: int, touched: float = 0.0) -> float:
+    """Bytes that one rank sends for one update of a parameter, if everything goes as it should.
+
+    numel, size: elements, and bytes of one. touched: for a sparse table, the elements in rows that a rank touches.
+    """
+    others = (world - 1) / world
+    whole = others * numel * size  # what a reduce-scatter sends, and an all-gather
+    if comm == "sparse":
+        return others * touched * size + whole
+    return 2 * whole

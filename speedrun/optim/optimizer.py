@@ -1,0 +1,442 @@
+# Tangled from notebooks/20_many_gpus.py: edit the notebook, then run "make tangle". Edits made here are lost.
+
+
+from speedrun.optim.adam import adam_step
+from speedrun.optim.distributed import Replicated, Sharded, Sparse, ranks
+
+
+# %% The table
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from speedrun.optim.muon import MuonOptions, even_rows, orthogonal, split, take_step
+from speedrun.optim.newton_schulz import fold
+
+
+@dataclass(frozen=True)
+class Entry:
+    """How one parameter is updated: a row of the optimizer's table."""
+
+    name: str
+    rule: Literal["muon", "adam"]
+    comm: Literal["replicated", "sharded", "sparse"]
+    """replicated: every rank updates all of it. sharded: its own units. sparse: so, and only touched rows' gradients travel."""
+    rate: float = 1.0
+    """Multiple of the rule's rate; muon's factors for shapes are in here."""
+    decay: float = 1.0
+    """Multiple of the rule's decay."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """adam: what the running means keep of themselves."""
+    matrices: int = 1
+    """muon: matrices on top of each other in each slice of the bank."""
+    tied: str = ""
+    """The parameter that this one is the transpose of, until `untie`: its gradient is added there, its values come from there."""
+
+
+@dataclass(frozen=True)
+class OptimizerOptions:
+    """Both rules' constants; the defaults are record 89's."""
+
+    muon: MuonOptions = field(default_factory=MuonOptions)
+    """What muon is."""
+    iterations: int = 5
+    """muon: polynomials."""
+    nesterov: bool = True
+    """muon: mix the newest gradient in once more."""
+    eps: float = 1e-10
+    """adam: added to the root of the second moment."""
+    adam_decay: float = 0.005
+    """adam: decay of weights that the step makes smaller anyway, as a multiple of the rate's square."""
+    adam_every: int = 2
+    """Steps from one update by adam to the next; gradients add up meanwhile."""
+    guard: bool = True
+    """Leave out a step whose gradient is not finite."""
+    compile: bool = True
+    """On a GPU: fuse each update's elementwise work, and replay it as a CUDA graph."""
+
+
+TOGETHER = "replicated"  # the name under which all replicated parameters stand in an order
+
+
+def same_names(what: str, given: Iterable[str], wanted: Iterable[str], where: str) -> None:
+    """Refuse names that are missing, that are too many, or that stand there twice."""
+    counts, needed = Counter(list(given)), set(wanted)
+    wrong = {
+        "twice": sorted(name for name, count in counts.items() if count > 1),
+        "missing": sorted(needed - set(counts)),
+        f"not in {where}": sorted(set(counts) - needed),
+    }
+    said = [f"{kind}: {', '.join(names)}" for kind, names in wrong.items() if names]
+    if said:
+        raise ValueError(f"{what}: {'; '.join(said)}")
+
+
+def check_table(table: Sequence[Entry], parameters: Mapping[str, Tensor]) -> None:
+    """Refuse, with a ValueError that says which, rows that do not fit the parameters."""
+    same_names("the optimizer's table", (row.name for row in table), parameters, "the model")
+    rows = {row.name: row for row in table}
+    for row in table:
+        p, whole = parameters[row.name], rows.get(row.tied)
+        if row.rule == "muon" and (row.comm != "sharded" or p.ndim != 3):
+            raise ValueError(f"{row.name}: muon updates banks of three dimensions, sharded")
+        if row.rule == "muon" and p.shape[1] % row.matrices:
+            raise ValueError(f"{row.name}: {p.shape[1]} rows are not {row.matrices} matrices")
+        if row.comm == "sparse" and p.ndim != 2:
+            raise ValueError(f"{row.name}: a sparse table has two dimensions, not {p.ndim}")
+        if row.tied and (whole is None or parameters[row.tied].shape != p.shape[::-1]):
+            raise ValueError(f"{row.name}: {row.tied} is no parameter of the transposed shape")
+        if row.tied and {row.comm, rows[row.tied].comm} != {"sharded"}:
+            raise ValueError(f"{row.name} and {row.tied}: what is tied has to be sharded")
+
+
+class Numbers:
+    """What changes from step to step, as one vector on the device: one copy a step, and nothing is compiled anew."""
+
+    def __init__(self, names: Sequence[str], device: torch.device):
+        self.names, self.device = list(names), device
+        self.vector = torch.zeros(len(self.names), device=device)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.vector[self.names.index(name)]
+
+    def fill(self, values: Mapping[str, float]) -> None:
+        """Set all of them; Python does not wait for the device."""
+        fresh = torch.tensor([values[name] for name in self.names])
+        fresh = fresh.pin_memory() if self.device.type == "cuda" else fresh
+        self.vector.copy_(fresh, non_blocking=True)
+
+
+class Replay:
+    """Work without arguments that is recorded at its third call on a GPU and replayed from then on; elsewhere just called."""
+
+    graph: Any
+
+    def __init__(self, work: Callable[[], None], device: torch.device):
+        self.work, self.calls, self.graph = work, 0, None
+        self.records = device.type == "cuda"
+
+    def __call__(self) -> None:
+        self.calls += 1
+        if not self.records or self.calls < 3:
+            return self.work()
+        if self.graph is None:
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+                self.work()
+        self.graph.replay()
+
+
+def compiled(work: Callable, options: OptimizerOptions, device: torch.device) -> Callable:
+    """Work as it is, or fused for a GPU."""
+    on = options.compile and device.type == "cuda"
+    return torch.compile(work, dynamic=False, fullgraph=True) if on else work
+
+
+# %% A part for every row
+class MuonPart(Sharded):
+    """A bank under Muon: this rank's matrices with their momentum, second moments and lost bits."""
+
+    def __init__(self, row: Entry, parameter: Tensor, options: OptimizerOptions):
+        rounded = lost = None
+        if options.muon.weights != "float32" and parameter.dtype == torch.float32:
+            rounded, lost = split(parameter.data)
+            parameter.data = rounded
+        rows, cols = parameter.shape[1] // row.matrices, parameter.shape[2]
+        super().__init__(parameter, (rows, cols))
+        self.row, self.options, self.every = row, options, 1
+        self.state = {"momentum": torch.zeros_like(self.own, dtype=torch.float32)}
+        if options.muon.beta2:
+            one = self.own[:, :, :1] if rows >= cols else self.own[:, :1, :]
+            self.state["second"] = torch.zeros_like(one, dtype=torch.float32)
+        if options.muon.weights == "split":
+            none = torch.zeros_like(self.whole[: self.units], dtype=torch.int16)
+            lost = none if lost is None else lost.view(none.shape)
+            self.state["lost"] = self.mine(self.padded(lost)).clone()
+        self.share = compiled(muon_share, options, parameter.device)
+
+    def update(self, numbers: Numbers, skip: Tensor | None) -> None:
+        """One step of this rank's matrices."""
+        rates = [numbers[name] for name in ("muon", "momentum", "muon_decay")]
+        self.share(self.own, self.grad, self.state, rates, skip, self.row, self.options)
+
+
+def muon_share(
+    own: Tensor,
+    grad: Tensor,
+    state: dict[str, Tensor],
+    rates: Sequence[Tensor],
+    skip: Tensor | None,
+    row: Entry,
+    options: OptimizerOptions,
+) -> None:
+    """One step of matrices under Muon, in place. rates: muon, momentum, muon_decay."""
+    muon, (base, kept, plain) = options.muon, rates
+    ahead = fold(grad.float(), state["momentum"], kept, options.nesterov, skip)
+    update = orthogonal(ahead, options.iterations, muon)
+    if muon.beta2:
+        update = even_rows(update, state["second"], muon.beta2, skip)
+    rate = base * row.rate
+    rate = rate if skip is None else rate * (1 - skip)
+    squared = muon.decay_factor * row.decay * base
+    take_step(own, state.get("lost"), update, rate, muon.decay, row.decay * plain, squared)
+
+
+def adam_rates(row: Entry, numbers: Numbers, options: OptimizerOptions) -> tuple[Tensor, Tensor]:
+    """A row's rate, and the share that a weight which decays loses in a step."""
+    rate = numbers["adam"] * row.rate
+    return rate, rate * rate * (options.adam_decay * row.decay)
+
+
+def adam_state(own: Tensor) -> dict[str, Tensor]:
+    """Adam's two means, in float32."""
+    return {key: torch.zeros_like(own, dtype=torch.float32) for key in ("mean", "square")}
+
+
+def adam_share(part: Any, numbers: Numbers, skip: Tensor | None) -> None:
+    """One step of this rank's rows under Adam."""
+    row, options = part.row, part.options
+    rate, decay = adam_rates(row, numbers, options)
+    fixes = (numbers[f"fix {row.betas[0]}"], numbers[f"fix {row.betas[1]}"])
+    mean, square = part.state["mean"], part.state["square"]
+    part.share(part.own, part.grad, mean, square, rate, row.betas, fixes, options.eps, decay, skip)
+
+
+class AdamPart(Sharded):
+    """A table under Adam: this rank's rows and their means."""
+
+    def __init__(self, row: Entry, parameter: Tensor, options: OptimizerOptions):
+        super().__init__(parameter, tuple(parameter.shape[1:]))
+        self.row, self.options, self.every = row, options, options.adam_every
+        self.state = adam_state(self.own)
+        self.share = compiled(adam_step, options, parameter.device)
+
+    update = adam_share
+
+
+class SparsePart(Sparse):
+    """A table under Adam of which a step touches few rows."""
+
+    def __init__(self, row: Entry, parameter: Tensor, options: OptimizerOptions):
+        super().__init__(parameter)
+        self.row, self.options, self.every = row, options, options.adam_every
+        self.state = adam_state(self.own)
+        self.share = compiled(adam_step, options, parameter.device)
+
+    update = adam_share
+
+
+class SmallPart(Replicated):
+    """All replicated parameters of one dtype under Adam: one vector, with a vector of every constant."""
+
+    def __init__(
+        self, rows: Sequence[Entry], tensors: dict[str, Tensor], options: OptimizerOptions
+    ):
+        super().__init__(tensors)
+        self.rows, self.options, self.every = rows, options, options.adam_every
+        self.state = adam_state(self.own)
+        sizes = torch.tensor([tensors[row.name].numel() for row in rows])
+
+        def spread(values: Iterable[float]) -> Tensor:
+            return torch.tensor(list(values)).repeat_interleave(sizes).to(self.own.device)
+
+        self.rate = spread(row.rate for row in rows)
+        self.decay = spread(row.rate**2 * row.decay * options.adam_decay for row in rows)
+        self.betas = tuple(spread(row.betas[n] for row in rows) for n in (0, 1))
+        self.share = compiled(adam_step, options, self.own.device)
+        self.which = [sorted({row.betas[n] for row in rows}) for n in (0, 1)]
+        self.index = [
+            spread(float(self.which[n].index(row.betas[n])) for row in rows).long() for n in (0, 1)
+        ]
+
+    def update(self, numbers: Numbers, skip: Tensor | None) -> None:
+        """One step of all of them."""
+        rate = numbers["adam"]
+        fixes = [
+            torch.stack([numbers[f"fix {beta}"] for beta in which])[index]
+            for which, index in zip(self.which, self.index)
+        ]
+        rates, decay = rate * self.rate, rate * rate * self.decay
+        mean, square = self.state["mean"], self.state["square"]
+        betas, eps = self.betas, self.options.eps
+        self.share(self.own, self.grad, mean, square, rates, betas, tuple(fixes), eps, decay, skip)
+
+
+# %% One step
+def build_parts(
+    table: Sequence[Entry], parameters: Mapping[str, Tensor], options: OptimizerOptions
+) -> dict[str, Any]:
+    """Every part by its name in an order: one a row, and one for what is replicated, for each dtype."""
+    parts: dict[str, Any] = {}
+    kinds = {"muon": MuonPart, "sharded": AdamPart, "sparse": SparsePart}
+    for row in table:
+        if row.comm != TOGETHER:
+            kind = kinds[row.rule if row.rule == "muon" else row.comm]
+            parts[row.name] = kind(row, parameters[row.name], options)
+    small = [row for row in table if row.comm == TOGETHER]
+    for dtype in sorted({parameters[row.name].dtype for row in small}, key=str):
+        rows = [row for row in small if parameters[row.name].dtype == dtype]
+        tensors = {row.name: parameters[row.name] for row in rows}
+        parts[f"{TOGETHER} {dtype}".removesuffix(" torch.float32")] = SmallPart(
+            rows, tensors, options
+        )
+    return parts
+
+
+def number_names(table: Sequence[Entry]) -> list[str]:
+    """What a step needs to know, beside the gradient."""
+    betas = sorted({beta for row in table if row.rule == "adam" for beta in row.betas})
+    return ["muon", "adam", "momentum", "muon_decay", *(f"fix {beta}" for beta in betas)]
+
+
+class BankOptimizer:
+    """Muon and Adam over a model's parameters, shared by all ranks, as a table says.
+
+    Parameters keep their shapes and become views of padded storage; their gradients are never None, and are
+    cleared here. scatter_order, work_order: names of rows, and “replicated” for all that are; default: the table's.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, Tensor],
+        table: Sequence[Entry],
+        options: OptimizerOptions = OptimizerOptions(),
+        scatter_order: Sequence[str] | None = None,
+        work_order: Sequence[str] | None = None,
+    ):
+        check_table(table, parameters)
+        self.table, self.options, self.parameters = table, options, parameters
+        names = [row.name for row in table if row.comm != TOGETHER]
+        names += [TOGETHER] if len(names) < len(table) else []
+        for what, order in (("scatter_order", scatter_order), ("work_order", work_order)):
+            same_names(what, names if order is None else order, names, "the table")
+        with torch.no_grad():
+            self.parts = build_parts(table, parameters, options)
+        self.scatter_order = self.spelled(names if scatter_order is None else scatter_order)
+        self.work_order = self.spelled(names if work_order is None else work_order)
+        self.tied = {row.name: row.tied for row in table if row.tied}
+        self.device = next(iter(parameters.values())).device
+        self.numbers = Numbers(number_names(table), self.device)
+        self.bad = {name: torch.zeros((), device=self.device) for name in self.parts}
+        self.skip = torch.zeros((), device=self.device) if options.guard else None
+        self.updates = 0  # by adam
+        self.works = {name: Replay(self.work_of(name), self.device) for name in self.parts}
+
+    def spelled(self, order: Sequence[str]) -> list[str]:
+        """An order with “replicated” spelled out, dtype by dtype."""
+        small = [name for name in self.parts if name.split()[0] == TOGETHER]
+        return [part for name in order for part in (small if name == TOGETHER else [name])]
+
+    def work_of(self, name: str) -> Callable[[], None]:
+        return lambda: self.parts[name].update(self.numbers, self.skip)
+
+    @torch.no_grad()
+    def step(self, index: int, rates: Mapping[str, float]) -> None:
+        """Update what is due in step `index` (0, 1, …). rates: muon, adam, momentum, and muon_decay for plain decay."""
+        take_one_step(self, index, rates)
+
+
+def take_one_step(optimizer: BankOptimizer, index: int, rates: Mapping[str, float]) -> None:
+    """`BankOptimizer.step`: scatter all that is due, then for one after the other wait, update and begin to gather."""
+    parts, every = optimizer.parts, optimizer.options.adam_every
+    due = [name for name in optimizer.work_order if (index + 1) % parts[name].every == 0]
+    due = [name for name in due if name not in optimizer.tied]
+    optimizer.updates += (index + 1) % every == 0
+    fixes = {
+        name: 1 - float(name.removeprefix("fix ")) ** max(1, optimizer.updates)
+        for name in optimizer.numbers.names[4:]
+    }
+    optimizer.numbers.fill({"muon_decay": 0.0, **rates, **fixes})
+    add_tied(optimizer, due)
+    watch(optimizer, due)
+    for name in optimizer.scatter_order:
+        if name in due:
+            parts[name].scatter()
+    for name in due:
+        parts[name].wait()
+        optimizer.works[name]()
+        parts[name].gather()
+    for name in due:
+        parts[name].wait()
+        parts[name].clear()
+    copy_tied(optimizer, due)
+
+
+def add_tied(optimizer: BankOptimizer, due: Sequence[str]) -> None:
+    """Add the gradient of what is tied to that of what it is tied to."""
+    for name, whole in optimizer.tied.items():
+        if whole in due:
+            part, target = optimizer.parts[name], optimizer.parts[whole]
+            target.grads[: target.units].add_(part.grads[: part.units].mT)
+            part.clear()
+
+
+def copy_tied(optimizer: BankOptimizer, due: Sequence[str]) -> None:
+    """What is tied is what it is tied to."""
+    for name, whole in optimizer.tied.items():
+        if whole in due:
+            part, target = optimizer.parts[name], optimizer.parts[whole]
+            part.whole[: part.units].copy_(target.whole[: target.units].mT)
+
+
+def watch(optimizer: BankOptimizer, due: Sequence[str]) -> None:
+    """Look for gradients that are not finite on any rank, before they are added up."""
+    if optimizer.skip is None or not due:
+        return
+    largest = torch._foreach_norm([optimizer.parts[name].grads for name in due], math.inf)
+    broken = (~torch.isfinite(torch.stack([x.float() for x in largest]))).float()
+    if ranks()[1] > 1:
+        dist.all_reduce(broken)
+    for name, one in zip(due, broken.unbind()):
+        optimizer.bad[name] += one
+    optimizer.skip.copy_(broken.sum().clamp(max=1.0))
+
+
+def blame(optimizer: BankOptimizer) -> list[str]:
+    """Names of parts with gradients that were not finite; waits for the device."""
+    return [name for name, times in optimizer.bad.items() if times.item()]
+
+
+# %% Apart, and together again
+def untie(optimizer: BankOptimizer, name: str) -> None:
+    """Let a tied parameter train by itself from now on, with the transposed moments of what it was tied to."""
+    part, source = optimizer.parts[name], optimizer.parts[optimizer.tied.pop(name)]
+    for key, own in part.state.items():
+        moments = source.collect(source.state[key]).mT.contiguous()
+        own.copy_(part.mine(part.padded(moments)))
+
+
+def state_tensors(optimizer: BankOptimizer) -> dict[str, Tensor]:
+    """The whole state by `parameter/key`, the same on every rank and for every number of ranks. All ranks have to ask."""
+    found = {"optimizer/updates": torch.tensor(optimizer.updates)}
+    for name, part in optimizer.parts.items():
+        for key, own in part.state.items():
+            if isinstance(part, Replicated):
+                found |= {f"{p}/{key}": own[here] for p, here in part.slices.items()}
+            else:
+                found[f"{name}/{key}"] = part.collect(own)
+    return {label: tensor.clone() for label, tensor in found.items()}
+
+
+def load_state(optimizer: BankOptimizer, saved: Mapping[str, Tensor]) -> None:
+    """Take back what `state_tensors` gave, on however many ranks."""
+    now = state_tensors(optimizer)
+    same_names("the saved state", saved, now, "this optimizer's state")
+    for label, tensor in saved.items():
+        if tensor.shape != now[label].shape:
+            raise ValueError(
+                f"{label}: saved as {tuple(tensor.shape)}, here {tuple(now[label].shape)}"
+            )
+    optimizer.updates = int(saved["optimizer/updates"])
+    for name, part in optimizer.parts.items():
+        for key, own in part.state.items():
+            if isinstance(part, Replicated):
+                own.copy_(torch.cat([saved[f"{p}/{key}"].to(own.device) for p in part.slices]))
+            else:
+                own.copy_(part.mine(part.padded(saved[f"{name}/{key}"].to(own.device))))
