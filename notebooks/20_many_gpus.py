@@ -282,8 +282,8 @@ class Entry:
     rule: Literal["muon", "adam"]
     comm: Literal["replicated", "sharded", "sparse"]
     """replicated: every rank updates all of it. sharded: its own units. sparse: so, and only touched rows' gradients travel."""
-    rate: float = 1.0
-    """Multiple of the rule's rate; muon's factors for shapes are in here."""
+    rate: float | tuple[float, ...] = 1.0
+    """Multiple of the rule's rate; muon's factors for shapes are in here. muon: several, for the matrices in turn."""
     decay: float = 1.0
     """Multiple of the rule's decay."""
     betas: tuple[float, float] = (0.9, 0.95)
@@ -342,6 +342,8 @@ def check_table(table: Sequence[Entry], parameters: Mapping[str, Tensor]) -> Non
         p, whole = parameters[row.name], rows.get(row.tied)
         if row.rule == "muon" and (row.comm != "sharded" or p.ndim != 3):
             raise ValueError(f"{row.name}: muon updates banks of three dimensions, sharded")
+        if row.rule == "adam" and not isinstance(row.rate, float):
+            raise ValueError(f"{row.name}: adam has one rate, a float, not {row.rate!r}")
         if row.rule == "muon" and p.shape[1] % row.matrices:
             raise ValueError(f"{row.name}: {p.shape[1]} rows are not {row.matrices} matrices")
         if row.comm == "sparse" and p.ndim != 2:
@@ -422,12 +424,16 @@ class MuonPart(Sharded):
             none = torch.zeros_like(self.whole[: self.units], dtype=torch.int16)
             lost = none if lost is None else lost.view(none.shape)
             self.state["lost"] = self.mine(self.padded(lost)).clone()
+        turns = row.rate if isinstance(row.rate, tuple) else (row.rate,)
+        of_units = torch.tensor([turns[n % len(turns)] for n in range(len(self.whole))])
+        self.rates = self.mine(of_units[:, None, None].to(parameter.device))
         self.share = compiled(muon_share, options, parameter.device)
 
     def update(self, numbers: Numbers, skip: Tensor | None) -> None:
         """One step of this rank's matrices."""
         rates = [numbers[name] for name in ("muon", "momentum", "muon_decay")]
-        self.share(self.own, self.grad, self.state, rates, skip, self.row, self.options)
+        row, options = self.row, self.options
+        self.share(self.own, self.grad, self.state, self.rates, rates, skip, row.decay, options)
 
 
 # %%
@@ -436,27 +442,28 @@ def muon_share(
     own: Tensor,
     grad: Tensor,
     state: dict[str, Tensor],
+    factors: Tensor,
     rates: Sequence[Tensor],
     skip: Tensor | None,
-    row: Entry,
+    decay: float,
     options: OptimizerOptions,
 ) -> None:
-    """One step of matrices under Muon, in place. rates: muon, momentum, muon_decay."""
+    """One step of matrices under Muon, in place. factors: of each matrix's rate. rates: muon, momentum, muon_decay."""
     muon, (base, kept, plain) = options.muon, rates
     ahead = fold(grad.float(), state["momentum"], kept, options.nesterov, skip)
     update = orthogonal(ahead, options.iterations, muon)
     if muon.beta2:
         update = even_rows(update, state["second"], muon.beta2, skip)
-    rate = base * row.rate
-    rate = rate if skip is None else rate * (1 - skip)
-    squared = muon.decay_factor * row.decay * base
-    take_step(own, state.get("lost"), update, rate, muon.decay, row.decay * plain, squared)
+    rate = base * factors if skip is None else base * (1 - skip) * factors
+    squared = muon.decay_factor * decay * base
+    take_step(own, state.get("lost"), update, rate, muon.decay, decay * plain, squared)
 
 
 # %%
 #| export
 def adam_rates(row: Entry, numbers: Numbers, options: OptimizerOptions) -> tuple[Tensor, Tensor]:
     """A row's rate, and the share that a weight which decays loses in a step."""
+    assert isinstance(row.rate, float)  # check_table has refused several
     rate = numbers["adam"] * row.rate
     return rate, rate * rate * (options.adam_decay * row.decay)
 
@@ -515,8 +522,8 @@ class SmallPart(Replicated):
         def spread(values: Iterable[float]) -> Tensor:
             return torch.tensor(list(values)).repeat_interleave(sizes).to(self.own.device)
 
-        self.rate = spread(row.rate for row in rows)
-        self.decay = spread(row.rate**2 * row.decay * options.adam_decay for row in rows)
+        self.rate = spread(row.rate for row in rows if isinstance(row.rate, float))
+        self.decay = spread(row.decay * options.adam_decay for row in rows)
         self.betas = tuple(spread(row.betas[n] for row in rows) for n in (0, 1))
         self.share = compiled(adam_step, options, self.own.device)
         self.which = [sorted({row.betas[n] for row in rows}) for n in (0, 1)]
@@ -531,7 +538,8 @@ class SmallPart(Replicated):
             torch.stack([numbers[f"fix {beta}"] for beta in which])[index]
             for which, index in zip(self.which, self.index)
         ]
-        rates, decay = rate * self.rate, rate * rate * self.decay
+        rates = rate * self.rate
+        decay = rates * rates * self.decay
         mean, square = self.state["mean"], self.state["square"]
         betas, eps = self.betas, self.options.eps
         self.share(self.own, self.grad, mean, square, rates, betas, tuple(fixes), eps, decay, skip)
@@ -725,3 +733,185 @@ def load_state(optimizer: BankOptimizer, saved: Mapping[str, Tensor]) -> None:
                 own.copy_(torch.cat([saved[f"{p}/{key}"].to(own.device) for p in part.slices]))
             else:
                 own.copy_(part.mine(part.padded(saved[f"{name}/{key}"].to(own.device))))
+
+
+# %% [markdown]
+# ## The measurement
+
+# %% tags=["hide-input"]
+#| default_exp measure.many_gpus
+#| export
+import hashlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from speedrun.config import TODAY
+from speedrun.lab.hardware import Problem
+from speedrun.lab.results import root, stamp
+
+NAMES = ("wire",)
+RANKS = (1, 2, 4, 8)
+
+
+def record_shapes(scale: int = 1) -> dict[str, tuple[int, ...]]:
+    """Record 89's parameters in our banks, with every width divided by `scale`, and every vocabulary too."""
+    d, words = 768 // scale, 50_304 // scale
+    small = {"gates": (12 * 60,), "scalars": (64,), "mudd": (2 * 64, d)}
+    tables = {"head": (d, words), "embed": (words, d), "values": (5 * words, d)}
+    banks = {"qk": (60, d // 3, d), "vo": (20, d, d), "mlp": (22, 4 * d, d)}
+    return banks | tables | {"bigram": (words * 15 // 2, d)} | small
+
+
+def record_table() -> tuple[Entry, ...]:
+    """How record 89 updates them."""
+    slow: dict[str, Any] = {"betas": (0.9, 0.99)}
+    tables: dict[str, Any] = {"rate": 75.0, "decay": 5.0, "betas": (0.75, 0.95)}
+    words: dict[str, Any] = {"decay": 150.0, "betas": (0.5, 0.95)}
+    return (
+        Entry("qk", "muon", "sharded"),
+        Entry("vo", "muon", "sharded"),
+        Entry("mlp", "muon", "sharded", rate=(2.0, 4.0)),
+        Entry("head", "adam", "sharded", **words),
+        Entry("embed", "adam", "sharded", tied="head", **words),
+        Entry("values", "adam", "sharded", **tables),
+        Entry("bigram", "adam", "sparse", **tables),
+        Entry("gates", "adam", "replicated", **slow),
+        Entry("scalars", "adam", "replicated", rate=5.0, decay=0.0, **slow),
+        Entry("mudd", "adam", "replicated", rate=0.25, **slow),
+    )
+
+
+# %% tags=["hide-input"]
+#| export measure.many_gpus
+def record_parameters(scale: int, device: str = "cpu") -> dict[str, nn.Parameter]:
+    """Small random values of those shapes, bfloat16 but for the scalars and what splits its own bits."""
+    draw, found = torch.Generator().manual_seed(0), dict[str, nn.Parameter]()
+    for name, shape in record_shapes(scale).items():
+        p = 0.02 * torch.randn(shape, generator=draw)
+        exact = name in ("scalars", "qk", "vo", "mlp")
+        found[name] = nn.Parameter((p if exact else p.bfloat16()).to(device))
+    return found
+
+
+def sent_so_far() -> int:
+    """Bytes that this machine has sent through all network devices, the loopback among them."""
+    path = Path("/proc/net/dev")
+    if not path.exists():
+        raise Problem("bytes are counted in /proc/net/dev", "measure this on Linux")
+    return sum(int(line.split(":")[1].split()[8]) for line in path.read_text().splitlines()[2:])
+
+
+def counted(work: Callable[[], Any], repeats: int = 5) -> float:
+    """Bytes that a rank sends in `work`: this machine's by the number of ranks, less a barrier's; the median of some counts."""
+    found = []
+    for _ in range(repeats):
+        dist.barrier()
+        start = sent_so_far()
+        dist.barrier()
+        before = sent_so_far()
+        work()
+        dist.barrier()
+        found.append(sent_so_far() - before - (before - start))
+    return statistics.median(found) / ranks()[1]
+
+
+# %% tags=["hide-input"]
+#| export measure.many_gpus
+def small_record(scale: int) -> BankOptimizer:
+    """Record 89's parameters and table at a fraction of its widths."""
+    return BankOptimizer(record_parameters(scale), record_table(), OptimizerOptions(muon=TODAY))
+
+
+def announce_some(optimizer: BankOptimizer, share: float, seed: int) -> Tensor:
+    """Say that a share of the bigram table's rows was touched; which: (rows,) bool."""
+    table, draw = optimizer.parameters["bigram"], torch.Generator().manual_seed(seed)
+    rows = torch.rand(len(table), generator=draw) < share
+    optimizer.parts["bigram"].announce(rows.nonzero())
+    return rows
+
+
+def wire_of_rank(scale: int = 8, touched: float = 0.2) -> dict:
+    """Of each part: bytes that a rank sends, scattering and gathering, as counted (mean of the ranks) and by formula."""
+    optimizer, (rank, world), found = small_record(scale), ranks(), dict[str, dict]()
+    announce_some(optimizer, touched, seed=rank)
+    kinds = {row.name: row.comm for row in record_table()}
+    for name, part in optimizer.parts.items():
+        whole, comm = getattr(part, "whole", part.own), kinds.get(name, TOGETHER)
+        size, rows = whole.element_size(), touched * whole.numel() * (comm == "sparse")
+        found[name] = {
+            "comm": comm,
+            "bytes": whole.numel() * size,
+            "scattered": counted(lambda: (part.scatter(), part.wait())),
+            "gathered": counted(lambda: (part.gather(), part.wait())),
+            "formula": bytes_sent(comm, whole.numel(), size, world, rows),
+        }
+    return found
+
+
+# %% tags=["hide-input"]
+#| export measure.many_gpus
+def steps_of_rank(scale: int = 48, steps: int = 4, micro: int = 4) -> dict:
+    """A hash of all parameters after some steps with small integers for gradients: `micro` micro-batches, shared by the ranks."""
+    optimizer, (rank, world) = small_record(scale), ranks()
+    for step in range(steps):
+        for part in range(rank * micro // world, (rank + 1) * micro // world):
+            rows = announce_some(optimizer, 0.2, seed=100 * step + part)
+            draw = torch.Generator().manual_seed(100 * step + part)
+            for name, p in optimizer.parameters.items():
+                g = torch.randint(-3, 4, p.shape, generator=draw).to(p.dtype)
+                assert p.grad is not None  # the optimizer's storage
+                p.grad += g * rows[:, None] if name == "bigram" else g
+        optimizer.step(step, {"muon": 0.02, "adam": 0.008, "momentum": 0.9})
+    digest = hashlib.sha256()
+    for p in optimizer.parameters.values():
+        digest.update(p.detach().view(torch.uint8).numpy().tobytes())
+    return {"hash": digest.hexdigest()}
+
+
+# %% tags=["hide-input"]
+#| export measure.many_gpus
+WORKS: dict[str, Callable[[], dict]] = {"wire": wire_of_rank, "steps": steps_of_rank}
+
+
+def one_rank(name: str, out: str) -> None:
+    """What each process of `on_ranks` does."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    result = WORKS[name]()
+    if ranks()[0] == 0:
+        Path(out).write_text(json.dumps(result))
+    dist.destroy_process_group()
+
+
+def on_ranks(world: int, name: str) -> dict:
+    """What a work gives on the first of `world` processes of this machine, which talk through gloo."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "result.json"
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += [f"--nproc-per-node={world}", "-m", "speedrun.measure.many_gpus", name, str(out)]
+        quiet = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, cwd=root(), env=quiet, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(done.stderr[-2000:])
+        return json.loads(out.read_text())
+
+
+def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
+    """wire: bytes that a rank sends for each part of record 89's table at an eighth of its widths, by number of ranks."""
+    found = {str(world): on_ranks(world, "wire") for world in RANKS}
+    return {"ranks": found}, stamp(command, ["speedrun.measure.many_gpus"], 1)
+
+
+if __name__ == "__main__" and __spec__ is not None:  # python -m, not a notebook
+    one_rank(*sys.argv[1:])

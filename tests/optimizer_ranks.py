@@ -36,7 +36,7 @@ SHAPES = {
 }
 TABLE = (
     Entry("qk", "muon", "sharded", matrices=2),
-    Entry("mlp", "muon", "sharded", rate=2.0),
+    Entry("mlp", "muon", "sharded", rate=(2.0, 4.0)),
     Entry("head", "adam", "sharded", decay=150.0, betas=(0.5, 0.95)),
     Entry("embed", "adam", "sharded", decay=150.0, betas=(0.5, 0.95), tied="head"),
     Entry("values", "adam", "sharded", rate=75.0, decay=5.0, betas=(0.75, 0.95)),

@@ -28,8 +28,8 @@ class Entry:
     rule: Literal["muon", "adam"]
     comm: Literal["replicated", "sharded", "sparse"]
     """replicated: every rank updates all of it. sharded: its own units. sparse: so, and only touched rows' gradients travel."""
-    rate: float = 1.0
-    """Multiple of the rule's rate; muon's factors for shapes are in here."""
+    rate: float | tuple[float, ...] = 1.0
+    """Multiple of the rule's rate; muon's factors for shapes are in here. muon: several, for the matrices in turn."""
     decay: float = 1.0
     """Multiple of the rule's decay."""
     betas: tuple[float, float] = (0.9, 0.95)
@@ -86,6 +86,8 @@ def check_table(table: Sequence[Entry], parameters: Mapping[str, Tensor]) -> Non
         p, whole = parameters[row.name], rows.get(row.tied)
         if row.rule == "muon" and (row.comm != "sharded" or p.ndim != 3):
             raise ValueError(f"{row.name}: muon updates banks of three dimensions, sharded")
+        if row.rule == "adam" and not isinstance(row.rate, float):
+            raise ValueError(f"{row.name}: adam has one rate, a float, not {row.rate!r}")
         if row.rule == "muon" and p.shape[1] % row.matrices:
             raise ValueError(f"{row.name}: {p.shape[1]} rows are not {row.matrices} matrices")
         if row.comm == "sparse" and p.ndim != 2:
@@ -159,37 +161,42 @@ class MuonPart(Sharded):
             none = torch.zeros_like(self.whole[: self.units], dtype=torch.int16)
             lost = none if lost is None else lost.view(none.shape)
             self.state["lost"] = self.mine(self.padded(lost)).clone()
+        turns = row.rate if isinstance(row.rate, tuple) else (row.rate,)
+        of_units = torch.tensor([turns[n % len(turns)] for n in range(len(self.whole))])
+        self.rates = self.mine(of_units[:, None, None].to(parameter.device))
         self.share = compiled(muon_share, options, parameter.device)
 
     def update(self, numbers: Numbers, skip: Tensor | None) -> None:
         """One step of this rank's matrices."""
         rates = [numbers[name] for name in ("muon", "momentum", "muon_decay")]
-        self.share(self.own, self.grad, self.state, rates, skip, self.row, self.options)
+        row, options = self.row, self.options
+        self.share(self.own, self.grad, self.state, self.rates, rates, skip, row.decay, options)
 
 
 def muon_share(
     own: Tensor,
     grad: Tensor,
     state: dict[str, Tensor],
+    factors: Tensor,
     rates: Sequence[Tensor],
     skip: Tensor | None,
-    row: Entry,
+    decay: float,
     options: OptimizerOptions,
 ) -> None:
-    """One step of matrices under Muon, in place. rates: muon, momentum, muon_decay."""
+    """One step of matrices under Muon, in place. factors: of each matrix's rate. rates: muon, momentum, muon_decay."""
     muon, (base, kept, plain) = options.muon, rates
     ahead = fold(grad.float(), state["momentum"], kept, options.nesterov, skip)
     update = orthogonal(ahead, options.iterations, muon)
     if muon.beta2:
         update = even_rows(update, state["second"], muon.beta2, skip)
-    rate = base * row.rate
-    rate = rate if skip is None else rate * (1 - skip)
-    squared = muon.decay_factor * row.decay * base
-    take_step(own, state.get("lost"), update, rate, muon.decay, row.decay * plain, squared)
+    rate = base * factors if skip is None else base * (1 - skip) * factors
+    squared = muon.decay_factor * decay * base
+    take_step(own, state.get("lost"), update, rate, muon.decay, decay * plain, squared)
 
 
 def adam_rates(row: Entry, numbers: Numbers, options: OptimizerOptions) -> tuple[Tensor, Tensor]:
     """A row's rate, and the share that a weight which decays loses in a step."""
+    assert isinstance(row.rate, float)  # check_table has refused several
     rate = numbers["adam"] * row.rate
     return rate, rate * rate * (options.adam_decay * row.decay)
 
@@ -246,8 +253,8 @@ class SmallPart(Replicated):
         def spread(values: Iterable[float]) -> Tensor:
             return torch.tensor(list(values)).repeat_interleave(sizes).to(self.own.device)
 
-        self.rate = spread(row.rate for row in rows)
-        self.decay = spread(row.rate**2 * row.decay * options.adam_decay for row in rows)
+        self.rate = spread(row.rate for row in rows if isinstance(row.rate, float))
+        self.decay = spread(row.decay * options.adam_decay for row in rows)
         self.betas = tuple(spread(row.betas[n] for row in rows) for n in (0, 1))
         self.share = compiled(adam_step, options, self.own.device)
         self.which = [sorted({row.betas[n] for row in rows}) for n in (0, 1)]
@@ -262,7 +269,8 @@ class SmallPart(Replicated):
             torch.stack([numbers[f"fix {beta}"] for beta in which])[index]
             for which, index in zip(self.which, self.index)
         ]
-        rates, decay = rate * self.rate, rate * rate * self.decay
+        rates = rate * self.rate
+        decay = rates * rates * self.decay
         mean, square = self.state["mean"], self.state["square"]
         betas, eps = self.betas, self.options.eps
         self.share(self.own, self.grad, mean, square, rates, betas, tuple(fixes), eps, decay, skip)
