@@ -109,13 +109,14 @@ def wire_of_rank(scale: int = 8, touched: float = 0.2) -> dict:
     kinds = {row.name: row.comm for row in record_table()}
     for name, part in optimizer.parts.items():
         whole, comm = getattr(part, "whole", part.own), kinds.get(name, TOGETHER)
-        size, rows = whole.element_size(), touched * whole.numel() * (comm == "sparse")
+        size, rows = whole.element_size(), touched * len(whole) * (comm == "sparse")
+        formula = bytes_sent(comm, whole.numel(), size, world, rows, whole[0].numel())
         found[name] = {
             "comm": comm,
             "bytes": whole.numel() * size,
             "scattered": counted(lambda: (part.scatter(), part.wait())),
             "gathered": counted(lambda: (part.gather(), part.wait())),
-            "formula": bytes_sent(comm, whole.numel(), size, world, rows),
+            "formula": formula,
         }
     return found
 

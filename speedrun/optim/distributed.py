@@ -166,13 +166,15 @@ class Sparse(Sharded):
 
 
 # %% Bytes
-def bytes_sent(comm: str, numel: int, size: int, world: int, touched: float = 0.0) -> float:
-    """Bytes that one rank sends for one update of a parameter, if everything goes as it should.
+def bytes_sent(
+    comm: str, numel: int, size: int, world: int, rows: float = 0.0, width: int = 1
+) -> tuple[float, float]:
+    """Bytes that one rank sends for one update of a parameter: summing the gradient, and collecting the values.
 
-    numel, size: elements, and bytes of one. touched: for a sparse table, the elements in rows that a rank touches.
+    numel, size: elements, and bytes of one. rows, width: for a sparse table, the rows that a rank touches, and their length.
     """
     others = (world - 1) / world
-    whole = others * numel * size  # what a reduce-scatter sends, and an all-gather
+    whole = others * numel * size
     if comm == "sparse":
-        return others * touched * size + whole
-    return 2 * whole
+        return others * rows * (width * size + 8), whole  # 8 for the row's number
+    return (2 * whole, 0.0) if comm == "replicated" else (whole, whole)

@@ -98,6 +98,7 @@ def check_table(table: Sequence[Entry], parameters: Mapping[str, Tensor]) -> Non
             raise ValueError(f"{row.name} and {row.tied}: what is tied has to be sharded")
 
 
+# %% Numbers that change, work that does not
 class Numbers:
     """What changes from step to step, as one vector on the device: one copy a step, and nothing is compiled anew."""
 
