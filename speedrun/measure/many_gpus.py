@@ -13,6 +13,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -77,15 +78,17 @@ def sent_so_far() -> int:
 
 def counted(work: Callable[[], Any], repeats: int = 5) -> float:
     """Bytes that a rank sends in `work`: this machine's by the number of ranks, less a barrier's; the median of some counts."""
+
+    def settled() -> int:
+        dist.barrier()
+        time.sleep(0.05)  # until stragglers are through
+        return sent_so_far()
+
     found = []
     for _ in range(repeats):
-        dist.barrier()
-        start = sent_so_far()
-        dist.barrier()
-        before = sent_so_far()
+        start, before = settled(), settled()
         work()
-        dist.barrier()
-        found.append(sent_so_far() - before - (before - start))
+        found.append(settled() - before - (before - start))
     return statistics.median(found) / ranks()[1]
 
 
