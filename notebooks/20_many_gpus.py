@@ -998,8 +998,11 @@ def sent_so_far() -> int:
     return sum(int(line.split(":")[1].split()[8]) for line in path.read_text().splitlines()[2:])
 
 
-def counted(work: Callable[[], Any], repeats: int = 5) -> float:
-    """Bytes that a rank sends in `work`: this machine's by the number of ranks, less a barrier's; the median of some counts."""
+HALVES = {"scattered": "scatter", "gathered": "gather"}
+
+
+def counted(part: Any, begin: str, repeats: int = 5) -> float:
+    """Bytes that a rank sends in one half of an exchange: this machine's by the number of ranks, less a barrier's; a median."""
 
     def settled() -> int:
         dist.barrier()
@@ -1009,7 +1012,8 @@ def counted(work: Callable[[], Any], repeats: int = 5) -> float:
     found = []
     for _ in range(repeats):
         start, before = settled(), settled()
-        work()
+        getattr(part, begin)()
+        part.wait()
         found.append(settled() - before - (before - start))
     return statistics.median(found) / ranks()[1]
 
@@ -1038,12 +1042,8 @@ def wire_of_rank(scale: int = 8, touched: float = 0.2) -> dict:
         whole, comm = getattr(part, "whole", part.own), kinds.get(name, TOGETHER)
         size, rows = whole.element_size(), touched * len(whole) * (comm == "sparse")
         formula = bytes_sent(comm, whole.numel(), size, world, rows, whole[0].numel())
-        found[name] = {
-            "comm": comm,
-            "bytes": whole.numel() * size,
-            "scattered": counted(lambda: (part.scatter(), part.wait())),
-            "gathered": counted(lambda: (part.gather(), part.wait())),
-            "formula": formula,
+        found[name] = {"comm": comm, "bytes": whole.numel() * size, "formula": formula} | {
+            half: counted(part, begin) for half, begin in HALVES.items()
         }
     return found
 
@@ -1171,7 +1171,7 @@ plt.show()
 # %% [markdown]
 # ## What it buys
 #
-# By count, for record 89's parameters on eight GPUs:
+# By count, for record 89's parameters on eight GPUs: the state, and the work of the orthogonalisation.
 
 
 # %%
@@ -1180,6 +1180,85 @@ def state_bytes(numel: int, rule: str) -> int:
     return numel * (8 if rule == "adam" else 4 + 2)
 
 
+def busy(matrices: int, world: int) -> float:
+    """The share of its time that a rank works on matrices which exist, and not on padding."""
+    return matrices / (world * math.ceil(matrices / world))
+
+
 whole = state_bytes(MUON_WEIGHTS, "muon") + state_bytes(sum(TABLES), "adam")
-assert 4.9e9 < whole < 5.2e9
+of_bank = {name: busy(record_shapes()[name][0], 8) for name in ("qk", "vo", "mlp")}
+assert 4.9e9 < whole < 5.2e9 and [round(x, 2) for x in of_bank.values()] == [0.94, 0.83, 0.92]
+slower = float(ladder["23"]["record_time_s"]) - float(ladder["24"]["record_time_s"])
+assert math.isclose(slower, 0.8, abs_tol=0.3)
 print(f"state: {whole / 1e9:.1f} GB on each GPU if replicated, {whole / 8e9:.2f} GB sharded")
+for name, share in of_bank.items():
+    print(f"{name:3}: {record_shapes()[name][0]} matrices on eight ranks, {share:.0%} busy")
+print(f"record 24, reduce-scatter for all: {slower:.1f} s")
+
+# %% [markdown]
+# The public ladder has the seconds. Sharing Muon's matrices took a step from 179 to 154 ms (record 6). Starting to gather while the next matrices are orthogonalised came with record 15. Record 24 replaced all all-reduces by their halves and gained 0.8 s; laying out the banks so that they divide evenly gained 0.7 s (record 36), one optimizer with a fixed order 1.1 s (record 61), and the sparse exchange 0.3 to 0.7 s (record 71) {cite}`moddednanogpt`. After the first, each is small. They add up because nothing else is left.
+#
+# No clock of our own is in this chapter. Processes that share a laptop's cores would time the sharing. What the step takes on one GPU and on two is to be measured there, and [the trainer](23_training_loop.py) keeps its simpler update until it has been: every rank updates everything.
+#
+# ## What it costs, and when it fails
+#
+# Padding is work on zeros. Twenty matrices on eight ranks leave a sixth of the time to padding, and on sixteen ranks three eighths. Beyond as many ranks as a bank has matrices, more ranks buy nothing at all. That is where Muon stops scaling in this simple form, and large trainings cut the matrices themselves.
+#
+# Sharding also ends an equality. Replicas that all do the same sums stay equal, and if one is wrong, its parameters differ from the others' and can be caught. Here each number is computed by one rank and believed by seven. A GPU that miscalculates has nobody who would notice.
+#
+# And sums in bfloat16 round. The gradient of two ranks is not quite that of one: in the tests momenta after six steps differ by less than one part in 128. With integers nothing rounds, which is how the exchange can be tested apart from the arithmetic.
+#
+# ## What did not work
+#
+# Records 23 and 44 began each sum from a hook, as soon as autograd had finished that gradient. It is the obvious way to overlap, and it was fast. Record 61 went back to a fixed order after the backward pass and was faster: hooks are Python in the middle of the backward pass, and sums that start early compete with the kernels that are still running. Counting a sparse table's rows on the GPU (record 68 hashed there) forces a wait, since Python has to know the counts before it can allocate; record 71 moved the hash back to the CPU for that reason. Buckets of 64 MB for the all-reduces (record 22) became 25 MB (record 23) and then nothing, when banks made buckets of themselves.
+#
+# ## Exercises
+#
+# 1. The order matters more than one would think. Three parameters have sums that take 2, 4 and 1 ms, updates of 1, 5 and 5 ms, and gathers of 1, 1 and 4 ms. Sums run one after the other on the network, in the order in which they were begun; gathers join the same queue when an update is done, behind the sums; updates run one after the other on the GPU. Write `makespan(jobs)` for jobs (sum, update, gather) taken in the given order, and find the best order and the worst.
+
+
+# %% tags=["solution"]
+def makespan(jobs: list[tuple[float, float, float]]) -> float:
+    """When the last gather is over: sums queue on the network from time 0, gathers behind them."""
+    network, arrived = 0.0, []
+    for total, _, _ in jobs:
+        network += total
+        arrived.append(network)
+    gpu = 0.0
+    for ready, (_, update, gather) in zip(arrived, jobs):
+        gpu = max(gpu, ready) + update
+        network = max(network, gpu) + gather
+    return network
+
+
+# %%
+from itertools import permutations
+
+three = [(2.0, 1.0, 1.0), (4.0, 5.0, 1.0), (1.0, 5.0, 4.0)]
+assert makespan([(1.0, 1.0, 1.0)]) == 3.0
+times = {order: makespan([three[n] for n in order]) for order in permutations(range(3))}
+assert (min(times.values()), max(times.values())) == (13.0, 20.0)
+best, worst = min(times, key=times.get), max(times, key=times.get)
+print(f"best {best}: {times[best]:.0f} ms; worst {worst}: {times[worst]:.0f} ms")
+
+# %% [markdown]
+# 2. A sparse exchange beats a dense sum only while few rows are touched. Write `worth_it(width, world)`: the largest share of rows, per rank, at which sending rows costs fewer bytes than a reduce-scatter of the table in bfloat16. Why does it not depend on the number of ranks?
+
+
+# %% tags=["solution"]
+def worth_it(width: int, world: int) -> float:
+    """Share of rows below which rows with their numbers are fewer bytes than the whole table."""
+    dense, _ = bytes_sent("sharded", 1000 * width, 2, world)
+    row, _ = bytes_sent("sparse", 1000 * width, 2, world, rows=1, width=width)
+    return dense / (1000 * row)
+
+
+# %%
+assert math.isclose(worth_it(768, 8), 768 * 2 / (768 * 2 + 8)) and worth_it(4, 2) == 0.5
+assert math.isclose(worth_it(768, 2), worth_it(768, 8)), "both sides have the same (w − 1) / w"
+print(f"rows of 768: up to {worth_it(768, 8):.1%}; rows of 4: up to {worth_it(4, 8):.0%}")
+
+# %% [markdown]
+# ## Since then
+#
+# Record 71's count of touched rows and record 61's order are still what record 89 runs. A proposal beyond it updates head and embedding on every rank again, and saves their exchange (PR 349, not merged).

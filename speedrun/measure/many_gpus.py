@@ -76,8 +76,11 @@ def sent_so_far() -> int:
     return sum(int(line.split(":")[1].split()[8]) for line in path.read_text().splitlines()[2:])
 
 
-def counted(work: Callable[[], Any], repeats: int = 5) -> float:
-    """Bytes that a rank sends in `work`: this machine's by the number of ranks, less a barrier's; the median of some counts."""
+HALVES = {"scattered": "scatter", "gathered": "gather"}
+
+
+def counted(part: Any, begin: str, repeats: int = 5) -> float:
+    """Bytes that a rank sends in one half of an exchange: this machine's by the number of ranks, less a barrier's; a median."""
 
     def settled() -> int:
         dist.barrier()
@@ -87,7 +90,8 @@ def counted(work: Callable[[], Any], repeats: int = 5) -> float:
     found = []
     for _ in range(repeats):
         start, before = settled(), settled()
-        work()
+        getattr(part, begin)()
+        part.wait()
         found.append(settled() - before - (before - start))
     return statistics.median(found) / ranks()[1]
 
@@ -114,12 +118,8 @@ def wire_of_rank(scale: int = 8, touched: float = 0.2) -> dict:
         whole, comm = getattr(part, "whole", part.own), kinds.get(name, TOGETHER)
         size, rows = whole.element_size(), touched * len(whole) * (comm == "sparse")
         formula = bytes_sent(comm, whole.numel(), size, world, rows, whole[0].numel())
-        found[name] = {
-            "comm": comm,
-            "bytes": whole.numel() * size,
-            "scattered": counted(lambda: (part.scatter(), part.wait())),
-            "gathered": counted(lambda: (part.gather(), part.wait())),
-            "formula": formula,
+        found[name] = {"comm": comm, "bytes": whole.numel() * size, "formula": formula} | {
+            half: counted(part, begin) for half, begin in HALVES.items()
         }
     return found
 
