@@ -35,7 +35,7 @@ assert 2**25 == 33_554_432
 #
 # ## The idea
 #
-# A run is a **value**. It is made of small frozen dataclasses, each exported by the chapter that explains its fields: what the data loader reads ([chapter 02](02_data.py)), the optimizer ([03](03_baseline.py)) and its schedule ([14](14_schedule.py)), the shape of the model ([21](21_model.py)). This chapter puts them side by side and adds what belongs to the run as a whole. Being a value,
+# A run is a **value**. It is made of small frozen dataclasses, each exported by the chapter that explains its fields: what the data loader reads ([chapter 02](02_data.py)), the optimizer ([03](03_baseline.py)) its matrices ([12](12_newton_schulz.py), [13](13_muon.py)) and its schedule ([14](14_schedule.py)), the shape of the model ([21](21_model.py)). This chapter puts them side by side and adds what belongs to the run as a whole. Being a value,
 # it can be printed, compared, saved in the log, and varied: *this run, but with that field changed* is an expression, and an ablation is a list of such expressions.
 #
 # Three rules keep it honest. A module reads only its own options, so that one can tell from a signature what a function depends on. A field that is off leaves nothing behind in the compiled program, so that turning a technique off measures its absence and not the presence of an `if`. (The chapter of each technique asserts it.) And the vocabulary is *not* here: it is a property of the text and stands in the

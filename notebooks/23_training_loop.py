@@ -298,7 +298,7 @@ assert sizes["record"] == sizes["baseline"]
 print({rung: f"{len(names[rung])} tensors, {sizes[rung]:,} numbers" for rung in names})
 
 # %% [markdown]
-# Then who updates what. All parameters are AdamW's, unless the run names another rule for the matrices of the blocks ([chapter 12](12_newton_schulz.py)). Then there are two optimizers on one schedule: the second one's rate is a fixed share of the first one's.
+# Then who updates what. All parameters are AdamW's, unless the run names another rule for the matrices of the blocks ([chapters 12](12_newton_schulz.py) and [13](13_muon.py)). Then there are two optimizers on one schedule: the second one's rate is a fixed share of the first one's.
 
 
 # %%
