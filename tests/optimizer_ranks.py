@@ -73,6 +73,14 @@ def gradient(name: str, step: int, micro: int, kind: str) -> torch.Tensor:
     return g
 
 
+def moments(optimizer: BankOptimizer) -> dict:
+    """The whole state, in the middle of a pair of steps, too."""
+    optimizer.pending, pending = False, optimizer.pending
+    found = state_tensors(optimizer)
+    optimizer.pending = pending
+    return found
+
+
 def run_steps(scenario: str, saved: dict | None) -> dict:
     """All that a scenario leaves behind."""
     (rank, world), parameters = ranks(), model()
@@ -86,7 +94,6 @@ def run_steps(scenario: str, saved: dict | None) -> dict:
     first, last, out = 0, 6, {"start": {name: p.detach().clone() for name, p in parameters.items()}}
     if saved:
         first = 4
-        untie(optimizer, "embed")
         for name, p in parameters.items():
             p.data.copy_(saved["parameters"][name])
         load_state(optimizer, saved["state"])
@@ -105,7 +112,7 @@ def run_steps(scenario: str, saved: dict | None) -> dict:
             parameters["values"].grad[3, 2] = float("nan")
         if step == 5:
             out["before"] = {name: p.detach().clone() for name, p in parameters.items()}
-            out["before"] |= state_tensors(optimizer)
+            out["before"] |= moments(optimizer)
         optimizer.step(step, RATES)
     left = {name: p.grad.abs().max().item() for name, p in parameters.items()}
     out |= {"parameters": dict(parameters), "state": state_tensors(optimizer), "left": left}

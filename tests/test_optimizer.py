@@ -214,6 +214,7 @@ class TestRefusals:
     def test_a_gradient_that_is_none(self, value):
         optimizer = self.build()
         state = state_tensors(optimizer)
+        assert torch.equal(optimizer.parameters["head"], optimizer.parameters["embed"].mT)
         before = {name: p.detach().clone() for name, p in optimizer.parameters.items()}
         for p in optimizer.parameters.values():
             p.grad += 1.0
@@ -225,6 +226,20 @@ class TestRefusals:
         after = state_tensors(optimizer)
         del state["optimizer/updates"], after["optimizer/updates"]
         assert all(torch.equal(state[label], after[label]) for label in state)
+
+    def test_a_gradient_that_is_somewhere_else(self):
+        optimizer = self.build()
+        optimizer.parameters["qk"].grad = None  # what zero_grad() does
+        with pytest.raises(RuntimeError, match="leave zero_grad"):
+            optimizer.step(0, RATES)
+
+    def test_a_state_in_the_middle_of_a_pair_of_steps(self):
+        optimizer = self.build()
+        optimizer.step(0, RATES)
+        with pytest.raises(ValueError, match="one step later"):
+            state_tensors(optimizer)
+        optimizer.step(1, RATES)
+        assert state_tensors(optimizer)["optimizer/updates"] == 1
 
     def test_a_state_of_something_else(self):
         optimizer = self.build()
@@ -242,11 +257,14 @@ class TestRefusals:
 
 class TestBytes:
     def test_a_rank_alone_sends_nothing(self):
-        assert bytes_sent("sharded", 1000, 2, 1) == bytes_sent("sparse", 1000, 2, 1, 10) == 0
+        assert (
+            bytes_sent("sharded", 1000, 2, 1) == bytes_sent("sparse", 1000, 2, 1, 10, 5) == (0, 0)
+        )
 
     def test_each_kind_by_its_formula(self):
-        assert bytes_sent("sharded", 1000, 2, 4) == bytes_sent("replicated", 1000, 2, 4) == 3000
-        assert bytes_sent("sparse", 1000, 2, 4, touched=100) == 1500 + 150
+        assert bytes_sent("sharded", 1000, 2, 4) == (1500, 1500)
+        assert bytes_sent("replicated", 1000, 2, 4) == (3000, 0)
+        assert bytes_sent("sparse", 1000, 2, 4, rows=100, width=5) == (1350, 1500)
 
     @settings(max_examples=30, deadline=None)
     @given(st.integers(1, 30), st.integers(1, 4))

@@ -40,7 +40,7 @@ def record_shapes(scale: int = 1) -> dict[str, tuple[int, ...]]:
 
 
 def record_table() -> tuple[Entry, ...]:
-    """How record 89 updates them."""
+    """Much as record 89 updates them; its small parameters are lumped together."""
     slow: dict[str, Any] = {"betas": (0.9, 0.99)}
     tables: dict[str, Any] = {"rate": 75.0, "decay": 5.0, "betas": (0.75, 0.95)}
     words: dict[str, Any] = {"decay": 150.0, "betas": (0.5, 0.95)}

@@ -21,8 +21,8 @@ def ranks() -> tuple[int, int]:
 class Sharded:
     """A parameter whose units, matrices of a bank or rows of a table, are dealt out evenly to the ranks.
 
-    whole, grads: parameter and gradient, (units, *unit), of which the parameter's own become views; units
-    are padded with zeros to a multiple of the ranks. own: this rank's units. grad: their summed gradient.
+    whole: all units, padded with zeros to a multiple of the ranks; the parameter becomes a view of it. grads: this
+    rank's gradient of them; the parameter's becomes a view of it. own: this rank's slice of whole. grad: its summed gradient.
     """
 
     def __init__(self, parameter: Tensor, unit: tuple[int, ...]):
@@ -108,8 +108,11 @@ class Replicated:
 class Sparse(Sharded):
     """A sharded table of which a batch touches few rows: only those rows' gradients travel.
 
-    `announce` says which, before the gradient is there; counts go by way of the CPU, where they are known.
+    `announce` says which. `exchange` tells the owners, and may be called before the gradient is there.
     """
+
+    told: dist.Work | None = None
+    values: Tensor | None = None
 
     def __init__(self, parameter: Tensor):
         super().__init__(parameter, tuple(parameter.shape[1:]))
@@ -119,25 +122,30 @@ class Sparse(Sharded):
 
     def announce(self, ids: Tensor) -> None:
         """ids: rows that this rank's batch has looked up, on the CPU; any shape, any number of times."""
+        assert self.told is None, "announce before exchange"
         self.touched[ids.flatten()] = True
 
     def exchange(self) -> None:
-        """Tell every owner how many rows, and which, it will get from this rank."""
-        device = self.whole.device
-        ids = self.touched.nonzero()[:, 0]
-        per = len(self.own)
-        counts = torch.bincount(ids // per, minlength=self.world)
+        """Tell every owner how many rows, and which, it will get from this rank; begun, like a sum."""
+        device, ids = self.whole.device, self.touched.nonzero()[:, 0]
+        counts = torch.bincount(ids // len(self.own), minlength=self.world)
         theirs = torch.empty_like(counts)
         dist.all_to_all_single(theirs, counts, group=self.cpu_group)
         self.sent, self.received = counts.tolist(), theirs.tolist()
+        ids = ids.pin_memory() if device.type == "cuda" else ids  # else Python waits for the copy
         self.ids = ids.to(device, non_blocking=True)
         self.rows = torch.empty(sum(self.received), dtype=torch.int64, device=device)
-        dist.all_to_all_single(self.rows, self.ids, self.received, self.sent)
+        self.told = dist.all_to_all_single(
+            self.rows, self.ids, self.received, self.sent, async_op=True
+        )
 
     def scatter(self) -> None:
         if self.world == 1:
             return
-        self.exchange()
+        if not self.touched.any():
+            raise RuntimeError("a sparse table's gradient is due, and announce() named no rows")
+        if self.told is None:
+            self.exchange()
         values = self.grads[self.ids]
         self.values = values.new_empty(len(self.rows), *values.shape[1:])
         self.work = dist.all_to_all_single(
@@ -146,22 +154,22 @@ class Sparse(Sharded):
 
     def wait(self) -> None:
         """As ever; a gradient that has just arrived is added up, rank after rank, so that sums have one order."""
-        scattered = self.world > 1 and self.work is not None and hasattr(self, "values")
         super().wait()
-        if not scattered:
+        if self.values is None or self.told is None:
             return
+        self.told.wait()
         self.grad.zero_()
         local = self.rows - self.rank * len(self.own)
         for rows, values in zip(local.split(self.received), self.values.split(self.received)):
             self.grad[rows] += values  # a rank names a row once
-        del self.values
+        self.told = self.values = None
 
     def clear(self) -> None:
         """Forget the gradient: of one rank all, else of the rows that were touched."""
         if self.world == 1:
             self.grads.zero_()
         else:
-            self.grads[self.touched.nonzero()[:, 0].to(self.grads.device)] = 0
+            self.grads.index_fill_(0, self.ids, 0.0)
         self.touched.zero_()
 
 

@@ -330,12 +330,21 @@ class BankOptimizer:
         self.scatter_order = self.spelled(names if scatter_order is None else scatter_order)
         self.work_order = self.spelled(names if work_order is None else work_order)
         self.tied = {row.name: row.tied for row in table if row.tied}
+        self.addresses = {
+            name: p.grad.data_ptr() for name, p in parameters.items() if p.grad is not None
+        }
         self.device = next(iter(parameters.values())).device
         self.numbers = Numbers(number_names(table), self.device)
         self.bad = {name: torch.zeros((), device=self.device) for name in self.parts}
         self.skip = torch.zeros((), device=self.device) if options.guard else None
-        self.updates = 0  # by adam
+        self.updates, self.pending = 0, False  # by adam; whether gradients wait for it
         self.works = {name: Replay(self.work_of(name), self.device) for name in self.parts}
+        limits = (
+            torch._dynamo.config
+        )  # a function may be compiled for as many shapes as there are parts
+        limits.recompile_limit = max(limits.recompile_limit, 2 * len(self.parts))
+        with torch.no_grad():
+            copy_tied(self, list(self.parts))
 
     def spelled(self, order: Sequence[str]) -> list[str]:
         """An order with “replicated” spelled out, dtype by dtype."""
@@ -348,15 +357,21 @@ class BankOptimizer:
     @torch.no_grad()
     def step(self, index: int, rates: Mapping[str, float]) -> None:
         """Update what is due in step `index` (0, 1, …). rates: muon, adam, momentum, and muon_decay for plain decay."""
+        for name, p in self.parameters.items():
+            if p.grad is None or p.grad.data_ptr() != self.addresses[name]:
+                what = f"the gradient of {name} is not the optimizer's any more"
+                raise RuntimeError(f"{what}: leave zero_grad() out, step() clears gradients")
         take_one_step(self, index, rates)
 
 
 def take_one_step(optimizer: BankOptimizer, index: int, rates: Mapping[str, float]) -> None:
     """`BankOptimizer.step`: scatter all that is due, then for one after the other wait, update and begin to gather."""
     parts, every = optimizer.parts, optimizer.options.adam_every
+    # adam's parts in every adam_every-th step only, and what is tied never
     due = [name for name in optimizer.work_order if (index + 1) % parts[name].every == 0]
     due = [name for name in due if name not in optimizer.tied]
-    optimizer.updates += (index + 1) % every == 0
+    optimizer.pending = (index + 1) % every != 0
+    optimizer.updates += not optimizer.pending
     fixes = {
         name: 1 - float(name.removeprefix("fix ")) ** max(1, optimizer.updates)
         for name in optimizer.numbers.names[4:]
@@ -423,7 +438,14 @@ def untie(optimizer: BankOptimizer, name: str) -> None:
 
 def state_tensors(optimizer: BankOptimizer) -> dict[str, Tensor]:
     """The whole state by `parameter/key`, the same on every rank and for every number of ranks. All ranks have to ask."""
+    if optimizer.pending:
+        raise ValueError(
+            "gradients wait for adam's turn, and are not in the state: save one step later"
+        )
     found = {"optimizer/updates": torch.tensor(optimizer.updates)}
+    for row in optimizer.table:
+        if row.tied:
+            found[f"{row.name}/apart"] = torch.tensor(row.name not in optimizer.tied)
     for name, part in optimizer.parts.items():
         for key, own in part.state.items():
             if isinstance(part, Replicated):
@@ -443,6 +465,8 @@ def load_state(optimizer: BankOptimizer, saved: Mapping[str, Tensor]) -> None:
                 f"{label}: saved as {tuple(tensor.shape)}, here {tuple(now[label].shape)}"
             )
     optimizer.updates = int(saved["optimizer/updates"])
+    together = [row for row in optimizer.table if row.tied and not saved[f"{row.name}/apart"]]
+    optimizer.tied = {row.name: row.tied for row in together}
     for name, part in optimizer.parts.items():
         for key, own in part.state.items():
             if isinstance(part, Replicated):
