@@ -575,7 +575,14 @@ from speedrun.measure.runs import (
     train_on_gpus,
 )
 
-NAMES = ("laptop_rates", "laptop", "laptop_long", "laptop_weights", "laptop_pace")
+NAMES = (
+    "laptop_rates",
+    "laptop",
+    "laptop_long",
+    "laptop_long_rates",
+    "laptop_weights",
+    "laptop_pace",
+)
 CORPUS = ("rates", "parts")  # on a GPU, with a data folder
 RATES = tuple(0.004 * 2**n for n in range(5))
 OTHERS = (0.002, 0.004, 0.008)
@@ -644,13 +651,16 @@ def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
     """
     laptop = name.startswith("laptop")
     base = vary(preset("cpu"), LAPTOP) if laptop else bench(arguments[0])
-    base = vary(base, {"steps": 2000}) if name == "laptop_long" else base
+    base = vary(base, {"steps": 2000}) if "long" in name else base
     seeds = {"laptop": 9, "parts": 9, "laptop_long": 3, "laptop_weights": 3}.get(name, 1)
     modules = ["speedrun.measure.muon", "speedrun.train"]
     facts = stamp(command, modules, seeds, range(seeds), corpus_of(base))
     many = train_many if laptop else train_on_gpus
     if name.endswith("rates"):
-        return {"arms": train_arms(rates(base), 1, many)}, facts
+        points = rates(base)
+        if "long" in name:  # around the best of the short runs
+            points = {at: run for at, run in points.items() if run.matrix.lr in RATES[1:3]}
+        return {"arms": train_arms(points, 1, many)}, facts
     arms = arms_of(name, base)
     if name == "laptop_pace":
         return {"ms": step_times(arms)}, facts
