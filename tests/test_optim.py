@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from speedrun.checkpoint import latest_checkpoint, load_checkpoint
-from speedrun.config import check_config, preset, vary
+from speedrun.config import TODAY, check_config, preset, vary
 from speedrun.lab.hardware import Problem
 from speedrun.optim.newton_schulz import (
     QUINTIC,
@@ -172,6 +172,57 @@ class TestEitherRule:
         run = vary(preset("baseline"), {"matrix.rule": rule})
         with pytest.raises(Problem, match="no banks of matrices"):
             check_config(run)
+
+
+class TestToday:
+    """Muon as it runs today, in the trainer."""
+
+    def today(self, brief):
+        run = replace(brief, muon=replace(TODAY, products="bfloat16", momentum_steps=(4, 2)))
+        changes = {"matrix.rule": "muon", "matrix.lr": 0.01, "precision": "bfloat16"}
+        return vary(run, changes)
+
+    def test_resuming_is_exact_with_bits_kept_aside(self, brief, tmp_path):
+        run = self.today(brief)
+        whole = train(run, tmp_path / "whole", echo=None)
+        train(vary(run, {"max_steps": 7}), tmp_path / "cut", echo=None)
+        moments = load_checkpoint(latest_checkpoint(tmp_path / "cut"))[1]
+        assert {"mlp_up/lost", "mlp_up/second", "mlp_up/momentum"} <= set(moments)
+        resumed = train(run, tmp_path / "cut", again=True, echo=None)
+        assert whole.model.mlp_up.dtype == torch.bfloat16
+        for (name, a), (_, b) in zip(
+            whole.model.named_parameters(), resumed.model.named_parameters()
+        ):
+            assert torch.equal(a, b), name
+        for bank in (whole.model.mlp_up, resumed.model.mlp_up):
+            lost = (
+                (whole if bank is whole.model.mlp_up else resumed).optimizers[1].state[bank]["lost"]
+            )
+            assert lost.any()
+
+    def test_momentum_takes_its_ramps(self, brief, tmp_path):
+        run = train(self.today(brief), tmp_path, echo=None)
+        last = run.config.steps - 1
+        wanted = 0.85 + 0.1 * min(1.0, (run.config.steps - last) / 2)
+        assert run.optimizers[1].param_groups[0]["momentum"] == pytest.approx(wanted)
+
+    def test_what_was_trained_can_be_sampled(self, brief, tmp_path):
+        from speedrun.sample import main
+
+        train(self.today(brief), tmp_path / "run", echo=None)
+        assert main([str(tmp_path / "run"), "--prompt", "def ", "--tokens", "5"]) == 0
+
+    @pytest.mark.parametrize(
+        "changes, said",
+        [
+            ({"muon.weights": "split"}, "computes in float32"),
+            ({"muon.beta2": 1.0}, "no share of a mean"),
+            ({"muon.low_momentum": -0.1}, "no share of a mean"),
+        ],
+    )
+    def test_refusals(self, changes, said):
+        with pytest.raises(Problem, match=said):
+            check_config(vary(preset("cpu"), changes))
 
 
 class TestTwoOptimizers:
