@@ -211,7 +211,7 @@ def check_config(config: Config, world: int = 1) -> Config:
         raise Problem(what, f"--model.heads {largest_divisor(model.width, model.heads)}")
     if config.muon.weights != "float32" and config.precision == "float32":
         what = f"muon.weights={config.muon.weights} in a model that computes in float32"
-        raise Problem(what, "--precision bfloat16, or --muon.weights float32")
+        raise Problem(what, "--muon.weights float32, or 16 bits for --precision as well")
     if config.architecture == "baseline" and config.matrix != MatrixOptions():
         fix = "--architecture gpt: the plain one has no banks for --matrix.rule to update"
         raise Problem("there are no banks of matrices", fix)
@@ -487,7 +487,7 @@ assert firsts["cpu"] == firsts["small"] == firsts["record"] != firsts["baseline"
 # dotted name → what a run saved before the field existed has for it
 ABSENT: dict[str, Any] = {"matrix": MatrixOptions(), "schedule": ScheduleOptions()}
 ABSENT |= {"muon": MuonOptions(), "data.pass_tokens": 0}
-ABSENT |= {"muon.products": "bfloat16", "muon.gram": False}
+ABSENT |= {"muon.products": MuonOptions().products, "muon.gram": False}
 
 
 def config_from_json(saved: dict, kind: type = Config, prefix: str = "") -> Any:

@@ -354,14 +354,17 @@ assert sum(len(g["params"]) for g in one.param_groups) == 16
 # %%
 #| export
 def accumulate(
-    forward, batches: list[Batch], parts: int, device: torch.device, precision: str
+    forward, batches: list[Batch], grad_shards: int, device: torch.device, precision: str
 ) -> Tensor:
-    """Forward and backward through this rank's micro-batches. Gradients add up; returns its part of the mean loss."""
+    """Forward and backward through this rank's batches. Gradients add up; returns its part of the mean loss.
+
+    grad_shards: how many batches the step has, on all ranks together.
+    """
     total = torch.zeros((), device=device)
     for batch in batches:
         inputs, targets = (tensor.to(device, non_blocking=True) for tensor in batch[:2])
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-            loss = forward(inputs, targets) / parts
+            loss = forward(inputs, targets) / grad_shards
         loss.backward()
         total += loss.detach()
     return total

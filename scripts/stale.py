@@ -205,13 +205,6 @@ def objection(result: dict, commit: str) -> str | None:
             continue  # it chose the runs, whose configs are in the result
         if name not in trained and source_at(commit, name):
             return f"{name} is not part of training: the proof would not run it"
-        file = root().joinpath(*name.split(".")).with_suffix(".py")
-        text = file.read_text(encoding="utf-8") if file.exists() else ""
-        on_gpu, before = result["stamp"]["gpu"] is not None, source_at(commit, name)
-        # a new module is looked at when it has been seen whether the run enters it at all
-        found = touches_gpus(before, text) if on_gpu and before else None
-        if found:
-            return f"{name}: “{found}” has changed and is about GPUs"
     if not configs_in(result["data"]):
         return "it names no training run"
     return None
@@ -262,18 +255,22 @@ def checked_out(commit: str):
             git("worktree", "remove", "--force", str(tree))
 
 
-def new_and_about_gpus(result: dict, commit: str) -> set[str]:
-    """Modules that a result on GPUs did not have, and that name something only GPUs do.
+def about_gpus(result: dict, commit: str) -> dict[str, str]:
+    """Changed and new modules of a result on GPUs where a statement that names what only GPUs do has changed: name → where.
 
-    Where a run on the CPU does not enter them, neither does the same run on a GPU: what leads there has been compared.
+    Where a run on the CPU does not enter a module, neither does the same run on a GPU: what leads there has been compared.
     """
     if result["stamp"]["gpu"] is None:
-        return set()
-    files = {name: file for name in changed_modules(result) if (file := module_file(name))}
-    new = {
-        name: file.read_text("utf-8") for name, file in files.items() if not source_at(commit, name)
-    }
-    return {name for name, text in new.items() if touches_gpus("", text)}
+        return {}
+    found = {}
+    for name in changed_modules(result):
+        if name.startswith("speedrun.measure."):
+            continue
+        file = module_file(name)
+        text = file.read_text("utf-8") if file else ""
+        where = touches_gpus(source_at(commit, name), text)
+        found |= {name: where} if where else {}
+    return found
 
 
 def losses(tree: Path, config: dict) -> tuple[list[float], list[str]]:
@@ -307,7 +304,7 @@ def prove(path: Path, result: dict) -> str:
     if why_not:
         return f"not proved: {why_not}"
     data = data_folder("data/embedded").resolve()
-    doubtful = new_and_about_gpus(result, commit)
+    doubtful = about_gpus(result, commit)
     runs = paths([small(config, data) for config in configs_in(result["data"])])
     with checked_out(commit) as then:
         for number, run in enumerate(runs, 1):
@@ -315,8 +312,8 @@ def prove(path: Path, result: dict) -> str:
                 (before, _), (after, entered) = losses(then, run), losses(root(), run)
             except Problem as problem:
                 return f"not proved: {problem.what}"
-            if doubtful & set(entered):
-                return f"not proved: {', '.join(doubtful & set(entered))} is new, and about GPUs"
+            for name in sorted(set(doubtful) & set(entered)):
+                return f"not proved: {name}: “{doubtful[name]}” has changed and is about GPUs"
             if before != after:
                 step = next(n for n, pair in enumerate(zip(before, after), 1) if pair[0] != pair[1])
                 return f"trains differently: run {number} of {len(runs)}, from step {step} on"
