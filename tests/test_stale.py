@@ -135,12 +135,18 @@ class TestProof:
     def test_a_new_module_about_gpus_counts_where_a_run_enters_it(self, project, called):
         (project / "speedrun/fast.py").write_text("def nothing():\n    'cuda'\n    return None\n")
         add = "\n    nothing()" if called else ""
-        edit(project / "speedrun/train.py", "from speedrun.optim.soap import soap_update\n", "from speedrun.fast import nothing\nfrom speedrun.optim.soap import soap_update\n")  # fmt: skip
+        edit(project / "speedrun/train.py", "from speedrun.optim.muon import Muon\n", "from speedrun.fast import nothing\nfrom speedrun.optim.muon import Muon\n")  # fmt: skip
         edit(project / "speedrun/train.py", "    broken = (~finite).float()\n", f"    broken = (~finite).float(){add}\n")  # fmt: skip
         said, _ = prove(project)
         assert (
-            "speedrun.fast is new, and about GPUs" if called else "same behaviour: 1 runs"
+            "speedrun.fast: “nothing” has changed and is about GPUs"
+            if called
+            else "same behaviour: 1 runs"
         ) in said
+
+    def test_an_old_module_that_the_run_does_not_enter_does_not_count(self, project):
+        edit(project / "speedrun/optim/soap.py", "return torch.linalg.eigh(covariance)[1].flip(-1)", "return torch.linalg.eigh(covariance.cuda())[1].flip(-1)")  # fmt: skip
+        assert "same behaviour: 1 runs" in prove(project)[0]
 
     def test_another_way_to_write_the_same_is_the_same_behaviour(self, project):
         edit(project / "speedrun/model/gpt.py", "x = x + mlp(norm(x, gain, bias), *matrices)", "y = norm(x, gain, bias)\n        x = x + mlp(y, *matrices)")  # fmt: skip
