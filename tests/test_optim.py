@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from speedrun.checkpoint import latest_checkpoint, load_checkpoint
 from speedrun.config import TODAY, check_config, preset, vary
 from speedrun.lab.hardware import Problem
+from speedrun.optim.muon import Muon
 from speedrun.optim.newton_schulz import (
     QUINTIC,
     MatrixOptimizer,
@@ -199,6 +200,32 @@ class TestToday:
                 (whole if bank is whole.model.mlp_up else resumed).optimizers[1].state[bank]["lost"]
             )
             assert lost.any()
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_its_state_dict_keeps_every_bit(self, dtype):
+        options, start = replace(TODAY, products="bfloat16"), random(2, 12, 4).to(dtype)
+
+        def optimizer() -> Muon:
+            bank = torch.nn.Parameter(start.clone())
+            return Muon([(bank, 3)], MUON, options, lr=0.01, weight_decay=0.0)
+
+        first, second = optimizer(), optimizer()
+        (bank,), (other,) = (one.param_groups[0]["params"] for one in (first, second))
+        for seed in range(3):
+            bank.grad = random(2, 12, 4, seed=seed).to(bank.dtype)
+            first.step()
+        second.load_state_dict(first.state_dict())
+        assert second.state[other]["lost"].dtype == torch.int16 and bank.dtype == torch.bfloat16
+        for key, value in first.state[bank].items():
+            assert torch.equal(value, second.state[other][key]), key
+
+    def test_in_double_precision(self):
+        bank = torch.nn.Parameter(random(2, 12, 4))
+        options = replace(TODAY, weights="float32")
+        optimizer = Muon([(bank, 3)], MUON, options, lr=0.01, weight_decay=0.0)
+        bank.grad = random(2, 12, 4, seed=1)
+        optimizer.step()
+        assert bank.dtype == torch.float64 and bank.isfinite().all()
 
     def test_momentum_takes_its_ramps(self, brief, tmp_path):
         run = train(self.today(brief), tmp_path, echo=None)

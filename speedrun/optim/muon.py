@@ -68,7 +68,7 @@ def even_rows(update: Tensor, second: Tensor, beta2: float, skip: Tensor | None)
     second: the running mean squares, (matrices, rows, 1), folded in place; of columns, (matrices, 1, cols), where these are more.
     """
     u = update.float()
-    square = u.square().mean(-1 if second.shape[-1] == 1 else -2, keepdim=True)
+    square = u.square().mean(-1 if second.shape[-1] == 1 else -2, keepdim=True).to(second.dtype)
     if skip is not None:
         square = torch.where(skip > 0, second, square)
     second.lerp_(square, 1 - beta2)
@@ -181,10 +181,18 @@ class Muon(MatrixOptimizer):
             tall = math.sqrt(rows / cols) if matrix.shape_factor and rows > cols else 1.0
             group["factor"] = options.wide_factor if rows < cols else tall
             group["momentum"] = matrix.momentum
-            if options.weights != "float32" and bank.dtype == torch.float32:
-                bank.data, lost = split(bank.data)
+            if options.weights != "float32":
+                bank.data, lost = split(bank.data.float())
                 if options.weights == "split":
                     self.state[bank]["lost"] = lost
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """As ever, but state keeps its dtypes: PyTorch would give it the parameters'."""
+        super().load_state_dict(state_dict)
+        order = [p for group in self.param_groups for p in group["params"]]
+        for n, kept in state_dict["state"].items():
+            device = order[n].device
+            self.state[order[n]] = {key: value.to(device).clone() for key, value in kept.items()}
 
     def direction(self, g: Tensor, group: dict) -> Tensor:
         (bank,), g = group["params"], g if g.dtype == torch.float64 else g.float()
