@@ -204,7 +204,7 @@ for name, m in momenta.items():
 #
 # $$ Q \leftarrow PQ, \qquad G \leftarrow PGP, \qquad\text{and at the end}\quad X \leftarrow QX . $$
 #
-# Everything here is a polynomial in the first $G$, so the order of factors does not matter. There is a catch, and it is a good lesson. $G$ holds the *squares* of the singular values. What is a thousandth in $X$ is a millionth in $G$, below the rounding of its large entries, and comes out of it as noise, possibly negative; the polynomials are steep near zero and do not forgive. Zhang and others {cite}`zhang2026` *restart*: after some polynomials they multiply $X$ out, where the small ones have grown meanwhile, and compute $G$ anew. That makes four long products instead of ten. They also multiply in float16, which has three bits more than bfloat16 and costs the same. Its range is small, but nothing here leaves it, once the matrix has been divided by its length. No record has this yet; the book's own run does.
+# Everything here is a polynomial in the first $G$, so the order of factors does not matter. There is a catch, and it is a good lesson. $G$ holds the *squares* of the singular values. What is a thousandth in $X$ is a millionth in $G$, below the rounding of its large entries, and comes out of it as noise, possibly negative; the polynomials are steep near zero and do not forgive. Zhang and others {cite}`zhang2026` *restart*: after some polynomials they multiply $X$ out, where the small ones have grown meanwhile, and compute $G$ anew. That makes four long products instead of ten. They also multiply in float16, which has three bits more than bfloat16 and costs the same. Its range is small, but nothing here leaves it, once the matrix has been divided by its length. No record has this yet; `TODAY`, below, does.
 
 
 # %%
@@ -346,6 +346,8 @@ plt.show()
 
 # %% [markdown]
 # ### Decay that agrees
+#
+# Two numbers are in question: where a weight decays, and by how much as the rate falls.
 
 
 # %%
