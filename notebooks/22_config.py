@@ -654,7 +654,7 @@ differs = {
 }
 assert differs["baseline"] == ["architecture"]
 assert len(differs["smoke"]) >= len(differs["cpu"]) > len(differs["small"]) > 8
-assert 0.4 < len(differs["cpu"]) / (len(record) - 1) < 0.5, "nearly half"
+assert 0.3 < len(differs["cpu"]) / (len(record) - 1) < 0.4, "a third"
 print({name: f"{len(keys)} of {len(record) - 1} fields" for name, keys in differs.items()})
 
 # %% [markdown]
@@ -678,7 +678,7 @@ HTML(
 )
 
 # %% [markdown]
-# Nearly half of all fields differ between the laptop and the record. Most are sizes, lengths and budgets, and a few are choices that a size forces: rate, warm-up, deviation, precision, compiling. None is a *technique*. That is what makes the small run worth anything: what a later chapter switches on is on in both. Between the record and llm.c there is one field, because nothing has been invented yet. Watch that column: every technique that the record adopts adds a row to this table.
+# A third of all fields differ between the laptop and the record. Most are sizes, lengths and budgets, and a few are choices that a size forces: rate, warm-up, deviation, precision, compiling. None is a *technique*. That is what makes the small run worth anything: what a later chapter switches on is on in both. Between the record and llm.c there is one field, because nothing has been invented yet. Watch that column: every technique that the record adopts adds a row to this table.
 
 # %% [markdown]
 # ### Were the choices right?
