@@ -252,6 +252,23 @@ class TestToday:
             check_config(vary(preset("cpu"), changes))
 
 
+@pytest.mark.parametrize("halves", [False, True])
+def test_runs_that_share_a_process_end_as_they_would_alone(halves, brief, tmp_path):
+    """On a GPU, comparisons train one run after the other with one compiled model."""
+    from speedrun.lab.runlog import read_metrics, series
+    from speedrun.measure.runs import retrain
+    from speedrun.train import assemble
+
+    first = TestToday().today(brief) if halves else brief
+    second = vary(first, {"matrix.rule": "muon", "muon.weights": "float32", "seed": 3})
+    live = assemble(first, tmp_path / "live", echo=None)
+    for n, run in enumerate((first, second, first)):
+        train(run, tmp_path / f"alone{n}", echo=None)
+        alone = series(read_metrics(tmp_path / f"alone{n}" / "metrics.jsonl"), "val")[-1]
+        done = retrain(live, run)
+        assert done["val_loss"] == alone["val_loss"] and done["skipped"] == 0
+
+
 class TestTwoOptimizers:
     def test_adamw_with_a_rate_of_its_own_is_adamw(self, brief, tmp_path):
         """The same rate said twice, in two optimizers, trains the same bits as one optimizer."""
