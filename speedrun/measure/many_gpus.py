@@ -2,7 +2,15 @@
 
 
 from speedrun.optim.distributed import bytes_sent, ranks
-from speedrun.optim.optimizer import BankOptimizer, Entry, OptimizerOptions, TOGETHER
+from speedrun.optim.optimizer import (
+    BankOptimizer,
+    Entry,
+    OptimizerOptions,
+    TOGETHER,
+    untie,
+    warm_up,
+    watch,
+)
 
 
 # %% The measurement
@@ -15,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +36,12 @@ from speedrun.lab.hardware import Problem
 from speedrun.lab.results import root, stamp
 
 NAMES = ("wire",)
+ON_GPUS = ("step", "trace", "nvlink")  # measured on a machine that has one or more
 RANKS = (1, 2, 4, 8)
+# matrices first: while they are updated, the tables' sums are on their way
+SCATTER = ("qk", "mlp", "vo", "bigram", "values", "head", "embed", "replicated")
+WORK = ("qk", "mlp", "vo", "bigram", "values", "head", "embed", "replicated")
+RATES = {"muon": 0.02, "adam": 0.008, "momentum": 0.9}
 
 
 def record_shapes(scale: int = 1) -> dict[str, tuple[int, ...]]:
@@ -60,32 +74,50 @@ def record_table() -> tuple[Entry, ...]:
 
 def record_parameters(scale: int, device: str = "cpu") -> dict[str, nn.Parameter]:
     """Small random values of those shapes, bfloat16 but for the scalars and what splits its own bits."""
-    draw, found = torch.Generator().manual_seed(0), dict[str, nn.Parameter]()
+    draw, found = torch.Generator(device).manual_seed(0), dict[str, nn.Parameter]()
     for name, shape in record_shapes(scale).items():
-        p = 0.02 * torch.randn(shape, generator=draw)
+        p = 0.02 * torch.randn(shape, generator=draw, device=device)
         exact = name in ("scalars", "qk", "vo", "mlp")
-        found[name] = nn.Parameter((p if exact else p.bfloat16()).to(device))
+        found[name] = nn.Parameter(p if exact else p.bfloat16())
     return found
 
 
-def sent_so_far() -> int:
-    """Bytes that this machine has sent through all network devices, the loopback among them."""
+def sent_by_machine() -> float:
+    """Bytes that this machine has sent through all network devices, the loopback among them, by the number of ranks."""
     path = Path("/proc/net/dev")
     if not path.exists():
         raise Problem("bytes are counted in /proc/net/dev", "measure this on Linux")
-    return sum(int(line.split(":")[1].split()[8]) for line in path.read_text().splitlines()[2:])
+    lines = path.read_text().splitlines()[2:]
+    return sum(int(line.split(":")[1].split()[8]) for line in lines) / ranks()[1]
+
+
+def sent_by_gpu(index: int) -> float:
+    """Bytes that a GPU has sent through its NVLinks, as its own counters say, in steps of 1,024."""
+    import pynvml  # type: ignore[import-untyped]
+
+    pynvml.nvmlInit()
+    handle, every = pynvml.nvmlDeviceGetHandleByIndex(index), 0xFFFFFFFF
+    counter = pynvml.NVML_FI_DEV_NVLINK_THROUGHPUT_DATA_TX
+    (value,) = pynvml.nvmlDeviceGetFieldValues(handle, [(counter, every)])
+    if value.nvmlReturn:
+        error = pynvml.NVMLError(value.nvmlReturn)
+        raise Problem(f"GPU {index} does not count what its NVLinks send: {error}", "count on gloo")
+    return 1024 * value.value.ullVal
 
 
 HALVES = {"scattered": "scatter", "gathered": "gather"}
 
 
 def counted(part: Any, begin: str, repeats: int = 5) -> float:
-    """Bytes that a rank sends in one half of an exchange: this machine's by the number of ranks, less a barrier's; a median."""
+    """Bytes that a rank sends in one half of an exchange, less a barrier's; a median."""
+    gpu = part.own.device.type == "cuda"
 
-    def settled() -> int:
+    def settled() -> float:
         dist.barrier()
+        if gpu:
+            torch.cuda.synchronize()
         time.sleep(0.05)  # until stragglers are through
-        return sent_so_far()
+        return sent_by_gpu(part.own.device.index) if gpu else sent_by_machine()
 
     found = []
     for _ in range(repeats):
@@ -93,12 +125,14 @@ def counted(part: Any, begin: str, repeats: int = 5) -> float:
         getattr(part, begin)()
         part.wait()
         found.append(settled() - before - (before - start))
-    return statistics.median(found) / ranks()[1]
+    return statistics.median(found)
 
 
-def small_record(scale: int) -> BankOptimizer:
+def small_record(scale: int, device: str = "cpu", **options: Any) -> BankOptimizer:
     """Record 89's parameters and table at a fraction of its widths."""
-    return BankOptimizer(record_parameters(scale), record_table(), OptimizerOptions(muon=TODAY))
+    chosen = OptimizerOptions(muon=TODAY, **options)
+    parameters = record_parameters(scale, device)
+    return BankOptimizer(parameters, record_table(), chosen, SCATTER, WORK)
 
 
 def announce_some(optimizer: BankOptimizer, share: float, seed: int) -> Tensor:
@@ -109,9 +143,9 @@ def announce_some(optimizer: BankOptimizer, share: float, seed: int) -> Tensor:
     return rows
 
 
-def wire_of_rank(scale: int = 8, touched: float = 0.2) -> dict:
-    """Of each part: bytes that a rank sends, scattering and gathering, as counted (mean of the ranks) and by formula."""
-    optimizer, (rank, world), found = small_record(scale), ranks(), dict[str, dict]()
+def wire_of_rank(device: str, scale: int = 8, touched: float = 0.2) -> dict:
+    """Of each part: bytes that a rank sends, scattering and gathering, as counted (on CPUs: mean of the ranks) and by formula."""
+    optimizer, (rank, world), found = small_record(scale, device), ranks(), dict[str, dict]()
     announce_some(optimizer, touched, seed=rank)
     kinds = {row.name: row.comm for row in record_table()}
     for name, part in optimizer.parts.items():
@@ -124,52 +158,218 @@ def wire_of_rank(scale: int = 8, touched: float = 0.2) -> dict:
     return found
 
 
-def steps_of_rank(scale: int = 48, steps: int = 4, micro: int = 4) -> dict:
+def steps_of_rank(device: str, scale: int = 48, steps: int = 4, micro: int = 4) -> dict:
     """A hash of all parameters after some steps with small integers for gradients: `micro` micro-batches, shared by the ranks."""
-    optimizer, (rank, world) = small_record(scale), ranks()
+    optimizer, (rank, world) = small_record(scale, device), ranks()
     for step in range(steps):
         for part in range(rank * micro // world, (rank + 1) * micro // world):
             rows = announce_some(optimizer, 0.2, seed=100 * step + part)
             draw = torch.Generator().manual_seed(100 * step + part)
             for name, p in optimizer.parameters.items():
-                g = torch.randint(-3, 4, p.shape, generator=draw).to(p.dtype)
+                g = torch.randint(-3, 4, p.shape, generator=draw)
                 assert p.grad is not None  # the optimizer's storage
-                p.grad += g * rows[:, None] if name == "bigram" else g
-        optimizer.step(step, {"muon": 0.02, "adam": 0.008, "momentum": 0.9})
+                p.grad += (g * rows[:, None] if name == "bigram" else g).to(p.grad)
+        optimizer.step(step, RATES)
     digest = hashlib.sha256()
     for p in optimizer.parameters.values():
-        digest.update(p.detach().view(torch.uint8).numpy().tobytes())
+        digest.update(p.detach().cpu().view(torch.uint8).numpy().tobytes())
     return {"hash": digest.hexdigest()}
 
 
-WORKS: dict[str, Callable[[], dict]] = {"wire": wire_of_rank, "steps": steps_of_rank}
+def wait_for(device: str) -> None:
+    """Until the device has done all that it was given."""
+    if device == "cuda":
+        torch.cuda.synchronize()
 
 
-def one_rank(name: str, out: str) -> None:
+def clocked(work: Callable[[], None], device: str) -> tuple[float, float]:
+    """Milliseconds until a work is done, and until Python is."""
+    wait_for(device)
+    begin = time.perf_counter()
+    work()
+    python = time.perf_counter()
+    wait_for(device)
+    return 1000 * (time.perf_counter() - begin), 1000 * (python - begin)
+
+
+def fill_gradients(optimizer: BankOptimizer, index: int, tokens: int = 32_768) -> None:
+    """Random gradients, the bigram table's in as many of its rows as a pair of record 89's micro-batches may touch."""
+    rank, world = ranks()
+    rows = announce_some(optimizer, tokens / 377_280, seed=index * world + rank)
+    for name, p in optimizer.parameters.items():
+        assert p.grad is not None  # the optimizer's storage
+        p.grad.normal_(std=1e-3)
+        if name == "bigram":
+            p.grad *= rows[:, None].to(p.grad)
+    if world > 1:
+        dist.barrier()
+
+
+def time_steps(optimizer: BankOptimizer, device: str, rounds: int = 17) -> dict[str, list]:
+    """Milliseconds of steps without tables (even) and with them (odd), and of Python in them."""
+    took: dict[str, list] = {"even": [], "odd": [], "exchange": []}
+    for index in range(2 * (rounds + 4)):
+        fill_gradients(optimizer, index)
+        sparse, tables = optimizer.parts["bigram"], index % 2 == 1
+        if tables and ranks()[1] > 1:  # a trainer does this during the backward pass
+            took["exchange"].append(clocked(sparse.exchange, device)[0])
+        done = clocked(partial(optimizer.step, index, RATES), device)
+        if index >= 8:
+            took["odd" if tables else "even"].append(done)
+    return took
+
+
+def step_of_rank(device: str, scale: int = 0) -> dict:
+    """Times of record 89's step, tied and apart; of each part's update alone, and of what is around the updates."""
+    optimizer = small_record(scale or (1 if device == "cuda" else 48), device)
+    begin = time.perf_counter()
+    warm_up(optimizer)
+    wait_for(device)
+    found: dict[str, Any] = {"warm_up_s": time.perf_counter() - begin}
+    found["tied"] = time_steps(optimizer, device)
+    untie(optimizer, "embed")
+    found["apart"] = time_steps(optimizer, device)
+    works: dict[str, Callable[[], None]] = dict(optimizer.works)
+    works["guard"] = lambda: watch(optimizer, list(optimizer.parts))
+    works |= {f"clear {name}": part.clear for name, part in optimizer.parts.items()}
+    with torch.no_grad():
+        found["parts"] = {
+            name: [clocked(work, device)[0] for _ in range(17)] for name, work in works.items()
+        }
+    if device == "cuda":
+        found["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+    return found
+
+
+def stock_of_rank(device: str, scale: int = 0) -> dict:
+    """Milliseconds of a step of PyTorch's own pair: Muon on every matrix, fused AdamW on all else, both in bfloat16."""
+    table = {row.name: row for row in record_table()}
+    matrices, rest = [], []
+    for name, p in record_parameters(scale or (1 if device == "cuda" else 48), device).items():
+        muon = table[name].rule == "muon"
+        for one in p.detach().bfloat16() if muon else [p.detach()]:
+            (matrices if muon else rest).append(nn.Parameter(one.clone()))
+    pair: list[Any] = [torch.optim.Muon(matrices, lr=0.02, weight_decay=0.0, momentum=0.95)]
+    pair.append(torch.optim.AdamW(rest, lr=0.008, fused=True))
+    for p in (*matrices, *rest):
+        p.grad = 1e-3 * torch.randn_like(p)
+    took = {
+        name: [clocked(optimizer.step, device)[0] for _ in range(21)][4:]
+        for name, optimizer in zip(("Muon", "AdamW"), pair)
+    }
+    return {"parts": took, "matrices": len(matrices)}
+
+
+def in_turn(part: Any) -> None:
+    """Make a part wait for all that it begins, so that nothing overlaps."""
+    for name in HALVES.values():
+        begin = getattr(part, name)
+        setattr(part, name, lambda begin=begin: (begin(), part.wait()))
+
+
+def overlapping(part: Any) -> None:
+    """Undo `in_turn`."""
+    for name in HALVES.values():
+        delattr(part, name)
+
+
+def kind_of(kernel: str) -> str | None:
+    """What a kernel does, by its name: network, products or elementwise; None for what is no kernel."""
+    if kernel.startswith(("nccl:", "gloo:", "ProfilerStep", "record_param_comms")):
+        return None
+    if "ncclDevKernel" in kernel:
+        return "network"
+    named = ("gemm", "nvjet", "cutlass", "xmma", "sm90_")
+    return "products" if any(part in kernel for part in named) else "elementwise"
+
+
+def lanes(kernels: list[tuple[str, float, float]], gap: float = 4.0) -> dict[str, list]:
+    """What ran when, in µs from the first: kind → [begin, end] of each stretch; kernels closer than `gap` are one."""
+    found: dict[str, list] = {"network": [], "products": [], "elementwise": []}
+    first = min((begin for _, begin, _ in kernels), default=0.0)
+    for name, begin, end in sorted(kernels, key=lambda kernel: kernel[1]):
+        kind = kind_of(name)
+        if kind is None:
+            continue
+        if found[kind] and begin - first - found[kind][-1][1] < gap:
+            found[kind][-1][1] = max(found[kind][-1][1], round(end - first, 1))
+        else:
+            found[kind].append([round(begin - first, 1), round(end - first, 1)])
+    return found
+
+
+def trace_of_rank(device: str, scale: int = 0) -> dict:
+    """What the first rank's GPU did in a step with tables, one thing after the other and overlapped."""
+    from torch.profiler import ProfilerActivity, profile
+
+    optimizer = small_record(scale or (1 if device == "cuda" else 48), device)
+    warm_up(optimizer)
+    untie(optimizer, "embed")
+    found = {}
+    for way in ("in turn", "overlapped"):
+        for part in optimizer.parts.values():
+            in_turn(part) if way == "in turn" else overlapping(part)
+        for index in range(8):
+            fill_gradients(optimizer, index)
+            if index % 2:
+                optimizer.parts["bigram"].exchange()
+            wait_for(device)
+            with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
+                took = clocked(partial(optimizer.step, index, RATES), device)
+        events = [e for e in seen.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+        spans = [(e.name, e.time_range.start, e.time_range.end) for e in events]
+        found[way] = {"lanes": lanes(spans), "ms": took[0]}
+    return found
+
+
+WORKS: dict[str, Callable[[str], dict]] = {"wire": wire_of_rank, "steps": steps_of_rank}
+WORKS |= {"step": step_of_rank, "stock": stock_of_rank, "trace": trace_of_rank}
+
+
+def one_rank(name: str, out: str, device: str) -> None:
     """What each process of `on_ranks` does."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    result = WORKS[name]()
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    result = WORKS[name](device)
     if ranks()[0] == 0:
         Path(out).write_text(json.dumps(result))
     dist.destroy_process_group()
 
 
-def on_ranks(world: int, name: str) -> dict:
-    """What a work gives on the first of `world` processes of this machine, which talk through gloo."""
+def on_ranks(world: int, name: str, device: str = "cpu") -> dict:
+    """What a work gives on the first of `world` processes of this machine, which talk through gloo, or on GPUs through NCCL."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "result.json"
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += [f"--nproc-per-node={world}", "-m", "speedrun.measure.many_gpus", name, str(out)]
+        command += [f"--nproc-per-node={world}", "-m", "speedrun.measure.many_gpus"]
+        command += [name, str(out), device]
         quiet = os.environ | {"OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, cwd=root(), env=quiet, capture_output=True, text=True)
         if done.returncode:
-            raise RuntimeError(done.stderr[-2000:])
+            raise RuntimeError(done.stderr[-4000:])
         return json.loads(out.read_text())
 
 
+def on_gpus(name: str) -> dict:
+    """A measurement on this machine's GPUs."""
+    count = torch.cuda.device_count()
+    if count < (1 if name == "step" else 2):
+        raise Problem(f"“{name}” is measured on GPUs, here are {count}", "make doctor says why")
+    if name != "step":
+        return on_ranks(2, {"nvlink": "wire"}.get(name, name), "cuda")
+    worlds = {str(w): on_ranks(w, "step", "cuda") for w in RANKS if w <= count}
+    return {"ranks": worlds, "stock": on_ranks(1, "stock", "cuda")}
+
+
 def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
-    """wire: bytes that a rank sends for each part of record 89's table at an eighth of its widths, by number of ranks."""
+    """wire: bytes that a rank sends for each part of record 89's table at an eighth of its widths, by number of ranks.
+
+    On GPUs, step: times of record 89's step and of PyTorch's own pair. trace: what ran when. nvlink: bytes, of two ranks.
+    """
+    if name in ON_GPUS:
+        return on_gpus(name), stamp(command, ["speedrun.measure.many_gpus"], 17)
     found = {str(world): on_ranks(world, "wire") for world in RANKS}
     return {"ranks": found}, stamp(command, ["speedrun.measure.many_gpus"], 1)
 

@@ -117,13 +117,16 @@ class Numbers:
 
 
 class Replay:
-    """Work without arguments that is recorded at its third call on a GPU and replayed from then on; elsewhere just called."""
+    """Work without arguments, called; or, if it `records`, recorded at its third call and replayed from then on.
+
+    pool: of a GPU's memory, for what the work needs in between; works that never run at once may share one.
+    """
 
     graph: Any
 
-    def __init__(self, work: Callable[[], None], device: torch.device):
+    def __init__(self, work: Callable[[], None], records: bool, pool: Any):
         self.work, self.calls, self.graph = work, 0, None
-        self.records = device.type == "cuda"
+        self.records, self.pool = records, pool
 
     def __call__(self) -> None:
         self.calls += 1
@@ -131,7 +134,7 @@ class Replay:
             return self.work()
         if self.graph is None:
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+            with torch.cuda.graph(self.graph, self.pool, capture_error_mode="thread_local"):
                 self.work()
         self.graph.replay()
 
@@ -338,7 +341,9 @@ class BankOptimizer:
         self.bad = {name: torch.zeros((), device=self.device) for name in self.parts}
         self.skip = torch.zeros((), device=self.device) if options.guard else None
         self.updates, self.pending = 0, False  # by adam; whether gradients wait for it
-        self.works = {name: Replay(self.work_of(name), self.device) for name in self.parts}
+        records = options.compile and self.device.type == "cuda"
+        pool = torch.cuda.graph_pool_handle() if records else None
+        self.works = {name: Replay(self.work_of(name), records, pool) for name in self.parts}
         limits = (
             torch._dynamo.config
         )  # a function may be compiled for as many shapes as there are parts
@@ -425,6 +430,18 @@ def watch(optimizer: BankOptimizer, due: Sequence[str]) -> None:
 def blame(optimizer: BankOptimizer) -> list[str]:
     """Names of parts with gradients that were not finite; waits for the device."""
     return [name for name, times in optimizer.bad.items() if times.item()]
+
+
+def warm_up(optimizer: BankOptimizer) -> None:
+    """Compile and record everything, that of tied parameters as well; nothing is updated."""
+    if optimizer.skip is None:
+        raise ValueError("warming up is a step that is left out, which only the guard can do")
+    optimizer.skip.fill_(1.0)
+    optimizer.numbers.fill({name: float(name[:3] == "fix") for name in optimizer.numbers.names})
+    for work in optimizer.works.values():
+        for _ in range(3):
+            work()
+    optimizer.skip.zero_()
 
 
 # %% Apart, and together again
