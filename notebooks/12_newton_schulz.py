@@ -648,7 +648,7 @@ def winners(loss: dict[str, float], points: dict[str, Config]) -> dict[str, Conf
 
 def corpus_arms(name: str, data: str) -> dict[str, Config]:
     """The arms of a measurement on a GPU, by the name that they have on a CPU."""
-    points = grid(bench(data), RATES[1:8], OTHERS[:3])
+    points = grid(bench(data), RATES[:8], OTHERS[1:3])
     if name in RULES:
         return {point: run for point, run in points.items() if run.matrix.rule == name}
     best = winners(losses_of_grid(GRIDS), points)
@@ -685,7 +685,7 @@ def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
     clock: as many steps as Muon leaves time for. long: more steps. parts: Muon without one of its parts.
     """
     place, _, kind = name.rpartition("_")
-    seeds = {"winners": 9, "clock": 9, "long": 3, "parts": 3}.get(kind, 1)
+    seeds = {"winners": 9, "clock": 3 if place else 9, "long": 3, "parts": 3}.get(kind, 1)
     arms = corpus_arms(kind, arguments[0]) if place else laptop_arms(kind)
     modules = ["speedrun.measure.newton_schulz", "speedrun.train"]
     corpus = corpus_of(next(iter(arms.values())))

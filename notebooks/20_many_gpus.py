@@ -1162,7 +1162,7 @@ def wait_for(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def clocked(work: Callable[[], None], device: str) -> tuple[float, float]:
+def clocked(work: Callable[[], object], device: str) -> tuple[float, float]:
     """Milliseconds until a work is done, and until Python is."""
     wait_for(device)
     begin = time.perf_counter()
@@ -1225,6 +1225,23 @@ def step_of_rank(device: str, scale: int = 0) -> dict:
 
 # %% tags=["hide-input"]
 #| export measure.many_gpus
+def ceilings(device: str) -> dict[str, float]:
+    """What this device does at best: FLOPs a second of a large bfloat16 product, bytes a second of a large copy."""
+    size = 8192 if device == "cuda" else 512
+    a = torch.randn(size, size, device=device, dtype=torch.bfloat16)
+    source = torch.ones(16 * size * size, device=device, dtype=torch.uint8)
+    target = torch.empty_like(source)
+    works = {"flops": lambda: [a @ a for _ in range(10)]}
+    works["bytes"] = lambda: [target.copy_(source) for _ in range(10)]
+    amount, found = {"flops": 20 * size**3, "bytes": 20 * source.numel()}, {}
+    for what, work in works.items():
+        seconds = statistics.median(clocked(work, device)[0] for _ in range(7)) / 1000
+        found[what] = amount[what] / seconds
+    return found
+
+
+# %% tags=["hide-input"]
+#| export measure.many_gpus
 def stock_of_rank(device: str, scale: int = 0) -> dict:
     """Milliseconds of a step of PyTorch's own pair: Muon on every matrix, fused AdamW on all else, both in bfloat16."""
     table = {row.name: row for row in record_table()}
@@ -1241,7 +1258,7 @@ def stock_of_rank(device: str, scale: int = 0) -> dict:
         name: [clocked(optimizer.step, device)[0] for _ in range(21)][4:]
         for name, optimizer in zip(("Muon", "AdamW"), pair)
     }
-    return {"parts": took, "matrices": len(matrices)}
+    return {"parts": took, "matrices": len(matrices), "ceilings": ceilings(device)}
 
 
 # %% tags=["hide-input"]
