@@ -1,12 +1,16 @@
 """Some steps of the bank optimizer on one of several ranks; started by test_optimizer.py.
 
-    torchrun … optimizer_ranks.py SCENARIO OUT [SAVED]
+    torchrun … optimizer_ranks.py DEVICE SCENARIO OUT [SAVED STEP]
 
 Each of four micro-batches has its own gradient; a rank has the sum of its own ones. Writes parameters, state, and what else a test asks.
+SAVED STEP: another run's file, and which of the states in it to go on from.
 """
 
+import os
+import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -21,6 +25,7 @@ from speedrun.optim.optimizer import (
     load_state,
     state_tensors,
     untie,
+    warm_up,
 )
 
 MICRO = 4
@@ -50,13 +55,13 @@ WORK = ("replicated", "qk", "head", "embed", "bigram", "values", "mlp")
 RATES = {"muon": 0.02, "adam": 0.008, "momentum": 0.9}
 
 
-def model() -> dict[str, torch.Tensor]:
+def model(device: str = "cpu") -> dict[str, torch.Tensor]:
     """Parameters, the same on every rank."""
     draw = torch.Generator().manual_seed(1)
     found = {}
     for name, shape in SHAPES.items():
         p = 0.1 * torch.randn(shape, generator=draw)
-        found[name] = torch.nn.Parameter(p.bfloat16() if name in BF16 else p)
+        found[name] = torch.nn.Parameter((p.bfloat16() if name in BF16 else p).to(device))
     found["embed"].data.copy_(found["head"].data.mT)
     return found
 
@@ -73,17 +78,13 @@ def gradient(name: str, step: int, micro: int, kind: str) -> torch.Tensor:
     return g
 
 
-def moments(optimizer: BankOptimizer) -> dict:
-    """The whole state, in the middle of a pair of steps, too."""
-    optimizer.pending, pending = False, optimizer.pending
-    found = state_tensors(optimizer)
-    optimizer.pending = pending
-    return found
+def copies(named: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().cpu().clone() for name, tensor in named.items()}
 
 
-def run_steps(scenario: str, saved: dict | None) -> dict:
+def run_steps(scenario: str, device: str, saved: dict | None) -> dict:
     """All that a scenario leaves behind."""
-    (rank, world), parameters = ranks(), model()
+    (rank, world), parameters = ranks(), model(device)
     kind = "integers" if "integers" in scenario else "normal"
     options = OptimizerOptions(muon=replace(TODAY, products="bfloat16"))
     if "float32" in scenario:
@@ -91,39 +92,64 @@ def run_steps(scenario: str, saved: dict | None) -> dict:
         for p in parameters.values():
             p.data = p.data.float()
     optimizer = BankOptimizer(parameters, TABLE, options, SCATTER, WORK)
-    first, last, out = 0, 6, {"start": {name: p.detach().clone() for name, p in parameters.items()}}
+    out = {"start": copies(parameters), "at": {}}
+    if device == "cuda":
+        warm_up(optimizer)  # then what follows are replayed graphs
     if saved:
-        first = 4
         for name, p in parameters.items():
             p.data.copy_(saved["parameters"][name])
         load_state(optimizer, saved["state"])
-    for step in range(first, last):
+    for step in range(saved["step"] if saved else 0, 6):
         if step == 3 and not saved:
             untie(optimizer, "embed")
-        if step == 4 and not saved:
-            copies = {name: p.detach().clone() for name, p in parameters.items()}
-            out["halfway"] = {"parameters": copies, "state": state_tensors(optimizer)}
+        whole = {"parameters": copies(parameters), "state": copies(state_tensors(optimizer))}
+        out["at"][step] = {"step": step, **whole}
         for micro in range(rank * MICRO // world, (rank + 1) * MICRO // world):
             for name, p in parameters.items():
-                p.grad += gradient(name, step, micro, kind).to(p.dtype)
+                p.grad += gradient(name, step, micro, kind).to(p)
             rows = gradient("bigram", step, micro, kind).any(1).nonzero()
             optimizer.parts["bigram"].announce(rows)
         if "nan" in scenario and step == 5 and rank == world - 1:
             parameters["values"].grad[3, 2] = float("nan")
-        if step == 5:
-            out["before"] = {name: p.detach().clone() for name, p in parameters.items()}
-            out["before"] |= moments(optimizer)
         optimizer.step(step, RATES)
     left = {name: p.grad.abs().max().item() for name, p in parameters.items()}
-    out |= {"parameters": dict(parameters), "state": state_tensors(optimizer), "left": left}
+    now = {"parameters": copies(parameters), "state": copies(state_tensors(optimizer))}
+    out |= {**now, "left": left}
     return out | {"blame": blame(optimizer)}
+
+
+def everything(result: dict) -> dict[str, torch.Tensor]:
+    """All tensors of a result, or of one of its states."""
+    return {**result["parameters"], **result["state"]}
+
+
+def starter(folder: Path, device: str = "cpu"):
+    """A function that runs a scenario on some ranks, once, and gives its result. saved: (scenario, world, step) to go on from."""
+    found: dict = {}
+
+    def run(scenario: str, world: int, saved: tuple[str, int, int] | None = None) -> dict:
+        key = (scenario, world, saved)
+        if key not in found:
+            out = folder / "-".join(map(str, (scenario, world, *(saved or ()))))
+            more = [str(folder / "-".join(map(str, saved[:2]))), str(saved[2])] if saved else []
+            command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+            command += [f"--nproc-per-node={world}", __file__, device, scenario, str(out), *more]
+            environment = os.environ | {"OMP_NUM_THREADS": "1"}
+            done = subprocess.run(command, capture_output=True, text=True, env=environment)
+            assert done.returncode == 0, done.stderr[-3000:]
+            found[key] = torch.load(out)
+        return found[key]
+
+    return run
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    saved = torch.load(sys.argv[3])["halfway"] if len(sys.argv) > 3 else None
-    result = run_steps(sys.argv[1], saved)
+    device, scenario, out, *rest = sys.argv[1:]
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    result = run_steps(scenario, device, torch.load(rest[0])["at"][int(rest[1])] if rest else None)
     if dist.get_rank() == 0:
-        torch.save(result, sys.argv[2])
+        torch.save(result, out)
     dist.destroy_process_group()

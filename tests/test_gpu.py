@@ -4,8 +4,10 @@ import math
 import subprocess
 import sys
 
+import optimizer_ranks
 import pytest
 import torch
+from optimizer_ranks import everything
 
 from speedrun.checkpoint import latest_checkpoint, load_checkpoint
 from speedrun.config import as_arguments, at_cpu_size, preset, vary
@@ -108,6 +110,82 @@ class TestOneGPU:
         run_ranks(program, 2, tmp_path / "two")
         for one, two in zip(losses(tmp_path / "one"), losses(tmp_path / "two")):
             assert two == pytest.approx(one, abs=2e-4)
+
+
+@pytest.fixture(scope="module")
+def on_gpus(tmp_path_factory):
+    return optimizer_ranks.starter(tmp_path_factory.mktemp("gpus"), "cuda")
+
+
+@pytest.fixture(scope="module")
+def on_cpus(tmp_path_factory):
+    return optimizer_ranks.starter(tmp_path_factory.mktemp("cpus"))
+
+
+def steps_apart(one: dict, other: dict) -> dict[str, float]:
+    """How far two results lie from each other, as a share of the way from their common start, by parameter."""
+    apart = {}
+    for name, start in one["start"].items():
+        assert torch.equal(start, other["start"][name])
+        way = one["parameters"][name].float() - start.float()
+        between = other["parameters"][name].float() - one["parameters"][name].float()
+        apart[name] = (between.norm() / way.norm()).item()
+    return apart
+
+
+class TestBankOptimizerOnOneGPU:
+    pytestmark = one_gpu
+
+    def test_six_steps_replayed_as_graphs_are_those_of_a_cpu(self, on_gpus, on_cpus):
+        apart = steps_apart(on_cpus("float32", 1), on_gpus("float32", 1))
+        assert max(apart.values()) < 2e-2, apart  # Muon's products round in float16
+
+    def test_it_goes_on_from_a_saved_state(self, on_gpus):
+        whole = everything(on_gpus("integers", 1))
+        resumed = everything(on_gpus("integers", 1, saved=("integers", 1, 5)))
+        assert [name for name in whole if not torch.equal(whole[name], resumed[name])] == []
+
+    def test_a_nan_stops_all_and_has_a_name(self, on_gpus):
+        result = on_gpus("integers-nan", 1)
+        before, now = everything(result["at"][5]), everything(result)
+        moved = {name for name, tensor in now.items() if not torch.equal(tensor, before[name])}
+        assert moved == {"optimizer/updates", "optimizer/pending"} and result["blame"] == ["values"]
+
+
+class TestBankOptimizerOnTwoGPUs:
+    pytestmark = two_gpus
+
+    def test_sums_of_integers_lead_to_the_same_numbers(self, on_gpus):
+        one, two = everything(on_gpus("integers", 1)), everything(on_gpus("integers", 2))
+        banks = ("qk", "mlp")  # a product may come out otherwise in a smaller batch
+        rest = [name for name in one if not name.startswith(banks)]
+        assert [name for name in rest if not torch.equal(one[name], two[name])] == []
+        for name in banks:
+            momentum = f"{name}/momentum"
+            assert torch.equal(one[momentum], two[momentum]), name
+
+    def test_real_gradients_lead_to_the_same_step(self, on_gpus):
+        apart = steps_apart(on_gpus("float32", 1), on_gpus("float32", 2))
+        assert max(apart.values()) < 1e-3, apart
+
+    def test_sums_in_bfloat16_differ_by_its_rounding(self, on_gpus):
+        one, two = on_gpus("normal", 1)["state"], on_gpus("normal", 2)["state"]
+        for name in ("qk/momentum", "mlp/momentum"):
+            assert (two[name] - one[name]).norm() < 2**-7 * one[name].norm(), name
+
+    def test_it_goes_on_from_the_state_of_another_number_of_ranks(self, on_gpus):
+        apart = {}
+        whole = everything(on_gpus("integers", 2))
+        resumed = everything(on_gpus("integers", 2, saved=("integers", 1, 5)))
+        for name, tensor in whole.items():
+            apart[name] = (resumed[name].float() - tensor.float()).norm().item()
+        assert max(apart[name] for name in apart if not name.startswith(("qk", "mlp"))) == 0, apart
+
+    def test_a_nan_on_the_last_rank_stops_all(self, on_gpus):
+        result = on_gpus("integers-nan", 2)
+        before, now = everything(result["at"][5]), everything(result)
+        moved = {name for name, tensor in now.items() if not torch.equal(tensor, before[name])}
+        assert moved == {"optimizer/updates", "optimizer/pending"} and result["blame"] == ["values"]
 
 
 class TestTwoGPUs:

@@ -1,9 +1,6 @@
 """One optimizer for all ranks: against itself on 1, 2 and 4 ranks, against chapter 13's Muon, AdamW, and bad input."""
 
 import math
-import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import optimizer_ranks
@@ -11,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from optimizer_ranks import RATES, SCATTER, TABLE, WORK, model
+from optimizer_ranks import RATES, SCATTER, TABLE, WORK, copies, everything, model
 
 from speedrun.config import TODAY
 from speedrun.optim.adam import adam_step
@@ -25,38 +22,14 @@ from speedrun.optim.optimizer import (
     blame,
     load_state,
     state_tensors,
+    warm_up,
 )
 
 
 @pytest.fixture(scope="module")
 def on(tmp_path_factory):
     """Runs a scenario on some ranks, once, and says what was left; saved: another run's file to go on from."""
-    folder, found = tmp_path_factory.mktemp("ranks"), {}
-
-    def run(scenario: str, world: int, saved: tuple[str, int] | None = None) -> dict:
-        key = (scenario, world, saved)
-        if key not in found:
-            out = folder / "-".join(map(str, (scenario, world, *(saved or ()))))
-            more = [str(folder / "-".join(map(str, saved)))] if saved else []
-            command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-            command += [
-                "--nproc-per-node",
-                str(world),
-                optimizer_ranks.__file__,
-                scenario,
-                str(out),
-            ]
-            environment = os.environ | {"OMP_NUM_THREADS": "1"}
-            done = subprocess.run(command + more, capture_output=True, text=True, env=environment)
-            assert done.returncode == 0, done.stderr[-3000:]
-            found[key] = torch.load(out)
-        return found[key]
-
-    return run
-
-
-def everything(result: dict) -> dict[str, torch.Tensor]:
-    return {**result["parameters"], **result["state"]}
+    return optimizer_ranks.starter(tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("world", [2, 4])
@@ -82,15 +55,15 @@ class TestRanks:
 
     def test_it_goes_on_from_the_state_of_another_number_of_ranks(self, on, world):
         whole = everything(on("integers", world))
-        for other in (1, 2, 4):
-            resumed = everything(on("integers", other, ("integers", world)))
+        for other, step in ((1, 4), (2, 5), (4, 5)):  # before 5 tables have a gradient that waits
+            resumed = everything(on("integers", other, saved=("integers", world, step)))
             assert [name for name in whole if not torch.equal(whole[name], resumed[name])] == []
 
     def test_one_nan_on_the_last_rank_stops_all_and_has_a_name(self, on, world):
         result = on("integers-nan", world)
-        now = everything(result)
-        moved = [name for name, old in result["before"].items() if not torch.equal(old, now[name])]
-        assert moved == ["optimizer/updates"] and result["blame"] == ["values"]
+        before, now = everything(result["at"][5]), everything(result)
+        moved = [name for name, tensor in now.items() if not torch.equal(tensor, before[name])]
+        assert moved == ["optimizer/updates", "optimizer/pending"] and result["blame"] == ["values"]
 
 
 class TestOneRank:
@@ -232,13 +205,31 @@ class TestRefusals:
         with pytest.raises(RuntimeError, match="leave zero_grad"):
             optimizer.step(0, RATES)
 
-    def test_a_state_in_the_middle_of_a_pair_of_steps(self):
-        optimizer = self.build()
+    def test_a_state_in_the_middle_of_a_pair_of_steps_holds_what_waits(self):
+        optimizer, again = self.build(), self.build()
+        for p in optimizer.parameters.values():
+            p.grad += 1.0
         optimizer.step(0, RATES)
-        with pytest.raises(ValueError, match="one step later"):
-            state_tensors(optimizer)
+        saved = state_tensors(optimizer)
+        assert torch.equal(saved["values/waiting"], torch.ones(37, 6, dtype=torch.bfloat16))
+        assert "qk/waiting" not in saved and saved["optimizer/updates"] == 0
+        load_state(again, saved)
+        assert all(torch.equal(t, saved[label]) for label, t in state_tensors(again).items())
         optimizer.step(1, RATES)
-        assert state_tensors(optimizer)["optimizer/updates"] == 1
+        load_state(again, state_tensors(optimizer))  # nothing waits any more
+        assert not again.pending and not again.parameters["values"].grad.any()
+
+    def test_warming_up_changes_nothing_and_needs_the_guard(self):
+        optimizer = self.build()
+        before, state = copies(optimizer.parameters), state_tensors(optimizer)
+        for p in optimizer.parameters.values():
+            p.grad += 1.0
+        warm_up(optimizer)
+        assert all(torch.equal(p, before[name]) for name, p in optimizer.parameters.items())
+        assert all(torch.equal(t, state[label]) for label, t in state_tensors(optimizer).items())
+        alone = BankOptimizer(model(), TABLE, OptimizerOptions(muon=TODAY, guard=False))
+        with pytest.raises(ValueError, match="guard"):
+            warm_up(alone)
 
     def test_a_state_of_something_else(self):
         optimizer = self.build()

@@ -453,40 +453,62 @@ def untie(optimizer: BankOptimizer, name: str) -> None:
         own.copy_(part.mine(part.padded(moments)))
 
 
+def waiting(optimizer: BankOptimizer) -> dict[str, Tensor]:
+    """Gradients that wait for adam's turn, summed over ranks."""
+    found = {}
+    for name, part in optimizer.parts.items():
+        if optimizer.pending and part.every > 1:
+            total = part.grads.clone()
+            if ranks()[1] > 1:
+                dist.all_reduce(total)
+            found[f"{name}/waiting"] = (
+                total if isinstance(part, Replicated) else total[: part.units]
+            )
+    return found
+
+
 def state_tensors(optimizer: BankOptimizer) -> dict[str, Tensor]:
     """The whole state by `parameter/key`, the same on every rank and for every number of ranks. All ranks have to ask."""
-    if optimizer.pending:
-        raise ValueError(
-            "gradients wait for adam's turn, and are not in the state: save one step later"
-        )
-    found = {"optimizer/updates": torch.tensor(optimizer.updates)}
-    for row in optimizer.table:
-        if row.tied:
-            found[f"{row.name}/apart"] = torch.tensor(row.name not in optimizer.tied)
+    facts = {"updates": optimizer.updates, "pending": int(optimizer.pending)}
+    tied = [row.name for row in optimizer.table if row.tied]
+    facts |= {f"{name} apart": int(name not in optimizer.tied) for name in tied}
+    found = {f"optimizer/{key}": torch.tensor(value) for key, value in facts.items()}
     for name, part in optimizer.parts.items():
         for key, own in part.state.items():
             if isinstance(part, Replicated):
                 found |= {f"{p}/{key}": own[here] for p, here in part.slices.items()}
             else:
                 found[f"{name}/{key}"] = part.collect(own)
-    return {label: tensor.clone() for label, tensor in found.items()}
+    return {label: tensor.clone() for label, tensor in found.items()} | waiting(optimizer)
 
 
 def load_state(optimizer: BankOptimizer, saved: Mapping[str, Tensor]) -> None:
     """Take back what `state_tensors` gave, on however many ranks."""
+    before, optimizer.pending = optimizer.pending, bool(saved.get("optimizer/pending", 0))
     now = state_tensors(optimizer)
+    optimizer.pending = before
     same_names("the saved state", saved, now, "this optimizer's state")
     for label, tensor in saved.items():
         if tensor.shape != now[label].shape:
-            raise ValueError(
-                f"{label}: saved as {tuple(tensor.shape)}, here {tuple(now[label].shape)}"
-            )
+            was, here = tuple(tensor.shape), tuple(now[label].shape)
+            raise ValueError(f"{label}: saved as {was}, here {here}")
     optimizer.updates = int(saved["optimizer/updates"])
-    together = [row for row in optimizer.table if row.tied and not saved[f"{row.name}/apart"]]
-    optimizer.tied = {row.name: row.tied for row in together}
+    optimizer.pending = bool(saved["optimizer/pending"])
+    tied = [row for row in optimizer.table if row.tied and not saved[f"optimizer/{row.name} apart"]]
+    optimizer.tied = {row.name: row.tied for row in tied}
     for name, part in optimizer.parts.items():
         for key, own in part.state.items():
             if isinstance(part, Replicated):
                 own.copy_(torch.cat([saved[f"{p}/{key}"].to(own.device) for p in part.slices]))
             else:
                 own.copy_(part.mine(part.padded(saved[f"{name}/{key}"].to(own.device))))
+        take_waiting(part, saved.get(f"{name}/waiting"))
+
+
+def take_waiting(part: Any, total: Tensor | None) -> None:
+    """Put gradients that wait, if any, where the first rank's are; all others are zero."""
+    part.grads.zero_()
+    if total is not None and ranks()[0] == 0:
+        part.grads[: len(total)].copy_(total)
+    if isinstance(part, Sparse):
+        part.touched.copy_(part.grads.any(1))
