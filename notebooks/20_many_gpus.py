@@ -96,8 +96,8 @@ def ranks() -> tuple[int, int]:
 class Sharded:
     """A parameter whose units, matrices of a bank or rows of a table, are dealt out evenly to the ranks.
 
-    whole: all units, padded with zeros to a multiple of the ranks; the parameter becomes a view of it. grads: this
-    rank's gradient of them; the parameter's becomes a view of it. own: this rank's slice of whole. grad: its summed gradient.
+    whole: all units, padded with zeros to a multiple of the ranks; the parameter becomes a view of it. own: this rank's
+    slice of it. grads: this rank's gradient of all units, which autograd adds to. grad: all ranks' gradient of its own units.
     """
 
     def __init__(self, parameter: Tensor, unit: tuple[int, ...]):
@@ -126,8 +126,9 @@ class Sharded:
     def collect(self, own: Tensor) -> Tensor:
         """What every rank has of its own units, as that of all, (units, …)."""
         if self.world == 1:
-            return own[: self.units]
+            return own[: self.units].clone()
         whole = own.new_empty(self.world * len(own), *own.shape[1:])
+        # as bytes, since NCCL knows no int16, which the lost bits are
         all_gather(whole.view(torch.uint8), own.contiguous().view(torch.uint8))
         return whole[: self.units]
 
@@ -171,17 +172,21 @@ print("five rows for three ranks: two each, and the last one's second row is pad
 class Replicated:
     """Small parameters of one dtype that every rank updates: one vector, whose gradient is summed in one go.
 
-    parameters: name → tensor; data and gradient become views. slices: where each stands in the vector.
+    parameters: name → tensor; data and gradient become views. slices: where each stands in the vector. Each begins at
+    a multiple of 16 bytes, because matrix products and compiled code want that.
     """
 
     def __init__(self, parameters: dict[str, Tensor]):
-        self.world, self.slices = ranks()[1], {}
-        tensors = list(parameters.values())
-        self.own = torch.cat([p.data.flatten() for p in tensors])
-        self.grad = self.grads = torch.zeros_like(self.own)
-        end = 0
+        self.world, self.slices, end = ranks()[1], dict[str, slice](), 0
+        first = next(iter(parameters.values())).data
         for name, p in parameters.items():
-            here = self.slices[name] = slice(end, end := end + p.numel())
+            self.slices[name] = slice(end, end + p.numel())
+            end = -(-self.slices[name].stop // 8) * 8
+        self.own = first.new_zeros(end)
+        self.grad = self.grads = torch.zeros_like(self.own)
+        for name, p in parameters.items():
+            here = self.slices[name]
+            self.own[here] = p.data.flatten()
             p.data, p.grad = self.own[here].view(p.shape), self.grad[here].view(p.shape)
         self.work: dist.Work | None = None
 
@@ -211,6 +216,7 @@ class Sparse(Sharded):
 
     told: dist.Work | None = None
     values: Tensor | None = None
+    announced = False
 
     def __init__(self, parameter: Tensor):
         super().__init__(parameter, tuple(parameter.shape[1:]))
@@ -221,14 +227,18 @@ class Sparse(Sharded):
     def announce(self, ids: Tensor) -> None:
         """ids: rows that this rank's batch has looked up, on the CPU; any shape, any number of times."""
         assert self.told is None, "announce before exchange"
-        self.touched[ids.flatten()] = True
+        self.touched[ids.flatten()] = self.announced = True
 
     def exchange(self) -> None:
-        """Tell every owner how many rows, and which, it will get from this rank; begun, like a sum."""
+        """Tell every owner how many rows, and which, it will get from this rank; begun, like a sum. All ranks call it, or none."""
         device, ids = self.whole.device, self.touched.nonzero()[:, 0]
         counts = torch.bincount(ids // len(self.own), minlength=self.world)
         theirs = torch.empty_like(counts)
-        dist.all_to_all_single(theirs, counts, group=self.cpu_group)
+        told = counts if self.announced else torch.full_like(counts, -1)
+        if self.world > 1:
+            dist.all_to_all_single(theirs, told, group=self.cpu_group)
+        if not self.announced or theirs.min() < 0:  # so that all ranks stop, and none waits
+            raise RuntimeError("a sparse table's gradient is due, and announce() was not called")
         self.sent, self.received = counts.tolist(), theirs.tolist()
         ids = ids.pin_memory() if device.type == "cuda" else ids  # else Python waits for the copy
         self.ids = ids.to(device, non_blocking=True)
@@ -238,10 +248,8 @@ class Sparse(Sharded):
         )
 
     def scatter(self) -> None:
-        if self.world == 1:
+        if self.world == 1 and self.announced:
             return
-        if not self.touched.any():
-            raise RuntimeError("a sparse table's gradient is due, and announce() named no rows")
         if self.told is None:
             self.exchange()
         values = self.grads[self.ids]
@@ -269,6 +277,7 @@ class Sparse(Sharded):
         else:
             self.grads.index_fill_(0, self.ids, 0.0)
         self.touched.zero_()
+        self.announced = False
 
 
 # %% [markdown]
@@ -378,6 +387,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import FunctionType
 from typing import Any, Literal
 
 import torch
@@ -434,6 +444,18 @@ class OptimizerOptions:
 
 # %%
 #| export
+@dataclass(frozen=True)
+class SharingOptions:
+    """Whether ranks share the update, each doing its part, and what Adam is if they do."""
+
+    on: bool = False
+    """Chapter 20's optimizer. Off: PyTorch's AdamW, with chapter 12's or 13's rule beside it, and every rank updates everything."""
+    adam_every: int = 2
+    """Steps from one update by Adam to the next."""
+    adam_decay: float = 0.005
+    """Decay of weights that a step makes smaller anyway, as a multiple of the rate's square."""
+
+
 TOGETHER = "replicated"  # the name under which all replicated parameters stand in an order
 
 
@@ -527,15 +549,18 @@ class Replay:
             return self.work()
         if self.graph is None:
             self.graph = torch.cuda.CUDAGraph()
+            # thread_local: else what NCCL's own thread asks the GPU meanwhile would break the recording
             with torch.cuda.graph(self.graph, self.pool, capture_error_mode="thread_local"):
                 self.work()
         self.graph.replay()
 
 
 def compiled(work: Callable, options: OptimizerOptions, device: torch.device) -> Callable:
-    """Work as it is, or fused for a GPU."""
-    on = options.compile and device.type == "cuda"
-    return torch.compile(work, dynamic=False, fullgraph=True) if on else work
+    """Work as it is, or fused for a GPU: a copy of it, since compiled code is kept by function, and shapes are many."""
+    if not options.compile or device.type != "cuda":
+        return work
+    own = FunctionType(work.__code__.replace(), work.__globals__, work.__name__, work.__defaults__)
+    return torch.compile(own, dynamic=False, fullgraph=True)
 
 
 # %%
@@ -670,10 +695,12 @@ class SmallPart(Replicated):
         super().__init__(tensors)
         self.rows, self.options, self.every = rows, options, options.adam_every
         self.state = adam_state(self.own)
-        sizes = torch.tensor([tensors[row.name].numel() for row in rows])
 
         def spread(values: Iterable[float]) -> Tensor:
-            return torch.tensor(list(values)).repeat_interleave(sizes).to(self.own.device)
+            found = torch.zeros(len(self.own))
+            for row, value in zip(rows, values):
+                found[self.slices[row.name]] = value
+            return found.to(self.own.device)
 
         self.rate = spread(row.rate for row in rows if isinstance(row.rate, float))
         self.decay = spread(row.decay * options.adam_decay for row in rows)
@@ -739,10 +766,18 @@ def build_parts(
     return parts
 
 
+TOLD = ("muon", "adam", "momentum", "muon_decay")  # what a step is told
+
+
+def addresses_of(p: Tensor) -> tuple[int, int]:
+    """Where a parameter's value and gradient are stored."""
+    return p.data_ptr(), 0 if p.grad is None else p.grad.data_ptr()
+
+
 def number_names(table: Sequence[Entry]) -> list[str]:
     """What a step needs to know, beside the gradient."""
     betas = sorted({beta for row in table if row.rule == "adam" for beta in row.betas})
-    return ["muon", "adam", "momentum", "muon_decay", *(f"fix {beta}" for beta in betas)]
+    return [*TOLD, *(f"fix {beta}" for beta in betas)]
 
 
 # %%
@@ -751,7 +786,8 @@ class BankOptimizer:
     """Muon and Adam over a model's parameters, shared by all ranks, as a table says.
 
     Parameters keep their shapes and become views of padded storage; their gradients are never None, and are
-    cleared here. scatter_order, work_order: names of rows, and “replicated” for all that are; default: the table's.
+    cleared here. All ranks start from the same values. Saved values are loaded afterwards: this rounds banks to
+    bfloat16, and copies what is tied. scatter_order, work_order: names of rows, and “replicated” for all that are; default: the table's.
     """
 
     def __init__(
@@ -773,21 +809,19 @@ class BankOptimizer:
         self.scatter_order = self.spelled(names if scatter_order is None else scatter_order)
         self.work_order = self.spelled(names if work_order is None else work_order)
         self.tied = {row.name: row.tied for row in table if row.tied}
-        self.addresses = {
-            name: p.grad.data_ptr() for name, p in parameters.items() if p.grad is not None
-        }
+        self.addresses = {name: addresses_of(p) for name, p in parameters.items()}
         self.device = next(iter(parameters.values())).device
         self.numbers = Numbers(number_names(table), self.device)
         self.bad = {name: torch.zeros((), device=self.device) for name in self.parts}
         self.skip = torch.zeros((), device=self.device) if options.guard else None
         self.updates, self.pending = 0, False  # by adam; whether gradients wait for it
         records = options.compile and self.device.type == "cuda"
+        if records and not options.iterations:
+            raise ValueError(
+                "the exact factor cannot be compiled: iterations=0 wants compile=False"
+            )
         pool = torch.cuda.graph_pool_handle() if records else None
         self.works = {name: Replay(self.work_of(name), records, pool) for name in self.parts}
-        limits = (
-            torch._dynamo.config
-        )  # a function may be compiled for as many shapes as there are parts
-        limits.recompile_limit = max(limits.recompile_limit, 2 * len(self.parts))
         with torch.no_grad():
             copy_tied(self, list(self.parts))
 
@@ -803,9 +837,13 @@ class BankOptimizer:
     def step(self, index: int, rates: Mapping[str, float]) -> None:
         """Update what is due in step `index` (0, 1, …). rates: muon, adam, momentum, and muon_decay for plain decay."""
         for name, p in self.parameters.items():
-            if p.grad is None or p.grad.data_ptr() != self.addresses[name]:
-                what = f"the gradient of {name} is not the optimizer's any more"
-                raise RuntimeError(f"{what}: leave zero_grad() out, step() clears gradients")
+            for what, now, then in zip(
+                ("value", "gradient"), addresses_of(p), self.addresses[name]
+            ):
+                if now != then:
+                    moved = f"the {what} of {name} is not in the optimizer's storage any more"
+                    fix = "leave zero_grad() out, step() clears gradients; and copy values in place"
+                    raise RuntimeError(f"{moved}: {fix}")
         take_one_step(self, index, rates)
 
 
@@ -821,8 +859,10 @@ def take_one_step(optimizer: BankOptimizer, index: int, rates: Mapping[str, floa
     optimizer.updates += not optimizer.pending
     fixes = {
         name: 1 - float(name.removeprefix("fix ")) ** max(1, optimizer.updates)
-        for name in optimizer.numbers.names[4:]
+        for name in optimizer.numbers.names
+        if name.startswith("fix ")
     }
+    same_names("rates", {"muon_decay", *rates}, TOLD, "what a step is told")
     optimizer.numbers.fill({"muon_decay": 0.0, **rates, **fixes})
     add_tied(optimizer, due)
     watch(optimizer, due)
@@ -833,9 +873,10 @@ def take_one_step(optimizer: BankOptimizer, index: int, rates: Mapping[str, floa
         parts[name].wait()
         optimizer.works[name]()
         parts[name].gather()
+    for name in due:  # sums have arrived, new values are still on their way
+        parts[name].clear()
     for name in due:
         parts[name].wait()
-        parts[name].clear()
     copy_tied(optimizer, due)
 
 
@@ -931,44 +972,57 @@ def waiting(optimizer: BankOptimizer) -> dict[str, Tensor]:
     return found
 
 
+def state_places(optimizer: BankOptimizer) -> dict[str, tuple[Any, Tensor, slice | None]]:
+    """For each tensor of the state: its part, what this rank has, and where in that it stands if there is more in it."""
+    found: dict[str, tuple[Any, Tensor, slice | None]] = {}
+    for name, part in optimizer.parts.items():
+        places = part.slices if isinstance(part, Replicated) else {name: None}
+        for key, own in part.state.items():
+            found |= {f"{p}/{key}": (part, own, here) for p, here in places.items()}
+    return found
+
+
 def state_tensors(optimizer: BankOptimizer) -> dict[str, Tensor]:
     """The whole state by `parameter/key`, the same on every rank and for every number of ranks. All ranks have to ask."""
     facts = {"updates": optimizer.updates, "pending": int(optimizer.pending)}
     tied = [row.name for row in optimizer.table if row.tied]
     facts |= {f"{name} apart": int(name not in optimizer.tied) for name in tied}
     found = {f"optimizer/{key}": torch.tensor(value) for key, value in facts.items()}
-    for name, part in optimizer.parts.items():
-        for key, own in part.state.items():
-            if isinstance(part, Replicated):
-                found |= {f"{p}/{key}": own[here] for p, here in part.slices.items()}
-            else:
-                found[f"{name}/{key}"] = part.collect(own)
-    return {label: tensor.clone() for label, tensor in found.items()} | waiting(optimizer)
+    for label, (part, own, here) in state_places(optimizer).items():
+        found[label] = own[here].clone() if here else part.collect(own)
+    return found | waiting(optimizer)
 
 
 # %%
 #| export
 def load_state(optimizer: BankOptimizer, saved: Mapping[str, Tensor]) -> None:
     """Take back what `state_tensors` gave, on however many ranks."""
-    before, optimizer.pending = optimizer.pending, bool(saved.get("optimizer/pending", 0))
-    now = state_tensors(optimizer)
-    optimizer.pending = before
-    same_names("the saved state", saved, now, "this optimizer's state")
-    for label, tensor in saved.items():
-        if tensor.shape != now[label].shape:
-            was, here = tuple(tensor.shape), tuple(now[label].shape)
-            raise ValueError(f"{label}: saved as {was}, here {here}")
+    refuse_other_state(optimizer, saved)
     optimizer.updates = int(saved["optimizer/updates"])
     optimizer.pending = bool(saved["optimizer/pending"])
     tied = [row for row in optimizer.table if row.tied and not saved[f"optimizer/{row.name} apart"]]
     optimizer.tied = {row.name: row.tied for row in tied}
+    for label, (part, own, here) in state_places(optimizer).items():
+        value = saved[label].to(own.device)
+        own[here or slice(None)].copy_(value if here else part.mine(part.padded(value)))
     for name, part in optimizer.parts.items():
-        for key, own in part.state.items():
-            if isinstance(part, Replicated):
-                own.copy_(torch.cat([saved[f"{p}/{key}"].to(own.device) for p in part.slices]))
-            else:
-                own.copy_(part.mine(part.padded(saved[f"{name}/{key}"].to(own.device))))
         take_waiting(part, saved.get(f"{name}/waiting"))
+
+
+def refuse_other_state(optimizer: BankOptimizer, saved: Mapping[str, Tensor]) -> None:
+    """Refuse a saved state of other parameters or other options."""
+    shapes: dict[str, tuple[int, ...]] = {f"optimizer/{key}": () for key in ("updates", "pending")}
+    shapes |= {f"optimizer/{row.name} apart": () for row in optimizer.table if row.tied}
+    for label, (part, own, here) in state_places(optimizer).items():
+        shapes[label] = (here.stop - here.start,) if here else (part.units, *own.shape[1:])
+    for name, part in optimizer.parts.items():
+        if saved.get("optimizer/pending", 0) and part.every > 1:
+            units = part.units if isinstance(part, Sharded) else len(part.own)
+            shapes[f"{name}/waiting"] = (units, *part.grads.shape[1:])
+    same_names("the saved state", saved, shapes, "this optimizer's state")
+    for label, tensor in saved.items():
+        if tuple(tensor.shape) != shapes[label]:
+            raise ValueError(f"{label}: saved as {tuple(tensor.shape)}, here {shapes[label]}")
 
 
 def take_waiting(part: Any, total: Tensor | None) -> None:
@@ -1375,7 +1429,9 @@ def on_ranks(world: int, name: str, device: str = "cpu") -> dict:
         command += [f"--nproc-per-node={world}", "-m", "speedrun.measure.many_gpus"]
         command += [name, str(out), device]
         quiet = os.environ | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, cwd=root(), env=quiet, capture_output=True, text=True)
+        done = subprocess.run(
+            command, cwd=root(), env=quiet, capture_output=True, text=True, timeout=600
+        )
         if done.returncode:
             raise RuntimeError(done.stderr[-4000:])
         return json.loads(out.read_text())

@@ -93,8 +93,10 @@ from speedrun.lab.hardware import Problem, setup
 from speedrun.lab.results import module_file, module_hashes, root, stamp
 from speedrun.lab.runlog import RunLog, format_line, parse_line
 from speedrun.model.baseline import make_adamw
-from speedrun.optim.muon import Muon
+from speedrun.optim.muon import Muon, rate_factor
 from speedrun.optim.newton_schulz import MatrixOptimizer, MatrixOptions
+from speedrun.optim.optimizer import BankOptimizer, Entry, OptimizerOptions, blame
+from speedrun.optim.optimizer import warm_up as compile_all
 from speedrun.optim.schedule import between, learning_rate
 from speedrun.model.gpt import GPT, model_flops_per_token
 
@@ -314,12 +316,12 @@ def matrix_optimizer(
     return MatrixOptimizer(banks, soap_update, rate, config.optim.weight_decay)
 
 
-def make_optimizers(
-    config: Config, model: nn.Module, decays: dict[str, bool]
-) -> list[torch.optim.Optimizer]:
-    """AdamW for all parameters; or for most, and then the rule that the run names for the banks of matrices."""
+def make_optimizers(config: Config, model: nn.Module, decays: dict[str, bool]) -> list[Any]:
+    """AdamW for all parameters; or for most, and then the rule that the run names for the banks of matrices; or one that is shared."""
     chosen, optim = config.matrix, config.optim
     named: dict[str, Tensor] = dict(model.named_parameters())
+    if config.sharing.on:
+        return [shared_optimizer(config, model)]
     if chosen == MatrixOptions():
         return [make_adamw(named, decays, optim)]
     assert isinstance(model, GPT)  # check_config has refused all others
@@ -346,6 +348,50 @@ for rule, owned in {"muon": (12, 4), "soap": (12, 4), "adamw": (12, 4)}.items():
     assert {g["share"] for g in two[1].param_groups} == {0.02 / laptop.optim.lr}
 (one,) = make_optimizers(laptop, model, decays)
 assert sum(len(g["params"]) for g in one.param_groups) == 16
+
+# %% [markdown]
+# With `sharing.on` there is one optimizer for everything and for all ranks, [chapter 20's](20_many_gpus.py). It wants a table. The model has one already, and what is missing follows from it: banks are Muon's; what decays is a table, large, and shared out; all else is small.
+
+
+# %%
+#| export
+def optimizer_table(config: Config, model: GPT) -> list[Entry]:
+    """How each parameter is updated when ranks share the work; what Muon updates comes first, since it takes longest."""
+    found, betas = [], config.optim.betas
+    for row in model.table:
+        if row.matrices:
+            shape = row.shape[1] // row.matrices, row.shape[2]
+            factor = rate_factor(*shape, config.matrix, config.muon)
+            found.append(Entry(row.name, "muon", "sharded", factor, matrices=row.matrices))
+        else:
+            large = row.decay  # tables of embeddings do, gains and biases do not
+            comm: Any = "sharded" if large else "replicated"
+            found.append(Entry(row.name, "adam", comm, decay=150.0 * large, betas=betas))
+    return sorted(found, key=lambda entry: entry.rule == "adam")
+
+
+def shared_optimizer(config: Config, model: nn.Module) -> BankOptimizer:
+    """One optimizer for all ranks, as the run says."""
+    assert isinstance(model, GPT)  # check_config has refused all others
+    matrix, sharing = config.matrix, config.sharing
+    options = OptimizerOptions(
+        muon=config.muon,
+        iterations=matrix.iterations,
+        nesterov=matrix.nesterov,
+        eps=config.optim.eps,
+        adam_decay=sharing.adam_decay,
+        adam_every=sharing.adam_every,
+        compile=config.compile,
+    )
+    return BankOptimizer(dict(model.named_parameters()), optimizer_table(config, model), options)
+
+
+# %%
+shared = vary(laptop, {"matrix.rule": "muon", "sharing.on": True})
+(one,) = make_optimizers(shared, model, decays)
+assert [row.name for row in one.table[:4]] == list(model.matrices()) and len(one.table) == 16
+assert {row.comm for row in one.table[4:6]} == {"sharded"}, "two tables of embeddings"
+print({part: tuple(one.parts[part].own.shape) for part in one.parts})
 
 # %% [markdown]
 # A step is `grad_shards` micro-batches, of which a rank reads its share in equal parts. Their losses are means over equally many tokens, so the gradient of the whole batch is the mean of the parts' gradients. Dividing each loss by the number of parts of the whole step before going backward, and *summing* over parts and ranks, gives exactly that, however they are dealt out.
@@ -413,6 +459,17 @@ def gradients_of(model: nn.Module) -> list[Tensor]:
     return [p.grad for p in model.parameters() if p.grad is not None]
 
 
+def rates_of(run: "Run") -> dict[str, float]:
+    """This step's rates of Adam and Muon, the momentum that Muon keeps, and its plain decay."""
+    config, steps, muon = run.config, run.config.steps, run.config.muon
+    rate = learning_rate(run.step, steps, config.optim, config.schedule)
+    high = config.matrix.momentum
+    momentum = between(run.step, steps, (muon.low_momentum or high, high), muon.momentum_steps)
+    share = (config.matrix.lr or config.optim.lr) / config.optim.lr
+    decay = config.optim.weight_decay
+    return {"adam": rate, "muon": rate * share, "momentum": momentum, "muon_decay": decay}
+
+
 def update(run: "Run") -> Tensor:
     """Clip, set the rate, step. Returns the gradient's length; where that is not finite, nothing is updated."""
     optim, parameters = run.config.optim, list(run.model.parameters())
@@ -420,18 +477,22 @@ def update(run: "Run") -> Tensor:
     finite = torch.isfinite(total)
     length = torch.where(finite, total, 0.0)  # a broken gradient is not scaled: it stays what it is
     nn.utils.clip_grads_with_norm_(parameters, optim.grad_clip or math.inf, length)
-    steps, muon = run.config.steps, run.config.muon
-    rate = learning_rate(run.step, steps, optim, run.config.schedule)
-    high = run.config.matrix.momentum
-    momentum = between(run.step, steps, (muon.low_momentum or high, high), muon.momentum_steps)
-    broken = (~finite).float()
+    rates, broken = rates_of(run), (~finite).float()
     for optimizer in run.optimizers:
         for group in optimizer.param_groups:
-            group["lr"], group["momentum"] = rate * group.get("share", 1.0), momentum
+            group["lr"] = rates["adam"] * group.get("share", 1.0)
+            group["momentum"] = rates["momentum"]
         optimizer.found_inf, optimizer.grad_scale = broken, None
         optimizer.step()
     run.skipped += broken
     return total
+
+
+def update_shared(run: "Run") -> None:
+    """The step of an optimizer that sums, guards and clears by itself, and does not clip."""
+    (optimizer,) = run.optimizers
+    optimizer.step(run.step, rates_of(run))
+    run.skipped += optimizer.skip
 
 
 # %%
@@ -447,6 +508,8 @@ def not_finite(model: nn.Module) -> tuple[list[str], list[str]]:
 def broken(run: "Run") -> Problem:
     """What to say about steps that were left out: who is to blame, what still happened, and the way on."""
     weights, gradients = not_finite(run.model)
+    for optimizer in run.optimizers:  # one that is shared has cleared them
+        gradients += blame(optimizer) if isinstance(optimizer, BankOptimizer) else []
     if weights:
         what = f"parameter {', '.join(weights)} is not finite; nothing has been updated since"
     elif gradients:
@@ -625,7 +688,7 @@ except Problem as problem:
 class Run:
     """Everything that changes while training, and what it needs.
 
-    optimizers: of torch.optim.Optimizer. skipped: how many steps had a gradient that was not finite.
+    optimizers: of torch.optim.Optimizer, or the one that all ranks share. skipped: how many steps had a gradient that was not finite.
     """
 
     config: Config
@@ -650,10 +713,15 @@ class Run:
 def train_step(run: Run) -> Tensor:
     """One step: read, forward and backward, sum over ranks, update. Returns this rank's part of the loss."""
     batches, device, precision = run.loader.next(), run.ranks.device, run.config.precision
-    run.model.zero_grad()
+    shared = run.config.sharing.on
+    if not shared:
+        run.model.zero_grad()
     loss = accumulate(run.forward, batches, len(batches) * run.ranks.world, device, precision)
-    sum_over_ranks(gradients_of(run.model), run.ranks.world)
-    update(run)
+    if shared:
+        update_shared(run)
+    else:
+        sum_over_ranks(gradients_of(run.model), run.ranks.world)
+        update(run)
     run.step += 1
     return loss
 
@@ -758,16 +826,17 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from speedrun.lab.hardware import Problem
+from speedrun.optim.optimizer import BankOptimizer, load_state, state_tensors
 
 
-Optimizers = Sequence[torch.optim.Optimizer]
+Optimizers = Sequence[Any]  # of torch.optim.Optimizer, or one BankOptimizer alone
 
 
 def states_by_parameter(optimizers: Optimizers) -> dict[Tensor, dict[str, Tensor]]:
@@ -779,7 +848,9 @@ def states_by_parameter(optimizers: Optimizers) -> dict[Tensor, dict[str, Tensor
 def optimizer_tensors(
     optimizers: Optimizers, parameters: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """The state of optimizers as named tensors, `parameter/moment`."""
+    """The state of optimizers as named tensors, `parameter/moment`. If it is shared, all ranks have to ask."""
+    if isinstance(optimizers[0], BankOptimizer):
+        return state_tensors(optimizers[0])
     states = states_by_parameter(optimizers)
     moments = {name: states[p].items() for name, p in parameters.items()}
     return {f"{name}/{key}": value for name, items in moments.items() for key, value in items}
@@ -789,6 +860,8 @@ def restore_optimizers(
     optimizers: Optimizers, parameters: Mapping[str, Tensor], saved: dict
 ) -> None:
     """Put named tensors back as the state of optimizers, on each parameter's device."""
+    if isinstance(optimizers[0], BankOptimizer):
+        return load_state(optimizers[0], saved)
     for optimizer in optimizers:
         optimizer.state.clear()
     states = states_by_parameter(optimizers)
@@ -835,7 +908,8 @@ def save_checkpoint(
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
         for name, tensors in (("model", weights), ("optimizer", moments)):
-            whole = {label: tensor.detach().contiguous() for label, tensor in tensors.items()}
+            # copies, since small parameters may be views of one storage
+            whole = {label: tensor.detach().clone() for label, tensor in tensors.items()}
             save_file(whole, part / f"{name}.safetensors")
         (part / "state.json").write_text(json.dumps({"step": step, **facts}, indent=1))
         os.replace(part, path)
@@ -934,9 +1008,11 @@ def keep(run: Run) -> Path | None:
     """
     if run.skipped.item():
         raise broken(run)
+    named = dict(run.model.named_parameters())
+    moments = optimizer_tensors(run.optimizers, named)
     if run.ranks.rank != 0:
         return None
-    manifest, named = run.loader.shards.manifest, dict(run.model.named_parameters())
+    manifest = run.loader.shards.manifest
     facts = {
         "config": dataclasses.asdict(run.config),
         "position": run.loader.position,
@@ -946,9 +1022,7 @@ def keep(run: Run) -> Path | None:
         "tokenizer": manifest.tokenizer,
     }
     run.heart.phase("checkpoint", run.step)
-    saved = save_checkpoint(
-        run.folder, run.step, named, optimizer_tensors(run.optimizers, named), facts
-    )
+    saved = save_checkpoint(run.folder, run.step, named, moments, facts)
     run.heart.phase("train", run.step)
     if isinstance(saved, str):
         run.log.line(f"no checkpoint at step {run.step}, going on without: {saved}")
@@ -1015,13 +1089,16 @@ def warm_up(run: Run) -> float:
     named, step, position = dict(run.model.named_parameters()), run.step, run.loader.position
     weights = {name: p.detach().clone() for name, p in named.items()}
     moments = {label: t.clone() for label, t in optimizer_tensors(run.optimizers, named).items()}
+    if run.config.sharing.on:
+        compile_all(run.optimizers[0])
     for _ in range(run.config.warmup):
         train_step(run)
         run.heart.beat()
     evaluate(run, itertools.islice(held_out(run, run.config.val_tokens), 1))
     put_weights(run.model, weights)
     restore_optimizers(run.optimizers, named, moments)
-    run.model.zero_grad()
+    if not run.config.sharing.on:
+        run.model.zero_grad()
     run.step, run.loader.position, run.skipped = step, position, torch.zeros_like(run.skipped)
     run.clock.wait()
     return time.perf_counter() - begin
@@ -1055,7 +1132,8 @@ def log_step(run: Run, loss: Tensor, marks: Marks) -> None:
     if skipped or not math.isfinite(mean):
         raise broken(run)
     run.log.line(format_line(run.step, run.config.steps, run.clock.ms, train_loss=mean))
-    steps_ms, rate = [round(ms, 3) for ms in marks.drain()], run.optimizers[0].param_groups[0]["lr"]
+    steps_ms = [round(ms, 3) for ms in marks.drain()]
+    rate = learning_rate(run.step - 1, run.config.steps, run.config.optim, run.config.schedule)
     where = {"epoch": run.loader.position.epoch, "train_time_ms": run.clock.ms}
     run.log.record("step", step=run.step, train_loss=mean, lr=rate, steps_ms=steps_ms, **where)
 

@@ -7,16 +7,17 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from speedrun.lab.hardware import Problem
+from speedrun.optim.optimizer import BankOptimizer, load_state, state_tensors
 
 
-Optimizers = Sequence[torch.optim.Optimizer]
+Optimizers = Sequence[Any]  # of torch.optim.Optimizer, or one BankOptimizer alone
 
 
 def states_by_parameter(optimizers: Optimizers) -> dict[Tensor, dict[str, Tensor]]:
@@ -28,7 +29,9 @@ def states_by_parameter(optimizers: Optimizers) -> dict[Tensor, dict[str, Tensor
 def optimizer_tensors(
     optimizers: Optimizers, parameters: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """The state of optimizers as named tensors, `parameter/moment`."""
+    """The state of optimizers as named tensors, `parameter/moment`. If it is shared, all ranks have to ask."""
+    if isinstance(optimizers[0], BankOptimizer):
+        return state_tensors(optimizers[0])
     states = states_by_parameter(optimizers)
     moments = {name: states[p].items() for name, p in parameters.items()}
     return {f"{name}/{key}": value for name, items in moments.items() for key, value in items}
@@ -38,6 +41,8 @@ def restore_optimizers(
     optimizers: Optimizers, parameters: Mapping[str, Tensor], saved: dict
 ) -> None:
     """Put named tensors back as the state of optimizers, on each parameter's device."""
+    if isinstance(optimizers[0], BankOptimizer):
+        return load_state(optimizers[0], saved)
     for optimizer in optimizers:
         optimizer.state.clear()
     states = states_by_parameter(optimizers)
@@ -66,7 +71,8 @@ def save_checkpoint(
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
         for name, tensors in (("model", weights), ("optimizer", moments)):
-            whole = {label: tensor.detach().contiguous() for label, tensor in tensors.items()}
+            # copies, since small parameters may be views of one storage
+            whole = {label: tensor.detach().clone() for label, tensor in tensors.items()}
             save_file(whole, part / f"{name}.safetensors")
         (part / "state.json").write_text(json.dumps({"step": step, **facts}, indent=1))
         os.replace(part, path)

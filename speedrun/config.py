@@ -16,6 +16,7 @@ from speedrun.model.baseline import AdamWOptions
 from speedrun.model.gpt import GPTOptions
 from speedrun.optim.muon import MuonOptions
 from speedrun.optim.newton_schulz import MatrixOptions
+from speedrun.optim.optimizer import SharingOptions
 from speedrun.optim.schedule import ScheduleOptions
 
 PresetName = Literal["smoke", "cpu", "small", "record", "baseline"]
@@ -37,6 +38,8 @@ class Config:
     """Another rule for the matrices of the blocks."""
     muon: MuonOptions = field(default_factory=MuonOptions)
     """What has become of Muon, if that is the rule."""
+    sharing: SharingOptions = field(default_factory=SharingOptions)
+    """Whether ranks share the update."""
     schedule: ScheduleOptions = field(default_factory=ScheduleOptions)
     """How the rate gets from its peak to its end."""
     data: DataOptions = field(default_factory=DataOptions)
@@ -93,6 +96,7 @@ def flag(name: str) -> str:
 
 LEAST = {"model.layers": 1, "model.heads": 1, "model.width": 1, "model.context": 1, "steps": 1}
 LEAST |= {"val_every": 1, "val_tokens": 1, "log_every": 1}
+LEAST["sharing.adam_every"] = 1
 LEAST |= dict.fromkeys(("max_steps", "warmup", "checkpoint_every", "optim.warmup_steps"), 0)
 
 
@@ -132,6 +136,9 @@ def check_config(config: Config, world: int = 1) -> Config:
     if config.muon.weights != "float32" and config.precision == "float32":
         what = f"muon.weights={config.muon.weights} in a model that computes in float32"
         raise Problem(what, "--muon.weights float32, or 16 bits for --precision as well")
+    if config.sharing.on and (config.architecture, config.matrix.rule) != ("gpt", "muon"):
+        what = f"sharing.on with matrix.rule={config.matrix.rule} and architecture={config.architecture}"
+        raise Problem(what, "--matrix.rule muon and --architecture gpt: it updates banks by Muon")
     if config.architecture == "baseline" and config.matrix != MatrixOptions():
         fix = "--architecture gpt: the plain one has no banks for --matrix.rule to update"
         raise Problem("there are no banks of matrices", fix)
@@ -276,7 +283,7 @@ def at_cpu_size(config: Config, steps: int = 20) -> Config:
 # %% Saved, and said
 # dotted name → what a run saved before the field existed has for it
 ABSENT: dict[str, Any] = {"matrix": MatrixOptions(), "schedule": ScheduleOptions()}
-ABSENT |= {"muon": MuonOptions(), "data.pass_tokens": 0}
+ABSENT |= {"muon": MuonOptions(), "data.pass_tokens": 0, "sharing": SharingOptions()}
 ABSENT |= {"muon.products": MuonOptions().products, "muon.gram": False}
 
 

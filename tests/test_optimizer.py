@@ -12,7 +12,7 @@ from optimizer_ranks import RATES, SCATTER, TABLE, WORK, copies, everything, mod
 
 from speedrun.config import TODAY
 from speedrun.optim.adam import adam_step
-from speedrun.optim.distributed import Sharded, bytes_sent
+from speedrun.optim.distributed import Replicated, Sharded, bytes_sent
 from speedrun.optim.muon import Muon, MuonOptions, join, polar_express, split, through_gram
 from speedrun.optim.newton_schulz import MatrixOptions, through
 from speedrun.optim.optimizer import (
@@ -64,6 +64,10 @@ class TestRanks:
         before, now = everything(result["at"][5]), everything(result)
         moved = [name for name, tensor in now.items() if not torch.equal(tensor, before[name])]
         assert moved == ["optimizer/updates", "optimizer/pending"] and result["blame"] == ["values"]
+
+    def test_a_rank_that_announces_nothing_stops_all(self, on, world):
+        with pytest.raises(AssertionError, match="announce.. was not called"):
+            on("integers-silent", world)
 
 
 class TestOneRank:
@@ -190,6 +194,7 @@ class TestRefusals:
         before = {name: p.detach().clone() for name, p in optimizer.parameters.items()}
         for p in optimizer.parameters.values():
             p.grad += 1.0
+        optimizer.parts["bigram"].announce(torch.arange(61))
         optimizer.parameters["mlp"].grad[4, 3, 1] = value
         optimizer.step(1, RATES)
         assert blame(optimizer) == ["mlp"]
@@ -199,11 +204,27 @@ class TestRefusals:
         del state["optimizer/updates"], after["optimizer/updates"]
         assert all(torch.equal(state[label], after[label]) for label in state)
 
-    def test_a_gradient_that_is_somewhere_else(self):
+    @pytest.mark.parametrize("what", ["gradient", "value"])
+    def test_a_tensor_that_is_somewhere_else(self, what):
         optimizer = self.build()
-        optimizer.parameters["qk"].grad = None  # what zero_grad() does
-        with pytest.raises(RuntimeError, match="leave zero_grad"):
+        if what == "gradient":
+            optimizer.parameters["qk"].grad = None  # what zero_grad() does
+        else:
+            optimizer.parameters["qk"].data = optimizer.parameters["qk"].data.clone()
+        with pytest.raises(RuntimeError, match=f"the {what} of qk .* leave zero_grad"):
             optimizer.step(0, RATES)
+
+    def test_a_rate_that_nobody_knows(self):
+        with pytest.raises(ValueError, match="rates: not in what a step is told: muon_dekay"):
+            self.build().step(0, RATES | {"muon_dekay": 0.1})
+        with pytest.raises(ValueError, match="rates: missing: adam"):
+            self.build().step(0, {"muon": 0.1, "momentum": 0.9})
+
+    def test_rows_that_nobody_announced(self):
+        optimizer = self.build()
+        optimizer.step(0, RATES)
+        with pytest.raises(RuntimeError, match="announce"):
+            optimizer.step(1, RATES)
 
     def test_a_state_in_the_middle_of_a_pair_of_steps_holds_what_waits(self):
         optimizer, again = self.build(), self.build()
@@ -215,6 +236,7 @@ class TestRefusals:
         assert "qk/waiting" not in saved and saved["optimizer/updates"] == 0
         load_state(again, saved)
         assert all(torch.equal(t, saved[label]) for label, t in state_tensors(again).items())
+        optimizer.parts["bigram"].announce(torch.arange(61))
         optimizer.step(1, RATES)
         load_state(again, state_tensors(optimizer))  # nothing waits any more
         assert not again.pending and not again.parameters["values"].grad.any()
@@ -302,6 +324,16 @@ class TestMuonsParts:
         assert (
             p.tolist() == [1.0] * 3 and mean.tolist() == [0.5] * 3 and square.tolist() == [2.0] * 3
         )
+
+
+def test_small_parameters_begin_at_multiples_of_16_bytes():
+    tensors = {
+        name: torch.nn.Parameter(torch.ones(size).bfloat16())
+        for name, size in zip("abc", (7, 64, 1))
+    }
+    part = Replicated(tensors)
+    assert all(p.data_ptr() % 16 == part.own.data_ptr() % 16 for p in tensors.values())
+    assert part.own.sum() == 72 and [part.slices[n].start for n in "abc"] == [0, 8, 72]
 
 
 def test_the_defaults_of_muon_are_record_4s():

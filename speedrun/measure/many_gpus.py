@@ -361,7 +361,9 @@ def on_ranks(world: int, name: str, device: str = "cpu") -> dict:
         command += [f"--nproc-per-node={world}", "-m", "speedrun.measure.many_gpus"]
         command += [name, str(out), device]
         quiet = os.environ | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, cwd=root(), env=quiet, capture_output=True, text=True)
+        done = subprocess.run(
+            command, cwd=root(), env=quiet, capture_output=True, text=True, timeout=600
+        )
         if done.returncode:
             raise RuntimeError(done.stderr[-4000:])
         return json.loads(out.read_text())

@@ -21,8 +21,8 @@ def ranks() -> tuple[int, int]:
 class Sharded:
     """A parameter whose units, matrices of a bank or rows of a table, are dealt out evenly to the ranks.
 
-    whole: all units, padded with zeros to a multiple of the ranks; the parameter becomes a view of it. grads: this
-    rank's gradient of them; the parameter's becomes a view of it. own: this rank's slice of whole. grad: its summed gradient.
+    whole: all units, padded with zeros to a multiple of the ranks; the parameter becomes a view of it. own: this rank's
+    slice of it. grads: this rank's gradient of all units, which autograd adds to. grad: all ranks' gradient of its own units.
     """
 
     def __init__(self, parameter: Tensor, unit: tuple[int, ...]):
@@ -51,8 +51,9 @@ class Sharded:
     def collect(self, own: Tensor) -> Tensor:
         """What every rank has of its own units, as that of all, (units, …)."""
         if self.world == 1:
-            return own[: self.units]
+            return own[: self.units].clone()
         whole = own.new_empty(self.world * len(own), *own.shape[1:])
+        # as bytes, since NCCL knows no int16, which the lost bits are
         all_gather(whole.view(torch.uint8), own.contiguous().view(torch.uint8))
         return whole[: self.units]
 
@@ -80,17 +81,21 @@ class Sharded:
 class Replicated:
     """Small parameters of one dtype that every rank updates: one vector, whose gradient is summed in one go.
 
-    parameters: name → tensor; data and gradient become views. slices: where each stands in the vector.
+    parameters: name → tensor; data and gradient become views. slices: where each stands in the vector. Each begins at
+    a multiple of 16 bytes, because matrix products and compiled code want that.
     """
 
     def __init__(self, parameters: dict[str, Tensor]):
-        self.world, self.slices = ranks()[1], {}
-        tensors = list(parameters.values())
-        self.own = torch.cat([p.data.flatten() for p in tensors])
-        self.grad = self.grads = torch.zeros_like(self.own)
-        end = 0
+        self.world, self.slices, end = ranks()[1], dict[str, slice](), 0
+        first = next(iter(parameters.values())).data
         for name, p in parameters.items():
-            here = self.slices[name] = slice(end, end := end + p.numel())
+            self.slices[name] = slice(end, end + p.numel())
+            end = -(-self.slices[name].stop // 8) * 8
+        self.own = first.new_zeros(end)
+        self.grad = self.grads = torch.zeros_like(self.own)
+        for name, p in parameters.items():
+            here = self.slices[name]
+            self.own[here] = p.data.flatten()
             p.data, p.grad = self.own[here].view(p.shape), self.grad[here].view(p.shape)
         self.work: dist.Work | None = None
 
@@ -113,6 +118,7 @@ class Sparse(Sharded):
 
     told: dist.Work | None = None
     values: Tensor | None = None
+    announced = False
 
     def __init__(self, parameter: Tensor):
         super().__init__(parameter, tuple(parameter.shape[1:]))
@@ -123,14 +129,18 @@ class Sparse(Sharded):
     def announce(self, ids: Tensor) -> None:
         """ids: rows that this rank's batch has looked up, on the CPU; any shape, any number of times."""
         assert self.told is None, "announce before exchange"
-        self.touched[ids.flatten()] = True
+        self.touched[ids.flatten()] = self.announced = True
 
     def exchange(self) -> None:
-        """Tell every owner how many rows, and which, it will get from this rank; begun, like a sum."""
+        """Tell every owner how many rows, and which, it will get from this rank; begun, like a sum. All ranks call it, or none."""
         device, ids = self.whole.device, self.touched.nonzero()[:, 0]
         counts = torch.bincount(ids // len(self.own), minlength=self.world)
         theirs = torch.empty_like(counts)
-        dist.all_to_all_single(theirs, counts, group=self.cpu_group)
+        told = counts if self.announced else torch.full_like(counts, -1)
+        if self.world > 1:
+            dist.all_to_all_single(theirs, told, group=self.cpu_group)
+        if not self.announced or theirs.min() < 0:  # so that all ranks stop, and none waits
+            raise RuntimeError("a sparse table's gradient is due, and announce() was not called")
         self.sent, self.received = counts.tolist(), theirs.tolist()
         ids = ids.pin_memory() if device.type == "cuda" else ids  # else Python waits for the copy
         self.ids = ids.to(device, non_blocking=True)
@@ -140,10 +150,8 @@ class Sparse(Sharded):
         )
 
     def scatter(self) -> None:
-        if self.world == 1:
+        if self.world == 1 and self.announced:
             return
-        if not self.touched.any():
-            raise RuntimeError("a sparse table's gradient is due, and announce() named no rows")
         if self.told is None:
             self.exchange()
         values = self.grads[self.ids]
@@ -171,6 +179,7 @@ class Sparse(Sharded):
         else:
             self.grads.index_fill_(0, self.ids, 0.0)
         self.touched.zero_()
+        self.announced = False
 
 
 # %% Bytes

@@ -159,6 +159,12 @@ def orthogonal(g: Tensor, iterations: int, options: MuonOptions) -> Tensor:
     return newton_schulz(g, iterations)
 
 
+def rate_factor(rows: int, cols: int, matrix: MatrixOptions, options: MuonOptions) -> float:
+    """What the rate of a matrix of this shape is multiplied by."""
+    tall = math.sqrt(rows / cols) if matrix.shape_factor and rows > cols else 1.0
+    return options.wide_factor if rows < cols else tall
+
+
 class Muon(MatrixOptimizer):
     """Banks of matrices under Muon, old or new. Parameters change their dtype if the options say so.
 
@@ -178,8 +184,7 @@ class Muon(MatrixOptimizer):
         for group in self.param_groups:
             (bank,) = group["params"]
             rows, cols = bank.shape[1] // group["matrices"], bank.shape[2]
-            tall = math.sqrt(rows / cols) if matrix.shape_factor and rows > cols else 1.0
-            group["factor"] = options.wide_factor if rows < cols else tall
+            group["factor"] = rate_factor(rows, cols, matrix, options)
             group["momentum"] = matrix.momentum
             if options.weights != "float32":
                 bank.data, lost = split(bank.data.float())

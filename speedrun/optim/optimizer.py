@@ -10,6 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import FunctionType
 from typing import Any, Literal
 
 import torch
@@ -60,6 +61,18 @@ class OptimizerOptions:
     """Leave out a step whose gradient is not finite."""
     compile: bool = True
     """On a GPU: fuse each update's elementwise work, and replay it as a CUDA graph."""
+
+
+@dataclass(frozen=True)
+class SharingOptions:
+    """Whether ranks share the update, each doing its part, and what Adam is if they do."""
+
+    on: bool = False
+    """Chapter 20's optimizer. Off: PyTorch's AdamW, with chapter 12's or 13's rule beside it, and every rank updates everything."""
+    adam_every: int = 2
+    """Steps from one update by Adam to the next."""
+    adam_decay: float = 0.005
+    """Decay of weights that a step makes smaller anyway, as a multiple of the rate's square."""
 
 
 TOGETHER = "replicated"  # the name under which all replicated parameters stand in an order
@@ -134,15 +147,18 @@ class Replay:
             return self.work()
         if self.graph is None:
             self.graph = torch.cuda.CUDAGraph()
+            # thread_local: else what NCCL's own thread asks the GPU meanwhile would break the recording
             with torch.cuda.graph(self.graph, self.pool, capture_error_mode="thread_local"):
                 self.work()
         self.graph.replay()
 
 
 def compiled(work: Callable, options: OptimizerOptions, device: torch.device) -> Callable:
-    """Work as it is, or fused for a GPU."""
-    on = options.compile and device.type == "cuda"
-    return torch.compile(work, dynamic=False, fullgraph=True) if on else work
+    """Work as it is, or fused for a GPU: a copy of it, since compiled code is kept by function, and shapes are many."""
+    if not options.compile or device.type != "cuda":
+        return work
+    own = FunctionType(work.__code__.replace(), work.__globals__, work.__name__, work.__defaults__)
+    return torch.compile(own, dynamic=False, fullgraph=True)
 
 
 # %% A part for every row
@@ -252,10 +268,12 @@ class SmallPart(Replicated):
         super().__init__(tensors)
         self.rows, self.options, self.every = rows, options, options.adam_every
         self.state = adam_state(self.own)
-        sizes = torch.tensor([tensors[row.name].numel() for row in rows])
 
         def spread(values: Iterable[float]) -> Tensor:
-            return torch.tensor(list(values)).repeat_interleave(sizes).to(self.own.device)
+            found = torch.zeros(len(self.own))
+            for row, value in zip(rows, values):
+                found[self.slices[row.name]] = value
+            return found.to(self.own.device)
 
         self.rate = spread(row.rate for row in rows if isinstance(row.rate, float))
         self.decay = spread(row.decay * options.adam_decay for row in rows)
@@ -301,17 +319,26 @@ def build_parts(
     return parts
 
 
+TOLD = ("muon", "adam", "momentum", "muon_decay")  # what a step is told
+
+
+def addresses_of(p: Tensor) -> tuple[int, int]:
+    """Where a parameter's value and gradient are stored."""
+    return p.data_ptr(), 0 if p.grad is None else p.grad.data_ptr()
+
+
 def number_names(table: Sequence[Entry]) -> list[str]:
     """What a step needs to know, beside the gradient."""
     betas = sorted({beta for row in table if row.rule == "adam" for beta in row.betas})
-    return ["muon", "adam", "momentum", "muon_decay", *(f"fix {beta}" for beta in betas)]
+    return [*TOLD, *(f"fix {beta}" for beta in betas)]
 
 
 class BankOptimizer:
     """Muon and Adam over a model's parameters, shared by all ranks, as a table says.
 
     Parameters keep their shapes and become views of padded storage; their gradients are never None, and are
-    cleared here. scatter_order, work_order: names of rows, and “replicated” for all that are; default: the table's.
+    cleared here. All ranks start from the same values. Saved values are loaded afterwards: this rounds banks to
+    bfloat16, and copies what is tied. scatter_order, work_order: names of rows, and “replicated” for all that are; default: the table's.
     """
 
     def __init__(
@@ -333,21 +360,19 @@ class BankOptimizer:
         self.scatter_order = self.spelled(names if scatter_order is None else scatter_order)
         self.work_order = self.spelled(names if work_order is None else work_order)
         self.tied = {row.name: row.tied for row in table if row.tied}
-        self.addresses = {
-            name: p.grad.data_ptr() for name, p in parameters.items() if p.grad is not None
-        }
+        self.addresses = {name: addresses_of(p) for name, p in parameters.items()}
         self.device = next(iter(parameters.values())).device
         self.numbers = Numbers(number_names(table), self.device)
         self.bad = {name: torch.zeros((), device=self.device) for name in self.parts}
         self.skip = torch.zeros((), device=self.device) if options.guard else None
         self.updates, self.pending = 0, False  # by adam; whether gradients wait for it
         records = options.compile and self.device.type == "cuda"
+        if records and not options.iterations:
+            raise ValueError(
+                "the exact factor cannot be compiled: iterations=0 wants compile=False"
+            )
         pool = torch.cuda.graph_pool_handle() if records else None
         self.works = {name: Replay(self.work_of(name), records, pool) for name in self.parts}
-        limits = (
-            torch._dynamo.config
-        )  # a function may be compiled for as many shapes as there are parts
-        limits.recompile_limit = max(limits.recompile_limit, 2 * len(self.parts))
         with torch.no_grad():
             copy_tied(self, list(self.parts))
 
@@ -363,9 +388,13 @@ class BankOptimizer:
     def step(self, index: int, rates: Mapping[str, float]) -> None:
         """Update what is due in step `index` (0, 1, …). rates: muon, adam, momentum, and muon_decay for plain decay."""
         for name, p in self.parameters.items():
-            if p.grad is None or p.grad.data_ptr() != self.addresses[name]:
-                what = f"the gradient of {name} is not the optimizer's any more"
-                raise RuntimeError(f"{what}: leave zero_grad() out, step() clears gradients")
+            for what, now, then in zip(
+                ("value", "gradient"), addresses_of(p), self.addresses[name]
+            ):
+                if now != then:
+                    moved = f"the {what} of {name} is not in the optimizer's storage any more"
+                    fix = "leave zero_grad() out, step() clears gradients; and copy values in place"
+                    raise RuntimeError(f"{moved}: {fix}")
         take_one_step(self, index, rates)
 
 
@@ -379,8 +408,10 @@ def take_one_step(optimizer: BankOptimizer, index: int, rates: Mapping[str, floa
     optimizer.updates += not optimizer.pending
     fixes = {
         name: 1 - float(name.removeprefix("fix ")) ** max(1, optimizer.updates)
-        for name in optimizer.numbers.names[4:]
+        for name in optimizer.numbers.names
+        if name.startswith("fix ")
     }
+    same_names("rates", {"muon_decay", *rates}, TOLD, "what a step is told")
     optimizer.numbers.fill({"muon_decay": 0.0, **rates, **fixes})
     add_tied(optimizer, due)
     watch(optimizer, due)
@@ -391,9 +422,10 @@ def take_one_step(optimizer: BankOptimizer, index: int, rates: Mapping[str, floa
         parts[name].wait()
         optimizer.works[name]()
         parts[name].gather()
+    for name in due:  # sums have arrived, new values are still on their way
+        parts[name].clear()
     for name in due:
         parts[name].wait()
-        parts[name].clear()
     copy_tied(optimizer, due)
 
 
@@ -467,42 +499,55 @@ def waiting(optimizer: BankOptimizer) -> dict[str, Tensor]:
     return found
 
 
+def state_places(optimizer: BankOptimizer) -> dict[str, tuple[Any, Tensor, slice | None]]:
+    """For each tensor of the state: its part, what this rank has, and where in that it stands if there is more in it."""
+    found: dict[str, tuple[Any, Tensor, slice | None]] = {}
+    for name, part in optimizer.parts.items():
+        places = part.slices if isinstance(part, Replicated) else {name: None}
+        for key, own in part.state.items():
+            found |= {f"{p}/{key}": (part, own, here) for p, here in places.items()}
+    return found
+
+
 def state_tensors(optimizer: BankOptimizer) -> dict[str, Tensor]:
     """The whole state by `parameter/key`, the same on every rank and for every number of ranks. All ranks have to ask."""
     facts = {"updates": optimizer.updates, "pending": int(optimizer.pending)}
     tied = [row.name for row in optimizer.table if row.tied]
     facts |= {f"{name} apart": int(name not in optimizer.tied) for name in tied}
     found = {f"optimizer/{key}": torch.tensor(value) for key, value in facts.items()}
-    for name, part in optimizer.parts.items():
-        for key, own in part.state.items():
-            if isinstance(part, Replicated):
-                found |= {f"{p}/{key}": own[here] for p, here in part.slices.items()}
-            else:
-                found[f"{name}/{key}"] = part.collect(own)
-    return {label: tensor.clone() for label, tensor in found.items()} | waiting(optimizer)
+    for label, (part, own, here) in state_places(optimizer).items():
+        found[label] = own[here].clone() if here else part.collect(own)
+    return found | waiting(optimizer)
 
 
 def load_state(optimizer: BankOptimizer, saved: Mapping[str, Tensor]) -> None:
     """Take back what `state_tensors` gave, on however many ranks."""
-    before, optimizer.pending = optimizer.pending, bool(saved.get("optimizer/pending", 0))
-    now = state_tensors(optimizer)
-    optimizer.pending = before
-    same_names("the saved state", saved, now, "this optimizer's state")
-    for label, tensor in saved.items():
-        if tensor.shape != now[label].shape:
-            was, here = tuple(tensor.shape), tuple(now[label].shape)
-            raise ValueError(f"{label}: saved as {was}, here {here}")
+    refuse_other_state(optimizer, saved)
     optimizer.updates = int(saved["optimizer/updates"])
     optimizer.pending = bool(saved["optimizer/pending"])
     tied = [row for row in optimizer.table if row.tied and not saved[f"optimizer/{row.name} apart"]]
     optimizer.tied = {row.name: row.tied for row in tied}
+    for label, (part, own, here) in state_places(optimizer).items():
+        value = saved[label].to(own.device)
+        own[here or slice(None)].copy_(value if here else part.mine(part.padded(value)))
     for name, part in optimizer.parts.items():
-        for key, own in part.state.items():
-            if isinstance(part, Replicated):
-                own.copy_(torch.cat([saved[f"{p}/{key}"].to(own.device) for p in part.slices]))
-            else:
-                own.copy_(part.mine(part.padded(saved[f"{name}/{key}"].to(own.device))))
         take_waiting(part, saved.get(f"{name}/waiting"))
+
+
+def refuse_other_state(optimizer: BankOptimizer, saved: Mapping[str, Tensor]) -> None:
+    """Refuse a saved state of other parameters or other options."""
+    shapes: dict[str, tuple[int, ...]] = {f"optimizer/{key}": () for key in ("updates", "pending")}
+    shapes |= {f"optimizer/{row.name} apart": () for row in optimizer.table if row.tied}
+    for label, (part, own, here) in state_places(optimizer).items():
+        shapes[label] = (here.stop - here.start,) if here else (part.units, *own.shape[1:])
+    for name, part in optimizer.parts.items():
+        if saved.get("optimizer/pending", 0) and part.every > 1:
+            units = part.units if isinstance(part, Sharded) else len(part.own)
+            shapes[f"{name}/waiting"] = (units, *part.grads.shape[1:])
+    same_names("the saved state", saved, shapes, "this optimizer's state")
+    for label, tensor in saved.items():
+        if tuple(tensor.shape) != shapes[label]:
+            raise ValueError(f"{label}: saved as {tuple(tensor.shape)}, here {shapes[label]}")
 
 
 def take_waiting(part: Any, total: Tensor | None) -> None:
