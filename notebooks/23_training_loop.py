@@ -742,6 +742,18 @@ class SilentLog:
         pass
 
 
+# %% [markdown]
+# Compiling has a trap, and this trainer sat in it. From version 2.10 on PyTorch fuses the two reductions in the backward pass of a norm. Where gains and biases are slices of one tensor, as in our banks, and a pass has some 16,000 tokens or more, it leaves most of their gradient *unwritten* ([pytorch#193061](https://github.com/pytorch/pytorch/issues/193061)). Nothing fails. Training goes on with whatever stood in that memory, and for a while it even learns. So that fusion is switched off; a test compares compiled gradients with eager ones.
+
+
+# %%
+#| export
+def compiled(model: nn.Module) -> Any:
+    """The model under torch.compile, without the fusion that breaks gradients of a bank's slices (pytorch#193061)."""
+    safe: dict[str, Any] = {"triton.mix_order_reduction": False}
+    return torch.compile(model, dynamic=False, fullgraph=True, options=safe)
+
+
 # %%
 #| export
 def assemble(config: Config, folder: Path, echo=print) -> Run:
@@ -755,7 +767,7 @@ def assemble(config: Config, folder: Path, echo=print) -> Run:
     validation = Shards(config.data.path, "val")
     heart.phase("build")
     model, decays = build_model(config, loader.shards.manifest.vocab_size, device)
-    forward = torch.compile(model, dynamic=False, fullgraph=True) if config.compile else model
+    forward = compiled(model) if config.compile else model
     optimizers = make_optimizers(config, model, decays)
     log = open_log(config, folder, echo) if ranks.rank == 0 else SilentLog()
     parts = (

@@ -446,6 +446,12 @@ class SilentLog:
         pass
 
 
+def compiled(model: nn.Module) -> Any:
+    """The model under torch.compile, without the fusion that breaks gradients of a bank's slices (pytorch#193061)."""
+    safe: dict[str, Any] = {"triton.mix_order_reduction": False}
+    return torch.compile(model, dynamic=False, fullgraph=True, options=safe)
+
+
 def assemble(config: Config, folder: Path, echo=print) -> Run:
     """Everything that a run needs, on this rank, at step 0."""
     heart = Heartbeat(folder, int(os.environ.get("RANK", 0)))  # before anything that could hang
@@ -457,7 +463,7 @@ def assemble(config: Config, folder: Path, echo=print) -> Run:
     validation = Shards(config.data.path, "val")
     heart.phase("build")
     model, decays = build_model(config, loader.shards.manifest.vocab_size, device)
-    forward = torch.compile(model, dynamic=False, fullgraph=True) if config.compile else model
+    forward = compiled(model) if config.compile else model
     optimizers = make_optimizers(config, model, decays)
     log = open_log(config, folder, echo) if ranks.rank == 0 else SilentLog()
     parts = (

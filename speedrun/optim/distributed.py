@@ -166,11 +166,11 @@ class Sparse(Sharded):
         if self.values is None or self.told is None:
             return
         self.told.wait()
+        self.told = None
         self.grad.zero_()
         local = self.rows - self.rank * len(self.own)
         for rows, values in zip(local.split(self.received), self.values.split(self.received)):
             self.grad[rows] += values  # a rank names a row once
-        self.told = self.values = None
 
     def clear(self) -> None:
         """Forget the gradient: of one rank all, else of the rows that were touched."""
@@ -179,7 +179,7 @@ class Sparse(Sharded):
         else:
             self.grads.index_fill_(0, self.ids, 0.0)
         self.touched.zero_()
-        self.announced = False
+        self.announced, self.values = False, None
 
 
 # %% Bytes

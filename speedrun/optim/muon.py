@@ -34,8 +34,10 @@ def polar_express(
     x = g.float() if dtype == torch.float16 else g.to(dtype)  # a small gradient is none in float16
     x = (x / (1.02 * torch.linalg.matrix_norm(x, keepdim=True) + 1e-6)).to(dtype)
     last = POLAR_EXPRESS[-1:] * max(0, iterations - len(POLAR_EXPRESS))
-    way = through_gram if gram and max(x.shape[-2:]) > 1.5 * min(x.shape[-2:]) else through
-    return way(x, (*POLAR_EXPRESS[:iterations], *last))
+    polynomials = (*POLAR_EXPRESS[:iterations], *last)
+    if not gram:
+        return through(x, polynomials)
+    return through_gram(x, polynomials, 3 if max(x.shape[-2:]) > 1.5 * min(x.shape[-2:]) else 1)
 
 
 # %% The small square
@@ -46,10 +48,10 @@ def through_gram(
 
     restart: after so many polynomials the square is computed anew, from x as it is by then.
     """
-    tall = x.shape[-2] > x.shape[-1]
-    x = x.mT if tall else x
-    for part in filter(None, (polynomials[:restart], polynomials[restart:])):
-        gram = x @ x.mT
+    tall, restart = x.shape[-2] > x.shape[-1], max(1, restart)
+    for begin in range(0, len(polynomials), restart):
+        part = polynomials[begin : begin + restart]
+        gram = x.mT @ x if tall else x @ x.mT
         q = torch.eye(len(gram[0]), dtype=x.dtype, device=x.device).expand_as(gram)
         for n, (a, b, c) in enumerate(part):
             z = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
@@ -57,8 +59,8 @@ def through_gram(
             if n < len(part) - 1:  # p(gram) · gram · p(gram): all of these commute
                 half = torch.baddbmm(gram, z, gram, beta=a)
                 gram = torch.baddbmm(half, z, half, beta=a)
-        x = q @ x
-    return x.mT if tall else x
+        x = x @ q if tall else q @ x
+    return x
 
 
 # %% Rows of one length

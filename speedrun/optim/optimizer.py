@@ -8,8 +8,10 @@ from speedrun.optim.distributed import Replicated, Sharded, Sparse, ranks
 # %% The table
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from types import FunctionType
 from typing import Any, Literal
 
@@ -130,16 +132,12 @@ class Numbers:
 
 
 class Replay:
-    """Work without arguments, called; or, if it `records`, recorded at its third call and replayed from then on.
+    """Work without arguments, called; or, if it `records`, recorded at its third call and replayed from then on."""
 
-    pool: of a GPU's memory, for what the work needs in between; works that never run at once may share one.
-    """
+    graph: Any = None
 
-    graph: Any
-
-    def __init__(self, work: Callable[[], None], records: bool, pool: Any):
-        self.work, self.calls, self.graph = work, 0, None
-        self.records, self.pool = records, pool
+    def __init__(self, work: Callable[[], None], records: bool):
+        self.work, self.calls, self.records = work, 0, records
 
     def __call__(self) -> None:
         self.calls += 1
@@ -148,7 +146,7 @@ class Replay:
         if self.graph is None:
             self.graph = torch.cuda.CUDAGraph()
             # thread_local: else what NCCL's own thread asks the GPU meanwhile would break the recording
-            with torch.cuda.graph(self.graph, self.pool, capture_error_mode="thread_local"):
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
                 self.work()
         self.graph.replay()
 
@@ -366,13 +364,20 @@ class BankOptimizer:
         self.bad = {name: torch.zeros((), device=self.device) for name in self.parts}
         self.skip = torch.zeros((), device=self.device) if options.guard else None
         self.updates, self.pending = 0, False  # by adam; whether gradients wait for it
-        records = options.compile and self.device.type == "cuda"
-        if records and not options.iterations:
+        self.records = options.compile and self.device.type == "cuda"
+        if self.records and not options.iterations:
             raise ValueError(
                 "the exact factor cannot be compiled: iterations=0 wants compile=False"
             )
-        pool = torch.cuda.graph_pool_handle() if records else None
-        self.works = {name: Replay(self.work_of(name), records, pool) for name in self.parts}
+        self.works = {name: Replay(self.work_of(name), self.records) for name in self.parts}
+        self.looks: dict[tuple[str, ...], tuple[Replay, Tensor]] = {}
+        self.lanes = {
+            name: torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+            for name in self.parts
+        }
+        self.add, self.copy = (
+            compiled(work, options, self.device) for work in (add_transposed, copy_transposed)
+        )
         with torch.no_grad():
             copy_tied(self, list(self.parts))
 
@@ -398,13 +403,15 @@ class BankOptimizer:
         take_one_step(self, index, rates)
 
 
-def take_one_step(optimizer: BankOptimizer, index: int, rates: Mapping[str, float]) -> None:
-    """`BankOptimizer.step`: scatter all that is due, then for one after the other wait, update and begin to gather."""
-    parts, every = optimizer.parts, optimizer.options.adam_every
-    # adam's parts in every adam_every-th step only, and what is tied never
-    due = [name for name in optimizer.work_order if (index + 1) % parts[name].every == 0]
-    due = [name for name in due if name not in optimizer.tied]
-    optimizer.pending = (index + 1) % every != 0
+def due_in(optimizer: BankOptimizer, index: int) -> list[str]:
+    """What is updated in a step: adam's parts in every adam_every-th only, and what is tied never."""
+    names = [name for name in optimizer.work_order if name not in optimizer.tied]
+    return [name for name in names if (index + 1) % optimizer.parts[name].every == 0]
+
+
+def tell(optimizer: BankOptimizer, index: int, rates: Mapping[str, float]) -> None:
+    """Set the numbers of a step."""
+    optimizer.pending = (index + 1) % optimizer.options.adam_every != 0
     optimizer.updates += not optimizer.pending
     fixes = {
         name: 1 - float(name.removeprefix("fix ")) ** max(1, optimizer.updates)
@@ -413,15 +420,24 @@ def take_one_step(optimizer: BankOptimizer, index: int, rates: Mapping[str, floa
     }
     same_names("rates", {"muon_decay", *rates}, TOLD, "what a step is told")
     optimizer.numbers.fill({"muon_decay": 0.0, **rates, **fixes})
-    add_tied(optimizer, due)
+
+
+def take_one_step(optimizer: BankOptimizer, index: int, rates: Mapping[str, float]) -> None:
+    """`BankOptimizer.step`: scatter all that is due, then for one after the other wait, update and begin to gather."""
+    parts, due = optimizer.parts, due_in(optimizer, index)
+    tell(optimizer, index, rates)
     watch(optimizer, due)
     for name in optimizer.scatter_order:
         if name in due:
             parts[name].scatter()
     for name in due:
-        parts[name].wait()
-        optimizer.works[name]()
-        parts[name].gather()
+        with beside(optimizer.lanes[name]):
+            parts[name].wait()
+            optimizer.works[name]()
+            parts[name].gather()
+    for name in due:
+        if (lane := optimizer.lanes[name]) is not None:
+            torch.cuda.current_stream().wait_stream(lane)
     for name in due:  # sums have arrived, new values are still on their way
         parts[name].clear()
     for name in due:
@@ -429,13 +445,32 @@ def take_one_step(optimizer: BankOptimizer, index: int, rates: Mapping[str, floa
     copy_tied(optimizer, due)
 
 
+@contextmanager
+def beside(lane: Any) -> Iterator[None]:
+    """On a GPU: what is begun here runs in a lane (a stream) of its own, after all that was begun before."""
+    if lane is None:
+        yield
+    else:
+        lane.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(lane):
+            yield
+
+
+def add_transposed(target: Tensor, source: Tensor) -> None:
+    target.add_(source.mT)
+
+
+def copy_transposed(target: Tensor, source: Tensor) -> None:
+    target.copy_(source.mT)
+
+
 def add_tied(optimizer: BankOptimizer, due: Sequence[str]) -> None:
     """Add the gradient of what is tied to that of what it is tied to."""
     for name, whole in optimizer.tied.items():
         if whole in due:
             part, target = optimizer.parts[name], optimizer.parts[whole]
-            target.grads[: target.units].add_(part.grads[: part.units].mT)
-            part.clear()
+            optimizer.add(target.grads[: target.units], part.grads[: part.units])
+            part.grads.zero_()
 
 
 def copy_tied(optimizer: BankOptimizer, due: Sequence[str]) -> None:
@@ -443,20 +478,32 @@ def copy_tied(optimizer: BankOptimizer, due: Sequence[str]) -> None:
     for name, whole in optimizer.tied.items():
         if whole in due:
             part, target = optimizer.parts[name], optimizer.parts[whole]
-            part.whole[: part.units].copy_(target.whole[: target.units].mT)
+            optimizer.copy(part.whole[: part.units], target.whole[: target.units])
 
 
 def watch(optimizer: BankOptimizer, due: Sequence[str]) -> None:
-    """Look for gradients that are not finite on any rank, before they are added up."""
+    """Add up what is tied, and look for gradients that are not finite on any rank, before they are added up."""
+    key = (*due, *optimizer.tied)
+    if key not in optimizer.looks:
+        broken = torch.zeros(len(due), device=optimizer.device)
+        looking = Replay(partial(look, optimizer, list(due), broken), optimizer.records)
+        optimizer.looks[key] = looking, broken
+    looking, broken = optimizer.looks[key]
+    looking()
     if optimizer.skip is None or not due:
         return
-    largest = torch._foreach_norm([optimizer.parts[name].grads for name in due], math.inf)
-    broken = (~torch.isfinite(torch.stack([x.float() for x in largest]))).float()
     if ranks()[1] > 1:
         dist.all_reduce(broken)
-    for name, one in zip(due, broken.unbind()):
-        optimizer.bad[name] += one
     optimizer.skip.copy_(broken.sum().clamp(max=1.0))
+    torch._foreach_add_([optimizer.bad[name] for name in due], list(broken.unbind()))
+
+
+def look(optimizer: BankOptimizer, due: list[str], broken: Tensor) -> None:
+    """Which of this rank's gradients are not finite."""
+    add_tied(optimizer, due)
+    if optimizer.skip is not None and due:
+        largest = torch._foreach_norm([optimizer.parts[name].grads for name in due], math.inf)
+        broken.copy_(~torch.isfinite(torch.stack([x.float() for x in largest])))
 
 
 def blame(optimizer: BankOptimizer) -> list[str]:
@@ -468,12 +515,20 @@ def warm_up(optimizer: BankOptimizer) -> None:
     """Compile and record everything, that of tied parameters as well; nothing is updated."""
     if optimizer.skip is None:
         raise ValueError("warming up is a step that is left out, which only the guard can do")
-    optimizer.skip.fill_(1.0)
     optimizer.numbers.fill({name: float(name[:3] == "fix") for name in optimizer.numbers.names})
-    for work in optimizer.works.values():
+    for _ in range(3):
+        for index in range(optimizer.options.adam_every):
+            watch(optimizer, due_in(optimizer, index))
+    optimizer.skip.fill_(1.0)
+    for name, work in optimizer.works.items():
         for _ in range(3):
-            work()
+            with beside(optimizer.lanes[name]):
+                work()
+    if optimizer.device.type == "cuda":
+        torch.cuda.synchronize()
     optimizer.skip.zero_()
+    for total in optimizer.bad.values():
+        total.zero_()
 
 
 # %% Apart, and together again
