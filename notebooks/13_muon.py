@@ -42,6 +42,7 @@ momenta = {
 }
 
 
+# %%
 def share_below(momentum: torch.Tensor, floor: float) -> float:
     """The share of singular values that are below `floor` times their matrix's length."""
     length = torch.linalg.matrix_norm(momentum)[:, None]
@@ -56,14 +57,14 @@ unreached = share_below(momenta["attention_qkv"], 1 / 664)
 weights = run.model.mlp_up.detach().bfloat16()
 late = 0.1 * 0.016 * 2 * up.view(weights.shape)  # a tenth of the rate, and its factor
 moved = ((weights.float() - late).bfloat16() != weights).float().mean()
-assert 0.25 < unreached < 0.4 and 4.5 < uneven < 5.5 and 1.8 < usual < 2.3 and 0.4 < moved < 0.5
+assert 0.25 < unreached < 0.4 and 4 < uneven < 6 and 1.7 < usual < 2.5 and 0.4 < moved < 0.5
 print(f"{unreached:.0%} of the directions of Q, K and V are too short for five iterations")
 print(f"one neuron's step is {uneven:.1f} times as long as another's")
 print(f"without a twentieth at either end, {usual:.1f} times")
 print(f"at a tenth of the rate {moved:.0%} of the weights move, if they are kept in bfloat16")
 
 # %% [markdown]
-# Three numbers that hurt. The polynomial leaves a third of the directions of Q, K and V behind. *Orthogonal* promised to treat all directions alike, and yet the steps of two neurons of one layer differ up to fivefold. And weights of sixteen bits are cheaper to send from GPU to GPU, but more than half of these would not notice a step at a tenth of the peak rate. (The record's rate ends at 0.15 of its base.) The fourth thing is not in sight after sixty steps: weights that do not decay grow. When record 43 let the contest's matrices decay, their mean square fell below a fifth of what it had been.
+# Three numbers that hurt. The polynomial leaves a third of the directions of Q, K and V behind. *Orthogonal* promised to treat all directions alike, and yet the steps of two neurons of one layer differ up to fivefold, and twofold in the middle nine tenths. And weights of sixteen bits are cheaper to send from GPU to GPU, but more than half of these would not notice a step at a tenth of the peak rate. (The record's rate ends at 0.15 of its base.) The fourth thing is not in sight after sixty steps: weights that do not decay grow. When record 43 let the contest's matrices decay, their mean square fell below a fifth of what it had been.
 #
 # ```{admonition} Prediction
 # Four mends: better polynomials, rows of equal length, a decay that knows when to hold, and sixteen lost bits kept aside. In the contest they were worth 10 steps of 1,680, 15 of 2,330, 40 of 2,285, and (the bits) no steps at all but part of a second. **Order the four by what they will be worth in a run of 600 steps on a laptop. Then say which of them three seeds will be able to tell from nothing,** if the loss of one configuration has a standard deviation of 0.007 nats from seed to seed, and arms share their seeds.
@@ -220,14 +221,15 @@ ends["five best quintics"] = mapped(before / 1.02, POLAR_EXPRESS)
 figure_style()
 fig, axis = plt.subplots(figsize=(5.6, 3.4))
 for label, values in ends.items():
-    axis.semilogx(before, values, label=label)
+    axis.semilogx(before, values, lw=1, label=label, zorder=3 if label.startswith("one") else 2)
 axis.axvline(floor, color="0.5", ls=":")
 axis.set_xlabel("singular value, as a share of the matrix's length")
 axis.set_ylabel("singular value after")
 axis.legend(loc="upper left")
 quintic, best = ([v[before > floor].min(), v[before > floor].max()] for v in ends.values())
 axis.set_title(
-    f"above a thousandth of the length:\n{best[0]:.2f} to {best[1]:.2f} instead of {quintic[0]:.2f} to {quintic[1]:.2f}"
+    f"above a thousandth of the length all end at {best[0]:.2f} to {best[1]:.2f},\n"
+    f"with the one quintic at {quintic[0]:.2f} to {quintic[1]:.2f}"
 )
 plt.show()
 
@@ -305,7 +307,7 @@ def through_gram(
 
 # %%
 def gram_flops(m: int, n: int, iterations: int = 5, restarts: int = 1) -> int:
-    """FLOPs of `through_gram` for an m × n matrix, m ≤ n: four long products, the rest of them of squares."""
+    """FLOPs of `through_gram` for an m × n matrix, m ≤ n: two long products a part, the rest of them of squares."""
     parts = restarts + 1
     squares = iterations + (iterations - parts) + 2 * (iterations - parts)
     return parts * 4 * m * m * n + squares * 2 * m**3
@@ -323,6 +325,7 @@ with FlopCounterMode(display=False) as counter:
 assert counter.get_total_flops() == gram_flops(24, 96)
 saving = 1 - gram_flops(768, 3072) / plain_flops(768, 3072)
 assert 0.32 < saving < 0.34 and gram_flops(768, 768) > plain_flops(768, 768)
+assert gram_flops(768, 768, restarts=4) == plain_flops(768, 768), "a restart after each: plain"
 print(f"a matrix of 768 × 3,072: {saving:.0%} fewer FLOPs; a square one would need more")
 
 # %% [markdown]
@@ -347,9 +350,9 @@ for n, x in numbers.items():
         ways[f"gram, {n}, restart {restart}"] = through_gram(x, POLAR_EXPRESS, restart)
 off = {way: ((x.double() - right).norm() / right.norm()).item() for way, x in ways.items()}
 assert off["gram, bfloat16, restart 5"] > 1 and off["gram, float16, restart 5"] > 0.1
-for restart in (2, 3):
-    for n in numbers:
-        assert 0.7 < off[f"gram, {n}, restart {restart}"] / off[f"plain, {n}"] < 1.1
+for n in numbers:
+    every_2, every_3 = (off[f"gram, {n}, restart {restart}"] for restart in (2, 3))
+    assert 0.5 < every_2 / off[f"plain, {n}"] < every_3 / off[f"plain, {n}"] < 0.9
 for form in ("plain, {}", "gram, {}, restart 2", "gram, {}, restart 3"):
     assert 7 < off[form.format("bfloat16")] / off[form.format("float16")] < 9
 rounded = through(numbers["bfloat16"].double(), POLAR_EXPRESS)  # exact products, rounded matrix
@@ -360,7 +363,7 @@ for way, error in off.items():
 print(f"bfloat16, if nothing but the matrix itself were rounded: off by {entry:.3f}")
 
 # %% [markdown]
-# Without a restart (after 5 of 5) the Gram form is ruined, in float16 too. With one after two or three polynomials it is about as exact as the plain form in the same numbers, for a third less work. And float16 errs an eighth as much as bfloat16, in either form, for its three more bits. Half of bfloat16's error is made before the first product: rounding the matrix adds noise to all directions, and the polynomials lift what is small, noise included. (When to restart is a matter of the spectrum. Zhang and others restart after two; after three costs the same and is a little more exact for this matrix.)
+# Without a restart (after 5 of 5) the Gram form is ruined, in float16 too. With one after three polynomials it is a little more exact than the plain form in the same numbers, for a third less work at this shape. Restarts after two and four take two long products more and make it better still. And float16 errs an eighth as much as bfloat16, in either form, for its three more bits. Rounding the matrix to bfloat16 already makes half of the plain form's error, before the first product: it adds noise to all directions, and the polynomials lift what is small, noise included. (When to restart is a matter of the spectrum. Zhang and others restart once, after two.) A square matrix gets a restart after each polynomial, and that is the plain form.
 #
 # ### Rows of one length
 
@@ -397,20 +400,20 @@ evened = even_rows(perfect, second, beta2=0.9, skip=None)
 assert spread(evened) < 1.001
 assert torch.allclose(torch.linalg.matrix_norm(evened), torch.linalg.matrix_norm(perfect))
 tilted = torch.linalg.svdvals(evened)
-assert tilted.min() < 0.85 and tilted.max() > 1.2, "what is even in rows is not orthogonal"
+assert tilted.min() < 0.85 and tilted.max() > 1.15, "what is even in rows is not orthogonal"
 chance = spread(rotation(512, 128)[None])
 assert 1.2 < chance < 1.6
 hadamard = torch.ones(1, 1)
 for _ in range(9):
     hadamard = torch.cat([torch.cat([hadamard, hadamard]), torch.cat([hadamard, -hadamard])], 1)
 both = hadamard[None, :, :128] / math.sqrt(512)
-assert torch.allclose(both.mT @ both, eye[:1]) and spread(both) == 1.0
+assert torch.allclose(both.mT @ both, eye[:1], atol=1e-6) and spread(both) < 1.0001
 print(f"the exact factor: rows up to {spread(perfect):.1f} times as long as others")
 print(f"orthonormal columns at random: {chance:.1f} times")
 print(f"evened: {spread(evened):.3f}; singular values now {tilted.min():.2f} to {tilted.max():.2f}")
 
 # %% [markdown]
-# The first assertion is the point. The columns of this matrix are orthonormal, as far as float32 goes, and the steps of its neurons differ nearly fivefold; by chance it would be less than twofold. A better polynomial cannot mend that, because nothing is wrong with the polynomial. The last line is the price: scaling the rows once spoils the columns. (Both *can* be had: the first columns of a Hadamard matrix are orthonormal, with rows of one length. But it would take more rounds.) The record takes even rows and columns that are roughly orthonormal.
+# The first assertion is the point. The columns of this matrix are orthonormal, as far as float32 goes, and the steps of its neurons differ nearly fivefold; by chance it would be less than twofold. A better polynomial cannot mend that, because nothing is wrong with the polynomial. The last line is the price: scaling the rows once spoils the columns. (Both *can* be had: the first columns of a Hadamard matrix are orthonormal, with rows of one length. But that takes more than one scaling.) The record takes even rows and columns that are roughly orthonormal.
 #
 # In the first step the running mean is of this step alone, and rows come out equal. Later each row is divided by what it *usually* is. The mean starts at zero and needs no correction for that: a factor common to all rows goes when the matrix gets its length back.
 #
@@ -866,6 +869,7 @@ around = {arm: runs[0] for arm, runs in losses["laptop_long_rates"].items()}
 best_long = min(around, key=around.get)
 print(f"2,000 steps: chapter 12 {long_12}\n             today      {long_whole}, p = {p_long:.2f}")
 same_seed = load_result("newton_schulz", "long")["data"]["arms"]["muon"][0]["val_loss"]
+assert all(around[f"0.008 {o}"] < around[f"0.016 {o}"] for o in ("0.002", "0.004"))
 assert best_long == "0.008 0.004" and 0.003 < same_seed - around[best_long] < 0.005
 assert 0.01 < long_whole.mean - long_12.mean < 0.012 and 0.05 < p_long < 0.2
 print(f"2,000 steps, other rates: {', '.join(f'{at} {loss:.3f}' for at, loss in around.items())}")
@@ -904,10 +908,10 @@ print(f"first seed: five parts singly {singly:+.3f}, all at once {together:+.3f}
 #
 # After 2,000 steps, at the rates of 600, today's ends a hundredth *above*, though three seeds do not settle that. Half the rate for the matrices mends it: in one run, today's Muon then ends 0.004 below chapter 12's with the same seed. That is the best of six rates against chapter 12's at the rates of 600 steps, so it is no lead. What there was, was a lead in a short race.
 #
-# Now the parts. Two cautions first. The 2,000 steps ran at the rates of 600, and by the one run at half of it the matrices' rate is too high there (lower ones were not tried). So in the second column a part that makes steps longer looks worse than it is. And parts do not add up. Chapter 12's Muon is today's without five of them: the quintic, no NorMuon, momentum held, plain decay, no wide factor. With the first seed, taking them away one at a time changes the loss by less than nothing in sum. Taking away all at once costs three hundredths. What one part does, another can do in its absence.
+# Now the parts. Two cautions first. The 2,000 steps ran at the rates of 600, and by single runs at half of it the matrices' rate is too high there (lower ones were not tried). So in the second column a part that makes steps longer looks worse than it is. And parts do not add up. Chapter 12's Muon is today's without five of them: the quintic, no NorMuon, momentum held, plain decay, no wide factor. With the first seed, taking them away one at a time lowers the loss, in sum, by less than a hundredth. Taking away all at once raises it by three. What one part does, another can do in its absence.
 #
 # - **NorMuon** is missed at both lengths, in all six pairs. It is the one part of which that can be said.
-# - **The polynomials** are worth nothing here. Record 4's quintic does as well or a little better in five of six pairs, with steps that are a tenth shorter. Even the first three of the five do: no worse in the long run, and better in two of three pairs in the short one, where three *quintics* cost more than a tenth of a nat in chapter 12. In the contest Polar Express is worth ten steps of 1,680. Near the end a step is worth a ten-thousandth there, so that is a thousandth, and three seeds cannot see it.
+# - **The polynomials** are worth nothing here, as the exact factor was worth nothing in chapter 12. Record 4's quintic does as well or a little better in five of six pairs, with steps that are a tenth shorter. Even the first three of the five do: no worse in the long run, and better in two of three pairs in the short one, where three *quintics* cost more than a tenth of a nat in chapter 12. In the contest Polar Express is worth ten steps of 1,680. Near the end a step is worth a ten-thousandth there, so that is a thousandth, and three seeds cannot see it.
 # - **Decay** needs time. Without any, a short run loses nothing and a long one a hundredth. But in the long run plain decay does better than the cautious one, and so does decay of all weights. At this peak rate the cautious one takes a fifth of what the plain one takes from attention, two fifths and three quarters from the MLP's two matrices (its rate has their factor in it), and where signs are random it leaves out half of that. The record's constant is for the record's length and rates.
 # - **Momentum's ramps**, rise and fall together, cost a hundredth in the short run and gain one in the long.
 # - **The factors** help a great deal at first. In the long run they do not; but there the rate is too high and without factors the MLP's is lower, so this does not tell whether they hurt or the rate does. (An arm without a factor also decays less.)
@@ -944,7 +948,7 @@ from datetime import date
 from speedrun.lab.results import public_table
 
 ladder = {row["record"]: row for row in public_table("records") if row["contributors"]}
-steps_at = {n: int(row["steps"]) for n, row in ladder.items()}
+steps_at = {n: int(row["steps"]) for n, row in ladder.items() if row["steps"]}
 WHAT = {38: "Polar Express", 41: "NorMuon", 42: "rates", 43: "cautious decay"}
 WHAT |= {50: "Adam's decay", 57: "the kept bits"}
 by_record = {}
@@ -960,7 +964,7 @@ stayed = date.fromisoformat(ladder["38"]["date"]) - date.fromisoformat(ladder["4
 assert 345 < stayed.days < 365
 
 # %% [markdown]
-# Official times are taken on different days, so a few tenths of a second mean nothing. On one machine the authors of records 38, 42 and 43 measured 1.0, 3.3 and 2.2 s. Record 42 halved the rate and doubled it for the MLP's first matrix; record 50 gave cautious decay to Adam's parameters, too. Weights of sixteen bits are half the bytes to gather, and need no casting.
+# Official times are taken on different days, so a few tenths of a second mean nothing. On one machine, before and after, the author of records 38, 42 and 43 measured 1.0, 3.3 and 2.2 s. Record 42 halved the rate and doubled it for the MLP's first matrix; record 50 gave cautious decay to Adam's parameters, too. Weights of sixteen bits are half the bytes to gather, and need no casting.
 #
 # These are records, not ablations. Of record 43's 40 steps its author gives 10 to 15 to the decay's fall with the rate. (With decay the loss was higher than without for most of that run, too, and lower only at its end.) Record 42 also kept the rate flat in the extension and lengthened the fall; record 38 also raised the rate; record 57's second is shared with an optimizer whose two rules take turns, and it took 15 steps more.
 #

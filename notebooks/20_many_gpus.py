@@ -326,10 +326,24 @@ print(f"a step with tables, early on: {odd:.0f} MB, {odd / 450:.1f} ms")
 # %%
 #| default_exp optim.adam
 #| export
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 Number = float | Tensor
+
+
+@dataclass(frozen=True)
+class SharingOptions:
+    """Whether ranks share the update, each doing its part, and what Adam is if they do."""
+
+    on: bool = False
+    """Chapter 20's optimizer. Off: PyTorch's AdamW, with chapter 12's or 13's rule beside it, and every rank updates everything."""
+    adam_every: int = 2
+    """Steps from one update by Adam to the next."""
+    adam_decay: float = 0.005
+    """Decay of weights that a step makes smaller anyway, as a multiple of the rate's square."""
 
 
 # %%
@@ -446,18 +460,6 @@ class OptimizerOptions:
 
 # %%
 #| export
-@dataclass(frozen=True)
-class SharingOptions:
-    """Whether ranks share the update, each doing its part, and what Adam is if they do."""
-
-    on: bool = False
-    """Chapter 20's optimizer. Off: PyTorch's AdamW, with chapter 12's or 13's rule beside it, and every rank updates everything."""
-    adam_every: int = 2
-    """Steps from one update by Adam to the next."""
-    adam_decay: float = 0.005
-    """Decay of weights that a step makes smaller anyway, as a multiple of the rate's square."""
-
-
 TOGETHER = "replicated"  # the name under which all replicated parameters stand in an order
 
 
@@ -829,6 +831,18 @@ class BankOptimizer:
         )
         with torch.no_grad():
             copy_tied(self, list(self.parts))
+
+    def tensors(self) -> dict[str, Tensor]:
+        return state_tensors(self)
+
+    def load(self, saved: Mapping[str, Tensor]) -> None:
+        load_state(self, saved)
+
+    def warm_up(self) -> None:
+        warm_up(self)
+
+    def blamed(self) -> list[str]:
+        return blame(self)
 
     def spelled(self, order: Sequence[str]) -> list[str]:
         """An order with “replicated” spelled out, dtype by dtype."""
@@ -1318,6 +1332,10 @@ def fill_gradients(optimizer: BankOptimizer, index: int, tokens: int = 32_768) -
         dist.barrier()
 
 
+# %%
+assert 10 < clocked(lambda: time.sleep(0.01), "cpu")[0] < 100
+
+
 # %% tags=["hide-input"]
 #| export measure.many_gpus
 def time_steps(optimizer: BankOptimizer, device: str, rounds: int = 17) -> dict[str, list]:
@@ -1356,6 +1374,12 @@ def step_of_rank(device: str, scale: int = 0) -> dict:
     return found
 
 
+# %%
+brief = step_of_rank("cpu")
+assert len(brief["tied"]["even"]) == len(brief["apart"]["odd"]) == 17
+assert {"qk", "bigram", "replicated", "guard", "clear head"} <= set(brief["parts"])
+
+
 # %% tags=["hide-input"]
 #| export measure.many_gpus
 def ceilings(device: str) -> dict[str, float]:
@@ -1392,6 +1416,11 @@ def stock_of_rank(device: str, scale: int = 0) -> dict:
         for name, optimizer in zip(("Muon", "AdamW"), pair)
     }
     return {"parts": took, "matrices": len(matrices), "ceilings": ceilings(device)}
+
+
+# %%
+stock = stock_of_rank("cpu")
+assert stock["matrices"] == 60 + 20 + 22 and len(stock["parts"]["AdamW"]) == 17
 
 
 # %% tags=["hide-input"]
@@ -1434,6 +1463,16 @@ def lanes(kernels: list[tuple[str, float, float]], gap: float = 4.0) -> dict[str
     return found
 
 
+# %%
+fake = [("ncclDevKernel_Sum", 1.0, 5.0), ("nvjet_sm90_hsh", 2.0, 3.0), ("nvjet_sm90_hsh", 4.0, 6.0)]
+fake += [("nccl:all_gather", 1.0, 5.0), ("triton_poi_fused", 11.0, 12.0)]
+seen = lanes(fake)
+assert seen["network"] == [[0.0, 4.0]] and seen["products"] == [[1.0, 5.0]]
+assert seen["elementwise"] == [[10.0, 11.0]]
+
+
+# %% tags=["hide-input"]
+#| export measure.many_gpus
 def trace_of_rank(device: str, scale: int = 0) -> dict:
     """What the first rank's GPU did in a step with tables, one thing after the other and overlapped."""
     from torch.profiler import ProfilerActivity, profile

@@ -95,8 +95,6 @@ from speedrun.lab.runlog import RunLog, format_line, parse_line
 from speedrun.model.baseline import make_adamw
 from speedrun.optim.muon import Muon, rate_factor
 from speedrun.optim.newton_schulz import MatrixOptimizer, MatrixOptions
-from speedrun.optim.optimizer import BankOptimizer, Entry, OptimizerOptions, blame
-from speedrun.optim.optimizer import warm_up as compile_all
 from speedrun.optim.schedule import between, learning_rate
 from speedrun.model.gpt import GPT, model_flops_per_token
 
@@ -355,8 +353,10 @@ assert sum(len(g["params"]) for g in one.param_groups) == 16
 
 # %%
 #| export
-def optimizer_table(config: Config, model: GPT) -> list[Entry]:
+def optimizer_table(config: Config, model: GPT) -> list[Any]:
     """How each parameter is updated when ranks share the work; what Muon updates comes first, since it takes longest."""
+    from speedrun.optim.optimizer import Entry
+
     found, betas = [], config.optim.betas
     for row in model.table:
         if row.matrices:
@@ -370,8 +370,10 @@ def optimizer_table(config: Config, model: GPT) -> list[Entry]:
     return sorted(found, key=lambda entry: entry.rule == "adam")
 
 
-def shared_optimizer(config: Config, model: nn.Module) -> BankOptimizer:
+def shared_optimizer(config: Config, model: nn.Module) -> Any:
     """One optimizer for all ranks, as the run says."""
+    from speedrun.optim.optimizer import BankOptimizer, OptimizerOptions
+
     assert isinstance(model, GPT)  # check_config has refused all others
     matrix, sharing = config.matrix, config.sharing
     options = OptimizerOptions(
@@ -508,8 +510,8 @@ def not_finite(model: nn.Module) -> tuple[list[str], list[str]]:
 def broken(run: "Run") -> Problem:
     """What to say about steps that were left out: who is to blame, what still happened, and the way on."""
     weights, gradients = not_finite(run.model)
-    for optimizer in run.optimizers:  # one that is shared has cleared them
-        gradients += blame(optimizer) if isinstance(optimizer, BankOptimizer) else []
+    if run.config.sharing.on:  # then they are cleared by now
+        gradients += run.optimizers[0].blamed()
     if weights:
         what = f"parameter {', '.join(weights)} is not finite; nothing has been updated since"
     elif gradients:
@@ -755,6 +757,12 @@ def compiled(model: nn.Module) -> Any:
 
 
 # %%
+import torch._inductor
+
+assert "triton.mix_order_reduction" in torch._inductor.list_options(), "this PyTorch has the switch"
+
+
+# %%
 #| export
 def assemble(config: Config, folder: Path, echo=print) -> Run:
     """Everything that a run needs, on this rank, at step 0."""
@@ -840,15 +848,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from speedrun.lab.hardware import Problem
-from speedrun.optim.optimizer import BankOptimizer, load_state, state_tensors
 
 
-Optimizers = Sequence[Any]  # of torch.optim.Optimizer, or one BankOptimizer alone
+Optimizers = Sequence[Any]  # of torch.optim.Optimizer, or chapter 20's alone
+
+
+def is_shared(optimizers: Optimizers) -> bool:
+    """Whether it is the one that all ranks share."""
+    return not isinstance(optimizers[0], torch.optim.Optimizer)
 
 
 def states_by_parameter(optimizers: Optimizers) -> dict[Tensor, dict[str, Tensor]]:
@@ -861,8 +874,8 @@ def optimizer_tensors(
     optimizers: Optimizers, parameters: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """The state of optimizers as named tensors, `parameter/moment`. If it is shared, all ranks have to ask."""
-    if isinstance(optimizers[0], BankOptimizer):
-        return state_tensors(optimizers[0])
+    if is_shared(optimizers):
+        return optimizers[0].tensors()
     states = states_by_parameter(optimizers)
     moments = {name: states[p].items() for name, p in parameters.items()}
     return {f"{name}/{key}": value for name, items in moments.items() for key, value in items}
@@ -872,8 +885,8 @@ def restore_optimizers(
     optimizers: Optimizers, parameters: Mapping[str, Tensor], saved: dict
 ) -> None:
     """Put named tensors back as the state of optimizers, on each parameter's device."""
-    if isinstance(optimizers[0], BankOptimizer):
-        return load_state(optimizers[0], saved)
+    if is_shared(optimizers):
+        return optimizers[0].load(saved)
     for optimizer in optimizers:
         optimizer.state.clear()
     states = states_by_parameter(optimizers)
@@ -1102,7 +1115,7 @@ def warm_up(run: Run) -> float:
     weights = {name: p.detach().clone() for name, p in named.items()}
     moments = {label: t.clone() for label, t in optimizer_tensors(run.optimizers, named).items()}
     if run.config.sharing.on:
-        compile_all(run.optimizers[0])
+        run.optimizers[0].warm_up()
     for _ in range(run.config.warmup):
         train_step(run)
         run.heart.beat()

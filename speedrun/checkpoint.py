@@ -9,15 +9,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from speedrun.lab.hardware import Problem
-from speedrun.optim.optimizer import BankOptimizer, load_state, state_tensors
 
 
-Optimizers = Sequence[Any]  # of torch.optim.Optimizer, or one BankOptimizer alone
+Optimizers = Sequence[Any]  # of torch.optim.Optimizer, or chapter 20's alone
+
+
+def is_shared(optimizers: Optimizers) -> bool:
+    """Whether it is the one that all ranks share."""
+    return not isinstance(optimizers[0], torch.optim.Optimizer)
 
 
 def states_by_parameter(optimizers: Optimizers) -> dict[Tensor, dict[str, Tensor]]:
@@ -30,8 +35,8 @@ def optimizer_tensors(
     optimizers: Optimizers, parameters: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """The state of optimizers as named tensors, `parameter/moment`. If it is shared, all ranks have to ask."""
-    if isinstance(optimizers[0], BankOptimizer):
-        return state_tensors(optimizers[0])
+    if is_shared(optimizers):
+        return optimizers[0].tensors()
     states = states_by_parameter(optimizers)
     moments = {name: states[p].items() for name, p in parameters.items()}
     return {f"{name}/{key}": value for name, items in moments.items() for key, value in items}
@@ -41,8 +46,8 @@ def restore_optimizers(
     optimizers: Optimizers, parameters: Mapping[str, Tensor], saved: dict
 ) -> None:
     """Put named tensors back as the state of optimizers, on each parameter's device."""
-    if isinstance(optimizers[0], BankOptimizer):
-        return load_state(optimizers[0], saved)
+    if is_shared(optimizers):
+        return optimizers[0].load(saved)
     for optimizer in optimizers:
         optimizer.state.clear()
     states = states_by_parameter(optimizers)

@@ -14,9 +14,9 @@ from speedrun.data.loader import DataOptions, check_options
 from speedrun.lab.hardware import Problem
 from speedrun.model.baseline import AdamWOptions
 from speedrun.model.gpt import GPTOptions
+from speedrun.optim.adam import SharingOptions
 from speedrun.optim.muon import MuonOptions
 from speedrun.optim.newton_schulz import MatrixOptions
-from speedrun.optim.optimizer import SharingOptions
 from speedrun.optim.schedule import ScheduleOptions
 
 PresetName = Literal["smoke", "cpu", "small", "record", "baseline"]
@@ -119,6 +119,20 @@ def check_ranges(fields: dict[str, Any]) -> None:
             raise Problem(what, f"--{flag(name)} 0.9, say: 0 or more, and less than 1")
 
 
+def check_rules(config: Config) -> None:
+    """Refuse optimizers that the run's model or its numbers do not fit."""
+    muon, rule = config.muon, config.matrix.rule
+    if muon.weights != "float32" and config.precision == "float32":
+        what = f"muon.weights={muon.weights} in a model that computes in float32"
+        raise Problem(what, "--muon.weights float32, or 16 bits for --precision as well")
+    if config.sharing.on and (config.architecture, rule) != ("gpt", "muon"):
+        what = f"sharing.on with matrix.rule={rule} and architecture={config.architecture}"
+        raise Problem(what, "--matrix.rule muon and --architecture gpt: it updates banks by Muon")
+    if config.architecture == "baseline" and config.matrix != MatrixOptions():
+        fix = "--architecture gpt: the plain one has no banks for --matrix.rule to update"
+        raise Problem("there are no banks of matrices", fix)
+
+
 def check_config(config: Config, world: int = 1) -> Config:
     """The config itself, after checking what can be known beforehand. world: ranks that will share it."""
     model, data = config.model, config.data
@@ -133,15 +147,7 @@ def check_config(config: Config, world: int = 1) -> Config:
     if model.width % model.heads:
         what = f"a width of {model.width} cannot be shared by {model.heads} heads"
         raise Problem(what, f"--model.heads {largest_divisor(model.width, model.heads)}")
-    if config.muon.weights != "float32" and config.precision == "float32":
-        what = f"muon.weights={config.muon.weights} in a model that computes in float32"
-        raise Problem(what, "--muon.weights float32, or 16 bits for --precision as well")
-    if config.sharing.on and (config.architecture, config.matrix.rule) != ("gpt", "muon"):
-        what = f"sharing.on with matrix.rule={config.matrix.rule} and architecture={config.architecture}"
-        raise Problem(what, "--matrix.rule muon and --architecture gpt: it updates banks by Muon")
-    if config.architecture == "baseline" and config.matrix != MatrixOptions():
-        fix = "--architecture gpt: the plain one has no banks for --matrix.rule to update"
-        raise Problem("there are no banks of matrices", fix)
+    check_rules(config)
     if config.val_tokens < world * micro:
         what = f"val_tokens={config.val_tokens} are less than a micro-batch of {micro} for each of {world} ranks"
         raise Problem(what, f"--val-tokens {world * micro} or more")

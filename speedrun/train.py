@@ -47,8 +47,6 @@ from speedrun.lab.runlog import RunLog, format_line, parse_line
 from speedrun.model.baseline import make_adamw
 from speedrun.optim.muon import Muon, rate_factor
 from speedrun.optim.newton_schulz import MatrixOptimizer, MatrixOptions
-from speedrun.optim.optimizer import BankOptimizer, Entry, OptimizerOptions, blame
-from speedrun.optim.optimizer import warm_up as compile_all
 from speedrun.optim.schedule import between, learning_rate
 from speedrun.model.gpt import GPT, model_flops_per_token
 
@@ -207,8 +205,10 @@ def make_optimizers(config: Config, model: nn.Module, decays: dict[str, bool]) -
     return [first, second]
 
 
-def optimizer_table(config: Config, model: GPT) -> list[Entry]:
+def optimizer_table(config: Config, model: GPT) -> list[Any]:
     """How each parameter is updated when ranks share the work; what Muon updates comes first, since it takes longest."""
+    from speedrun.optim.optimizer import Entry
+
     found, betas = [], config.optim.betas
     for row in model.table:
         if row.matrices:
@@ -222,8 +222,10 @@ def optimizer_table(config: Config, model: GPT) -> list[Entry]:
     return sorted(found, key=lambda entry: entry.rule == "adam")
 
 
-def shared_optimizer(config: Config, model: nn.Module) -> BankOptimizer:
+def shared_optimizer(config: Config, model: nn.Module) -> Any:
     """One optimizer for all ranks, as the run says."""
+    from speedrun.optim.optimizer import BankOptimizer, OptimizerOptions
+
     assert isinstance(model, GPT)  # check_config has refused all others
     matrix, sharing = config.matrix, config.sharing
     options = OptimizerOptions(
@@ -315,8 +317,8 @@ def not_finite(model: nn.Module) -> tuple[list[str], list[str]]:
 def broken(run: "Run") -> Problem:
     """What to say about steps that were left out: who is to blame, what still happened, and the way on."""
     weights, gradients = not_finite(run.model)
-    for optimizer in run.optimizers:  # one that is shared has cleared them
-        gradients += blame(optimizer) if isinstance(optimizer, BankOptimizer) else []
+    if run.config.sharing.on:  # then they are cleared by now
+        gradients += run.optimizers[0].blamed()
     if weights:
         what = f"parameter {', '.join(weights)} is not finite; nothing has been updated since"
     elif gradients:
@@ -588,7 +590,7 @@ def warm_up(run: Run) -> float:
     weights = {name: p.detach().clone() for name, p in named.items()}
     moments = {label: t.clone() for label, t in optimizer_tensors(run.optimizers, named).items()}
     if run.config.sharing.on:
-        compile_all(run.optimizers[0])
+        run.optimizers[0].warm_up()
     for _ in range(run.config.warmup):
         train_step(run)
         run.heart.beat()

@@ -2,10 +2,24 @@
 
 
 # %% Adam, on whatever share
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 Number = float | Tensor
+
+
+@dataclass(frozen=True)
+class SharingOptions:
+    """Whether ranks share the update, each doing its part, and what Adam is if they do."""
+
+    on: bool = False
+    """Chapter 20's optimizer. Off: PyTorch's AdamW, with chapter 12's or 13's rule beside it, and every rank updates everything."""
+    adam_every: int = 2
+    """Steps from one update by Adam to the next."""
+    adam_decay: float = 0.005
+    """Decay of weights that a step makes smaller anyway, as a multiple of the rate's square."""
 
 
 def adam_step(

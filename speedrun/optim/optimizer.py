@@ -65,18 +65,6 @@ class OptimizerOptions:
     """On a GPU: fuse each update's elementwise work, and replay it as a CUDA graph."""
 
 
-@dataclass(frozen=True)
-class SharingOptions:
-    """Whether ranks share the update, each doing its part, and what Adam is if they do."""
-
-    on: bool = False
-    """Chapter 20's optimizer. Off: PyTorch's AdamW, with chapter 12's or 13's rule beside it, and every rank updates everything."""
-    adam_every: int = 2
-    """Steps from one update by Adam to the next."""
-    adam_decay: float = 0.005
-    """Decay of weights that a step makes smaller anyway, as a multiple of the rate's square."""
-
-
 TOGETHER = "replicated"  # the name under which all replicated parameters stand in an order
 
 
@@ -380,6 +368,18 @@ class BankOptimizer:
         )
         with torch.no_grad():
             copy_tied(self, list(self.parts))
+
+    def tensors(self) -> dict[str, Tensor]:
+        return state_tensors(self)
+
+    def load(self, saved: Mapping[str, Tensor]) -> None:
+        load_state(self, saved)
+
+    def warm_up(self) -> None:
+        warm_up(self)
+
+    def blamed(self) -> list[str]:
+        return blame(self)
 
     def spelled(self, order: Sequence[str]) -> list[str]:
         """An order with “replicated” spelled out, dtype by dtype."""
