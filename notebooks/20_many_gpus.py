@@ -14,7 +14,7 @@
 # # Many GPUs: who updates what
 #
 # ```{admonition} Cost box
-# Any machine: about a minute on two CPU cores, no GPU: several processes that talk through gloo play the GPUs. The bytes in the figure were counted on one machine and are committed.
+# Any machine: about a minute on two CPU cores, no GPU: several processes that talk through gloo play the GPUs. What was measured on one GPU and on two is committed.
 # Record 6: @kellerjordan0. Record 15: @leloykun, @YouJiacheng. Record 22: @KonstantinWilleke, @alexrgilbert, @adricarda, @tuttyfrutyee, @vdlad. Record 23: @ryanyang0. Record 24: @vagrawal. Records 36 and 39: @classiclarryd. Record 44: @akash5474. Record 57: @classiclarryd, @YouJiacheng, @ChrisJMcCormick. Record 61: @ChrisJMcCormick. Record 68: @dhrvji. Record 71: @roeeshenberg.
 # ```
 #
@@ -33,10 +33,10 @@ print(
 )
 
 # %% [markdown]
-# A seventh of every step was saved, although results now had to be exchanged. The rest of the ladder's systems records are about the price of not doing it: what one GPU alone has updated, all others must be told.
+# A seventh of every step was saved, although results now had to be exchanged: what one GPU alone has updated, all others must be told. Most of this chapter's records lower the price of telling.
 #
 # ```{admonition} Prediction
-# Record 89 has 75 million weights in matrices and 560 million in tables, nearly all of them in bfloat16. Every step updates the matrices; every second one the tables too. With eight GPUs, **how many megabytes does each of them send in a step of either kind?** (Two batches of a rank touch at most a tenth of the rows of the largest table, which has 290 of the 560 million.) Compare with what it would send if every GPU updated everything, and only gradients were summed. Then divide by 450 GB/s, an H100's NVLink in one direction: how much of a step of 31 ms would that be, if nothing overlapped?
+# Record 89 has 75 million weights in matrices and 560 million in tables, nearly all of them in bfloat16. Every step updates the matrices; every second one the tables too. (Head and embedding are one matrix at first, and updated once.) With eight GPUs, **how many megabytes does each of them send in a step of either kind?** (Two batches of a rank touch at most a tenth of the rows of the largest table, which has 290 of the 560 million.) Compare with what it would send if every GPU updated the matrices, and only gradients were summed. Then divide by 450 GB/s, an H100's NVLink in one direction: how much of a step of 31 ms would that be, if nothing overlapped?
 # ```
 #
 # ## The idea
@@ -45,7 +45,7 @@ print(
 #
 # > **An all-reduce is a reduce-scatter and an all-gather. Put the update between the halves.**
 #
-# Then each rank updates only the piece that it holds, and what travels in the second half are new weights instead of summed gradients. The same bytes are sent, the optimizer's work is divided by $w$, and so is its memory, since a rank needs moments for its own piece alone. Rajbhandari and others call it ZeRO's first stage {cite}`rajbhandari2020`. For Adam any cut will do. For Muon a piece must be whole matrices, which is what banks are for: a bank is a stack of equal matrices, and a rank gets some of the stack.
+# Then each rank updates only the piece that it holds, and what travels in the second half are new weights instead of summed gradients. The same bytes are sent, if a weight has as many bytes as its gradient (record 57's 16-bit weights made that true for the matrices). The optimizer's work is divided by $w$, and so is the memory of its state, since a rank needs moments for its own piece alone. Rajbhandari and others call it ZeRO's first stage {cite}`rajbhandari2020`. Weights and gradients stay whole on every rank; cutting those, too, is their second and third stage. For Adam any cut will do. For Muon a piece must be whole matrices, which is what banks are for: a bank is a stack of equal matrices, and a rank gets some of the stack.
 #
 # Three refinements, and the design is complete:
 #
@@ -57,7 +57,7 @@ print(
 #
 # ## The code
 #
-# Each GPU has a process of its own, a *rank*, and all run the same program. `torch.distributed` connects them: over TCP between CPUs, by a library called *gloo*, and over NVLink between GPUs, by *NCCL*. A *collective* is a call that all ranks make in the same order; a rank that leaves one out makes the others wait for ever. With two ranks that hold [a b] and [c d]:
+# Each GPU has a process of its own, a *rank*, and all run the same program. `torch.distributed` connects them: over TCP between CPUs, by a library called *gloo*, and over NVLink between GPUs, by *NCCL*. A *collective* is a call that all ranks make in the same order; a rank that leaves one out makes the others wait, until a timeout (ten minutes for NCCL) ends the run. So an error that one rank alone raises is a deadlock for the others, and what can go wrong on one is told to all before anyone stops. With two ranks that hold [a b] and [c d]:
 #
 # | collective | the first rank gets | the second |
 # | --- | --- | --- |
@@ -66,7 +66,9 @@ print(
 # | all-gather of [x] and [y] | [x y] | [x y] |
 # | all-to-all | [a c] | [b d] |
 #
-# With `async_op=True` a call only begins, and returns something to `wait()` for. NCCL takes what was begun one after the other, on a stream beside the one that computes. So a gather begins only after all sums that were begun before it.
+# With `async_op=True` a call only begins, and returns something to `wait()` for. Until then the tensors belong to the call: what it reads must not be written, and what it writes must not be read. gloo's `wait` stops Python; NCCL's only makes the GPU's stream wait. NCCL takes what was begun one after the other, on a stream beside the one that computes. So a gather begins only after all sums that were begun before it.
+#
+# Gradients are *summed*, not averaged as elsewhere. Both rules divide the scale away; who wants means divides the loss.
 #
 # ### A share for every rank
 #
@@ -203,7 +205,7 @@ class Replicated:
 # %% [markdown]
 # ### Rows that were touched
 #
-# A batch of 16,384 tokens looks up at most as many rows of a table that has 377,280. Autograd still writes a dense gradient, of which nearly all is zero. `announce` tells which rows are not. Rows that are not announced are neither sent nor cleared, so announce too many rather than too few. How many rows everyone sends must be known to *Python*, since it has to allocate the room; so counts travel between CPUs, where asking costs no waiting for a GPU. The batch knows its rows long before the gradient exists, and `exchange` may be called then; if nobody has, `scatter` does it.
+# A batch of 16,384 tokens looks up at most as many rows of a table that has 377,280. Autograd still writes a dense gradient, of which nearly all is zero. `announce` tells which rows are not. A row that is forgotten is not updated now, and its old gradient is added the next time it is named; so announce too many rather than too few. How many rows everyone sends must be known to *Python*, since it has to allocate the room; so counts travel between CPUs, where asking costs no waiting for a GPU. The batch knows its rows long before the gradient exists, and `exchange` may be called then; if nobody has, `scatter` does it. It is a collective, and Python waits in it for the slowest rank's Python: call it while the GPU is busy with the backward pass, on all ranks at the same place.
 
 
 # %%
@@ -283,7 +285,7 @@ class Sparse(Sharded):
 # %% [markdown]
 # ### Bytes
 #
-# What a rank sends can be said beforehand. It is half of the prediction:
+# What a rank sends can be said beforehand, if it sends around a ring. (The switch between eight H100s can add and copy by itself, and then a rank sends less.)
 
 
 # %%
@@ -312,12 +314,13 @@ sums, gathers = bytes_sent("sparse", BIGRAM, 2, 8, rows=2 * 16_384, width=768)
 odd = even + dense + (sums + gathers) / 1e6
 assert sum(bytes_sent("sharded", 1000, 2, 8)) == sum(bytes_sent("replicated", 1000, 2, 8))
 assert 1.1 < even / as_before < 1.11 and gathers > 10 * sums and 0.11 < odd / 450 / 31 < 0.13
+assert 1650 < odd < 1660 and (dense / 2 + gathers / 1e6) / odd > 0.5
 print(f"a step without tables: {even:.0f} MB a rank, {even / 450:.1f} ms at 450 GB/s")
 print(f"an all-reduce of the matrices: {as_before:.0f} MB")
 print(f"a step with tables, early on: {odd:.0f} MB, {odd / 450:.1f} ms")
 
 # %% [markdown]
-# A sharded update sends what an all-reduce sends, as promised. But padding travels, too: a tenth of what a step without tables sends is zeros. A step with tables (in the first third, where steps are shortest and head and embedding are one) sends 1.65 GB, most of it to collect tables: Adam moves rows that nobody has touched this time, so *gathering* a sparse table is dense. That would be an eighth of the step. It is worth hiding, and that tables are updated in every second step only helps as well. (Record 39 brought that in for another reason, to give tables a larger batch than matrices.)
+# A sharded update sends what an all-reduce sends, as promised. But padding travels, too: a tenth of what a step without tables sends is zeros. A step with tables (in the first third, where steps are shortest and head and embedding are one) sends 1.65 GB, more than half of it to collect tables: Adam moves rows that nobody has touched this time, so *gathering* a sparse table is dense. That would be an eighth of an average step, at the 450 GB/s of the data sheet. It is worth hiding, and that tables are updated in every second step only helps as well. (Record 39 brought that in for another reason, to give tables a larger batch than matrices.)
 #
 # ### Adam, on whatever share
 #
@@ -513,7 +516,7 @@ for wrong in (good[:1], (*good, good[0]), (good[0], Entry("tabel", "adam", "spar
 # %% [markdown]
 # ### Numbers that change, work that does not
 #
-# Sharing divides the work, but not its launching: every rank launches every kernel itself, and for small matrices that takes longer than computing. From one step to the next nothing changes but a handful of numbers: rates, momentum, Adam's corrections. Keep those in a vector on the device, and the whole update of a parameter is a fixed list of kernels that can be recorded once, as a *CUDA graph*, and replayed with one launch. A graph remembers addresses and not names: it reads and writes the same memory each time. So parameters, gradients, state and these numbers never move; everything here is changed in place. (Recording and replaying are for GPUs. On a CPU, as in this chapter, the work is just called.)
+# Sharing divides the work, but not its launching: every rank launches every kernel itself, and for small matrices that takes longer than computing. From one step to the next nothing changes but a handful of numbers: rates, momentum, Adam's corrections. Keep those in a vector on the device, and the whole update of a parameter is a fixed list of kernels that can be recorded once, as a *CUDA graph*, and replayed with one launch. A graph remembers addresses and not names: it reads and writes the same memory each time. So parameters, gradients, state and these numbers never move; everything here is changed in place. The first call compiles, the second shows that the code is ready, the third is recorded. (Recording and replaying are for GPUs. On a CPU, as in this chapter, the work is just called.)
 
 
 # %%
@@ -569,7 +572,7 @@ rate = numbers["rate"]  # a view: read when the work is done
 numbers.fill({"rate": 0.25, "momentum": 0.9})
 assert rate.item() == 0.25
 done = []
-work = Replay(lambda: done.append(numbers["momentum"].item()), torch.device("cpu"))
+work = Replay(lambda: done.append(numbers["momentum"].item()), records=False)
 for momentum in (0.85, 0.9, 0.95):
     numbers.fill({"rate": 0.25, "momentum": momentum})
     work()
@@ -734,14 +737,16 @@ assert part.state["second"].shape == (2, 6, 1) and part.rates.flatten().tolist()
 gates = {"a": torch.nn.Parameter(torch.ones(3)), "b": torch.nn.Parameter(torch.ones(2, 2))}
 rows_of = [Entry("a", "adam", "replicated", rate=5.0), Entry("b", "adam", "replicated")]
 small = SmallPart(rows_of, gates, options)
-assert small.rate.tolist() == [5.0] * 3 + [1.0] * 4 and small.own.shape == (7,)
+assert small.rate[small.slices["a"]].tolist() == [5.0] * 3 and small.slices["b"] == slice(8, 12)
 gates["b"].grad += 1.0
-assert small.grad.tolist() == [0.0] * 3 + [1.0] * 4, "one vector is summed"
+assert small.grad.tolist() == [0.0] * 8 + [1.0] * 4 + [0.0] * 4, "one vector is summed"
 
 # %% [markdown]
 # ### One step
 #
-# Scatter, wait, update, gather: the loop below is the whole schedule. Before anything is summed, each rank looks whether all its gradients are finite, and one small all-reduce tells everybody. If any is not, the step is left out: rates are zero, and moments stay. (Adam's count goes on, which matters in the first steps only.) Python does not wait for the answer; `blame` asks later, and names the parameter. The price is one reading of every gradient before the first sum.
+# Scatter, wait, update, gather: the loop below is the whole schedule. Before anything is summed, each rank looks whether all its gradients are finite, and one small all-reduce tells everybody. If any is not, the step is left out: rates are zero, and moments stay. (Adam's count goes on, which matters in the first steps only.) Only gradients that are due are looked at: a table's number that breaks in the first step of a pair is found in the second, and costs both. Python does not wait for the answer; `blame` asks later, and names the parameter. The price is one reading of every gradient before the first sum.
+#
+# On a GPU each parameter has a *lane*, a stream of its own, in which it waits for its sum, is updated and begins to be gathered. Python only fills the lanes. What runs when is then decided by what has arrived: small kernels of one bank fill the gaps that another leaves, and products run while tables travel.
 
 
 # %%
@@ -821,7 +826,7 @@ class BankOptimizer:
                 "the exact factor cannot be compiled: iterations=0 wants compile=False"
             )
         self.works = {name: Replay(self.work_of(name), self.records) for name in self.parts}
-        self.looks: dict[tuple[str, ...], tuple[Replay, Tensor]] = {}
+        self.looks: dict[tuple, tuple[Replay, Tensor]] = {}
         self.lanes = {
             name: torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
             for name in self.parts
@@ -950,7 +955,7 @@ def copy_tied(optimizer: BankOptimizer, due: Sequence[str]) -> None:
 
 def watch(optimizer: BankOptimizer, due: Sequence[str]) -> None:
     """Add up what is tied, and look for gradients that are not finite on any rank, before they are added up."""
-    key = (*due, *optimizer.tied)
+    key = (tuple(due), tuple(optimizer.tied))
     if key not in optimizer.looks:
         broken = torch.zeros(len(due), device=optimizer.device)
         looking = Replay(partial(look, optimizer, list(due), broken), optimizer.records)
@@ -1004,6 +1009,7 @@ optimizer = BankOptimizer(broken, good, OptimizerOptions(adam_every=1))
 for p in broken.values():
     p.grad += 1.0
 broken["table"].grad[3, 1] = math.nan
+optimizer.parts["table"].announce(torch.arange(len(broken["table"])))
 optimizer.step(0, {"muon": 0.02, "adam": 0.01, "momentum": 0.9})
 assert all(torch.equal(p, torch.ones_like(p)) for p in broken.values())
 assert blame(optimizer) == ["table"]
@@ -1128,7 +1134,7 @@ print(f"tied for two steps, then apart; {len(saved)} tensors saved and taken bac
 # %% [markdown]
 # ## The measurement
 #
-# Count the bytes. Linux says how many bytes each network device has sent, the loopback among them, and gloo sends everything through it. So start $w$ processes with record 89's table at an eighth of its widths and vocabularies, let them scatter and gather one parameter at a time, and read the counter before and after.
+# First the bytes. Linux says how many bytes each network device has sent, the loopback among them, and gloo sends everything through it. So start $w$ processes with record 89's table at an eighth of its widths and vocabularies, let them scatter and gather one parameter at a time, and read the counter before and after.
 
 # %% tags=["hide-input"]
 #| default_exp measure.many_gpus
@@ -1558,7 +1564,7 @@ if __name__ == "__main__" and __spec__ is not None:  # python -m, not a notebook
 
 
 # %% [markdown]
-# Does it come to the same, however many share the work? Four micro-batches with gradients of small integers are summed exactly in any order and any grouping, so the sums of 1, 2 and 4 ranks are equal to the bit. So are the updates, if a matrix comes out the same from a batch of three and from a batch of six. A CPU's library does that; a GPU's need not. These are real processes (small ones: record 89's table, with every width and every vocabulary divided by 48), both rules, and every kind of communication:
+# Does it come to the same, however many share the work? Four micro-batches with gradients of small integers are summed exactly in any order and any grouping, so the sums of 1, 2 and 4 ranks are equal to the bit. So are the updates, if a matrix comes out the same from a batch of three and from a batch of six. The CPU's library here does that (the assert would say); a GPU's need not. These are real processes (small ones: record 89's table, with every width and every vocabulary divided by 48), both rules, and every kind of communication:
 
 # %%
 hashes = {world: on_ranks(world, "steps")["hash"] for world in (1, 2, 4)}
@@ -1569,7 +1575,12 @@ print(f"1, 2 and 4 ranks: {hashes[1][:16]}… each time")
 # And the bytes, counted beside the formula:
 
 # %%
+import statistics
+
+from torch.utils.flop_counter import FlopCounterMode
+
 from speedrun.lab.results import load_result, measured_on
+from speedrun.optim.muon import polar_express
 
 wire = load_result("many_gpus", "wire")
 worlds = {int(world): parts for world, parts in wire["data"]["ranks"].items()}
@@ -1592,7 +1603,7 @@ assert 1.9 < min(ratios["scatter"]) and max(ratios["scatter"]) < 2.1
 print(measured_on(wire))
 
 # %% [markdown]
-# Gathering and the sparse exchange cost what the formula says, to a part in a hundred or so. Summing costs *twice* as much, for every bank and table: PyTorch's reduce-scatter over gloo is an all-reduce of which each rank throws most away. So over gloo sharding sends three halves where an all-reduce would send two. NCCL has the real one. (The printed all-reduce is above its formula because its vector is small, and headers count.)
+# Gathering and the sparse exchange cost what the formula says, to a part in a hundred or so. Summing costs *twice* as much, for every bank and table: PyTorch's reduce-scatter over gloo is an all-reduce of which each rank throws most away. So over gloo sharding sends three halves where an all-reduce would send two. (The printed all-reduce is of a vector of 26 kB.)
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Bytes that a rank sends for one update of all sharded parameters, counted and by formula, for 1, 2, 4 and 8 ranks"}}
 import matplotlib.pyplot as plt
@@ -1602,7 +1613,7 @@ from speedrun.lab.results import figure_style
 figure_style()
 fig, axis = plt.subplots(figsize=(5.6, 3.4))
 dense = {w: [p for p in worlds[w].values() if p["comm"] == "sharded"] for w in RANKS}
-drawn = {}
+drawn: dict = {}
 for n, (half, which) in enumerate((("scattered", 0), ("gathered", 1))):
     drawn[half] = [sum(part[half] for part in dense[w]) / 1e6 for w in RANKS]
     drawn[which] = [sum(part["formula"][which] for part in dense[w]) / 1e6 for w in RANKS]
@@ -1612,12 +1623,175 @@ assert drawn[0] == drawn[1]
 axis.set_xscale("log", base=2)
 axis.set_xticks(RANKS, RANKS)
 axis.set_xlabel("ranks")
-axis.set_ylabel("MB that a rank sends, all sharded parts")
+axis.set_ylabel("MB sent by a rank")
 axis.set_ylim(0)
 axis.legend()
 twice = drawn["scattered"][-1] / drawn[0][-1]
-axis.set_title(f"gloo's reduce-scatter sends {twice:.1f} times\nwhat it has to; gathering is exact")
+exact = drawn["gathered"][-1] / drawn[1][-1]
+axis.set_title(
+    f"gloo's reduce-scatter sends {twice:.1f} times what it has to,\nits all-gather {exact:.2f} times"
+)
 plt.show()
+
+# %% [markdown]
+# NCCL has the real one. An H100 counts what its NVLinks send, so the same works can be counted there, on two GPUs:
+
+# %%
+nvlink = load_result("many_gpus", "nvlink")
+times_formula: dict[str, list[float]] = {"more than 2 MB": [], "less": [], "sparse": []}
+for part in nvlink["data"].values():
+    for half, formula in zip(("scattered", "gathered"), part["formula"]):
+        rows = part["comm"] == "sparse" and half == "scattered"
+        kind = "sparse" if rows else "more than 2 MB" if formula > 2e6 else "less"
+        if formula > 10_000:
+            times_formula[kind].append(part[half] / formula)
+for kind, values in times_formula.items():
+    print(f"{kind:15} {min(values):.2f} to {max(values):.2f} times the formula")
+assert all(abs(ratio - 1) < 0.01 for ratio in times_formula["more than 2 MB"])
+assert all(abs(ratio - 2) < 0.02 for ratio in times_formula["less"])
+assert abs(times_formula["sparse"][0] - 1) < 0.05
+print(measured_on(nvlink))
+
+# %% [markdown]
+# Large messages cost what the formula says, to the printed digits. Small ones cost exactly twice as much. NCCL has a protocol for those in which a flag travels beside every four bytes, so that the receiver need not be told that they are there: it pays bytes for latency.
+#
+# ### The clock
+#
+# Now the step, with record 89's shapes at full size, alone, with everything waiting for it. What could it take at best? Muon's products, by whole tiles of 128 × 128, at the rate at which this GPU multiplies large matrices; of a product that is symmetric, the tiles on and below the diagonal. Then each number that has to be read or written, at the rate at which it copies: 20 bytes for a weight under Muon, 24 under Adam, their gradients' clearing included.
+
+
+# %%
+def tiled(count: int, rows: int, cols: int, inner: int, symmetric: bool, tile: int = 128) -> int:
+    """FLOPs of `count` products (rows × inner) · (inner × cols) by whole tiles."""
+    high, wide = -(-rows // tile), -(-cols // tile)
+    tiles = high * (high + 1) // 2 if symmetric else high * wide
+    return count * tiles * 2 * tile * tile * inner
+
+
+def muon_flops(count: int, rows: int, cols: int, symmetric: bool = True) -> int:
+    """FLOPs of chapter 13's Gram form: restarted once for long matrices, after every polynomial for others."""
+    m, n = sorted((rows, cols))
+    parts = 2 if n > 1.5 * m else 5
+    squares = 5 + 3 * (5 - parts)
+    long = tiled(count, m, m, n, symmetric) + tiled(count, m, n, m, False)
+    return parts * long + squares * tiled(count, m, m, m, symmetric)
+
+
+def floors(world: int, at_best: dict[str, float]) -> dict[str, float]:
+    """Milliseconds of a step without tables and with them, if nothing but arithmetic and memory took time."""
+    banks = [(-(-n // world), rows, cols) for n, rows, cols in list(record_shapes().values())[:3]]
+    products = sum(muon_flops(*bank) for bank in banks) / at_best["flops"]
+    memory = 20 * sum(math.prod(bank) for bank in banks) / at_best["bytes"]
+    tables = 24 * (HEAD + VALUES + BIGRAM) / world / at_best["bytes"]
+    even = 1000 * (products + memory)
+    return {"even": even, "odd": even + 1000 * tables}
+
+
+with FlopCounterMode(display=False) as counter:
+    (
+        polar_express(torch.randn(2, 256, 512), gram=True),
+        polar_express(torch.randn(2, 128, 128), gram=True),
+    )
+assert counter.get_total_flops() == muon_flops(2, 256, 512, False) + muon_flops(2, 128, 128, False)
+
+# %%
+timed = load_result("many_gpus", "step")
+data = timed["data"]
+at_best = data["stock"]["ceilings"]
+shares = {
+    "qk": "Muon",
+    "mlp": "Muon",
+    "vo": "Muon",
+    "head": "Adam",
+    "values": "Adam",
+    "bigram": "Adam",
+}
+ms = {
+    world: {kind: statistics.median(t[0] for t in one["tied"][kind]) for kind in ("even", "odd")}
+    for world, one in data["ranks"].items()
+}
+python = {
+    world: {kind: statistics.median(t[1] for t in one["tied"][kind]) for kind in ("even", "odd")}
+    for world, one in data["ranks"].items()
+}
+for world in ms:
+    floor = floors(int(world), at_best)
+    for kind in ("even", "odd"):
+        print(
+            f"{world} GPU, {kind:4}: {ms[world][kind]:4.1f} ms, of which Python {python[world][kind]:3.1f};"
+            f" at best {floor[kind]:3.1f}"
+        )
+stock = {name: statistics.median(times) for name, times in data["stock"]["parts"].items()}
+faster = sum(stock.values()) / statistics.mean(ms["1"].values())
+print(
+    f"PyTorch: Muon {stock['Muon']:.1f} ms and AdamW {stock['AdamW']:.1f}, {faster:.1f} times ours"
+)
+print(measured_on(timed))
+
+# %%
+one_floor = floors(1, at_best)
+assert (
+    2.3 < ms["1"]["even"] / one_floor["even"] < 2.6
+    and 1.4 < ms["1"]["odd"] / one_floor["odd"] < 1.6
+)
+assert 6 < faster < 7 and 33 < stock["Muon"] < 36
+assert all(python[w][kind] < 0.35 * ms[w][kind] for w in ms for kind in ms[w]), "never launch-bound"
+assert ms["2"]["even"] < 0.85 * ms["1"]["even"] and ms["2"]["odd"] > 0.97 * ms["1"]["odd"]
+alone = {name: statistics.median(times) for name, times in data["ranks"]["1"]["parts"].items()}
+muon_alone = alone["qk"] + alone["vo"] + alone["mlp"]
+adam_alone = alone["head"] + alone["values"] + alone["bigram"]
+adam_floor = one_floor["odd"] - one_floor["even"]
+assert adam_alone < adam_floor and 3.2 < muon_alone < 3.4
+for name in ("qk", "vo", "mlp", "head", "values", "bigram", "guard"):
+    print(f"{name:7} {alone[name]:.2f} ms")
+
+# %% [markdown]
+# One H100 takes two and a half times the floor for a step without tables, one and a half times for one with them. Adam is at its floor: it moves bytes and does nothing else. (Its time is a little below, since the floor counts the clearing.) Muon is not. Its products are computed whole, though most of them are symmetric; a library's batched product copies the matrix that it adds to; and between products everything is read and written several times: for the norm, for the momentum, for the lengths of rows. [Chapter 13](13_muon.py) says which products they are. Kernels of our own for symmetric products are a later chapter's.
+#
+# PyTorch's `Muon` updates the 102 matrices one after the other, and every number is its own kernel. Beside it, the pair here is more than six times as fast, though it keeps more: momentum in float32, the lost bits, the guard. (PyTorch's two were given bfloat16 weights and moments, and update the tables in every step.)
+#
+# Two GPUs halve the arithmetic, and the step without tables gets a fifth shorter. The step *with* tables gets no shorter at all: what Adam's half saves, travelling costs. Here is where:
+
+# %% tags=["hide-input"] mystnb={"image": {"alt": "What the first of two GPUs does during a step with tables: network, products and elementwise work over time, with everything in turn and overlapped"}}
+trace = load_result("many_gpus", "trace")["data"]
+fig, axes = plt.subplots(2, 1, figsize=(7, 3.6), sharex=True)
+for axis, (way, found) in zip(axes, trace.items()):
+    for n, stretches in enumerate(found["lanes"].values()):
+        bars = [(begin / 1000, (end - begin) / 1000) for begin, end in stretches]
+        axis.broken_barh(bars, (-n - 0.4, 0.8), color=f"C{n}")
+    axis.set_yticks([0, -1, -2], list(found["lanes"]))
+    axis.set_title(way, loc="left", fontsize=9)
+    axis.grid(False)
+ends = {
+    way: max(s[1] for lane in found["lanes"].values() for s in lane) / 1000
+    for way, found in trace.items()
+}
+axes[-1].set_xlabel("ms, on the first of two H100s, under the profiler")
+fig.suptitle(
+    f"overlapping saves {ends['in turn'] - ends['overlapped']:.1f} ms of {ends['in turn']:.1f}"
+)
+fig.tight_layout()
+plt.show()
+
+# %%
+network = {
+    way: [s for s in found["lanes"]["network"] if s[1] - s[0] > 100] for way, found in trace.items()
+}
+total = {way: sum(b - a for a, b in stretches) for way, stretches in network.items()}
+last_product = max(s[1] for s in trace["overlapped"]["lanes"]["products"])
+last_transfer = network["overlapped"][-1]
+assert 0.5 < ends["in turn"] - ends["overlapped"] < 1.5
+assert 1.3 < total["overlapped"] / total["in turn"] < 1.7
+assert last_transfer[0] > last_product and last_transfer[1] - last_transfer[0] > 2000
+print(
+    f"on the network: {total['in turn'] / 1000:.1f} ms in turn, {total['overlapped'] / 1000:.1f} overlapped"
+)
+print(
+    f"the last {(last_transfer[1] - last_transfer[0]) / 1000:.1f} ms are one transfer that nothing hides"
+)
+
+# %% [markdown]
+# Overlap is not free: beside products the same transfers take half as long again, since NCCL's kernels need multiprocessors, too. And the last two milliseconds are tables being gathered while nobody computes. The tables were ready long before. But NCCL takes what was begun in order, and in the order measured here the matrices' gathers were begun first, which wait for the longest update of all. The list that gives the order has the matrices first; it should have them last. (Before the first sum half a millisecond goes to the guard, which reads every gradient.)
 
 # %% [markdown]
 # ## What it buys
@@ -1631,38 +1805,52 @@ def state_bytes(numel: int, rule: str) -> int:
     return numel * (8 if rule == "adam" else 4 + 2)
 
 
-def busy(matrices: int, world: int) -> float:
+def busy_share(matrices: int, world: int) -> float:
     """The share of its time that a rank works on matrices which exist, and not on padding."""
     return matrices / (world * math.ceil(matrices / world))
 
 
 tables = 2 * HEAD + VALUES + BIGRAM
+sizes = {name: math.prod(shape) for name, shape in record_shapes().items()}
+assert sum(sizes[name] for name in ("qk", "vo", "mlp")) == MUON_WEIGHTS
+assert (sizes["head"], sizes["values"], sizes["bigram"]) == (HEAD, VALUES, BIGRAM)
+assert busy_share(20, 16) == 5 / 8
 whole = state_bytes(MUON_WEIGHTS, "muon") + state_bytes(tables, "adam")
-of_bank = {name: busy(record_shapes()[name][0], 8) for name in ("qk", "vo", "mlp")}
+of_bank = {name: busy_share(record_shapes()[name][0], 8) for name in ("qk", "vo", "mlp")}
 assert 4.9e9 < whole < 5.2e9 and [round(x, 2) for x in of_bank.values()] == [0.94, 0.83, 0.92]
-slower = float(ladder["23"]["record_time_s"]) - float(ladder["24"]["record_time_s"])
-assert math.isclose(slower, 0.8, abs_tol=0.3)
 print(f"state: {whole / 1e9:.1f} GB on each GPU if replicated, {whole / 8e9:.2f} GB sharded")
 for name, share in of_bank.items():
     print(f"{name:3}: {record_shapes()[name][0]} matrices on eight ranks, {share:.0%} busy")
-print(f"record 24, reduce-scatter for all: {slower:.1f} s")
 
 # %% [markdown]
-# The public ladder has the seconds. Sharing Muon's matrices took a step from 179 to 154 ms (record 6). Starting to gather while the next matrices are orthogonalised came with record 15. Record 24 replaced all all-reduces by their halves and gained 0.8 s; laying out the banks so that they divide evenly gained 0.7 s (record 36). One optimizer over banks in a fixed order, with a transposed head and ten steps fewer, gained 1.1 s (record 61). Record 71 gained 0.3 s officially, and 0.75 by its author's comparison; sending touched rows only was a part of that {cite}`moddednanogpt`. After the first, each is small. They add up because nothing else is left.
+# The public ladder has the seconds. Sharing Muon's matrices took a step from 179 to 154 ms (record 6). Starting to gather while the next matrices are orthogonalised came with record 15. Record 24 replaced all all-reduces by their halves (and used another PyTorch). Record 36 laid the banks out so that they divide evenly; its author's comparison gives that 0.7 s. Record 57 began to interleave, Muon's sums first and Adam's gathers while Muon computes. One optimizer over banks in a fixed order, with a transposed head and ten steps fewer, is record 61. Record 71 gained 0.75 s by its author's comparison; sending touched rows only was a part of that {cite}`moddednanogpt`. Officially:
+
+# %%
+gained = {
+    n: float(ladder[str(n - 1)]["record_time_s"]) - float(ladder[str(n)]["record_time_s"])
+    for n in (24, 36, 57, 61, 71)
+}
+assert all(0.2 < seconds < 2.5 for seconds in gained.values())
+print(", ".join(f"record {n}: {seconds:.1f} s" for n, seconds in gained.items()))
+
+# %% [markdown]
+# After the first, each is a second or two at most. Together they are a few seconds of 74.
 #
-# No clock of our own is in this chapter. Processes that share a laptop's cores would time the sharing. What the step takes on one GPU and on two is to be measured there, and [the trainer](23_training_loop.py) keeps its simpler update until it has been: every rank updates everything.
+# In [the trainer](23_training_loop.py) this optimizer is `--sharing.on`, and tests hold one rank and two, sharing and not, against each other. No preset uses it yet: Adam in every other step is another recipe, whose rates nobody has tuned here.
 #
 # ## What it costs, and when it fails
 #
-# Padding is work on zeros. Twenty matrices on eight ranks leave a sixth of the time to padding, and on sixteen ranks three eighths. Beyond as many ranks as a bank has matrices, more ranks buy nothing at all. That is where Muon stops scaling in this simple form, and large trainings cut the matrices themselves.
+# Padding is work on zeros. Twenty matrices on eight ranks leave a sixth of the time to padding, and on sixteen ranks three eighths. Beyond as many ranks as a bank has matrices, more ranks buy nothing at all. That is where Muon stops scaling in this simple form.
 #
-# Sharding also ends an equality. Replicas that all do the same sums stay equal, and if one is wrong, its parameters differ from the others' and can be caught. Here each number is computed by one rank and believed by seven. A GPU that miscalculates has nobody who would notice.
+# Gradients that have a fixed place must be *added* there, which costs a pass over them that autograd's handing over would not, and for tables that is 1.3 GB in every backward pass.
 #
-# And sums in bfloat16 round. The gradient of two ranks is not quite that of one: in the tests momenta after six steps differ by less than one part in 128. With integers nothing rounds, which is how the exchange can be tested apart from the arithmetic.
+# Sharding also ends an equality. All ranks must start from the same values: gathering makes sharded parameters equal at the first step, but replicated ones would stay apart, and nobody would notice. Replicas that all do the same sums stay equal, and if one is wrong, its parameters differ from the others' and can be caught. Here each number is computed by one rank and believed by seven. A GPU that miscalculates has nobody who would notice.
+#
+# And sums in bfloat16 round, at each of a ring's $w - 1$ hops. The gradient of two ranks is not quite that of one: in the tests momenta after six steps differ by less than one part in 128. With integers nothing rounds, which is how the exchange can be tested apart from the arithmetic.
 #
 # ## What did not work
 #
-# Records 23 and 44 began each sum from a hook, as soon as autograd had finished that gradient. It is the obvious way to overlap, and it was fast. Record 61 went back to a fixed order after the backward pass and was faster, with other changes at the same time. Two costs of hooks are plausible and not measured here: they are Python in the middle of the backward pass, and sums that start early compete with the kernels that are still running. Counting a sparse table's rows on the GPU (record 68 hashed there) forces a wait, since Python has to know the counts before it can allocate; record 71 moved the hash back to the CPU for that reason. Buckets of 64 MB for the all-reduces (record 22) became 25 MB (record 23), and went with record 24's reduce-scatters.
+# Record 23 began a bucket's all-reduce, record 44 the reduce-scatter of each of Adam's gradients, from a hook, as soon as autograd had finished it. It is the obvious way to overlap. Record 61 went back to a fixed order after the backward pass and was faster, with other changes at the same time. Two costs of hooks are plausible and not measured here: they are Python in the middle of the backward pass, and sums that start early compete with the kernels that are still running. Counting a sparse table's rows on the GPU (record 68 hashed there) forces a wait, since Python has to know the counts before it can allocate; record 71 moved the hash back to the CPU for that reason. Buckets of 64 MB for the all-reduces (record 22) became 25 MB (record 23), and went with record 24's reduce-scatters.
 #
 # ## Exercises
 #

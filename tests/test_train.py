@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from speedrun.checkpoint import checkpoints, latest_checkpoint, load_checkpoint, save_checkpoint
-from speedrun.config import HISTORY, PRESETS, as_arguments, at_cpu_size, preset, vary
+from speedrun.config import HISTORY, PRESETS, as_arguments, at_cpu_size, check_config, preset, vary
 from speedrun.lab.hardware import Problem
 from speedrun.lab.runlog import read_log, read_metrics, series
 from speedrun.launch import run_ranks
@@ -359,6 +359,67 @@ class TestTwoRanks:
                 echo=lambda line: None,
             )
         assert "3 ranks cannot share 2 micro-batches" in (tmp_path / "output.txt").read_text()
+
+
+@pytest.fixture
+def shared(brief):
+    """The same run with one optimizer for all ranks."""
+    return vary(brief, {"matrix.rule": "muon", "matrix.lr": 0.01, "sharing.on": True})
+
+
+class TestSharing:
+    def test_one_rank_trains_as_without(self, shared, tmp_path):
+        """Up to rounding, where nothing decays, nothing is clipped and Adam takes every step."""
+        plain = {"optim.weight_decay": 0.0, "optim.grad_clip": 0.0, "sharing.adam_every": 1}
+        run = vary(shared, plain | {"sharing.adam_decay": 0.0})
+        train(run, tmp_path / "shared", echo=None)
+        train(vary(run, {"sharing.on": False}), tmp_path / "alone", echo=None)
+        assert curve(tmp_path / "shared") == pytest.approx(curve(tmp_path / "alone"), abs=2e-3)
+        one, two = weights(tmp_path / "alone"), weights(tmp_path / "shared")
+        for name in one:
+            assert (one[name] - two[name]).norm() <= 0.03 * one[name].norm() + 1e-6, name
+
+    def test_two_ranks_train_as_one(self, shared, tmp_path):
+        train(shared, tmp_path / "one", echo=None)
+        rank = ["-m", "speedrun.train", "--out", str(tmp_path / "two"), *as_arguments(shared)]
+        run_ranks(rank, 2, tmp_path / "two")
+        assert curve(tmp_path / "two") == pytest.approx(curve(tmp_path / "one"), abs=1e-3)
+        saved = load_checkpoint(latest_checkpoint(tmp_path / "two"))
+        assert saved[1].keys() == load_checkpoint(latest_checkpoint(tmp_path / "one"))[1].keys()
+        # what two ranks have saved, one goes on from, and the other way round
+        longer = vary(shared, {"max_steps": 7})
+        train(longer, tmp_path / "seven", echo=None)
+        rank = ["-m", "speedrun.train", "--resume", str(tmp_path / "seven"), "--max-steps", "0"]
+        run_ranks(rank, 2, tmp_path / "seven")
+        assert curve(tmp_path / "seven")[-1] == pytest.approx(curve(tmp_path / "one")[-1], abs=1e-3)
+
+    @pytest.mark.parametrize("stop", [5, 6])
+    def test_resuming_is_exact_in_the_middle_of_a_pair_of_steps_as_well(
+        self, shared, tmp_path, stop
+    ):
+        train(shared, tmp_path / "whole", echo=None)
+        train(vary(shared, {"max_steps": stop}), tmp_path / "broken", echo=None)
+        train(shared, tmp_path / "broken", again=True, echo=None)
+        whole, broken = weights(tmp_path / "whole"), weights(tmp_path / "broken")
+        assert all(torch.equal(whole[name], broken[name]) for name in whole)
+
+    def test_the_broken_gradient_is_named(self, shared, tmp_path):
+        from speedrun.train import assemble, run_loop, train_step
+
+        run = assemble(shared, tmp_path, echo=None)
+
+        def poisoned(run):
+            if run.step == 3:
+                run.model.mlp_up.grad[0, 1, 1] = math.nan
+            return train_step(run)
+
+        with pytest.raises(Problem, match="step 6: the gradient of mlp_up is not finite"):
+            run_loop(run, step=poisoned)
+        assert all(torch.isfinite(p).all() for p in run.model.parameters())
+
+    def test_it_wants_banks_under_muon(self, brief):
+        with pytest.raises(Problem, match="sharing.on with matrix.rule=adamw"):
+            check_config(vary(brief, {"sharing.on": True}))
 
 
 @pytest.mark.slow

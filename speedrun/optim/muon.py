@@ -29,7 +29,8 @@ def polar_express(
     """Nearly the orthogonal factor of each matrix in g, (…, rows, cols) → the same, in `dtype`.
 
     The polynomials are Amsel and others' for singular values above 1/1000 of the matrix's length, with record 38's margins.
-    gram: by way of the Gram matrix, where that is cheaper; for g of three dimensions.
+    gram: by way of the Gram matrix, restarted once for long matrices and after every polynomial for others; for g of
+    three dimensions.
     """
     x = g.float() if dtype == torch.float16 else g.to(dtype)  # a small gradient is none in float16
     x = (x / (1.02 * torch.linalg.matrix_norm(x, keepdim=True) + 1e-6)).to(dtype)
@@ -44,9 +45,9 @@ def polar_express(
 def through_gram(
     x: Tensor, polynomials: Sequence[tuple[float, float, float]], restart: int = 3
 ) -> Tensor:
-    """`through`, for x (matrices, rows, cols), with products of the short side's square alone, but for four.
+    """`through`, for x (matrices, rows, cols), with products of the short side's square alone, but for two a restart and two.
 
-    restart: after so many polynomials the square is computed anew, from x as it is by then.
+    restart: after every so many polynomials x is multiplied out, and its square computed anew.
     """
     tall, restart = x.shape[-2] > x.shape[-1], max(1, restart)
     for begin in range(0, len(polynomials), restart):
@@ -108,7 +109,7 @@ class MuonOptions:
     products: Literal["bfloat16", "float16"] = "bfloat16"
     """polar_express: the numbers that are multiplied."""
     gram: bool = False
-    """polar_express: multiply squares of the short side, where that is cheaper."""
+    """polar_express: multiply squares of the short side instead of the matrix, as far as that is cheaper."""
     beta2: float = 0.0
     """NorMuon: what the rows' mean squares keep of themselves in a step; 0: rows stay as long as they are."""
     decay: Literal["plain", "squared", "cautious", "none"] = "plain"

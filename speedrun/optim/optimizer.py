@@ -358,7 +358,7 @@ class BankOptimizer:
                 "the exact factor cannot be compiled: iterations=0 wants compile=False"
             )
         self.works = {name: Replay(self.work_of(name), self.records) for name in self.parts}
-        self.looks: dict[tuple[str, ...], tuple[Replay, Tensor]] = {}
+        self.looks: dict[tuple, tuple[Replay, Tensor]] = {}
         self.lanes = {
             name: torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
             for name in self.parts
@@ -483,7 +483,7 @@ def copy_tied(optimizer: BankOptimizer, due: Sequence[str]) -> None:
 
 def watch(optimizer: BankOptimizer, due: Sequence[str]) -> None:
     """Add up what is tied, and look for gradients that are not finite on any rank, before they are added up."""
-    key = (*due, *optimizer.tied)
+    key = (tuple(due), tuple(optimizer.tied))
     if key not in optimizer.looks:
         broken = torch.zeros(len(due), device=optimizer.device)
         looking = Replay(partial(look, optimizer, list(due), broken), optimizer.records)
