@@ -719,6 +719,7 @@ from speedrun.measure.runs import (
 NAMES = (
     "laptop_rates",
     "laptop",
+    "laptop_record_4",
     "laptop_long",
     "laptop_long_rates",
     "laptop_weights",
@@ -779,6 +780,8 @@ def arms_of(name: str, base: Config) -> dict[str, Config]:
     if name == "laptop_pace":
         plain = dataclasses.replace(whole, muon=MuonOptions())
         return {"AdamW": vary(plain, {"matrix.rule": "adamw"}), "record 4": plain, "today": whole}
+    if name == "laptop_record_4":
+        return {"record 4": dataclasses.replace(whole, muon=MuonOptions())}
     parts = PARTS if name.startswith("laptop") else PARTS | WEIGHTS
     return {"today": whole} | {part: vary(whole, change) for part, change in parts.items()}
 
@@ -788,12 +791,14 @@ def arms_of(name: str, base: Config) -> dict[str, Config]:
 def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
     """Train arms with paired seeds: {"arms": {arm: [run, …]}}; laptop_pace: step times, {"ms": {arm: [ms, …]}}.
 
-    rates: every point once. laptop and parts: today's Muon nine times, each part three times; the rest: all three times.
+    rates: every point once. laptop and parts: today's Muon nine times, each part three times; laptop_record_4: chapter
+    12's Muon at today's rates, nine times; the rest: all three times.
     """
     laptop = name.startswith("laptop")
     base = vary(preset("cpu"), LAPTOP) if laptop else bench(arguments[0])
     base = vary(base, {"steps": 2000}) if "long" in name else base
-    seeds = {"laptop": 9, "parts": 9, "laptop_long": 3, "laptop_weights": 3}.get(name, 1)
+    seeds = {"laptop": 9, "laptop_record_4": 9, "parts": 9}.get(name, 1)
+    seeds = 3 if name in ("laptop_long", "laptop_weights") else seeds
     modules = ["speedrun.measure.muon", "speedrun.train"]
     facts = stamp(command, modules, seeds, range(seeds), corpus_of(base))
     many = train_many if laptop else train_on_gpus
@@ -806,7 +811,8 @@ def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
     if name == "laptop_pace":
         return {"ms": step_times(arms)}, facts
     control = train_arms({"today": arms.pop("today")}, seeds, many) if "today" in arms else {}
-    return {"arms": control | train_arms(arms, 3, many)}, facts
+    others = train_arms(arms, seeds if name == "laptop_record_4" else 3, many)
+    return {"arms": control | others}, facts
 
 
 # %%

@@ -193,13 +193,16 @@ PRESETS = {
     "small": Config(
         preset="small",
         model=GPTOptions(layers=8, heads=8, width=512, init_std=0.025),
-        optim=AdamWOptions(lr=1e-3, warmup_steps=100),
-        data=dataclasses.replace(FINEWEB, step_tokens=65_536),
+        optim=AdamWOptions(lr=2e-3, warmup_steps=100),
+        matrix=MatrixOptions(rule="muon", lr=0.016),
+        muon=TODAY,
+        schedule=ScheduleOptions(shape="trapezoid"),
+        data=dataclasses.replace(FINEWEB, step_tokens=65_536, pass_tokens=32_768),
         steps=1520,
         val_every=190,
         val_tokens=4_194_304,
         log_every=20,
-        target=4.5,
+        target=4.0,
     ),
     "record": Config(preset="record", data=FINEWEB),
 }
@@ -276,7 +279,8 @@ DATA_SIZES = [
     "data.grad_shards",
     "data.pass_tokens",
 ]
-SIZES = (*MODEL_SIZES, *DATA_SIZES, "precision", "muon.weights", "muon.products")
+NUMBERS = ("precision", "muon.weights", "muon.products", "muon.gram")
+SIZES = (*MODEL_SIZES, *DATA_SIZES, *NUMBERS)
 
 
 def at_cpu_size(config: Config, steps: int = 20) -> Config:

@@ -20,6 +20,8 @@ from tqdm import tqdm
 from speedrun.data.loader import Shards
 from speedrun.lab.hardware import Problem, look
 from speedrun.lab.runlog import read_metrics, series
+from speedrun.optim.muon import MuonOptions
+from speedrun.optim.newton_schulz import MatrixOptions
 
 if TYPE_CHECKING:
     from speedrun.train import Run
@@ -57,7 +59,8 @@ def bench(data: str) -> Config:
     reads = {"data.path": data, "data.step_tokens": 32_768, "data.grad_shards": 1}
     lasts: dict[str, Any] = {"steps": 400, "optim.warmup_steps": 40, "val_tokens": 1_048_576}
     lasts |= {"schedule.shape": "trapezoid"}
-    return vary(preset("small"), sizes | reads | lasts)
+    plain = dataclasses.replace(preset("small"), matrix=MatrixOptions(), muon=MuonOptions())
+    return vary(plain, sizes | reads | lasts)
 
 
 def retrain(live: "Run", config: Config) -> dict:
@@ -95,7 +98,8 @@ def train_on_gpu(config: Config) -> dict:
     """`retrain` with this process's run of that model, assembled when first needed."""
     from speedrun.train import assemble
 
-    sees = repr((config.model, config.data, config.precision, config.compile))
+    parts = (config.model, config.data, config.precision, config.compile, config.muon.weights)
+    sees = repr(parts)
     if sees not in LIVE:
         LIVE[sees] = assemble(config, Path(tempfile.mkdtemp()), echo=None)
     return retrain(LIVE[sees], config)
