@@ -1,6 +1,7 @@
 """What must hold for the project as a whole: layers, imports, chapters, environment files, messages, notices."""
 
 import ast
+import dataclasses
 import re
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import jupytext
 import pytest
 import yaml
 
+from speedrun.config import preset
 from speedrun.lab.results import imported_names, root
 
 ROOT = root()
@@ -433,16 +435,42 @@ class TestReadme:
     def test_the_gpu_runs(self):
         from speedrun.launch import memory_needed_gb
 
-        for name in ("small_1gpu", "small_2gpu"):
-            for run in self.runs(name):
-                assert f"{run['curve'][-1]['val_loss']:.3f}" in self.text, name
-        one, two = (self.runs(f"small_{n}gpu")[0]["seconds"] for n in (1, 2))
-        assert f"{one:.0f} s" in self.text and f"{two:.0f} s" in self.text
+        for name in ("small_muon", "small_adamw"):
+            runs = self.runs(name)
+            losses = ", ".join(f"{run['curve'][-1]['val_loss']:.3f}" for run in runs)
+            (line,) = [line for line in self.text.splitlines() if losses in line]
+            assert f"| {runs[0]['seconds']:.0f} s | {runs[0]['steps_ms'][49]:.0f} ms |" in line
+            assert runs[0]["config"]["steps"] == preset("small").steps
+        (row,) = [line for line in self.text.splitlines() if line.startswith("| one NVIDIA GPU")]
+        muon = self.runs("small_muon")
+        assert all(f"{run['curve'][-1]['val_loss']:.3f}" in row for run in muon)
+        assert f"{muon[0]['seconds']:.0f} s" in row
+        reserved = [self.runs(n)[0]["memory_mb"]["reserved"] for n in ("small_muon", "small_1gpu")]
+        assert f"{reserved[0] / 1000:.0f} GB" in row and f"{reserved[1] / 1000:.0f} GB" in row
+        assert muon[0]["config"]["muon"] == dataclasses.asdict(preset("small").muon) | {
+            "momentum_steps": [300, 50]
+        }
         record = [self.runs(f"record_{n}gpu")[0] for n in (1, 2)]
         for run in record:
             assert f"{run['curve'][-1]['val_loss']:.3f}" in self.text
             assert f"{1000 * run['seconds'] / run['step']:,.0f} ms" in self.text
         assert f"{memory_needed_gb('record', record):.0f} GB" in self.text
+
+    def test_muon_is_there_sooner(self):
+        from statistics import mean
+
+        curves = {n: [run["curve"] for run in self.runs(f"small_{n}")] for n in ("adamw", "muon")}
+        end = mean(curve[-1]["val_loss"] for curve in curves["adamw"])
+        shares = []
+        for key in ("step", "train_time_ms"):
+            there = []
+            for curve in curves["muon"]:
+                a, b = next((a, b) for a, b in zip(curve, curve[1:]) if b["val_loss"] <= end)
+                way = (a["val_loss"] - end) / (a["val_loss"] - b["val_loss"])
+                there.append(a[key] + way * (b[key] - a[key]))
+            shares.append(mean(there) / curves["adamw"][0][-1][key])
+        steps, time = shares
+        assert f"after {steps:.0%} of the steps and {time:.0%} of the time" in self.text
 
     def test_no_placeholder_is_left(self):
         assert not re.search(r"@\w+@", self.text)
