@@ -348,7 +348,7 @@ for rule, owned in {"muon": (12, 4), "soap": (12, 4), "adamw": (12, 4)}.items():
 assert sum(len(g["params"]) for g in one.param_groups) == 16
 
 # %% [markdown]
-# With `sharing.on` there is one optimizer for everything and for all ranks, [chapter 20's](20_many_gpus.py). It wants a table. The model has one already, and what is missing follows from it: banks are Muon's; what decays is a table, large, and shared out; all else is small.
+# With `sharing.on` there is one optimizer for everything and for all ranks, [chapter 20's](20_many_gpus.py). It wants a list of parameters with what is done to them. The model has one already, and what is missing follows from it: banks are Muon's; what else decays is an embedding, large, and shared out; the rest is small. It does not clip, and its Adam decays by `sharing.adam_decay` and not by `optim.weight_decay`; 150 is record 89's multiple for embedding and head.
 
 
 # %%
@@ -362,7 +362,8 @@ def optimizer_table(config: Config, model: GPT) -> list[Any]:
         if row.matrices:
             shape = row.shape[1] // row.matrices, row.shape[2]
             factor = rate_factor(*shape, config.matrix, config.muon)
-            found.append(Entry(row.name, "muon", "sharded", factor, matrices=row.matrices))
+            decay = 1 / factor if config.muon.decay == "plain" else 1.0  # which has no factor in it
+            found.append(Entry(row.name, "muon", "sharded", factor, decay, matrices=row.matrices))
         else:
             large = row.decay  # tables of embeddings do, gains and biases do not
             comm: Any = "sharded" if large else "replicated"
@@ -745,7 +746,7 @@ class SilentLog:
 
 
 # %% [markdown]
-# Compiling has a trap, and this trainer sat in it. From version 2.10 on PyTorch fuses the two reductions in the backward pass of a norm. Where gains and biases are slices of one tensor, as in our banks, and a pass has some 16,000 tokens or more, it leaves most of their gradient *unwritten* ([pytorch#193061](https://github.com/pytorch/pytorch/issues/193061)). Nothing fails. Training goes on with whatever stood in that memory, and for a while it even learns. So that fusion is switched off; a test compares compiled gradients with eager ones.
+# Compiling has a trap, and this trainer sat in it. A norm's backward pass has two reductions: along each row for the input's gradient, and over all tokens for gain's and bias's. From version 2.10 on PyTorch fuses them, in large passes: at a width of 512 from 10,240 tokens on, at 768 from 6,827. Where gains and biases are slices of one tensor, as in our banks, most of their gradient is then left *unwritten* ([pytorch#193061](https://github.com/pytorch/pytorch/issues/193061)). Nothing fails. Training goes on with whatever stood in that memory, and for a while it even learns. What gave it away was a loss that rose while the rate fell towards zero, which no descent does. So that fusion is switched off; a test compares compiled gradients with eager ones. (What the fusion would have saved is not measured.)
 
 
 # %%

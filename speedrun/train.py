@@ -214,7 +214,8 @@ def optimizer_table(config: Config, model: GPT) -> list[Any]:
         if row.matrices:
             shape = row.shape[1] // row.matrices, row.shape[2]
             factor = rate_factor(*shape, config.matrix, config.muon)
-            found.append(Entry(row.name, "muon", "sharded", factor, matrices=row.matrices))
+            decay = 1 / factor if config.muon.decay == "plain" else 1.0  # which has no factor in it
+            found.append(Entry(row.name, "muon", "sharded", factor, decay, matrices=row.matrices))
         else:
             large = row.decay  # tables of embeddings do, gains and biases do not
             comm: Any = "sharded" if large else "replicated"

@@ -278,7 +278,7 @@ def stock_of_rank(device: str, scale: int = 0) -> dict:
 
 
 def in_turn(part: Any) -> None:
-    """Make a part wait for all that it begins, so that nothing overlaps."""
+    """Make a part wait, in its lane, for each transfer that it begins."""
     for name in HALVES.values():
         begin = getattr(part, name)
         setattr(part, name, lambda begin=begin: (begin(), part.wait()))
@@ -300,7 +300,7 @@ def kind_of(kernel: str) -> str | None:
     return "products" if any(part in kernel for part in named) else "elementwise"
 
 
-def lanes(kernels: list[tuple[str, float, float]], gap: float = 4.0) -> dict[str, list]:
+def stretches(kernels: list[tuple[str, float, float]], gap: float = 4.0) -> dict[str, list]:
     """What ran when, in µs from the first: kind → [begin, end] of each stretch; kernels closer than `gap` are one."""
     found: dict[str, list] = {"network": [], "products": [], "elementwise": []}
     first = min((begin for _, begin, _ in kernels), default=0.0)
@@ -335,7 +335,7 @@ def trace_of_rank(device: str, scale: int = 0) -> dict:
                 took = clocked(partial(optimizer.step, index, RATES), device)
         events = [e for e in seen.events() if e.device_type == torch.autograd.DeviceType.CUDA]
         spans = [(e.name, e.time_range.start, e.time_range.end) for e in events]
-        found[way] = {"lanes": lanes(spans), "ms": took[0]}
+        found[way] = {"lanes": stretches(spans), "ms": took[0]}
     return found
 
 

@@ -141,6 +141,8 @@ class Sparse(Sharded):
             dist.all_to_all_single(theirs, told, group=self.cpu_group)
         if not self.announced or theirs.min() < 0:  # so that all ranks stop, and none waits
             raise RuntimeError("a sparse table's gradient is due, and announce() was not called")
+        if self.world == 1:
+            return
         self.sent, self.received = counts.tolist(), theirs.tolist()
         ids = ids.pin_memory() if device.type == "cuda" else ids  # else Python waits for the copy
         self.ids = ids.to(device, non_blocking=True)
@@ -150,10 +152,10 @@ class Sparse(Sharded):
         )
 
     def scatter(self) -> None:
-        if self.world == 1 and self.announced:
-            return
         if self.told is None:
             self.exchange()
+        if self.world == 1:
+            return
         values = self.grads[self.ids]
         self.values = values.new_empty(len(self.rows), *values.shape[1:])
         self.work = dist.all_to_all_single(

@@ -120,21 +120,26 @@ class Numbers:
 
 
 class Replay:
-    """Work without arguments, called; or, if it `records`, recorded at its third call and replayed from then on."""
+    """Work without arguments, called; or, with a stream, recorded in it at its third call and replayed from then on.
+
+    Graphs that run at once need streams of their own: recorded in one, they share its scratch memory for products.
+    """
 
     graph: Any = None
 
-    def __init__(self, work: Callable[[], None], records: bool):
-        self.work, self.calls, self.records = work, 0, records
+    def __init__(self, work: Callable[[], None], stream: Any = None):
+        self.work, self.calls, self.stream = work, 0, stream
 
     def __call__(self) -> None:
         self.calls += 1
-        if not self.records or self.calls < 3:
+        if self.stream is None or self.calls < 3:
             return self.work()
         if self.graph is None:
             self.graph = torch.cuda.CUDAGraph()
             # thread_local: else what NCCL's own thread asks the GPU meanwhile would break the recording
-            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+            with torch.cuda.graph(
+                self.graph, stream=self.stream, capture_error_mode="thread_local"
+            ):
                 self.work()
         self.graph.replay()
 
@@ -305,6 +310,11 @@ def build_parts(
     return parts
 
 
+def lane_of(device: torch.device) -> Any:
+    """A stream of a GPU; None elsewhere."""
+    return torch.cuda.Stream(device) if device.type == "cuda" else None
+
+
 TOLD = ("muon", "adam", "momentum", "muon_decay")  # what a step is told
 
 
@@ -357,12 +367,13 @@ class BankOptimizer:
             raise ValueError(
                 "the exact factor cannot be compiled: iterations=0 wants compile=False"
             )
-        self.works = {name: Replay(self.work_of(name), self.records) for name in self.parts}
-        self.looks: dict[tuple, tuple[Replay, Tensor]] = {}
-        self.lanes = {
-            name: torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-            for name in self.parts
+        self.lanes = {name: lane_of(self.device) for name in self.parts}
+        self.looking = lane_of(self.device) if self.records else None
+        self.works = {
+            name: Replay(self.work_of(name), lane if self.records else None)
+            for name, lane in self.lanes.items()
         }
+        self.looks: dict[tuple, tuple[Replay, Tensor]] = {}
         self.add, self.copy = (
             compiled(work, options, self.device) for work in (add_transposed, copy_transposed)
         )
@@ -486,7 +497,7 @@ def watch(optimizer: BankOptimizer, due: Sequence[str]) -> None:
     key = (tuple(due), tuple(optimizer.tied))
     if key not in optimizer.looks:
         broken = torch.zeros(len(due), device=optimizer.device)
-        looking = Replay(partial(look, optimizer, list(due), broken), optimizer.records)
+        looking = Replay(partial(look, optimizer, list(due), broken), optimizer.looking)
         optimizer.looks[key] = looking, broken
     looking, broken = optimizer.looks[key]
     looking()
@@ -548,9 +559,8 @@ def waiting(optimizer: BankOptimizer) -> dict[str, Tensor]:
             total = part.grads.clone()
             if ranks()[1] > 1:
                 dist.all_reduce(total)
-            found[f"{name}/waiting"] = (
-                total if isinstance(part, Replicated) else total[: part.units]
-            )
+            places = part.slices if isinstance(part, Replicated) else {name: slice(part.units)}
+            found |= {f"{p}/waiting": total[here] for p, here in places.items()}
     return found
 
 
@@ -586,7 +596,7 @@ def load_state(optimizer: BankOptimizer, saved: Mapping[str, Tensor]) -> None:
         value = saved[label].to(own.device)
         own[here or slice(None)].copy_(value if here else part.mine(part.padded(value)))
     for name, part in optimizer.parts.items():
-        take_waiting(part, saved.get(f"{name}/waiting"))
+        take_waiting(name, part, saved)
 
 
 def refuse_other_state(optimizer: BankOptimizer, saved: Mapping[str, Tensor]) -> None:
@@ -595,20 +605,21 @@ def refuse_other_state(optimizer: BankOptimizer, saved: Mapping[str, Tensor]) ->
     shapes |= {f"optimizer/{row.name} apart": () for row in optimizer.table if row.tied}
     for label, (part, own, here) in state_places(optimizer).items():
         shapes[label] = (here.stop - here.start,) if here else (part.units, *own.shape[1:])
-    for name, part in optimizer.parts.items():
         if saved.get("optimizer/pending", 0) and part.every > 1:
-            units = part.units if isinstance(part, Sharded) else len(part.own)
-            shapes[f"{name}/waiting"] = (units, *part.grads.shape[1:])
+            wait = f"{label.rsplit('/', 1)[0]}/waiting"
+            shapes[wait] = shapes[label][:1] + tuple(part.grads.shape[1:])
     same_names("the saved state", saved, shapes, "this optimizer's state")
     for label, tensor in saved.items():
         if tuple(tensor.shape) != shapes[label]:
             raise ValueError(f"{label}: saved as {tuple(tensor.shape)}, here {shapes[label]}")
 
 
-def take_waiting(part: Any, total: Tensor | None) -> None:
+def take_waiting(name: str, part: Any, saved: Mapping[str, Tensor]) -> None:
     """Put gradients that wait, if any, where the first rank's are; all others are zero."""
     part.grads.zero_()
-    if total is not None and ranks()[0] == 0:
-        part.grads[: len(total)].copy_(total)
+    places = part.slices if isinstance(part, Replicated) else {name: slice(part.units)}
+    for p, here in places.items():
+        if f"{p}/waiting" in saved and ranks()[0] == 0:
+            part.grads[here].copy_(saved[f"{p}/waiting"])
     if isinstance(part, Sparse):
         part.touched.copy_(part.grads.any(1))
