@@ -344,7 +344,7 @@ class SharingOptions:
     """Whether ranks share the update, each doing its part, and what Adam is if they do."""
 
     on: bool = False
-    """Chapter 20's optimizer. Off: PyTorch's AdamW, with chapter 12's or 13's rule beside it, and every rank updates everything."""
+    """Chapter 20's optimizer, which does not clip. Off: PyTorch's AdamW, with chapter 12's or 13's rule beside it, on every rank."""
     adam_every: int = 2
     """Steps from one update by Adam to the next."""
     adam_decay: float = 0.005

@@ -452,7 +452,8 @@ class TestReadme:
         }
         record = [self.runs(f"record_{n}gpu")[0] for n in (1, 2)]
         for run in record:
-            assert f"{run['curve'][-1]['val_loss']:.3f}" in self.text
+            withdrawn = f"{run['curve'][-1]['val_loss']:.3f}"  # pytorch#193061, chapter 23
+            assert withdrawn not in self.text
             assert f"{1000 * run['seconds'] / run['step']:,.0f} ms" in self.text
         assert f"{memory_needed_gb('record', record):.0f} GB" in self.text
 
