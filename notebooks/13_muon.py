@@ -975,7 +975,7 @@ ahead = {
 }
 whole_run = {key: curves["AdamW"][0][-1][key] for key in ahead}
 saved = {key: 1 - sum(values) / len(values) / whole_run[key] for key, values in ahead.items()}
-fig, axes = plt.subplots(1, 2, figsize=(7.4, 3.3), sharey=True)
+fig, axes = plt.subplots(1, 2, figsize=(7.4, 3.3), sharey=True, layout="constrained")
 for axis, key, unit in zip(axes, ahead, (1, 1000)):
     for n, (rule, of_seed) in enumerate(curves.items()):
         for curve in of_seed:
@@ -989,20 +989,22 @@ axes[0].legend()
 fig.suptitle(
     f"Muon is where AdamW ends after {1 - saved['step']:.0%} of the steps, {1 - saved['train_time_ms']:.0%} of the time"
 )
-fig.tight_layout()
 plt.show()
 
 # %%
-assert [round(curves[rule][0][-1]["train_time_ms"] / 1000) for rule in curves] == [113, 117]
+seconds = {rule: curves[rule][0][-1]["train_time_ms"] / 1000 for rule in curves}
+assert 0.035 < seconds["Muon"] / seconds["AdamW"] - 1 < 0.045
 gap = ends["AdamW"].mean - ends["Muon"].mean
 assert 0.17 < gap < 0.19 and ends["AdamW"].n == ends["Muon"].n == 2
 assert 0.29 < saved["step"] < 0.33 and 0.26 < saved["train_time_ms"] < 0.30
+cooldown = result["data"]["runs"][0]["config"]["schedule"]["cooldown"]
+assert abs(saved["step"] / cooldown - 0.5) < 0.05, "of the rate is left there"
 p_gpu = p_difference(ends["AdamW"], ends["Muon"])
 print(f"AdamW {ends['AdamW']}, Muon {ends['Muon']}: {gap:.3f} lower, p = {p_gpu:.0e}")
 print(measured_on(result))
 
 # %% [markdown]
-# Muon takes 4% longer for a step and ends 0.18 nats lower. Where AdamW ends it has been after seven tenths of the steps. Both rules read the same text in the same order, on the same schedule. Neither is tuned to the end. Each ran half as long at two settings first, AdamW with rates of 0.001 and 0.002 for everything, Muon with 0.016 for the matrices and 0.001 and 0.002 for the rest; for both the higher one was better, and a still higher one was not tried. The text is English of several kinds and *not* FineWeb.
+# Muon takes 4% longer for a step and ends 0.18 nats lower. Where AdamW ends it has been after seven tenths of the steps, and there its rate has fallen by half: a run that was to end there would be lower. Both rules read the same text in the same order, on the same schedule. Neither is tuned to the end. Each ran half as long at two settings first, AdamW with rates of 0.001 and 0.002 for everything, Muon with 0.016 for the matrices and 0.001 and 0.002 for the rest; for both the higher one was better, and a still higher one was not tried. (These four runs are not kept.) The text is English of several kinds and *not* FineWeb.
 
 # %% [markdown]
 # ## What it buys

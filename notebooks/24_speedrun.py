@@ -1192,7 +1192,7 @@ gain = (
     real["small_1gpu"]["data"]["runs"][0]["seconds"]
     / real["small_2gpu"]["data"]["runs"][0]["seconds"]
 )
-right.set_title(f"the same run on two GPUs: {gain:.1f} times as fast as on one")
+right.set_title(f"the same on two GPUs: {gain:.1f} times as fast")
 plt.show()
 
 # %% [markdown]
