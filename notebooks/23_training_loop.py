@@ -935,7 +935,10 @@ def save_checkpoint(
         part.mkdir(parents=True)
         for name, tensors in (("model", weights), ("optimizer", moments)):
             # copies, since small parameters may be views of one storage
-            whole = {label: tensor.detach().clone() for label, tensor in tensors.items()}
+            layout = torch.contiguous_format
+            whole = {
+                key: value.detach().clone(memory_format=layout) for key, value in tensors.items()
+            }
             save_file(whole, part / f"{name}.safetensors")
         (part / "state.json").write_text(json.dumps({"step": step, **facts}, indent=1))
         os.replace(part, path)

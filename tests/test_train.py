@@ -273,6 +273,12 @@ sys.exit(main({command(vary(brief, {"checkpoint_every": 6, "model.width": 64}), 
         assert checkpoints(tmp_path) == [] and not list(tmp_path.rglob("*.part"))
         assert len(curve(tmp_path)) == 3, "the log before and after is whole"
 
+    def test_views_and_transposed_tensors_are_saved(self, tmp_path):
+        whole = torch.arange(12.0)
+        tensors = {"a": whole[:4], "b": whole[4:], "turned": whole.view(3, 4).mT}
+        path = save_checkpoint(tmp_path, 1, tensors, tensors, {})
+        assert all(torch.equal(load_checkpoint(path)[0][name], t) for name, t in tensors.items())
+
     def test_an_old_checkpoint_survives_a_failed_save(self, tmp_path, monkeypatch):
         from speedrun import checkpoint
 
