@@ -135,7 +135,7 @@ class Sparse(Sharded):
         """Tell every owner how many rows, and which, it will get from this rank; begun, like a sum. All ranks call it, or none."""
         device, ids = self.whole.device, self.touched.nonzero()[:, 0]
         counts = torch.bincount(ids // len(self.own), minlength=self.world)
-        theirs = torch.empty_like(counts)
+        theirs = torch.zeros_like(counts)
         told = counts if self.announced else torch.full_like(counts, -1)
         if self.world > 1:
             dist.all_to_all_single(theirs, told, group=self.cpu_group)
