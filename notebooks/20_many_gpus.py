@@ -1891,6 +1891,7 @@ of_arm["AdamW"] = describe(
     run["val_loss"] for run in load_result("muon", "laptop")["data"]["arms"]["today"]
 )
 best_rest = {arm: runs[0]["config"]["optim"]["lr"] for arm, runs in arms.items()}
+assert len(load_result("many_gpus", "laptop_rates")["data"]["arms"]) == 24 == 2 * 3 * 4
 for arm, sample in of_arm.items():
     print(f"{arm:8} {sample}")
 assert best_rest == {"every 1": 0.004, "every 2": 0.008} and of_arm["every 2"].n == 9

@@ -135,7 +135,7 @@ class TestProof:
     def test_a_new_module_about_gpus_counts_where_a_run_enters_it(self, project, called):
         (project / "speedrun/fast.py").write_text("def nothing():\n    'cuda'\n    return None\n")
         add = "\n    nothing()" if called else ""
-        edit(project / "speedrun/train.py", "from speedrun.optim.muon import Muon\n", "from speedrun.fast import nothing\nfrom speedrun.optim.muon import Muon\n")  # fmt: skip
+        edit(project / "speedrun/train.py", "from speedrun.optim.muon import Muon, rate_factor\n", "from speedrun.fast import nothing\nfrom speedrun.optim.muon import Muon, rate_factor\n")  # fmt: skip
         edit(project / "speedrun/train.py", "    broken = (~finite).float()\n", f"    broken = (~finite).float(){add}\n")  # fmt: skip
         said, _ = prove(project)
         assert (
