@@ -136,7 +136,7 @@ class TestProof:
         (project / "speedrun/fast.py").write_text("def nothing():\n    'cuda'\n    return None\n")
         add = "\n    nothing()" if called else ""
         edit(project / "speedrun/train.py", "from speedrun.optim.muon import Muon, rate_factor\n", "from speedrun.fast import nothing\nfrom speedrun.optim.muon import Muon, rate_factor\n")  # fmt: skip
-        edit(project / "speedrun/train.py", "    broken = (~finite).float()\n", f"    broken = (~finite).float(){add}\n")  # fmt: skip
+        edit(project / "speedrun/train.py", "    rates, broken = rates_of(run), (~finite).float()\n", f"    rates, broken = rates_of(run), (~finite).float(){add}\n")  # fmt: skip
         said, _ = prove(project)
         assert (
             "speedrun.fast: “nothing” has changed and is about GPUs"
