@@ -544,6 +544,7 @@ for name in (*PRESETS, *HISTORY):
     old = config_from_json(saved)
     assert old.muon == MuonOptions() and fields_of(old)["data.pass_tokens"] == 0
     assert (old.matrix, old.schedule) == (MatrixOptions(), ScheduleOptions())
+    assert old.sharing == SharingOptions() and not old.sharing.on
 known_by_heart = dataclasses.asdict(preset("cpu"))
 wrong_saves = ({"flux_capacitor": True}, {"steps": "many"}, {"precision": "bf16"})
 for wrong_save in (*(known_by_heart | wrong for wrong in wrong_saves), {"preset": "cpu"}):

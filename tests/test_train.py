@@ -17,6 +17,7 @@ from speedrun.config import HISTORY, PRESETS, as_arguments, at_cpu_size, check_c
 from speedrun.lab.hardware import Problem
 from speedrun.lab.runlog import read_log, read_metrics, series
 from speedrun.launch import run_ranks
+from speedrun.model.gpt import GPT
 from speedrun.train import train
 
 
@@ -384,6 +385,23 @@ class TestSharing:
         one, two = weights(tmp_path / "alone"), weights(tmp_path / "shared")
         for name in one:
             assert (one[name] - two[name]).norm() <= 0.03 * one[name].norm() + 1e-6, name
+
+    @pytest.mark.parametrize("kind", ["plain", "cautious"])
+    def test_matrices_decay_as_without(self, shared, kind, tmp_path):
+        """Plain decay has no shape factor in it, the others have it once."""
+        from speedrun.train import optimizer_table
+
+        run = vary(shared, {"muon.decay": kind, "muon.wide_factor": 4.0})
+        model = GPT(run.model, 288)
+        rows = {row.name: row for row in optimizer_table(run, model) if row.rule == "muon"}
+        assert {name: row.rate for name, row in rows.items()} == {
+            "attention_qkv": 1.0,
+            "attention_out": 1.0,
+            "mlp_up": 2.0,
+            "mlp_down": 4.0,
+        }
+        for row in rows.values():
+            assert row.decay == (1 / row.rate if kind == "plain" else 1.0)
 
     def test_two_ranks_train_as_one(self, shared, tmp_path):
         train(shared, tmp_path / "one", echo=None)
