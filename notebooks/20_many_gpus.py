@@ -243,6 +243,7 @@ class Sparse(Sharded):
             raise RuntimeError("a sparse table's gradient is due, and announce() was not called")
         if self.world == 1:
             return
+        self.values = None
         self.sent, self.received = counts.tolist(), theirs.tolist()
         ids = ids.pin_memory() if device.type == "cuda" else ids  # else Python waits for the copy
         self.ids = ids.to(device, non_blocking=True)
@@ -281,7 +282,7 @@ class Sparse(Sharded):
         else:
             self.grads.index_fill_(0, self.ids, 0.0)
         self.touched.zero_()
-        self.announced, self.values = False, None
+        self.announced = False
 
 
 # %% [markdown]
@@ -408,6 +409,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import takewhile
 from types import FunctionType
 from typing import Any, Literal
 
@@ -778,9 +780,9 @@ def build_parts(
     return parts
 
 
-def lane_of(device: torch.device) -> Any:
-    """A stream of a GPU; None elsewhere."""
-    return torch.cuda.Stream(device) if device.type == "cuda" else None
+def lane_of(device: torch.device, first: bool = False) -> Any:
+    """A stream of a GPU, whose kernels go first or not; None elsewhere."""
+    return torch.cuda.Stream(device, priority=-first) if device.type == "cuda" else None
 
 
 TOLD = ("muon", "adam", "momentum", "muon_decay")  # what a step is told
@@ -837,7 +839,9 @@ class BankOptimizer:
             raise ValueError(
                 "the exact factor cannot be compiled: iterations=0 wants compile=False"
             )
-        self.lanes = {name: lane_of(self.device) for name in self.parts}
+        muon = [name for name, part in self.parts.items() if isinstance(part, MuonPart)]
+        self.lanes = {name: lane_of(self.device, name not in muon) for name in self.parts}
+        self.early = list(takewhile(muon.__contains__, self.scatter_order))
         self.looking = lane_of(self.device) if self.records else None
         self.works = {
             name: Replay(self.work_of(name), lane if self.records else None)
@@ -909,21 +913,21 @@ def take_one_step(optimizer: BankOptimizer, index: int, rates: Mapping[str, floa
     """`BankOptimizer.step`: scatter all that is due, then for one after the other wait, update and begin to gather."""
     parts, due = optimizer.parts, due_in(optimizer, index)
     tell(optimizer, index, rates)
+    sums = [name for name in optimizer.scatter_order if name in due]
+    for name in optimizer.early:
+        parts[name].scatter()
     watch(optimizer, due)
-    for name in optimizer.scatter_order:
-        if name in due:
-            parts[name].scatter()
+    for name in sums[len(optimizer.early) :]:
+        parts[name].scatter()
     for name in due:
         with beside(optimizer.lanes[name]):
             parts[name].wait()
             optimizer.works[name]()
             parts[name].gather()
+            parts[name].clear()
     for name in due:
         if (lane := optimizer.lanes[name]) is not None:
             torch.cuda.current_stream().wait_stream(lane)
-    for name in due:  # sums have arrived, new values are still on their way
-        parts[name].clear()
-    for name in due:
         parts[name].wait()
     copy_tied(optimizer, due)
 
@@ -987,8 +991,13 @@ def look(optimizer: BankOptimizer, due: list[str], broken: Tensor) -> None:
     """Which of this rank's gradients are not finite."""
     add_tied(optimizer, due)
     if optimizer.skip is not None and due:
-        largest = torch._foreach_norm([optimizer.parts[name].grads for name in due], math.inf)
-        broken.copy_(~torch.isfinite(torch.stack([x.float() for x in largest])))
+        grads = {name: optimizer.parts[name].grads for name in due}
+        largest: dict[str, Tensor] = {}
+        for dtype in {g.dtype for g in grads.values()}:  # mixed, they would be read one by one
+            here = [name for name in due if grads[name].dtype == dtype]
+            found = torch._foreach_norm([grads[name] for name in here], math.inf)
+            largest |= {name: x.float() for name, x in zip(here, found)}
+        broken.copy_(~torch.isfinite(torch.stack([largest[name] for name in due])))
 
 
 def blame(optimizer: BankOptimizer) -> list[str]:
@@ -1001,9 +1010,11 @@ def warm_up(optimizer: BankOptimizer) -> None:
     if optimizer.skip is None:
         raise ValueError("warming up is a step that is left out, which only the guard can do")
     optimizer.numbers.fill({name: float(name[:3] == "fix") for name in optimizer.numbers.names})
-    for _ in range(3):
-        for index in range(optimizer.options.adam_every):
+    tied = optimizer.tied
+    for optimizer.tied in (tied, {}) if tied else ({},):  # now, and when all are apart
+        for index in [*range(optimizer.options.adam_every)] * 3:
             watch(optimizer, due_in(optimizer, index))
+    optimizer.tied = tied
     optimizer.skip.fill_(1.0)
     for name, work in optimizer.works.items():
         for _ in range(3):
@@ -1178,9 +1189,9 @@ from speedrun.measure.runs import corpus_of, train_arms, train_many
 NAMES = ("wire", "laptop_rates", "laptop")
 ON_GPUS = ("step", "trace", "nvlink")  # measured on a machine that has one or more
 RANKS = (1, 2, 4, 8)
-# matrices first: while they are updated, the tables' sums are on their way
+# matrices' sums first, but tables' updates: their gathers take longest, and travel while matrices are updated
 SCATTER = ("qk", "mlp", "vo", "bigram", "values", "head", "embed", "replicated")
-WORK = ("qk", "mlp", "vo", "bigram", "values", "head", "embed", "replicated")
+WORK = ("bigram", "values", "head", "embed", "qk", "mlp", "vo", "replicated")
 RATES = {"muon": 0.02, "adam": 0.008, "momentum": 0.9}
 
 
@@ -1446,32 +1457,28 @@ assert stock["matrices"] == 60 + 20 + 22 and len(stock["parts"]["AdamW"]) == 17
 
 # %% tags=["hide-input"]
 #| export measure.many_gpus
-def in_turn(part: Any) -> None:
-    """Make a part wait, in its lane, for each transfer that it begins."""
-    for name in HALVES.values():
-        begin = getattr(part, name)
-        setattr(part, name, lambda begin=begin: (begin(), part.wait()))
-
-
-def overlapping(part: Any) -> None:
-    """Undo `in_turn`."""
-    for name in HALVES.values():
-        delattr(part, name)
+def in_turn(optimizer: BankOptimizer) -> None:
+    """Make one lane of all, in which every transfer is waited for as soon as it has begun."""
+    optimizer.lanes = dict.fromkeys(optimizer.parts)
+    for part in optimizer.parts.values():
+        for name in HALVES.values():
+            begin = getattr(part, name)
+            setattr(part, name, lambda begin=begin, part=part: (begin(), part.wait()))
 
 
 def kind_of(kernel: str) -> str | None:
-    """What a kernel does, by its name: network, products or elementwise; None for what is no kernel."""
+    """What a kernel does, by its name: sums, gathers, products or elementwise; None for what is no kernel."""
     if kernel.startswith(("nccl:", "gloo:", "ProfilerStep", "record_param_comms")):
         return None
     if "ncclDevKernel" in kernel:
-        return "network"
+        return "gathers" if "AllGather" in kernel else "sums"
     named = ("gemm", "nvjet", "cutlass", "xmma", "sm90_")
     return "products" if any(part in kernel for part in named) else "elementwise"
 
 
 def stretches(kernels: list[tuple[str, float, float]], gap: float = 4.0) -> dict[str, list]:
     """What ran when, in µs from the first: kind → [begin, end] of each stretch; kernels closer than `gap` are one."""
-    found: dict[str, list] = {"network": [], "products": [], "elementwise": []}
+    found: dict[str, list] = {"sums": [], "gathers": [], "products": [], "elementwise": []}
     first = min((begin for _, begin, _ in kernels), default=0.0)
     for name, begin, end in sorted(kernels, key=lambda kernel: kernel[1]):
         kind = kind_of(name)
@@ -1488,23 +1495,22 @@ def stretches(kernels: list[tuple[str, float, float]], gap: float = 4.0) -> dict
 fake = [("ncclDevKernel_Sum", 1.0, 5.0), ("nvjet_sm90_hsh", 2.0, 3.0), ("nvjet_sm90_hsh", 4.0, 6.0)]
 fake += [("nccl:all_gather", 1.0, 5.0), ("triton_poi_fused", 11.0, 12.0)]
 seen = stretches(fake)
-assert seen["network"] == [[0.0, 4.0]] and seen["products"] == [[1.0, 5.0]]
+assert seen["sums"] == [[0.0, 4.0]] and seen["products"] == [[1.0, 5.0]]
 assert seen["elementwise"] == [[10.0, 11.0]]
 
 
 # %% tags=["hide-input"]
 #| export measure.many_gpus
 def trace_of_rank(device: str, scale: int = 0) -> dict:
-    """What the first rank's GPU did in a step with tables, one thing after the other and overlapped."""
+    """What the first rank's GPU did in a step with tables, overlapped, and one thing after the other."""
     from torch.profiler import ProfilerActivity, profile
 
     optimizer = small_record(scale or (1 if device == "cuda" else 48), device)
     warm_up(optimizer)
-    untie(optimizer, "embed")
     found = {}
-    for way in ("in turn", "overlapped"):
-        for part in optimizer.parts.values():
-            in_turn(part) if way == "in turn" else overlapping(part)
+    for way in ("overlapped", "in turn"):
+        if way == "in turn":
+            in_turn(optimizer)
         for index in range(8):
             fill_gradients(optimizer, index)
             if index % 2:
@@ -1522,6 +1528,7 @@ def trace_of_rank(device: str, scale: int = 0) -> dict:
 #| export measure.many_gpus
 WORKS: dict[str, Callable[[str], dict]] = {"wire": wire_of_rank, "steps": steps_of_rank}
 WORKS |= {"step": step_of_rank, "stock": stock_of_rank, "trace": trace_of_rank}
+WORKS |= {"nvlink": partial(wire_of_rank, scale=1, touched=32_768 / 377_280)}
 
 
 def one_rank(name: str, out: str, device: str) -> None:
@@ -1558,7 +1565,7 @@ def on_gpus(name: str) -> dict:
     if count < (1 if name == "step" else 2):
         raise Problem(f"“{name}” is measured on GPUs, here are {count}", "make doctor says why")
     if name != "step":
-        return on_ranks(2, {"nvlink": "wire"}.get(name, name), "cuda")
+        return on_ranks(2, name, "cuda")
     worlds = {str(w): on_ranks(w, "step", "cuda") for w in RANKS if w <= count}
     return {"ranks": worlds, "stock": on_ranks(1, "stock", "cuda")}
 
@@ -1603,7 +1610,8 @@ def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
     laptop_rates, laptop: the laptop's run with this optimizer, on a grid of rates, and at the best with nine seeds.
     """
     if name in ON_GPUS:
-        return on_gpus(name), stamp(command, ["speedrun.measure.many_gpus"], 17)
+        samples = {"step": 17, "trace": 1, "nvlink": 5}[name]
+        return on_gpus(name), stamp(command, ["speedrun.measure.many_gpus"], samples)
     if name.startswith("laptop"):
         seeds = 9 if name == "laptop" else 1
         modules, corpus = ["speedrun.measure.many_gpus", "speedrun.train"], corpus_of(preset("cpu"))

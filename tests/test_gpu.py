@@ -14,7 +14,9 @@ from speedrun.config import as_arguments, at_cpu_size, preset, vary
 from speedrun.lab.hardware import find_gpus, jit, look
 from speedrun.lab.runlog import read_metrics, series
 from speedrun.launch import run_ranks
+from speedrun.measure import many_gpus
 from speedrun.model.gpt import GPT
+from speedrun.optim.optimizer import warm_up
 from speedrun.train import compiled, train
 
 HAVE = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -156,8 +158,28 @@ def assert_nothing_moved(result: dict) -> None:
     assert moved == {"optimizer/updates", "optimizer/pending"} and result["blame"] == ["values"]
 
 
+def record_after_four_steps(in_lanes: bool) -> dict[str, torch.Tensor]:
+    """Record 89's parameters at full size, after random gradients."""
+    optimizer = many_gpus.small_record(1, "cuda")
+    warm_up(optimizer)
+    if not in_lanes:
+        optimizer.lanes = dict.fromkeys(optimizer.parts)
+    for index in range(4):
+        torch.manual_seed(index)
+        many_gpus.fill_gradients(optimizer, index)
+        optimizer.step(index, many_gpus.RATES)
+    assert all(not part.grads.any() for part in optimizer.parts.values())
+    return {name: p.detach().cpu() for name, p in optimizer.parameters.items()}
+
+
 class TestBankOptimizerOnOneGPU:
     pytestmark = one_gpu
+
+    def test_lanes_change_no_bit_at_full_size(self):
+        start = many_gpus.record_parameters(1, "cuda")["vo"].detach().bfloat16().cpu()
+        beside, alone = (record_after_four_steps(in_lanes) for in_lanes in (True, False))
+        assert not torch.equal(beside["vo"], start)
+        assert [name for name, p in beside.items() if not torch.equal(p, alone[name])] == []
 
     def test_six_steps_replayed_as_graphs_are_those_of_a_cpu(self, on_gpus, on_cpus):
         apart = steps_apart(on_cpus("float32", 1), on_gpus("float32", 1))

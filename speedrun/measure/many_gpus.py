@@ -40,9 +40,9 @@ from speedrun.measure.runs import corpus_of, train_arms, train_many
 NAMES = ("wire", "laptop_rates", "laptop")
 ON_GPUS = ("step", "trace", "nvlink")  # measured on a machine that has one or more
 RANKS = (1, 2, 4, 8)
-# matrices first: while they are updated, the tables' sums are on their way
+# matrices' sums first, but tables' updates: their gathers take longest, and travel while matrices are updated
 SCATTER = ("qk", "mlp", "vo", "bigram", "values", "head", "embed", "replicated")
-WORK = ("qk", "mlp", "vo", "bigram", "values", "head", "embed", "replicated")
+WORK = ("bigram", "values", "head", "embed", "qk", "mlp", "vo", "replicated")
 RATES = {"muon": 0.02, "adam": 0.008, "momentum": 0.9}
 
 
@@ -277,32 +277,28 @@ def stock_of_rank(device: str, scale: int = 0) -> dict:
     return {"parts": took, "matrices": len(matrices), "ceilings": ceilings(device)}
 
 
-def in_turn(part: Any) -> None:
-    """Make a part wait, in its lane, for each transfer that it begins."""
-    for name in HALVES.values():
-        begin = getattr(part, name)
-        setattr(part, name, lambda begin=begin: (begin(), part.wait()))
-
-
-def overlapping(part: Any) -> None:
-    """Undo `in_turn`."""
-    for name in HALVES.values():
-        delattr(part, name)
+def in_turn(optimizer: BankOptimizer) -> None:
+    """Make one lane of all, in which every transfer is waited for as soon as it has begun."""
+    optimizer.lanes = dict.fromkeys(optimizer.parts)
+    for part in optimizer.parts.values():
+        for name in HALVES.values():
+            begin = getattr(part, name)
+            setattr(part, name, lambda begin=begin, part=part: (begin(), part.wait()))
 
 
 def kind_of(kernel: str) -> str | None:
-    """What a kernel does, by its name: network, products or elementwise; None for what is no kernel."""
+    """What a kernel does, by its name: sums, gathers, products or elementwise; None for what is no kernel."""
     if kernel.startswith(("nccl:", "gloo:", "ProfilerStep", "record_param_comms")):
         return None
     if "ncclDevKernel" in kernel:
-        return "network"
+        return "gathers" if "AllGather" in kernel else "sums"
     named = ("gemm", "nvjet", "cutlass", "xmma", "sm90_")
     return "products" if any(part in kernel for part in named) else "elementwise"
 
 
 def stretches(kernels: list[tuple[str, float, float]], gap: float = 4.0) -> dict[str, list]:
     """What ran when, in µs from the first: kind → [begin, end] of each stretch; kernels closer than `gap` are one."""
-    found: dict[str, list] = {"network": [], "products": [], "elementwise": []}
+    found: dict[str, list] = {"sums": [], "gathers": [], "products": [], "elementwise": []}
     first = min((begin for _, begin, _ in kernels), default=0.0)
     for name, begin, end in sorted(kernels, key=lambda kernel: kernel[1]):
         kind = kind_of(name)
@@ -316,16 +312,15 @@ def stretches(kernels: list[tuple[str, float, float]], gap: float = 4.0) -> dict
 
 
 def trace_of_rank(device: str, scale: int = 0) -> dict:
-    """What the first rank's GPU did in a step with tables, one thing after the other and overlapped."""
+    """What the first rank's GPU did in a step with tables, overlapped, and one thing after the other."""
     from torch.profiler import ProfilerActivity, profile
 
     optimizer = small_record(scale or (1 if device == "cuda" else 48), device)
     warm_up(optimizer)
-    untie(optimizer, "embed")
     found = {}
-    for way in ("in turn", "overlapped"):
-        for part in optimizer.parts.values():
-            in_turn(part) if way == "in turn" else overlapping(part)
+    for way in ("overlapped", "in turn"):
+        if way == "in turn":
+            in_turn(optimizer)
         for index in range(8):
             fill_gradients(optimizer, index)
             if index % 2:
@@ -341,6 +336,7 @@ def trace_of_rank(device: str, scale: int = 0) -> dict:
 
 WORKS: dict[str, Callable[[str], dict]] = {"wire": wire_of_rank, "steps": steps_of_rank}
 WORKS |= {"step": step_of_rank, "stock": stock_of_rank, "trace": trace_of_rank}
+WORKS |= {"nvlink": partial(wire_of_rank, scale=1, touched=32_768 / 377_280)}
 
 
 def one_rank(name: str, out: str, device: str) -> None:
@@ -377,7 +373,7 @@ def on_gpus(name: str) -> dict:
     if count < (1 if name == "step" else 2):
         raise Problem(f"“{name}” is measured on GPUs, here are {count}", "make doctor says why")
     if name != "step":
-        return on_ranks(2, {"nvlink": "wire"}.get(name, name), "cuda")
+        return on_ranks(2, name, "cuda")
     worlds = {str(w): on_ranks(w, "step", "cuda") for w in RANKS if w <= count}
     return {"ranks": worlds, "stock": on_ranks(1, "stock", "cuda")}
 
@@ -416,7 +412,8 @@ def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
     laptop_rates, laptop: the laptop's run with this optimizer, on a grid of rates, and at the best with nine seeds.
     """
     if name in ON_GPUS:
-        return on_gpus(name), stamp(command, ["speedrun.measure.many_gpus"], 17)
+        samples = {"step": 17, "trace": 1, "nvlink": 5}[name]
+        return on_gpus(name), stamp(command, ["speedrun.measure.many_gpus"], samples)
     if name.startswith("laptop"):
         seeds = 9 if name == "laptop" else 1
         modules, corpus = ["speedrun.measure.many_gpus", "speedrun.train"], corpus_of(preset("cpu"))

@@ -143,6 +143,7 @@ class Sparse(Sharded):
             raise RuntimeError("a sparse table's gradient is due, and announce() was not called")
         if self.world == 1:
             return
+        self.values = None
         self.sent, self.received = counts.tolist(), theirs.tolist()
         ids = ids.pin_memory() if device.type == "cuda" else ids  # else Python waits for the copy
         self.ids = ids.to(device, non_blocking=True)
@@ -181,7 +182,7 @@ class Sparse(Sharded):
         else:
             self.grads.index_fill_(0, self.ids, 0.0)
         self.touched.zero_()
-        self.announced, self.values = False, None
+        self.announced = False
 
 
 # %% Bytes

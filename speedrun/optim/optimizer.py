@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import takewhile
 from types import FunctionType
 from typing import Any, Literal
 
@@ -310,9 +311,9 @@ def build_parts(
     return parts
 
 
-def lane_of(device: torch.device) -> Any:
-    """A stream of a GPU; None elsewhere."""
-    return torch.cuda.Stream(device) if device.type == "cuda" else None
+def lane_of(device: torch.device, first: bool = False) -> Any:
+    """A stream of a GPU, whose kernels go first or not; None elsewhere."""
+    return torch.cuda.Stream(device, priority=-first) if device.type == "cuda" else None
 
 
 TOLD = ("muon", "adam", "momentum", "muon_decay")  # what a step is told
@@ -367,7 +368,9 @@ class BankOptimizer:
             raise ValueError(
                 "the exact factor cannot be compiled: iterations=0 wants compile=False"
             )
-        self.lanes = {name: lane_of(self.device) for name in self.parts}
+        muon = [name for name, part in self.parts.items() if isinstance(part, MuonPart)]
+        self.lanes = {name: lane_of(self.device, name not in muon) for name in self.parts}
+        self.early = list(takewhile(muon.__contains__, self.scatter_order))
         self.looking = lane_of(self.device) if self.records else None
         self.works = {
             name: Replay(self.work_of(name), lane if self.records else None)
@@ -437,21 +440,21 @@ def take_one_step(optimizer: BankOptimizer, index: int, rates: Mapping[str, floa
     """`BankOptimizer.step`: scatter all that is due, then for one after the other wait, update and begin to gather."""
     parts, due = optimizer.parts, due_in(optimizer, index)
     tell(optimizer, index, rates)
+    sums = [name for name in optimizer.scatter_order if name in due]
+    for name in optimizer.early:
+        parts[name].scatter()
     watch(optimizer, due)
-    for name in optimizer.scatter_order:
-        if name in due:
-            parts[name].scatter()
+    for name in sums[len(optimizer.early) :]:
+        parts[name].scatter()
     for name in due:
         with beside(optimizer.lanes[name]):
             parts[name].wait()
             optimizer.works[name]()
             parts[name].gather()
+            parts[name].clear()
     for name in due:
         if (lane := optimizer.lanes[name]) is not None:
             torch.cuda.current_stream().wait_stream(lane)
-    for name in due:  # sums have arrived, new values are still on their way
-        parts[name].clear()
-    for name in due:
         parts[name].wait()
     copy_tied(optimizer, due)
 
@@ -513,8 +516,13 @@ def look(optimizer: BankOptimizer, due: list[str], broken: Tensor) -> None:
     """Which of this rank's gradients are not finite."""
     add_tied(optimizer, due)
     if optimizer.skip is not None and due:
-        largest = torch._foreach_norm([optimizer.parts[name].grads for name in due], math.inf)
-        broken.copy_(~torch.isfinite(torch.stack([x.float() for x in largest])))
+        grads = {name: optimizer.parts[name].grads for name in due}
+        largest: dict[str, Tensor] = {}
+        for dtype in {g.dtype for g in grads.values()}:  # mixed, they would be read one by one
+            here = [name for name in due if grads[name].dtype == dtype]
+            found = torch._foreach_norm([grads[name] for name in here], math.inf)
+            largest |= {name: x.float() for name, x in zip(here, found)}
+        broken.copy_(~torch.isfinite(torch.stack([largest[name] for name in due])))
 
 
 def blame(optimizer: BankOptimizer) -> list[str]:
@@ -527,9 +535,11 @@ def warm_up(optimizer: BankOptimizer) -> None:
     if optimizer.skip is None:
         raise ValueError("warming up is a step that is left out, which only the guard can do")
     optimizer.numbers.fill({name: float(name[:3] == "fix") for name in optimizer.numbers.names})
-    for _ in range(3):
-        for index in range(optimizer.options.adam_every):
+    tied = optimizer.tied
+    for optimizer.tied in (tied, {}) if tied else ({},):  # now, and when all are apart
+        for index in [*range(optimizer.options.adam_every)] * 3:
             watch(optimizer, due_in(optimizer, index))
+    optimizer.tied = tied
     optimizer.skip.fill_(1.0)
     for name, work in optimizer.works.items():
         for _ in range(3):
