@@ -1630,10 +1630,11 @@ import tempfile
 import time
 from pathlib import Path
 
-from speedrun.config import preset, vary
-from speedrun.lab.results import stamp
+from speedrun.config import TODAY, Config, preset, vary
+from speedrun.lab.results import load_result, stamp
+from speedrun.measure.runs import corpus_of, train_arms, train_many
 
-NAMES = ("cpu", "gpu")
+NAMES = ("cpu", "gpu", "sharing_rates", "sharing")
 PRESET_OF = {"cpu": "cpu", "gpu": "small"}
 
 
@@ -1703,8 +1704,49 @@ def time_steps(run: Run, repeats: int, steps: int = 4) -> dict[str, list[float]]
 
 # %% tags=["hide-input"]
 #| export measure.training_loop
+EVERY = (1, 2)  # steps from one update by Adam to the next
+GRID = [(every, rate, other) for every in EVERY for rate in (0.008, 0.016, 0.032) for other in (0.002, 0.004, 0.008, 0.016)]  # fmt: skip
+
+
+def sharing_run(every: int, rate: float, other: float) -> Config:
+    """The laptop's run of 600 steps under today's Muon, with one optimizer for all ranks."""
+    numbers = {"muon.weights": "float32", "muon.products": "bfloat16", "muon.gram": False}
+    length = {"steps": 600, "val_tokens": 131_072, "muon.momentum_steps": (138, 24)}
+    rates = {"matrix.rule": "muon", "matrix.lr": rate, "optim.lr": other}
+    sharing = {"sharing.on": True, "sharing.adam_every": every}
+    plain = dataclasses.replace(preset("cpu"), muon=TODAY)
+    return vary(plain, numbers | length | rates | sharing)
+
+
+def sharing_arms(name: str) -> dict[str, Config]:
+    """All points of the grid; or, for Adam in every step and in every second, the best of them."""
+    points = {" ".join(f"{n:g}" for n in point): sharing_run(*point) for point in GRID}
+    if name == "sharing_rates":
+        return points
+    arms = load_result("training_loop", "sharing_rates")["data"]["arms"]
+    loss = {point: runs[0]["val_loss"] for point, runs in arms.items()}
+    best = {
+        n: min((p for p in loss if p.split()[0] == str(n)), key=loss.__getitem__) for n in EVERY
+    }
+    return {f"every {n}": points[point] for n, point in best.items()}
+
+
+# %%
+assert len(GRID) == len(sharing_arms("sharing_rates")) == 24
+
+
+# %% tags=["hide-input"]
+#| export measure.training_loop
 def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
-    """Time the pieces of a step of a preset on this machine. Arguments: a data folder, if not the preset's."""
+    """Time the pieces of a step of a preset on this machine. Arguments: a data folder, if not the preset's.
+
+    sharing_rates, sharing: the laptop's run with one optimizer for all ranks, on a grid of rates, and at the best with nine seeds.
+    """
+    modules = ["speedrun.measure.training_loop"]
+    if name.startswith("sharing"):
+        seeds, corpus = 9 if name == "sharing" else 1, corpus_of(preset("cpu"))
+        arms = train_arms(sharing_arms(name), seeds, train_many)
+        return {"arms": arms}, stamp(command, modules, seeds, range(seeds), corpus)
     config = vary(preset(PRESET_OF[name]), {"data.path": arguments[0]} if arguments else {})
     with tempfile.TemporaryDirectory() as folder:
         run, repeats = assemble(config, Path(folder), echo=None), 40
@@ -1713,7 +1755,7 @@ def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
     manifest = run.loader.shards.manifest
     data |= {"config": dataclasses.asdict(config), "tokens": config.data.step_tokens}
     corpus = {"name": manifest.source, "sha256": manifest.sha256}
-    return data, stamp(command, ["speedrun.measure.training_loop"], repeats, corpus=corpus)
+    return data, stamp(command, modules, repeats, corpus=corpus)
 
 
 # %%

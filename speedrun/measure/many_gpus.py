@@ -14,7 +14,6 @@ from speedrun.optim.optimizer import (
 
 
 # %% The measurement
-import dataclasses
 import hashlib
 import json
 import os
@@ -32,12 +31,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from speedrun.config import TODAY, Config, preset, vary
+from speedrun.config import TODAY
 from speedrun.lab.hardware import Problem
-from speedrun.lab.results import load_result, root, stamp
-from speedrun.measure.runs import corpus_of, train_arms, train_many
+from speedrun.lab.results import root, stamp
 
-NAMES = ("wire", "laptop_rates", "laptop")
+NAMES = ("wire",)
 ON_GPUS = ("step", "trace", "nvlink")  # measured on a machine that has one or more
 RANKS = (1, 2, 4, 8)
 # matrices' sums first, but tables' updates: their gathers take longest, and travel while matrices are updated
@@ -378,47 +376,14 @@ def on_gpus(name: str) -> dict:
     return {"ranks": worlds, "stock": on_ranks(1, "stock", "cuda")}
 
 
-EVERY = (1, 2)  # steps from one update by Adam to the next
-GRID = [(every, rate, other) for every in EVERY for rate in (0.008, 0.016, 0.032) for other in (0.002, 0.004, 0.008, 0.016)]  # fmt: skip
-
-
-def sharing_run(every: int, rate: float, other: float) -> Config:
-    """The laptop's run of 600 steps under today's Muon, with one optimizer for all ranks."""
-    numbers = {"muon.weights": "float32", "muon.products": "bfloat16", "muon.gram": False}
-    length = {"steps": 600, "val_tokens": 131_072, "muon.momentum_steps": (138, 24)}
-    rates = {"matrix.rule": "muon", "matrix.lr": rate, "optim.lr": other}
-    sharing = {"sharing.on": True, "sharing.adam_every": every}
-    plain = dataclasses.replace(preset("cpu"), muon=TODAY)
-    return vary(plain, numbers | length | rates | sharing)
-
-
-def laptop_arms(name: str) -> dict[str, Config]:
-    """All points of the grid; or, for Adam in every step and in every second, the best of them."""
-    points = {" ".join(f"{n:g}" for n in point): sharing_run(*point) for point in GRID}
-    if name == "laptop_rates":
-        return points
-    arms = load_result("many_gpus", "laptop_rates")["data"]["arms"]
-    loss = {point: runs[0]["val_loss"] for point, runs in arms.items()}
-    best = {
-        n: min((p for p in loss if p.split()[0] == str(n)), key=loss.__getitem__) for n in EVERY
-    }
-    return {f"every {n}": points[point] for n, point in best.items()}
-
-
 def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
     """wire: bytes that a rank sends for each part of record 89's table at an eighth of its widths, by number of ranks.
 
     On GPUs, step: times of record 89's step and of PyTorch's own pair. trace: what ran when. nvlink: bytes, of two ranks.
-    laptop_rates, laptop: the laptop's run with this optimizer, on a grid of rates, and at the best with nine seeds.
     """
     if name in ON_GPUS:
         samples = {"step": 17, "trace": 1, "nvlink": 5}[name]
         return on_gpus(name), stamp(command, ["speedrun.measure.many_gpus"], samples)
-    if name.startswith("laptop"):
-        seeds = 9 if name == "laptop" else 1
-        modules, corpus = ["speedrun.measure.many_gpus", "speedrun.train"], corpus_of(preset("cpu"))
-        arms = train_arms(laptop_arms(name), seeds, train_many)
-        return {"arms": arms}, stamp(command, modules, seeds, range(seeds), corpus)
     found = {str(world): on_ranks(world, "wire") for world in RANKS}
     return {"ranks": found}, stamp(command, ["speedrun.measure.many_gpus"], 1)
 
