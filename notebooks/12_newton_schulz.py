@@ -596,6 +596,7 @@ import torch
 from speedrun.config import Config, preset, vary
 from speedrun.lab.results import load_result, stamp
 from speedrun.measure.runs import (
+    SHORT,
     bench,
     corpus_of,
     step_times,
@@ -611,7 +612,6 @@ CORPUS = (*GRIDS, "corpus_winners", "corpus_pace", "corpus_clock")  # on GPUs, w
 KEYS = ("matrix.rule", "matrix.lr", "optim.lr")
 RATES = tuple(0.00025 * 2**n for n in range(10))
 OTHERS = (0.002, 0.004, 0.008, 0.016)
-SHORT: dict[str, Any] = {"steps": 600, "val_tokens": 131_072}
 PARTS: dict[str, dict[str, Any]] = {
     "exact factor": {"matrix.iterations": 0},
     "three iterations": {"matrix.iterations": 3},

@@ -705,12 +705,14 @@ assert torch.equal(after["split"], after["float32"]), "the split weights lose no
 import dataclasses
 from typing import Any
 
-from speedrun.config import TODAY, Config, preset, vary
+from speedrun.config import Config, preset, vary
 from speedrun.lab.results import load_result, stamp
 from speedrun.measure.runs import (
+    SHORT,
     bench,
     corpus_of,
     step_times,
+    today,
     train_arms,
     train_many,
     train_on_gpus,
@@ -728,7 +730,6 @@ NAMES = (
 CORPUS = ("rates", "parts")  # on a GPU, with a data folder
 RATES = tuple(0.004 * 2**n for n in range(5))
 OTHERS = (0.002, 0.004, 0.008)
-LAPTOP: dict[str, Any] = {"steps": 600, "val_tokens": 131_072}
 PARTS: dict[str, dict[str, Any]] = {
     "record 4's quintic": {"muon.polynomials": "quintic"},
     "three polynomials": {"matrix.iterations": 3},
@@ -748,15 +749,6 @@ WEIGHTS = {
 
 # %% tags=["hide-input"]
 #| export measure.muon
-def today(base: Config) -> Config:
-    """A run under Muon as it runs today; momentum's ramps are as long a share of it as of the record's."""
-    rises, falls = round(0.23 * base.steps), round(0.04 * base.steps)
-    changes: dict[str, Any] = {"matrix.rule": "muon", "muon.momentum_steps": (rises, falls)}
-    if base.precision == "float32":  # on a CPU
-        changes |= {"muon.weights": "float32", "muon.products": "bfloat16", "muon.gram": False}
-    return vary(dataclasses.replace(base, muon=TODAY), changes)
-
-
 def rates(base: Config) -> dict[str, Config]:
     """Today's Muon at every rate of the matrices and of the rest."""
     points = [(rate, other) for rate in RATES for other in OTHERS]
@@ -795,7 +787,7 @@ def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
     12's Muon at today's rates, nine times; the rest: all three times.
     """
     laptop = name.startswith("laptop")
-    base = vary(preset("cpu"), LAPTOP) if laptop else bench(arguments[0])
+    base = vary(preset("cpu"), SHORT) if laptop else bench(arguments[0])
     base = vary(base, {"steps": 2000}) if "long" in name else base
     seeds = {"laptop": 9, "laptop_record_4": 9, "parts": 9}.get(name, 1)
     seeds = 3 if name in ("laptop_long", "laptop_weights") else seeds

@@ -65,7 +65,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from speedrun.data.loader import DataOptions, check_options
 from speedrun.lab.hardware import Problem
 from speedrun.model.baseline import AdamWOptions
-from speedrun.model.gpt import GPTOptions
+from speedrun.model.gpt import GPTOptions, Switches
+from speedrun.model.mlp import BlockOptions
 from speedrun.optim.adam import SharingOptions
 from speedrun.optim.muon import MuonOptions
 from speedrun.optim.newton_schulz import MatrixOptions
@@ -86,6 +87,8 @@ class Config:
     """gpt: the package's model. baseline: the plain GPT-2 of chapter 03."""
     model: GPTOptions = field(default_factory=GPTOptions)
     """The shape of the model."""
+    block: BlockOptions = field(default_factory=BlockOptions)
+    """What a layer is made of."""
     optim: AdamWOptions = field(default_factory=AdamWOptions)
     """The optimizer, and where its rate begins and ends."""
     matrix: MatrixOptions = field(default_factory=MatrixOptions)
@@ -199,6 +202,11 @@ for nonsense in ({"val_every": 0}, *odd):
 
 # %%
 #| export
+def switches_of(config: Config) -> Switches:
+    """The model's techniques, as the model takes them."""
+    return Switches(block=config.block)
+
+
 def check_rules(config: Config) -> None:
     """Refuse optimizers that the run's model or its numbers do not fit."""
     muon, rule = config.muon, config.matrix.rule
@@ -208,6 +216,9 @@ def check_rules(config: Config) -> None:
     if config.sharing.on and (config.architecture, rule) != ("gpt", "muon"):
         what = f"sharing.on with matrix.rule={rule} and architecture={config.architecture}"
         raise Problem(what, "--matrix.rule muon and --architecture gpt: it updates banks by Muon")
+    if config.architecture == "baseline" and switches_of(config) != Switches():
+        what = "architecture=baseline is GPT-2, and has no switches"
+        raise Problem(what, "--architecture gpt for what --block changes")
     if config.architecture == "baseline" and config.matrix != MatrixOptions():
         fix = "--architecture gpt: the plain one has no banks for --matrix.rule to update"
         raise Problem("there are no banks of matrices", fix)
@@ -242,6 +253,7 @@ wrong = [
     Config(val_tokens=1000),
     Config(data=DataOptions(mode="documents")),
     Config(architecture="baseline", matrix=MatrixOptions(rule="muon")),
+    Config(architecture="baseline", block=BlockOptions(qk_norm=True)),
 ]
 for config in wrong:
     try:
@@ -504,6 +516,7 @@ assert firsts["cpu"] == firsts["small"] == firsts["record"] != firsts["baseline"
 # dotted name → what a run saved before the field existed has for it
 ABSENT: dict[str, Any] = {"matrix": MatrixOptions(), "schedule": ScheduleOptions()}
 ABSENT |= {"muon": MuonOptions(), "data.pass_tokens": 0, "sharing": SharingOptions()}
+ABSENT |= {"block": BlockOptions()}
 ABSENT |= {"muon.products": MuonOptions().products, "muon.gram": False}
 
 
@@ -645,7 +658,7 @@ from speedrun.lab.results import is_docstring, module_file
 homes = {"Config": "config", "DataOptions": "data.loader", "AdamWOptions": "model.baseline"}
 homes |= {"GPTOptions": "model.gpt", "MatrixOptions": "optim.newton_schulz"}
 homes |= {"ScheduleOptions": "optim.schedule", "MuonOptions": "optim.muon"}
-homes |= {"SharingOptions": "optim.adam"}
+homes |= {"SharingOptions": "optim.adam", "BlockOptions": "model.mlp"}
 explained = 0
 for kind, home in homes.items():
     tree = ast.parse(module_file(f"speedrun.{home}").read_text(encoding="utf-8"))
@@ -764,6 +777,23 @@ def corpus_of(run: Config) -> dict[str, str]:
 
 # %% tags=["hide-input"]
 #| export measure.runs
+SHORT: dict[str, Any] = {"steps": 600, "val_tokens": 131_072}  # what a laptop's comparisons run
+
+
+def today(base: Config) -> Config:
+    """A run under Muon as it runs today; momentum's ramps are as long a share of it as of the record's."""
+    rises, falls = round(0.23 * base.steps), round(0.04 * base.steps)
+    changes: dict[str, Any] = {"matrix.rule": "muon", "muon.momentum_steps": (rises, falls)}
+    if base.precision == "float32":  # on a CPU
+        changes |= {"muon.weights": "float32", "muon.products": "bfloat16", "muon.gram": False}
+    return vary(dataclasses.replace(base, muon=TODAY), changes)
+
+
+def laptop_bench() -> Config:
+    """The run in which ideas are compared on a laptop: the cpu preset's model under today's Muon, at chapter 13's rates."""
+    return vary(today(vary(preset("cpu"), SHORT)), {"matrix.lr": 0.016, "optim.lr": 0.004})
+
+
 def bench(data: str) -> Config:
     """The run in which ideas are compared on a GPU: 30 million parameters, 400 steps of 32,768 tokens."""
     sizes = {"model.layers": 6, "model.heads": 6, "model.width": 384, "model.init_std": 0.03}
@@ -808,12 +838,16 @@ LIVE: dict[str, Any] = {}
 
 
 def train_on_gpu(config: Config) -> dict:
-    """`retrain` with this process's run of that model, assembled when first needed."""
+    """`retrain` with this process's run of that model, assembled when another one was trained before."""
+    import torch
+
     from speedrun.train import assemble
 
-    parts = (config.model, config.data, config.precision, config.compile, config.muon.weights)
-    sees = repr(parts)
+    parts = (config.model, switches_of(config), config.data, config.precision, config.compile)
+    sees = repr((*parts, config.muon.weights))
     if sees not in LIVE:
+        LIVE.clear()  # its memory, and its code, of which PyTorch keeps eight versions at most
+        torch._dynamo.reset()
         LIVE[sees] = assemble(config, Path(tempfile.mkdtemp()), echo=None)
     return retrain(LIVE[sees], config)
 

@@ -86,7 +86,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from speedrun.config import Config, check_config, config_from_json, fields_of, preset
-from speedrun.config import read_command, vary
+from speedrun.config import read_command, switches_of, vary
 from speedrun.data.loader import Batch, Loader, Position, Shards, validation_batches
 from speedrun.data.tokenizer import decode_bytes
 from speedrun.lab.hardware import Problem, setup
@@ -277,7 +277,7 @@ def build_model(
 ) -> tuple[nn.Module, dict[str, bool]]:
     """The model of a run on its device, and which of its parameters decay."""
     if config.architecture == "gpt":
-        model = GPT(config.model, vocab_size, config.seed)
+        model = GPT(config.model, vocab_size, config.seed, switches_of(config))
         return model.to(device), model.decays()
     from speedrun.history import build_rung
 
@@ -1280,7 +1280,7 @@ def describe_run(run: Run, command: str) -> dict:
         "parameters": sum(p.numel() for p in run.model.parameters()),
         "bytes_per_token": bytes_per_token(run.validation, config.val_tokens),
         "flops_per_token": model_flops_per_token(
-            config.model, manifest.vocab_size, config.data.seq_len
+            config.model, manifest.vocab_size, config.data.seq_len, switches_of(config)
         ),
     }
 
@@ -1630,9 +1630,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from speedrun.config import TODAY, Config, preset, vary
+from speedrun.config import Config, preset, vary
 from speedrun.lab.results import load_result, stamp
-from speedrun.measure.runs import corpus_of, train_arms, train_many
+from speedrun.measure.runs import corpus_of, laptop_bench, train_arms, train_many
 
 NAMES = ("cpu", "gpu", "sharing_rates", "sharing")
 PRESET_OF = {"cpu": "cpu", "gpu": "small"}
@@ -1710,12 +1710,8 @@ GRID = [(every, rate, other) for every in EVERY for rate in (0.008, 0.016, 0.032
 
 def sharing_run(every: int, rate: float, other: float) -> Config:
     """The laptop's run of 600 steps under today's Muon, with one optimizer for all ranks."""
-    numbers = {"muon.weights": "float32", "muon.products": "bfloat16", "muon.gram": False}
-    length = {"steps": 600, "val_tokens": 131_072, "muon.momentum_steps": (138, 24)}
-    rates = {"matrix.rule": "muon", "matrix.lr": rate, "optim.lr": other}
     sharing = {"sharing.on": True, "sharing.adam_every": every}
-    plain = dataclasses.replace(preset("cpu"), muon=TODAY)
-    return vary(plain, numbers | length | rates | sharing)
+    return vary(laptop_bench(), {"matrix.lr": rate, "optim.lr": other} | sharing)
 
 
 def sharing_arms(name: str) -> dict[str, Config]:

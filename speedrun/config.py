@@ -13,7 +13,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from speedrun.data.loader import DataOptions, check_options
 from speedrun.lab.hardware import Problem
 from speedrun.model.baseline import AdamWOptions
-from speedrun.model.gpt import GPTOptions
+from speedrun.model.gpt import GPTOptions, Switches
+from speedrun.model.mlp import BlockOptions
 from speedrun.optim.adam import SharingOptions
 from speedrun.optim.muon import MuonOptions
 from speedrun.optim.newton_schulz import MatrixOptions
@@ -32,6 +33,8 @@ class Config:
     """gpt: the package's model. baseline: the plain GPT-2 of chapter 03."""
     model: GPTOptions = field(default_factory=GPTOptions)
     """The shape of the model."""
+    block: BlockOptions = field(default_factory=BlockOptions)
+    """What a layer is made of."""
     optim: AdamWOptions = field(default_factory=AdamWOptions)
     """The optimizer, and where its rate begins and ends."""
     matrix: MatrixOptions = field(default_factory=MatrixOptions)
@@ -119,6 +122,11 @@ def check_ranges(fields: dict[str, Any]) -> None:
             raise Problem(what, f"--{flag(name)} 0.9, say: 0 or more, and less than 1")
 
 
+def switches_of(config: Config) -> Switches:
+    """The model's techniques, as the model takes them."""
+    return Switches(block=config.block)
+
+
 def check_rules(config: Config) -> None:
     """Refuse optimizers that the run's model or its numbers do not fit."""
     muon, rule = config.muon, config.matrix.rule
@@ -128,6 +136,9 @@ def check_rules(config: Config) -> None:
     if config.sharing.on and (config.architecture, rule) != ("gpt", "muon"):
         what = f"sharing.on with matrix.rule={rule} and architecture={config.architecture}"
         raise Problem(what, "--matrix.rule muon and --architecture gpt: it updates banks by Muon")
+    if config.architecture == "baseline" and switches_of(config) != Switches():
+        what = "architecture=baseline is GPT-2, and has no switches"
+        raise Problem(what, "--architecture gpt for what --block changes")
     if config.architecture == "baseline" and config.matrix != MatrixOptions():
         fix = "--architecture gpt: the plain one has no banks for --matrix.rule to update"
         raise Problem("there are no banks of matrices", fix)
@@ -294,6 +305,7 @@ def at_cpu_size(config: Config, steps: int = 20) -> Config:
 # dotted name → what a run saved before the field existed has for it
 ABSENT: dict[str, Any] = {"matrix": MatrixOptions(), "schedule": ScheduleOptions()}
 ABSENT |= {"muon": MuonOptions(), "data.pass_tokens": 0, "sharing": SharingOptions()}
+ABSENT |= {"block": BlockOptions()}
 ABSENT |= {"muon.products": MuonOptions().products, "muon.gram": False}
 
 

@@ -22,6 +22,7 @@ import tyro
 
 from speedrun.checkpoint import checkpoints
 from speedrun.config import Config, as_arguments, check_config, largest_divisor, read_command
+from speedrun.config import switches_of
 from speedrun.data.shards import data_folder, load_manifest
 from speedrun.data.sources import FINEWEB_SHARDS, SHARD_TOKENS, build_embedded, fetch_fineweb
 from speedrun.lab.hardware import Machine, Problem, look, setup
@@ -158,7 +159,8 @@ def make_plan(config: Config, machine: Machine, gpus: int, runs: list[dict]) -> 
     shards, download = missing_shards(config) if fineweb else (0, 0.0)
     steps = min(config.max_steps or config.steps, config.steps)
     tokens = steps * config.data.step_tokens
-    work = tokens * model_flops_per_token(config.model, vocab, config.data.seq_len)
+    per_token = model_flops_per_token(config.model, vocab, config.data.seq_len, switches_of(config))
+    work = tokens * per_token
     alike = [run for run in runs if run.get("preset") == config.preset] or runs
     seconds, how = expected_seconds(work, machine, world, alike) or (None, "")
     minutes, idle = seconds / 60 if seconds else None, 0 if gpus else there - world

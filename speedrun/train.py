@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from speedrun.config import Config, check_config, config_from_json, fields_of, preset
-from speedrun.config import read_command, vary
+from speedrun.config import read_command, switches_of, vary
 from speedrun.data.loader import Batch, Loader, Position, Shards, validation_batches
 from speedrun.data.tokenizer import decode_bytes
 from speedrun.lab.hardware import Problem, setup
@@ -163,7 +163,7 @@ def build_model(
 ) -> tuple[nn.Module, dict[str, bool]]:
     """The model of a run on its device, and which of its parameters decay."""
     if config.architecture == "gpt":
-        model = GPT(config.model, vocab_size, config.seed)
+        model = GPT(config.model, vocab_size, config.seed, switches_of(config))
         return model.to(device), model.decays()
     from speedrun.history import build_rung
 
@@ -716,7 +716,7 @@ def describe_run(run: Run, command: str) -> dict:
         "parameters": sum(p.numel() for p in run.model.parameters()),
         "bytes_per_token": bytes_per_token(run.validation, config.val_tokens),
         "flops_per_token": model_flops_per_token(
-            config.model, manifest.vocab_size, config.data.seq_len
+            config.model, manifest.vocab_size, config.data.seq_len, switches_of(config)
         ),
     }
 

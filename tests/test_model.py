@@ -97,6 +97,7 @@ class TestBankedModel:
             if kind == "gpt"
             else GPT2(GPT2Options(**dataclasses.asdict(options)), 61)
         )
+        torch._dynamo.reset()  # it keeps eight versions of a function at most
         compiled = torch.compile(model, fullgraph=True, backend="eager")
         tokens = torch.randint(61, (2, options.context + 1))
         assert torch.allclose(

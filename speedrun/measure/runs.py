@@ -1,7 +1,7 @@
 # Tangled from notebooks/22_config.py: edit the notebook, then run "make tangle". Edits made here are lost.
 
 
-from speedrun.config import Config, preset, vary
+from speedrun.config import Config, TODAY, preset, switches_of, vary
 
 
 # %% Were the choices right?
@@ -53,6 +53,23 @@ def corpus_of(run: Config) -> dict[str, str]:
     return {"name": manifest.source, "sha256": manifest.sha256}
 
 
+SHORT: dict[str, Any] = {"steps": 600, "val_tokens": 131_072}  # what a laptop's comparisons run
+
+
+def today(base: Config) -> Config:
+    """A run under Muon as it runs today; momentum's ramps are as long a share of it as of the record's."""
+    rises, falls = round(0.23 * base.steps), round(0.04 * base.steps)
+    changes: dict[str, Any] = {"matrix.rule": "muon", "muon.momentum_steps": (rises, falls)}
+    if base.precision == "float32":  # on a CPU
+        changes |= {"muon.weights": "float32", "muon.products": "bfloat16", "muon.gram": False}
+    return vary(dataclasses.replace(base, muon=TODAY), changes)
+
+
+def laptop_bench() -> Config:
+    """The run in which ideas are compared on a laptop: the cpu preset's model under today's Muon, at chapter 13's rates."""
+    return vary(today(vary(preset("cpu"), SHORT)), {"matrix.lr": 0.016, "optim.lr": 0.004})
+
+
 def bench(data: str) -> Config:
     """The run in which ideas are compared on a GPU: 30 million parameters, 400 steps of 32,768 tokens."""
     sizes = {"model.layers": 6, "model.heads": 6, "model.width": 384, "model.init_std": 0.03}
@@ -95,12 +112,16 @@ LIVE: dict[str, Any] = {}
 
 
 def train_on_gpu(config: Config) -> dict:
-    """`retrain` with this process's run of that model, assembled when first needed."""
+    """`retrain` with this process's run of that model, assembled when another one was trained before."""
+    import torch
+
     from speedrun.train import assemble
 
-    parts = (config.model, config.data, config.precision, config.compile, config.muon.weights)
-    sees = repr(parts)
+    parts = (config.model, switches_of(config), config.data, config.precision, config.compile)
+    sees = repr((*parts, config.muon.weights))
     if sees not in LIVE:
+        LIVE.clear()  # its memory, and its code, of which PyTorch keeps eight versions at most
+        torch._dynamo.reset()
         LIVE[sees] = assemble(config, Path(tempfile.mkdtemp()), echo=None)
     return retrain(LIVE[sees], config)
 

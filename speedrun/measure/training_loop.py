@@ -21,9 +21,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from speedrun.config import TODAY, Config, preset, vary
+from speedrun.config import Config, preset, vary
 from speedrun.lab.results import load_result, stamp
-from speedrun.measure.runs import corpus_of, train_arms, train_many
+from speedrun.measure.runs import corpus_of, laptop_bench, train_arms, train_many
 
 NAMES = ("cpu", "gpu", "sharing_rates", "sharing")
 PRESET_OF = {"cpu": "cpu", "gpu": "small"}
@@ -95,12 +95,8 @@ GRID = [(every, rate, other) for every in EVERY for rate in (0.008, 0.016, 0.032
 
 def sharing_run(every: int, rate: float, other: float) -> Config:
     """The laptop's run of 600 steps under today's Muon, with one optimizer for all ranks."""
-    numbers = {"muon.weights": "float32", "muon.products": "bfloat16", "muon.gram": False}
-    length = {"steps": 600, "val_tokens": 131_072, "muon.momentum_steps": (138, 24)}
-    rates = {"matrix.rule": "muon", "matrix.lr": rate, "optim.lr": other}
     sharing = {"sharing.on": True, "sharing.adam_every": every}
-    plain = dataclasses.replace(preset("cpu"), muon=TODAY)
-    return vary(plain, numbers | length | rates | sharing)
+    return vary(laptop_bench(), {"matrix.lr": rate, "optim.lr": other} | sharing)
 
 
 def sharing_arms(name: str) -> dict[str, Config]:

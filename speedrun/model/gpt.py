@@ -4,12 +4,15 @@
 # %% The code
 import math
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from speedrun.model.mlp import BlockOptions, initial, linear, mlp, normed, rms_norm
 
 
 @dataclass(frozen=True)
@@ -29,11 +32,19 @@ class GPTOptions:
 
 
 @dataclass(frozen=True)
+class Switches:
+    """The techniques of the model, one group a chapter; the defaults are GPT-2's."""
+
+    block: BlockOptions = BlockOptions()
+
+
+@dataclass(frozen=True)
 class Parameter:
-    """A row of the parameter table. It starts as normal(mean, std).
+    """A row of the parameter table. It starts as normal(mean, std), or uniform with the same two numbers.
 
     decay: whether AdamW decays it. multiplies: whether it costs one multiply-add a weight and token.
     matrices: how many matrices stand on top of each other in each slice of a bank; 0: it is no bank of matrices.
+    owners: the layers that a bank has slices for, in their order; none: it is no bank.
     """
 
     name: str
@@ -43,32 +54,46 @@ class Parameter:
     decay: bool = False
     multiplies: bool = False
     matrices: int = 0
+    uniform: bool = False
+    owners: tuple[int, ...] = ()
 
 
-def parameter_table(options: GPTOptions, vocab_size: int) -> tuple[Parameter, ...]:
-    """Every parameter of the model. What begins with the number of layers is a bank: one slice a layer."""
-    n, d, std = options.layers, options.width, options.init_std
-    adds = std / math.sqrt(2 * n)  # matrices whose output is added to the stream, 2n times in all
-    table: dict[str, Any] = {"decay": True, "multiplies": True}
-    matrix: dict[str, Any] = table | {"matrices": 1}
-    return (
-        Parameter("token_embedding", (vocab_size, d), std=std, **table),  # multiplies as the head
+def norm_rows(name: str, shape: tuple[int, ...], owners: tuple[int, ...] = ()) -> list[Parameter]:
+    """What a layer norm learns: a gain and a bias."""
+    gain = Parameter(f"{name}_gain", shape, mean=1.0, owners=owners)
+    return [gain, Parameter(f"{name}_bias", shape, owners=owners)]
+
+
+def layer_rows(options: GPTOptions, block: BlockOptions) -> list[Parameter]:
+    """The banks of attention and MLP, in the order in which a layer comes to them."""
+    n, d, owners = options.layers, options.width, tuple(range(options.layers))
+    rows: list[Parameter] = []
+    shapes = {"attention_qkv": (3 * d, d), "attention_out": (d, d)}
+    shapes |= {"mlp_up": (4 * d, d), "mlp_down": (d, 4 * d)}
+    for name, (high, wide) in shapes.items():
+        reads, part = name in ("attention_qkv", "mlp_up"), name.split("_")[0]
+        if reads and block.norm == "layer":
+            rows += norm_rows(f"{part}_norm", (n, d), owners)
+        start = initial(block, options.init_std, n, wide, adds=not reads)
+        kind: dict[str, Any] = {"decay": True, "multiplies": True, "owners": owners} | start
+        matrices = 3 if name == "attention_qkv" else 1
+        rows.append(Parameter(name, (n, high, wide), matrices=matrices, **kind))
+        if block.biases:
+            rows.append(Parameter(f"{name}_bias", (n, high), owners=owners))
+    return rows
+
+
+def parameter_table(
+    options: GPTOptions, vocab_size: int, switches: Switches = Switches()
+) -> tuple[Parameter, ...]:
+    """Every parameter of the model, in the order in which the forward pass comes to them."""
+    d, std = options.width, options.init_std
+    rows = [
+        Parameter("token_embedding", (vocab_size, d), std=std, decay=True, multiplies=True),
         Parameter("position_embedding", (options.context, d), std=std, decay=True),
-        Parameter("attention_norm_gain", (n, d), mean=1.0),
-        Parameter("attention_norm_bias", (n, d)),
-        Parameter("attention_qkv", (n, 3 * d, d), std=std, **matrix | {"matrices": 3}),
-        Parameter("attention_qkv_bias", (n, 3 * d)),
-        Parameter("attention_out", (n, d, d), std=adds, **matrix),
-        Parameter("attention_out_bias", (n, d)),
-        Parameter("mlp_norm_gain", (n, d), mean=1.0),
-        Parameter("mlp_norm_bias", (n, d)),
-        Parameter("mlp_up", (n, 4 * d, d), std=std, **matrix),
-        Parameter("mlp_up_bias", (n, 4 * d)),
-        Parameter("mlp_down", (n, d, 4 * d), std=adds, **matrix),
-        Parameter("mlp_down_bias", (n, d)),
-        Parameter("final_norm_gain", (d,), mean=1.0),
-        Parameter("final_norm_bias", (d,)),
-    )
+        *layer_rows(options, switches.block),
+    ]
+    return (*rows, *(norm_rows("final_norm", (d,)) if switches.block.norm == "layer" else ()))
 
 
 # %% Beginning
@@ -76,46 +101,43 @@ def init_parameter(row: Parameter, seed: int) -> Tensor:
     """The initial values of one row, float32 on the CPU: a function of the seed and the row alone."""
     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{row.name}".encode()))
     values = torch.full(row.shape, row.mean)
+    if row.uniform:
+        return values + math.sqrt(3) * row.std * (
+            2 * torch.rand(row.shape, generator=generator) - 1
+        )
     return values + row.std * torch.randn(row.shape, generator=generator) if row.std else values
 
 
 # %% The forward pass
-def attention(
-    x: Tensor, qkv: Tensor, qkv_bias: Tensor, out: Tensor, out_bias: Tensor, *, heads: int
-) -> Tensor:
+def attention(x: Tensor, weights: Mapping[str, Tensor], heads: int, qk_norm: bool) -> Tensor:
     """Causal self-attention, (batch, tokens, width) → the same. qkv: (3 · width, width), out: (width, width)."""
     batch, tokens, width = x.shape
     shape = (batch, tokens, 3, heads, width // heads)
-    q, k, v = F.linear(x, qkv, qkv_bias).view(shape).permute(2, 0, 3, 1, 4)
+    q, k, v = linear(x, weights, "attention_qkv").view(shape).permute(2, 0, 3, 1, 4)
+    if qk_norm:
+        q, k = rms_norm(q), rms_norm(k)
     y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # scaled by 1 / sqrt(head_dim)
-    return F.linear(y.transpose(1, 2).reshape(batch, tokens, width), out, out_bias)
+    return linear(y.transpose(1, 2).reshape(batch, tokens, width), weights, "attention_out")
 
 
-def mlp(x: Tensor, up: Tensor, up_bias: Tensor, down: Tensor, down_bias: Tensor) -> Tensor:
-    """Two linear layers with a GELU between them. up: (4 · width, width), down: (width, 4 · width)."""
-    return F.linear(F.gelu(F.linear(x, up, up_bias), approximate="tanh"), down, down_bias)
-
-
-def norm(x: Tensor, gain: Tensor, bias: Tensor) -> Tensor:
-    """Layer norm over the last dimension."""
-    return F.layer_norm(x, gain.shape, gain, bias)
-
-
-NORM = ("attention_norm_gain", "attention_norm_bias")
-ATTENTION = (*NORM, "attention_qkv", "attention_qkv_bias", "attention_out", "attention_out_bias")
-MLP = ("mlp_norm_gain", "mlp_norm_bias", "mlp_up", "mlp_up_bias", "mlp_down", "mlp_down_bias")
+def weights_of_layers(self) -> list[dict[str, Tensor]]:
+    """Each layer's slices of the banks, by the banks' names."""
+    found: list[dict[str, Tensor]] = [{} for _ in range(self.options.layers)]
+    for name, owners in self.banks.items():
+        for layer, piece in zip(owners, getattr(self, name).unbind()):
+            found[layer][name] = piece
+    return found
 
 
 def gpt_forward(self, inputs: Tensor, targets: Tensor | None = None) -> Tensor:
     """Logits (batch, tokens, vocab) of inputs, (batch, tokens) int64; with targets the mean cross-entropy, nats."""
+    heads, block = self.options.heads, self.switches.block
     x = F.embedding(inputs, self.token_embedding) + self.position_embedding[: inputs.shape[1]]
-    banks = [getattr(self, name).unbind() for name in ATTENTION + MLP]
-    for weights in zip(*banks):
-        gain, bias, *matrices = weights[: len(ATTENTION)]
-        x = x + attention(norm(x, gain, bias), *matrices, heads=self.options.heads)
-        gain, bias, *matrices = weights[len(ATTENTION) :]
-        x = x + mlp(norm(x, gain, bias), *matrices)
-    x = norm(x, self.final_norm_gain, self.final_norm_bias)
+    for weights in weights_of_layers(self):
+        normal = normed(x, weights, "attention_norm")
+        x = x + attention(normal, weights, heads, block.qk_norm)
+        x = x + mlp(normed(x, weights, "mlp_norm"), weights, block)
+    x = normed(x, self._parameters, "final_norm")
     logits = F.linear(x, self.token_embedding)
     if targets is None:
         return logits
@@ -125,13 +147,17 @@ def gpt_forward(self, inputs: Tensor, targets: Tensor | None = None) -> Tensor:
 class GPT(nn.Module):
     """The package's model: banks of weights, and the table that describes them."""
 
-    def __init__(self, options: GPTOptions, vocab_size: int, seed: int = 0):
+    def __init__(
+        self, options: GPTOptions, vocab_size: int, seed: int = 0, switches: Switches = Switches()
+    ):
         super().__init__()
         if options.width % options.heads:
             raise ValueError(f"width {options.width} is not a multiple of heads {options.heads}")
-        self.options, self.table = options, parameter_table(options, vocab_size)
+        self.options, self.switches = options, switches
+        self.table = parameter_table(options, vocab_size, switches)
         for row in self.table:
             self.register_parameter(row.name, nn.Parameter(init_parameter(row, seed)))
+        self.banks = {row.name: row.owners for row in self.table if row.owners}
 
     forward = gpt_forward
 
@@ -170,12 +196,13 @@ def banks_from_blocks(state: dict[str, Tensor], layers: int) -> dict[str, Tensor
 
 
 # %% The measurement
-def model_flops_per_token(options: GPTOptions, vocab_size: int, seq_len: int) -> float:
+def model_flops_per_token(
+    options: GPTOptions, vocab_size: int, seq_len: int, switches: Switches = Switches()
+) -> float:
     """FLOPs of a token, forward and backward: 6 a weight that multiplies, 6 · seq_len · width a layer for attention.
 
     Attention counts what causality leaves: on average a token sees half of the row.
     """
-    weights = sum(
-        math.prod(row.shape) for row in parameter_table(options, vocab_size) if row.multiplies
-    )
+    table = parameter_table(options, vocab_size, switches)
+    weights = sum(math.prod(row.shape) for row in table if row.multiplies)
     return 6.0 * weights + 6.0 * options.layers * seq_len * options.width

@@ -1,0 +1,412 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # A modern block: six changes in one record
+#
+# ```{admonition} Cost box
+# Any machine: about twenty seconds on two CPU cores, no GPU. The comparisons took twenty minutes on a laptop's two cores and are committed.
+# Record 2: @kellerjordan0. Record 5: @Grad62304977, @kellerjordan0. Record 19: @YouJiacheng.
+# ```
+#
+# ## The problem
+#
+# Record 5 cut **426 seconds** from 1,338, a third, and its log holds one run. Six things changed at once: the vocabulary was padded, twelve heads became six, GELU became ReLU², queries and keys were normed, output matrices began at zero, and a factor on attention's output went. Which of them did it?
+
+# %%
+from speedrun.lab.results import public_table
+
+ladder = {row["record"]: row for row in public_table("records")}
+old, new = ladder["4"], ladder["5"]
+seconds = float(old["record_time_s"]) - float(new["record_time_s"])
+fewer = 1 - int(new["steps"]) / int(old["steps"])
+faster = 1 - float(new["step_avg_ms"]) / float(old["step_avg_ms"])
+assert seconds == 426 and 0.17 < fewer < 0.18 and 0.17 < faster < 0.18
+print(f"steps: {old['steps']} to {new['steps']}, {fewer:.1%} fewer")
+print(f"ms a step: {old['step_avg_ms']} to {new['step_avg_ms']}, {faster:.1%} less")
+
+# %% [markdown]
+# Half of it is fewer steps and half is shorter ones, to the printed digit. So these are at least two inventions in one log. Nobody has published them one at a time. A record is a race and not an experiment, and whoever copies from one wants to know which part to copy.
+#
+# ```{admonition} Prediction
+# Here are six changes to GPT-2's block; the first two are older than record 5. Norms lose their gains, biases and means. Matrices lose their biases. Queries and keys are normed. The activation becomes ReLU². Matrices that write to the stream begin at zero. The others begin with a spread that follows from their width instead of GPT-2's 0.02. Take each away from the full set, on a small model that is trained for a fixed number of steps. **Which one is missed most, which two are not missed at all, and which one changes the time of a step?**
+# ```
+#
+# ## The idea
+#
+# A block of GPT-2 reads the stream through a layer norm, and writes to it. Most of what follows removes something. The question each time is what the model can still compute, what training does differently, and what it costs.
+#
+# **A norm without parameters.** Layer norm subtracts the mean of a vector's $d$ numbers, divides by their deviation, multiplies by a gain $g$ and adds a bias $b$. RMS norm {cite}`zhang2019rms` divides by the root mean square and does nothing else:
+#
+# $$
+# \mathrm{LN}(x) = g \odot \frac{P x}{\mathrm{rms}(P x)} + b, \qquad P = I - \tfrac1d \mathbf 1 \mathbf 1^\top, \qquad \mathrm{rms}(x) = \sqrt{\tfrac1d \textstyle\sum_i x_i^2}.
+# $$
+#
+# All three things that went are linear, and on both sides of a norm stand linear maps that can do them. Behind it a matrix $W$ with a bias $c$ reads its result: $W(g \odot u + b) + c = (W \operatorname{diag} g)\, u + (W b + c)$, so gain and bias are part of $W$ and $c$. Before it stand the embedding and the matrices that write to the stream. If each is multiplied by $P$, once and for all, the stream has mean zero everywhere and subtracting it changes nothing. So *any* GPT-2 can be rewritten with parameter-free norms, to the same logits. What differs is training: a step of the product $W \operatorname{diag} g$ is not a step of both.
+#
+# **Biases.** They are what is left of $b$ and $c$, one vector a matrix. Without them every map is through the origin. No rewriting removes them; it is a smaller model, by 0.07%.
+#
+# **QK-norm.** Attention weighs keys by $\exp(q \cdot k/\sqrt d)$. Nothing bounds $q$ and $k$, and with Muon they have a reason to grow: every step moves *all* singular values of their matrices by about the rate. A softmax of large scores is one at one key and zero at the others, and there its gradient vanishes. Norm queries and keys {cite}`henry2020`, and each has length $\sqrt d$, so a score is at most $\sqrt d$.
+#
+# **ReLU².** $\max(z, 0)^2$ was found by a search over programs for cheaper language models {cite}`so2021`. Its derivative $2\max(z, 0)$ has no jump, half of its values are zeros, and it has no constants: $f(cz) = c^2 f(z)$.
+#
+# **Zeros.** GPT-2 shrinks the matrices that write to the stream by $\sqrt{2L}$, since $2L$ of them add up. Record 5 lets them begin at zero. Then each block is the identity at first, and its other matrices get no gradient in the first step.
+#
+# **Scale.** GPT-2 draws all weights with a deviation of 0.02. A matrix with $m$ columns adds up $m$ products, so an output that should not depend on the width wants $1/\sqrt m$. Record 19 took $0.5/\sqrt m$, uniformly distributed.
+#
+# ## The code
+
+# %%
+#| default_exp model.mlp
+#| export
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class BlockOptions:
+    """What a layer is made of. The defaults are GPT-2's."""
+
+    norm: Literal["layer", "rms"] = "layer"
+    """layer: subtract the mean, divide, then gain and bias. rms: divide by the root mean square, no parameters."""
+    biases: bool = True
+    """Whether matrices have biases."""
+    qk_norm: bool = False
+    """RMS norm for each head's queries and keys."""
+    activation: Literal["gelu", "relu2"] = "gelu"
+    """The MLP's nonlinearity; relu2: the square of what is positive."""
+    zero_out: bool = False
+    """Matrices that write to the stream begin at zero, and not at init_std / sqrt(2 · layers)."""
+    fan_in: bool = False
+    """The other matrices begin uniform with deviation 0.5 / sqrt(columns), and not normal with init_std."""
+
+
+# %% [markdown]
+# ### The norm
+#
+# Which norm it is follows from the weights that are there:
+
+
+# %%
+#| export
+def rms_norm(x: Tensor) -> Tensor:
+    """Each vector of the last dimension, scaled to a root mean square of 1 (Zhang and Sennrich 2019)."""
+    return F.rms_norm(x, x.shape[-1:], eps=1e-6)
+
+
+def normed(x: Tensor, weights: Mapping[str, Any], name: str) -> Tensor:
+    """Layer norm with the gain and bias that stand under a name, or RMS norm if there are none."""
+    gain = weights.get(f"{name}_gain")
+    if gain is None:
+        return rms_norm(x)
+    return F.layer_norm(x, gain.shape, gain, weights[f"{name}_bias"])
+
+
+# %%
+import torch
+
+torch.manual_seed(0)
+x = 3.0 * torch.randn(5, 64, dtype=torch.float64) + 1.0
+weights = {"some_norm_gain": torch.rand(64).double(), "some_norm_bias": torch.randn(64).double()}
+centred = x - x.mean(-1, keepdim=True)
+by_hand = rms_norm(centred) * weights["some_norm_gain"] + weights["some_norm_bias"]
+assert torch.allclose(normed(x, weights, "some_norm"), by_hand, atol=1e-5)
+assert torch.allclose(rms_norm(x).square().mean(-1), torch.ones(5).double(), atol=1e-6)
+assert torch.allclose(rms_norm(1000 * x), rms_norm(x), atol=1e-6), "blind to scale"
+print("layer norm is RMS norm of the centred vector, with a gain and a bias")
+
+# %% [markdown]
+# What is blind to scale sends back a gradient at right angles to its input: moving $x$ along itself changes nothing. And the gradient shrinks as $x$ grows. So the longer the stream, the less a block's input can be moved.
+
+# %%
+vector = torch.randn(64, dtype=torch.float64, requires_grad=True)
+direction = torch.randn(64, dtype=torch.float64)
+(gradient,) = torch.autograd.grad(rms_norm(vector) @ direction, vector)
+longer = (10 * vector).detach().requires_grad_()
+(shorter,) = torch.autograd.grad(rms_norm(longer) @ direction, longer)
+assert abs(gradient @ vector) < 1e-5 * gradient.norm() * vector.norm()
+assert abs(shorter.norm() / gradient.norm() - 0.1) < 1e-5
+print("the gradient is at right angles; ten times the length, a tenth of the gradient")
+
+# %% [markdown]
+# ### The perceptron
+
+
+# %%
+#| export
+def linear(x: Tensor, weights: Mapping[str, Tensor], name: str) -> Tensor:
+    """x times the matrix of that name, (rows, columns), plus its bias if it has one: (…, columns) → (…, rows)."""
+    return F.linear(x, weights[name], weights.get(f"{name}_bias"))
+
+
+def activate(z: Tensor, kind: str) -> Tensor:
+    """The nonlinearity: gelu (its tanh form), or relu2 (So and others 2021)."""
+    return F.relu(z).square() if kind == "relu2" else F.gelu(z, approximate="tanh")
+
+
+def mlp(x: Tensor, weights: Mapping[str, Tensor], options: BlockOptions) -> Tensor:
+    """Two matrices with a nonlinearity between, (…, width) → the same. up: (4 · width, width), down: (width, 4 · width)."""
+    hidden = activate(linear(x, weights, "mlp_up"), options.activation)
+    return linear(hidden, weights, "mlp_down")
+
+
+# %%
+z = torch.randn(1_000_000, dtype=torch.float64, requires_grad=True)
+squared = activate(z, "relu2")
+(slope,) = torch.autograd.grad(squared.sum(), z)
+assert torch.equal(slope, 2 * z.clamp(min=0)) and abs((squared == 0).double().mean() - 0.5) < 0.002
+assert torch.allclose(activate(3 * z, "relu2"), 9 * squared)
+size = {kind: activate(z, kind).square().mean().sqrt().item() for kind in ("gelu", "relu2")}
+assert abs(size["relu2"] - math.sqrt(3 / 2)) < 0.01 and 0.6 < size["gelu"] < 0.7
+print({kind: f"{rms:.2f}" for kind, rms in size.items()}, "is what a normal z becomes, as rms")
+
+# %% [markdown]
+# What does it cost? On a GPU nothing that could be seen: with either function a fused kernel reads the same bytes and writes the same bytes, and does a few operations in between. On a CPU a tanh costs something; the clock below will say.
+#
+# ### Beginning
+
+
+# %%
+#| export
+def initial(
+    options: BlockOptions, init_std: float, layers: int, columns: int, adds: bool
+) -> dict[str, Any]:
+    """How a matrix of so many columns begins, as fields of its row in the table. adds: it writes to the stream."""
+    std = 0.5 / math.sqrt(columns) if options.fan_in else init_std
+    if adds:
+        std = 0.0 if options.zero_out else std / math.sqrt(2 * layers)
+    return {"std": std, "uniform": options.fan_in and std > 0}
+
+
+# %%
+ALL_SIX = BlockOptions(
+    norm="rms", biases=False, qk_norm=True, activation="relu2", zero_out=True, fan_in=True
+)
+assert initial(BlockOptions(), 0.02, 12, 768, adds=False) == {"std": 0.02, "uniform": False}
+assert initial(ALL_SIX, 0.02, 12, 768, adds=True) == {"std": 0.0, "uniform": False}
+spread = {width: initial(ALL_SIX, 0.02, 12, width, adds=False)["std"] for width in (128, 768)}
+assert f"{spread[768]:.3f}" == "0.018" and f"{spread[128]:.3f}" == "0.044"
+print(f"a matrix of 768 columns: {spread[768]:.4f}; of 128: {spread[128]:.4f}")
+
+# %% [markdown]
+# At GPT-2's width the formula gives nearly GPT-2's number. What it buys is the other widths. Our laptop's model is 128 wide, and its 0.05 was found by trying.
+#
+# ### In the model
+#
+# [The model](21_model.py) takes these options as `Switches`, and attention there norms its queries and keys if told to. With all six switched, a block has 4 matrices and nothing else:
+
+# %%
+from speedrun.model.gpt import GPT, GPTOptions, Switches, parameter_table
+
+sizes = {
+    name: {
+        row.name: math.prod(row.shape)
+        for row in parameter_table(GPTOptions(), 50_257, Switches(block))
+    }
+    for name, block in (("GPT-2", BlockOptions()), ("modern", ALL_SIX))
+}
+gone = sum(sizes["GPT-2"].values()) - sum(sizes["modern"].values())
+biases = sum(
+    size for name, size in sizes["GPT-2"].items() if name.endswith("bias") and "norm" not in name
+)
+assert (len(sizes["GPT-2"]), len(sizes["modern"])) == (16, 6)
+assert 0.0009 < gone / sum(sizes["GPT-2"].values()) < 0.0010 and biases == 12 * 9 * 768
+assert f"{biases / sum(sizes['GPT-2'].values()):.2%}" == "0.07%"
+print(f"16 tensors become 6; {gone:,} parameters are gone, {biases:,} of them matrices' biases")
+
+# %% [markdown]
+# Now the claim that norms lose nothing with their parameters. Draw a GPT-2 with random gains and biases, fold all of it into the matrices as derived, and compare logits with a model whose norms have no parameters. (The last norm stays at gain one and bias zero: the matrix behind it is the embedding, too, and cannot take in what is meant for one of its two jobs.)
+
+
+# %%
+def folded(state: dict) -> dict:
+    """GPT-2's weights as those of a model with parameter-free norms and the same logits."""
+    centre = torch.eye(state["final_norm_gain"].numel()).double()
+    centre -= centre.mean()
+    found = {name: state[name] @ centre for name in ("token_embedding", "position_embedding")}
+    for writer in ("attention_out", "mlp_down"):
+        found[writer] = centre @ state[writer]
+        found[f"{writer}_bias"] = state[f"{writer}_bias"] @ centre
+    for reader in ("attention_qkv", "mlp_up"):
+        gain, bias = (state[f"{reader.split('_')[0]}_norm_{part}"] for part in ("gain", "bias"))
+        found[reader] = state[reader] * gain[:, None, :]
+        carried = (state[reader] @ bias[:, :, None])[:, :, 0]
+        found[f"{reader}_bias"] = state[f"{reader}_bias"] + carried
+    return found
+
+
+shape = GPTOptions(layers=3, heads=4, width=64, context=32)
+full = GPT(shape, 288).double()
+bare = GPT(shape, 288, switches=Switches(BlockOptions(norm="rms"))).double()
+with torch.no_grad():
+    for name, p in full.named_parameters():
+        p.add_(0.2 * torch.randn_like(p) * ("final" not in name))
+bare.load_state_dict(folded(full.state_dict()))
+tokens = torch.randint(288, (2, 33), generator=torch.Generator().manual_seed(1))
+apart = (full(tokens[:, :-1]) - bare(tokens[:, :-1])).abs().max() / full(tokens[:, :-1]).std()
+assert apart < 1e-3, "the two norms add different small constants before they divide"
+print(f"logits differ by at most {apart:.0e} of their spread")
+
+# %% [markdown]
+# And the first step of a modern model. All blocks are the identity, so the logits are those of a model without blocks, and only what writes to the stream has a gradient:
+
+# %%
+modern = GPT(shape, 288, switches=Switches(ALL_SIX))
+inputs, targets = tokens[:, :-1], tokens[:, 1:]
+modern(inputs, targets).backward()
+embedded = modern.token_embedding[inputs] + modern.position_embedding[: inputs.shape[1]]
+assert torch.allclose(modern(inputs), rms_norm(embedded) @ modern.token_embedding.T, atol=1e-5)
+moved = {name for name, p in modern.named_parameters() if p.grad.any()}
+assert moved == {"attention_out", "mlp_down", "token_embedding", "position_embedding"}
+captured = torch.compile(modern, fullgraph=True, backend="eager")
+assert torch.equal(captured(inputs, targets), modern(inputs, targets))
+print("in the first step these learn:", ", ".join(sorted(moved)))
+
+# %% [markdown]
+# ## The measurement
+#
+# On the laptop's model, 600 steps under today's Muon ([chapter 13](13_muon.py)). Rates were tuned for GPT-2's block in that chapter, and are tuned for the modern one here, on a grid of twelve points. Then two questions: from the modern block one change is taken away, and to GPT-2's block one is added.
+
+# %% tags=["hide-input"]
+#| default_exp measure.modern_block
+#| export
+import math
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from speedrun.config import Config, vary
+from speedrun.lab.hardware import look
+from speedrun.lab.results import load_result, stamp
+from speedrun.measure.runs import corpus_of, laptop_bench, step_times, train_arms, train_many
+
+NAMES = ("rates", "without", "alone", "pace", "inside")
+GPT2: dict[str, Any] = {"block.norm": "layer", "block.biases": True, "block.qk_norm": False}
+GPT2 |= {"block.activation": "gelu", "block.zero_out": False, "block.fan_in": False}
+MODERN: dict[str, Any] = {"block.norm": "rms", "block.biases": False, "block.qk_norm": True}
+MODERN |= {"block.activation": "relu2", "block.zero_out": True, "block.fan_in": True}
+CHANGES = {
+    "plain norms": "block.norm",
+    "no biases": "block.biases",
+    "QK-norm": "block.qk_norm",
+    "ReLU²": "block.activation",
+    "zeros": "block.zero_out",
+    "scale by width": "block.fan_in",
+}
+GRID = [(rate, other) for rate in (0.008, 0.016, 0.032) for other in (0.002, 0.004, 0.008, 0.016)]
+
+
+# %% tags=["hide-input"]
+#| export
+def points() -> dict[str, Config]:
+    """The modern block at every point of the grid."""
+    modern = vary(laptop_bench(), MODERN)
+    return {f"{r:g} {o:g}": vary(modern, {"matrix.lr": r, "optim.lr": o}) for r, o in GRID}
+
+
+def tuned() -> Config:
+    """The modern block at the rates that did best in the committed grid."""
+    arms = load_result("modern_block", "rates")["data"]["arms"]
+    return points()[min(arms, key=lambda point: arms[point][0]["val_loss"])]
+
+
+def arms_of(name: str) -> dict[str, Config]:
+    """The arms of a measurement, by name."""
+    if name == "rates":
+        return points()
+    if name == "alone":
+        return {change: vary(laptop_bench(), {key: MODERN[key]}) for change, key in CHANGES.items()}
+    modern = tuned()
+    if name == "pace":
+        return {"GPT-2": laptop_bench(), "modern": modern} | arms_of("alone")
+    without = {change: vary(modern, {key: GPT2[key]}) for change, key in CHANGES.items()}
+    return {"modern": modern} | without | {"one head": vary(modern, {"model.heads": 1})}
+
+
+# %%
+assert vary(laptop_bench(), MODERN) != laptop_bench() == vary(vary(laptop_bench(), MODERN), GPT2)
+assert set(CHANGES.values()) == set(GPT2) == set(MODERN) and len(points()) == 12
+
+
+# %% tags=["hide-input"]
+#| export
+def look_inside(run: Config) -> dict:
+    """Train a run; then, in one row of validation text: the largest score, its bound, and the share of activations at zero."""
+    from speedrun.train import assemble, held_out, train_step
+
+    torch.set_num_threads(1)
+    found: dict[str, Any] = {"scores": [], "zeros": []}
+    attend, relu = F.scaled_dot_product_attention, F.relu
+
+    def attend_and_note(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> Tensor:
+        scores = (q @ k.mT / math.sqrt(q.shape[-1])).tril()
+        found["scores"].append(scores.abs().max().item())
+        found["bound"] = math.sqrt(q.shape[-1])
+        return attend(q, k, v, is_causal=is_causal)
+
+    def relu_and_note(x: Tensor) -> Tensor:
+        found["zeros"].append((x <= 0).float().mean().item())
+        return relu(x)
+
+    with tempfile.TemporaryDirectory() as folder:
+        live = assemble(run, Path(folder), echo=None)
+        for _ in range(run.steps):
+            train_step(live)
+        batch = next(held_out(live, run.val_tokens))
+    noted = patch.object(F, "scaled_dot_product_attention", attend_and_note)
+    with torch.no_grad(), noted, patch.object(F, "relu", relu_and_note):
+        live.model(batch.inputs, batch.targets)
+    return found
+
+
+# %% tags=["hide-input"]
+#| export
+def inside() -> dict[str, list[dict]]:
+    """`look_inside` with and without QK-norm, at the tuned rate of the matrices and at twice that; three seeds each."""
+    arms = {}
+    for times in (1, 2):
+        faster = vary(tuned(), {"matrix.lr": times * tuned().matrix.lr})
+        for norm in (True, False):
+            arms[f"{'with' if norm else 'without'} {times}"] = vary(faster, {"block.qk_norm": norm})
+    runs = [vary(run, {"seed": seed}) for run in arms.values() for seed in range(3)]
+    with ProcessPoolExecutor(look().cores, get_context("spawn")) as pool:
+        found = list(pool.map(look_inside, runs))
+    return {arm: found[3 * n : 3 * n + 3] for n, arm in enumerate(arms)}
+
+
+def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
+    """Train arms with paired seeds, {"arms": {arm: [run, …]}}: the modern block nine times, each change five times.
+
+    rates: its grid. pace: step times, {"ms": {arm: [ms, …]}}. inside: what a trained model's attention and MLP do.
+    """
+    seeds = {"without": 9, "alone": 5, "inside": 3}.get(name, 1)
+    modules = ["speedrun.measure.modern_block", "speedrun.train"]
+    facts = stamp(command, modules, seeds, range(seeds), corpus_of(laptop_bench()))
+    if name == "inside":
+        return {"arms": inside()}, facts
+    arms = arms_of(name)
+    if name == "pace":
+        return {"ms": step_times(arms)}, facts
+    control = train_arms({"modern": arms.pop("modern")}, 9, train_many) if "modern" in arms else {}
+    return {"arms": control | train_arms(arms, min(seeds, 5), train_many)}, facts

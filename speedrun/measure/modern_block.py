@@ -1,0 +1,119 @@
+# Tangled from notebooks/05_modern_block.py: edit the notebook, then run "make tangle". Edits made here are lost.
+
+
+# %% The measurement
+import math
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from speedrun.config import Config, vary
+from speedrun.lab.hardware import look
+from speedrun.lab.results import load_result, stamp
+from speedrun.measure.runs import corpus_of, laptop_bench, step_times, train_arms, train_many
+
+NAMES = ("rates", "without", "alone", "pace", "inside")
+GPT2: dict[str, Any] = {"block.norm": "layer", "block.biases": True, "block.qk_norm": False}
+GPT2 |= {"block.activation": "gelu", "block.zero_out": False, "block.fan_in": False}
+MODERN: dict[str, Any] = {"block.norm": "rms", "block.biases": False, "block.qk_norm": True}
+MODERN |= {"block.activation": "relu2", "block.zero_out": True, "block.fan_in": True}
+CHANGES = {
+    "plain norms": "block.norm",
+    "no biases": "block.biases",
+    "QK-norm": "block.qk_norm",
+    "ReLU²": "block.activation",
+    "zeros": "block.zero_out",
+    "scale by width": "block.fan_in",
+}
+GRID = [(rate, other) for rate in (0.008, 0.016, 0.032) for other in (0.002, 0.004, 0.008, 0.016)]
+
+
+def points() -> dict[str, Config]:
+    """The modern block at every point of the grid."""
+    modern = vary(laptop_bench(), MODERN)
+    return {f"{r:g} {o:g}": vary(modern, {"matrix.lr": r, "optim.lr": o}) for r, o in GRID}
+
+
+def tuned() -> Config:
+    """The modern block at the rates that did best in the committed grid."""
+    arms = load_result("modern_block", "rates")["data"]["arms"]
+    return points()[min(arms, key=lambda point: arms[point][0]["val_loss"])]
+
+
+def arms_of(name: str) -> dict[str, Config]:
+    """The arms of a measurement, by name."""
+    if name == "rates":
+        return points()
+    if name == "alone":
+        return {change: vary(laptop_bench(), {key: MODERN[key]}) for change, key in CHANGES.items()}
+    modern = tuned()
+    if name == "pace":
+        return {"GPT-2": laptop_bench(), "modern": modern} | arms_of("alone")
+    without = {change: vary(modern, {key: GPT2[key]}) for change, key in CHANGES.items()}
+    return {"modern": modern} | without | {"one head": vary(modern, {"model.heads": 1})}
+
+
+def look_inside(run: Config) -> dict:
+    """Train a run; then, in one row of validation text: the largest score, its bound, and the share of activations at zero."""
+    from speedrun.train import assemble, held_out, train_step
+
+    torch.set_num_threads(1)
+    found: dict[str, Any] = {"scores": [], "zeros": []}
+    attend, relu = F.scaled_dot_product_attention, F.relu
+
+    def attend_and_note(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> Tensor:
+        scores = (q @ k.mT / math.sqrt(q.shape[-1])).tril()
+        found["scores"].append(scores.abs().max().item())
+        found["bound"] = math.sqrt(q.shape[-1])
+        return attend(q, k, v, is_causal=is_causal)
+
+    def relu_and_note(x: Tensor) -> Tensor:
+        found["zeros"].append((x <= 0).float().mean().item())
+        return relu(x)
+
+    with tempfile.TemporaryDirectory() as folder:
+        live = assemble(run, Path(folder), echo=None)
+        for _ in range(run.steps):
+            train_step(live)
+        batch = next(held_out(live, run.val_tokens))
+    noted = patch.object(F, "scaled_dot_product_attention", attend_and_note)
+    with torch.no_grad(), noted, patch.object(F, "relu", relu_and_note):
+        live.model(batch.inputs, batch.targets)
+    return found
+
+
+def inside() -> dict[str, list[dict]]:
+    """`look_inside` with and without QK-norm, at the tuned rate of the matrices and at twice that; three seeds each."""
+    arms = {}
+    for times in (1, 2):
+        faster = vary(tuned(), {"matrix.lr": times * tuned().matrix.lr})
+        for norm in (True, False):
+            arms[f"{'with' if norm else 'without'} {times}"] = vary(faster, {"block.qk_norm": norm})
+    runs = [vary(run, {"seed": seed}) for run in arms.values() for seed in range(3)]
+    with ProcessPoolExecutor(look().cores, get_context("spawn")) as pool:
+        found = list(pool.map(look_inside, runs))
+    return {arm: found[3 * n : 3 * n + 3] for n, arm in enumerate(arms)}
+
+
+def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
+    """Train arms with paired seeds, {"arms": {arm: [run, …]}}: the modern block nine times, each change five times.
+
+    rates: its grid. pace: step times, {"ms": {arm: [ms, …]}}. inside: what a trained model's attention and MLP do.
+    """
+    seeds = {"without": 9, "alone": 5, "inside": 3}.get(name, 1)
+    modules = ["speedrun.measure.modern_block", "speedrun.train"]
+    facts = stamp(command, modules, seeds, range(seeds), corpus_of(laptop_bench()))
+    if name == "inside":
+        return {"arms": inside()}, facts
+    arms = arms_of(name)
+    if name == "pace":
+        return {"ms": step_times(arms)}, facts
+    control = train_arms({"modern": arms.pop("modern")}, 9, train_many) if "modern" in arms else {}
+    return {"arms": control | train_arms(arms, min(seeds, 5), train_many)}, facts

@@ -1,0 +1,71 @@
+# Tangled from notebooks/05_modern_block.py: edit the notebook, then run "make tangle". Edits made here are lost.
+
+
+# %% The code
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class BlockOptions:
+    """What a layer is made of. The defaults are GPT-2's."""
+
+    norm: Literal["layer", "rms"] = "layer"
+    """layer: subtract the mean, divide, then gain and bias. rms: divide by the root mean square, no parameters."""
+    biases: bool = True
+    """Whether matrices have biases."""
+    qk_norm: bool = False
+    """RMS norm for each head's queries and keys."""
+    activation: Literal["gelu", "relu2"] = "gelu"
+    """The MLP's nonlinearity; relu2: the square of what is positive."""
+    zero_out: bool = False
+    """Matrices that write to the stream begin at zero, and not at init_std / sqrt(2 · layers)."""
+    fan_in: bool = False
+    """The other matrices begin uniform with deviation 0.5 / sqrt(columns), and not normal with init_std."""
+
+
+# %% The norm
+def rms_norm(x: Tensor) -> Tensor:
+    """Each vector of the last dimension, scaled to a root mean square of 1 (Zhang and Sennrich 2019)."""
+    return F.rms_norm(x, x.shape[-1:], eps=1e-6)
+
+
+def normed(x: Tensor, weights: Mapping[str, Any], name: str) -> Tensor:
+    """Layer norm with the gain and bias that stand under a name, or RMS norm if there are none."""
+    gain = weights.get(f"{name}_gain")
+    if gain is None:
+        return rms_norm(x)
+    return F.layer_norm(x, gain.shape, gain, weights[f"{name}_bias"])
+
+
+# %% The perceptron
+def linear(x: Tensor, weights: Mapping[str, Tensor], name: str) -> Tensor:
+    """x times the matrix of that name, (rows, columns), plus its bias if it has one: (…, columns) → (…, rows)."""
+    return F.linear(x, weights[name], weights.get(f"{name}_bias"))
+
+
+def activate(z: Tensor, kind: str) -> Tensor:
+    """The nonlinearity: gelu (its tanh form), or relu2 (So and others 2021)."""
+    return F.relu(z).square() if kind == "relu2" else F.gelu(z, approximate="tanh")
+
+
+def mlp(x: Tensor, weights: Mapping[str, Tensor], options: BlockOptions) -> Tensor:
+    """Two matrices with a nonlinearity between, (…, width) → the same. up: (4 · width, width), down: (width, 4 · width)."""
+    hidden = activate(linear(x, weights, "mlp_up"), options.activation)
+    return linear(hidden, weights, "mlp_down")
+
+
+# %% Beginning
+def initial(
+    options: BlockOptions, init_std: float, layers: int, columns: int, adds: bool
+) -> dict[str, Any]:
+    """How a matrix of so many columns begins, as fields of its row in the table. adds: it writes to the stream."""
+    std = 0.5 / math.sqrt(columns) if options.fan_in else init_std
+    if adds:
+        std = 0.0 if options.zero_out else std / math.sqrt(2 * layers)
+    return {"std": std, "uniform": options.fan_in and std > 0}

@@ -1,0 +1,76 @@
+"""The model written once more, with loops over rows, layers, heads and tokens, in float64. Shares no code with the package."""
+
+import math
+
+import torch
+
+
+def root_mean_square(x):
+    return x / torch.sqrt((x * x).sum() / len(x) + 1e-6)
+
+
+def layer_norm(x, gain, bias):
+    centred = x - x.sum() / len(x)
+    return gain * centred / torch.sqrt((centred * centred).sum() / len(x) + 1e-5) + bias
+
+
+def reference(weights, options, switches, inputs, targets):
+    """The mean loss of rows of tokens. weights: by the names of the package's table."""
+    losses = []
+    for row, wanted in zip(inputs.tolist(), targets.tolist()):
+        logits = logits_of(weights, options, switches, row)
+        for scores, target in zip(logits, wanted):
+            losses.append(torch.logsumexp(scores, 0) - scores[target])
+    return sum(losses) / len(losses)
+
+
+def logits_of(w, options, switches, tokens):
+    block = switches.block
+
+    def norm(x, name, layer=None):
+        if block.norm == "rms":
+            return root_mean_square(x)
+        gain, bias = w[f"{name}_gain"], w[f"{name}_bias"]
+        return layer_norm(x, *((gain, bias) if layer is None else (gain[layer], bias[layer])))
+
+    def linear(x, name, layer):
+        y = w[name][layer] @ x
+        return y + w[f"{name}_bias"][layer] if block.biases else y
+
+    stream = [w["token_embedding"][t] + w["position_embedding"][i] for i, t in enumerate(tokens)]
+    for layer in range(options.layers):
+        normed = [norm(x, "attention_norm", layer) for x in stream]
+        mixed = attention([linear(x, "attention_qkv", layer) for x in normed], options.heads, block)
+        stream = [x + linear(y, "attention_out", layer) for x, y in zip(stream, mixed)]
+        for i, x in enumerate(stream):
+            hidden = linear(norm(x, "mlp_norm", layer), "mlp_up", layer)
+            stream[i] = x + linear(bend(hidden, block.activation), "mlp_down", layer)
+    return [w["token_embedding"] @ norm(x, "final_norm") for x in stream]
+
+
+def bend(z, kind):
+    if kind == "relu2":
+        return torch.where(z > 0, z * z, torch.zeros_like(z))
+    return 0.5 * z * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
+
+
+def attention(qkv, heads, block):
+    """Of every token its queries, keys and values, end to end; gives what its heads gather, end to end."""
+    width = len(qkv[0]) // 3
+    size = width // heads
+    out = []
+    for now in range(len(qkv)):
+        gathered = []
+        for head in range(heads):
+            here = slice(head * size, (head + 1) * size)
+            q = qkv[now][:width][here]
+            keys = [past[width : 2 * width][here] for past in qkv[: now + 1]]
+            if block.qk_norm:
+                q, keys = root_mean_square(q), [root_mean_square(k) for k in keys]
+            scores = torch.stack([q @ k for k in keys]) / math.sqrt(size)
+            shares = torch.exp(scores - scores.max())
+            shares = shares / shares.sum()
+            values = [past[2 * width :][here] for past in qkv[: now + 1]]
+            gathered.append(sum(share * v for share, v in zip(shares, values)))
+        out.append(torch.cat(gathered))
+    return out

@@ -1,0 +1,86 @@
+"""Every technique of the model, off and on: against a model written with loops, in one graph, and in training."""
+
+import dataclasses
+
+import pytest
+import torch
+from reference_gpt import reference
+from torch.nn.functional import cross_entropy
+
+from speedrun.config import at_cpu_size, preset, switches_of, vary
+from speedrun.lab.runlog import read_metrics, series
+from speedrun.model.gpt import GPT, GPTOptions, parameter_table
+from speedrun.model.mlp import BlockOptions
+from speedrun.train import train
+
+SHAPE = GPTOptions(layers=3, heads=2, width=16, context=8)
+ON = {
+    "block.norm": "rms",
+    "block.biases": False,
+    "block.qk_norm": True,
+    "block.activation": "relu2",
+    "block.zero_out": True,
+    "block.fan_in": True,
+}
+GROUPS = (BlockOptions,)
+WAYS = {"none": {}} | {name: {name: value} for name, value in ON.items()} | {"all": ON}
+
+
+def model_with(changes: dict, shape: GPTOptions = SHAPE) -> GPT:
+    """A model with some switches on, and noisy weights, in float64."""
+    torch.manual_seed(5)
+    model = GPT(shape, 19, switches=switches_of(vary(preset("record"), changes))).double()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.3 * torch.randn_like(p))
+    return model
+
+
+def test_every_switch_is_tested():
+    fields = {f.name for group in GROUPS for f in dataclasses.fields(group)}
+    assert fields == {name.split(".")[1] for name in ON}
+
+
+@pytest.mark.parametrize("way", WAYS)
+class TestEverySwitch:
+    def test_loss_and_gradients_are_those_of_loops(self, way):
+        model = model_with(WAYS[way])
+        tokens = torch.randint(19, (2, 8), generator=torch.Generator().manual_seed(2))
+        inputs, targets = tokens[:, :-1], tokens[:, 1:]
+        loss = cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
+        loss.backward()
+        assert model(inputs, targets).item() == pytest.approx(loss.item(), abs=1e-6), "in float32"
+        copies = {n: p.detach().clone().requires_grad_() for n, p in model.named_parameters()}
+        other = reference(copies, SHAPE, model.switches, inputs, targets)
+        other.backward()
+        assert loss.item() == pytest.approx(other.item(), abs=1e-12)
+        for name, p in model.named_parameters():
+            assert torch.allclose(p.grad, copies[name].grad, rtol=1e-9, atol=1e-12), name
+
+    def test_it_is_one_graph(self, way):
+        model = model_with(WAYS[way])
+        tokens = torch.randint(19, (2, 8))
+        torch._dynamo.reset()  # it keeps eight versions of a function at most
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
+        assert torch.equal(compiled(tokens[:, :-1], tokens[:, 1:]), model(tokens[:, :-1], tokens[:, 1:]))  # fmt: skip
+
+    def test_it_learns(self, way, embedded, tmp_path):
+        base = vary(at_cpu_size(preset("cpu")), {"data.path": str(embedded), "warmup": 0})
+        muon = {"matrix.rule": "muon", "matrix.lr": 0.02, "optim.warmup_steps": 0}
+        train(vary(base, WAYS[way] | muon | {"log_every": 19}), tmp_path, echo=None)
+        records = read_metrics(tmp_path / "metrics.jsonl")
+        val = [record["val_loss"] for record in series(records, "val")]
+        assert val[-1] < val[0] - 0.8, val
+
+
+class TestWhatIsOffIsNotThere:
+    def test_no_parameter_is_left_of_what_is_off(self):
+        names = {row.name for row in parameter_table(SHAPE, 19, switches_of(vary(preset("record"), ON)))}  # fmt: skip
+        assert names == {
+            "token_embedding",
+            "position_embedding",
+            "attention_qkv",
+            "attention_out",
+            "mlp_up",
+            "mlp_down",
+        }
