@@ -298,8 +298,15 @@ from torch.nn import functional as F
 
 from speedrun.config import Config, vary
 from speedrun.lab.hardware import look
-from speedrun.lab.results import load_result, stamp
-from speedrun.measure.runs import corpus_of, laptop_bench, step_times, train_arms, train_many
+from speedrun.lab.results import stamp
+from speedrun.measure.runs import (
+    best_of,
+    corpus_of,
+    laptop_bench,
+    step_times,
+    train_arms,
+    train_many,
+)
 
 NAMES = ("rates", "without", "alone", "pace", "inside")
 GPT2: dict[str, Any] = {"block.norm": "layer", "block.biases": True, "block.qk_norm": False}
@@ -314,7 +321,7 @@ CHANGES = {
     "zeros": "block.zero_out",
     "scale by width": "block.fan_in",
 }
-GRID = [(rate, other) for rate in (0.008, 0.016, 0.032) for other in (0.002, 0.004, 0.008, 0.016)]
+GRID = [(rate, other) for rate in (0.002, 0.004, 0.008, 0.016) for other in (0.004, 0.008, 0.016)]
 
 
 # %% tags=["hide-input"]
@@ -327,8 +334,7 @@ def points() -> dict[str, Config]:
 
 def tuned() -> Config:
     """The modern block at the rates that did best in the committed grid."""
-    arms = load_result("modern_block", "rates")["data"]["arms"]
-    return points()[min(arms, key=lambda point: arms[point][0]["val_loss"])]
+    return best_of("modern_block", "rates")
 
 
 def arms_of(name: str) -> dict[str, Config]:

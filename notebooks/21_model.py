@@ -87,6 +87,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from speedrun.model.mlp import BlockOptions, initial, linear, mlp, normed, rms_norm
+from speedrun.model.rotary import RotaryOptions, rotate, rotation_tables
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ class GPTOptions:
     width: int = 768
     """Length of the residual stream's vectors."""
     context: int = 1024
-    """Longest row of tokens: the number of learned positions."""
+    """Longest row of tokens."""
     init_std: float = 0.02
     """Standard deviation of the initial weights: 0.02 for a width of 768, more for a narrower model."""
 
@@ -110,6 +111,7 @@ class Switches:
     """The techniques of the model, one group a chapter; the defaults are GPT-2's."""
 
     block: BlockOptions = BlockOptions()
+    rotary: RotaryOptions = RotaryOptions()
 
 
 # %% [markdown]
@@ -137,6 +139,16 @@ class Parameter:
     matrices: int = 0
     uniform: bool = False
     owners: tuple[int, ...] = ()
+
+
+def check_heads(options: GPTOptions, switches: Switches) -> None:
+    """Refuse heads that do not share the width evenly, or whose numbers cannot be paired."""
+    size, rest = divmod(options.width, options.heads)
+    if rest:
+        raise ValueError(f"width {options.width} is not a multiple of heads {options.heads}")
+    of = {"learned": 1, "rotary": 2, "half": 4}[switches.rotary.positions]
+    if size % of:
+        raise ValueError(f"a head of {size} numbers: rotary.positions needs a multiple of {of}")
 
 
 def norm_rows(name: str, shape: tuple[int, ...], owners: tuple[int, ...] = ()) -> list[Parameter]:
@@ -169,11 +181,10 @@ def parameter_table(
 ) -> tuple[Parameter, ...]:
     """Every parameter of the model, in the order in which the forward pass comes to them."""
     d, std = options.width, options.init_std
-    rows = [
-        Parameter("token_embedding", (vocab_size, d), std=std, decay=True, multiplies=True),
-        Parameter("position_embedding", (options.context, d), std=std, decay=True),
-        *layer_rows(options, switches.block),
-    ]
+    rows = [Parameter("token_embedding", (vocab_size, d), std=std, decay=True, multiplies=True)]
+    if switches.rotary.positions == "learned":
+        rows.append(Parameter("position_embedding", (options.context, d), std=std, decay=True))
+    rows += layer_rows(options, switches.block)
     return (*rows, *(norm_rows("final_norm", (d,)) if switches.block.norm == "layer" else ()))
 
 
@@ -278,13 +289,24 @@ print(
 
 # %%
 #| export
-def attention(x: Tensor, weights: Mapping[str, Tensor], heads: int, qk_norm: bool) -> Tensor:
-    """Causal self-attention, (batch, tokens, width) → the same. qkv: (3 · width, width), out: (width, width)."""
+def attention(
+    x: Tensor,
+    weights: Mapping[str, Tensor],
+    heads: int,
+    switches: Switches,
+    tables: tuple[Tensor, Tensor] | None,
+) -> Tensor:
+    """Causal self-attention, (batch, tokens, width) → the same. qkv: (3 · width, width), out: (width, width).
+
+    tables: cosines and sines to turn queries and keys by.
+    """
     batch, tokens, width = x.shape
     shape = (batch, tokens, 3, heads, width // heads)
     q, k, v = linear(x, weights, "attention_qkv").view(shape).permute(2, 0, 3, 1, 4)
-    if qk_norm:
+    if switches.block.qk_norm:
         q, k = rms_norm(q), rms_norm(k)
+    if tables is not None:
+        q, k = (rotate(each, *tables, switches.rotary.pairs) for each in (q, k))
     y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # scaled by 1 / sqrt(head_dim)
     return linear(y.transpose(1, 2).reshape(batch, tokens, width), weights, "attention_out")
 
@@ -300,12 +322,16 @@ def weights_of_layers(self) -> list[dict[str, Tensor]]:
 
 def gpt_forward(self, inputs: Tensor, targets: Tensor | None = None) -> Tensor:
     """Logits (batch, tokens, vocab) of inputs, (batch, tokens) int64; with targets the mean cross-entropy, nats."""
-    heads, block = self.options.heads, self.switches.block
-    x = F.embedding(inputs, self.token_embedding) + self.position_embedding[: inputs.shape[1]]
+    heads, switches, tables = self.options.heads, self.switches, None
+    x = F.embedding(inputs, self.token_embedding)
+    if switches.rotary.positions == "learned":
+        x = x + self.position_embedding[: inputs.shape[1]]
+    else:
+        tables = self.cos, self.sin
     for weights in weights_of_layers(self):
         normal = normed(x, weights, "attention_norm")
-        x = x + attention(normal, weights, heads, block.qk_norm)
-        x = x + mlp(normed(x, weights, "mlp_norm"), weights, block)
+        x = x + attention(normal, weights, heads, switches, tables)
+        x = x + mlp(normed(x, weights, "mlp_norm"), weights, switches.block)
     x = normed(x, self._parameters, "final_norm")
     logits = F.linear(x, self.token_embedding)
     if targets is None:
@@ -326,13 +352,17 @@ class GPT(nn.Module):
         self, options: GPTOptions, vocab_size: int, seed: int = 0, switches: Switches = Switches()
     ):
         super().__init__()
-        if options.width % options.heads:
-            raise ValueError(f"width {options.width} is not a multiple of heads {options.heads}")
+        check_heads(options, switches)
         self.options, self.switches = options, switches
         self.table = parameter_table(options, vocab_size, switches)
         for row in self.table:
             self.register_parameter(row.name, nn.Parameter(init_parameter(row, seed)))
         self.banks = {row.name: row.owners for row in self.table if row.owners}
+        if switches.rotary.positions != "learned":
+            size = options.width // options.heads
+            cos, sin = rotation_tables(options.context, size, switches.rotary)
+            self.register_buffer("cos", cos, persistent=False)
+            self.register_buffer("sin", sin, persistent=False)
 
     forward = gpt_forward
 

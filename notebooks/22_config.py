@@ -67,6 +67,7 @@ from speedrun.lab.hardware import Problem
 from speedrun.model.baseline import AdamWOptions
 from speedrun.model.gpt import GPTOptions, Switches
 from speedrun.model.mlp import BlockOptions
+from speedrun.model.rotary import RotaryOptions
 from speedrun.optim.adam import SharingOptions
 from speedrun.optim.muon import MuonOptions
 from speedrun.optim.newton_schulz import MatrixOptions
@@ -89,6 +90,8 @@ class Config:
     """The shape of the model."""
     block: BlockOptions = field(default_factory=BlockOptions)
     """What a layer is made of."""
+    rotary: RotaryOptions = field(default_factory=RotaryOptions)
+    """How attention learns where tokens are."""
     optim: AdamWOptions = field(default_factory=AdamWOptions)
     """The optimizer, and where its rate begins and ends."""
     matrix: MatrixOptions = field(default_factory=MatrixOptions)
@@ -204,7 +207,7 @@ for nonsense in ({"val_every": 0}, *odd):
 #| export
 def switches_of(config: Config) -> Switches:
     """The model's techniques, as the model takes them."""
-    return Switches(block=config.block)
+    return Switches(block=config.block, rotary=config.rotary)
 
 
 def check_rules(config: Config) -> None:
@@ -238,6 +241,9 @@ def check_config(config: Config, world: int = 1) -> Config:
     if model.width % model.heads:
         what = f"a width of {model.width} cannot be shared by {model.heads} heads"
         raise Problem(what, f"--model.heads {largest_divisor(model.width, model.heads)}")
+    if config.rotary.positions != "learned" and model.width // model.heads % 4:
+        what = f"heads of {model.width // model.heads} numbers cannot be taken in pairs to turn, and half of those"
+        raise Problem(what, "a --model.width of 4 times --model.heads, or a multiple")
     check_rules(config)
     if config.val_tokens < world * micro:
         what = f"val_tokens={config.val_tokens} are less than a micro-batch of {micro} for each of {world} ranks"
@@ -516,7 +522,7 @@ assert firsts["cpu"] == firsts["small"] == firsts["record"] != firsts["baseline"
 # dotted name → what a run saved before the field existed has for it
 ABSENT: dict[str, Any] = {"matrix": MatrixOptions(), "schedule": ScheduleOptions()}
 ABSENT |= {"muon": MuonOptions(), "data.pass_tokens": 0, "sharing": SharingOptions()}
-ABSENT |= {"block": BlockOptions()}
+ABSENT |= {"block": BlockOptions(), "rotary": RotaryOptions()}
 ABSENT |= {"muon.products": MuonOptions().products, "muon.gram": False}
 
 
@@ -659,6 +665,7 @@ homes = {"Config": "config", "DataOptions": "data.loader", "AdamWOptions": "mode
 homes |= {"GPTOptions": "model.gpt", "MatrixOptions": "optim.newton_schulz"}
 homes |= {"ScheduleOptions": "optim.schedule", "MuonOptions": "optim.muon"}
 homes |= {"SharingOptions": "optim.adam", "BlockOptions": "model.mlp"}
+homes |= {"RotaryOptions": "model.rotary"}
 explained = 0
 for kind, home in homes.items():
     tree = ast.parse(module_file(f"speedrun.{home}").read_text(encoding="utf-8"))
@@ -737,6 +744,7 @@ from tqdm import tqdm
 
 from speedrun.data.loader import Shards
 from speedrun.lab.hardware import Problem, look
+from speedrun.lab.results import load_result
 from speedrun.lab.runlog import read_metrics, series
 from speedrun.optim.muon import MuonOptions
 from speedrun.optim.newton_schulz import MatrixOptions
@@ -787,6 +795,13 @@ def today(base: Config) -> Config:
     if base.precision == "float32":  # on a CPU
         changes |= {"muon.weights": "float32", "muon.products": "bfloat16", "muon.gram": False}
     return vary(dataclasses.replace(base, muon=TODAY), changes)
+
+
+def best_of(slug: str, name: str) -> Config:
+    """The run with the lowest loss of a committed measurement, each arm's first seed counting."""
+    arms = load_result(slug, name)["data"]["arms"]
+    best = min((runs[0] for runs in arms.values()), key=lambda run: run["val_loss"])
+    return config_from_json(best["config"])
 
 
 def laptop_bench() -> Config:

@@ -15,6 +15,7 @@ from speedrun.lab.hardware import Problem
 from speedrun.model.baseline import AdamWOptions
 from speedrun.model.gpt import GPTOptions, Switches
 from speedrun.model.mlp import BlockOptions
+from speedrun.model.rotary import RotaryOptions
 from speedrun.optim.adam import SharingOptions
 from speedrun.optim.muon import MuonOptions
 from speedrun.optim.newton_schulz import MatrixOptions
@@ -35,6 +36,8 @@ class Config:
     """The shape of the model."""
     block: BlockOptions = field(default_factory=BlockOptions)
     """What a layer is made of."""
+    rotary: RotaryOptions = field(default_factory=RotaryOptions)
+    """How attention learns where tokens are."""
     optim: AdamWOptions = field(default_factory=AdamWOptions)
     """The optimizer, and where its rate begins and ends."""
     matrix: MatrixOptions = field(default_factory=MatrixOptions)
@@ -124,7 +127,7 @@ def check_ranges(fields: dict[str, Any]) -> None:
 
 def switches_of(config: Config) -> Switches:
     """The model's techniques, as the model takes them."""
-    return Switches(block=config.block)
+    return Switches(block=config.block, rotary=config.rotary)
 
 
 def check_rules(config: Config) -> None:
@@ -158,6 +161,9 @@ def check_config(config: Config, world: int = 1) -> Config:
     if model.width % model.heads:
         what = f"a width of {model.width} cannot be shared by {model.heads} heads"
         raise Problem(what, f"--model.heads {largest_divisor(model.width, model.heads)}")
+    if config.rotary.positions != "learned" and model.width // model.heads % 4:
+        what = f"heads of {model.width // model.heads} numbers cannot be taken in pairs to turn, and half of those"
+        raise Problem(what, "a --model.width of 4 times --model.heads, or a multiple")
     check_rules(config)
     if config.val_tokens < world * micro:
         what = f"val_tokens={config.val_tokens} are less than a micro-batch of {micro} for each of {world} ranks"
@@ -305,7 +311,7 @@ def at_cpu_size(config: Config, steps: int = 20) -> Config:
 # dotted name → what a run saved before the field existed has for it
 ABSENT: dict[str, Any] = {"matrix": MatrixOptions(), "schedule": ScheduleOptions()}
 ABSENT |= {"muon": MuonOptions(), "data.pass_tokens": 0, "sharing": SharingOptions()}
-ABSENT |= {"block": BlockOptions()}
+ABSENT |= {"block": BlockOptions(), "rotary": RotaryOptions()}
 ABSENT |= {"muon.products": MuonOptions().products, "muon.gram": False}
 
 

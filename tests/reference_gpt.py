@@ -37,10 +37,13 @@ def logits_of(w, options, switches, tokens):
         y = w[name][layer] @ x
         return y + w[f"{name}_bias"][layer] if block.biases else y
 
-    stream = [w["token_embedding"][t] + w["position_embedding"][i] for i, t in enumerate(tokens)]
+    stream = [w["token_embedding"][t] for t in tokens]
+    if switches.rotary.positions == "learned":
+        stream = [x + w["position_embedding"][i] for i, x in enumerate(stream)]
     for layer in range(options.layers):
         normed = [norm(x, "attention_norm", layer) for x in stream]
-        mixed = attention([linear(x, "attention_qkv", layer) for x in normed], options.heads, block)
+        qkv = [linear(x, "attention_qkv", layer) for x in normed]
+        mixed = attention(qkv, options.heads, switches)
         stream = [x + linear(y, "attention_out", layer) for x, y in zip(stream, mixed)]
         for i, x in enumerate(stream):
             hidden = linear(norm(x, "mlp_norm", layer), "mlp_up", layer)
@@ -54,7 +57,29 @@ def bend(z, kind):
     return 0.5 * z * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
 
 
-def attention(qkv, heads, block):
+def angle_of(position, pair, half, rotary):
+    """Radians by which one of `half` pairs is turned at a position."""
+    if rotary.positions == "rotary":
+        return position * rotary.base ** (-pair / half)
+    slowest = half // 2 - 1
+    return position * rotary.base ** (-pair / slowest) if pair <= slowest else 0.0
+
+
+def turned(x, position, rotary):
+    """A query or key with its pairs turned one by one."""
+    if rotary.positions == "learned":
+        return x
+    half = len(x) // 2
+    out = x.clone()
+    for j in range(half):
+        angle = angle_of(position, j, half, rotary)
+        a, b = (j, j + half) if rotary.pairs == "halves" else (2 * j, 2 * j + 1)
+        out[a] = x[a] * math.cos(angle) - x[b] * math.sin(angle)
+        out[b] = x[a] * math.sin(angle) + x[b] * math.cos(angle)
+    return out
+
+
+def attention(qkv, heads, switches):
     """Of every token its queries, keys and values, end to end; gives what its heads gather, end to end."""
     width = len(qkv[0]) // 3
     size = width // heads
@@ -65,8 +90,10 @@ def attention(qkv, heads, block):
             here = slice(head * size, (head + 1) * size)
             q = qkv[now][:width][here]
             keys = [past[width : 2 * width][here] for past in qkv[: now + 1]]
-            if block.qk_norm:
+            if switches.block.qk_norm:
                 q, keys = root_mean_square(q), [root_mean_square(k) for k in keys]
+            q = turned(q, now, switches.rotary)
+            keys = [turned(k, then, switches.rotary) for then, k in enumerate(keys)]
             scores = torch.stack([q @ k for k in keys]) / math.sqrt(size)
             shares = torch.exp(scores - scores.max())
             shares = shares / shares.sum()

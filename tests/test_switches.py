@@ -4,13 +4,14 @@ import dataclasses
 
 import pytest
 import torch
-from reference_gpt import reference
+from reference_gpt import angle_of, reference
 from torch.nn.functional import cross_entropy
 
 from speedrun.config import at_cpu_size, preset, switches_of, vary
 from speedrun.lab.runlog import read_metrics, series
-from speedrun.model.gpt import GPT, GPTOptions, parameter_table
+from speedrun.model.gpt import GPT, GPTOptions, Switches, parameter_table
 from speedrun.model.mlp import BlockOptions
+from speedrun.model.rotary import RotaryOptions
 from speedrun.train import train
 
 SHAPE = GPTOptions(layers=3, heads=2, width=16, context=8)
@@ -21,9 +22,14 @@ ON = {
     "block.activation": "relu2",
     "block.zero_out": True,
     "block.fan_in": True,
+    "rotary.positions": "half",
+    "rotary.base": 1024.0,
+    "rotary.pairs": "neighbours",
 }
-GROUPS = (BlockOptions,)
-WAYS = {"none": {}} | {name: {name: value} for name, value in ON.items()} | {"all": ON}
+GROUPS = {"block": BlockOptions, "rotary": RotaryOptions}
+TURN = {"rotary.positions": "rotary"}
+WAYS: dict[str, dict] = {"none": {}} | {name: {name: value} for name, value in ON.items()}
+WAYS |= {"rotary": TURN, "neighbours": TURN | {"rotary.pairs": "neighbours"}, "all": ON}
 
 
 def model_with(changes: dict, shape: GPTOptions = SHAPE) -> GPT:
@@ -33,12 +39,19 @@ def model_with(changes: dict, shape: GPTOptions = SHAPE) -> GPT:
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.3 * torch.randn_like(p))
+    if (rotary := model.switches.rotary).positions != "learned":
+        half = model.cos.shape[1]
+        angles = [[angle_of(n, j, half, rotary) for j in range(half)] for n in range(shape.context)]
+        exact = torch.tensor(angles, dtype=torch.float64)
+        assert torch.allclose(model.cos, exact.cos(), atol=1e-6)
+        model.cos.copy_(exact.cos())
+        model.sin.copy_(exact.sin())
     return model
 
 
 def test_every_switch_is_tested():
-    fields = {f.name for group in GROUPS for f in dataclasses.fields(group)}
-    assert fields == {name.split(".")[1] for name in ON}
+    fields = {f"{name}.{f.name}" for name, kind in GROUPS.items() for f in dataclasses.fields(kind)}
+    assert fields == set(ON) and set(GROUPS) == {f.name for f in dataclasses.fields(Switches)}
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -76,11 +89,4 @@ class TestEverySwitch:
 class TestWhatIsOffIsNotThere:
     def test_no_parameter_is_left_of_what_is_off(self):
         names = {row.name for row in parameter_table(SHAPE, 19, switches_of(vary(preset("record"), ON)))}  # fmt: skip
-        assert names == {
-            "token_embedding",
-            "position_embedding",
-            "attention_qkv",
-            "attention_out",
-            "mlp_up",
-            "mlp_down",
-        }
+        assert names == {"token_embedding", "attention_qkv", "attention_out", "mlp_up", "mlp_down"}

@@ -1,7 +1,7 @@
 # Tangled from notebooks/22_config.py: edit the notebook, then run "make tangle". Edits made here are lost.
 
 
-from speedrun.config import Config, TODAY, preset, switches_of, vary
+from speedrun.config import Config, TODAY, config_from_json, preset, switches_of, vary
 
 
 # %% Were the choices right?
@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from speedrun.data.loader import Shards
 from speedrun.lab.hardware import Problem, look
+from speedrun.lab.results import load_result
 from speedrun.lab.runlog import read_metrics, series
 from speedrun.optim.muon import MuonOptions
 from speedrun.optim.newton_schulz import MatrixOptions
@@ -63,6 +64,13 @@ def today(base: Config) -> Config:
     if base.precision == "float32":  # on a CPU
         changes |= {"muon.weights": "float32", "muon.products": "bfloat16", "muon.gram": False}
     return vary(dataclasses.replace(base, muon=TODAY), changes)
+
+
+def best_of(slug: str, name: str) -> Config:
+    """The run with the lowest loss of a committed measurement, each arm's first seed counting."""
+    arms = load_result(slug, name)["data"]["arms"]
+    best = min((runs[0] for runs in arms.values()), key=lambda run: run["val_loss"])
+    return config_from_json(best["config"])
 
 
 def laptop_bench() -> Config:

@@ -1,2 +1,2 @@
 # Written by "make tangle". Edits made here are lost.
-"""speedrun.model: baseline, gpt, mlp."""
+"""speedrun.model: baseline, gpt, mlp, rotary."""

@@ -1,0 +1,305 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Rotary embeddings: position as an angle
+#
+# ```{admonition} Cost box
+# Any machine: about fifteen seconds on two CPU cores, no GPU. The comparisons took fifteen minutes on a laptop's two cores and are committed.
+# Record 2: @kellerjordan0. Record 17: @YouJiacheng. Record 58: @classiclarryd.
+# ```
+#
+# ## The problem
+#
+# Attention does not know where its tokens are: deal out keys and values in another order, and a query gathers the same. GPT-2 adds a learned vector for each position to the stream, **786,432 numbers** in all, and each is trained by the tokens at its own position alone. That a token should look at the one before it has to be learned at position 17, and again at 18. A row of 1,025 tokens has no vector for the last.
+
+# %%
+import torch
+
+from speedrun.model.gpt import GPT, GPTOptions, parameter_table
+
+learned = next(r for r in parameter_table(GPTOptions(), 50_257) if r.name == "position_embedding")
+q, k, v = torch.randn(3, 1, 20, 16, generator=torch.Generator().manual_seed(0)).double()
+attend = torch.nn.functional.scaled_dot_product_attention
+order = torch.randperm(20, generator=torch.Generator().manual_seed(1))
+assert learned.shape[0] * learned.shape[1] == 786_432
+assert torch.allclose(attend(q, k, v), attend(q, k[:, order], v[:, order]))
+print("the order of keys and values makes no difference")
+
+# %% [markdown]
+# What attention should be told is how far apart two tokens are. Both know where they are themselves. So: give queries and keys their position in such a way that a product $q \cdot k$ can only see the *difference*.
+#
+# ```{admonition} Prediction
+# A head has 128 numbers in its queries and keys, taken as 64 pairs. Each pair is turned by an angle, its position times a frequency, and the frequencies go down from 1 to nearly 1/10,000 in equal ratios. In a row of 1,024 tokens, **how many of the 64 pairs never turn by as much as a right angle?** Record 17 turned half of the pairs not at all. Would you expect that to cost anything?
+# ```
+#
+# ## The idea
+#
+# Take a pair of numbers as a complex one. Turn the query at position $m$ by the angle $m\theta$ and the key at position $n$ by $n\theta$. The dot product of two pairs is the real part of one times the conjugate of the other, and there
+#
+# $$
+# \operatorname{Re}\left(q e^{i m \theta}\, \overline{k e^{i n \theta}}\right) = \operatorname{Re}\left(q \bar k\, e^{i (m - n) \theta}\right),
+# $$
+#
+# so of $m$ and $n$ only $m - n$ is left. That is all. It holds for one pair, so it holds for a sum over $d/2$ of them, each with a frequency of its own. A fast pair tells one token from the next and is the same again after a few; a slow one tells near from far. With frequencies $\theta_j = b^{-2j/d}$ and the *base* $b = 10{,}000$ this is rotary position embedding {cite}`su2021`. It has no parameters, it does not touch the values, and it turns without stretching, so what [QK-norm](05_modern_block.py) has made of a length it leaves.
+#
+# A pair that hardly turns compares contents wherever they stand. Some of that is wanted, or attention could not find a name that was said long ago. Record 17 makes it a decision: half of the pairs have frequency zero, and the others go from 1 to 1/1024. It is called half-truncated.
+#
+# ## The code
+
+# %%
+#| default_exp model.rotary
+#| export
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class RotaryOptions:
+    """How attention learns where tokens are. The defaults are GPT-2's."""
+
+    positions: Literal["learned", "rotary", "half"] = "learned"
+    """learned: a vector for every position. rotary: turn queries and keys. half: turn half of their pairs."""
+    base: float = 10_000.0
+    """The slowest pair turns by about 1/base a token; record 17's is 1024."""
+    pairs: Literal["halves", "neighbours"] = "halves"
+    """Which numbers are a pair: one of the first half with one of the second, or two that stand side by side."""
+
+
+def frequencies(head_dim: int, options: RotaryOptions) -> Tensor:
+    """Radians a token of each pair, (head_dim / 2,), float32, falling; half: the second half of them zeros."""
+    if options.positions == "half":
+        turning = (1 / options.base) ** torch.linspace(0, 1, head_dim // 4)
+        return torch.cat([turning, torch.zeros(head_dim // 2 - len(turning))])
+    return options.base ** -(torch.arange(head_dim // 2) / (head_dim // 2))
+
+
+# %%
+import math
+
+FULL, HALF = RotaryOptions("rotary"), RotaryOptions("half", base=1024.0)
+spectrum = {"rotary": frequencies(128, FULL), "half": frequencies(128, HALF)}
+slow = {name: int((1023 * each < math.pi / 2).sum().item()) for name, each in spectrum.items()}
+assert spectrum["rotary"][0] == spectrum["half"][0] == 1
+assert (
+    torch.allclose(spectrum["half"][31], torch.tensor(1 / 1024)) and not spectrum["half"][32:].any()
+)
+assert slow == {"rotary": 18, "half": 35} and 1023 * spectrum["half"][31] < 1
+print("pairs of 64 that turn by less than a right angle in 1,024 tokens:", slow)
+
+# %% [markdown]
+# More than a quarter of the pairs hardly turns even at base 10,000: nobody decided that, it is what the formula gives. Half-truncation decides it. Half of the pairs compare contents only, and the slowest of the others turns by one radian in 1,024 tokens.
+#
+# Cosines and sines depend on the position and the pair, and on nothing else. They are computed once, for the longest row.
+
+
+# %%
+#| export
+def rotation_tables(tokens: int, head_dim: int, options: RotaryOptions) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of every position's angle for every pair, (tokens, head_dim / 2) each, float32."""
+    angles = torch.outer(torch.arange(tokens).float(), frequencies(head_dim, options))
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, pairs: str) -> Tensor:
+    """Queries or keys, (…, tokens, head_dim), each pair turned by its angle (Su and others 2021)."""
+    halves = pairs == "halves"
+    a, b = x.chunk(2, -1) if halves else x.unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = cos[: x.shape[-2]].to(x.dtype), sin[: x.shape[-2]].to(x.dtype)
+    turned = a * cos - b * sin, a * sin + b * cos
+    return torch.cat(turned, -1) if halves else torch.stack(turned, -1).flatten(-2)
+
+
+# %% [markdown]
+# The test of such code is the property it was made for. Put one query and one key at many random positions; their product may depend on nothing but the distance:
+
+
+# %%
+def product_at(m: int, n: int, q, k, turn, tables) -> float:
+    """q at position m times k at position n."""
+    rows = [torch.zeros(len(tables[0]), len(q)).double() for _ in range(2)]
+    rows[0][m], rows[1][n] = q, k
+    return (turn(rows[0], *tables)[m] @ turn(rows[1], *tables)[n]).item()
+
+
+def worst_error(turn, options: RotaryOptions, tries: int = 200) -> float:
+    """How much a product changes if both tokens move together, at worst, as a share of |q| |k|."""
+    draw = torch.Generator().manual_seed(3)
+    tables, worst = [table.double() for table in rotation_tables(512, 16, options)], 0.0
+    for _ in range(tries):
+        q, k = torch.randn(2, 16, generator=draw).double()
+        m, n, shift = (int(torch.randint(256, (), generator=draw)) for _ in range(3))
+        here = product_at(m, n, q, k, turn, tables)
+        there = product_at(m + shift, n + shift, q, k, turn, tables)
+        worst = max(worst, abs(here - there) / (q.norm() * k.norm()).item())
+    return worst
+
+
+# %%
+from functools import partial
+
+kinds = [RotaryOptions(p, b, pairs) for p, b in (("rotary", 10_000.0), ("half", 1024.0)) for pairs in ("halves", "neighbours")]  # fmt: skip
+errors = [worst_error(partial(rotate, pairs=kind.pairs), kind) for kind in kinds]
+assert max(errors) < 1e-4, "angles are rounded to float32 before cosines are taken"
+x = torch.randn(7, 16)
+still = rotate(x, *rotation_tables(7, 16, HALF), "halves")
+assert torch.allclose(still.norm(dim=-1), x.norm(dim=-1)), "nothing is stretched"
+assert torch.equal(still[:, 4:8], x[:, 4:8]) and torch.equal(still[:, 12:], x[:, 12:])
+print(f"moved together, products change by at most {max(errors):.0e} of |q||k|")
+
+
+# %% [markdown]
+# There is a popular way to get it wrong: a sign on the other of the two sines. The result is no rotation but a reflection of one number and a shear; it runs, its shapes fit, and a model even trains with it.
+
+
+# %%
+def rotate_wrongly(x, cos, sin):
+    """One sign is missing."""
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * cos + b * sin, a * sin + b * cos], -1)
+
+
+caught = worst_error(rotate_wrongly, FULL)
+assert caught > 0.5 > 1e-4 > max(errors)
+print(f"with one sign missing: {caught:.1f}")
+
+# %% [markdown]
+# ### Sixteen bits
+#
+# Record 89 keeps its cosines and sines in bfloat16. A cosine rounded to eight bits is off by a few thousandths. An *angle* rounded so is another matter: beyond position 256 bfloat16 has no odd numbers. So angles are float32, and only their cosines are rounded:
+
+# %%
+exact = torch.outer(torch.arange(1024).double(), spectrum["rotary"].double())
+angle_first = exact.bfloat16().double().cos() - exact.cos()
+cosine_last = exact.cos().bfloat16().double() - exact.cos()
+assert cosine_last.abs().max() < 2**-8 < 1 < angle_first.abs().max()
+assert torch.tensor([257.0, 259.0]).bfloat16().tolist() == [256.0, 260.0]
+shifted = {}
+for name, kind in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+    cos, sin = (table.to(kind).double() for table in rotation_tables(1024, 128, FULL))
+    q, k = torch.randn(2, 128, generator=torch.Generator().manual_seed(4)).double()
+    turned = [rotate(one.expand(1024, 128), cos, sin, "halves") for one in (q, k)]
+    next_to = (turned[0][1:] * turned[1][:-1]).sum(-1) / (q.norm() * k.norm())
+    shifted[name] = (next_to.max() - next_to.min()).item()
+assert shifted["float32"] < 1e-4 and 1e-3 < shifted["bfloat16"] < 1e-2
+print(f"a cosine of a rounded angle is off by up to {angle_first.abs().max():.1f}")
+print(f"a rounded cosine by {cosine_last.abs().max():.4f}")
+print(
+    {name: f"{spread:.0e}" for name, spread in shifted.items()},
+    "is how products at distance 1 vary",
+)
+
+# %% [markdown]
+# With rounded tables the property is no longer exact: one and the same query and key at distance 1 give products that differ by half a percent from place to place. Nobody has seen it matter.
+#
+# ### In the model
+#
+# [The model](21_model.py) keeps the tables as buffers, which are not trained and not saved, and turns queries and keys behind their norm. The learned vectors are gone from its table:
+
+# %%
+from speedrun.config import preset, switches_of, vary
+
+turning = {"rotary.positions": "half", "rotary.base": 1024.0}
+switches = switches_of(vary(preset("record"), turning))
+model = GPT(GPTOptions(layers=2, heads=2, width=32, context=64), 288, switches=switches)
+row = torch.randint(288, (1, 24), generator=torch.Generator().manual_seed(5))
+captured = torch.compile(model, fullgraph=True, backend="eager")
+assert torch.equal(captured(row), model(row)), "one graph"
+names = {name for name, _ in model.named_parameters()}
+assert set(model.state_dict()) == names and "position_embedding" not in names
+print(
+    f"tables of {tuple(model.cos.shape)}: as many positions as the longest row, half a head's numbers"
+)
+
+# %% [markdown]
+# ## The measurement
+#
+# On the laptop's model with the modern block of [the last chapter](05_modern_block.py), 600 steps under today's Muon, and 2,000. Its rates were tuned with learned positions; nothing is tuned anew. Its rows have 128 tokens, so record 17's base of 1024 is long and 10,000 is longer.
+
+# %% tags=["hide-input"]
+#| default_exp measure.rotary
+#| export
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from speedrun.config import Config, vary
+from speedrun.lab.hardware import look
+from speedrun.lab.results import stamp
+from speedrun.measure.runs import best_of, corpus_of, train_arms, train_many
+
+NAMES = ("positions", "long", "beyond")
+ARMS: dict[str, dict[str, Any]] = {
+    "learned": {},
+    "rotary 10000": {"rotary.positions": "rotary"},
+    "rotary 1024": {"rotary.positions": "rotary", "rotary.base": 1024.0},
+    "half 1024": {"rotary.positions": "half", "rotary.base": 1024.0},
+}
+
+
+def arms_of(name: str) -> dict[str, Config]:
+    """Four ways to say where tokens are; the modern block else, at its tuned rates."""
+    modern = best_of("modern_block", "rates")
+    modern = vary(
+        modern, {"steps": 2000, "muon.momentum_steps": (460, 80)} if name == "long" else {}
+    )
+    return {arm: vary(modern, change) for arm, change in ARMS.items()}
+
+
+# %% tags=["hide-input"]
+#| export
+def loss_by_position(run: Config) -> list[float]:
+    """Train a run; then the mean loss of each position in validation rows of twice the length."""
+    from speedrun.train import assemble, build_model, held_out, train_step
+
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        live = assemble(run, Path(folder), echo=None)
+        for _ in range(run.steps):
+            train_step(live)
+        twice = 2 * run.data.seq_len
+        live.config = vary(run, {"data.seq_len": twice, "model.context": twice})
+        longer, _ = build_model(
+            live.config, live.loader.shards.manifest.vocab_size, live.ranks.device
+        )
+        longer.load_state_dict(live.model.state_dict())
+        sums, rows = torch.zeros(twice), 0
+        with torch.no_grad():
+            for batch in held_out(live, run.val_tokens):
+                logits = longer(batch.inputs).transpose(1, 2)
+                losses = F.cross_entropy(logits, batch.targets, reduction="none")
+                sums, rows = sums + losses.sum(0), rows + len(losses)
+    return (sums / rows).tolist()
+
+
+def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
+    """Train the arms with paired seeds, {"arms": {arm: [run, …]}}; long: for 2,000 steps.
+
+    beyond: each rotary arm's loss by position in rows twice as long as it was trained on, {"arms": {arm: [losses, …]}}.
+    """
+    arms, seeds = arms_of(name), 9 if name == "positions" else 3
+    facts = stamp(command, ["speedrun.measure.rotary", "speedrun.train"], seeds, range(seeds), corpus_of(arms["learned"]))  # fmt: skip
+    if name != "beyond":
+        return {"arms": train_arms(arms, seeds, train_many)}, facts
+    turning = {arm: run for arm, run in arms.items() if arm != "learned"}
+    runs = [vary(run, {"seed": seed}) for run in turning.values() for seed in range(seeds)]
+    with ProcessPoolExecutor(look().cores, get_context("spawn")) as pool:
+        found = list(pool.map(loss_by_position, runs))
+    return {"arms": {arm: found[3 * n : 3 * n + 3] for n, arm in enumerate(turning)}}, facts

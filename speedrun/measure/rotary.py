@@ -1,0 +1,74 @@
+# Tangled from notebooks/06_rotary.py: edit the notebook, then run "make tangle". Edits made here are lost.
+
+
+# %% The measurement
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from speedrun.config import Config, vary
+from speedrun.lab.hardware import look
+from speedrun.lab.results import stamp
+from speedrun.measure.runs import best_of, corpus_of, train_arms, train_many
+
+NAMES = ("positions", "long", "beyond")
+ARMS: dict[str, dict[str, Any]] = {
+    "learned": {},
+    "rotary 10000": {"rotary.positions": "rotary"},
+    "rotary 1024": {"rotary.positions": "rotary", "rotary.base": 1024.0},
+    "half 1024": {"rotary.positions": "half", "rotary.base": 1024.0},
+}
+
+
+def arms_of(name: str) -> dict[str, Config]:
+    """Four ways to say where tokens are; the modern block else, at its tuned rates."""
+    modern = best_of("modern_block", "rates")
+    modern = vary(
+        modern, {"steps": 2000, "muon.momentum_steps": (460, 80)} if name == "long" else {}
+    )
+    return {arm: vary(modern, change) for arm, change in ARMS.items()}
+
+
+def loss_by_position(run: Config) -> list[float]:
+    """Train a run; then the mean loss of each position in validation rows of twice the length."""
+    from speedrun.train import assemble, build_model, held_out, train_step
+
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        live = assemble(run, Path(folder), echo=None)
+        for _ in range(run.steps):
+            train_step(live)
+        twice = 2 * run.data.seq_len
+        live.config = vary(run, {"data.seq_len": twice, "model.context": twice})
+        longer, _ = build_model(
+            live.config, live.loader.shards.manifest.vocab_size, live.ranks.device
+        )
+        longer.load_state_dict(live.model.state_dict())
+        sums, rows = torch.zeros(twice), 0
+        with torch.no_grad():
+            for batch in held_out(live, run.val_tokens):
+                logits = longer(batch.inputs).transpose(1, 2)
+                losses = F.cross_entropy(logits, batch.targets, reduction="none")
+                sums, rows = sums + losses.sum(0), rows + len(losses)
+    return (sums / rows).tolist()
+
+
+def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
+    """Train the arms with paired seeds, {"arms": {arm: [run, …]}}; long: for 2,000 steps.
+
+    beyond: each rotary arm's loss by position in rows twice as long as it was trained on, {"arms": {arm: [losses, …]}}.
+    """
+    arms, seeds = arms_of(name), 9 if name == "positions" else 3
+    facts = stamp(command, ["speedrun.measure.rotary", "speedrun.train"], seeds, range(seeds), corpus_of(arms["learned"]))  # fmt: skip
+    if name != "beyond":
+        return {"arms": train_arms(arms, seeds, train_many)}, facts
+    turning = {arm: run for arm, run in arms.items() if arm != "learned"}
+    runs = [vary(run, {"seed": seed}) for run in turning.values() for seed in range(seeds)]
+    with ProcessPoolExecutor(look().cores, get_context("spawn")) as pool:
+        found = list(pool.map(loss_by_position, runs))
+    return {"arms": {arm: found[3 * n : 3 * n + 3] for n, arm in enumerate(turning)}}, facts
