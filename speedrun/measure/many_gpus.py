@@ -342,6 +342,7 @@ def one_rank(name: str, out: str, device: str) -> None:
     torch.set_num_threads(1)
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        os.environ["TORCH_NCCL_HIGH_PRIORITY"] = "1"  # or transfers wait behind large kernels
     dist.init_process_group("nccl" if device == "cuda" else "gloo")
     result = WORKS[name](device)
     if ranks()[0] == 0:
