@@ -210,7 +210,7 @@ PRESETS = {
     "small": Config(
         preset="small",
         model=GPTOptions(layers=8, heads=8, width=512, init_std=0.025),
-        optim=AdamWOptions(lr=2e-3, warmup_steps=100),
+        optim=AdamWOptions(lr=4e-3, warmup_steps=100),
         matrix=MatrixOptions(rule="muon", lr=0.016),
         muon=TODAY,
         schedule=ScheduleOptions(shape="trapezoid"),

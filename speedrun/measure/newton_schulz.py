@@ -24,7 +24,7 @@ from speedrun.measure.runs import (
 NAMES = ("grid", "low", "winners", "pace", "clock", "parts", "long")
 RULES = ("adamw", "soap", "muon")
 GRIDS = tuple(f"corpus_{rule}" for rule in RULES)
-CORPUS = (*GRIDS, "corpus_winners", "corpus_pace", "corpus_clock")  # on GPUs, with a data folder
+CORPUS = (*GRIDS, "corpus_winners")  # on GPUs, with a data folder
 KEYS = ("matrix.rule", "matrix.lr", "optim.lr")
 RATES = tuple(0.00025 * 2**n for n in range(10))
 OTHERS = (0.002, 0.004, 0.008, 0.016)
@@ -65,13 +65,12 @@ def corpus_arms(name: str, data: str) -> dict[str, Config]:
     points = grid(bench(data), RATES[:8], OTHERS[1:3])
     if name in RULES:
         return {point: run for point, run in points.items() if run.matrix.rule == name}
-    best = winners(losses_of_grid(GRIDS), points)
-    return in_muons_time(best, "corpus_pace") if name == "clock" else best
+    return winners(losses_of_grid(GRIDS), points)
 
 
-def in_muons_time(best: dict[str, Config], pace: str) -> dict[str, Config]:
+def in_muons_time(best: dict[str, Config]) -> dict[str, Config]:
     """AdamW and SOAP for as many steps as fit into the time of Muon's run, by measured step times."""
-    ms = load_result("newton_schulz", pace)["data"]["median"]
+    ms = load_result("newton_schulz", "pace")["data"]["median"]
     steps = {rule: best[rule].steps * ms["muon"] / ms[rule] for rule in ("adamw", "soap")}
     return {rule: vary(best[rule], {"steps": round(count)}) for rule, count in steps.items()}
 
@@ -83,7 +82,7 @@ def laptop_arms(name: str) -> dict[str, Config]:
         return grid(short(), halves[name])
     best = winners(losses_of_grid(), grid(short()))
     if name == "clock":
-        return in_muons_time(best, "pace")
+        return in_muons_time(best)
     if name == "long":
         return {rule: vary(run, {"steps": 2000}) for rule, run in best.items()}
     if name == "parts":
@@ -97,7 +96,7 @@ def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
     clock: as many steps as Muon leaves time for. long: more steps. parts: Muon without one of its parts.
     """
     place, _, kind = name.rpartition("_")
-    seeds = {"winners": 9, "clock": 3 if place else 9, "long": 3, "parts": 3}.get(kind, 1)
+    seeds = {"winners": 9, "clock": 9, "long": 3, "parts": 3}.get(kind, 1)
     arms = corpus_arms(kind, arguments[0]) if place else laptop_arms(kind)
     modules = ["speedrun.measure.newton_schulz", "speedrun.train"]
     corpus = corpus_of(next(iter(arms.values())))
