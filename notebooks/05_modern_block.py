@@ -308,7 +308,7 @@ from speedrun.measure.runs import (
     train_many,
 )
 
-NAMES = ("rates", "without", "alone", "pace", "inside")
+NAMES = ("rates", "without", "alone", "other_rates", "long", "inside", "pace")
 GPT2: dict[str, Any] = {"block.norm": "layer", "block.biases": True, "block.qk_norm": False}
 GPT2 |= {"block.activation": "gelu", "block.zero_out": False, "block.fan_in": False}
 MODERN: dict[str, Any] = {"block.norm": "rms", "block.biases": False, "block.qk_norm": True}
@@ -326,6 +326,19 @@ GRID = [(rate, other) for rate in (0.002, 0.004, 0.008, 0.016) for other in (0.0
 
 # %% tags=["hide-input"]
 #| export
+LONG: dict[str, Any] = {"steps": 2000, "muon.momentum_steps": (460, 80)}
+
+
+def at_others_rates() -> dict[str, Config]:
+    """What lacks one change at the rates of GPT-2's block, and what has one alone at those of the modern block."""
+    old, new = (
+        {"matrix.lr": run.matrix.lr, "optim.lr": run.optim.lr} for run in (laptop_bench(), tuned())
+    )
+    without = {f"without {arm}": vary(run, old) for arm, run in arms_of("without").items()}
+    alone = {"GPT-2": laptop_bench()} | arms_of("alone")
+    return without | {f"alone {arm}": vary(run, new) for arm, run in alone.items()}
+
+
 def points() -> dict[str, Config]:
     """The modern block at every point of the grid."""
     modern = vary(laptop_bench(), MODERN)
@@ -346,6 +359,12 @@ def arms_of(name: str) -> dict[str, Config]:
     modern = tuned()
     if name == "pace":
         return {"GPT-2": laptop_bench(), "modern": modern} | arms_of("alone")
+    if name == "other_rates":
+        return at_others_rates()
+    if name == "long":
+        some = {"GPT-2": laptop_bench()} | arms_of("without")
+        kept = ("GPT-2", "modern", "zeros", "QK-norm", "ReLU²")
+        return {arm: vary(some[arm], LONG) for arm in kept}
     without = {change: vary(modern, {key: GPT2[key]}) for change, key in CHANGES.items()}
     return {"modern": modern} | without | {"one head": vary(modern, {"model.heads": 1})}
 
@@ -406,7 +425,7 @@ def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
 
     rates: its grid. pace: step times, {"ms": {arm: [ms, …]}}. inside: what a trained model's attention and MLP do.
     """
-    seeds = {"without": 9, "alone": 5, "inside": 3}.get(name, 1)
+    seeds = {"without": 9, "alone": 5, "inside": 3, "other_rates": 3, "long": 3}.get(name, 1)
     modules = ["speedrun.measure.modern_block", "speedrun.train"]
     facts = stamp(command, modules, seeds, range(seeds), corpus_of(laptop_bench()))
     if name == "inside":
@@ -414,5 +433,6 @@ def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
     arms = arms_of(name)
     if name == "pace":
         return {"ms": step_times(arms)}, facts
-    control = train_arms({"modern": arms.pop("modern")}, 9, train_many) if "modern" in arms else {}
-    return {"arms": control | train_arms(arms, min(seeds, 5), train_many)}, facts
+    control = {"modern": arms.pop("modern")} if name == "without" else {}
+    nine = train_arms(control, 9, train_many)
+    return {"arms": nine | train_arms(arms, min(seeds, 5), train_many)}, facts
