@@ -51,6 +51,7 @@
 #| default_exp model.baseline
 #| export
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -416,21 +417,27 @@ def decays_by_shape(model: nn.Module) -> dict[str, bool]:
 
 
 def make_adamw(
-    parameters: dict[str, Tensor], decays: dict[str, bool], options: AdamWOptions
+    parameters: dict[str, Tensor],
+    decays: dict[str, bool],
+    options: AdamWOptions,
+    rates: Mapping[str, float] | None = None,
 ) -> torch.optim.AdamW:
-    """torch's fused AdamW over named parameters, in two groups: those that decay and those that do not."""
+    """torch's fused AdamW over named parameters, in groups: those that decay, and those that do not.
+
+    rates: multiples of the rate, by name; where there is one, it is the group's “share”.
+    """
     odd = sorted(set(parameters) ^ set(decays))
     if odd:
         raise ValueError(
             f"parameters and decays must name the same tensors; only one names {', '.join(odd)}"
         )
-    groups = []
-    for decay in (True, False):
-        members = [p for name, p in parameters.items() if decays[name] is decay]
-        if members:
-            groups.append(
-                {"params": members, "weight_decay": options.weight_decay if decay else 0.0}
-            )
+    kinds = {name: (decays[name], (rates or {}).get(name, 1.0)) for name in parameters}
+    groups: list[dict] = []
+    for decay, share in sorted(set(kinds.values()), reverse=True):
+        members = [p for name, p in parameters.items() if kinds[name] == (decay, share)]
+        groups.append({"params": members, "weight_decay": options.weight_decay if decay else 0.0})
+        if share != 1:
+            groups[-1] |= {"share": share, "lr": share * options.lr}
     return torch.optim.AdamW(
         groups, lr=options.lr, betas=options.betas, eps=options.eps, fused=True
     )

@@ -318,14 +318,15 @@ def make_optimizers(config: Config, model: nn.Module, decays: dict[str, bool]) -
     """AdamW for all parameters; or for most, and then the rule that the run names for the banks of matrices; or one that is shared."""
     chosen, optim = config.matrix, config.optim
     named: dict[str, Tensor] = dict(model.named_parameters())
+    rates = {row.name: row.rate for row in model.table} if isinstance(model, GPT) else {}
     if config.sharing.on:
         return [shared_optimizer(config, model)]
     if chosen == MatrixOptions():
-        return [make_adamw(named, decays, optim)]
+        return [make_adamw(named, decays, optim, rates)]
     assert isinstance(model, GPT)  # check_config has refused all others
     rate, matrices = chosen.lr or optim.lr, model.matrices()
     banks = {name: named.pop(name) for name in matrices}
-    first = make_adamw(named, {name: decays[name] for name in named}, optim)
+    first = make_adamw(named, {name: decays[name] for name in named}, optim, rates)
     if chosen.rule == "adamw":
         alone = dataclasses.replace(optim, lr=rate)
         second: Any = make_adamw(banks, {name: decays[name] for name in banks}, alone)
@@ -367,7 +368,8 @@ def optimizer_table(config: Config, model: GPT) -> list[Any]:
         else:
             large = row.decay  # tables of embeddings do, gains and biases do not
             comm: Any = "sharded" if large else "replicated"
-            found.append(Entry(row.name, "adam", comm, decay=150.0 * large, betas=betas))
+            known: dict[str, Any] = {"rate": row.rate, "betas": betas, "tied": row.tied}
+            found.append(Entry(row.name, "adam", comm, decay=150.0 * large, **known))
     return sorted(found, key=lambda entry: entry.rule == "adam")
 
 
@@ -494,6 +496,11 @@ def update(run: "Run") -> Tensor:
 def update_shared(run: "Run") -> None:
     """The step of an optimizer that sums, guards and clears by itself, and does not clip."""
     (optimizer,) = run.optimizers
+    if optimizer.tied and run.step >= run.config.head.split_at * run.config.steps:
+        from speedrun.optim.optimizer import untie
+
+        for name in list(optimizer.tied):
+            untie(optimizer, name)
     optimizer.step(run.step, rates_of(run))
     run.skipped += optimizer.skip
 

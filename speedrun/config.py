@@ -14,6 +14,7 @@ from speedrun.data.loader import DataOptions, check_options
 from speedrun.lab.hardware import Problem
 from speedrun.model.baseline import AdamWOptions
 from speedrun.model.gpt import GPTOptions, Switches
+from speedrun.model.head import HeadOptions
 from speedrun.model.mlp import BlockOptions
 from speedrun.model.rotary import RotaryOptions
 from speedrun.optim.adam import SharingOptions
@@ -38,6 +39,8 @@ class Config:
     """What a layer is made of."""
     rotary: RotaryOptions = field(default_factory=RotaryOptions)
     """How attention learns where tokens are."""
+    head: HeadOptions = field(default_factory=HeadOptions)
+    """From the last vectors to the loss."""
     optim: AdamWOptions = field(default_factory=AdamWOptions)
     """The optimizer, and where its rate begins and ends."""
     matrix: MatrixOptions = field(default_factory=MatrixOptions)
@@ -102,7 +105,7 @@ def flag(name: str) -> str:
 
 LEAST = {"model.layers": 1, "model.heads": 1, "model.width": 1, "model.context": 1, "steps": 1}
 LEAST |= {"val_every": 1, "val_tokens": 1, "log_every": 1}
-LEAST["sharing.adam_every"] = 1
+LEAST |= {"sharing.adam_every": 1, "head.multiple": 1}
 LEAST |= dict.fromkeys(("max_steps", "warmup", "checkpoint_every", "optim.warmup_steps"), 0)
 
 
@@ -127,7 +130,7 @@ def check_ranges(fields: dict[str, Any]) -> None:
 
 def switches_of(config: Config) -> Switches:
     """The model's techniques, as the model takes them."""
-    return Switches(block=config.block, rotary=config.rotary)
+    return Switches(config.block, config.rotary, config.head)
 
 
 def check_rules(config: Config) -> None:
@@ -139,6 +142,9 @@ def check_rules(config: Config) -> None:
     if config.sharing.on and (config.architecture, rule) != ("gpt", "muon"):
         what = f"sharing.on with matrix.rule={rule} and architecture={config.architecture}"
         raise Problem(what, "--matrix.rule muon and --architecture gpt: it updates banks by Muon")
+    if config.head.tied == "split" and not config.sharing.on:
+        what = "head.tied=split: two matrices are kept equal by the optimizer that ranks share"
+        raise Problem(what, "--sharing.on, or --head.tied tied")
     if config.architecture == "baseline" and switches_of(config) != Switches():
         what = "architecture=baseline is GPT-2, and has no switches"
         raise Problem(what, "--architecture gpt for what --block changes")
@@ -311,7 +317,7 @@ def at_cpu_size(config: Config, steps: int = 20) -> Config:
 # dotted name → what a run saved before the field existed has for it
 ABSENT: dict[str, Any] = {"matrix": MatrixOptions(), "schedule": ScheduleOptions()}
 ABSENT |= {"muon": MuonOptions(), "data.pass_tokens": 0, "sharing": SharingOptions()}
-ABSENT |= {"block": BlockOptions(), "rotary": RotaryOptions()}
+ABSENT |= {"block": BlockOptions(), "rotary": RotaryOptions(), "head": HeadOptions()}
 ABSENT |= {"muon.products": MuonOptions().products, "muon.gram": False}
 
 

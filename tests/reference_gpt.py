@@ -48,7 +48,20 @@ def logits_of(w, options, switches, tokens):
         for i, x in enumerate(stream):
             hidden = linear(norm(x, "mlp_norm", layer), "mlp_up", layer)
             stream[i] = x + linear(bend(hidden, block.activation), "mlp_down", layer)
-    return [w["token_embedding"] @ norm(x, "final_norm") for x in stream]
+    head = w["token_embedding"] if switches.head.tied == "tied" else w["head"].T
+    return [bounded(head @ norm(x, "final_norm"), switches.head.cap) for x in stream]
+
+
+def bounded(z, cap):
+    if cap == "none":
+        return z
+    if cap == "sigmoid30":
+        return 30 / (1 + torch.exp(-z / 7.5))
+    if cap == "sigmoid23":
+        return 23 / (1 + torch.exp(-(z + 5) / 7.5))
+    bound = {"tanh30": 30, "tanh15": 15}[cap]
+    up, down = torch.exp(z / bound), torch.exp(-z / bound)
+    return bound * (up - down) / (up + down)
 
 
 def bend(z, kind):

@@ -7,12 +7,14 @@ import torch
 from reference_gpt import angle_of, reference
 from torch.nn.functional import cross_entropy
 
-from speedrun.config import at_cpu_size, preset, switches_of, vary
+from speedrun.config import at_cpu_size, check_config, preset, switches_of, vary
+from speedrun.lab.hardware import Problem
 from speedrun.lab.runlog import read_metrics, series
 from speedrun.model.gpt import GPT, GPTOptions, Switches, parameter_table
+from speedrun.model.head import HeadOptions
 from speedrun.model.mlp import BlockOptions
 from speedrun.model.rotary import RotaryOptions
-from speedrun.train import train
+from speedrun.train import assemble, train, train_step
 
 SHAPE = GPTOptions(layers=3, heads=2, width=16, context=8)
 ON = {
@@ -25,10 +27,17 @@ ON = {
     "rotary.positions": "half",
     "rotary.base": 1024.0,
     "rotary.pairs": "neighbours",
+    "head.tied": "untied",
+    "head.std": 0.01,
+    "head.rate": 0.5,
+    "head.multiple": 8,
+    "head.cap": "sigmoid23",
 }
-GROUPS = {"block": BlockOptions, "rotary": RotaryOptions}
+ALSO = {"head.split_at"}  # in TestTheSplitHead
+GROUPS = {"block": BlockOptions, "rotary": RotaryOptions, "head": HeadOptions}
 TURN = {"rotary.positions": "rotary"}
 WAYS: dict[str, dict] = {"none": {}} | {name: {name: value} for name, value in ON.items()}
+WAYS |= {cap: {"head.cap": cap} for cap in ("tanh30", "tanh15", "sigmoid30")}
 WAYS |= {"rotary": TURN, "neighbours": TURN | {"rotary.pairs": "neighbours"}, "all": ON}
 
 
@@ -39,6 +48,7 @@ def model_with(changes: dict, shape: GPTOptions = SHAPE) -> GPT:
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.3 * torch.randn_like(p))
+    model.vocab_size = len(model.token_embedding)  # logits of padding as well
     if (rotary := model.switches.rotary).positions != "learned":
         half = model.cos.shape[1]
         angles = [[angle_of(n, j, half, rotary) for j in range(half)] for n in range(shape.context)]
@@ -51,7 +61,9 @@ def model_with(changes: dict, shape: GPTOptions = SHAPE) -> GPT:
 
 def test_every_switch_is_tested():
     fields = {f"{name}.{f.name}" for name, kind in GROUPS.items() for f in dataclasses.fields(kind)}
-    assert fields == set(ON) and set(GROUPS) == {f.name for f in dataclasses.fields(Switches)}
+    assert fields == set(ON) | ALSO and set(GROUPS) == {
+        f.name for f in dataclasses.fields(Switches)
+    }
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -89,4 +101,44 @@ class TestEverySwitch:
 class TestWhatIsOffIsNotThere:
     def test_no_parameter_is_left_of_what_is_off(self):
         names = {row.name for row in parameter_table(SHAPE, 19, switches_of(vary(preset("record"), ON)))}  # fmt: skip
-        assert names == {"token_embedding", "attention_qkv", "attention_out", "mlp_up", "mlp_down"}
+        assert names == {
+            "token_embedding",
+            "attention_qkv",
+            "attention_out",
+            "mlp_up",
+            "mlp_down",
+            "head",
+        }
+
+
+class TestTheSplitHead:
+    def test_two_matrices_are_one_until_they_part(self, embedded, tmp_path):
+        run = vary(
+            at_cpu_size(preset("cpu"), 12),
+            {"data.path": str(embedded), "head.tied": "split", "head.split_at": 0.5}
+            | {"matrix.rule": "muon", "matrix.lr": 0.02, "sharing.on": True, "warmup": 0},
+        )
+        live = assemble(run, tmp_path, echo=None)
+        model, same = live.model, []
+        for _ in range(run.steps):
+            train_step(live)
+            same.append(torch.equal(model.token_embedding, model.head.mT))
+        assert (
+            same == [True] * 7 + [False] * 5
+        )  # adam's first step in the second half is the eighth
+        assert not live.optimizers[0].tied
+
+    def test_it_needs_the_optimizer_that_unties(self):
+        with pytest.raises(Problem, match="kept equal by the optimizer"):
+            check_config(vary(preset("small"), {"head.tied": "split"}))
+
+
+def test_a_heads_rate_is_its_own(embedded, tmp_path):
+    run = vary(at_cpu_size(preset("cpu")), {"data.path": str(embedded), "warmup": 0})
+    live = assemble(vary(run, {"head.tied": "untied", "head.rate": 0.25}), tmp_path, echo=None)
+    for _ in range(3):
+        train_step(live)
+    (adamw,) = live.optimizers
+    rates = {id(p): group["lr"] for group in adamw.param_groups for p in group["params"]}
+    model = live.model
+    assert rates[id(model.head)] == 0.25 * rates[id(model.token_embedding)] > 0

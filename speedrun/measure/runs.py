@@ -90,14 +90,17 @@ def bench(data: str) -> Config:
 
 def retrain(live: "Run", config: Config) -> dict:
     """Train a run with the assembled model of another, from which it differs in optimizers, schedule and seed alone."""
+    import torch
+
     from speedrun.data.loader import Position
-    from speedrun.model.gpt import init_parameter
+    from speedrun.model.gpt import begin
     from speedrun.train import evaluate, held_out, make_optimizers, train_step, warm_up
 
     model: Any = live.model
-    for row in model.table:
-        weights = init_parameter(row, config.seed)
-        model.get_parameter(row.name).data = weights.to(live.ranks.device)
+    for row in model.table:  # an optimizer may have given it another dtype
+        weights = model.get_parameter(row.name)
+        weights.data = torch.empty(row.shape, device=weights.device)
+    begin(model, config.seed)
     live.config, live.step, live.loader.position = config, 0, Position()
     live.optimizers = make_optimizers(config, model, model.decays())
     live.skipped.zero_()

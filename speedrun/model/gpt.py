@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from speedrun.model.head import HeadOptions, capped, loss_of, padded
 from speedrun.model.mlp import BlockOptions, initial, linear, mlp, normed, rms_norm
 from speedrun.model.rotary import RotaryOptions, rotate, rotation_tables
 
@@ -38,6 +39,7 @@ class Switches:
 
     block: BlockOptions = BlockOptions()
     rotary: RotaryOptions = RotaryOptions()
+    head: HeadOptions = HeadOptions()
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ class Parameter:
     decay: whether AdamW decays it. multiplies: whether it costs one multiply-add a weight and token.
     matrices: how many matrices stand on top of each other in each slice of a bank; 0: it is no bank of matrices.
     owners: the layers that a bank has slices for, in their order; none: it is no bank.
+    rate: multiple of AdamW's rate. tied: the parameter that it is the transpose of until they are split.
     """
 
     name: str
@@ -58,6 +61,8 @@ class Parameter:
     matrices: int = 0
     uniform: bool = False
     owners: tuple[int, ...] = ()
+    rate: float = 1.0
+    tied: str = ""
 
 
 def check_heads(options: GPTOptions, switches: Switches) -> None:
@@ -99,12 +104,20 @@ def parameter_table(
     options: GPTOptions, vocab_size: int, switches: Switches = Switches()
 ) -> tuple[Parameter, ...]:
     """Every parameter of the model, in the order in which the forward pass comes to them."""
-    d, std = options.width, options.init_std
-    rows = [Parameter("token_embedding", (vocab_size, d), std=std, decay=True, multiplies=True)]
+    d, std, head = options.width, options.init_std, switches.head
+    words, twin = padded(vocab_size, head.multiple), "head" if head.tied == "split" else ""
+    both: dict[str, Any] = {"decay": True, "multiplies": head.tied == "tied"}
+    rows = [Parameter("token_embedding", (words, d), std=std, tied=twin, **both)]
     if switches.rotary.positions == "learned":
         rows.append(Parameter("position_embedding", (options.context, d), std=std, decay=True))
     rows += layer_rows(options, switches.block)
-    return (*rows, *(norm_rows("final_norm", (d,)) if switches.block.norm == "layer" else ()))
+    if switches.block.norm == "layer":
+        rows += norm_rows("final_norm", (d,))
+    if head.tied != "tied":
+        std = std if head.tied == "split" else head.std
+        kind: dict[str, Any] = {"decay": True, "multiplies": True, "rate": head.rate}
+        rows.append(Parameter("head", (d, words), std=std, **kind))
+    return tuple(rows)
 
 
 # %% Beginning
@@ -117,6 +130,16 @@ def init_parameter(row: Parameter, seed: int) -> Tensor:
             2 * torch.rand(row.shape, generator=generator) - 1
         )
     return values + row.std * torch.randn(row.shape, generator=generator) if row.std else values
+
+
+@torch.no_grad()
+def begin(model, seed: int) -> None:
+    """Give a model the initial values of a seed, on whatever device it is."""
+    for row in model.table:
+        model.get_parameter(row.name).copy_(init_parameter(row, seed))
+    for row in model.table:
+        if row.tied:
+            model.get_parameter(row.tied).copy_(model.get_parameter(row.name).mT)
 
 
 # %% The forward pass
@@ -163,11 +186,11 @@ def gpt_forward(self, inputs: Tensor, targets: Tensor | None = None) -> Tensor:
         normal = normed(x, weights, "attention_norm")
         x = x + attention(normal, weights, heads, switches, tables)
         x = x + mlp(normed(x, weights, "mlp_norm"), weights, switches.block)
-    x = normed(x, self._parameters, "final_norm")
-    logits = F.linear(x, self.token_embedding)
+    x, tied = normed(x, self._parameters, "final_norm"), switches.head.tied == "tied"
+    logits = F.linear(x, self.token_embedding) if tied else x @ self.head
     if targets is None:
-        return logits
-    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+        return capped(logits[..., : self.vocab_size], switches.head.cap)
+    return loss_of(logits, targets, switches.head.cap)
 
 
 class GPT(nn.Module):
@@ -178,10 +201,11 @@ class GPT(nn.Module):
     ):
         super().__init__()
         check_heads(options, switches)
-        self.options, self.switches = options, switches
+        self.options, self.switches, self.vocab_size = options, switches, vocab_size
         self.table = parameter_table(options, vocab_size, switches)
         for row in self.table:
-            self.register_parameter(row.name, nn.Parameter(init_parameter(row, seed)))
+            self.register_parameter(row.name, nn.Parameter(torch.empty(row.shape)))
+        begin(self, seed)
         self.banks = {row.name: row.owners for row in self.table if row.owners}
         if switches.rotary.positions != "learned":
             size = options.width // options.heads

@@ -1,0 +1,281 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Logits and loss: one matrix with two jobs
+#
+# ```{admonition} Cost box
+# Any machine: about fifteen seconds on two CPU cores, no GPU. The comparisons are committed.
+# Records 5 and 8: @Grad62304977, @kellerjordan0. Record 9: @Grad62304977, @kellerjordan0. Record 18: @KoszarskyB. Record 19: @YouJiacheng. Record 51: @varunneal. Record 53: @varunneal, @classiclarryd. Record 54: @classiclarryd.
+# ```
+#
+# ## The problem
+#
+# GPT-2's largest matrix works twice. Row $t$ is what a token $t$ looks like when it is read, and at the other end it is what an output must look like for $t$ to be the next token. Sharing saves **38.6 million** parameters of 163. Record 8 gave each job a matrix of its own and gained 72 seconds. Record 51 shared again and gained 3. Record 53 shares for two thirds of the run, then parts.
+
+# %%
+import math
+
+from speedrun.lab.results import public_table
+
+ladder = {int(row["record"]): row for row in public_table("records")}
+gained = {
+    n: float(ladder[n - 1]["record_time_s"]) - float(ladder[n]["record_time_s"])
+    for n in (8, 18, 51, 53, 54)
+}
+assert gained[8] == 72 and 2 < gained[51] < 4 and 50_257 * 768 == 38_597_376
+print({f"record {n}": f"{seconds:.1f} s" for n, seconds in gained.items()})
+
+# %% [markdown]
+# Between the matrix and the loss stands one more thing. Since record 9 logits are squashed, and four times the squash was changed: $30\tanh(z/30)$, then 15 in place of 30, then $30\,\sigma(z/7.5)$, then $23\,\sigma((z+5)/7.5)$.
+#
+# ```{admonition} Prediction
+# A cap of 15 leaves logits between −15 and 15. **How small can a token's loss still get**, among 50,304? And of the four forms, **which two are the same function for the loss**?
+# ```
+#
+# ## The idea
+#
+# **Padding.** 50,257 is $29 \cdot 1733$. A GPU multiplies tiles of 128 columns and loads 16 bytes at a time, so rows of an odd number of 2-byte numbers begin at odd places. Record 5 rounded the vocabulary up to 50,304, by 47 rows that no token uses. Their logits stand in the softmax like all others, and being wrong every time they are pushed down.
+#
+# **Two gradients.** As an embedding a row is changed when its token was read. As a head every row is changed by every position, a little. Let $h$ be an output, $p$ the softmax of its logits and $y$ the next token. Then
+#
+# $$
+# \frac{\partial L}{\partial E_t} = \underbrace{\textstyle\sum_{\text{read } t} g}_{\text{as an embedding}} + \underbrace{\textstyle\sum (p_t - [t = y])\, h}_{\text{as a head}} .
+# $$
+#
+# One rate has to serve both. Record 8's two matrices had rates of 0.3 and 0.002, a factor of 150 apart.
+#
+# **The cap.** $z \mapsto c \tanh(z/c)$ is nearly the identity for small logits and never exceeds $c$. The gradient of a logit is multiplied by the slope there, $1 - \tanh^2(z/c)$. So a logit that is large already, right or wrong, is moved less.
+#
+# ## The code
+
+# %%
+#| default_exp model.head
+#| export
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+Cap = Literal["none", "tanh30", "tanh15", "sigmoid30", "sigmoid23"]
+
+
+@dataclass(frozen=True)
+class HeadOptions:
+    """From the last vectors to the loss. The defaults are GPT-2's."""
+
+    tied: Literal["tied", "untied", "split"] = "tied"
+    """tied: the embedding is the head. untied: two matrices. split: two that are kept equal until split_at."""
+    split_at: float = 2 / 3
+    """split: the share of the steps after which the two matrices train apart; needs sharing.on."""
+    std: float = 0.0
+    """untied: deviation of the head's first weights; 0: zeros."""
+    rate: float = 1.0
+    """untied: the head's rate as a multiple of optim.lr."""
+    multiple: int = 1
+    """The vocabulary is padded to a multiple of this, by rows that no token uses."""
+    cap: Cap = "none"
+    """How logits are bounded: 30 tanh(z/30), 15 tanh(z/15), 30 sigmoid(z/7.5), 23 sigmoid((z+5)/7.5)."""
+
+
+def padded(vocab_size: int, multiple: int) -> int:
+    """The smallest multiple of `multiple` that is at least the vocabulary."""
+    return -(-vocab_size // multiple) * multiple
+
+
+# %%
+assert padded(50_257, 128) == 50_304 and padded(50_304, 128) == 50_304 and padded(7, 1) == 7
+assert 50_257 == 29 * 1733 and 50_257 * 2 % 16 == 2
+print(
+    f"{50_304 - 50_257} rows more; at the start the loss is {math.log(50_304 / 50_257):.4f} higher"
+)
+
+
+# %% [markdown]
+# ### Caps
+
+
+# %%
+#| export
+def capped(logits: Tensor, cap: Cap) -> Tensor:
+    """Logits, bounded as the option says; in their own dtype."""
+    if cap.startswith("tanh"):
+        bound = float(cap.removeprefix("tanh"))
+        return bound * torch.tanh(logits / bound)
+    if cap == "sigmoid30":
+        return 30 * torch.sigmoid(logits / 7.5)
+    return 23 * torch.sigmoid((logits + 5) / 7.5) if cap == "sigmoid23" else logits
+
+
+def loss_of(logits: Tensor, targets: Tensor, cap: Cap) -> Tensor:
+    """Mean cross-entropy in nats of (…, vocab) logits, computed in float32; bits are nats / ln 2."""
+    bounded = capped(logits.float(), cap)
+    return F.cross_entropy(bounded.flatten(0, -2), targets.flatten())
+
+
+# %%
+z = torch.linspace(-60, 60, 2001, dtype=torch.float64)
+rows = torch.randn(50, 288, generator=torch.Generator().manual_seed(0)).double() * 8
+shares = {cap: capped(rows, cap).softmax(-1) for cap in ("tanh15", "sigmoid30", "sigmoid23")}
+assert torch.allclose(capped(z, "sigmoid30"), capped(z, "tanh15") + 15)
+assert torch.allclose(shares["sigmoid30"], shares["tanh15"]), "a shift is nothing to a softmax"
+assert not torch.allclose(shares["sigmoid23"], shares["tanh15"])
+spans = {
+    cap: capped(z, cap).max() - capped(z, cap).min() for cap in ("tanh30", "tanh15", "sigmoid23")
+}
+least = {cap: math.log1p(50_303 * math.exp(-span)) for cap, span in spans.items()}
+assert least["tanh15"] < 1e-7 and least["sigmoid23"] < 1e-5
+print({cap: f"{loss:.0e}" for cap, loss in least.items()}, "nats: the least loss of a token")
+
+# %% [markdown]
+# So no cap keeps the model from being sure, and $30\,\sigma(z/7.5)$ is $15 \tanh(z/15)$ again, moved up by 15. (It was not chosen for the loss: between 0 and 30 is where an 8-bit head wanted them.) The last form differs. Its slope at zero is below 1, and it is not symmetric: it takes a logit of 10 as seriously as the other takes 5, and it lets a logit sink to where it does not matter.
+#
+# What does a cap do to the gradient? It multiplies $p - y$ by its slope. In closed form, against autograd:
+
+
+# %%
+def slope(z: Tensor, cap: str) -> Tensor:
+    """The derivative of a cap."""
+    if cap == "none":
+        return torch.ones_like(z)
+    if cap.startswith("tanh"):
+        return 1 - (capped(z, cap) / float(cap.removeprefix("tanh"))) ** 2
+    top = float(cap.removeprefix("sigmoid"))
+    share = capped(z, cap) / top
+    return top * share * (1 - share) / 7.5
+
+
+CAPS = ("none", "tanh30", "tanh15", "sigmoid30", "sigmoid23")
+targets = torch.randint(288, (50,), generator=torch.Generator().manual_seed(1))
+for cap in CAPS:
+    leaf = rows.clone().requires_grad_()
+    mean = F.cross_entropy(capped(leaf, cap), targets)
+    (gradient,) = torch.autograd.grad(mean, leaf)
+    by_hand = (capped(rows, cap).softmax(-1) - F.one_hot(targets, 288)) * slope(rows, cap) / 50
+    assert torch.allclose(gradient, by_hand, atol=1e-12), cap
+    assert abs(loss_of(rows, targets, cap) - mean) < 1e-5
+assert torch.allclose(slope(z, "tanh15"), slope(z, "sigmoid30"))
+at_zero = {cap: slope(torch.zeros(1), cap).item() for cap in CAPS}
+assert at_zero["tanh30"] == at_zero["tanh15"] == 1 and 0.68 < at_zero["sigmoid23"] < 0.69
+print({cap: f"{steep:.2f}" for cap, steep in at_zero.items()}, "is the slope at zero")
+
+# %% [markdown]
+# ### Two matrices, or one
+#
+# In [the model](21_model.py) `tied` reads the embedding a second time. `untied` and `split` have a head of their own, stored transposed. With `split`, the optimizer of [chapter 20](20_many_gpus.py) adds up both gradients and copies the result into both, until the last third; so nobody can tell the two from one until then. Here is the sum of the two gradients, taken apart:
+
+# %%
+from speedrun.model.gpt import GPT, GPTOptions, Switches
+
+shape = GPTOptions(layers=2, heads=2, width=32, context=16)
+one = GPT(shape, 288).double()
+two = GPT(shape, 288, switches=Switches(head=HeadOptions(tied="split"))).double()
+tokens = torch.randint(288, (4, 17), generator=torch.Generator().manual_seed(2))
+for model in (one, two):
+    model(tokens[:, :-1], tokens[:, 1:]).backward()
+as_embedding, as_head = two.token_embedding.grad, two.head.grad.mT
+assert torch.allclose(one.token_embedding.grad, as_embedding + as_head, atol=1e-9)
+read = len(tokens[:, :-1].unique())
+assert as_embedding.any(1).sum() == read < 64 and as_head.any(1).all()
+length = {"embedding": as_embedding.norm(dim=1), "head": as_head.norm(dim=1)}
+print(f"as an embedding {read} rows have a gradient, as a head all {len(as_head)} have")
+
+# %% [markdown]
+# And the padding, in a model that has learned nothing. Its rows are drawn like all others, so at first they take their share of the softmax:
+
+# %%
+wide = GPT(shape, 283, switches=Switches(head=HeadOptions(multiple=16)))
+pair = tokens[:, :-1] % 283, tokens[:, 1:] % 283
+loss = wide(*pair)
+loss.backward()
+pads = wide.token_embedding.grad[283:]
+assert wide.token_embedding.shape == (288, 32) and wide(pair[0]).shape[-1] == 283
+assert pads.norm(dim=1).min() > 0 and abs(loss.item() - math.log(288)) < 0.05
+captured = torch.compile(wide, fullgraph=True, backend="eager")
+assert torch.equal(captured(*pair), wide(*pair))
+print(f"{len(pads)} rows of padding; the logits that are given out have 283 columns")
+
+# %% [markdown]
+# ## The measurement
+#
+# The caps and their slopes:
+
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Four caps of a logit, each less its value at zero, and their slopes, between minus 40 and 40"}}
+import matplotlib.pyplot as plt
+
+from speedrun.lab.results import figure_style
+
+figure_style()
+fig, axes = plt.subplots(1, 2, figsize=(7.4, 3.2), layout="constrained")
+drawn = torch.linspace(-40, 40, 801)
+SHOWN = {"tanh30": "30 tanh(z/30)", "tanh15": "15 tanh(z/15)", "sigmoid23": "23 σ((z+5)/7.5)"}
+for n, (cap, label) in enumerate(SHOWN.items()):
+    axes[0].plot(
+        drawn, capped(drawn, cap) - capped(torch.zeros(1), cap), color=f"C{n}", label=label
+    )
+    axes[1].plot(drawn, slope(drawn, cap), color=f"C{n}", label=label)
+axes[0].plot(drawn, drawn, ":", color="0.6")
+axes[0].set_ylim(-32, 32)
+axes[0].set_ylabel("capped logit, less its value at zero")
+axes[1].set_ylabel("what a gradient is multiplied by")
+for axis in axes:
+    axis.set_xlabel("logit z")
+axes[0].legend()
+left, right = (slope(torch.tensor([x]), "sigmoid23").item() for x in (-20.0, 20.0))
+fig.suptitle(f"the last cap lets a logit of −20 move {left / right:.0f} times as fast as one of 20")
+plt.show()
+
+# %%
+halves = {
+    cap: drawn[slope(drawn, cap) > slope(torch.zeros(1), cap) / 2].abs().max().item()
+    for cap in SHOWN
+}
+steepest = drawn[slope(drawn, "sigmoid23").argmax()].item()
+assert abs(steepest + 5) < 0.1 and abs(halves["tanh30"] / halves["tanh15"] - 2) < 0.02
+assert 2.5 < left / right < 4.5
+print(f"the last one is steepest at {steepest:.0f}")
+
+# %% [markdown]
+# On the laptop's model, which has 288 tokens instead of 50,304, with [chapter 05's](05_modern_block.py) block, 600 steps, rates as tuned for it with a tied head and no cap:
+
+# %% tags=["hide-input"]
+#| default_exp measure.logits
+#| export
+from typing import Any
+
+from speedrun.config import Config, vary
+from speedrun.lab.results import stamp
+from speedrun.measure.runs import best_of, corpus_of, train_arms, train_many
+
+NAMES = ("laptop",)
+ARMS: dict[str, dict[str, Any]] = {
+    "untied, zeros": {"head.tied": "untied"},
+    "untied, as the embedding": {"head.tied": "untied", "head.std": 0.05},
+    "untied, a quarter of the rate": {"head.tied": "untied", "head.rate": 0.25},
+    "30 tanh(z/30)": {"head.cap": "tanh30"},
+    "15 tanh(z/15)": {"head.cap": "tanh15"},
+    "23 σ((z+5)/7.5)": {"head.cap": "sigmoid23"},
+}
+
+
+def arms_of() -> dict[str, Config]:
+    """Heads and caps; the modern block else, at its tuned rates."""
+    return {arm: vary(best_of("modern_block", "rates"), change) for arm, change in ARMS.items()}
+
+
+def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
+    """Train every arm with five seeds, {"arms": {arm: [run, …]}}; chapter 05's modern block is the control."""
+    arms = arms_of()
+    facts = stamp(command, ["speedrun.measure.logits", "speedrun.train"], 5, range(5), corpus_of(arms["30 tanh(z/30)"]))  # fmt: skip
+    return {"arms": train_arms(arms, 5, train_many)}, facts

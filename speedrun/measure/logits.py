@@ -1,0 +1,31 @@
+# Tangled from notebooks/08_logits.py: edit the notebook, then run "make tangle". Edits made here are lost.
+
+
+# %% The measurement
+from typing import Any
+
+from speedrun.config import Config, vary
+from speedrun.lab.results import stamp
+from speedrun.measure.runs import best_of, corpus_of, train_arms, train_many
+
+NAMES = ("laptop",)
+ARMS: dict[str, dict[str, Any]] = {
+    "untied, zeros": {"head.tied": "untied"},
+    "untied, as the embedding": {"head.tied": "untied", "head.std": 0.05},
+    "untied, a quarter of the rate": {"head.tied": "untied", "head.rate": 0.25},
+    "30 tanh(z/30)": {"head.cap": "tanh30"},
+    "15 tanh(z/15)": {"head.cap": "tanh15"},
+    "23 σ((z+5)/7.5)": {"head.cap": "sigmoid23"},
+}
+
+
+def arms_of() -> dict[str, Config]:
+    """Heads and caps; the modern block else, at its tuned rates."""
+    return {arm: vary(best_of("modern_block", "rates"), change) for arm, change in ARMS.items()}
+
+
+def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
+    """Train every arm with five seeds, {"arms": {arm: [run, …]}}; chapter 05's modern block is the control."""
+    arms = arms_of()
+    facts = stamp(command, ["speedrun.measure.logits", "speedrun.train"], 5, range(5), corpus_of(arms["30 tanh(z/30)"]))  # fmt: skip
+    return {"arms": train_arms(arms, 5, train_many)}, facts

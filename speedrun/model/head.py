@@ -1,0 +1,52 @@
+# Tangled from notebooks/08_logits.py: edit the notebook, then run "make tangle". Edits made here are lost.
+
+
+# %% The code
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+Cap = Literal["none", "tanh30", "tanh15", "sigmoid30", "sigmoid23"]
+
+
+@dataclass(frozen=True)
+class HeadOptions:
+    """From the last vectors to the loss. The defaults are GPT-2's."""
+
+    tied: Literal["tied", "untied", "split"] = "tied"
+    """tied: the embedding is the head. untied: two matrices. split: two that are kept equal until split_at."""
+    split_at: float = 2 / 3
+    """split: the share of the steps after which the two matrices train apart; needs sharing.on."""
+    std: float = 0.0
+    """untied: deviation of the head's first weights; 0: zeros."""
+    rate: float = 1.0
+    """untied: the head's rate as a multiple of optim.lr."""
+    multiple: int = 1
+    """The vocabulary is padded to a multiple of this, by rows that no token uses."""
+    cap: Cap = "none"
+    """How logits are bounded: 30 tanh(z/30), 15 tanh(z/15), 30 sigmoid(z/7.5), 23 sigmoid((z+5)/7.5)."""
+
+
+def padded(vocab_size: int, multiple: int) -> int:
+    """The smallest multiple of `multiple` that is at least the vocabulary."""
+    return -(-vocab_size // multiple) * multiple
+
+
+# %% Caps
+def capped(logits: Tensor, cap: Cap) -> Tensor:
+    """Logits, bounded as the option says; in their own dtype."""
+    if cap.startswith("tanh"):
+        bound = float(cap.removeprefix("tanh"))
+        return bound * torch.tanh(logits / bound)
+    if cap == "sigmoid30":
+        return 30 * torch.sigmoid(logits / 7.5)
+    return 23 * torch.sigmoid((logits + 5) / 7.5) if cap == "sigmoid23" else logits
+
+
+def loss_of(logits: Tensor, targets: Tensor, cap: Cap) -> Tensor:
+    """Mean cross-entropy in nats of (…, vocab) logits, computed in float32; bits are nats / ln 2."""
+    bounded = capped(logits.float(), cap)
+    return F.cross_entropy(bounded.flatten(0, -2), targets.flatten())
