@@ -247,7 +247,6 @@ from speedrun.measure.runs import best_of, corpus_of, train_arms, train_many
 
 NAMES = ("positions", "long", "beyond")
 ARMS: dict[str, dict[str, Any]] = {
-    "learned": {},
     "rotary 10000": {"rotary.positions": "rotary"},
     "rotary 1024": {"rotary.positions": "rotary", "rotary.base": 1024.0},
     "half 1024": {"rotary.positions": "half", "rotary.base": 1024.0},
@@ -255,7 +254,7 @@ ARMS: dict[str, dict[str, Any]] = {
 
 
 def arms_of(name: str) -> dict[str, Config]:
-    """Four ways to say where tokens are; the modern block else, at its tuned rates."""
+    """Three ways to turn; the modern block else, at its tuned rates. Chapter 05 has it with learned positions."""
     modern = best_of("modern_block", "rates")
     modern = vary(
         modern, {"steps": 2000, "muon.momentum_steps": (460, 80)} if name == "long" else {}
@@ -292,14 +291,148 @@ def loss_by_position(run: Config) -> list[float]:
 def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
     """Train the arms with paired seeds, {"arms": {arm: [run, …]}}; long: for 2,000 steps.
 
-    beyond: each rotary arm's loss by position in rows twice as long as it was trained on, {"arms": {arm: [losses, …]}}.
+    beyond: each arm's loss by position in rows twice as long as it was trained on, {"arms": {arm: [losses, …]}}.
     """
-    arms, seeds = arms_of(name), 9 if name == "positions" else 3
-    facts = stamp(command, ["speedrun.measure.rotary", "speedrun.train"], seeds, range(seeds), corpus_of(arms["learned"]))  # fmt: skip
+    arms, seeds = arms_of(name), 5 if name == "positions" else 3
+    facts = stamp(command, ["speedrun.measure.rotary", "speedrun.train"], seeds, range(seeds), corpus_of(arms["half 1024"]))  # fmt: skip
     if name != "beyond":
         return {"arms": train_arms(arms, seeds, train_many)}, facts
-    turning = {arm: run for arm, run in arms.items() if arm != "learned"}
-    runs = [vary(run, {"seed": seed}) for run in turning.values() for seed in range(seeds)]
+    runs = [vary(run, {"seed": seed}) for run in arms.values() for seed in range(seeds)]
     with ProcessPoolExecutor(look().cores, get_context("spawn")) as pool:
         found = list(pool.map(loss_by_position, runs))
-    return {"arms": {arm: found[3 * n : 3 * n + 3] for n, arm in enumerate(turning)}}, facts
+    return {"arms": {arm: found[3 * n : 3 * n + 3] for n, arm in enumerate(arms)}}, facts
+
+
+# %%
+from speedrun.lab.results import load_result, measured_on
+from speedrun.lab.stats import describe, p_difference
+
+found = {
+    name: {
+        arm: describe(run["val_loss"] for run in runs)
+        for arm, runs in load_result("rotary", name)["data"]["arms"].items()
+    }
+    for name in ("positions", "long")
+}
+learned = {
+    name: describe(
+        run["val_loss"] for run in load_result("modern_block", control)["data"]["arms"]["modern"]
+    )
+    for name, control in (("positions", "without"), ("long", "long"))
+}
+for name, steps in (("positions", 600), ("long", 2000)):
+    print(f"{steps} steps\n  learned      {learned[name]}")
+    for arm, sample in found[name].items():
+        apart, p = sample.mean - learned[name].mean, p_difference(sample, learned[name])
+        print(f"  {arm:12} {sample}  {apart:+.3f}  p = {p:.0e}")
+print(measured_on(load_result("rotary", "positions")))
+
+# %% [markdown]
+# POSITIONS
+
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Left: how alike a query and an equal key are at each distance, for three ways to turn; right: loss at each position of rows twice as long as those that were trained on"}}
+import matplotlib.pyplot as plt
+
+from speedrun.lab.results import figure_style
+
+figure_style()
+beyond = load_result("rotary", "beyond")["data"]["arms"]
+SPECTRA = {
+    "rotary 10000": FULL,
+    "rotary 1024": RotaryOptions("rotary", base=1024.0),
+    "half 1024": HALF,
+}
+fig, axes = plt.subplots(1, 2, figsize=(7.6, 3.3), layout="constrained")
+distance = torch.arange(257).float()
+after = {}
+for n, (arm, options) in enumerate(SPECTRA.items()):
+    echo = torch.outer(distance, frequencies(64, options)).cos().mean(1)
+    axes[0].plot(distance, echo, color=f"C{n}", label=arm)
+    losses = torch.tensor(beyond[arm]).mean(0)
+    after[arm] = [losses[a:b].mean().item() for a, b in ((64, 128), (128, 192), (192, 256))]
+    axes[1].plot(losses.view(-1, 4).mean(1).repeat_interleave(4), color=f"C{n}", label=arm)
+axes[0].set_xlabel("distance (tokens)")
+axes[0].set_ylabel("q · k of equal contents, of 1")
+axes[1].axvline(128, color="0.5", lw=0.8)
+axes[1].set_xlabel("position in the row; trained on 128")
+axes[1].set_ylabel("loss (nats)")
+axes[1].set_ylim(1.8, 4.2)
+axes[0].legend()
+worse = {arm: three[2] - three[0] for arm, three in after.items()}
+fig.suptitle(
+    f"beyond its rows a model is lost: {worse['rotary 10000']:+.2f} nats after twice the length, {worse['half 1024']:+.2f} half-truncated"
+)
+plt.show()
+
+# %% [markdown]
+# BEYOND
+#
+# ## What it costs, and when it fails
+#
+# Two multiplications a number, for queries and keys, and tables that fit into any cache. A compiled model fuses it with the norm. It is computed again in every layer, since every layer has its own queries.
+#
+# What it cannot do is say *where* in a row a token is. Nothing in such a model knows that it is the first one, except that there is nothing before it.
+#
+# ## What did not work
+#
+# Record 58 paired neighbours in place of halves and forgot that another part of attention, which moves keys by one token in the numbers that do not turn, had been written for halves. It went on running, with a worse loss, until record 62 put it right: half a second of 5.6 was that mistake's {cite}`moddednanogpt`. Both ways are the same function up to the order of the numbers, which nobody sees but code that picks some of them:
+
+# %%
+order = (
+    torch.arange(16).view(2, 8).mT.flatten()
+)  # number j of the first half beside that of the second
+x = torch.randn(5, 16, dtype=torch.float64)
+by_halves = rotate(x, *(t.double() for t in rotation_tables(5, 16, FULL)), "halves")
+by_pairs = rotate(x[:, order], *(t.double() for t in rotation_tables(5, 16, FULL)), "neighbours")
+assert torch.allclose(by_halves[:, order], by_pairs, atol=1e-12)
+stands = {
+    pairs: rotate(torch.ones(2, 16), *rotation_tables(2, 16, HALF), pairs)[1] == 1
+    for pairs in ("halves", "neighbours")
+}
+assert stands["halves"].nonzero()[:, 0].tolist() == [4, 5, 6, 7, 12, 13, 14, 15]
+assert stands["neighbours"].nonzero()[:, 0].tolist() == list(range(8, 16))
+print("numbers of 16 that do not turn:", {p: s.nonzero()[:, 0].tolist() for p, s in stands.items()})
+
+# %% [markdown]
+# ## Exercises
+#
+# 1. Write `rotate_complex(x, positions, options)` for neighbours, with complex numbers: `torch.view_as_complex` makes them of pairs, and `torch.polar` makes $e^{i m \theta}$.
+
+
+# %% tags=["solution"]
+def rotate_complex(x: Tensor, positions: Tensor, options: RotaryOptions) -> Tensor:
+    """Pairs of neighbours as complex numbers, times a number of length one."""
+    angles = torch.outer(positions.to(x.dtype), frequencies(x.shape[-1], options).to(x.dtype))
+    numbers = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
+    return torch.view_as_real(numbers * torch.polar(torch.ones_like(angles), angles)).flatten(-2)
+
+
+# %%
+x = torch.randn(3, 9, 16)
+for options in (FULL, HALF):
+    by_table = rotate(x, *rotation_tables(9, 16, options), "neighbours")
+    assert torch.allclose(rotate_complex(x, torch.arange(9), options), by_table, atol=1e-5)
+print("the same")
+
+# %% [markdown]
+# 2. How far does a spectrum reach? Write `longest_period(head_dim, options)`: the tokens in which the slowest pair that turns at all has gone round once.
+
+
+# %% tags=["solution"]
+def longest_period(head_dim: int, options: RotaryOptions) -> float:
+    """Tokens to a full turn of the slowest pair that turns."""
+    turning = frequencies(head_dim, options)
+    return 2 * math.pi / turning[turning > 0].min().item()
+
+
+# %%
+assert abs(longest_period(128, HALF) - 2 * math.pi * 1024) < 1
+assert 54_000 < longest_period(128, FULL) < 55_000
+print(
+    f"base 10,000: {longest_period(128, FULL):,.0f} tokens; half-truncated: {longest_period(128, HALF):,.0f}"
+)
+
+# %% [markdown]
+# ## Since then
+#
+# Record 31 slows the frequencies down as windows grow (YaRN), from the values that half-truncation gives; record 89 still turns half of the numbers, since record 58 as neighbours. The part that does not turn has found a use of its own: record 49 compares it with the token before.

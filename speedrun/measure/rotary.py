@@ -18,7 +18,6 @@ from speedrun.measure.runs import best_of, corpus_of, train_arms, train_many
 
 NAMES = ("positions", "long", "beyond")
 ARMS: dict[str, dict[str, Any]] = {
-    "learned": {},
     "rotary 10000": {"rotary.positions": "rotary"},
     "rotary 1024": {"rotary.positions": "rotary", "rotary.base": 1024.0},
     "half 1024": {"rotary.positions": "half", "rotary.base": 1024.0},
@@ -26,7 +25,7 @@ ARMS: dict[str, dict[str, Any]] = {
 
 
 def arms_of(name: str) -> dict[str, Config]:
-    """Four ways to say where tokens are; the modern block else, at its tuned rates."""
+    """Three ways to turn; the modern block else, at its tuned rates. Chapter 05 has it with learned positions."""
     modern = best_of("modern_block", "rates")
     modern = vary(
         modern, {"steps": 2000, "muon.momentum_steps": (460, 80)} if name == "long" else {}
@@ -61,14 +60,13 @@ def loss_by_position(run: Config) -> list[float]:
 def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
     """Train the arms with paired seeds, {"arms": {arm: [run, …]}}; long: for 2,000 steps.
 
-    beyond: each rotary arm's loss by position in rows twice as long as it was trained on, {"arms": {arm: [losses, …]}}.
+    beyond: each arm's loss by position in rows twice as long as it was trained on, {"arms": {arm: [losses, …]}}.
     """
-    arms, seeds = arms_of(name), 9 if name == "positions" else 3
-    facts = stamp(command, ["speedrun.measure.rotary", "speedrun.train"], seeds, range(seeds), corpus_of(arms["learned"]))  # fmt: skip
+    arms, seeds = arms_of(name), 5 if name == "positions" else 3
+    facts = stamp(command, ["speedrun.measure.rotary", "speedrun.train"], seeds, range(seeds), corpus_of(arms["half 1024"]))  # fmt: skip
     if name != "beyond":
         return {"arms": train_arms(arms, seeds, train_many)}, facts
-    turning = {arm: run for arm, run in arms.items() if arm != "learned"}
-    runs = [vary(run, {"seed": seed}) for run in turning.values() for seed in range(seeds)]
+    runs = [vary(run, {"seed": seed}) for run in arms.values() for seed in range(seeds)]
     with ProcessPoolExecutor(look().cores, get_context("spawn")) as pool:
         found = list(pool.map(loss_by_position, runs))
-    return {"arms": {arm: found[3 * n : 3 * n + 3] for n, arm in enumerate(turning)}}, facts
+    return {"arms": {arm: found[3 * n : 3 * n + 3] for n, arm in enumerate(arms)}}, facts

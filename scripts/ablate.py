@@ -1,0 +1,111 @@
+"""Ablations: one run, and the same with some fields changed, over paired seeds.
+
+    python scripts/ablate.py OUT.json --arm NAME FIELD=VALUE … [--arm …] [--seeds 3] [--control 9] [FLAG …]
+
+Each arm is the base with its fields changed: --arm "no QK-norm" block.qk_norm=False. Further flags make the base, as for speedrun.train
+(--preset cpu --steps 600 --block.qk-norm). The base is trained --control times, each arm --seeds times, with the same first seeds and the
+same data; on the GPUs of this machine, or on its cores. OUT.json is written after every arm, with its stamp; what is in it already is kept, if the code and the base are the same.
+"""
+
+import argparse
+import ast
+import json
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from speedrun.config import Config, check_config, config_from_json, fields_of, read_command, vary
+from speedrun.lab.hardware import Problem, look, setup
+from speedrun.lab.results import stamp
+from speedrun.lab.stats import describe, p_difference
+from speedrun.measure.runs import corpus_of, train_arms, train_many, train_on_gpus
+
+MODULES = ["speedrun.train", "speedrun.measure.runs"]
+
+
+def changes_in(words: list[str]) -> dict[str, Any]:
+    """FIELD=VALUE … as a dictionary; a value is a Python literal, or else a string."""
+    found: dict[str, Any] = {}
+    for word in words:
+        name, equals, text = word.partition("=")
+        if not equals:
+            raise Problem(f"“{word}” is no FIELD=VALUE", "--arm NAME block.qk_norm=False, say")
+        try:
+            found[name] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            found[name] = text
+    return found
+
+
+def read_arms(base: Config, given: list[list[str]]) -> dict[str, Config]:
+    """The base and every arm, checked, by name."""
+    arms = {"control": base}
+    for name, *words in given:
+        if name in arms:
+            raise Problem(f"two arms are called “{name}”", "give each --arm a name of its own")
+        arms[name] = check_config(vary(base, changes_in(words)))
+    return arms
+
+
+def kept(path: Path, facts: dict, base: Config) -> dict[str, list[dict]]:
+    """Arms that the file has from the same code, machine, text and base."""
+    if not path.exists():
+        return {}
+    old = json.loads(path.read_text(encoding="utf-8"))
+    same = all(old["stamp"][key] == facts[key] for key in ("modules", "gpu", "cpu", "torch", "corpus"))  # fmt: skip
+    if not same or old["base"] != json.loads(json.dumps(fields_of(base))):
+        what = f"{path} holds runs of another base, other code or another machine"
+        raise Problem(what, "another file name, or remove that file")
+    return old["data"]["arms"]
+
+
+def write(path: Path, facts: dict, base: Config, arms: dict[str, list[dict]]) -> None:
+    """The file, in one step."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    whole = {"stamp": facts, "base": fields_of(base), "data": {"arms": arms}}
+    path.with_suffix(".part").write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+    os.replace(path.with_suffix(".part"), path)
+
+
+def line_of(name: str, arms: dict[str, list[dict]]) -> str:
+    """An arm's mean, deviation and time, and how far it is from the control."""
+    sample = describe(run["val_loss"] for run in arms[name])
+    control = describe(run["val_loss"] for run in arms["control"])
+    seconds = sum(run["seconds"] for run in arms[name]) / sample.n
+    apart = sample.mean - control.mean
+    test = "" if name == "control" or min(sample.n, control.n) < 2 else f"  p = {p_difference(sample, control):.0e}"  # fmt: skip
+    return f"{name:24} {sample}  {apart:+.4f}{test}  {seconds:.1f} s"
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("out", type=Path, help="where the runs are kept: a file that ends in .json")
+    parser.add_argument("--arm", nargs="+", action="append", default=[], metavar=("NAME", "FIELD=VALUE"))  # fmt: skip
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each arm")
+    parser.add_argument("--control", type=int, default=9, help="runs of the base")
+    options, flags = parser.parse_known_args(arguments)
+    setup()
+    try:
+        usual = "small" if look().gpus else "cpu"
+        base = check_config(read_command(lambda run: run, flags, usual, "scripts/ablate.py"))
+        runs, many = read_arms(base, options.arm), train_on_gpus if look().gpus else train_many
+        command = shlex.join(["python", "scripts/ablate.py", *arguments])
+        facts = stamp(command, MODULES, options.control, range(options.control), corpus_of(base))
+        done = kept(options.out, facts, base)
+        for name, run in runs.items():
+            count = options.control if name == "control" else options.seeds
+            there = done.get(name, [])
+            if len(there) < count or config_from_json(there[0]["config"]) != vary(run, {"seed": 0}):
+                done |= train_arms({name: run}, count, many)
+                write(options.out, facts, base, done)
+            print(line_of(name, done), flush=True)
+    except Problem as problem:
+        print(problem, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

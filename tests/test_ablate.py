@@ -1,0 +1,71 @@
+"""The script that runs ablations."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def ablate(out: Path, data: Path, *more: str) -> subprocess.CompletedProcess:
+    sizes = ["--steps", "6", "--val-tokens", "2048", "--warmup", "0", "--data.path", str(data)]
+    command = [sys.executable, "scripts/ablate.py", str(out), *more, "--preset", "cpu", *sizes]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def ablated(tmp_path_factory, embedded):
+    out = tmp_path_factory.mktemp("ablated") / "x" / "norms.json"
+    arm = ("--arm", "plain norms", "block.norm=rms", "block.biases=False")
+    done = ablate(out, embedded, *arm, "--seeds", "2", "--control", "3")
+    assert done.returncode == 0, done.stderr[-3000:]
+    return out, done.stdout
+
+
+class TestAblate:
+    def test_runs_are_paired_and_stamped(self, ablated):
+        out, said = ablated
+        result = json.loads(out.read_text())
+        arms = result["data"]["arms"]
+        assert {arm: [run["config"]["seed"] for run in runs] for arm, runs in arms.items()} == {
+            "control": [0, 1, 2],
+            "plain norms": [0, 1],
+        }
+        assert arms["plain norms"][0]["config"]["block"]["norm"] == "rms"
+        assert arms["plain norms"][0]["config"]["block"]["biases"] is False
+        assert (
+            result["stamp"]["corpus"]["sha256"]
+            and "speedrun.model.mlp" in result["stamp"]["modules"]
+        )
+        assert "plain norms" in said and "p = " in said and "(n=3)" in said
+
+    def test_what_is_there_is_not_trained_again(self, ablated, embedded):
+        out, said = ablated
+        before = out.stat().st_mtime_ns
+        arm = ("--arm", "plain norms", "block.norm=rms", "block.biases=False")
+        again = ablate(out, embedded, *arm, "--seeds", "2", "--control", "3")
+        assert again.stdout == said and out.stat().st_mtime_ns == before
+
+    def test_another_base_is_not_mixed_in(self, ablated, embedded):
+        out, _ = ablated
+        other = ablate(out, embedded, "--control", "3", "--optim.lr", "0.003")
+        assert other.returncode == 1 and "another base" in other.stderr and str(out) in other.stderr
+
+    @pytest.mark.parametrize(
+        "words, said",
+        [
+            (["a", "block.nrm=rms"], "did you mean block.norm"),
+            (["a", "block.norm=ms"], "layer or rms"),
+            (["a", "block.norm"], "no FIELD=VALUE"),
+            (["control", "seed=3"], "two arms are called"),
+        ],
+    )
+    def test_a_wrong_arm_is_refused_before_anything_is_trained(
+        self, words, said, tmp_path, embedded
+    ):
+        done = ablate(tmp_path / "no.json", embedded, "--arm", *words)
+        assert done.returncode == 1 and said in done.stderr, done.stderr
+        assert not (tmp_path / "no.json").exists()
