@@ -52,6 +52,8 @@ print("the order of keys and values makes no difference")
 #
 # so of $m$ and $n$ only $m - n$ is left. That is all. It holds for one pair, so it holds for a sum over $d/2$ of them, each with a frequency of its own. A fast pair tells one token from the next and is the same again after a few; a slow one tells near from far. With frequencies $\theta_j = b^{-2j/d}$ and the *base* $b = 10{,}000$ this is rotary position embedding {cite}`su2021`. It has no parameters, it does not touch the values, and it turns without stretching, so what [QK-norm](05_modern_block.py) has made of a length it leaves.
 #
+# Is there another way? Ask for a matrix $A_m$ for every position, such that $(A_m q) \cdot (A_n k)$ depends on $m - n$ only. Then $A_m^\top A_n$ does, and with $A_0 = I$ it follows that $A_m^\top A_m = I$ and $A_{m+1} = A_m A_1$: the matrices are powers of one rotation $R$ of the whole space. In the right basis every rotation turns pairs of numbers by angles and nothing else. And the basis does not matter, because the matrices that make queries and keys can take it in. So with linear maps there is nothing to choose but the frequencies.
+#
 # A pair that hardly turns compares contents wherever they stand. Some of that is wanted, or attention could not find a name that was said long ago. Record 17 makes it a decision: half of the pairs have frequency zero, and the others go from 1 to 1/1024. It is called half-truncated.
 #
 # ## The code
@@ -176,6 +178,68 @@ assert caught > 0.5 > 1e-4 > max(errors)
 print(f"with one sign missing: {caught:.1f}")
 
 # %% [markdown]
+# That it had to be pairs can be seen, too. Take any rotation of a space of eight dimensions, and use its powers:
+
+# %%
+skew = torch.randn(8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(8))
+rotation = torch.linalg.matrix_exp(skew - skew.mT)
+power = torch.linalg.matrix_power
+q, k = torch.randn(2, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
+products = [(power(rotation, m) @ q) @ (power(rotation, m + 3) @ k) for m in range(40)]
+turns = torch.linalg.eigvals(rotation)
+assert max(products) - min(products) < 1e-10, "only the distance counts"
+assert torch.allclose(turns.abs(), torch.ones(8).double())
+angles = turns.angle().abs().sort().values
+assert torch.allclose(angles[::2], angles[1::2]), "eigenvalues come in pairs, e^iθ and e^-iθ"
+print("a random rotation turns four pairs by", [f"{angle:.2f}" for angle in angles[::2].tolist()])
+
+# %% [markdown]
+# ### How sharp can a place be?
+#
+# With QK-norm a score is at most $\sqrt d$, and the fastest pair turns by one radian a token. How much can a head prefer the token just before to all others, if it looks at nothing but the place? Query and key may put their length into the pairs as they like, in shares $w_j$, and give each a phase so that it is largest at distance 1. At a distance $\Delta$ the score is then $\sqrt d \sum_j w_j \cos \theta_j(\Delta - 1)$. The best shares make the second-best distance as bad as possible, which is a linear program:
+
+# %%
+from scipy.optimize import linprog
+
+
+def sharpness(head_dim: int, options: RotaryOptions, tokens: int) -> tuple[float, Tensor]:
+    """By how much the score at distance 1 can exceed that of all others, and the shares of the pairs."""
+    away = torch.tensor([n - 1 for n in range(tokens) if n != 1]).double()
+    loss = 1 - torch.outer(away, frequencies(head_dim, options).double()).cos()
+    pairs = loss.shape[1]
+    most = linprog(  # of the margin, the last variable
+        [0.0] * pairs + [-1.0],
+        A_ub=torch.cat([-loss, torch.ones(len(loss), 1)], 1).numpy(),
+        b_ub=[0.0] * len(loss),
+        A_eq=[[1.0] * pairs + [0.0]],
+        b_eq=[1.0],
+    )
+    return math.sqrt(head_dim) * -most.fun, torch.tensor(most.x[:-1])
+
+
+margin, shares = sharpness(128, FULL, 1024)
+half_margin, _ = sharpness(128, HALF, 1024)
+one_pair = math.sqrt(128) * (1 - math.cos(1.0))
+assert 3.6 < margin < 3.8 and 3.5 < half_margin < 3.7 and one_pair > 5
+print(f"best margin: rotary {margin:.2f}, half-truncated {half_margin:.2f}")
+
+# %%
+places = torch.arange(1024).double() - 1
+scores = math.sqrt(128) * torch.outer(places, spectrum["rotary"].double()).cos() @ shares
+weight = scores.softmax(0)[1].item()
+larger = (1.35 * scores).softmax(0)[1].item()  # record 20: 0.12 in place of 1 / sqrt(128)
+assert scores[1] == scores.max() and abs(scores[1] - scores.sort().values[-2] - margin) < 1e-6
+assert shares[0] > 0.5 and 0.12 * math.sqrt(128) > 1.35
+assert math.cos(6) > 0.96 and math.cos(44) > 0.999
+assert 0.3 < weight < 0.35 and 0.65 < larger < 0.72 and 0.03 < 1 - half_margin / margin < 0.05
+print(f"the fastest pair has {shares[0]:.0%} of the length")
+print(
+    f"the token before gets {weight:.0%} of the attention in a row of 1,024; with scores × 1.35: {larger:.0%}"
+)
+
+# %% [markdown]
+# So by its place alone, the token before can have a third of a head's attention and no more. More than half of the length goes into the fastest pair, and the rest has to undo that this pair is nearly the same again after six tokens, and after 44. Slow pairs have little to add: half-truncation throws half of the pairs away and loses four per cent of the margin. What would help is a faster pair, or a larger factor than $1/\sqrt{128}$. A faster one was tried and brought nothing. The factor became 0.12 with record 20, a third more, which makes two thirds of the attention out of one; its author counts it as twenty steps {cite}`moddednanogpt`.
+#
 # ### Sixteen bits
 #
 # Record 89 keeps its cosines and sines in bfloat16. A cosine rounded to eight bits is off by a few thousandths. An *angle* rounded so is another matter: beyond position 256 bfloat16 has no odd numbers. So angles are float32, and only their cosines are rounded:
@@ -202,7 +266,7 @@ print(
 )
 
 # %% [markdown]
-# With rounded tables the property is no longer exact: one and the same query and key at distance 1 give products that differ by half a percent from place to place. Nobody has seen it matter.
+# With rounded tables the property is no longer exact: one and the same query and key at distance 1 give products that differ, from place to place, by a thousandth of their lengths. Nobody has seen it matter.
 #
 # ### In the model
 #

@@ -171,6 +171,23 @@ assert at_zero["tanh30"] == at_zero["tanh15"] == 1 and 0.68 < at_zero["sigmoid23
 print({cap: f"{steep:.2f}" for cap, steep in at_zero.items()}, "is the slope at zero")
 
 # %% [markdown]
+# ### Nats, and sixteen bits
+#
+# The loss is the mean of $-\ln p$ of the tokens that came, in *nats*. Divided by $\ln 2$ it is bits, and per byte of text it can be compared across vocabularies. The contest's 3.28 nats a token are 4.73 bits. It is computed in float32, but from logits that a product in bfloat16 has rounded to eight bits: one of 20 is off by up to 0.06. Does that matter? A single token's loss moves by hundredths. The mean over many does not, since rounding has no preferred side:
+
+# %%
+many = 5 * torch.randn(20_000, 288, generator=torch.Generator().manual_seed(6))
+came = many.softmax(-1).multinomial(1, generator=torch.Generator().manual_seed(7))[:, 0]
+single = F.cross_entropy(many, came, reduction="none")
+rounded = F.cross_entropy(many.bfloat16().float(), came, reduction="none")
+shift = (rounded - single).mean().item()
+assert f"{3.28 / math.log(2):.2f}" == "4.73"
+assert 0.02 < (rounded - single).abs().max() < 0.1 and abs(shift) < 2e-4
+print(
+    f"a token's loss moves by up to {(rounded - single).abs().max():.3f}, their mean by {shift:+.5f}"
+)
+
+# %% [markdown]
 # ### Two matrices, or one
 #
 # In [the model](21_model.py) `tied` reads the embedding a second time. `untied` and `split` have a head of their own, stored transposed. With `split`, the optimizer of [chapter 20](20_many_gpus.py) adds up both gradients and copies the result into both, until the last third; so nobody can tell the two from one until then. Here is the sum of the two gradients, taken apart:
@@ -192,6 +209,38 @@ length = {"embedding": as_embedding.norm(dim=1), "head": as_head.norm(dim=1)}
 print(f"as an embedding {read} rows have a gradient, as a head all {len(as_head)} have")
 
 # %% [markdown]
+# How unlike are they, in a model that has begun to learn? Train the laptop's model for 150 steps, give its weights to one with two matrices, and look at the two gradients of the same rows:
+
+# %%
+import tempfile
+from pathlib import Path
+
+from speedrun.config import preset, vary
+from speedrun.train import assemble, train_step
+
+brief = vary(preset("cpu"), {"steps": 150, "warmup": 0, "device": "cpu"})
+live = assemble(brief, Path(tempfile.mkdtemp()), echo=None)
+for _ in range(brief.steps):
+    train_step(live)
+parted = GPT(brief.model, 288, switches=Switches(head=HeadOptions(tied="split")))
+known = live.model.state_dict()
+parted.load_state_dict(known | {"head": known["token_embedding"].mT})
+for _ in range(8):
+    batch = live.loader.next()[0]
+    parted(batch.inputs, batch.targets).backward()
+reading, writing = parted.token_embedding.grad, parted.head.grad.mT
+ratio = (writing.norm() / reading.norm()).item()
+agree = torch.cosine_similarity(reading, writing, dim=1)
+left = 1 / math.sqrt(1 + ratio**2)
+assert 1.6 < ratio < 2.2 and agree.mean().abs() < 0.05 and 0.4 < left < 0.55
+print(f"the head's gradient is {ratio:.1f} times the embedding's")
+print(
+    f"cosine of a row's two gradients: {agree.mean():+.2f} on average, {agree.min():+.2f} to {agree.max():+.2f}"
+)
+
+# %% [markdown]
+# The two have nothing to do with each other, on average over rows: their cosine is zero, which is what makes one rate a compromise. Adam divides a row by the root mean square of their *sum*, in which the head's is the larger. So the embedding's part of a step is about half of what it would be alone. (Here every row is read often. In a real vocabulary most are rare, and the head pushes them down with every token that they are not.) A matrix for each lets each have its own division, and its own rate.
+#
 # And the padding, in a model that has learned nothing. Its rows are drawn like all others, so at first they take their share of the softmax:
 
 # %%

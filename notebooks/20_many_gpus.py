@@ -1766,9 +1766,9 @@ print(f"all parts of a step with tables, on one GPU, one after the other: {alone
 # %% [markdown]
 # One H100 takes two and a half times the floor for a step without tables. Muon's products are computed whole, though most of them are symmetric; a library's batched product copies the matrix that it adds to; and between products everything is read and written several times: for the norm, for the momentum, for the lengths of rows. [Chapter 13](13_muon.py) says which products they are. Adam, by itself, is at its floor: it moves bytes and does nothing else.
 #
-# PyTorch's `Muon` updates the 102 matrices one after the other, and every operation is its own kernel; ours takes a tenth of its time, though it keeps more: momentum in float32, the lost bits, the guard. PyTorch's fused AdamW, given moments in bfloat16, is a tenth faster than our Adam with float32 ones. By the mean of both kinds of step the pair takes six times as long.
+# PyTorch's `Muon` updates the 102 matrices one after the other, and every operation is its own kernel; ours takes a tenth of its time, though it keeps more: momentum in float32, the lost bits, the guard. Its AdamW, with moments in bfloat16, is a tenth faster than ours with float32 ones. By the mean of both kinds of step the pair takes six times as long.
 #
-# Two GPUs halve the arithmetic, and the step without tables gets a fifth shorter. (Python needs 0.9 ms for it. On eight GPUs, where Muon's arithmetic would be half of that, Python would be the longer of the two, unless the backward pass is still running.) For the step with tables the order decides. Measured twice, with tables updated last in lanes that are all equal, and with tables first, in lanes that go before the matrices', with transfers that go before all:
+# Two GPUs halve the arithmetic, and the step without tables gets a fifth shorter. (Python needs 0.9 ms for it, on eight GPUs more than Muon's arithmetic would take.) For the step with tables the order decides. Measured twice, with tables updated last in lanes that are all equal, and with tables first, in lanes that go before the matrices', with transfers that go before all:
 
 # %%
 for world in ms:
