@@ -542,15 +542,15 @@ for arm, sample in lasting.items():
 # What QK-norm prevents can be looked at. The largest score that attention sees in a trained model, in one batch of validation text, at the tuned rate of the matrices and at twice that:
 
 # %%
-inside = load_result("modern_block", "inside")["data"]["arms"]
-largest = {arm: [max(run["scores"]) for run in runs] for arm, runs in inside.items()}
-bound = inside["with 1"][0]["bound"]
+trained = load_result("modern_block", "inside")["data"]["arms"]
+largest = {arm: [max(run["scores"]) for run in runs] for arm, runs in trained.items()}
+bound = trained["with 1"][0]["bound"]
 for arm, scores in largest.items():
     norm, times = arm.split()
     print(f"{norm:7} QK-norm, rate × {times}: {', '.join(f'{s:.1f}' for s in scores)}")
 assert bound == 8 and all(max(largest[f"with {n}"]) < bound for n in (1, 2))
 assert max(largest["without 1"]) < 11 and max(largest["without 2"]) > 19
-zeros = [share for run in inside["with 1"] for share in run["zeros"]]
+zeros = [share for run in trained["with 1"] for share in run["zeros"]]
 assert 0.55 < min(zeros) and max(zeros) < 0.65
 print(f"the bound is √64 = {bound:.0f}; ReLU² is zero for {min(zeros):.0%} to {max(zeros):.0%}")
 

@@ -1778,7 +1778,7 @@ assert 1.4 < one["odd"] - before["1"]["odd"] < 1.8, "one loses"
 print(f"tables last: {measured_on(earlier)}")
 
 # %% [markdown]
-# What helps two hurts one. On one GPU nothing travels, and Adam's large kernels only get in the way of Muon's: the step takes 1.4 ms *longer* than its parts one after the other. Which of it is the order and which the priorities has not been separated. (The two measurements are of different machines, and sums began before the guard only in the second.) Here is the step with tables under the profiler:
+# What helps two hurts one. On one GPU nothing travels, and Adam's large kernels only get in the way of Muon's: the step takes 1.4 ms *longer* than its parts one after the other. Order and priorities have not been tried apart. (The machines differ, and sums began before the guard only the second time.) Here is the step with tables under the profiler:
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "What the first of two GPUs does during a step with tables: sums, gathers, products and all other kernels over time, once with each transfer waited for and once overlapped"}}
 trace = load_result("many_gpus", "trace")["data"]

@@ -74,7 +74,7 @@ from speedrun.optim.muon import MuonOptions
 from speedrun.optim.newton_schulz import MatrixOptions
 from speedrun.optim.schedule import ScheduleOptions
 
-PresetName = Literal["smoke", "cpu", "small", "record", "baseline"]
+PresetName = Literal["smoke", "cpu", "small", "record", "baseline", "record2", "record5"]
 
 
 # %%
@@ -84,7 +84,7 @@ class Config:
     """One training run. Every command takes these as flags: --model.layers 4 --steps 100."""
 
     preset: PresetName = "record"
-    """Defaults of all other fields. smoke: 40 s; cpu, small: minutes; record; baseline: record 1."""
+    """Defaults of all other fields. smoke: 40 s; cpu, small: minutes; record; baseline, record2, record5: of old."""
     architecture: Literal["gpt", "baseline"] = "gpt"
     """gpt: the package's model. baseline: the plain GPT-2 of chapter 03."""
     model: GPTOptions = field(default_factory=GPTOptions)
@@ -334,7 +334,7 @@ PRESETS = {
     ),
     "record": Config(preset="record", data=FINEWEB),
 }
-HISTORY = ("baseline",)
+HISTORY = ("baseline", "record2", "record5")
 
 # %%
 for run in PRESETS.values():
@@ -344,18 +344,50 @@ print({name: run.model.init_std for name, run in PRESETS.items()})
 # %% [markdown]
 # ### The rungs of history
 #
-# A *rung* is the configuration of one historic record. # Rungs live in a module of their own, which is imported only when one of them is asked for. The record must not carry its ancestors around.
+# A *rung* is the configuration of one historic record, as far as the package has its techniques. Rungs live in a module of their own, which is imported only when one of them is asked for. The record must not carry its ancestors around. Record 2 is GPT-2 with [rotary positions](06_rotary.py), norms without parameters and no biases, at a tuned rate of AdamW. Record 5 has Muon and the rest of [a modern block](05_modern_block.py); its $0.1 \cdot 0.0036 \sqrt{\max(\text{rows}, \text{cols})}$ is a rate of 0.01 for square matrices of 768 and twice that for wide and tall ones. Both read FineWeb in rows of 1,024; their initial values are this package's.
 
 # %%
 #| default_exp history
 #| export
 import dataclasses
 
-from speedrun.model.baseline import GPT2, GPT2Options, decays_by_shape
+from speedrun.model.baseline import GPT2, AdamWOptions, GPT2Options, decays_by_shape
+from speedrun.model.gpt import GPTOptions
+from speedrun.model.head import HeadOptions
+from speedrun.model.mlp import BlockOptions
+from speedrun.model.rotary import RotaryOptions
+from speedrun.optim.muon import MuonOptions
+from speedrun.optim.newton_schulz import MatrixOptions
+from speedrun.optim.schedule import ScheduleOptions
 
+BARE = BlockOptions(norm="rms", biases=False)
 RUNGS = {
     # record 1, llm.c: 45 minutes on 8×H100
-    "baseline": Config(preset="baseline", architecture="baseline", data=FINEWEB)
+    "baseline": Config(preset="baseline", architecture="baseline", data=FINEWEB),
+    # record 2: 31 minutes
+    "record2": Config(
+        preset="record2",
+        block=BARE,
+        rotary=RotaryOptions(positions="rotary"),
+        optim=AdamWOptions(lr=1.8e-3, warmup_steps=250),
+        schedule=ScheduleOptions(shape="trapezoid", cooldown=2000 / 9536),
+        data=FINEWEB,
+        steps=9536,
+    ),
+    # record 5: 15 minutes
+    "record5": Config(
+        preset="record5",
+        model=GPTOptions(heads=6),
+        block=dataclasses.replace(BARE, qk_norm=True, activation="relu2", zero_out=True),
+        rotary=RotaryOptions(positions="rotary"),
+        head=HeadOptions(multiple=128),
+        optim=AdamWOptions(lr=3.6e-3, warmup_steps=0, weight_decay=0.0),
+        matrix=MatrixOptions(rule="muon", lr=0.01),
+        muon=MuonOptions(wide_factor=2.0),
+        schedule=ScheduleOptions(shape="trapezoid", cooldown=0.28),
+        data=FINEWEB,
+        steps=5100,
+    ),
 }
 
 
@@ -391,6 +423,12 @@ assert tuple(RUNGS) == HISTORY and preset("baseline").architecture == "baseline"
 assert "speedrun.history" in sys.modules
 for name in (*PRESETS, *HISTORY):
     assert check_config(preset(name)).preset == name
+from speedrun.optim.muon import rate_factor
+
+five = preset("record5")
+for shape in ((768, 768), (3072, 768), (768, 3072)):
+    ours = five.matrix.lr * rate_factor(*shape, five.matrix, five.muon)
+    assert math.isclose(ours, 0.1 * 0.0036 * math.sqrt(max(shape)), rel_tol=0.003), shape
 try:
     preset("smal")
     raise AssertionError("accepted")

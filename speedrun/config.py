@@ -22,7 +22,7 @@ from speedrun.optim.muon import MuonOptions
 from speedrun.optim.newton_schulz import MatrixOptions
 from speedrun.optim.schedule import ScheduleOptions
 
-PresetName = Literal["smoke", "cpu", "small", "record", "baseline"]
+PresetName = Literal["smoke", "cpu", "small", "record", "baseline", "record2", "record5"]
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Config:
     """One training run. Every command takes these as flags: --model.layers 4 --steps 100."""
 
     preset: PresetName = "record"
-    """Defaults of all other fields. smoke: 40 s; cpu, small: minutes; record; baseline: record 1."""
+    """Defaults of all other fields. smoke: 40 s; cpu, small: minutes; record; baseline, record2, record5: of old."""
     architecture: Literal["gpt", "baseline"] = "gpt"
     """gpt: the package's model. baseline: the plain GPT-2 of chapter 03."""
     model: GPTOptions = field(default_factory=GPTOptions)
@@ -229,7 +229,7 @@ PRESETS = {
     ),
     "record": Config(preset="record", data=FINEWEB),
 }
-HISTORY = ("baseline",)
+HISTORY = ("baseline", "record2", "record5")
 
 
 # %% The rungs of history

@@ -7,11 +7,43 @@ from speedrun.config import Config, FINEWEB
 # %% The rungs of history
 import dataclasses
 
-from speedrun.model.baseline import GPT2, GPT2Options, decays_by_shape
+from speedrun.model.baseline import GPT2, AdamWOptions, GPT2Options, decays_by_shape
+from speedrun.model.gpt import GPTOptions
+from speedrun.model.head import HeadOptions
+from speedrun.model.mlp import BlockOptions
+from speedrun.model.rotary import RotaryOptions
+from speedrun.optim.muon import MuonOptions
+from speedrun.optim.newton_schulz import MatrixOptions
+from speedrun.optim.schedule import ScheduleOptions
 
+BARE = BlockOptions(norm="rms", biases=False)
 RUNGS = {
     # record 1, llm.c: 45 minutes on 8×H100
-    "baseline": Config(preset="baseline", architecture="baseline", data=FINEWEB)
+    "baseline": Config(preset="baseline", architecture="baseline", data=FINEWEB),
+    # record 2: 31 minutes
+    "record2": Config(
+        preset="record2",
+        block=BARE,
+        rotary=RotaryOptions(positions="rotary"),
+        optim=AdamWOptions(lr=1.8e-3, warmup_steps=250),
+        schedule=ScheduleOptions(shape="trapezoid", cooldown=2000 / 9536),
+        data=FINEWEB,
+        steps=9536,
+    ),
+    # record 5: 15 minutes
+    "record5": Config(
+        preset="record5",
+        model=GPTOptions(heads=6),
+        block=dataclasses.replace(BARE, qk_norm=True, activation="relu2", zero_out=True),
+        rotary=RotaryOptions(positions="rotary"),
+        head=HeadOptions(multiple=128),
+        optim=AdamWOptions(lr=3.6e-3, warmup_steps=0, weight_decay=0.0),
+        matrix=MatrixOptions(rule="muon", lr=0.01),
+        muon=MuonOptions(wide_factor=2.0),
+        schedule=ScheduleOptions(shape="trapezoid", cooldown=0.28),
+        data=FINEWEB,
+        steps=5100,
+    ),
 }
 
 

@@ -50,7 +50,8 @@ class TestOneRank:
         )
         train(run, tmp_path, echo=None)
         first, *_, last = curve(tmp_path)
-        assert abs(first - math.log(288)) < 0.3 and last < 4.5
+        expects_the_same_again = 0.3 if run.rotary.positions == "learned" else 1.3  # chapter 08
+        assert abs(first - math.log(288)) < expects_the_same_again and last < 4.5
 
     def test_the_same_run_is_the_same_run(self, brief, tmp_path):
         for name in "ab":
