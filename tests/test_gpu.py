@@ -8,6 +8,7 @@ import optimizer_ranks
 import pytest
 import torch
 from optimizer_ranks import everything
+from test_switches import WAYS
 
 from speedrun.checkpoint import latest_checkpoint, load_checkpoint
 from speedrun.config import as_arguments, at_cpu_size, preset, vary
@@ -67,6 +68,18 @@ class TestOneGPU:
         train(run, tmp_path, echo=None)
         first, *_, last = losses(tmp_path)
         assert abs(first - math.log(288)) < 0.3 and last < first - 1.5
+
+    @pytest.mark.parametrize("way", WAYS)
+    def test_every_switch_compiles_and_learns_in_bf16(self, way, embedded, tmp_path):
+        torch._dynamo.reset()
+        muon = {"matrix.rule": "muon", "matrix.lr": 0.02, "optim.warmup_steps": 0}
+        real = {"precision": "bfloat16", "device": "cuda", "compile": True}
+        run = vary(
+            at_cpu_size(preset("cpu")), WAYS[way] | muon | real | {"data.path": str(embedded)}
+        )
+        train(run, tmp_path, echo=None)
+        first, last = losses(tmp_path)
+        assert last < first - 0.8
 
     @pytest.mark.parametrize("rows", [8, 32])
     def test_compiled_gradients_are_eager_ones_however_long_the_pass(self, rows):
