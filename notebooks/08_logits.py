@@ -352,10 +352,10 @@ def arms_of() -> dict[str, Config]:
 
 
 def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
-    """Train every arm with five seeds, {"arms": {arm: [run, …]}}; chapter 05's modern block is the control."""
+    """Train every arm with three seeds, {"arms": {arm: [run, …]}}; chapter 05's modern block is the control."""
     arms = arms_of()
-    facts = stamp(command, ["speedrun.measure.logits", "speedrun.train"], 5, range(5), corpus_of(arms["30 tanh(z/30)"]))  # fmt: skip
-    return {"arms": train_arms(arms, 5, train_many)}, facts
+    facts = stamp(command, ["speedrun.measure.logits", "speedrun.train"], 3, range(3), corpus_of(arms["30 tanh(z/30)"]))  # fmt: skip
+    return {"arms": train_arms(arms, 3, train_many)}, facts
 
 
 # %%

@@ -24,9 +24,9 @@ class BlockOptions:
     activation: Literal["gelu", "relu2"] = "gelu"
     """The MLP's nonlinearity; relu2: the square of what is positive."""
     zero_out: bool = False
-    """Matrices that write to the stream begin at zero, and not at init_std / sqrt(2 · layers)."""
+    """Matrices that write to the stream begin at zero, and not smaller than the others by sqrt(2 · layers)."""
     fan_in: bool = False
-    """The other matrices begin uniform with deviation 0.5 / sqrt(columns), and not normal with init_std."""
+    """Matrices begin uniform with deviation 0.5 / sqrt(columns), and not normal with init_std."""
 
 
 # %% The norm
@@ -43,7 +43,7 @@ def normed(x: Tensor, weights: Mapping[str, Any], name: str) -> Tensor:
     return F.layer_norm(x, gain.shape, gain, weights[f"{name}_bias"])
 
 
-# %% The perceptron
+# %% The MLP
 def linear(x: Tensor, weights: Mapping[str, Tensor], name: str) -> Tensor:
     """x times the matrix of that name, (rows, columns), plus its bias if it has one: (…, columns) → (…, rows)."""
     return F.linear(x, weights[name], weights.get(f"{name}_bias"))
