@@ -236,6 +236,11 @@ class TestBankOptimizerOnTwoGPUs:
             apart[name] = (resumed[name].float() - tensor.float()).norm().item()
         assert max(apart[name] for name in apart if not name.startswith(("qk", "mlp"))) == 0, apart
 
+    def test_lanes_and_overlap_change_no_bit_at_full_size(self, on_gpus):
+        beside, in_turn = on_gpus("record-lanes", 2), on_gpus("record-in-turn", 2)
+        assert beside["hashes"] == in_turn["hashes"]
+        assert set(beside["left"].values()) == {0.0}
+
     def test_a_nan_on_the_last_rank_stops_all(self, on_gpus):
         assert_nothing_moved(on_gpus("integers-nan", 2))
 

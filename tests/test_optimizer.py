@@ -156,7 +156,20 @@ class TestOneRank:
         assert p.data_ptr() == optimizer.parts["p"].whole.data_ptr() and not p.grad.any()
 
 
+class TestOverlap:
+    def test_one_transfer_after_the_other_is_no_other_result(self, on):
+        overlapped, in_turn = on("record-lanes", 2), on("record-in-turn", 2)
+        assert overlapped["hashes"] == in_turn["hashes"]
+        assert set(overlapped["left"].values()) == {0.0}
+
+
 class TestRefusals:
+    def test_what_muon_updates_is_not_tied(self):
+        banks = {name: torch.nn.Parameter(torch.ones(4, 4, 4)) for name in "ab"}
+        table = (Entry("a", "muon", "sharded"), Entry("b", "adam", "sharded", tied="a"))
+        with pytest.raises(ValueError, match="b and a: what is tied has to be adam's"):
+            BankOptimizer(banks, table)
+
     def build(self, table=TABLE, **orders):
         return BankOptimizer(model(), table, OptimizerOptions(muon=TODAY), **orders)
 

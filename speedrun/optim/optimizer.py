@@ -100,6 +100,8 @@ def check_table(table: Sequence[Entry], parameters: Mapping[str, Tensor]) -> Non
             raise ValueError(f"{row.name}: {row.tied} is no parameter of the transposed shape")
         if row.tied and {row.comm, rows[row.tied].comm} != {"sharded"}:
             raise ValueError(f"{row.name} and {row.tied}: what is tied has to be sharded")
+        if row.tied and "muon" in (row.rule, rows[row.tied].rule):
+            raise ValueError(f"{row.name} and {row.tied}: what is tied has to be adam's")
 
 
 # %% Numbers that change, work that does not
@@ -313,7 +315,8 @@ def build_parts(
 
 def lane_of(device: torch.device, first: bool = False) -> Any:
     """A stream of a GPU, whose kernels go first or not; None elsewhere."""
-    return torch.cuda.Stream(device, priority=-first) if device.type == "cuda" else None
+    priority = -1 if first else 0
+    return torch.cuda.Stream(device, priority=priority) if device.type == "cuda" else None
 
 
 TOLD = ("muon", "adam", "momentum", "muon_decay")  # what a step is told
@@ -369,7 +372,9 @@ class BankOptimizer:
                 "the exact factor cannot be compiled: iterations=0 wants compile=False"
             )
         muon = [name for name, part in self.parts.items() if isinstance(part, MuonPart)]
-        self.lanes = {name: lane_of(self.device, name not in muon) for name in self.parts}
+        first = set(self.parts) - set(muon) if ranks()[1] > 1 else set()
+        self.lanes = {name: lane_of(self.device, name in first) for name in self.parts}
+        # summed before the guard has looked: nothing is added to their gradients any more
         self.early = list(takewhile(muon.__contains__, self.scatter_order))
         self.looking = lane_of(self.device) if self.records else None
         self.works = {
@@ -437,7 +442,7 @@ def tell(optimizer: BankOptimizer, index: int, rates: Mapping[str, float]) -> No
 
 
 def take_one_step(optimizer: BankOptimizer, index: int, rates: Mapping[str, float]) -> None:
-    """`BankOptimizer.step`: scatter all that is due, then for one after the other wait, update and begin to gather."""
+    """`BankOptimizer.step`: begin Muon's sums, look, begin the others; then one after the other wait, update, gather, clear."""
     parts, due = optimizer.parts, due_in(optimizer, index)
     tell(optimizer, index, rates)
     sums = [name for name in optimizer.scatter_order if name in due]
@@ -496,7 +501,7 @@ def copy_tied(optimizer: BankOptimizer, due: Sequence[str]) -> None:
 
 
 def watch(optimizer: BankOptimizer, due: Sequence[str]) -> None:
-    """Add up what is tied, and look for gradients that are not finite on any rank, before they are added up."""
+    """Add up what is tied, and look for gradients that are not finite on any rank."""
     key = (tuple(due), tuple(optimizer.tied))
     if key not in optimizer.looks:
         broken = torch.zeros(len(due), device=optimizer.device)
@@ -516,13 +521,8 @@ def look(optimizer: BankOptimizer, due: list[str], broken: Tensor) -> None:
     """Which of this rank's gradients are not finite."""
     add_tied(optimizer, due)
     if optimizer.skip is not None and due:
-        grads = {name: optimizer.parts[name].grads for name in due}
-        largest: dict[str, Tensor] = {}
-        for dtype in {g.dtype for g in grads.values()}:  # mixed, they would be read one by one
-            here = [name for name in due if grads[name].dtype == dtype]
-            found = torch._foreach_norm([grads[name] for name in here], math.inf)
-            largest |= {name: x.float() for name, x in zip(here, found)}
-        broken.copy_(~torch.isfinite(torch.stack([largest[name] for name in due])))
+        largest = torch._foreach_norm([optimizer.parts[name].grads for name in due], math.inf)
+        broken.copy_(~torch.isfinite(torch.stack([x.float() for x in largest])))
 
 
 def blame(optimizer: BankOptimizer) -> list[str]:
@@ -531,15 +531,16 @@ def blame(optimizer: BankOptimizer) -> list[str]:
 
 
 def warm_up(optimizer: BankOptimizer) -> None:
-    """Compile and record everything, that of tied parameters as well; nothing is updated."""
+    """Compile and record everything, with all that is tied tied and with all apart; nothing is updated."""
     if optimizer.skip is None:
         raise ValueError("warming up is a step that is left out, which only the guard can do")
     optimizer.numbers.fill({name: float(name[:3] == "fix") for name in optimizer.numbers.names})
-    tied = optimizer.tied
-    for optimizer.tied in (tied, {}) if tied else ({},):  # now, and when all are apart
+    now = optimizer.tied
+    for tied in (now, {}) if now else ({},):
+        optimizer.tied = tied
         for index in [*range(optimizer.options.adam_every)] * 3:
             watch(optimizer, due_in(optimizer, index))
-    optimizer.tied = tied
+    optimizer.tied = now
     optimizer.skip.fill_(1.0)
     for name, work in optimizer.works.items():
         for _ in range(3):
