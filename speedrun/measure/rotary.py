@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from speedrun.config import Config, vary
@@ -33,8 +34,8 @@ def arms_of(name: str) -> dict[str, Config]:
     return {arm: vary(modern, change) for arm, change in ARMS.items()}
 
 
-def loss_by_position(run: Config) -> list[float]:
-    """Train a run; then the mean loss of each position in validation rows of twice the length."""
+def loss_by_position(run: Config) -> dict[str, list[float]]:
+    """Train a run; then the mean loss of each position in validation rows of twice the length, and of the same tokens in rows of its own."""
     from speedrun.train import assemble, build_model, held_out, train_step
 
     torch.set_num_threads(1)
@@ -48,25 +49,29 @@ def loss_by_position(run: Config) -> list[float]:
             live.config, live.loader.shards.manifest.vocab_size, live.ranks.device
         )
         longer.load_state_dict(live.model.state_dict())
-        sums, rows = torch.zeros(twice), 0
+        found: dict[str, list[Tensor]] = {"twice": [], "own": []}
         with torch.no_grad():
             for batch in held_out(live, run.val_tokens):
-                logits = longer(batch.inputs).transpose(1, 2)
-                losses = F.cross_entropy(logits, batch.targets, reduction="none")
-                sums, rows = sums + losses.sum(0), rows + len(losses)
-    return (sums / rows).tolist()
+                for name, model, length in (
+                    ("twice", longer, twice),
+                    ("own", live.model, twice // 2),
+                ):
+                    logits = model(batch.inputs.view(-1, length)).flatten(0, 1)
+                    losses = F.cross_entropy(logits, batch.targets.flatten(), reduction="none")
+                    found[name].append(losses.view(-1, twice))
+    return {name: torch.cat(losses).mean(0).tolist() for name, losses in found.items()}
 
 
 def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
     """Train the arms with paired seeds, {"arms": {arm: [run, …]}}; long: for 2,000 steps.
 
-    beyond: each arm's loss by position in rows twice as long as it was trained on, {"arms": {arm: [losses, …]}}.
+    beyond: each arm's loss by position, {"arms": {arm: [{"twice": losses, "own": losses}, …]}}.
     """
-    arms, seeds = arms_of(name), 5 if name == "positions" else 3
+    arms, seeds = arms_of(name), 3 if name == "long" else 5
     facts = stamp(command, ["speedrun.measure.rotary", "speedrun.train"], seeds, range(seeds), corpus_of(arms["half 1024"]))  # fmt: skip
     if name != "beyond":
         return {"arms": train_arms(arms, seeds, train_many)}, facts
     runs = [vary(run, {"seed": seed}) for run in arms.values() for seed in range(seeds)]
     with ProcessPoolExecutor(look().cores, get_context("spawn")) as pool:
         found = list(pool.map(loss_by_position, runs))
-    return {"arms": {arm: found[3 * n : 3 * n + 3] for n, arm in enumerate(arms)}}, facts
+    return {"arms": {arm: found[5 * n : 5 * n + 5] for n, arm in enumerate(arms)}}, facts
