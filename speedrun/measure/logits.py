@@ -10,9 +10,11 @@ from speedrun.measure.runs import best_of, corpus_of, train_arms, train_many
 
 NAMES = ("laptop",)
 ARMS: dict[str, dict[str, Any]] = {
+    "tied, no cap": {},
     "untied, zeros": {"head.tied": "untied"},
-    "untied, as the embedding": {"head.tied": "untied", "head.std": 0.05},
+    "untied, drawn at 0.05": {"head.tied": "untied", "head.std": 0.05},
     "untied, a quarter of the rate": {"head.tied": "untied", "head.rate": 0.25},
+    "untied, four times the rate": {"head.tied": "untied", "head.rate": 4.0},
     "30 tanh(z/30)": {"head.cap": "tanh30"},
     "15 tanh(z/15)": {"head.cap": "tanh15"},
     "23 σ((z+5)/7.5)": {"head.cap": "sigmoid23"},
@@ -25,7 +27,7 @@ def arms_of() -> dict[str, Config]:
 
 
 def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
-    """Train every arm with three seeds, {"arms": {arm: [run, …]}}; chapter 05's modern block is the control."""
+    """Train every arm with three seeds, {"arms": {arm: [run, …]}}."""
     arms = arms_of()
     facts = stamp(command, ["speedrun.measure.logits", "speedrun.train"], 3, range(3), corpus_of(arms["30 tanh(z/30)"]))  # fmt: skip
     return {"arms": train_arms(arms, 3, train_many)}, facts
