@@ -71,7 +71,7 @@ print(f"one group of 24: {together[0]} rounds, {together[1]:.0%} busy")
 #
 # ## The code
 #
-# The shape of the model is what it was. What a layer is made of is a matter of switches, which stand in the chapters that explain them, so far in [chapter 05](05_modern_block.py); all off, it is GPT-2.
+# The shape of the model is what it was. What it is made of is a matter of switches, which stand in the chapters that explain them, so far [a modern block](05_modern_block.py), [rotary positions](06_rotary.py) and [logits and loss](08_logits.py). All off, it is GPT-2.
 
 # %%
 #| default_exp model.gpt
@@ -118,7 +118,7 @@ class Switches:
 
 # %% [markdown]
 # The table. A row says a parameter's name and shape, how it begins (a mean and a standard deviation, normal or uniform; gains are ones, that is mean 1 and deviation 0), whether it decays, and whether it multiplies the
-# stream, which is what costs FLOPs. Of a bank it says which layers own its slices, and of a bank of matrices how many stand on top of each other in a slice: the queries', keys' and values' are three. An optimizer that works on whole matrices must not take them for one. Later chapters add columns: how the gradient travels, a learning-rate multiplier.
+# stream, which is what costs FLOPs. Of a bank it says which layers own its slices, and of a bank of matrices how many stand on top of each other in a slice: the queries', keys' and values' are three. An optimizer that works on whole matrices must not take them for one. A row may have a multiple of the rate of its own, and say that it is the transpose of another until they are split. Later chapters add columns.
 
 
 # %%
