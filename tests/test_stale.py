@@ -149,7 +149,7 @@ class TestProof:
         assert "same behaviour: 1 runs" in prove(project)[0]
 
     def test_another_way_to_write_the_same_is_the_same_behaviour(self, project):
-        edit(project / "speedrun/model/gpt.py", "x = x + mlp(norm(x, gain, bias), *matrices)", "y = norm(x, gain, bias)\n        x = x + mlp(y, *matrices)")  # fmt: skip
+        edit(project / "speedrun/model/gpt.py", 'x = x + mlp(normed(x, weights, "mlp_norm"), weights, switches.block)', 'y = normed(x, weights, "mlp_norm")\n        x = x + mlp(y, weights, switches.block)')  # fmt: skip
         said, result = prove(project)
         assert "same behaviour: 1 runs, all losses bit-equal" in said
         assert set(result["proof"]["modules"]) == set(result["stamp"]["modules"])
@@ -171,5 +171,5 @@ class TestProof:
         result = json.loads(path.read_text())
         result["stamp"]["modules"]["speedrun.train"] = "0" * 16
         path.write_text(json.dumps(result))
-        edit(project / "speedrun/model/gpt.py", "x = x + mlp(norm(x, gain, bias), *matrices)", "x = mlp(norm(x, gain, bias), *matrices) + x")  # fmt: skip
+        edit(project / "speedrun/model/gpt.py", 'x = x + mlp(normed(x, weights, "mlp_norm"), weights, switches.block)', 'x = mlp(normed(x, weights, "mlp_norm"), weights, switches.block) + x')  # fmt: skip
         assert "no commit holds the code that was measured" in prove(project)[0]
