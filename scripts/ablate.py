@@ -53,12 +53,17 @@ def kept(path: Path, facts: dict, base: Config) -> dict[str, list[dict]]:
     """Arms that the file has from the same code, machine, text and base."""
     if not path.exists():
         return {}
-    old = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        old = json.loads(path.read_text(encoding="utf-8"))
+        arms = old["data"]["arms"]
+    except (ValueError, KeyError, TypeError):
+        fix = "another file name, or remove that file"
+        raise Problem(f"{path} is there, and holds no ablations", fix) from None
     same = all(old["stamp"][key] == facts[key] for key in ("modules", "gpu", "cpu", "torch", "corpus"))  # fmt: skip
     if not same or old["base"] != json.loads(json.dumps(fields_of(base))):
         what = f"{path} holds runs of another base, other code or another machine"
         raise Problem(what, "another file name, or remove that file")
-    return old["data"]["arms"]
+    return arms
 
 
 def write(path: Path, facts: dict, base: Config, arms: dict[str, list[dict]]) -> None:
@@ -88,6 +93,9 @@ def main(arguments: list[str]) -> int:
     options, flags = parser.parse_known_args(arguments)
     setup()
     try:
+        if min(options.seeds, options.control) < 1:
+            what = f"--seeds {options.seeds} --control {options.control}: every arm is trained"
+            raise Problem(what, "1 or more of each; a claim wants 3 and 9")
         usual = "small" if look().gpus else "cpu"
         base = check_config(read_command(lambda run: run, flags, usual, "scripts/ablate.py"))
         runs, many = read_arms(base, options.arm), train_on_gpus if look().gpus else train_many

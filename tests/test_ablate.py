@@ -54,6 +54,17 @@ class TestAblate:
         other = ablate(out, embedded, "--control", "3", "--optim.lr", "0.003")
         assert other.returncode == 1 and "another base" in other.stderr and str(out) in other.stderr
 
+    def test_a_file_that_is_something_else_is_kept(self, tmp_path, embedded):
+        out = tmp_path / "notes.json"
+        out.write_text("mine")
+        done = ablate(out, embedded)
+        assert done.returncode == 1 and f"{out} is there, and holds no ablations" in done.stderr
+        assert out.read_text() == "mine"
+
+    def test_a_count_of_nothing_is_refused(self, tmp_path, embedded):
+        done = ablate(tmp_path / "no.json", embedded, "--control", "0")
+        assert done.returncode == 1 and "--control 0: every arm is trained" in done.stderr
+
     @pytest.mark.parametrize(
         "words, said",
         [
