@@ -231,18 +231,21 @@ class Sparse(Sharded):
         assert self.told is None, "announce before exchange"
         self.touched[ids.flatten()] = self.announced = True
 
+    def insist(self, announced: bool) -> None:
+        """Refuse a gradient of unknown rows."""
+        if not announced:
+            raise RuntimeError("a sparse table's gradient is due, and announce() was not called")
+
     def exchange(self) -> None:
         """Tell every owner how many rows, and which, it will get from this rank; begun, like a sum. All ranks call it, or none."""
+        if self.world == 1:  # nobody to tell, and nothing to count
+            return self.insist(self.announced)
         device, ids = self.whole.device, self.touched.nonzero()[:, 0]
         counts = torch.bincount(ids // len(self.own), minlength=self.world)
         theirs = torch.zeros_like(counts)
         told = counts if self.announced else torch.full_like(counts, -1)
-        if self.world > 1:
-            dist.all_to_all_single(theirs, told, group=self.cpu_group)
-        if not self.announced or theirs.min() < 0:  # so that all ranks stop, and none waits
-            raise RuntimeError("a sparse table's gradient is due, and announce() was not called")
-        if self.world == 1:
-            return
+        dist.all_to_all_single(theirs, told, group=self.cpu_group)
+        self.insist(self.announced and bool(theirs.min() >= 0))  # all ranks stop, and none waits
         self.values = None
         self.sent, self.received = counts.tolist(), theirs.tolist()
         ids = ids.pin_memory() if device.type == "cuda" else ids  # else Python waits for the copy
@@ -757,7 +760,7 @@ assert small.grad.tolist() == [0.0] * 8 + [1.0] * 4 + [0.0] * 4, "one vector is 
 #
 # Scatter, wait, update, gather: the loop below is the whole schedule. Sums of Muon's banks begin first, if they stand first in the order: they read gradients and write elsewhere. Meanwhile each rank looks whether all its gradients are finite, and one small all-reduce tells everybody. If any is not, the step is left out: rates are zero, and moments stay. (Adam's count goes on, which matters in the first steps only.) Only gradients that are due are looked at: a table's number that breaks in the first step of a pair is found in the second, and costs both. Python does not wait for the answer; `blame` asks later, and names the parameter. The price is one reading of every gradient that is due, before the first table's sum.
 #
-# On a GPU each parameter has a *lane*, a stream of its own, in which it waits for its sum, is updated, begins to be gathered, and is cleared. Python only fills the lanes. Among several ranks tables' lanes have priority: where a multiprocessor becomes free, their blocks are placed first. What runs when is then decided by what has arrived: small kernels of one bank fill the gaps that another leaves, and products run while tables travel. Two rules make that safe. A graph is recorded in the lane in which it will run, because libraries keep scratch memory by stream. And what was allocated in one stream and used in another is not freed before the first has waited for the second.
+# On a GPU each parameter has a *lane*, a stream of its own, in which it waits for its sum, is updated, begins to be gathered, and is cleared. Python only fills the lanes. Among several ranks all of Muon's parameters share one lane, and all of Adam's another. What runs when is then decided by what has arrived: small kernels of one bank fill the gaps that another leaves, and products run while tables travel. Two rules make that safe. A graph is recorded in the lane in which it will run, because libraries keep scratch memory by stream. And what was allocated in one stream and used in another is not freed before the first has waited for the second.
 
 
 # %%
@@ -782,10 +785,17 @@ def build_parts(
     return parts
 
 
-def lane_of(device: torch.device, first: bool = False) -> Any:
-    """A stream of a GPU, whose kernels go first or not; None elsewhere."""
-    priority = -1 if first else 0
-    return torch.cuda.Stream(device, priority=priority) if device.type == "cuda" else None
+def lane_of(device: torch.device) -> Any:
+    """A stream of a GPU; None elsewhere."""
+    return torch.cuda.Stream(device) if device.type == "cuda" else None
+
+
+def lanes_of(parts: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """A lane for each part; among several ranks one for Muon's and one for Adam's, which is faster there."""
+    together = ranks()[1] > 1
+    kinds = {name: isinstance(part, MuonPart) if together else name for name, part in parts.items()}
+    lanes = {kind: lane_of(device) for kind in dict.fromkeys(kinds.values())}
+    return {name: lanes[kind] for name, kind in kinds.items()}
 
 
 TOLD = ("muon", "adam", "momentum", "muon_decay")  # what a step is told
@@ -843,8 +853,7 @@ class BankOptimizer:
                 "the exact factor cannot be compiled: iterations=0 wants compile=False"
             )
         muon = [name for name, part in self.parts.items() if isinstance(part, MuonPart)]
-        first = set(self.parts) - set(muon) if ranks()[1] > 1 else set()
-        self.lanes = {name: lane_of(self.device, name in first) for name in self.parts}
+        self.lanes = lanes_of(self.parts, self.device)
         # summed before the guard has looked: nothing is added to their gradients any more
         self.early = list(takewhile(muon.__contains__, self.scatter_order))
         self.looking = lane_of(self.device) if self.records else None

@@ -131,18 +131,21 @@ class Sparse(Sharded):
         assert self.told is None, "announce before exchange"
         self.touched[ids.flatten()] = self.announced = True
 
+    def insist(self, announced: bool) -> None:
+        """Refuse a gradient of unknown rows."""
+        if not announced:
+            raise RuntimeError("a sparse table's gradient is due, and announce() was not called")
+
     def exchange(self) -> None:
         """Tell every owner how many rows, and which, it will get from this rank; begun, like a sum. All ranks call it, or none."""
+        if self.world == 1:  # nobody to tell, and nothing to count
+            return self.insist(self.announced)
         device, ids = self.whole.device, self.touched.nonzero()[:, 0]
         counts = torch.bincount(ids // len(self.own), minlength=self.world)
         theirs = torch.zeros_like(counts)
         told = counts if self.announced else torch.full_like(counts, -1)
-        if self.world > 1:
-            dist.all_to_all_single(theirs, told, group=self.cpu_group)
-        if not self.announced or theirs.min() < 0:  # so that all ranks stop, and none waits
-            raise RuntimeError("a sparse table's gradient is due, and announce() was not called")
-        if self.world == 1:
-            return
+        dist.all_to_all_single(theirs, told, group=self.cpu_group)
+        self.insist(self.announced and bool(theirs.min() >= 0))  # all ranks stop, and none waits
         self.values = None
         self.sent, self.received = counts.tolist(), theirs.tolist()
         ids = ids.pin_memory() if device.type == "cuda" else ids  # else Python waits for the copy

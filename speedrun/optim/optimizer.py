@@ -313,10 +313,17 @@ def build_parts(
     return parts
 
 
-def lane_of(device: torch.device, first: bool = False) -> Any:
-    """A stream of a GPU, whose kernels go first or not; None elsewhere."""
-    priority = -1 if first else 0
-    return torch.cuda.Stream(device, priority=priority) if device.type == "cuda" else None
+def lane_of(device: torch.device) -> Any:
+    """A stream of a GPU; None elsewhere."""
+    return torch.cuda.Stream(device) if device.type == "cuda" else None
+
+
+def lanes_of(parts: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """A lane for each part; among several ranks one for Muon's and one for Adam's, which is faster there."""
+    together = ranks()[1] > 1
+    kinds = {name: isinstance(part, MuonPart) if together else name for name, part in parts.items()}
+    lanes = {kind: lane_of(device) for kind in dict.fromkeys(kinds.values())}
+    return {name: lanes[kind] for name, kind in kinds.items()}
 
 
 TOLD = ("muon", "adam", "momentum", "muon_decay")  # what a step is told
@@ -372,8 +379,7 @@ class BankOptimizer:
                 "the exact factor cannot be compiled: iterations=0 wants compile=False"
             )
         muon = [name for name, part in self.parts.items() if isinstance(part, MuonPart)]
-        first = set(self.parts) - set(muon) if ranks()[1] > 1 else set()
-        self.lanes = {name: lane_of(self.device, name in first) for name in self.parts}
+        self.lanes = lanes_of(self.parts, self.device)
         # summed before the guard has looked: nothing is added to their gradients any more
         self.early = list(takewhile(muon.__contains__, self.scatter_order))
         self.looking = lane_of(self.device) if self.records else None
