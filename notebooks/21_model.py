@@ -78,7 +78,7 @@ print(f"one group of 24: {together[0]} rounds, {together[1]:.0%} busy")
 #| export
 import math
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,8 +86,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from speedrun.model.embedding import EmbeddingOptions, looked_up, smeared, with_value
 from speedrun.model.head import HeadOptions, capped, loss_of, padded
 from speedrun.model.mlp import BlockOptions, initial, linear, mlp, normed, rms_norm
+from speedrun.model.plan import LayerSpec, PlanOptions, enter, leave, make_plan, mixing_rows
+from speedrun.model.plan import tables_of
 from speedrun.model.rotary import RotaryOptions, rotate, rotation_tables
 
 
@@ -113,6 +116,8 @@ class Switches:
 
     block: BlockOptions = BlockOptions()
     rotary: RotaryOptions = RotaryOptions()
+    embedding: EmbeddingOptions = EmbeddingOptions()
+    plan: PlanOptions = PlanOptions()
     head: HeadOptions = HeadOptions()
 
 
@@ -131,6 +136,7 @@ class Parameter:
     matrices: how many matrices stand on top of each other in each slice of a bank; 0: it is no bank of matrices.
     owners: the layers that a bank has slices for, in their order; none: it is no bank.
     rate: multiple of AdamW's rate. tied: the parameter that it is the transpose of until they are split.
+    mixes: whether it is a weight, or a few, by which vectors are mixed.
     """
 
     name: str
@@ -144,6 +150,7 @@ class Parameter:
     owners: tuple[int, ...] = ()
     rate: float = 1.0
     tied: str = ""
+    mixes: bool = False
 
 
 def check_heads(options: GPTOptions, switches: Switches) -> None:
@@ -162,17 +169,20 @@ def norm_rows(name: str, shape: tuple[int, ...], owners: tuple[int, ...] = ()) -
     return [gain, Parameter(f"{name}_bias", shape, owners=owners)]
 
 
-def layer_rows(options: GPTOptions, block: BlockOptions) -> list[Parameter]:
+def layer_rows(
+    options: GPTOptions, block: BlockOptions, plan: Sequence[LayerSpec]
+) -> list[Parameter]:
     """The banks of attention and MLP, in the order in which a layer comes to them."""
-    n, d, owners = options.layers, options.width, tuple(range(options.layers))
-    rows: list[Parameter] = []
+    d, rows = options.width, list[Parameter]()
     shapes = {"attention_qkv": (3 * d, d), "attention_out": (d, d)}
     shapes |= {"mlp_up": (4 * d, d), "mlp_down": (d, 4 * d)}
     for name, (high, wide) in shapes.items():
         reads, part = name in ("attention_qkv", "mlp_up"), name.split("_")[0]
+        owners = tuple(layer for layer, spec in enumerate(plan) if getattr(spec, part))
+        n = len(owners)
         if reads and block.norm == "layer":
             rows += norm_rows(f"{part}_norm", (n, d), owners)
-        start = initial(block, options.init_std, n, wide, adds=not reads)
+        start = initial(block, options.init_std, options.layers, wide, adds=not reads)
         kind: dict[str, Any] = {"decay": True, "multiplies": True, "owners": owners} | start
         matrices = 3 if name == "attention_qkv" else 1
         rows.append(Parameter(name, (n, high, wide), matrices=matrices, **kind))
@@ -181,22 +191,34 @@ def layer_rows(options: GPTOptions, block: BlockOptions) -> list[Parameter]:
     return rows
 
 
+def plan_of(options: GPTOptions, switches: Switches) -> tuple[LayerSpec, ...]:
+    """What each layer is made of."""
+    return make_plan(options.layers, switches.plan, switches.embedding)
+
+
 def parameter_table(
     options: GPTOptions, vocab_size: int, switches: Switches = Switches()
 ) -> tuple[Parameter, ...]:
     """Every parameter of the model, in the order in which the forward pass comes to them."""
     d, std, head = options.width, options.init_std, switches.head
     words, twin = padded(vocab_size, head.multiple), "head" if head.tied == "split" else ""
+    embedding, plan = switches.embedding, plan_of(options, switches)
     both: dict[str, Any] = {"decay": True, "multiplies": head.tied == "tied"}
-    rows = [Parameter("token_embedding", (words, d), std=std, tied=twin, **both)]
+    both |= {"tied": twin, "rate": embedding.rate}
+    rows = [Parameter("token_embedding", (words, d), std=embedding.std or std, **both)]
     if switches.rotary.positions == "learned":
         rows.append(Parameter("position_embedding", (options.context, d), std=std, decay=True))
-    rows += layer_rows(options, switches.block)
+    if tables := tables_of(plan):
+        kind: dict[str, Any] = {"decay": True, "rate": embedding.value_rate}
+        rows.append(Parameter("value_embedding", (tables * words, d), std=embedding.value_std, **kind))  # fmt: skip
+    mixing = mixing_rows(plan, options.heads, switches.plan, embedding)
+    rows += [Parameter(**fields) for fields in mixing]
+    rows += layer_rows(options, switches.block, plan)
     if switches.block.norm == "layer":
         rows += norm_rows("final_norm", (d,))
     if head.tied != "tied":
         std = std if head.tied == "split" else head.std
-        kind: dict[str, Any] = {"decay": True, "multiplies": True, "rate": head.rate}
+        kind = {"decay": True, "multiplies": True, "rate": head.rate}
         rows.append(Parameter("head", (d, words), std=std, **kind))
     return tuple(rows)
 
@@ -318,10 +340,11 @@ def attention(
     heads: int,
     switches: Switches,
     tables: tuple[Tensor, Tensor] | None,
-) -> Tensor:
-    """Causal self-attention, (batch, tokens, width) → the same. qkv: (3 · width, width), out: (width, width).
+    other: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Causal self-attention, (batch, tokens, width) → the same, and its values. qkv: (3 · width, width), out: (width, width).
 
-    tables: cosines and sines to turn queries and keys by.
+    tables: cosines and sines to turn queries and keys by. other: values to mix in, (batch, heads, tokens, head_dim).
     """
     batch, tokens, width = x.shape
     shape = (batch, tokens, 3, heads, width // heads)
@@ -330,8 +353,10 @@ def attention(
         q, k = rms_norm(q), rms_norm(k)
     if tables is not None:
         q, k = (rotate(each, *tables, switches.rotary.pairs) for each in (q, k))
+    if other is not None:
+        v = with_value(v, other.to(v.dtype), x, weights, switches.embedding.value_mix).to(v.dtype)
     y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # scaled by 1 / sqrt(head_dim)
-    return linear(y.transpose(1, 2).reshape(batch, tokens, width), weights, "attention_out")
+    return linear(y.transpose(1, 2).reshape(batch, tokens, width), weights, "attention_out"), v
 
 
 def weights_of_layers(self) -> list[dict[str, Tensor]]:
@@ -343,18 +368,42 @@ def weights_of_layers(self) -> list[dict[str, Tensor]]:
     return found
 
 
+def embed(self, inputs: Tensor) -> Tensor:
+    """The stream's beginning, (batch, tokens, width)."""
+    x = F.embedding(inputs, self.token_embedding)
+    if self.switches.embedding.smear:
+        x = smeared(x, self._parameters)
+    if self.switches.rotary.positions == "learned":
+        x = x + self.position_embedding[: inputs.shape[1]]
+    return rms_norm(x) if self.switches.embedding.norm else x
+
+
+def values_from_tables(self, inputs: Tensor) -> list[Tensor]:
+    """What each value table has for the inputs, in heads: (batch, heads, tokens, head_dim)."""
+    if not (tables := tables_of(self.plan)):
+        return []
+    rows = looked_up(inputs, self.value_embedding, tables)
+    return [row.unflatten(-1, (self.options.heads, -1)).transpose(1, 2) for row in rows]
+
+
 def gpt_forward(self, inputs: Tensor, targets: Tensor | None = None) -> Tensor:
     """Logits (batch, tokens, vocab) of inputs, (batch, tokens) int64; with targets the mean cross-entropy, nats."""
-    heads, switches, tables = self.options.heads, self.switches, None
-    x = F.embedding(inputs, self.token_embedding)
-    if switches.rotary.positions == "learned":
-        x = x + self.position_embedding[: inputs.shape[1]]
-    else:
-        tables = self.cos, self.sin
-    for weights in weights_of_layers(self):
-        normal = normed(x, weights, "attention_norm")
-        x = x + attention(normal, weights, heads, switches, tables)
-        x = x + mlp(normed(x, weights, "mlp_norm"), weights, switches.block)
+    heads, switches = self.options.heads, self.switches
+    turns = None if switches.rotary.positions == "learned" else (self.cos, self.sin)
+    x = x0 = embed(self, inputs)
+    outputs: list[Tensor] = []
+    values: dict[Any, Tensor] = dict(enumerate(values_from_tables(self, inputs)))
+    for spec, weights in zip(self.plan, weights_of_layers(self)):
+        x = enter(x, x0, outputs, spec, weights, switches.plan.skips)
+        if spec.attention:
+            normal = normed(x, weights, "attention_norm")
+            y, v = attention(normal, weights, heads, switches, turns, values.get(spec.value))
+            values.setdefault("first", v)
+            x = x + y
+        if spec.mlp:
+            x = x + mlp(normed(x, weights, "mlp_norm"), weights, switches.block)
+        outputs.append(x)
+    x = leave(x, outputs, self._parameters)
     x, tied = normed(x, self._parameters, "final_norm"), switches.head.tied == "tied"
     logits = F.linear(x, self.token_embedding) if tied else x @ self.head
     if targets is None:
@@ -377,6 +426,7 @@ class GPT(nn.Module):
         super().__init__()
         check_heads(options, switches)
         self.options, self.switches, self.vocab_size = options, switches, vocab_size
+        self.plan = plan_of(options, switches)
         self.table = parameter_table(options, vocab_size, switches)
         for row in self.table:
             self.register_parameter(row.name, nn.Parameter(torch.empty(row.shape)))
@@ -501,7 +551,8 @@ def model_flops_per_token(
     """
     table = parameter_table(options, vocab_size, switches)
     weights = sum(math.prod(row.shape) for row in table if row.multiplies)
-    return 6.0 * weights + 6.0 * options.layers * seq_len * options.width
+    layers = sum(spec.attention for spec in plan_of(options, switches))
+    return 6.0 * weights + 6.0 * layers * seq_len * options.width
 
 
 # %%

@@ -65,16 +65,29 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from speedrun.data.loader import DataOptions, check_options
 from speedrun.lab.hardware import Problem
 from speedrun.model.baseline import AdamWOptions
+from speedrun.model.embedding import EmbeddingOptions
 from speedrun.model.gpt import GPTOptions, Switches
 from speedrun.model.head import HeadOptions
 from speedrun.model.mlp import BlockOptions
+from speedrun.model.plan import PlanOptions
 from speedrun.model.rotary import RotaryOptions
 from speedrun.optim.adam import SharingOptions
 from speedrun.optim.muon import MuonOptions
 from speedrun.optim.newton_schulz import MatrixOptions
 from speedrun.optim.schedule import ScheduleOptions
 
-PresetName = Literal["smoke", "cpu", "small", "record", "baseline", "record2", "record5"]
+PresetName = Literal[
+    "smoke",
+    "cpu",
+    "small",
+    "record",
+    "baseline",
+    "record2",
+    "record5",
+    "record8",
+    "record9",
+    "record11",
+]
 
 
 # %%
@@ -84,7 +97,7 @@ class Config:
     """One training run. Every command takes these as flags: --model.layers 4 --steps 100."""
 
     preset: PresetName = "record"
-    """Defaults of all other fields. smoke: 40 s; cpu, small: minutes; record; baseline, record2, record5: of old."""
+    """Defaults of all other fields. smoke: 40 s; cpu, small: minutes; record; baseline, record2, 5, 8, 9, 11: of old."""
     architecture: Literal["gpt", "baseline"] = "gpt"
     """gpt: the package's model. baseline: the plain GPT-2 of chapter 03."""
     model: GPTOptions = field(default_factory=GPTOptions)
@@ -93,6 +106,10 @@ class Config:
     """What a layer is made of."""
     rotary: RotaryOptions = field(default_factory=RotaryOptions)
     """How attention learns where tokens are."""
+    embedding: EmbeddingOptions = field(default_factory=EmbeddingOptions)
+    """What a token brings into the model."""
+    plan: PlanOptions = field(default_factory=PlanOptions)
+    """How the stream runs through the layers."""
     head: HeadOptions = field(default_factory=HeadOptions)
     """From the last vectors to the loss."""
     optim: AdamWOptions = field(default_factory=AdamWOptions)
@@ -174,6 +191,8 @@ assert largest_divisor(768, 13) == 12 and flag("optim.warmup_steps") == "optim.w
 LEAST = {"model.layers": 1, "model.heads": 1, "model.width": 1, "model.context": 1, "steps": 1}
 LEAST |= {"val_every": 1, "val_tokens": 1, "log_every": 1}
 LEAST |= {"sharing.adam_every": 1, "head.multiple": 1}
+POSITIVE = ["optim.lr", "model.init_std", "rotary.base", "head.rate", "plan.rate"]
+POSITIVE += ["embedding.rate", "embedding.value_rate"]
 LEAST |= dict.fromkeys(("max_steps", "warmup", "checkpoint_every", "optim.warmup_steps"), 0)
 
 
@@ -183,13 +202,17 @@ def check_ranges(fields: dict[str, Any]) -> None:
         if fields[name] < least:
             what = f"{name}={fields[name]} must be at least {least}"
             raise Problem(what, f"--{flag(name)} {least} or more")
-    for name in ("optim.lr", "model.init_std"):
+    for name in POSITIVE:
         if not 0 < fields[name] < math.inf:
             raise Problem(f"{name}={fields[name]} must be positive", f"--{flag(name)} 0.001, say")
-    share = fields["schedule.cooldown"]
-    if not 0 < share <= 1:
-        what = f"schedule.cooldown={share} is no share of the steps"
-        raise Problem(what, "--schedule.cooldown 0.6, say: more than 0, and at most 1")
+    for name in ("head.std", "embedding.std", "embedding.value_std"):
+        if not 0 <= fields[name] < math.inf:
+            what = f"{name}={fields[name]} is no standard deviation"
+            raise Problem(what, f"--{flag(name)} 0.01, say, or 0")
+    for name in ("schedule.cooldown", "head.split_at"):
+        if not 0 < fields[name] <= 1:
+            what = f"{name}={fields[name]} is no share of the steps"
+            raise Problem(what, f"--{flag(name)} 0.6, say: more than 0, and at most 1")
     for name in ("matrix.momentum", "muon.low_momentum", "muon.beta2"):
         if not 0 <= fields[name] < 1:
             what = f"{name}={fields[name]} is no share of a mean that could be kept"
@@ -210,7 +233,17 @@ for nonsense in ({"val_every": 0}, *odd):
 #| export
 def switches_of(config: Config) -> Switches:
     """The model's techniques, as the model takes them."""
-    return Switches(config.block, config.rotary, config.head)
+    return Switches(config.block, config.rotary, config.embedding, config.plan, config.head)
+
+
+def check_layers(config: Config) -> None:
+    """Refuse to connect layers where there is one."""
+    usual, fields = fields_of(Config()), fields_of(config)
+    names = ("embedding.values", "plan.skips", "plan.backout", "plan.without")
+    wants = [name for name in names if fields[name] != usual[name]]
+    if wants and config.model.layers < 2:
+        what = f"{', '.join(wants)}: this is between layers, and model.layers is 1"
+        raise Problem(what, "--model.layers 2, or more")
 
 
 def check_rules(config: Config) -> None:
@@ -251,6 +284,7 @@ def check_config(config: Config, world: int = 1) -> Config:
         what = f"heads of {model.width // model.heads} numbers cannot be taken in pairs to turn, and half of those"
         raise Problem(what, "a --model.width of 4 times --model.heads, or a multiple")
     check_rules(config)
+    check_layers(config)
     if config.val_tokens < world * micro:
         what = f"val_tokens={config.val_tokens} are less than a micro-batch of {micro} for each of {world} ranks"
         raise Problem(what, f"--val-tokens {world * micro} or more")
@@ -334,7 +368,7 @@ PRESETS = {
     ),
     "record": Config(preset="record", data=FINEWEB),
 }
-HISTORY = ("baseline", "record2", "record5")
+HISTORY = ("baseline", "record2", "record5", "record8", "record9", "record11")
 
 # %%
 for run in PRESETS.values():
@@ -344,7 +378,7 @@ print({name: run.model.init_std for name, run in PRESETS.items()})
 # %% [markdown]
 # ### The rungs of history
 #
-# A *rung* is the configuration of one historic record, as far as the package has its techniques. Rungs live in a module of their own, which is imported only when one of them is asked for. The record must not carry its ancestors around. Record 2 is GPT-2 with [rotary positions](06_rotary.py), norms without parameters and no biases, at a tuned rate of AdamW. Record 5 has Muon and the rest of [a modern block](05_modern_block.py); its $0.1 \cdot 0.0036 \sqrt{\max(\text{rows}, \text{cols})}$ is a rate of 0.01 for square matrices of 768 and twice that for wide and tall ones. Both read FineWeb in rows of 1,024; their initial values are this package's.
+# A *rung* is the configuration of one historic record, as far as the package has its techniques. Rungs live in a module of their own, which is imported only when one of them is asked for. The record must not carry its ancestors around. Record 2 is GPT-2 with [rotary positions](06_rotary.py), norms without parameters and no biases, at a tuned rate of AdamW. Record 5 has Muon and the rest of [a modern block](05_modern_block.py); its $0.1 \cdot 0.0036 \sqrt{\max(\text{rows}, \text{cols})}$ is a rate of 0.01 for square matrices of 768 and twice that for wide and tall ones. Records 8, 9 and 11 brought [a head of its own and a cap](08_logits.py), and [the plumbing](07_plumbing.py). Each of their parameters of Adam's has a rate of its own, which is said as a multiple of one: record 8's embedding trained at 0.3, its head at 0.002. All read FineWeb in rows of 1,024; initial values that no record names are this package's.
 
 # %%
 #| default_exp history
@@ -352,9 +386,11 @@ print({name: run.model.init_std for name, run in PRESETS.items()})
 import dataclasses
 
 from speedrun.model.baseline import GPT2, AdamWOptions, GPT2Options, decays_by_shape
+from speedrun.model.embedding import EmbeddingOptions
 from speedrun.model.gpt import GPTOptions
 from speedrun.model.head import HeadOptions
 from speedrun.model.mlp import BlockOptions
+from speedrun.model.plan import PlanOptions
 from speedrun.model.rotary import RotaryOptions
 from speedrun.optim.muon import MuonOptions
 from speedrun.optim.newton_schulz import MatrixOptions
@@ -389,6 +425,39 @@ RUNGS = {
         steps=5100,
     ),
 }
+# record 8: 11 minutes
+RUNGS["record8"] = dataclasses.replace(
+    RUNGS["record5"],
+    preset="record8",
+    embedding=EmbeddingOptions(norm=True, std=1.0, rate=0.3 / 0.002),
+    head=HeadOptions(tied="untied", multiple=128),
+    optim=AdamWOptions(lr=0.002, warmup_steps=0, weight_decay=0.0),
+    matrix=MatrixOptions(rule="muon", lr=0.02),
+    muon=MuonOptions(),
+    schedule=ScheduleOptions(shape="trapezoid", cooldown=0.29),
+    steps=4578,
+)
+# record 9: 8 minutes
+RUNGS["record9"] = dataclasses.replace(
+    RUNGS["record8"],
+    preset="record9",
+    embedding=dataclasses.replace(RUNGS["record8"].embedding, values="first"),
+    plan=PlanOptions(x0=True, rate=0.02 / 0.002),
+    head=HeadOptions(tied="untied", multiple=128, cap="tanh30"),
+    muon=MuonOptions(low_momentum=0.85, momentum_steps=(500, 0)),
+    steps=3200,
+)
+# record 11: 7 minutes
+RUNGS["record11"] = dataclasses.replace(
+    RUNGS["record9"],
+    preset="record11",
+    embedding=dataclasses.replace(RUNGS["record9"].embedding, rate=0.6 / 0.008),
+    plan=PlanOptions(x0=True, skips="unet", rate=0.04 / 0.008),
+    optim=AdamWOptions(lr=0.008, warmup_steps=0, weight_decay=0.0),
+    matrix=MatrixOptions(rule="muon", lr=0.04),
+    schedule=ScheduleOptions(shape="trapezoid", cooldown=0.3),
+    steps=3000,
+)
 
 
 def build_rung(config: Config, vocab_size: int) -> tuple[GPT2, dict[str, bool]]:
@@ -567,6 +636,7 @@ assert firsts["cpu"] == firsts["small"] == firsts["record"] != firsts["baseline"
 ABSENT: dict[str, Any] = {"matrix": MatrixOptions(), "schedule": ScheduleOptions()}
 ABSENT |= {"muon": MuonOptions(), "data.pass_tokens": 0, "sharing": SharingOptions()}
 ABSENT |= {"block": BlockOptions(), "rotary": RotaryOptions(), "head": HeadOptions()}
+ABSENT |= {"embedding": EmbeddingOptions(), "plan": PlanOptions()}
 ABSENT |= {"muon.products": MuonOptions().products, "muon.gram": False}
 
 
@@ -778,8 +848,9 @@ import dataclasses
 import os
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import AbstractContextManager, nullcontext
 from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -811,10 +882,23 @@ def train_one(run: Config) -> dict:
     return {"val_loss": last["val_loss"], "seconds": seconds, "config": config}
 
 
-def train_many(runs: Sequence[Config]) -> list[dict]:
-    """Train runs on the CPU, as many at a time as there are cores; what `train_one` says of each, in order."""
+def each_on_cpus(runs: Sequence[Config]) -> Iterator[tuple[int, dict]]:
+    """Train runs, as many at a time as there are cores; the number of each with what `train_one` says, as they end."""
     with ProcessPoolExecutor(look().cores, get_context("spawn")) as pool:
-        return list(tqdm(pool.map(train_one, runs), total=len(runs), unit="run"))
+        numbers = {pool.submit(train_one, run): number for number, run in enumerate(runs)}
+        for future in as_completed(numbers):
+            yield numbers[future], future.result()
+
+
+def in_order(ended: Iterable[tuple[int, dict]], runs: Sequence[Config]) -> list[dict]:
+    """What was said of each run, in the runs' order; shows how many have ended."""
+    found = dict(tqdm(ended, total=len(runs), unit="run"))
+    return [found[number] for number in range(len(runs))]
+
+
+def train_many(runs: Sequence[Config]) -> list[dict]:
+    """Train runs on the CPU; what `train_one` says of each, in order."""
+    return in_order(each_on_cpus(runs), runs)
 
 
 def corpus_of(run: Config) -> dict[str, str]:
@@ -863,8 +947,11 @@ def bench(data: str) -> Config:
     return vary(plain, sizes | reads | lasts)
 
 
-def retrain(live: "Run", config: Config) -> dict:
-    """Train a run with the assembled model of another, from which it differs in optimizers, schedule and seed alone."""
+def retrain(live: "Run", config: Config, alone: AbstractContextManager[Any] | None = None) -> dict:
+    """Train a run with the assembled model of another, from which it differs in optimizers, schedule and seed alone.
+
+    alone: entered while the clock runs. What is said has the values of the smallest parameters over the run, under “learned”.
+    """
     import torch
 
     from speedrun.data.loader import Position
@@ -881,37 +968,47 @@ def retrain(live: "Run", config: Config) -> dict:
     live.skipped.zero_()
     live.clock.elapsed_ms = 0.0
     warm_up(live)
-    live.clock.start()
-    for _ in range(config.steps):
-        train_step(live)
-    live.clock.stop()
+    few = {row.name: model.get_parameter(row.name) for row in model.table if row.mixes}
+    learned: dict[str, list] = {name: [] for name in few}
+    with alone or nullcontext():
+        live.clock.start()
+        for step in range(config.steps + 1):
+            if few and (step % -(-config.steps // 32) == 0 or step == config.steps):
+                for name, values in few.items():
+                    learned[name].append([step, values.tolist()])
+            if step < config.steps:
+                train_step(live)
+        live.clock.stop()
     loss = evaluate(live, held_out(live, config.val_tokens))
-    done = {
+    done: dict[str, Any] = {
         "val_loss": loss,
         "seconds": live.clock.elapsed_ms / 1000,
         "skipped": live.skipped.item(),
     }
+    done |= {"learned": learned} if learned else {}
     return done | {"config": dataclasses.asdict(config)}
 
 
 # %% tags=["hide-input"]
 #| export measure.runs
-LIVE: dict[str, Any] = {}
+HERE: dict[str, Any] = {}  # a process's GPU
 
 
-def train_on_gpu(config: Config) -> dict:
-    """`retrain` with this process's run of that model, assembled when another one was trained before."""
+def seen_by_model(config: Config) -> str:
+    """All that decides what is compiled for a run."""
+    parts = (config.model, switches_of(config), config.data, config.precision, config.compile)
+    return repr((*parts, config.muon.weights))
+
+
+def train_alike(runs: Sequence[Config]) -> list[dict]:
+    """Train runs of one model, one after the other; what `retrain` says of each."""
     import torch
 
     from speedrun.train import assemble
 
-    parts = (config.model, switches_of(config), config.data, config.precision, config.compile)
-    sees = repr((*parts, config.muon.weights))
-    if sees not in LIVE:
-        LIVE.clear()  # its memory, and its code, of which PyTorch keeps eight versions at most
-        torch._dynamo.reset()
-        LIVE[sees] = assemble(config, Path(tempfile.mkdtemp()), echo=None)
-    return retrain(LIVE[sees], config)
+    torch._dynamo.reset()  # PyTorch keeps eight versions of a function at most
+    live = assemble(runs[0], Path(tempfile.mkdtemp()), echo=None)
+    return [retrain(live, run, HERE["turn"]) for run in runs]
 
 
 def train_arms(
@@ -950,21 +1047,44 @@ def step_times(
     return took
 
 
-def take_gpu(numbers: Any) -> None:
-    """Let this process see one GPU only."""
-    os.environ["CUDA_VISIBLE_DEVICES"] = str(numbers.get())
+def take_gpu(numbers: Any, turns: Sequence[Any]) -> None:
+    """Let this process see one GPU only, on which it trains when it is its turn."""
+    number = numbers.get()
+    os.environ["CUDA_VISIBLE_DEVICES"], HERE["turn"] = str(number), turns[number]
 
 
-def train_on_gpus(runs: Sequence[Config]) -> list[dict]:
-    """Train runs on the GPUs of this machine, one process each; what `retrain` says of each, in order."""
+def groups_of(runs: Sequence[Config], gpus: int) -> list[list[int]]:
+    """Numbers of runs that share a model; dealt out to the GPUs if there are fewer models than those."""
+    alike: dict[str, list[int]] = {}
+    for number, run in enumerate(runs):
+        alike.setdefault(seen_by_model(run), []).append(number)
+    parts = 1 if len(alike) >= gpus else gpus
+    dealt = [group[part::parts] for group in alike.values() for part in range(parts)]
+    return [group for group in dealt if group]
+
+
+def each_on_gpus(runs: Sequence[Config]) -> Iterator[tuple[int, dict]]:
+    """Train runs; the number of each with what `retrain` says, as they end.
+
+    Two processes share a GPU: while one trains, the other compiles the next model.
+    """
     context, gpus = get_context("spawn"), len(look().gpus)
     if not gpus:
         raise Problem("this is measured on a GPU, and PyTorch sees none", "make doctor says why")
-    numbers = context.Queue()
-    for number in range(gpus):
+    numbers, groups = context.Queue(), groups_of(runs, gpus)
+    for number in (*range(gpus), *range(gpus)):
         numbers.put(number)
-    with ProcessPoolExecutor(gpus, context, take_gpu, (numbers,)) as pool:
-        return list(tqdm(pool.map(train_on_gpu, runs), total=len(runs), unit="run"))
+    turns = [context.Lock() for _ in range(gpus)]
+    workers = min(2 * gpus, len(groups))
+    with ProcessPoolExecutor(workers, context, take_gpu, (numbers, turns)) as pool:
+        jobs = {pool.submit(train_alike, [runs[n] for n in group]): group for group in groups}
+        for job in as_completed(jobs):
+            yield from zip(jobs[job], job.result())
+
+
+def train_on_gpus(runs: Sequence[Config]) -> list[dict]:
+    """Train runs on the GPUs of this machine; what `retrain` says of each, in order."""
+    return in_order(each_on_gpus(runs), runs)
 
 
 # %% tags=["hide-input"]

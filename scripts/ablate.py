@@ -4,7 +4,7 @@
 
 Each arm is the base with its fields changed: --arm "no QK-norm" block.qk_norm=False. Further flags make the base, as for speedrun.train
 (--preset cpu --steps 600 --block.qk-norm). The base is trained --control times, each arm --seeds times, with the same first seeds and the
-same data; on the GPUs of this machine, or on its cores. OUT.json is written after every arm, with its stamp; what is in it already is kept, if the code and the base are the same.
+same data; on the GPUs of this machine, or on its cores. OUT.json is written as soon as an arm is done, with its stamp; what is in it already is kept, if the code and the base are the same.
 """
 
 import argparse
@@ -16,11 +16,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from speedrun.config import Config, check_config, config_from_json, fields_of, read_command, vary
 from speedrun.lab.hardware import Problem, look, setup
 from speedrun.lab.results import stamp
 from speedrun.lab.stats import describe, p_difference
-from speedrun.measure.runs import corpus_of, train_arms, train_many, train_on_gpus
+from speedrun.measure.runs import corpus_of, each_on_cpus, each_on_gpus
 
 MODULES = ["speedrun.train", "speedrun.measure.runs"]
 
@@ -66,6 +68,13 @@ def kept(path: Path, facts: dict, base: Config) -> dict[str, list[dict]]:
     return arms
 
 
+def trained(run: Config, count: int, there: list[dict] | None) -> bool:
+    """Whether an arm's runs are there already."""
+    if there is None or len(there) < count:
+        return False
+    return config_from_json(there[0]["config"]) == vary(run, {"seed": 0})
+
+
 def write(path: Path, facts: dict, base: Config, arms: dict[str, list[dict]]) -> None:
     """The file, in one step."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -98,16 +107,23 @@ def main(arguments: list[str]) -> int:
             raise Problem(what, "1 or more of each; a claim wants 3 and 9")
         usual = "small" if look().gpus else "cpu"
         base = check_config(read_command(lambda run: run, flags, usual, "scripts/ablate.py"))
-        runs, many = read_arms(base, options.arm), train_on_gpus if look().gpus else train_many
+        runs = read_arms(base, options.arm)
         command = shlex.join(["python", "scripts/ablate.py", *arguments])
         facts = stamp(command, MODULES, options.control, range(options.control), corpus_of(base))
         done = kept(options.out, facts, base)
-        for name, run in runs.items():
-            count = options.control if name == "control" else options.seeds
-            there = done.get(name, [])
-            if len(there) < count or config_from_json(there[0]["config"]) != vary(run, {"seed": 0}):
-                done |= train_arms({name: run}, count, many)
+        counts = {name: options.control if name == "control" else options.seeds for name in runs}
+        missing = [name for name in runs if not trained(runs[name], counts[name], done.get(name))]
+        pairs = [(name, seed) for name in missing for seed in range(counts[name])]
+        wanted = [vary(runs[name], {"seed": seed}) for name, seed in pairs]
+        each = each_on_gpus if look().gpus else each_on_cpus
+        new: dict[str, dict[int, dict]] = {name: {} for name in missing}
+        for number, result in tqdm(each(wanted) if wanted else (), total=len(wanted), unit="run"):
+            name, seed = pairs[number]
+            new[name][seed] = result
+            if len(new[name]) == counts[name]:
+                done[name] = [new[name][seed] for seed in range(counts[name])]
                 write(options.out, facts, base, done)
+        for name in runs:
             print(line_of(name, done), flush=True)
     except Problem as problem:
         print(problem, file=sys.stderr)

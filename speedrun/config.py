@@ -13,16 +13,29 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from speedrun.data.loader import DataOptions, check_options
 from speedrun.lab.hardware import Problem
 from speedrun.model.baseline import AdamWOptions
+from speedrun.model.embedding import EmbeddingOptions
 from speedrun.model.gpt import GPTOptions, Switches
 from speedrun.model.head import HeadOptions
 from speedrun.model.mlp import BlockOptions
+from speedrun.model.plan import PlanOptions
 from speedrun.model.rotary import RotaryOptions
 from speedrun.optim.adam import SharingOptions
 from speedrun.optim.muon import MuonOptions
 from speedrun.optim.newton_schulz import MatrixOptions
 from speedrun.optim.schedule import ScheduleOptions
 
-PresetName = Literal["smoke", "cpu", "small", "record", "baseline", "record2", "record5"]
+PresetName = Literal[
+    "smoke",
+    "cpu",
+    "small",
+    "record",
+    "baseline",
+    "record2",
+    "record5",
+    "record8",
+    "record9",
+    "record11",
+]
 
 
 @dataclass(frozen=True)
@@ -30,7 +43,7 @@ class Config:
     """One training run. Every command takes these as flags: --model.layers 4 --steps 100."""
 
     preset: PresetName = "record"
-    """Defaults of all other fields. smoke: 40 s; cpu, small: minutes; record; baseline, record2, record5: of old."""
+    """Defaults of all other fields. smoke: 40 s; cpu, small: minutes; record; baseline, record2, 5, 8, 9, 11: of old."""
     architecture: Literal["gpt", "baseline"] = "gpt"
     """gpt: the package's model. baseline: the plain GPT-2 of chapter 03."""
     model: GPTOptions = field(default_factory=GPTOptions)
@@ -39,6 +52,10 @@ class Config:
     """What a layer is made of."""
     rotary: RotaryOptions = field(default_factory=RotaryOptions)
     """How attention learns where tokens are."""
+    embedding: EmbeddingOptions = field(default_factory=EmbeddingOptions)
+    """What a token brings into the model."""
+    plan: PlanOptions = field(default_factory=PlanOptions)
+    """How the stream runs through the layers."""
     head: HeadOptions = field(default_factory=HeadOptions)
     """From the last vectors to the loss."""
     optim: AdamWOptions = field(default_factory=AdamWOptions)
@@ -106,6 +123,8 @@ def flag(name: str) -> str:
 LEAST = {"model.layers": 1, "model.heads": 1, "model.width": 1, "model.context": 1, "steps": 1}
 LEAST |= {"val_every": 1, "val_tokens": 1, "log_every": 1}
 LEAST |= {"sharing.adam_every": 1, "head.multiple": 1}
+POSITIVE = ["optim.lr", "model.init_std", "rotary.base", "head.rate", "plan.rate"]
+POSITIVE += ["embedding.rate", "embedding.value_rate"]
 LEAST |= dict.fromkeys(("max_steps", "warmup", "checkpoint_every", "optim.warmup_steps"), 0)
 
 
@@ -115,13 +134,17 @@ def check_ranges(fields: dict[str, Any]) -> None:
         if fields[name] < least:
             what = f"{name}={fields[name]} must be at least {least}"
             raise Problem(what, f"--{flag(name)} {least} or more")
-    for name in ("optim.lr", "model.init_std"):
+    for name in POSITIVE:
         if not 0 < fields[name] < math.inf:
             raise Problem(f"{name}={fields[name]} must be positive", f"--{flag(name)} 0.001, say")
-    share = fields["schedule.cooldown"]
-    if not 0 < share <= 1:
-        what = f"schedule.cooldown={share} is no share of the steps"
-        raise Problem(what, "--schedule.cooldown 0.6, say: more than 0, and at most 1")
+    for name in ("head.std", "embedding.std", "embedding.value_std"):
+        if not 0 <= fields[name] < math.inf:
+            what = f"{name}={fields[name]} is no standard deviation"
+            raise Problem(what, f"--{flag(name)} 0.01, say, or 0")
+    for name in ("schedule.cooldown", "head.split_at"):
+        if not 0 < fields[name] <= 1:
+            what = f"{name}={fields[name]} is no share of the steps"
+            raise Problem(what, f"--{flag(name)} 0.6, say: more than 0, and at most 1")
     for name in ("matrix.momentum", "muon.low_momentum", "muon.beta2"):
         if not 0 <= fields[name] < 1:
             what = f"{name}={fields[name]} is no share of a mean that could be kept"
@@ -130,7 +153,17 @@ def check_ranges(fields: dict[str, Any]) -> None:
 
 def switches_of(config: Config) -> Switches:
     """The model's techniques, as the model takes them."""
-    return Switches(config.block, config.rotary, config.head)
+    return Switches(config.block, config.rotary, config.embedding, config.plan, config.head)
+
+
+def check_layers(config: Config) -> None:
+    """Refuse to connect layers where there is one."""
+    usual, fields = fields_of(Config()), fields_of(config)
+    names = ("embedding.values", "plan.skips", "plan.backout", "plan.without")
+    wants = [name for name in names if fields[name] != usual[name]]
+    if wants and config.model.layers < 2:
+        what = f"{', '.join(wants)}: this is between layers, and model.layers is 1"
+        raise Problem(what, "--model.layers 2, or more")
 
 
 def check_rules(config: Config) -> None:
@@ -171,6 +204,7 @@ def check_config(config: Config, world: int = 1) -> Config:
         what = f"heads of {model.width // model.heads} numbers cannot be taken in pairs to turn, and half of those"
         raise Problem(what, "a --model.width of 4 times --model.heads, or a multiple")
     check_rules(config)
+    check_layers(config)
     if config.val_tokens < world * micro:
         what = f"val_tokens={config.val_tokens} are less than a micro-batch of {micro} for each of {world} ranks"
         raise Problem(what, f"--val-tokens {world * micro} or more")
@@ -229,7 +263,7 @@ PRESETS = {
     ),
     "record": Config(preset="record", data=FINEWEB),
 }
-HISTORY = ("baseline", "record2", "record5")
+HISTORY = ("baseline", "record2", "record5", "record8", "record9", "record11")
 
 
 # %% The rungs of history
@@ -318,6 +352,7 @@ def at_cpu_size(config: Config, steps: int = 20) -> Config:
 ABSENT: dict[str, Any] = {"matrix": MatrixOptions(), "schedule": ScheduleOptions()}
 ABSENT |= {"muon": MuonOptions(), "data.pass_tokens": 0, "sharing": SharingOptions()}
 ABSENT |= {"block": BlockOptions(), "rotary": RotaryOptions(), "head": HeadOptions()}
+ABSENT |= {"embedding": EmbeddingOptions(), "plan": PlanOptions()}
 ABSENT |= {"muon.products": MuonOptions().products, "muon.gram": False}
 
 

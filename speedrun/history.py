@@ -8,9 +8,11 @@ from speedrun.config import Config, FINEWEB
 import dataclasses
 
 from speedrun.model.baseline import GPT2, AdamWOptions, GPT2Options, decays_by_shape
+from speedrun.model.embedding import EmbeddingOptions
 from speedrun.model.gpt import GPTOptions
 from speedrun.model.head import HeadOptions
 from speedrun.model.mlp import BlockOptions
+from speedrun.model.plan import PlanOptions
 from speedrun.model.rotary import RotaryOptions
 from speedrun.optim.muon import MuonOptions
 from speedrun.optim.newton_schulz import MatrixOptions
@@ -45,6 +47,39 @@ RUNGS = {
         steps=5100,
     ),
 }
+# record 8: 11 minutes
+RUNGS["record8"] = dataclasses.replace(
+    RUNGS["record5"],
+    preset="record8",
+    embedding=EmbeddingOptions(norm=True, std=1.0, rate=0.3 / 0.002),
+    head=HeadOptions(tied="untied", multiple=128),
+    optim=AdamWOptions(lr=0.002, warmup_steps=0, weight_decay=0.0),
+    matrix=MatrixOptions(rule="muon", lr=0.02),
+    muon=MuonOptions(),
+    schedule=ScheduleOptions(shape="trapezoid", cooldown=0.29),
+    steps=4578,
+)
+# record 9: 8 minutes
+RUNGS["record9"] = dataclasses.replace(
+    RUNGS["record8"],
+    preset="record9",
+    embedding=dataclasses.replace(RUNGS["record8"].embedding, values="first"),
+    plan=PlanOptions(x0=True, rate=0.02 / 0.002),
+    head=HeadOptions(tied="untied", multiple=128, cap="tanh30"),
+    muon=MuonOptions(low_momentum=0.85, momentum_steps=(500, 0)),
+    steps=3200,
+)
+# record 11: 7 minutes
+RUNGS["record11"] = dataclasses.replace(
+    RUNGS["record9"],
+    preset="record11",
+    embedding=dataclasses.replace(RUNGS["record9"].embedding, rate=0.6 / 0.008),
+    plan=PlanOptions(x0=True, skips="unet", rate=0.04 / 0.008),
+    optim=AdamWOptions(lr=0.008, warmup_steps=0, weight_decay=0.0),
+    matrix=MatrixOptions(rule="muon", lr=0.04),
+    schedule=ScheduleOptions(shape="trapezoid", cooldown=0.3),
+    steps=3000,
+)
 
 
 def build_rung(config: Config, vocab_size: int) -> tuple[GPT2, dict[str, bool]]:

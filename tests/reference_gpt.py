@@ -37,19 +37,149 @@ def logits_of(w, options, switches, tokens):
         y = w[name][layer] @ x
         return y + w[f"{name}_bias"][layer] if block.biases else y
 
-    stream = [w["token_embedding"][t] for t in tokens]
-    if switches.rotary.positions == "learned":
-        stream = [x + w["position_embedding"][i] for i, x in enumerate(stream)]
+    last = options.layers - 1
+    deaf = {"attention": last // 2 + 1 + last % 2, "both": last // 2 + 1 + last % 2}.get(
+        switches.plan.without, -1
+    )
+    dull = 0 if switches.plan.without in ("mlp", "both") else -1
+    rank = {"attention": lambda n: n - (n > deaf >= 0), "mlp": lambda n: n - (n > dull >= 0)}
+    stream = begun(w, switches, tokens)
+    start, outputs, first = list(stream), [], None
     for layer in range(options.layers):
-        normed = [norm(x, "attention_norm", layer) for x in stream]
-        qkv = [linear(x, "attention_qkv", layer) for x in normed]
-        mixed = attention(qkv, options.heads, switches)
-        stream = [x + linear(y, "attention_out", layer) for x, y in zip(stream, mixed)]
+        stream = entering(w, switches.plan, options.layers, layer, stream, start, outputs)
+        if layer != deaf:
+            at = rank["attention"](layer)
+            normed = [norm(x, "attention_norm", at) for x in stream]
+            qkv = [linear(x, "attention_qkv", at) for x in normed]
+            wide = 2 * options.width
+            first = [x[wide:] for x in qkv] if first is None else first
+            for i, x in enumerate(qkv):
+                v = values(
+                    w,
+                    switches.embedding,
+                    options,
+                    layer,
+                    deaf,
+                    x[wide:],
+                    first[i],
+                    normed[i],
+                    tokens[i],
+                )
+                qkv[i] = torch.cat([x[:wide], v])
+            mixed = attention(qkv, options.heads, switches)
+            stream = [x + linear(y, "attention_out", at) for x, y in zip(stream, mixed)]
         for i, x in enumerate(stream):
-            hidden = linear(norm(x, "mlp_norm", layer), "mlp_up", layer)
-            stream[i] = x + linear(bend(hidden, block.activation), "mlp_down", layer)
+            if layer != dull:
+                at = rank["mlp"](layer)
+                hidden = linear(norm(x, "mlp_norm", at), "mlp_up", at)
+                stream[i] = x + linear(bend(hidden, block.activation), "mlp_down", at)
+        outputs.append(list(stream))
+    if switches.plan.backout:
+        middle = {2: 0, 3: 1, 4: 2, 5: 3, 6: 4, 7: 4, 8: 5}[options.layers]
+        stream = [x - w["backout_weight"][0] * y for x, y in zip(stream, outputs[middle])]
     head = w["token_embedding"] if switches.head.tied == "tied" else w["head"].T
     return [bounded(head @ norm(x, "final_norm"), switches.head.cap) for x in stream]
+
+
+def logistic(z):
+    return 1 / (1 + torch.exp(-z))
+
+
+def begun(w, switches, tokens):
+    """The vectors with which the first layer begins."""
+    looked_up = [w["token_embedding"][t] for t in tokens]
+    stream = list(looked_up)
+    if switches.embedding.smear:
+        for i in range(1, len(tokens)):
+            share = w["smear_weight"][0] * logistic((w["smear_gate"] * looked_up[i][:12]).sum())
+            stream[i] = looked_up[i] + share * looked_up[i - 1]
+    if switches.rotary.positions == "learned":
+        stream = [x + w["position_embedding"][i] for i, x in enumerate(stream)]
+    return [root_mean_square(x) for x in stream] if switches.embedding.norm else stream
+
+
+def entering(w, plan, layers, layer, stream, start, outputs):
+    """What a layer gets: skips first, then the beginning."""
+    mirror = layers - 1 - layer
+    wanted = {"unet": True, "sigmoid": True}.get(
+        plan.skips, mirror == min(layers // 3, layers // 2 - 1)
+    )
+    if plan.skips != "none" and mirror < layer and wanted:
+        late = (
+            [n for n in range(layers) if layers - 1 - n < n]
+            if plan.skips in ("unet", "sigmoid")
+            else [layer]
+        )
+        weight = w["skip_weight"][late.index(layer)]
+        if plan.skips != "unet":
+            weight = logistic(weight)
+        found = []
+        for x, x0, y in zip(stream, start, outputs[mirror]):
+            gate = 2 * logistic((w["skip_gate"][0] * x0[:12]).sum()) if plan.skips == "gated" else 1
+            found.append(x + weight * gate * y)
+        stream = found
+    if plan.x0:
+        a, b = w["stream_weight"][layer], w["x0_weight"][layer]
+        stream = [a * x + b * x0 for x, x0 in zip(stream, start)]
+    return stream
+
+
+def table_of_layer(kind, layers, layer):
+    """Which table, or "first", or None."""
+    ends = {1: (0, 1), 2: (1, 1), 3: (1, 2), 4: (2, 2)}.get(layers, (2, 3))
+    outer = min(3, layers // 2)
+    if kind == "first":
+        return "first" if layer else None
+    if kind == "all":
+        return layer
+    if kind == "mirror":
+        return layer if layer < layers / 2 else layers - 1 - layer
+    if kind == "outer":
+        return (
+            layer
+            if layer < outer
+            else layer - (layers - outer)
+            if layer >= layers - outer
+            else None
+        )
+    if kind == "ends":
+        return (
+            layer
+            if layer < ends[0]
+            else layer - (layers - ends[1]) + ends[0]
+            if layer >= layers - ends[1]
+            else None
+        )
+    return None
+
+
+def values(w, embedding, options, layer, deaf, own, first, normed, token):
+    """A token's values in a layer: its own, end to end, and what is mixed in."""
+    wanted = [
+        None if n == deaf else table_of_layer(embedding.values, options.layers, n)
+        for n in range(options.layers)
+    ]
+    if wanted[layer] is None:
+        return own
+    used = sorted({n for n in wanted if isinstance(n, int)})
+    if wanted[layer] == "first":
+        other = first
+    else:
+        words = len(w["value_embedding"]) // len(used)
+        other = w["value_embedding"][used.index(wanted[layer]) * words + token]
+    at = [n for n in range(options.layers) if wanted[n] is not None].index(layer)
+    if embedding.value_mix == "gates":
+        size = len(own) // options.heads
+        gates = [2 * logistic((row * normed[:12]).sum()) for row in w["value_gate"][at]]
+        return torch.cat(
+            [
+                own[h * size : (h + 1) * size] + g * other[h * size : (h + 1) * size]
+                for h, g in enumerate(gates)
+            ]
+        )
+    if embedding.value_mix == "free":
+        return w["value_mix"][at][0] * own + w["value_mix"][at][1] * other
+    return (1 - w["value_mix"][at]) * own + w["value_mix"][at] * other
 
 
 def bounded(z, cap):

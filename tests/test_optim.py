@@ -269,6 +269,19 @@ def test_runs_that_share_a_process_end_as_they_would_alone(halves, brief, tmp_pa
         assert done["val_loss"] == alone["val_loss"] and done["skipped"] == 0
 
 
+def test_weights_that_mix_are_told_over_the_run(brief, tmp_path):
+    from speedrun.measure.runs import retrain
+    from speedrun.train import assemble
+
+    run = vary(brief, {"plan.x0": True, "plan.backout": True, "plan.residual": 1.5})
+    live = assemble(run, tmp_path, echo=None)
+    told = retrain(live, run)["learned"]
+    assert set(told) == {"stream_weight", "x0_weight", "backout_weight"}
+    assert told["stream_weight"][0] == [0, [1.5] * run.model.layers]
+    step, last = told["x0_weight"][-1]
+    assert step == run.steps and last == live.model.x0_weight.tolist() != [0.0] * run.model.layers
+
+
 class TestTwoOptimizers:
     def test_adamw_with_a_rate_of_its_own_is_adamw(self, brief, tmp_path):
         """The same rate said twice, in two optimizers, trains the same bits as one optimizer."""

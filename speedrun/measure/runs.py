@@ -9,8 +9,9 @@ import dataclasses
 import os
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import AbstractContextManager, nullcontext
 from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,10 +43,23 @@ def train_one(run: Config) -> dict:
     return {"val_loss": last["val_loss"], "seconds": seconds, "config": config}
 
 
-def train_many(runs: Sequence[Config]) -> list[dict]:
-    """Train runs on the CPU, as many at a time as there are cores; what `train_one` says of each, in order."""
+def each_on_cpus(runs: Sequence[Config]) -> Iterator[tuple[int, dict]]:
+    """Train runs, as many at a time as there are cores; the number of each with what `train_one` says, as they end."""
     with ProcessPoolExecutor(look().cores, get_context("spawn")) as pool:
-        return list(tqdm(pool.map(train_one, runs), total=len(runs), unit="run"))
+        numbers = {pool.submit(train_one, run): number for number, run in enumerate(runs)}
+        for future in as_completed(numbers):
+            yield numbers[future], future.result()
+
+
+def in_order(ended: Iterable[tuple[int, dict]], runs: Sequence[Config]) -> list[dict]:
+    """What was said of each run, in the runs' order; shows how many have ended."""
+    found = dict(tqdm(ended, total=len(runs), unit="run"))
+    return [found[number] for number in range(len(runs))]
+
+
+def train_many(runs: Sequence[Config]) -> list[dict]:
+    """Train runs on the CPU; what `train_one` says of each, in order."""
+    return in_order(each_on_cpus(runs), runs)
 
 
 def corpus_of(run: Config) -> dict[str, str]:
@@ -88,8 +102,11 @@ def bench(data: str) -> Config:
     return vary(plain, sizes | reads | lasts)
 
 
-def retrain(live: "Run", config: Config) -> dict:
-    """Train a run with the assembled model of another, from which it differs in optimizers, schedule and seed alone."""
+def retrain(live: "Run", config: Config, alone: AbstractContextManager[Any] | None = None) -> dict:
+    """Train a run with the assembled model of another, from which it differs in optimizers, schedule and seed alone.
+
+    alone: entered while the clock runs. What is said has the values of the smallest parameters over the run, under “learned”.
+    """
     import torch
 
     from speedrun.data.loader import Position
@@ -106,35 +123,45 @@ def retrain(live: "Run", config: Config) -> dict:
     live.skipped.zero_()
     live.clock.elapsed_ms = 0.0
     warm_up(live)
-    live.clock.start()
-    for _ in range(config.steps):
-        train_step(live)
-    live.clock.stop()
+    few = {row.name: model.get_parameter(row.name) for row in model.table if row.mixes}
+    learned: dict[str, list] = {name: [] for name in few}
+    with alone or nullcontext():
+        live.clock.start()
+        for step in range(config.steps + 1):
+            if few and (step % -(-config.steps // 32) == 0 or step == config.steps):
+                for name, values in few.items():
+                    learned[name].append([step, values.tolist()])
+            if step < config.steps:
+                train_step(live)
+        live.clock.stop()
     loss = evaluate(live, held_out(live, config.val_tokens))
-    done = {
+    done: dict[str, Any] = {
         "val_loss": loss,
         "seconds": live.clock.elapsed_ms / 1000,
         "skipped": live.skipped.item(),
     }
+    done |= {"learned": learned} if learned else {}
     return done | {"config": dataclasses.asdict(config)}
 
 
-LIVE: dict[str, Any] = {}
+HERE: dict[str, Any] = {}  # a process's GPU
 
 
-def train_on_gpu(config: Config) -> dict:
-    """`retrain` with this process's run of that model, assembled when another one was trained before."""
+def seen_by_model(config: Config) -> str:
+    """All that decides what is compiled for a run."""
+    parts = (config.model, switches_of(config), config.data, config.precision, config.compile)
+    return repr((*parts, config.muon.weights))
+
+
+def train_alike(runs: Sequence[Config]) -> list[dict]:
+    """Train runs of one model, one after the other; what `retrain` says of each."""
     import torch
 
     from speedrun.train import assemble
 
-    parts = (config.model, switches_of(config), config.data, config.precision, config.compile)
-    sees = repr((*parts, config.muon.weights))
-    if sees not in LIVE:
-        LIVE.clear()  # its memory, and its code, of which PyTorch keeps eight versions at most
-        torch._dynamo.reset()
-        LIVE[sees] = assemble(config, Path(tempfile.mkdtemp()), echo=None)
-    return retrain(LIVE[sees], config)
+    torch._dynamo.reset()  # PyTorch keeps eight versions of a function at most
+    live = assemble(runs[0], Path(tempfile.mkdtemp()), echo=None)
+    return [retrain(live, run, HERE["turn"]) for run in runs]
 
 
 def train_arms(
@@ -173,18 +200,41 @@ def step_times(
     return took
 
 
-def take_gpu(numbers: Any) -> None:
-    """Let this process see one GPU only."""
-    os.environ["CUDA_VISIBLE_DEVICES"] = str(numbers.get())
+def take_gpu(numbers: Any, turns: Sequence[Any]) -> None:
+    """Let this process see one GPU only, on which it trains when it is its turn."""
+    number = numbers.get()
+    os.environ["CUDA_VISIBLE_DEVICES"], HERE["turn"] = str(number), turns[number]
 
 
-def train_on_gpus(runs: Sequence[Config]) -> list[dict]:
-    """Train runs on the GPUs of this machine, one process each; what `retrain` says of each, in order."""
+def groups_of(runs: Sequence[Config], gpus: int) -> list[list[int]]:
+    """Numbers of runs that share a model; dealt out to the GPUs if there are fewer models than those."""
+    alike: dict[str, list[int]] = {}
+    for number, run in enumerate(runs):
+        alike.setdefault(seen_by_model(run), []).append(number)
+    parts = 1 if len(alike) >= gpus else gpus
+    dealt = [group[part::parts] for group in alike.values() for part in range(parts)]
+    return [group for group in dealt if group]
+
+
+def each_on_gpus(runs: Sequence[Config]) -> Iterator[tuple[int, dict]]:
+    """Train runs; the number of each with what `retrain` says, as they end.
+
+    Two processes share a GPU: while one trains, the other compiles the next model.
+    """
     context, gpus = get_context("spawn"), len(look().gpus)
     if not gpus:
         raise Problem("this is measured on a GPU, and PyTorch sees none", "make doctor says why")
-    numbers = context.Queue()
-    for number in range(gpus):
+    numbers, groups = context.Queue(), groups_of(runs, gpus)
+    for number in (*range(gpus), *range(gpus)):
         numbers.put(number)
-    with ProcessPoolExecutor(gpus, context, take_gpu, (numbers,)) as pool:
-        return list(tqdm(pool.map(train_on_gpu, runs), total=len(runs), unit="run"))
+    turns = [context.Lock() for _ in range(gpus)]
+    workers = min(2 * gpus, len(groups))
+    with ProcessPoolExecutor(workers, context, take_gpu, (numbers, turns)) as pool:
+        jobs = {pool.submit(train_alike, [runs[n] for n in group]): group for group in groups}
+        for job in as_completed(jobs):
+            yield from zip(jobs[job], job.result())
+
+
+def train_on_gpus(runs: Sequence[Config]) -> list[dict]:
+    """Train runs on the GPUs of this machine; what `retrain` says of each, in order."""
+    return in_order(each_on_gpus(runs), runs)

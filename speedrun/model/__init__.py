@@ -1,2 +1,2 @@
 # Written by "make tangle". Edits made here are lost.
-"""speedrun.model: baseline, gpt, head, mlp, rotary."""
+"""speedrun.model: baseline, embedding, gpt, head, mlp, plan, rotary."""
