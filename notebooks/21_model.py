@@ -71,7 +71,7 @@ print(f"one group of 24: {together[0]} rounds, {together[1]:.0%} busy")
 #
 # ## The code
 #
-# The shape of the model is what it was. What it is made of is a matter of switches, which stand in the chapters that explain them, so far [a modern block](05_modern_block.py), [rotary positions](06_rotary.py) and [logits and loss](08_logits.py). All off, it is GPT-2.
+# The shape of the model is what it was. What it is made of is a matter of switches, which stand in the chapters that explain them, so far [a modern block](05_modern_block.py), [rotary positions](06_rotary.py), [plumbing](07_plumbing.py) and [logits and loss](08_logits.py). All off, it is GPT-2.
 
 # %%
 #| default_exp model.gpt
@@ -123,7 +123,7 @@ class Switches:
 
 # %% [markdown]
 # The table. A row says a parameter's name and shape, how it begins (a mean and a standard deviation, normal or uniform; gains are ones, that is mean 1 and deviation 0), whether it decays, and whether it multiplies the
-# stream, which is what costs FLOPs. Of a bank it says which layers own its slices, and of a bank of matrices how many stand on top of each other in a slice: the queries', keys' and values' are three. An optimizer that works on whole matrices must not take them for one. A row may have a multiple of the rate of its own, and say that it is the transpose of another until they are split. Later chapters add columns.
+# stream, which is what costs FLOPs. Of a bank it says which layers own its slices, and of a bank of matrices how many stand on top of each other in a slice: the queries', keys' and values' are three. An optimizer that works on whole matrices must not take them for one. A row may have a multiple of the rate of its own, say that it is the transpose of another until they are split, or that it is a weight that mixes. Later chapters add columns.
 
 
 # %%
@@ -329,7 +329,7 @@ print(
 #
 # ### The forward pass
 #
-# The layers are those of chapter 03, as functions of their weights. Those come as a dictionary of names, since what a layer has is a matter of switches; what is not in it is not computed. The perceptron and the norms are chapter 05's.
+# The layers are those of chapter 03, as functions of their weights. Those come as a dictionary of names, since what a layer has is a matter of switches; what is not in it is not computed. The perceptron and the norms are chapter 05's. Which parts a layer has, and what it hears, is a row of chapter 07's plan.
 
 
 # %%

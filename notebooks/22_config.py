@@ -947,6 +947,8 @@ def bench(data: str) -> Config:
     return vary(plain, sizes | reads | lasts)
 
 
+# %% tags=["hide-input"]
+#| export measure.runs
 def retrain(live: "Run", config: Config, alone: AbstractContextManager[Any] | None = None) -> dict:
     """Train a run with the assembled model of another, from which it differs in optimizers, schedule and seed alone.
 

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from speedrun.config import Config, check_config, config_from_json, fields_of, read_command, vary
 from speedrun.lab.hardware import Problem, look, setup
 from speedrun.lab.results import stamp
-from speedrun.lab.stats import describe, p_difference
+from speedrun.lab.stats import beside, describe
 from speedrun.measure.runs import corpus_of, each_on_cpus, each_on_gpus
 
 MODULES = ["speedrun.train", "speedrun.measure.runs"]
@@ -88,9 +88,8 @@ def line_of(name: str, arms: dict[str, list[dict]]) -> str:
     sample = describe(run["val_loss"] for run in arms[name])
     control = describe(run["val_loss"] for run in arms["control"])
     seconds = sum(run["seconds"] for run in arms[name]) / sample.n
-    apart = sample.mean - control.mean
-    test = "" if name == "control" or min(sample.n, control.n) < 2 else f"  p = {p_difference(sample, control):.0e}"  # fmt: skip
-    return f"{name:24} {sample}  {apart:+.4f}{test}  {seconds:.1f} s"
+    said = str(sample) if name == "control" else beside(sample, control)
+    return f"{name:24} {said}  {seconds:.1f} s"
 
 
 def main(arguments: list[str]) -> int:

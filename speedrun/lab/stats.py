@@ -46,6 +46,12 @@ def p_difference(a: Sample, b: Sample) -> float:
     return float(two.pvalue)
 
 
+def beside(sample: Sample, control: Sample) -> str:
+    """A sample, how far its mean is from a control's, and the p-value of that if there are runs enough for one."""
+    test = f", p = {p_difference(sample, control):.0e}" if min(sample.n, control.n) > 1 else ""
+    return f"{sample}  {sample.mean - control.mean:+.4f}{test}"
+
+
 # %% How many runs?
 def power(difference: float, sd: float, n: int, alpha: float = 0.01) -> float:
     """Chance that n runs against n show a true difference of means, in a one-sided t-test at level alpha."""

@@ -1,7 +1,7 @@
 # Tangled from notebooks/07_plumbing.py: edit the notebook, then run "make tangle". Edits made here are lost.
 
 
-# %% Plumbing
+# %% The code
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -51,6 +51,7 @@ def values_by_layer(layers: int, kind: str) -> list[Value]:
     return [*range(begin), *middle, *last]
 
 
+# %% Gates and smear
 def gate(x: Tensor, weight: Tensor) -> Tensor:
     """A number between 0 and 2 for every vector of x, (…, width); with a weight of (heads, READS), and not (READS,), one a head."""
     return 2 * torch.sigmoid(F.linear(x[..., :READS], weight))

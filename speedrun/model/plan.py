@@ -4,7 +4,7 @@
 from speedrun.model.embedding import EmbeddingOptions, READS, Value, gate, values_by_layer
 
 
-# %% Plumbing
+# %% The plan
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
