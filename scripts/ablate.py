@@ -75,11 +75,32 @@ def trained(run: Config, count: int, there: list[dict] | None) -> bool:
     return config_from_json(there[0]["config"]) == vary(run, {"seed": 0})
 
 
+def brief(learned: dict[str, list]) -> dict[str, list]:
+    """Weights over a run, to five digits; what has more than 64 numbers is left out."""
+
+    def short(values: Any) -> Any:
+        return [short(value) for value in values] if isinstance(values, list) else float(f"{values:.5g}")  # fmt: skip
+
+    few = {name: told for name, told in learned.items() if str(told[0][1]).count(",") < 64}
+    return {name: [[step, short(values)] for step, values in told] for name, told in few.items()}
+
+
 def write(path: Path, facts: dict, base: Config, arms: dict[str, list[dict]]) -> None:
-    """The file, in one step."""
+    """The file, in one step, a line for each run."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    whole = {"stamp": facts, "base": fields_of(base), "data": {"arms": arms}}
-    path.with_suffix(".part").write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+    kept = {
+        arm: [
+            {**run, "learned": brief(run["learned"])} if "learned" in run else run for run in runs
+        ]
+        for arm, runs in arms.items()
+    }
+    lines = ",\n".join(
+        f"  {json.dumps(arm)}: [\n   " + ",\n   ".join(map(json.dumps, runs)) + "\n  ]"
+        for arm, runs in kept.items()
+    )
+    stamped = f' "stamp": {json.dumps(facts)},\n "base": {json.dumps(fields_of(base))}'
+    text = f'{{\n{stamped},\n "data": {{"arms": {{\n{lines}\n }}}}\n}}\n'
+    path.with_suffix(".part").write_text(text, encoding="utf-8")
     os.replace(path.with_suffix(".part"), path)
 
 
