@@ -150,7 +150,7 @@ def p_difference(a: Sample, b: Sample) -> float:
 
 def beside(sample: Sample, control: Sample) -> str:
     """A sample, how far its mean is from a control's, and the p-value of that if there are runs enough for one."""
-    test = f", p = {p_difference(sample, control):.0e}" if min(sample.n, control.n) > 1 else ""
+    test = f", p = {p_difference(sample, control):.1e}" if min(sample.n, control.n) > 1 else ""
     return f"{sample}  {sample.mean - control.mean:+.4f}{test}"
 
 
@@ -163,7 +163,7 @@ kept = {
 p = p_difference(kept["26"], kept["41"])
 assert p_difference(kept["26"], kept["26"]) == 1.0 and p == p_difference(kept["41"], kept["26"])
 assert p > 0.05 and min(sample.n for sample in kept.values()) == 20
-assert beside(kept["41"], kept["26"]).startswith(f"{kept['41']}  ") and f"p = {p:.0e}" in beside(
+assert beside(kept["41"], kept["26"]).startswith(f"{kept['41']}  ") and f"p = {p:.1e}" in beside(
     kept["41"], kept["26"]
 )
 print(f"record 26 {kept['26']}, record 41 {kept['41']}: p = {p:.2f}")

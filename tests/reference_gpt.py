@@ -101,10 +101,11 @@ def begun(w, switches, tokens):
 def entering(w, plan, layers, layer, stream, start, outputs):
     """What a layer gets: skips first, then the beginning."""
     mirror = layers - 1 - layer
-    wanted = {"unet": True, "sigmoid": True}.get(
-        plan.skips, mirror == min(layers // 3, layers // 2 - 1)
-    )
-    if plan.skips != "none" and mirror < layer and wanted:
+    if plan.skips in ("one", "gated"):  # 4 to 7 in twelve layers, 3 to 6 in eleven
+        mirror = {2: {1: 0}, 4: {3: 1}, 8: {5: 2}, 11: {6: 3}, 12: {7: 4}}[layers].get(
+            layer, layers
+        )
+    if plan.skips != "none" and mirror < layer:
         late = (
             [n for n in range(layers) if layers - 1 - n < n]
             if plan.skips in ("unet", "sigmoid")

@@ -48,7 +48,7 @@ def p_difference(a: Sample, b: Sample) -> float:
 
 def beside(sample: Sample, control: Sample) -> str:
     """A sample, how far its mean is from a control's, and the p-value of that if there are runs enough for one."""
-    test = f", p = {p_difference(sample, control):.0e}" if min(sample.n, control.n) > 1 else ""
+    test = f", p = {p_difference(sample, control):.1e}" if min(sample.n, control.n) > 1 else ""
     return f"{sample}  {sample.mean - control.mean:+.4f}{test}"
 
 

@@ -31,7 +31,7 @@ class EmbeddingOptions:
     value_mix: Literal["share", "free", "gates"] = "share"
     """share: two learned weights that add up to 1, from halves. free: two. gates: 1 for the values, and a gate for every token and head."""
     value_std: float = 0.01
-    """Deviation of the tables' first entries."""
+    """Deviation of the tables' first entries; record 70's is 0.01, record 14's was 1."""
     value_rate: float = 1.0
     """The tables' rate as a multiple of optim.lr."""
 

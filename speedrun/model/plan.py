@@ -22,9 +22,9 @@ class PlanOptions:
     residual: float = 1.0
     """x0: where the stream's own weights begin."""
     skips: Literal["none", "unet", "sigmoid", "one", "gated"] = "none"
-    """Outputs of early layers that late ones get as well. unet: mirror-wise, weights from 1. sigmoid: of weights from -1.5. one: one of these. gated: times a gate for every token."""
+    """Outputs of early layers that late ones get as well. unet: mirror-wise, weights from 1. sigmoid: of weights from -1.5. one: one, to the second layer of the later half. gated: times a gate for every token."""
     backout: bool = False
-    """A share of the stream as it was after two thirds of the layers is taken out at the end; learned, from 0.5."""
+    """A share of the stream as it was after three quarters of the layers is taken out at the end; learned, from 0.5."""
     without: Literal["nothing", "attention", "mlp", "both"] = "nothing"
     """attention: the second layer of the later half has none. mlp: the first has none."""
     rate: float = 1.0
@@ -48,8 +48,7 @@ def skip_pairs(layers: int, kind: str) -> dict[int, int]:
     half = layers // 2
     pairs = {layers - 1 - n: n for n in range(half)}
     if kind in ("one", "gated"):
-        source = min(layers // 3, half - 1)
-        return {layers - 1 - source: source}
+        return {min(half + 1, layers - 1): min(layers // 3, half - 1)}
     return pairs if kind != "none" else {}
 
 
@@ -122,7 +121,7 @@ def enter(
 
 
 def leave(x: Tensor, outputs: Sequence[Tensor], weights: Mapping[str, Any]) -> Tensor:
-    """What the final norm gets: the stream, less a share of what it was after two thirds of the layers."""
+    """What the final norm gets: the stream, less a share of what it was after three quarters of the layers."""
     if weights.get("backout_weight") is None:
         return x
     return x - weights["backout_weight"] * outputs[min(2 * len(outputs) // 3, len(outputs) - 2)]

@@ -1,0 +1,54 @@
+# Tangled from notebooks/07_plumbing.py: edit the notebook, then run "make tangle". Edits made here are lost.
+
+
+# %% The measurement
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from speedrun.config import Config, vary
+from speedrun.lab.hardware import look
+from speedrun.lab.results import stamp
+from speedrun.measure.runs import best_of, corpus_of, retrain
+
+NAMES = ("heads",)
+HEADS: dict[str, dict[str, Any]] = {"one matrix": {}, "two matrices": {"head.tied": "untied"}}
+ONE_WIRE: dict[str, dict[str, Any]] = {
+    "": {},
+    ", x0": {"plan.x0": True},
+    ", backout": {"plan.backout": True},
+}
+
+
+def arms_of() -> dict[str, Config]:
+    """With one matrix for embedding and head, and with two: no wire, x0, backout; four layers, chapter 05's block and rates."""
+    shape = {"model.layers": 4, "rotary.positions": "half", "rotary.base": 1024.0}
+    base = vary(best_of("modern_block", "rates"), shape | {"embedding.norm": True, "device": "cpu"})
+    return {
+        head + wire: vary(base, of_head | of_wire)
+        for head, of_head in HEADS.items()
+        for wire, of_wire in ONE_WIRE.items()
+    }
+
+
+def trained(run: Config) -> dict:
+    """What `retrain` says of a run on one thread."""
+    import torch
+
+    from speedrun.train import assemble
+
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        return retrain(assemble(run, Path(folder), echo=None), run)
+
+
+def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
+    """Train every arm with three seeds, {"arms": {arm: [run, …]}}, with its weights that mix over the run."""
+    arms = arms_of()
+    facts = stamp(command, ["speedrun.measure.plumbing", "speedrun.train"], 3, range(3), corpus_of(arms["one matrix"]))  # fmt: skip
+    runs = [vary(run, {"seed": seed}) for run in arms.values() for seed in range(3)]
+    with ProcessPoolExecutor(look().cores, get_context("spawn")) as pool:
+        done = list(pool.map(trained, runs))
+    return {"arms": {arm: done[3 * n : 3 * n + 3] for n, arm in enumerate(arms)}}, facts
