@@ -1,7 +1,7 @@
 # Tangled from notebooks/07_plumbing.py: edit the notebook, then run "make tangle". Edits made here are lost.
 
 
-# %% The measurement
+# %% Whose sign is it?
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
