@@ -80,3 +80,42 @@ class TestAblate:
         done = ablate(tmp_path / "no.json", embedded, "--arm", *words)
         assert done.returncode == 1 and said in done.stderr, done.stderr
         assert not (tmp_path / "no.json").exists()
+
+
+class TestWhoTrainsWhat:
+    def runs(self):
+        from speedrun.config import preset, vary
+
+        wide, rms = ({}, {"block.norm": "rms"})
+        both = [vary(preset("cpu"), changes) for changes in (wide, rms)]
+        return [vary(run, {"seed": seed}) for run in both for seed in range(3)]
+
+    def test_runs_of_one_model_stay_together(self):
+        from speedrun.measure.runs import groups_of
+
+        assert groups_of(self.runs(), 1) == groups_of(self.runs(), 2) == [[0, 1, 2], [3, 4, 5]]
+
+    def test_they_are_dealt_out_where_gpus_would_idle(self):
+        from speedrun.measure.runs import groups_of
+
+        groups = groups_of(self.runs()[:3], 2)
+        assert groups == [[0, 2], [1]]
+        assert sorted(sum(groups_of(self.runs(), 4), [])) == list(range(6))
+
+    def test_a_rate_is_no_other_model(self):
+        from speedrun.config import vary
+        from speedrun.measure.runs import seen_by_model
+
+        run = self.runs()[0]
+        assert seen_by_model(run) == seen_by_model(vary(run, {"optim.lr": 0.1, "steps": 7}))
+        assert seen_by_model(run) != seen_by_model(vary(run, {"plan.x0": True}))
+
+
+def test_weights_over_a_run_are_kept_to_five_digits():
+    sys.path.insert(0, str(ROOT / "scripts"))
+    from ablate import brief
+
+    told = {"x0_weight": [[0, [0.123456789, -2e-7]]], "skip_gate": [[0, [[0.0] * 65]]]}
+    assert brief(told) == {"x0_weight": [[0, [0.12346, -2e-7]]]}
+    mix = {"value_mix": [[5, [[0.5, 1.0], [0.25, 3.0]]]]}
+    assert brief(mix) == mix
