@@ -409,7 +409,7 @@ with torch.no_grad():
 tokens = torch.randint(50, (3, 16), generator=draw)
 assert torch.allclose(model(tokens), absorbed(model)(tokens), atol=1e-3)
 assert not torch.allclose(model(tokens), model_of(PlanOptions(x0=True))(tokens), atol=0.1)
-print(f"the same logits, with a weight less a layer; 1.1 to the eleventh is {1.1**11:.1f}")
+print(f"the same logits, with a weight less a layer; 1.1^11 is {1.1**11:.1f}, 1.1^10 {1.1**10:.1f}")
 
 # %% [markdown]
 # (Norms add a millionth to what they divide by, hence the tolerance.) Record 45's 1.1 is worth 0.001 by its author's count. With it what the first layer writes reaches the head 2.9 times as loud as what the last one writes (2.6 times in record 45, whose first block was empty). Under Muon, whose steps have a size of their own, 1.1 is a rate of the writing matrices that falls by a tenth from layer to layer.
@@ -508,7 +508,14 @@ assert (
     0.02 < min(between) < max(between) < 0.05
     and p_difference(losses["backout"], losses["x0"]) > 0.5
 )
-print(f"five wires apart: {parts:.3f}; at once: {less['all plumbing']:.3f}")
+five = [losses[arm] for arm in ("gated tables", "x0", "one skip", "smear", "backout")]
+error = (sum(s.sd**2 / s.n for s in five) + 25 * control.sd**2 / control.n) ** 0.5
+more_tokens = int(ladder[14]["total_train_tokens"]) / (600 * 32_768)
+assert 0.0245 < error < 0.0265 and 39 < more_tokens < 42
+print(
+    f"five wires apart: {parts:.3f}, standard error {error:.3f}; at once: {less['all plumbing']:.3f}"
+)
+print(f"record 14 read {more_tokens:.0f} times as many tokens")
 print(f"mirrored tables against backout and x0: p = {between[0]:.2f}, {between[1]:.2f}")
 
 # %% [markdown]
