@@ -75,7 +75,7 @@ exercises:  ## the chapters with holes where the solutions were: _build/exercise
 doctor:  ## what this machine can run, what is missing, and how to mend it
 	@status=0; lacking="$$($(bare) scripts/environment.py --check book dev)" || status=1; \
 	if [ "$$status" = 1 ]; then printf '✗ %s lacks:\n%s\n  → make setup\n' "$(bare)" "$$(sed 's/^/    /' <<< "$$lacking")"; fi; \
-	$(bare) -m speedrun.lab.hardware || status=1; \
+	$(bare) -m speedrun.lab.doctor || status=1; \
 	if [ "$$status" = 0 ]; then $(bare) -m speedrun.launch --plan; fi; exit $$status
 
 .PHONY: stale

@@ -399,9 +399,8 @@ def version_of(package: str) -> str | None:
 
 def physical_memory_gb() -> float:
     """Memory of this machine, counted in 2**30 bytes."""
-    if hasattr(
-        os, "sysconf"
-    ):  # everywhere but on Windows; the doctor must work where nothing is installed
+    # everywhere but on Windows; the doctor must work where nothing is installed
+    if hasattr(os, "sysconf"):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     import psutil
 
@@ -513,7 +512,14 @@ finally:
 
 
 # %%
+#| default_exp lab.doctor
 #| export
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+
 @dataclass(frozen=True)
 class Finding:
     """One line of the doctor's report: `ok` is True (fine), False (a problem, with its fix) or None (good to know)."""

@@ -358,9 +358,8 @@ def append_whole(path: Path, text: str) -> bool:
     A half line that a killed writer left at the end is cut off first.
     """
     try:
-        with open(
-            path, "ab+", buffering=0
-        ) as file:  # a buffer would be written when the file is closed
+        # a buffer would be written when the file is closed
+        with open(path, "ab+", buffering=0) as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - (1 << 20)))
             tail = file.read()
@@ -514,11 +513,9 @@ print([(record["step"], record["val_loss"]) for record in steps])
 # own `ast.dump` prints a different text in every other version.
 
 # %%
-#| export lab.results
+#| export lab.provenance
 import ast
-import csv
 import hashlib
-import json
 import os
 from datetime import UTC, datetime
 from pathlib import Path
@@ -545,7 +542,7 @@ def canonical(node) -> str:
 
 
 # %%
-#| export lab.results
+#| export lab.provenance
 def code_hash(source: str) -> str:
     """Sixteen hex digits that change with the code, and not with its comments, docstrings or layout."""
     return hashlib.sha256(canonical(ast.parse(source)).encode()).hexdigest()[:16]
@@ -566,7 +563,7 @@ print(f"short {code_hash(short)}\ntalkative {code_hash(talkative)}\nprecise {cod
 
 
 # %%
-#| export lab.results
+#| export lab.provenance
 def root() -> Path:
     """The project's folder, found from the package's own file and never from the working directory."""
     folder = Path(speedrun.__file__).resolve().parent.parent
@@ -597,7 +594,7 @@ assert module_file("torch") is None, (
 
 
 # %%
-#| export lab.results
+#| export lab.provenance
 def imported_names(source: str) -> set[str]:
     """Dotted names that the source imports anywhere, functions included; `from a import b` counts as a and a.b."""
     names: set[str] = set()
@@ -623,7 +620,7 @@ def module_hashes(names) -> dict[str, str]:
 
 
 # %%
-hashes = module_hashes(["speedrun.lab.results"])
+hashes = module_hashes(["speedrun.lab.provenance"])
 assert "speedrun.lab.hardware" in hashes and "speedrun.lab.stats" not in hashes
 assert "speedrun.lab.stats" in imported_names("def f():\n    from speedrun.lab import stats")
 print(hashes)
@@ -633,7 +630,7 @@ print(hashes)
 
 
 # %%
-#| export lab.results
+#| export lab.provenance
 def stamp(command: str, modules, n: int, seeds=(), corpus: dict | None = None) -> dict:
     """Where, when and with what something was measured. modules: those that the command starts.
 
@@ -659,6 +656,14 @@ def stamp(command: str, modules, n: int, seeds=(), corpus: dict | None = None) -
 
 # %%
 #| export lab.results
+import csv
+import json
+import os
+from pathlib import Path
+
+from speedrun.lab.hardware import Problem
+
+
 def freshness(result: dict) -> str:
     """`fresh`: the measured code is today's. `same behaviour`: it changed, and was shown to train bit-equally. Else `stale`."""
     measured, proved = result["stamp"]["modules"], result.get("proof", {}).get("modules")
@@ -687,7 +692,7 @@ print({name: now["stamp"][name] for name in ("gpu", "cpu", "torch", "n", "date")
 
 
 # %%
-#| export lab.results
+#| export lab.provenance
 def note_opened(path: Path) -> None:
     """Tell whoever executes this notebook that it read `path`, so that a change of the file runs it again."""
     ledger = os.environ.get("SPEEDRUN_OPENED")
@@ -696,6 +701,8 @@ def note_opened(path: Path) -> None:
             file.write(f"{Path(path).resolve()}\n")
 
 
+# %%
+#| export lab.results
 def public_table(name: str) -> list[dict]:
     """A table of the public record history, book/data/<name>.csv, as dicts of strings: records, curves or variance."""
     path = root() / "book" / "data" / f"{name}.csv"

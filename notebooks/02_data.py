@@ -197,7 +197,7 @@ from pathlib import Path
 import numpy as np
 
 from speedrun.lab.hardware import Problem
-from speedrun.lab.results import note_opened, root
+from speedrun.lab.provenance import note_opened, root
 
 MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 1024
 
@@ -436,7 +436,7 @@ from typing import Any
 import numpy as np
 
 from speedrun.lab.hardware import Problem
-from speedrun.lab.results import root
+from speedrun.lab.provenance import root
 
 WHEELS = {  # package → version, SHA-256 of its wheel, SHA-256 of the text that we take from it
     "sympy": (
@@ -1511,7 +1511,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from speedrun.lab.hardware import Problem
-from speedrun.lab.results import root
+from speedrun.lab.provenance import root
 
 Name = Literal["gpt2", "bytes"]
 

@@ -51,7 +51,6 @@
 #| default_exp model.baseline
 #| export
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -369,7 +368,15 @@ print(f"largest difference of any logit: {difference:.0e}")
 
 
 # %%
+#| default_exp optim.adamw
 #| export
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
 @dataclass(frozen=True)
 class AdamWOptions:
     """AdamW, and the ends of its rate. The defaults are llm.c's for the 124M model."""
@@ -410,12 +417,14 @@ print("rate at", ", ".join(f"step {i:,}: {rates[i]:.1e}" for i in (0, 350, 700, 
 
 
 # %%
-#| export
+#| export model.baseline
 def decays_by_shape(model: nn.Module) -> dict[str, bool]:
     """llm.c's rule: tensors of two or more dimensions decay."""
     return {name: parameter.ndim >= 2 for name, parameter in model.named_parameters()}
 
 
+# %%
+#| export
 def make_adamw(
     parameters: dict[str, Tensor],
     decays: dict[str, bool],
@@ -464,7 +473,7 @@ except ValueError as error:
 from speedrun.data.loader import DataOptions, Loader
 from speedrun.data.shards import data_folder
 from speedrun.data.sources import build_embedded
-from speedrun.lab.results import root
+from speedrun.lab.provenance import root
 
 if not (data_folder("data/embedded") / "manifest.json").exists():
     build_embedded(root() / "data" / "embedded", root() / "data" / "wheels")
@@ -508,7 +517,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from speedrun.lab.hardware import Problem
-from speedrun.lab.results import stamp
+from speedrun.lab.provenance import stamp
 
 NAMES = ("step",)
 KINDS = {  # kind → what its kernels are called; the first that matches counts

@@ -303,7 +303,7 @@ from torch.nn import functional as F
 
 from speedrun.config import Config, vary
 from speedrun.lab.hardware import look
-from speedrun.lab.results import stamp
+from speedrun.lab.provenance import stamp
 from speedrun.measure.runs import (
     best_of,
     corpus_of,

@@ -648,7 +648,7 @@ from typing import Any
 
 from speedrun.config import Config, vary
 from speedrun.lab.hardware import look
-from speedrun.lab.results import stamp
+from speedrun.lab.provenance import stamp
 from speedrun.measure.runs import best_of, corpus_of, retrain
 
 NAMES = ("heads",)

@@ -378,7 +378,7 @@ print(f"the last one is steepest at {steepest:.0f}")
 from typing import Any
 
 from speedrun.config import Config, vary
-from speedrun.lab.results import stamp
+from speedrun.lab.provenance import stamp
 from speedrun.measure.runs import best_of, corpus_of, train_arms, train_many
 
 NAMES = ("laptop",)

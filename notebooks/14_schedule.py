@@ -459,7 +459,7 @@ def learning_rate(step: int, steps: int, optim: Peak, schedule: ScheduleOptions)
 
 
 # %%
-from speedrun.model.baseline import AdamWOptions
+from speedrun.optim.adamw import AdamWOptions
 
 plan, cosine = AdamWOptions(lr=1.0, warmup_steps=100, final_lr=0.1), ScheduleOptions()
 trapezoid = ScheduleOptions(shape="trapezoid", cooldown=0.6)
@@ -868,7 +868,7 @@ plt.show()
 from typing import Any
 
 from speedrun.config import Config, preset, vary
-from speedrun.lab.results import stamp
+from speedrun.lab.provenance import stamp
 from speedrun.measure.runs import corpus_of, train_many
 
 NAMES = ("shapes",)

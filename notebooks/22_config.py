@@ -29,7 +29,7 @@ assert 2**25 == 33_554_432
 
 # %% [markdown]
 # ```{admonition} Prediction
-# This chapter defines five ways to run the trainer, from forty seconds on a laptop to llm.c's forty-five minutes on eight H100s. A run has more than thirty fields. **In how many fields do the laptop's run and the record's differ?** And in how many do the record's run and
+# This chapter defines five ways to run the trainer, from a minute on a laptop to llm.c's forty-five minutes on eight H100s. A run has more than thirty fields. **In how many fields do the laptop's run and the record's differ?** And in how many do the record's run and
 # the forty-five minutes of llm.c, which at this point of the book are meant to be the same recipe?
 # ```
 #
@@ -64,7 +64,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from speedrun.data.loader import DataOptions, check_options
 from speedrun.lab.hardware import Problem
-from speedrun.model.baseline import AdamWOptions
+from speedrun.optim.adamw import AdamWOptions
 from speedrun.model.embedding import EmbeddingOptions
 from speedrun.model.gpt import GPTOptions, Switches
 from speedrun.model.head import HeadOptions
@@ -385,7 +385,8 @@ print({name: run.model.init_std for name, run in PRESETS.items()})
 #| export
 import dataclasses
 
-from speedrun.model.baseline import GPT2, AdamWOptions, GPT2Options, decays_by_shape
+from speedrun.model.baseline import GPT2, GPT2Options, decays_by_shape
+from speedrun.optim.adamw import AdamWOptions
 from speedrun.model.embedding import EmbeddingOptions
 from speedrun.model.gpt import GPTOptions
 from speedrun.model.head import HeadOptions
@@ -773,9 +774,9 @@ print(shlex.join(as_arguments(odd)))
 # %%
 import ast
 
-from speedrun.lab.results import is_docstring, module_file
+from speedrun.lab.provenance import is_docstring, module_file
 
-homes = {"Config": "config", "DataOptions": "data.loader", "AdamWOptions": "model.baseline"}
+homes = {"Config": "config", "DataOptions": "data.loader", "AdamWOptions": "optim.adamw"}
 homes |= {"GPTOptions": "model.gpt", "MatrixOptions": "optim.newton_schulz"}
 homes |= {"ScheduleOptions": "optim.schedule", "MuonOptions": "optim.muon"}
 homes |= {"SharingOptions": "optim.adam", "BlockOptions": "model.mlp"}
@@ -950,16 +951,13 @@ def bench(data: str) -> Config:
 
 # %% tags=["hide-input"]
 #| export measure.runs
-def retrain(live: "Run", config: Config, alone: AbstractContextManager[Any] | None = None) -> dict:
-    """Train a run with the assembled model of another, from which it differs in optimizers, schedule and seed alone.
-
-    alone: entered while the clock runs. What is said has the values of the smallest parameters over the run, under “learned”.
-    """
+def restart(live: "Run", config: Config) -> None:
+    """Put an assembled run back to its first step, with another config: one that differs in optimizers, schedule and seed alone."""
     import torch
 
     from speedrun.data.loader import Position
     from speedrun.model.gpt import begin
-    from speedrun.train import evaluate, held_out, make_optimizers, train_step, warm_up
+    from speedrun.train import make_optimizers, warm_up
 
     model: Any = live.model
     for row in model.table:  # an optimizer may have given it another dtype
@@ -971,26 +969,55 @@ def retrain(live: "Run", config: Config, alone: AbstractContextManager[Any] | No
     live.skipped.zero_()
     live.clock.elapsed_ms = 0.0
     warm_up(live)
+
+
+# %% tags=["hide-input"]
+#| export measure.runs
+def train_watched(live: "Run") -> dict[str, list]:
+    """Train from the first step to the last; the weights that mix, by name: [step, values] at 33 moments."""
+    from speedrun.train import train_step
+
+    model: Any = live.model
+    steps, every = live.config.steps, -(-live.config.steps // 32)
     few = {row.name: model.get_parameter(row.name) for row in model.table if row.mixes}
     learned: dict[str, list] = {name: [] for name in few}
+    for step in range(steps + 1):
+        for name, values in few.items():
+            if step % every == 0 or step == steps:
+                learned[name].append([step, values.tolist()])
+        if step < steps:
+            train_step(live)
+    return learned
+
+
+def retrain(live: "Run", config: Config, alone: AbstractContextManager[Any] | None = None) -> dict:
+    """Train a run with the assembled model of another; what it ends with. alone: entered while the clock runs."""
+    from speedrun.train import evaluate, held_out
+
+    restart(live, config)
     with alone or nullcontext():
         live.clock.start()
-        for step in range(config.steps + 1):
-            if few and (step % -(-config.steps // 32) == 0 or step == config.steps):
-                for name, values in few.items():
-                    learned[name].append([step, values.tolist()])
-            if step < config.steps:
-                train_step(live)
+        learned = train_watched(live)
         live.clock.stop()
-    loss = evaluate(live, held_out(live, config.val_tokens))
-    done: dict[str, Any] = {
-        "val_loss": loss,
-        "seconds": live.clock.elapsed_ms / 1000,
-        "skipped": live.skipped.item(),
-    }
+    done: dict[str, Any] = {"val_loss": evaluate(live, held_out(live, config.val_tokens))}
+    done |= {"seconds": live.clock.elapsed_ms / 1000, "skipped": live.skipped.item()}
     done |= {"learned": learned} if learned else {}
     return done | {"config": dataclasses.asdict(config)}
 
+
+# %% [markdown]
+# A run must not notice who trained before it:
+
+# %%
+from speedrun.train import assemble
+
+brief = at_cpu_size(preset("cpu"))
+with tempfile.TemporaryDirectory() as folder:
+    live = assemble(brief, Path(folder), echo=None)
+    first, between, again = (
+        retrain(live, vary(brief, {"seed": seed}))["val_loss"] for seed in (0, 1, 0)
+    )
+assert first == again != between
 
 # %% tags=["hide-input"]
 #| export measure.runs
@@ -1094,7 +1121,7 @@ def train_on_gpus(runs: Sequence[Config]) -> list[dict]:
 #| export measure.config
 from typing import Any
 
-from speedrun.lab.results import stamp
+from speedrun.lab.provenance import stamp
 
 NAMES = ("laptop", "short")
 SEEDS = (0, 1, 2)

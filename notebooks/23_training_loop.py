@@ -90,9 +90,9 @@ from speedrun.config import read_command, switches_of, vary
 from speedrun.data.loader import Batch, Loader, Position, Shards, validation_batches
 from speedrun.data.tokenizer import decode_bytes
 from speedrun.lab.hardware import Problem, setup
-from speedrun.lab.results import module_file, module_hashes, root, stamp
+from speedrun.lab.provenance import module_file, module_hashes, root, stamp
 from speedrun.lab.runlog import RunLog, format_line, parse_line
-from speedrun.model.baseline import make_adamw
+from speedrun.optim.adamw import make_adamw
 from speedrun.optim.muon import Muon, rate_factor
 from speedrun.optim.newton_schulz import MatrixOptimizer, MatrixOptions
 from speedrun.optim.schedule import between, learning_rate
@@ -538,7 +538,7 @@ def broken(run: "Run") -> Problem:
 # %%
 from types import SimpleNamespace
 
-from speedrun.model.baseline import AdamWOptions
+from speedrun.optim.adamw import AdamWOptions
 
 pair = nn.ParameterDict({"good": torch.ones(4), "bad": torch.ones(4)})
 optimizer = make_adamw(dict(pair), {"good": False, "bad": False}, AdamWOptions())
@@ -1638,7 +1638,8 @@ import time
 from pathlib import Path
 
 from speedrun.config import Config, preset, vary
-from speedrun.lab.results import load_result, stamp
+from speedrun.lab.provenance import stamp
+from speedrun.lab.results import load_result
 from speedrun.measure.runs import corpus_of, laptop_bench, train_arms, train_many
 
 NAMES = ("cpu", "gpu", "sharing_rates", "sharing")

@@ -114,7 +114,8 @@ from speedrun.config import switches_of
 from speedrun.data.shards import data_folder, load_manifest
 from speedrun.data.sources import FINEWEB_SHARDS, SHARD_TOKENS, build_embedded, fetch_fineweb
 from speedrun.lab.hardware import Machine, Problem, look, setup
-from speedrun.lab.results import load_result, result_names, root
+from speedrun.lab.provenance import root
+from speedrun.lab.results import load_result, result_names
 from speedrun.model.gpt import model_flops_per_token
 from speedrun.train import TrainCommand, progress, run_config, run_folder
 
@@ -140,7 +141,7 @@ def choose_preset(machine: Machine, needs_gb: float) -> tuple[str, str]:
     gpus, least = len(machine.gpus), min((gpu.memory_gb for gpu in machine.gpus), default=0.0)
     command = "make speedrun PRESET="
     if machine.device == "cpu":
-        return "cpu", f"no GPU that PyTorch can use. In forty seconds: {command}smoke"
+        return "cpu", f"no GPU that PyTorch can use. In about a minute: {command}smoke"
     if gpus == 1:
         return "small", f"one GPU, minutes instead of hours. The record's recipe: {command}record"
     if least < needs_gb:

@@ -30,7 +30,8 @@ import time
 from speedrun.data.shards import data_folder, load_manifest, read_shard
 from speedrun.data.sources import build_embedded
 from speedrun.data.tokenizer import decode_bytes
-from speedrun.lab.results import load_result, root
+from speedrun.lab.provenance import root
+from speedrun.lab.results import load_result
 
 if not (data_folder("data/embedded") / "manifest.json").exists():
     build_embedded(root() / "data" / "embedded", root() / "data" / "wheels")
@@ -328,7 +329,7 @@ from tempfile import TemporaryDirectory
 
 from speedrun.config import preset, vary
 from speedrun.data.shards import load_manifest
-from speedrun.lab.results import stamp
+from speedrun.lab.provenance import stamp
 from speedrun.lab.runlog import read_metrics, series
 from speedrun.train import train
 

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from speedrun.config import Config, check_config, config_from_json, fields_of, read_command, vary
 from speedrun.lab.hardware import Problem, look, setup
-from speedrun.lab.results import stamp
+from speedrun.lab.provenance import stamp
 from speedrun.lab.stats import beside, describe
 from speedrun.measure.runs import corpus_of, each_on_cpus, each_on_gpus
 

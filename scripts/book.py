@@ -11,7 +11,8 @@ from pathlib import Path
 import nbformat
 from execute import EXECUTED, Chapter, chapters, run_chapters, why_stale
 
-from speedrun.lab.results import freshness, public_table, root
+from speedrun.lab.provenance import root
+from speedrun.lab.results import freshness, public_table
 
 SOURCE, SITE = root() / "_build" / "book", root() / "_build" / "site"
 

@@ -29,7 +29,7 @@ from vocabulary import offline_vocabulary
 from speedrun.data.shards import data_folder
 from speedrun.data.sources import build_embedded
 from speedrun.lab.hardware import look
-from speedrun.lab.results import imported_names, module_hashes, root
+from speedrun.lab.provenance import imported_names, module_hashes, root
 
 EXECUTED = root() / "_build" / "executed"
 LIBRARIES = (

@@ -9,7 +9,7 @@ import sys
 import jupytext
 import nbformat
 
-from speedrun.lab.results import root
+from speedrun.lab.provenance import root
 
 HOLE = 'raise RuntimeError("exercise: write this")'
 

@@ -11,7 +11,8 @@ import sys
 import time
 
 from speedrun.lab.hardware import Problem, setup
-from speedrun.lab.results import root, save_result
+from speedrun.lab.provenance import root
+from speedrun.lab.results import save_result
 
 
 def main(arguments: list[str]) -> int:

@@ -21,7 +21,7 @@ from nbclient.exceptions import DeadKernelError
 
 from speedrun.config import Config, read_command
 from speedrun.lab.hardware import Problem, setup
-from speedrun.lab.results import root
+from speedrun.lab.provenance import root
 from speedrun.launch import (
     LaunchCommand,
     TrainCommand,

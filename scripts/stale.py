@@ -21,9 +21,11 @@ from pathlib import Path
 from speedrun.config import at_cpu_size, config_from_json, fields_of
 from speedrun.data.shards import data_folder
 from speedrun.lab.hardware import Problem
-from speedrun.lab.results import canonical, code_hash, freshness, module_file, module_hashes, root
+from speedrun.lab.provenance import canonical, code_hash, module_file, module_hashes, root
+from speedrun.lab.results import freshness
 
 GPU_WORDS = ("cuda", "nccl", "autocast", "bfloat16", "float8", "triton")  # never run by the proof
+OUR_IMPORTS = ("from speedrun", "import speedrun")
 TRAIN = """
 import json, sys, tempfile, threading
 from pathlib import Path
@@ -80,6 +82,14 @@ def changed_modules(result: dict) -> list[str]:
     return sorted(name for name in {*then, *now} if then.get(name) != now.get(name))
 
 
+def versions(result: dict, commit: str) -> list[dict[str, str]]:
+    """The changed modules of a result as they were at a commit, and as they are: name → text."""
+    names = changed_modules(result)
+    files = {name: module_file(name) for name in names}
+    now = {name: file.read_text(encoding="utf-8") if file else "" for name, file in files.items()}
+    return [{name: source_at(commit, name) for name in names}, now]
+
+
 def configs_in(value) -> list[dict]:
     """Every training run's config that a result holds under the key `config`."""
     if isinstance(value, list):
@@ -109,14 +119,26 @@ def statements(source: str) -> dict[tuple[str, str], str]:
     return found
 
 
-def touches_gpus(old: str, new: str) -> str | None:
-    """Where, between two versions of a module, a statement has changed that names something only GPUs do."""
-    before, after = statements(old), statements(new)
-    for where, form in sorted(set(before) ^ set(after)):
-        text = before.get((where, form), "") + after.get((where, form), "")
-        if any(word in text for word in GPU_WORDS):
-            return where
-    return None
+def changes(before: dict[str, str], after: dict[str, str]) -> dict[str, list[tuple[str, str]]]:
+    """Statements that two versions of some modules do not share: module → (where, text to search).
+
+    A statement that has moved from one of them to another is shared. Imports of the package are not compared: what they name is.
+    """
+    then = {name: statements(text) for name, text in before.items()}
+    now = {name: statements(text) for name, text in after.items()}
+    everywhere = [{key for found in side.values() for key in found} for side in (then, now)]
+    shared = set.intersection(*everywhere)
+    told = {}
+    for name in then | now:
+        own = then.get(name, {}) | now.get(name, {})
+        left = [(where, own[where, form]) for where, form in sorted(set(own) - shared)]
+        told[name] = [(where, text) for where, text in left if not text.startswith(OUR_IMPORTS)]
+    return told
+
+
+def touches_gpus(changed: list[tuple[str, str]]) -> str | None:
+    """Where, among changed statements, one names something that only GPUs do."""
+    return next((where for where, text in changed if any(word in text for word in GPU_WORDS)), None)
 
 
 def source_at(commit: str, module: str) -> str:
@@ -137,13 +159,13 @@ def measured_commit(result: dict) -> str | None:
     return None
 
 
-def used_statements(read, start: list[str]) -> set[tuple[str, str, str]]:
-    """All statements that the modules in `start` come to by names: (module, what it defines, canonical form).
+def used_statements(read, start: list[str]) -> set[tuple[str, str]]:
+    """All statements that the modules in `start` come to by names: (what it defines, canonical form), wherever it stands.
 
     read: a module's name → its text. Of a module that is imported as a whole, everything counts.
     """
     parsed: dict[str, list] = {}
-    found: set[tuple[str, str, str]] = set()  # a name may be defined in several steps
+    found: set[tuple[str, str]] = set()  # a name may be defined in several steps
     wanted, seen = [(module, "") for module in start], set()
     while wanted:
         module, name = wanted.pop()
@@ -156,7 +178,8 @@ def used_statements(read, start: list[str]) -> set[tuple[str, str, str]]:
             own = defined_by(node)
             if name and own and name not in own:
                 continue
-            found.add((module, ", ".join(own), canonical(node)))
+            if not ast.unparse(node).startswith(OUR_IMPORTS):
+                found.add((", ".join(own), canonical(node)))
             for inner in ast.walk(node):
                 if isinstance(inner, ast.Name):
                     wanted.append((module, inner.id))
@@ -198,12 +221,13 @@ def same_statements(result: dict, commit: str) -> int:
 def objection(result: dict, commit: str) -> str | None:
     """Why training a little on a CPU could not show that this result still stands; None if it could."""
     trained = module_hashes(["speedrun.train", "speedrun.history"])
+    changed = changes(*versions(result, commit))
     for name in changed_modules(result):
         if name.startswith("speedrun.kernels."):
             return f"{name} is a kernel"
         if name.startswith("speedrun.measure."):
             continue  # it chose the runs, whose configs are in the result
-        if name not in trained and source_at(commit, name):
+        if name not in trained and changed[name] and source_at(commit, name):
             return f"{name} is not part of training: the proof would not run it"
     if not configs_in(result["data"]):
         return "it names no training run"
@@ -262,15 +286,13 @@ def about_gpus(result: dict, commit: str) -> dict[str, str]:
     """
     if result["stamp"]["gpu"] is None:
         return {}
-    found = {}
-    for name in changed_modules(result):
-        if name.startswith("speedrun.measure."):
-            continue
-        file = module_file(name)
-        text = file.read_text("utf-8") if file else ""
-        where = touches_gpus(source_at(commit, name), text)
-        found |= {name: where} if where else {}
-    return found
+    changed = changes(*versions(result, commit))
+    about = {name: touches_gpus(told) for name, told in changed.items()}
+    return {
+        name: where
+        for name, where in about.items()
+        if where and not name.startswith("speedrun.measure.")
+    }
 
 
 def losses(tree: Path, config: dict) -> tuple[list[float], list[str]]:

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from speedrun.data.loader import DataOptions, check_options
 from speedrun.lab.hardware import Problem
-from speedrun.model.baseline import AdamWOptions
+from speedrun.optim.adamw import AdamWOptions
 from speedrun.model.embedding import EmbeddingOptions
 from speedrun.model.gpt import GPTOptions, Switches
 from speedrun.model.head import HeadOptions

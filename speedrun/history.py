@@ -7,7 +7,8 @@ from speedrun.config import Config, FINEWEB
 # %% The rungs of history
 import dataclasses
 
-from speedrun.model.baseline import GPT2, AdamWOptions, GPT2Options, decays_by_shape
+from speedrun.model.baseline import GPT2, GPT2Options, decays_by_shape
+from speedrun.optim.adamw import AdamWOptions
 from speedrun.model.embedding import EmbeddingOptions
 from speedrun.model.gpt import GPTOptions
 from speedrun.model.head import HeadOptions

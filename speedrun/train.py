@@ -42,9 +42,9 @@ from speedrun.config import read_command, switches_of, vary
 from speedrun.data.loader import Batch, Loader, Position, Shards, validation_batches
 from speedrun.data.tokenizer import decode_bytes
 from speedrun.lab.hardware import Problem, setup
-from speedrun.lab.results import module_file, module_hashes, root, stamp
+from speedrun.lab.provenance import module_file, module_hashes, root, stamp
 from speedrun.lab.runlog import RunLog, format_line, parse_line
-from speedrun.model.baseline import make_adamw
+from speedrun.optim.adamw import make_adamw
 from speedrun.optim.muon import Muon, rate_factor
 from speedrun.optim.newton_schulz import MatrixOptimizer, MatrixOptions
 from speedrun.optim.schedule import between, learning_rate

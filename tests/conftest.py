@@ -12,7 +12,7 @@ from speedrun.config import preset, vary
 from speedrun.data.shards import data_folder
 from speedrun.data.sources import build_embedded
 from speedrun.lab.hardware import setup
-from speedrun.lab.results import root
+from speedrun.lab.provenance import root
 
 if (
     signal.getsignal(signal.SIGINT) is signal.SIG_IGN

@@ -12,7 +12,7 @@ import execute
 import pytest
 import yaml
 
-from speedrun.lab.results import root
+from speedrun.lab.provenance import root
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(600)]
 SITE, SCREENS = root() / "_build" / "site", root() / "_build" / "screens"

@@ -9,7 +9,7 @@ import nbformat
 import pytest
 
 from speedrun.lab.hardware import look
-from speedrun.lab.results import root
+from speedrun.lab.provenance import root
 
 pytestmark = pytest.mark.chapters
 CHAPTERS = execute.chapters()

@@ -126,7 +126,7 @@ class TestDocuments:
 
     def test_a_file_is_in_one_split_only(self, embedded):
         from speedrun.data.sources import package_text
-        from speedrun.lab.results import root
+        from speedrun.lab.provenance import root
 
         names = list(package_text("networkx", root() / "data" / "wheels"))
         train = decode_bytes(read_shard(embedded / "train_000000.bin", 288).tolist())

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from speedrun.lab.results import root
+from speedrun.lab.provenance import root
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(os.name == "nt", reason="a POSIX shell")]
 CHAPTER = "notebooks/00_start_here.py"

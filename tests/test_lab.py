@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats as scipy_stats
 
-from speedrun.lab import hardware, results, runlog, stats
+from speedrun.lab import hardware, provenance, results, runlog, stats
 from speedrun.lab.hardware import Problem
 
 
@@ -40,7 +40,7 @@ class TestHardware:
             "PATH": f"{tmp_path}:{os.environ['PATH']}",
             "CUDA_VISIBLE_DEVICES": "0",
         }
-        command = [sys.executable, "-m", "speedrun.lab.hardware"]
+        command = [sys.executable, "-m", "speedrun.lab.doctor"]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         import torch
 
@@ -189,21 +189,21 @@ class TestResults:
     )
     def test_the_hash_sees_code_and_nothing_else(self, change, same):
         source = 'def f(a: int):\n    """Doc."""\n    return a + 1\n\n\nclass A:\n    x: int = 3\n    """A field."""\n'
-        assert (results.code_hash(source) == results.code_hash(change(source))) is same
+        assert (provenance.code_hash(source) == provenance.code_hash(change(source))) is same
 
     @pytest.mark.parametrize("python", ["python3.12", "python3.13", "python3.14"])
     def test_other_pythons_agree_on_the_hash(self, python):
         found = shutil.which(python)
         if not found or subprocess.run([found, "--version"], capture_output=True).returncode:
             pytest.skip(f"no {python} here")
-        modules = sorted((results.root() / "speedrun").rglob("*.py"))
-        code = (results.root() / "speedrun" / "lab" / "results.py").read_text()
+        modules = sorted((provenance.root() / "speedrun").rglob("*.py"))
+        code = (provenance.root() / "speedrun" / "lab" / "provenance.py").read_text()
         functions = code[code.index("def is_docstring") : code.index("def root")]
         script = f"import ast, hashlib, sys\n{functions}\nfor path in sys.argv[1:]: print(code_hash(open(path, encoding='utf-8').read()))"
         done = subprocess.run(
             [found, "-c", script, *map(str, modules)], capture_output=True, text=True, check=True
         )
-        assert done.stdout.split() == [results.code_hash(path.read_text()) for path in modules]
+        assert done.stdout.split() == [provenance.code_hash(path.read_text()) for path in modules]
 
     def test_a_changed_import_makes_a_result_stale(self, tmp_path, monkeypatch):
         package = tmp_path / "speedrun"
@@ -211,19 +211,19 @@ class TestResults:
         (package / "__init__.py").write_text("")
         (package / "low.py").write_text("x = 1\n")
         (package / "high.py").write_text("def f():\n    from speedrun.low import x\n    return x\n")
-        monkeypatch.setattr(results.speedrun, "__file__", str(package / "__init__.py"))
-        result = {"stamp": {"modules": results.module_hashes(["speedrun.high"])}}
+        monkeypatch.setattr(provenance.speedrun, "__file__", str(package / "__init__.py"))
+        result = {"stamp": {"modules": provenance.module_hashes(["speedrun.high"])}}
         assert set(result["stamp"]["modules"]) == {"speedrun.high", "speedrun.low"}
         assert results.freshness(result) == "fresh"
         (package / "low.py").write_text("x = 1  # one\n")
         assert results.freshness(result) == "fresh"
         (package / "low.py").write_text("x = 2\n")
         assert results.freshness(result) == "stale"
-        result["proof"] = {"modules": results.module_hashes(["speedrun.high"])}
+        result["proof"] = {"modules": provenance.module_hashes(["speedrun.high"])}
         assert results.freshness(result) == "same behaviour"
 
     def test_every_committed_result_has_a_whole_stamp(self):
-        paths = sorted((results.root() / "book" / "results").rglob("*.json"))
+        paths = sorted((provenance.root() / "book" / "results").rglob("*.json"))
         assert paths
         for path in paths:
             stamp = json.loads(path.read_text())["stamp"]

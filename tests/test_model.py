@@ -8,11 +8,9 @@ import torch
 
 from speedrun.model.baseline import (
     GPT2,
-    AdamWOptions,
     GPT2Options,
     decays_by_shape,
     flops_per_token,
-    make_adamw,
     parameter_count,
 )
 from speedrun.model.gpt import (
@@ -22,6 +20,7 @@ from speedrun.model.gpt import (
     model_flops_per_token,
     parameter_table,
 )
+from speedrun.optim.adamw import AdamWOptions, make_adamw
 
 SHAPES = [
     GPTOptions(layers=1, heads=1, width=8, context=4),

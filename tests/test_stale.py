@@ -9,25 +9,37 @@ from pathlib import Path
 import pytest
 import stale
 
-from speedrun.lab.results import module_hashes, root
+from speedrun.lab.provenance import module_hashes, root
 
 OLD = "import torch\n\n\ndef f(x):\n    return x + 1\n\n\nclass A:\n    def g(self):\n        torch.cuda.synchronize()\n"
 
 
+def about_gpus(old: str, new: str) -> str | None:
+    return stale.touches_gpus(stale.changes({"m": old}, {"m": new})["m"])
+
+
 class TestWhatChanged:
     def test_a_change_beside_gpu_code_is_no_objection(self):
-        assert stale.touches_gpus(OLD, OLD.replace("x + 1", "1 + x")) is None
-        assert stale.touches_gpus(OLD, OLD + "# cuda\n") is None
+        assert about_gpus(OLD, OLD.replace("x + 1", "1 + x")) is None
+        assert about_gpus(OLD, OLD + "# cuda\n") is None
 
     def test_a_change_of_gpu_code_is_one(self):
-        assert stale.touches_gpus(OLD, OLD.replace("synchronize()", "synchronize(0)")) == "A.g"
-        assert stale.touches_gpus(OLD, OLD.replace("torch.cuda.synchronize()", "pass")) == "A.g"
-        assert stale.touches_gpus(OLD, OLD.replace("x + 1", "x.to('cuda')")) == "f"
-        assert stale.touches_gpus("", OLD) == "A.g"
+        assert about_gpus(OLD, OLD.replace("synchronize()", "synchronize(0)")) == "A.g"
+        assert about_gpus(OLD, OLD.replace("torch.cuda.synchronize()", "pass")) == "A.g"
+        assert about_gpus(OLD, OLD.replace("x + 1", "x.to('cuda')")) == "f"
+        assert about_gpus("", OLD) == "A.g"
         two = "def f(x):\n    y = x + 1\n    return y.to('cuda')\n"
-        assert stale.touches_gpus(two, two.replace("x + 1", "1 + x")) is None, "another statement"
+        assert about_gpus(two, two.replace("x + 1", "1 + x")) is None, "another statement"
         said = "def f():\n    print('one two', cuda)\n"
-        assert stale.touches_gpus(said, said.replace("one two", "one three")) == "f"
+        assert about_gpus(said, said.replace("one two", "one three")) == "f"
+
+    def test_a_statement_that_moved_is_the_same(self):
+        one, two = OLD.split("class")
+        before, after = {"m": OLD}, {"m": one + "from speedrun.n import A\n", "n": "class" + two}
+        assert stale.changes(before, after) == {"m": [], "n": []}
+        after["n"] = after["n"].replace("synchronize()", "synchronize(0)")
+        told = stale.changes(before, after)
+        assert [[where for where, _ in told[name]] for name in "mn"] == [["A.g"], ["A.g"]]
 
     def test_configs_are_found_wherever_they_are(self):
         data = {"runs": [{"config": {"steps": 1}}, {"arm": {"config": {"steps": 2, "config": {}}}}]}
@@ -49,7 +61,7 @@ class TestWhatChanged:
                 lambda n: texts[n].replace(old, new), ["speedrun.measure.m"]
             )
 
-        assert {name for _, name, _ in used()} == {"f", "measure", "g", "K"}
+        assert {name for name, _ in used()} == {"f", "measure", "g", "K"}
         assert used("return x\n", "return -x\n") == used() != used("K = 2", "K = 3")
         assert used("K += 5", "K += 6") != used()
         assert used("K * x", "K + x") != used() != used("f(1)", "f(2)")

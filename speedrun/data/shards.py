@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from speedrun.lab.hardware import Problem
-from speedrun.lab.results import note_opened, root
+from speedrun.lab.provenance import note_opened, root
 
 MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 1024
 

@@ -35,7 +35,7 @@ from typing import Any
 import numpy as np
 
 from speedrun.lab.hardware import Problem
-from speedrun.lab.results import root
+from speedrun.lab.provenance import root
 
 WHEELS = {  # package → version, SHA-256 of its wheel, SHA-256 of the text that we take from it
     "sympy": (

@@ -38,9 +38,8 @@ def append_whole(path: Path, text: str) -> bool:
     A half line that a killed writer left at the end is cut off first.
     """
     try:
-        with open(
-            path, "ab+", buffering=0
-        ) as file:  # a buffer would be written when the file is closed
+        # a buffer would be written when the file is closed
+        with open(path, "ab+", buffering=0) as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - (1 << 20)))
             tail = file.read()

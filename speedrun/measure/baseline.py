@@ -1,14 +1,8 @@
 # Tangled from notebooks/03_baseline.py: edit the notebook, then run "make tangle". Edits made here are lost.
 
 
-from speedrun.model.baseline import (
-    AdamWOptions,
-    GPT2,
-    GPT2Options,
-    decays_by_shape,
-    flops_per_token,
-    make_adamw,
-)
+from speedrun.model.baseline import GPT2, GPT2Options, decays_by_shape, flops_per_token
+from speedrun.optim.adamw import AdamWOptions, make_adamw
 
 
 # %% The measurement
@@ -19,7 +13,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from speedrun.lab.hardware import Problem
-from speedrun.lab.results import stamp
+from speedrun.lab.provenance import stamp
 
 NAMES = ("step",)
 KINDS = {  # kind → what its kernels are called; the first that matches counts

@@ -8,7 +8,7 @@ from speedrun.measure.runs import corpus_of, train_many
 # %% Were the choices right?
 from typing import Any
 
-from speedrun.lab.results import stamp
+from speedrun.lab.provenance import stamp
 
 NAMES = ("laptop", "short")
 SEEDS = (0, 1, 2)

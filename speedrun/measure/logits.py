@@ -5,7 +5,7 @@
 from typing import Any
 
 from speedrun.config import Config, vary
-from speedrun.lab.results import stamp
+from speedrun.lab.provenance import stamp
 from speedrun.measure.runs import best_of, corpus_of, train_arms, train_many
 
 NAMES = ("laptop",)

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from speedrun.config import TODAY
 from speedrun.lab.hardware import Problem
-from speedrun.lab.results import root, stamp
+from speedrun.lab.provenance import root, stamp
 
 NAMES = ("wire",)
 ON_GPUS = ("step", "trace", "nvlink")  # measured on a machine that has one or more

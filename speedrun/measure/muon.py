@@ -9,7 +9,8 @@ import dataclasses
 from typing import Any
 
 from speedrun.config import Config, preset, vary
-from speedrun.lab.results import load_result, stamp
+from speedrun.lab.provenance import stamp
+from speedrun.lab.results import load_result
 from speedrun.measure.runs import (
     SHORT,
     bench,

@@ -102,16 +102,13 @@ def bench(data: str) -> Config:
     return vary(plain, sizes | reads | lasts)
 
 
-def retrain(live: "Run", config: Config, alone: AbstractContextManager[Any] | None = None) -> dict:
-    """Train a run with the assembled model of another, from which it differs in optimizers, schedule and seed alone.
-
-    alone: entered while the clock runs. What is said has the values of the smallest parameters over the run, under “learned”.
-    """
+def restart(live: "Run", config: Config) -> None:
+    """Put an assembled run back to its first step, with another config: one that differs in optimizers, schedule and seed alone."""
     import torch
 
     from speedrun.data.loader import Position
     from speedrun.model.gpt import begin
-    from speedrun.train import evaluate, held_out, make_optimizers, train_step, warm_up
+    from speedrun.train import make_optimizers, warm_up
 
     model: Any = live.model
     for row in model.table:  # an optimizer may have given it another dtype
@@ -123,23 +120,36 @@ def retrain(live: "Run", config: Config, alone: AbstractContextManager[Any] | No
     live.skipped.zero_()
     live.clock.elapsed_ms = 0.0
     warm_up(live)
+
+
+def train_watched(live: "Run") -> dict[str, list]:
+    """Train from the first step to the last; the weights that mix, by name: [step, values] at 33 moments."""
+    from speedrun.train import train_step
+
+    model: Any = live.model
+    steps, every = live.config.steps, -(-live.config.steps // 32)
     few = {row.name: model.get_parameter(row.name) for row in model.table if row.mixes}
     learned: dict[str, list] = {name: [] for name in few}
+    for step in range(steps + 1):
+        for name, values in few.items():
+            if step % every == 0 or step == steps:
+                learned[name].append([step, values.tolist()])
+        if step < steps:
+            train_step(live)
+    return learned
+
+
+def retrain(live: "Run", config: Config, alone: AbstractContextManager[Any] | None = None) -> dict:
+    """Train a run with the assembled model of another; what it ends with. alone: entered while the clock runs."""
+    from speedrun.train import evaluate, held_out
+
+    restart(live, config)
     with alone or nullcontext():
         live.clock.start()
-        for step in range(config.steps + 1):
-            if few and (step % -(-config.steps // 32) == 0 or step == config.steps):
-                for name, values in few.items():
-                    learned[name].append([step, values.tolist()])
-            if step < config.steps:
-                train_step(live)
+        learned = train_watched(live)
         live.clock.stop()
-    loss = evaluate(live, held_out(live, config.val_tokens))
-    done: dict[str, Any] = {
-        "val_loss": loss,
-        "seconds": live.clock.elapsed_ms / 1000,
-        "skipped": live.skipped.item(),
-    }
+    done: dict[str, Any] = {"val_loss": evaluate(live, held_out(live, config.val_tokens))}
+    done |= {"seconds": live.clock.elapsed_ms / 1000, "skipped": live.skipped.item()}
     done |= {"learned": learned} if learned else {}
     return done | {"config": dataclasses.asdict(config)}
 

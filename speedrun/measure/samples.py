@@ -20,7 +20,7 @@ from tempfile import TemporaryDirectory
 
 from speedrun.config import preset, vary
 from speedrun.data.shards import load_manifest
-from speedrun.lab.results import stamp
+from speedrun.lab.provenance import stamp
 from speedrun.lab.runlog import read_metrics, series
 from speedrun.train import train
 

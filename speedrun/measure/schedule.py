@@ -5,7 +5,7 @@
 from typing import Any
 
 from speedrun.config import Config, preset, vary
-from speedrun.lab.results import stamp
+from speedrun.lab.provenance import stamp
 from speedrun.measure.runs import corpus_of, train_many
 
 NAMES = ("shapes",)

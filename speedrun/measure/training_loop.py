@@ -22,7 +22,8 @@ import time
 from pathlib import Path
 
 from speedrun.config import Config, preset, vary
-from speedrun.lab.results import load_result, stamp
+from speedrun.lab.provenance import stamp
+from speedrun.lab.results import load_result
 from speedrun.measure.runs import corpus_of, laptop_bench, train_arms, train_many
 
 NAMES = ("cpu", "gpu", "sharing_rates", "sharing")

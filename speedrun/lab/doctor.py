@@ -1,0 +1,108 @@
+# Tangled from notebooks/00_start_here.py: edit the notebook, then run "make tangle". Edits made here are lost.
+
+
+from speedrun.lab.hardware import Machine, PACKAGES, look
+
+
+# %% The doctor
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the doctor's report: `ok` is True (fine), False (a problem, with its fix) or None (good to know)."""
+
+    ok: bool | None
+    text: str
+    fix: str = ""
+
+
+def verdict(ok: bool | None, good: str, bad: str, fix: str) -> Finding:
+    """`good` where `ok`, else `bad` with its fix."""
+    return Finding(ok, good) if ok else Finding(ok, bad, fix)
+
+
+def software_findings(machine: Machine) -> list[Finding]:
+    """Python, torch, Triton, a compiler, and the packages of the book."""
+    have, python = machine.versions, f"Python {machine.python}"
+    new = tuple(int(part) for part in machine.python.split(".")[:2]) >= (3, 11)
+    built = (
+        f"torch {have['torch']}, built for {'CUDA ' + machine.cuda if machine.cuda else 'the CPU'}"
+    )
+    triton = True if have["triton"] else False if machine.system.startswith("Linux") else None
+    no_triton = f"no triton on {machine.system}: kernels are shown, not run"
+    compiler = "apt-get install g++ (macOS: xcode-select --install), or train with --no-compile"
+    missing = [name for name in PACKAGES if have[name] is None and name not in ("torch", "triton")]
+    return [
+        verdict(
+            new, python, f"{python} is too old", "install 3.11 or newer, then make setup PYTHON=…"
+        ),
+        verdict(have["torch"] is not None, built, "torch is missing", "make setup"),
+        verdict(triton, f"triton {have['triton']}", no_triton, "make setup"),
+        verdict(
+            bool(machine.compiler), f"compiler {machine.compiler}", "no C++ compiler", compiler
+        ),
+        verdict(
+            not missing, "the packages of the book", f"missing: {', '.join(missing)}", "make setup"
+        ),
+    ]
+
+
+def hardware_findings(machine: Machine, disk_gb: float, shared_gb: float | None) -> list[Finding]:
+    """GPUs, free disk and shared memory (`shared_gb` is None where there is no /dev/shm)."""
+    size = f"{machine.cores} cores, {machine.memory_gb:.0f} GB of memory"
+    found = [Finding(None, f"{machine.system}, {size}")]
+    for gpu in machine.gpus:
+        what = f"{gpu.name}, {gpu.memory_gb:.0f} GB, sm {gpu.capability[0]}.{gpu.capability[1]}"
+        found.append(Finding(True, f"GPU {gpu.index}: {what}, driver {gpu.driver}"))
+    if not machine.gpus:
+        found.append(
+            Finding(None, "no NVIDIA GPU: kernels run through Triton's interpreter, small")
+        )
+    elif not machine.cuda:
+        fix = "pip install --force-reinstall torch, from the default index"
+        found.append(Finding(False, "there is a GPU, but this torch was built for the CPU", fix))
+    disk = f"{disk_gb:.0f} GB of free disk"
+    found.append(
+        verdict(disk_gb >= 5, disk, disk, "free 5 GB: 3 for the packages, the rest for data")
+    )
+    if shared_gb is not None and len(machine.gpus) > 1:
+        shared = f"{shared_gb:.2f} GB of shared memory for the ranks"
+        found.append(
+            verdict(shared_gb >= 1, shared, shared, "docker run --ipc=host, or --shm-size=8g")
+        )
+    return found
+
+
+def tier_findings(machine: Machine) -> list[Finding]:
+    """What can be run here: C, whole chapters on the CPU; 1, one GPU; N, several."""
+    usable = len(machine.gpus) if machine.device == "cuda" else 0
+    tiers = {
+        "C: whole chapters on the CPU": True,
+        "1: one GPU": usable >= 1,
+        "N: several GPUs": usable > 1,
+    }
+    return [
+        Finding(can or None, f"tier {tier}: {'yes' if can else 'no'}")
+        for tier, can in tiers.items()
+    ]
+
+
+def doctor(machine: Machine) -> int:
+    """Print every finding, each problem with its fix; returns the number of problems."""
+    shared = Path("/dev/shm")
+    shared_gb = shutil.disk_usage(shared).total / 2**30 if shared.is_dir() else None
+    found = hardware_findings(machine, shutil.disk_usage(".").free / 2**30, shared_gb)
+    found = software_findings(machine) + found + tier_findings(machine)
+    for finding in found:
+        print({True: "✓", False: "✗", None: "·"}[finding.ok], finding.text)
+        if finding.ok is False:
+            print("  →", finding.fix)
+    return sum(finding.ok is False for finding in found)
+
+
+if __name__ == "__main__" and __spec__ is not None:  # python -m, not a notebook
+    sys.exit(min(doctor(look()), 1))
