@@ -25,6 +25,7 @@ from speedrun.lab.provenance import canonical, code_hash, module_file, module_ha
 from speedrun.lab.results import freshness
 
 GPU_WORDS = ("cuda", "nccl", "autocast", "bfloat16", "float8", "triton")  # never run by the proof
+AS_COMMAND = "if __name__ == '__main__'"
 OUR_IMPORTS = ("from speedrun", "import speedrun")
 TRAIN = """
 import json, sys, tempfile, threading
@@ -162,7 +163,7 @@ def measured_commit(result: dict) -> str | None:
 def used_statements(read, start: list[str]) -> set[tuple[str, str]]:
     """All statements that the modules in `start` come to by names: (what it defines, canonical form), wherever it stands.
 
-    read: a module's name → its text. Of a module that is imported as a whole, everything counts.
+    read: a module's name → its text. Of a module that is imported as a whole, everything counts but what it does as a command.
     """
     parsed: dict[str, list] = {}
     found: set[tuple[str, str]] = set()  # a name may be defined in several steps
@@ -176,7 +177,7 @@ def used_statements(read, start: list[str]) -> set[tuple[str, str]]:
             parsed[module] = ast.parse(read(module)).body
         for node in parsed[module]:
             own = defined_by(node)
-            if name and own and name not in own:
+            if name and own and name not in own or ast.unparse(node).startswith(AS_COMMAND):
                 continue
             if not ast.unparse(node).startswith(OUR_IMPORTS):
                 found.add((", ".join(own), canonical(node)))

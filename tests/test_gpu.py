@@ -79,7 +79,7 @@ class TestOneGPU:
         )
         train(run, tmp_path, echo=None)
         first, last = losses(tmp_path)
-        assert last < first - 0.8
+        assert last < first - (0.4 if way == "all" else 0.8)  # as on the CPU
 
     @pytest.mark.parametrize("rows", [8, 32])
     def test_compiled_gradients_are_eager_ones_however_long_the_pass(self, rows):

@@ -90,6 +90,15 @@ class TestStats:
         theirs = scipy_stats.ttest_ind(a, b, equal_var=False).pvalue
         assert stats.p_difference(stats.describe(a), stats.describe(b)) == pytest.approx(theirs)
 
+    def test_one_idea_beside_a_control_is_students_test_and_more_ask_for_more(self):
+        control, arm = [3.1, 3.2, 3.15, 3.3, 3.18], [3.0, 3.05, 3.1]
+        alone = stats.against_control({"a": arm}, control)["a"]
+        assert alone == pytest.approx(scipy_stats.ttest_ind(arm, control).pvalue, abs=1e-4)
+        others = {str(n): [3.1 + 0.01 * n, 3.2, 3.25] for n in range(4)}
+        among = stats.against_control(others | {"a": arm}, control)
+        assert among.keys() == {*others, "a"} and alone < among["a"] < 5 * alone
+        assert among == stats.against_control(others | {"a": arm}, control)
+
     def test_more_runs_see_smaller_differences(self):
         needed = [stats.runs_needed(d, 0.0013) for d in (0.004, 0.002, 0.001)]
         assert needed == sorted(needed) and needed[0] < 10

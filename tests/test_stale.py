@@ -64,6 +64,8 @@ class TestWhatChanged:
         assert {name for name, _ in used()} == {"f", "measure", "g", "K"}
         assert used("return x\n", "return -x\n") == used() != used("K = 2", "K = 3")
         assert used("K += 5", "K += 6") != used()
+        texts["speedrun.a"] += "\n\nif __name__ == '__main__':\n    h(2)\n"
+        assert {name for name, _ in used()} == {"f", "measure", "g", "K"}
         assert used("K * x", "K + x") != used() != used("f(1)", "f(2)")
 
     def test_minutes_count_gpus(self):
