@@ -150,11 +150,9 @@ def p_difference(a: Sample, b: Sample) -> float:
     return float(two.pvalue)
 
 
-def beside(sample: Sample, control: Sample, p: float | None = None) -> str:
-    """A sample, how far its mean is from a control's, and the p-value of that: the given one, or Welch's if there are runs enough."""
-    if p is None and min(sample.n, control.n) > 1:
-        p = p_difference(sample, control)
-    test = "" if p is None else f", p = {p:.1e}" if p >= 1e-4 else ", p < 1e-4"
+def beside(sample: Sample, control: Sample) -> str:
+    """A sample, how far its mean is from a control's, and the p-value of that if there are runs enough for one."""
+    test = f", p = {p_difference(sample, control):.1e}" if min(sample.n, control.n) > 1 else ""
     return f"{sample}  {sample.mean - control.mean:+.4f}{test}"
 
 
@@ -343,13 +341,51 @@ def against_control(
     return dict(zip(arms, map(float, found)))
 
 
+@dataclass(frozen=True)
+class Study:
+    """Arms beside one control: samples and, for all but the control, Dunnett's p, by name; one deviation for all, and its degrees of freedom."""
+
+    samples: dict[str, Sample]
+    chance: dict[str, float]
+    deviation: float
+    freedom: int
+
+    def rise(self, arm: str) -> float:
+        """How far an arm's mean is above the control's."""
+        return self.samples[arm].mean - self.samples["control"].mean
+
+    def line(self, arm: str) -> str:
+        """An arm beside the control, for printing."""
+        p = self.chance[arm]  # to about a part in a hundred
+        told = f"p = {p:.3f}" if p >= 0.001 else "p < 0.001"
+        return f"{arm:30} {self.samples[arm]}  {self.rise(arm):+.4f}, {told}"
+
+    def between(self, a: str, b: str) -> float:
+        """Two-sided p-value of the difference of two arms, as if nothing else had been asked: Student's test with the common deviation."""
+        one, two = self.samples[a], self.samples[b]
+        t = (one.mean - two.mean) / (self.deviation * math.sqrt(1 / one.n + 1 / two.n))
+        return float(2 * stats.t.sf(abs(t), self.freedom))
+
+
+def study_of(losses: Mapping[str, Sequence[float]]) -> Study:
+    """A study from each arm's losses, those of “control” among them."""
+    samples = {arm: describe(values) for arm, values in losses.items()}
+    freedom = sum(sample.n - 1 for sample in samples.values())
+    squares = math.fsum((sample.n - 1) * sample.sd**2 for sample in samples.values())
+    others = {arm: values for arm, values in losses.items() if arm != "control"}
+    chance = against_control(others, losses["control"])
+    return Study(samples, chance, math.sqrt(squares / freedom), freedom)
+
+
 # %%
 bound = min(range(studies), key=lambda s: abs(np.abs(t[0][s]).max() - threshold))
 study = {str(arm): treated[bound, arm] for arm in range(arms)}
-p_of = against_control(study, control[bound])
+found = study_of(study | {"control": control[bound]})
+p_of = found.chance
 assert abs(min(p_of.values()) - 0.05) < 0.01
 least = min(p_of, key=p_of.get)
-alone = p_difference(describe(study[least]), describe(control[bound]))
+assert abs(found.deviation - pooled[bound, 0]) < 1e-9 and found.freedom == 94
+alone = p_difference(found.samples[least], found.samples["control"])
 print(
     f"a study whose largest |t| is {np.abs(t[0][bound]).max():.2f}: p = {p_of[least]:.3f}; alone, by Welch: {alone:.4f}"
 )

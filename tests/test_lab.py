@@ -93,11 +93,20 @@ class TestStats:
     def test_one_idea_beside_a_control_is_students_test_and_more_ask_for_more(self):
         control, arm = [3.1, 3.2, 3.15, 3.3, 3.18], [3.0, 3.05, 3.1]
         alone = stats.against_control({"a": arm}, control)["a"]
-        assert alone == pytest.approx(scipy_stats.ttest_ind(arm, control).pvalue, abs=1e-4)
+        assert alone == pytest.approx(scipy_stats.ttest_ind(arm, control).pvalue, rel=1e-2)
         others = {str(n): [3.1 + 0.01 * n, 3.2, 3.25] for n in range(4)}
         among = stats.against_control(others | {"a": arm}, control)
-        assert among.keys() == {*others, "a"} and alone < among["a"] < 5 * alone
+        assert among.keys() == {*others, "a"} and alone < among["a"] < 5 * alone < among["0"]
         assert among == stats.against_control(others | {"a": arm}, control)
+
+    def test_two_arms_of_a_study_share_its_deviation(self):
+        losses = {"control": [3.1, 3.2, 3.15], "a": [3.0, 3.1, 3.05], "b": [3.3, 3.2, 3.26]}
+        study = stats.study_of(losses)
+        squares = sum(2 * scipy_stats.tvar(values) for values in losses.values())
+        assert study.freedom == 6 and study.deviation == pytest.approx((squares / 6) ** 0.5)
+        t = (study.rise("b") - study.rise("a")) / (study.deviation * (2 / 3) ** 0.5)
+        assert study.between("a", "b") == pytest.approx(2 * scipy_stats.t.sf(t, 6))
+        assert study.rise("a") == pytest.approx(-0.1) and study.line("a").startswith("a ")
 
     def test_more_runs_see_smaller_differences(self):
         needed = [stats.runs_needed(d, 0.0013) for d in (0.004, 0.002, 0.001)]
