@@ -83,12 +83,16 @@ def changed_modules(result: dict) -> list[str]:
     return sorted(name for name in {*then, *now} if then.get(name) != now.get(name))
 
 
-def versions(result: dict, commit: str) -> list[dict[str, str]]:
-    """The changed modules of a result as they were at a commit, and as they are: name → text."""
-    names = changed_modules(result)
-    files = {name: module_file(name) for name in names}
-    now = {name: file.read_text(encoding="utf-8") if file else "" for name, file in files.items()}
-    return [{name: source_at(commit, name) for name in names}, now]
+def versions(commit: str) -> list[dict[str, str]]:
+    """All modules of the package as they were at a commit, and as they are: name → text."""
+    now = {}
+    for path in (root() / "speedrun").rglob("*.py"):
+        parts = path.relative_to(root()).with_suffix("").parts
+        now[".".join(parts).removesuffix(".__init__")] = path.read_text(encoding="utf-8")
+    gone = git("ls-tree", "-r", "--name-only", commit, "speedrun").split()
+    names = {name.removesuffix(".py").replace("/", ".").removesuffix(".__init__") for name in gone if name.endswith(".py")}  # fmt: skip
+    then = {name: source_at(commit, name) if name in names else "" for name in {*now, *names}}
+    return [then, {name: now.get(name, "") for name in then}]
 
 
 def configs_in(value) -> list[dict]:
@@ -222,7 +226,7 @@ def same_statements(result: dict, commit: str) -> int:
 def objection(result: dict, commit: str) -> str | None:
     """Why training a little on a CPU could not show that this result still stands; None if it could."""
     trained = module_hashes(["speedrun.train", "speedrun.history"])
-    changed = changes(*versions(result, commit))
+    changed = changes(*versions(commit))
     for name in changed_modules(result):
         if name.startswith("speedrun.kernels."):
             return f"{name} is a kernel"
@@ -287,13 +291,10 @@ def about_gpus(result: dict, commit: str) -> dict[str, str]:
     """
     if result["stamp"]["gpu"] is None:
         return {}
-    changed = changes(*versions(result, commit))
-    about = {name: touches_gpus(told) for name, told in changed.items()}
-    return {
-        name: where
-        for name, where in about.items()
-        if where and not name.startswith("speedrun.measure.")
-    }
+    changed = changes(*versions(commit))
+    ours = [name for name in changed_modules(result) if not name.startswith("speedrun.measure.")]
+    about = {name: touches_gpus(changed[name]) for name in ours}
+    return {name: where for name, where in about.items() if where}
 
 
 def losses(tree: Path, config: dict) -> tuple[list[float], list[str]]:
