@@ -87,6 +87,11 @@ def against_control(
     return dict(zip(arms, map(float, found)))
 
 
+def p_text(p: float) -> str:
+    """A p-value for printing, to a thousandth, which is as far as Dunnett's integral is evaluated."""
+    return f"p = {p:.3f}" if p >= 0.001 else "p < 0.001"
+
+
 @dataclass(frozen=True)
 class Study:
     """Arms beside one control: samples and, for all but the control, Dunnett's p, by name; one deviation for all, and its degrees of freedom."""
@@ -102,9 +107,7 @@ class Study:
 
     def line(self, arm: str) -> str:
         """An arm beside the control, for printing."""
-        p = self.chance[arm]  # to about a part in a hundred
-        told = f"p = {p:.3f}" if p >= 0.001 else "p < 0.001"
-        return f"{arm:30} {self.samples[arm]}  {self.rise(arm):+.4f}, {told}"
+        return f"{arm:36} {self.samples[arm]}  {self.rise(arm):+.4f}, {p_text(self.chance[arm])}"
 
     def between(self, a: str, b: str) -> float:
         """Two-sided p-value of the difference of two arms, as if nothing else had been asked: Student's test with the common deviation."""
