@@ -107,6 +107,9 @@ class TestStats:
         t = (study.rise("b") - study.rise("a")) / (study.deviation * (2 / 3) ** 0.5)
         assert study.between("a", "b") == pytest.approx(2 * scipy_stats.t.sf(t, 6))
         assert study.rise("a") == pytest.approx(-0.1) and study.line("a").startswith("a ")
+        height = scipy_stats.t.isf(0.05 / 4, 6) * study.deviation * (2 / 3) ** 0.5
+        assert study.visible(3) == pytest.approx(height)
+        assert study.visible(3, 0.9) > height
 
     def test_more_runs_see_smaller_differences(self):
         needed = [stats.runs_needed(d, 0.0013) for d in (0.004, 0.002, 0.001)]

@@ -109,6 +109,12 @@ class Study:
         """An arm beside the control, for printing."""
         return f"{arm:36} {self.samples[arm]}  {self.rise(arm):+.4f}, {p_text(self.chance[arm])}"
 
+    def visible(self, n: int, power: float = 0.5, alpha: float = 0.05) -> float:
+        """About the true difference that an arm of n runs shows with this probability at p < alpha (by Bonferroni's threshold, which is near)."""
+        error = self.deviation * math.sqrt(1 / n + 1 / self.samples["control"].n)
+        height = stats.t.isf(alpha / len(self.chance) / 2, self.freedom)
+        return float(error * (height + stats.t.ppf(power, self.freedom)))
+
     def between(self, a: str, b: str) -> float:
         """Two-sided p-value of the difference of two arms, as if nothing else had been asked: Student's test with the common deviation."""
         one, two = self.samples[a], self.samples[b]
