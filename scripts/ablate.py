@@ -21,7 +21,7 @@ from tqdm import tqdm
 from speedrun.config import Config, check_config, config_from_json, fields_of, read_command, vary
 from speedrun.lab.hardware import Problem, look, setup
 from speedrun.lab.provenance import stamp
-from speedrun.lab.stats import beside, describe
+from speedrun.lab.stats import describe, study_of
 from speedrun.measure.runs import corpus_of, each_on_cpus, each_on_gpus
 
 MODULES = ["speedrun.train", "speedrun.measure.runs"]
@@ -104,13 +104,25 @@ def write(path: Path, facts: dict, base: Config, arms: dict[str, list[dict]]) ->
     os.replace(path.with_suffix(".part"), path)
 
 
-def line_of(name: str, arms: dict[str, list[dict]]) -> str:
-    """An arm's mean, deviation and time, and how far it is from the control."""
-    sample = describe(run["val_loss"] for run in arms[name])
-    control = describe(run["val_loss"] for run in arms["control"])
-    seconds = sum(run["seconds"] for run in arms[name]) / sample.n
-    said = str(sample) if name == "control" else beside(sample, control)
-    return f"{name:24} {said}  {seconds:.1f} s"
+def report(arms: dict[str, list[dict]]) -> list[str]:
+    """A line for each arm: mean, deviation, how far it is from the control, Dunnett's p if all were run more than once, and time."""
+    losses = {name: [run["val_loss"] for run in runs] for name, runs in arms.items()}
+    enough = len(arms) > 1 and min(map(len, losses.values())) > 1
+    study = study_of(losses) if enough else None
+    control, lines = describe(losses["control"]), []
+    for name, values in losses.items():
+        seconds = sum(run["seconds"] for run in arms[name]) / len(values)
+        told = f"{name:36} {describe(values)}"
+        if name != "control":
+            told = (
+                study.line(name)
+                if study
+                else f"{told}  {describe(values).mean - control.mean:+.4f}"
+            )
+        lines.append(f"{told}  {seconds:.1f} s")
+    if study:
+        lines.append(f"one deviation for all: {study.deviation:.4f}; p for all arms together")
+    return lines
 
 
 def main(arguments: list[str]) -> int:
@@ -143,8 +155,8 @@ def main(arguments: list[str]) -> int:
             if len(new[name]) == counts[name]:
                 done[name] = [new[name][seed] for seed in range(counts[name])]
                 write(options.out, facts, base, done)
-        for name in runs:
-            print(line_of(name, done), flush=True)
+        for line in report({name: done[name] for name in runs}):
+            print(line, flush=True)
     except Problem as problem:
         print(problem, file=sys.stderr)
         return 1

@@ -119,3 +119,17 @@ def test_weights_over_a_run_are_kept_to_five_digits():
     assert brief(told) == {"x0_weight": [[0, [0.12346, -2e-7]]]}
     mix = {"value_mix": [[5, [[0.5, 1.0], [0.25, 3.0]]]]}
     assert brief(mix) == mix
+
+
+def test_single_runs_are_reported_without_a_p():
+    sys.path.insert(0, str(ROOT / "scripts"))
+    from ablate import report
+
+    def runs(*losses: float) -> list[dict]:
+        return [{"val_loss": loss, "seconds": 2.0} for loss in losses]
+
+    alone = report({"control": runs(3.0), "a": runs(2.5)})
+    assert len(alone) == 2 and "-0.5000" in alone[1] and "p =" not in "".join(alone)
+    three = report({"control": runs(3.0, 3.1, 3.05), "a": runs(2.5, 2.6, 2.55), "b": runs(3.0, 3.1)})  # fmt: skip
+    assert len(three) == 4 and "p < 0.001" in three[1] and "p = " in three[2] and three[3].startswith("one deviation")  # fmt: skip
+    assert len(report({"control": runs(3.0, 3.1)})) == 1
