@@ -296,7 +296,7 @@ print(f"one look at 20: fooled in {once:.1%} of experiments; a look after each r
 #
 # ## Forty ideas, one control
 #
-# Chapters 05 to 08 change one model in some forty ways, three runs each, and compare all of these *arms* with the same fifteen runs of the unchanged one. If nothing changed anything, how many of such studies would still report a discovery? And what would an honest threshold leave of a real one? Here the noise has a deviation of one, and the real effect is two and a half of them. A difference of means divided by its standard error is $t$; the tests differ in which deviation goes into that error, and in how large a $t$ has to be:
+# Chapters 05 to 08 change one model in 41 ways, three runs each, and compare most of these *arms* with the same fifteen runs of the unchanged one. If nothing changed anything, how many of such studies would still report a discovery? And what would an honest threshold leave of a real one? Here the noise has a deviation of one, and the real effect is two and a half of them. A difference of means divided by its standard error is $t$; the tests differ in which deviation goes into that error, and in how large a $t$ has to be:
 
 # %%
 studies, arms, n, n_control, real = 2000, 40, 3, 15, 2.5
@@ -332,9 +332,9 @@ assert 0.2 < divided[1].mean() < 0.3 and 0.7 < (t[1] > threshold).mean() < 0.8
 assert abs(simple - threshold) < 0.08
 
 # %% [markdown]
-# At 0.05 nearly every study finds something in nothing. Dividing that by the number of ideas, Bonferroni's way, should mend it, and a quarter of the studies are still fooled, while three quarters of the real effects are missed. The division is not at fault; Welch is. Three runs know next to nothing about their own scatter, and it asks nobody else; where the three happen to agree, it takes that for precision. But the noise is mostly that of the model and its seeds, and all arms together have seen it 94 times: 14 times in the control's fifteen runs, and twice in the three of each arm. With one deviation for all, dividing does nearly as well as anything.
+# At 0.05 nearly every study finds something in nothing. Dividing that by the number of ideas, Bonferroni's way, should mend it, and a quarter of the studies are still fooled, while three quarters of the real effects are missed. The division is not at fault; Welch is. Three runs know next to nothing about their own scatter, and it asks nobody else; where the three happen to agree, it takes that for precision. But the noise is mostly that of the model and its seeds, and all arms together have seen it 94 times: 14 times in the control's fifteen runs, and twice in the three of each arm. With one deviation for all, dividing does nearly as well as the simulated threshold.
 #
-# So three runs see more than *How many runs?* allowed them. Fifteen controls and a shared deviation show an effect of two and a half deviations three times in four, and that among forty. The exact form of this is Dunnett's test {cite}`dunnett1955`: its threshold is the height that the largest of all $|t|$ passes in one study of twenty, and it counts that all arms share their control. Above, that height was found by simulation; the library computes the same probability as an integral:
+# So three runs see more than *How many runs?* allowed them. Fifteen controls and a shared deviation show an effect of two and a half deviations three times in four, and one of nearly three nine times in ten, among forty. Three runs against three needed nearly five for that, though at 1%. The exact form of this is Dunnett's test {cite}`dunnett1955`: its threshold is the height that the largest of all $|t|$ passes in one of twenty studies in which there is nothing, and it counts that all arms share their control. Above, that height was found by simulation; the library computes the same probability as an integral:
 
 
 # %%
@@ -406,12 +406,13 @@ least = min(p_of, key=p_of.get)
 alone = found.between(least, "control")
 assert abs(found.deviation - pooled[bound, 0]) < 1e-9 and found.freedom == 94
 assert 2.4 < found.visible(n, 0.74) / found.deviation < 2.6, "as simulated"
+assert 2.8 < found.visible(n, 0.9) / found.deviation < 3
 print(
     f"largest |t| {np.abs(t[0][bound]).max():.2f}: {p_text(p_of[least])}; as the only arm {p_text(alone)}"
 )
 
 # %% [markdown]
-# Asked alone, the same difference would have had a fortieth of that. The price is the assumption that all arms scatter alike. An idea that makes training unstable breaks it, and so does one that makes it steadier, as happens in [chapter 07](07_plumbing.py). So look at the deviations, too.
+# Asked alone, the same difference would have had a fortieth of that. One deviation for all has its price, two assumptions. All arms have to scatter alike: an idea that makes training unstable breaks that, and so does one that makes it steadier, as happens in [chapter 07](07_plumbing.py). So look at the deviations, too. And runs have to be independent; arms that share their seeds are not quite.
 #
 # ## Logs: what a run must write down
 #

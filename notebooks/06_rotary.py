@@ -509,7 +509,7 @@ print(f"tokens for each place: here {places[0]:,}; the laptop's {places[1]:,} an
 print(measured_on(corpus))
 
 # %% [markdown]
-# Learned positions lose 0.285 nats. Every place was trained by four times as many tokens as in the laptop's 600 steps, and by more than in its 2,000. But tokens are not steps, and each place was moved 600 times on both machines. Here are eight times as many places in which the same thing has to be learned, a norm stands behind the sum of token and place, and the rates were chosen with rotary positions. Which of them it is, we did not test. Among the three ways to turn there is nothing that these runs show. What half-truncation cost on the laptop, 0.033, they would have shown.
+# Learned positions lose 0.285 nats. Every place was trained by four times as many tokens as in the laptop's 600 steps, and by more than in its 2,000. But tokens are not steps, and each place was moved 600 times on both machines. Here are eight times as many places in which the same thing has to be learned, a norm stands behind the sum of token and place, and the rates were chosen with rotary positions. Which of them it is, we did not test. Among the three ways to turn there is nothing that these runs show. What half-truncation cost on the laptop, 0.033, they would have shown nine times in ten.
 #
 # ## What it buys
 

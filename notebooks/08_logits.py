@@ -477,11 +477,13 @@ slowest = max(run["seconds"] for run in runs_of["padded to 128"])
 assert 0.13 < faster < 0.17 and slowest < min(run["seconds"] for run in runs_of["control"])
 caps = [took[arm] / took["control"] - 1 for arm in CAPS]
 assert 0 < min(caps) < 0.02 and 0.04 < max(caps) < 0.06
+slow = max(run["seconds"] for run in runs_of["control"])
+assert min(took[arm] for arm in CAPS) > 0.999 * slow
 print(f"padding saves {faster:.0%} of the time; the caps take {min(caps):.0%} to {max(caps):.0%}")
 print(f"the split head and its own control differ by {shared:+.4f}")
 
 # %% [markdown]
-# A head that begins with zeros costs a tenth here as well, at rates that were chosen for a shared matrix. A quarter of its rate costs another 0.09; whether a higher one would help was not tried, and on the laptop four times cost more, too. In record 8 the embedding's rate was 0.3 and the head's 0.002, where here both are 0.008; so this says nothing against that record. (Runs with two matrices scatter by a fifth of what others do, so they stand outside Dunnett's test, with Welch's $p$; [chapter 07](07_plumbing.py) has more of them.) The split head needs [chapter 20](20_many_gpus.py)'s optimizer, whose AdamW steps at every second batch and which by itself may cost 0.025 at these rates ($p = 0.03$). Beside *that*, 400 steps with one matrix and 200 in which the two part differ by 0.004 from one matrix throughout, which is nothing.
+# A head that begins with zeros costs a tenth here as well, at rates that were chosen for a shared matrix. A quarter of its rate costs another 0.09; whether a higher one would help was not tried, and on the laptop four times cost more, too. In record 8 the embedding's rate was 0.3 and the head's 0.002, where here both are 0.008; so this says nothing against that record. (Runs with two matrices scatter by a fifth of what others do, so they stand outside Dunnett's test, with Welch's $p$; [chapter 07](07_plumbing.py) has more of them.) The split head needs [chapter 20](20_many_gpus.py)'s optimizer, whose AdamW steps at every second batch and which by itself may cost 0.025 at these rates ($p = 0.03$). Beside *that*, 400 steps with one matrix and 200 in which the two part differ by 0.004 from one matrix throughout, which three runs cannot tell from nothing.
 #
 # Of the caps the last one costs 0.04, less than half of the laptop's tenth, and what the others do three seeds do not show.
 #
@@ -489,13 +491,13 @@ print(f"the split head and its own control differ by {shared:+.4f}")
 #
 # ## What it buys
 #
-# In the public logs, at full size, the first cell prints it. Record 8, the first head of its own, gained most, a tenth; how much of that was the head one cannot say, since the embedding was normed in the same record and attention became faster. Record 53's seconds came with a loss over several next tokens. The cleanest are two caps: records 18 and 54 changed little else and saved 100 and 40 steps. Our short runs show nothing of the first and a loss from the second; what differs is the length, the size, the rates and all else in the record, and we cannot say which of it counts. Record 9's log has a column of single runs at 3,200 steps, each with one thing more than the last: its cap took the loss from 3.2844 to 3.2791, the smallest of five steps {cite}`moddednanogpt`.
+# The first cell prints it, from the public logs, at full size. Record 8, the first head of its own, gained most, a tenth; how much of that was the head one cannot say, since the embedding was normed in the same record and attention became faster. Record 53's seconds came with a loss over several next tokens. The cleanest are two caps: records 18 and 54 changed little else and saved 100 and 40 steps. Our short runs show nothing of the first, and the second costs something; what differs is the length, the size, the rates and all else in the record, and we cannot say which of it counts. Record 9's log has a column of single runs at 3,200 steps, each with one thing more than the last: its cap took the loss from 3.2844 to 3.2791, the smallest of five steps {cite}`moddednanogpt`.
 #
 # ## What it costs, and when it fails
 #
 # An untied head is a second matrix of 39 million numbers to store, to update, and to sum over GPUs. What records 8 and 51 gained were steps, 522 and 55 of them, at the same time for each. In record 8 attention became 4 ms faster, so something else, perhaps the second matrix, cost as much. In record 51 it was not the matrix less that paid, and nothing says whether it was sharing, the smaller start, the new rate or the new scales of its 8-bit products.
 #
-# A cap costs next to nothing in a kernel that computes cap, softmax and loss together. If it is not in there, it is one more tensor of tokens times vocabulary, read and written: 16,384 tokens make that 1.6 GB in 16 bits, in each direction, and twice that in float32, which ours is. In the runs above the caps took one to five per cent more time, no more than equal runs differ by.
+# A cap costs next to nothing in a kernel that computes cap, softmax and loss together. If it is not in there, it is one more tensor of tokens times vocabulary, read and written: 16,384 tokens make that 1.6 GB in 16 bits, in each direction, and twice that in float32, which ours is. In the runs above the caps' medians are one to five per cent above the control's, all about or above the slowest of its fifteen; how much of that is the cards' we cannot say.
 
 # %%
 gigabytes = 16_384 * 50_304 * 2 / 1e9
