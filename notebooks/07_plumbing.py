@@ -497,8 +497,44 @@ apart = parts - gain["all plumbing"]
 print(f"five wires apart: {parts:.3f}; at once {apart:.3f} less, standard error {error:.3f}")
 print(f"record 14 read {more_tokens:.0f} times as many tokens; four tables hold 77 million")
 
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Losses of each run of 35 arms less the control's mean, sorted, coloured by chapter, with a band in which three runs show nothing"}}
+import matplotlib.pyplot as plt
+
+from speedrun.lab.results import figure_style
+
+figure_style()
+ELSEWHERE = {
+    "05": ("GPT-2's block", "GPT-2's block, its rates", "no QK-norm", "GELU", "layer norms", "no zeros", "biases", "normal start"),
+    "06": ("learned positions", "all pairs turn", "all pairs, base 10,000"),
+    "08": ("30 tanh(z/30)", "15 tanh(z/15)", "30 sigmoid(z/7.5)", "23 sigmoid((z+5)/7.5)", "padded to 128", "chapter 20's optimizer", "split head"),
+}  # fmt: skip
+chapter_of = {arm: chapter for chapter, names in ELSEWHERE.items() for arm in names}
+chapters = sorted({*ELSEWHERE, "07"})
+ranked = sorted(study.chance, key=study.rise)
+assert set(chapter_of) <= set(ranked) and {a for a in ranked if a not in chapter_of} == {
+    *WIRES,
+    *OTHERS,
+}
+found = sum(p < 0.01 for p in study.chance.values())
+best = sum(study.chance[arm] < 0.01 for arm in ranked if study.rise(arm) < 0)
+fig, axis = plt.subplots(figsize=(7.6, 6.6), layout="constrained")
+axis.axvspan(-study.visible(3), study.visible(3), color="0.5", alpha=0.15, lw=0)
+for y, arm in enumerate(ranked):
+    color = f"C{chapters.index(chapter_of.get(arm, '07'))}"
+    dots = [loss - study.samples["control"].mean for loss in losses[arm]]
+    axis.plot(dots, [y] * len(dots), "o", ms=4, color=color)
+for n, chapter in enumerate(chapters):
+    axis.plot([], [], "o", ms=4, color=f"C{n}", label=f"chapter {chapter}")
+axis.axvline(0, color="0.5", lw=0.8)
+axis.set_yticks(range(len(ranked)), ranked, fontsize=8)
+axis.invert_yaxis()
+axis.legend(loc="upper right")
+axis.set_xlabel("loss of a run, less the control's mean (nats)")
+axis.set_title(f"of {len(ranked)} changes {found} show at p < 0.01, and {best} of them are better")
+plt.show()
+
 # %% [markdown]
-# The $p$ of the table are Dunnett's, for all arms with one matrix in this chapter and those around it ([chapter 01](01_are_you_faster.py)). Below 0.01 we call it found, below 0.05 a hint; gated tables, smear and four skips from 0.18 are neither, a first layer without MLP is a hint. The $p$ of pairs stand for themselves. All take arms for independent, though they share their seeds and those that differ little move together; between two such arms the printed $p$ is too large.
+# The figure has all 35 arms with one matrix, of this chapter and those around it; in the grey, a mean of three shows nothing. The $p$ of the table are Dunnett's, for all of them ([chapter 01](01_are_you_faster.py)). Below 0.01 we call it found, below 0.05 a hint; gated tables, smear and four skips from 0.18 are neither, a first layer without MLP is a hint. The $p$ of pairs stand for themselves. All take arms for independent, though they share their seeds and those that differ little move together; between two such arms the printed $p$ is too large.
 #
 # So the order of the means is: (c), 0.061; (d) and (a), 0.034 and 0.031; and last (b), which *costs* 0.060. (c) is before the other two, $p = 0.007$ and 0.003; (d) and (a) cannot be told apart. Tables save 0.101 if they begin and train as record 14's did; that adds two thirds to what having them saves. What saves most was not asked for: the first layer's values, 0.113, with seven numbers. They are ahead of 77 million by 0.010 to 0.014 in each of three seeds. But a row of a table learns only when its token comes, and record 14 read forty times as many tokens. The embedding beside the first layer's values adds 0.014 to what they save alone ($p = 0.15$, and 0.011 to 0.016 in each of three seeds), as it added something in record 9's chain. And the norm behind the embedding, which came with record 8, is worth as much as the best wire.
 #
@@ -508,13 +544,8 @@ print(f"record 14 read {more_tokens:.0f} times as many tokens; four tables hold 
 #
 # What did the weights become?
 
-# %% tags=["hide-input"] mystnb={"image": {"alt": "Learned weights over 600 steps: the stream's and the embedding's for each of eight layers, those of the first layer's values, and of skips"}}
-import matplotlib.pyplot as plt
-
+# %% tags=["hide-input"]
 from speedrun.config import config_from_json, switches_of
-from speedrun.lab.results import figure_style
-
-figure_style()
 
 
 def learned(arm: str, seed: int = 0) -> tuple[GPT, dict[str, list]]:
