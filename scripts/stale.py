@@ -125,18 +125,19 @@ def statements(source: str) -> dict[tuple[str, str], str]:
 
 
 def changes(before: dict[str, str], after: dict[str, str]) -> dict[str, list[tuple[str, str]]]:
-    """Statements that two versions of some modules do not share: module → (where, text to search).
+    """Statements that two versions of the same modules do not share: module → (where, text to search).
 
-    A statement that has moved from one of them to another is shared. Imports of the package are not compared: what they name is.
+    A statement that has left one of them and come to another has moved, and is shared. Imports of the package are not compared: what they name is.
     """
     then = {name: statements(text) for name, text in before.items()}
     now = {name: statements(text) for name, text in after.items()}
-    everywhere = [{key for found in side.values() for key in found} for side in (then, now)]
-    shared = set.intersection(*everywhere)
+    gone = {name: then[name].keys() - now[name].keys() for name in then}
+    come = {name: now[name].keys() - then[name].keys() for name in then}
+    moved = set().union(*gone.values()) & set().union(*come.values())
     told = {}
-    for name in then | now:
-        own = then.get(name, {}) | now.get(name, {})
-        left = [(where, own[where, form]) for where, form in sorted(set(own) - shared)]
+    for name in then:
+        own = then[name] | now[name]
+        left = [(key[0], own[key]) for key in sorted((gone[name] | come[name]) - moved)]
         told[name] = [(where, text) for where, text in left if not text.startswith(OUR_IMPORTS)]
     return told
 

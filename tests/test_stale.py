@@ -35,11 +35,14 @@ class TestWhatChanged:
 
     def test_a_statement_that_moved_is_the_same(self):
         one, two = OLD.split("class")
-        before, after = {"m": OLD}, {"m": one + "from speedrun.n import A\n", "n": "class" + two}
+        before = {"m": OLD, "n": ""}
+        after = {"m": one + "from speedrun.n import A\n", "n": "class" + two}
         assert stale.changes(before, after) == {"m": [], "n": []}
         after["n"] = after["n"].replace("synchronize()", "synchronize(0)")
         told = stale.changes(before, after)
         assert [[where for where, _ in told[name]] for name in "mn"] == [["A.g"], ["A.g"]]
+        twice = {"m": OLD, "n": OLD}  # the same in two modules, gone from one: not moved
+        assert stale.changes(twice, {"m": one, "n": OLD})["m"] != []
 
     def test_configs_are_found_wherever_they_are(self):
         data = {"runs": [{"config": {"steps": 1}}, {"arm": {"config": {"steps": 2, "config": {}}}}]}
