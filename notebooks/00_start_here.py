@@ -202,22 +202,12 @@ plt.show()
 # ### Errors with a way out
 #
 # A message that only says what went wrong leaves its reader where the program stopped. Throughout this book an error that somebody can mend
-# is a `Problem`: what is wrong, with the name and the value, and the way out.
-
+# is a `Problem`: what is wrong, with the name and the value, and the way out. Commands print it without a traceback; anything else is a bug of ours, and keeps its traceback. ([The workshop](93_errors_and_files.ipynb) has the class, and what the operating system can refuse.)
 
 # %%
 #| default_exp lab.hardware
 #| export
-class Problem(Exception):
-    """Something its reader can mend: what is wrong, with the name and the value, and the way out."""
-
-    def __init__(self, what: str, fix: str):
-        super().__init__(f"{what}\n  → {fix}")
-        self.what, self.fix = what, fix
-
-
-# %% [markdown]
-# Commands catch exactly this class and print it without a traceback. Anything else is a bug of ours, and keeps its traceback.
+from speedrun.lab.errors import Problem
 
 # %%
 try:

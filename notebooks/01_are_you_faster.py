@@ -429,7 +429,7 @@ import re
 import time
 from pathlib import Path
 
-from speedrun.lab.hardware import Problem
+from speedrun.lab.errors import Problem
 
 LINE = re.compile(
     r"step:(?P<step>\d+)/(?P<steps>\d+)(?: train_loss:(?P<train_loss>\S+))?"
@@ -643,7 +643,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import speedrun
-from speedrun.lab.hardware import Problem, look
+from speedrun.lab.errors import Problem
+from speedrun.lab.hardware import look
 
 
 def is_docstring(node) -> bool:
@@ -783,7 +784,7 @@ import json
 import os
 from pathlib import Path
 
-from speedrun.lab.hardware import Problem
+from speedrun.lab.errors import Problem
 
 
 def freshness(result: dict) -> str:

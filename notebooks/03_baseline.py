@@ -516,7 +516,7 @@ import time
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from speedrun.lab.hardware import Problem
+from speedrun.lab.errors import Problem
 from speedrun.lab.provenance import stamp
 
 NAMES = ("step",)

@@ -63,7 +63,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from speedrun.data.loader import DataOptions, check_options
-from speedrun.lab.hardware import Problem
+from speedrun.lab.errors import Problem
 from speedrun.optim.adamw import AdamWOptions
 from speedrun.model.embedding import EmbeddingOptions
 from speedrun.model.gpt import GPTOptions, Switches
@@ -860,7 +860,8 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from speedrun.data.loader import Shards
-from speedrun.lab.hardware import Problem, look
+from speedrun.lab.errors import Problem
+from speedrun.lab.hardware import look
 from speedrun.lab.results import load_result
 from speedrun.lab.runlog import read_metrics, series
 from speedrun.optim.muon import MuonOptions

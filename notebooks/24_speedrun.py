@@ -113,7 +113,8 @@ from speedrun.config import Config, as_arguments, check_config, largest_divisor,
 from speedrun.config import switches_of
 from speedrun.data.shards import data_folder, load_manifest
 from speedrun.data.sources import FINEWEB_SHARDS, SHARD_TOKENS, build_embedded, fetch_fineweb
-from speedrun.lab.hardware import Machine, Problem, look, setup
+from speedrun.lab.errors import Problem
+from speedrun.lab.hardware import Machine, look, setup
 from speedrun.lab.provenance import root
 from speedrun.lab.results import load_result, result_names
 from speedrun.model.gpt import model_flops_per_token
@@ -840,7 +841,7 @@ assert checkpoints(folder)
 import math
 from pathlib import Path
 
-from speedrun.lab.hardware import Problem
+from speedrun.lab.errors import Problem
 from speedrun.lab.results import public_table
 from speedrun.lab.runlog import read_metrics, series
 
@@ -1122,7 +1123,7 @@ import shlex
 from pathlib import Path
 
 from speedrun.config import as_arguments, config_from_json
-from speedrun.lab.hardware import Problem
+from speedrun.lab.errors import Problem
 
 NAMES = ()  # any name: python scripts/measure.py speedrun NAME RUN_FOLDER …
 

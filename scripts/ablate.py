@@ -19,7 +19,8 @@ from typing import Any
 from tqdm import tqdm
 
 from speedrun.config import Config, check_config, config_from_json, fields_of, read_command, vary
-from speedrun.lab.hardware import Problem, look, setup
+from speedrun.lab.errors import Problem
+from speedrun.lab.hardware import look, setup
 from speedrun.lab.provenance import stamp
 from speedrun.lab.stats import describe, study_of
 from speedrun.measure.runs import corpus_of, each_on_cpus, each_on_gpus

@@ -10,7 +10,8 @@ import shlex
 import sys
 import time
 
-from speedrun.lab.hardware import Problem, setup
+from speedrun.lab.errors import Problem
+from speedrun.lab.hardware import setup
 from speedrun.lab.provenance import root
 from speedrun.lab.results import save_result
 

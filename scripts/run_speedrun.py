@@ -20,7 +20,8 @@ import psutil
 from nbclient.exceptions import DeadKernelError
 
 from speedrun.config import Config, read_command
-from speedrun.lab.hardware import Problem, setup
+from speedrun.lab.errors import Problem
+from speedrun.lab.hardware import setup
 from speedrun.lab.provenance import root
 from speedrun.launch import (
     LaunchCommand,

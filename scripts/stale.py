@@ -20,7 +20,7 @@ from pathlib import Path
 
 from speedrun.config import at_cpu_size, config_from_json, fields_of
 from speedrun.data.shards import data_folder
-from speedrun.lab.hardware import Problem
+from speedrun.lab.errors import Problem
 from speedrun.lab.provenance import canonical, code_hash, module_file, module_hashes, root
 from speedrun.lab.results import freshness
 

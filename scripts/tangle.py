@@ -29,6 +29,7 @@ from pathlib import Path
 PACKAGE = "speedrun"
 HEADER = '# Tangled from notebooks/{notebook}.py: edit the notebook, then run "make tangle". Edits made here are lost.'
 INIT_HEADER = '# Written by "make tangle". Edits made here are lost.'
+AS_COMMAND = 'if __name__ == "__main__"'
 MODULE_NAMES = {"__name__", "__file__", "__doc__", "__spec__", "__package__", "__builtins__"}
 
 
@@ -242,10 +243,13 @@ def tangle_cells(cells: list[Cell]) -> dict[str, str]:
     texts = {}
     for module, blocks in sources.items():
         parts = [HEADER.format(notebook=blocks[0].notebook)]
-        if needs[module]:
-            parts.append(write_imports(needs[module]))
+        first = int(
+            blocks[0].source.startswith(AS_COMMAND)
+        )  # what a command does before its imports
         heading = None
-        for block in blocks:
+        for number, block in enumerate(blocks):
+            if number == first and needs[module]:
+                parts.append(write_imports(needs[module]))
             title = f"# %% {block.heading}\n" if block.heading != heading else ""
             heading = block.heading
             parts.append(title + block.source)

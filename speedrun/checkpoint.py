@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from speedrun.lab.hardware import Problem
+from speedrun.lab.errors import Problem
 
 
 Optimizers = Sequence[Any]  # of torch.optim.Optimizer, or chapter 20's alone

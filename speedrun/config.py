@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from speedrun.data.loader import DataOptions, check_options
-from speedrun.lab.hardware import Problem
+from speedrun.lab.errors import Problem
 from speedrun.optim.adamw import AdamWOptions
 from speedrun.model.embedding import EmbeddingOptions
 from speedrun.model.gpt import GPTOptions, Switches

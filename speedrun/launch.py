@@ -25,7 +25,8 @@ from speedrun.config import Config, as_arguments, check_config, largest_divisor,
 from speedrun.config import switches_of
 from speedrun.data.shards import data_folder, load_manifest
 from speedrun.data.sources import FINEWEB_SHARDS, SHARD_TOKENS, build_embedded, fetch_fineweb
-from speedrun.lab.hardware import Machine, Problem, look, setup
+from speedrun.lab.errors import Problem
+from speedrun.lab.hardware import Machine, look, setup
 from speedrun.lab.provenance import root
 from speedrun.lab.results import load_result, result_names
 from speedrun.model.gpt import model_flops_per_token

@@ -17,7 +17,8 @@ from speedrun.checkpoint import latest_checkpoint, load_checkpoint
 from speedrun.config import config_from_json
 from speedrun.data.shards import data_folder, load_manifest, read_shard
 from speedrun.data.tokenizer import Tokenizer, get_tokenizer
-from speedrun.lab.hardware import Problem, setup
+from speedrun.lab.errors import Problem
+from speedrun.lab.hardware import setup
 from speedrun.train import build_model
 
 

@@ -41,7 +41,8 @@ from speedrun.config import Config, check_config, config_from_json, fields_of, p
 from speedrun.config import read_command, switches_of, vary
 from speedrun.data.loader import Batch, Loader, Position, Shards, validation_batches
 from speedrun.data.tokenizer import decode_bytes
-from speedrun.lab.hardware import Problem, setup
+from speedrun.lab.errors import Problem
+from speedrun.lab.hardware import setup
 from speedrun.lab.provenance import module_file, module_hashes, root, stamp
 from speedrun.lab.runlog import RunLog, format_line, parse_line
 from speedrun.optim.adamw import make_adamw

@@ -22,7 +22,7 @@ from speedrun.config import (
     read_command,
     vary,
 )
-from speedrun.lab.hardware import Problem
+from speedrun.lab.errors import Problem
 from speedrun.train import TrainCommand
 
 NAMES = [*PRESETS, *HISTORY]

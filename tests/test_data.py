@@ -38,7 +38,7 @@ from speedrun.data.shards import (
 )
 from speedrun.data.sources import cut, is_validation, shuffled
 from speedrun.data.tokenizer import decode_bytes, encode_bytes, get_tokenizer
-from speedrun.lab.hardware import Problem
+from speedrun.lab.errors import Problem
 
 spaces = st.lists(st.sampled_from([" ", "\n", "é", "def", " " * 7, " " * 40]), max_size=60).map(
     "".join

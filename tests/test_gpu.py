@@ -108,7 +108,7 @@ class TestOneGPU:
             assert (weight - broken[name]).norm() <= 1e-4 * weight.norm() + 1e-6, name
 
     def test_an_infinity_is_named(self, brief, tmp_path):
-        from speedrun.lab.hardware import Problem
+        from speedrun.lab.errors import Problem
 
         with pytest.raises(Problem, match="not finite"):
             train(vary(brief, {"device": "cuda", "optim.lr": 1e30}), tmp_path, echo=None)
@@ -262,7 +262,7 @@ class TestTwoGPUs:
     def test_a_killed_rank_is_reported_and_nobody_is_left(self, brief, tmp_path):
         import psutil
 
-        from speedrun.lab.hardware import Problem
+        from speedrun.lab.errors import Problem
         from speedrun.launch import pulses
 
         killed = []

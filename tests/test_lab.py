@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from scipy import stats as scipy_stats
 
 from speedrun.lab import hardware, provenance, results, runlog, stats
-from speedrun.lab.hardware import Problem
+from speedrun.lab.errors import Problem
 
 
 class TestHardware:

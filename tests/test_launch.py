@@ -15,7 +15,8 @@ import pytest
 
 from speedrun.config import preset, vary
 from speedrun.data.loader import DataOptions
-from speedrun.lab.hardware import GPU, Machine, Problem
+from speedrun.lab.errors import Problem
+from speedrun.lab.hardware import GPU, Machine
 from speedrun.launch import (
     PATIENCE_S,
     choose_preset,

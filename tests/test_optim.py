@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from speedrun.checkpoint import latest_checkpoint, load_checkpoint
 from speedrun.config import TODAY, check_config, preset, vary
-from speedrun.lab.hardware import Problem
+from speedrun.lab.errors import Problem
 from speedrun.optim.muon import Muon
 from speedrun.optim.newton_schulz import (
     QUINTIC,

@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 
-from speedrun.lab.hardware import Problem
+from speedrun.lab.errors import Problem
 from speedrun.lab.results import load_result
 from speedrun.sample import choose, known_share, load_trained, main, training_text, words_of
 from speedrun.train import train

@@ -8,7 +8,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from speedrun.config import ABSENT, PRESETS, check_config, preset, vary
-from speedrun.lab.hardware import Problem
+from speedrun.lab.errors import Problem
 from speedrun.lab.runlog import read_metrics, series
 from speedrun.optim.adamw import AdamWOptions
 from speedrun.optim.schedule import (

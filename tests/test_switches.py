@@ -8,7 +8,7 @@ from reference_gpt import angle_of, reference
 from torch.nn.functional import cross_entropy
 
 from speedrun.config import at_cpu_size, check_config, preset, switches_of, vary
-from speedrun.lab.hardware import Problem
+from speedrun.lab.errors import Problem
 from speedrun.lab.runlog import read_metrics, series
 from speedrun.model.embedding import EmbeddingOptions
 from speedrun.model.gpt import GPT, GPTOptions, Switches, parameter_table

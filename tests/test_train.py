@@ -14,7 +14,7 @@ import torch
 
 from speedrun.checkpoint import checkpoints, latest_checkpoint, load_checkpoint, save_checkpoint
 from speedrun.config import HISTORY, PRESETS, as_arguments, at_cpu_size, check_config, preset, vary
-from speedrun.lab.hardware import Problem
+from speedrun.lab.errors import Problem
 from speedrun.lab.runlog import read_log, read_metrics, series
 from speedrun.launch import run_ranks
 from speedrun.model.gpt import GPT

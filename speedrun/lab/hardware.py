@@ -2,12 +2,7 @@
 
 
 # %% Errors with a way out
-class Problem(Exception):
-    """Something its reader can mend: what is wrong, with the name and the value, and the way out."""
-
-    def __init__(self, what: str, fix: str):
-        super().__init__(f"{what}\n  → {fix}")
-        self.what, self.fix = what, fix
+from speedrun.lab.errors import Problem
 
 
 # %% Looking without touching

@@ -9,7 +9,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import speedrun
-from speedrun.lab.hardware import Problem, look
+from speedrun.lab.errors import Problem
+from speedrun.lab.hardware import look
 
 
 def is_docstring(node) -> bool:

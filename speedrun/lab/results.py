@@ -10,7 +10,7 @@ import json
 import os
 from pathlib import Path
 
-from speedrun.lab.hardware import Problem
+from speedrun.lab.errors import Problem
 
 
 def freshness(result: dict) -> str:

@@ -8,7 +8,7 @@ import re
 import time
 from pathlib import Path
 
-from speedrun.lab.hardware import Problem
+from speedrun.lab.errors import Problem
 
 LINE = re.compile(
     r"step:(?P<step>\d+)/(?P<steps>\d+)(?: train_loss:(?P<train_loss>\S+))?"

@@ -32,7 +32,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from speedrun.config import TODAY
-from speedrun.lab.hardware import Problem
+from speedrun.lab.errors import Problem
 from speedrun.lab.provenance import root, stamp
 
 NAMES = ("wire",)

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from speedrun.data.loader import Shards
-from speedrun.lab.hardware import Problem, look
+from speedrun.lab.errors import Problem
+from speedrun.lab.hardware import look
 from speedrun.lab.results import load_result
 from speedrun.lab.runlog import read_metrics, series
 from speedrun.optim.muon import MuonOptions

@@ -9,7 +9,7 @@ import shlex
 from pathlib import Path
 
 from speedrun.config import as_arguments, config_from_json
-from speedrun.lab.hardware import Problem
+from speedrun.lab.errors import Problem
 
 NAMES = ()  # any name: python scripts/measure.py speedrun NAME RUN_FOLDER …
 
