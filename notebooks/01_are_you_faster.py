@@ -423,6 +423,7 @@ print(
 
 # %%
 #| export lab.runlog
+import contextlib
 import json
 import os
 import re
@@ -474,8 +475,8 @@ assert parse_line(upstream)["val_loss"] == 10.8258 and math.isnan(
 
 # %%
 #| export lab.runlog
-def append_whole(path: Path, text: str) -> bool:
-    """Append all of `text` or nothing; False if there is no room.
+def append_whole(path: Path, text: str) -> OSError | None:
+    """Append all of `text` or nothing; returns why, if it was nothing.
 
     A half line that a killed writer left at the end is cut off first.
     """
@@ -495,9 +496,9 @@ def append_whole(path: Path, text: str) -> bool:
             except OSError:
                 os.truncate(path, size)
                 raise
-    except OSError:
-        return False
-    return True
+    except OSError as error:
+        return error
+    return None
 
 
 # %%
@@ -506,9 +507,9 @@ import tempfile
 scratch = Path(tempfile.mkdtemp())
 torn = scratch / "torn.jsonl"
 torn.write_text('{"kind": "run"}\n{"kind": "val", "val_lo')  # a writer was killed here
-assert append_whole(torn, '{"kind": "val"}\n')
+assert append_whole(torn, '{"kind": "val"}\n') is None
 assert [json.loads(line)["kind"] for line in torn.open()] == ["run", "val"]
-assert not append_whole(scratch / "no" / "such" / "folder.txt", "lost?\n")
+assert isinstance(append_whole(scratch / "no" / "folder.txt", "lost?\n"), FileNotFoundError)
 print("the half record is gone, the next one is whole")
 
 
@@ -528,21 +529,39 @@ class RunLog:
         )
 
     def line(self, text: str) -> None:
-        """One line of text, shown and kept."""
-        if self.echo:
-            self.echo(text)
+        """One line of text, kept and shown; if it cannot be shown, that is all."""
         self.append("log.txt", text)
+        self.say(text)
+
+    def say(self, text: str) -> None:
+        if self.echo:
+            with contextlib.suppress(OSError, ValueError):
+                self.echo(text)
 
     def append(self, name: str, line: str) -> None:
         """Append a line, with whatever could not be written before; says so once when it begins to wait."""
-        before = self.waiting.pop(name, "")
-        if not append_whole(self.folder / name, before + line + "\n"):
-            self.waiting[name] = before + line + "\n"
-            if not before and self.echo:
-                self.echo(f"no room for {self.folder / name}: going on, its lines wait in memory")
+        text = self.waiting.pop(name, "") + line + "\n"
+        with contextlib.suppress(OSError):  # somebody may have removed it
+            self.folder.mkdir(parents=True, exist_ok=True)
+        error = append_whole(self.folder / name, text)
+        if error is not None:
+            self.waiting[name] = text
+            if len(text) == len(line) + 1:
+                wait = "going on, its lines wait in memory"
+                self.say(f"{self.folder / name} cannot be written ({error.strerror}): {wait}")
+
+    def lacking(self) -> list[str]:
+        """The files that still lack lines, after one more try."""
+        lost = [
+            name for name, text in self.waiting.items() if append_whole(self.folder / name, text)
+        ]
+        self.waiting = {name: self.waiting[name] for name in lost}
+        return lost
 
 
 # %% [markdown]
+# Lines that still wait when a run ends are asked for (`lacking`), and are then a problem.
+#
 # A full disk can be had for nothing. The kernel refuses to let a file grow past a limit that a process may set for itself, in the middle of a line if need be:
 
 # %%
@@ -639,6 +658,7 @@ print([(record["step"], record["val_loss"]) for record in steps])
 import ast
 import hashlib
 import os
+import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -718,6 +738,16 @@ assert module_file("torch") is None, (
 
 # %%
 #| export lab.provenance
+def commit() -> str:
+    """The project's commit; empty where there is no git, or no repository of its own."""
+    git = ["git", "-C", str(root()), "rev-parse", "--show-toplevel", "HEAD"]
+    try:
+        said = subprocess.run(git, capture_output=True, text=True, timeout=60).stdout.splitlines()
+        return said[1] if len(said) == 2 and Path(said[0]).samefile(root()) else ""
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
 def imported_names(source: str) -> set[str]:
     """Dotted names that the source imports anywhere, functions included; `from a import b` counts as a and a.b."""
     names: set[str] = set()

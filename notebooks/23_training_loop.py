@@ -55,10 +55,19 @@ print(f"records 22 to 27 gained {', '.join(f'{gain:.1f}' for gain in gains)} s")
 #
 # ### Who am I
 #
-# A *rank* is one of the processes that train together, one per GPU. It needs to know its number, how many there are, and its device. `torchrun`, PyTorch's starter of ranks, tells it in environment variables; without them there is one rank. On GPUs ranks talk through NVIDIA's library NCCL, on CPUs through gloo, which can also let several ranks share one GPU: useless for speed, precious for testing.
+# A *rank* is one of the processes that train together, one per GPU. It needs to know its number, how many there are, and its device. `torchrun`, PyTorch's starter of ranks, tells it in environment variables; without them there is one rank. A variable that a batch system left behind must not be believed: with `RANK=1` and nothing else, a single process once trained to the end, saved nothing (saving is rank 0's work) and reported success. On GPUs ranks talk through NVIDIA's library NCCL, on CPUs through gloo, which can also let several ranks share one GPU: useless for speed, precious for testing.
 
 # %%
 #| default_exp train
+#| export
+if (
+    __name__ == "__main__" and __spec__ is not None
+):  # python -m: before the imports that take seconds
+    from speedrun.lab.errors import prepare_command
+
+    prepare_command()
+
+# %%
 #| export
 import contextlib
 import dataclasses
@@ -69,7 +78,6 @@ import math
 import os
 import shlex
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -89,9 +97,10 @@ from speedrun.config import Config, check_config, config_from_json, fields_of, p
 from speedrun.config import read_command, switches_of, vary
 from speedrun.data.loader import Batch, Loader, Position, Shards, validation_batches
 from speedrun.data.tokenizer import decode_bytes
-from speedrun.lab.errors import Problem
+from speedrun.lab.errors import Problem, run_main, visible
+from speedrun.lab.files import claim, new_folder
 from speedrun.lab.hardware import setup
-from speedrun.lab.provenance import module_file, module_hashes, root, stamp
+from speedrun.lab.provenance import commit, module_file, module_hashes, root, stamp
 from speedrun.lab.runlog import RunLog, format_line, parse_line
 from speedrun.optim.adamw import make_adamw
 from speedrun.optim.muon import Muon, rate_factor
@@ -128,20 +137,50 @@ def choose_device(device: str, backend: str, rank: int, local: int) -> torch.dev
 
 # %%
 #| export
+def rank_numbers() -> tuple[int, int, int]:
+    """RANK, WORLD_SIZE and LOCAL_RANK as torchrun sets them; (0, 1, 0) without it. An empty variable is not set."""
+    said = {name: os.environ.get(name) or None for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    try:
+        rank, world = int(said["RANK"] or 0), int(said["WORLD_SIZE"] or 1)
+        local = int(said["LOCAL_RANK"] or rank)
+    except ValueError:
+        rank, world, local = -1, 0, 0
+    if not 0 <= rank < world or local < 0:
+        what = "the environment names no rank: " + ", ".join(
+            f"{k}={v}" for k, v in said.items() if v
+        )
+        raise Problem(
+            what, "unset RANK WORLD_SIZE LOCAL_RANK; python -m speedrun.launch starts ranks"
+        )
+    return rank, world, local
+
+
 def join_ranks(device: str, backend: str) -> Ranks:
-    """Join the other ranks of this run, if torchrun started any. backend: auto, nccl or gloo."""
-    rank, world, local = (
-        int(os.environ.get(name, 0)) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    )
-    chosen = choose_device(device, backend, rank, local)
+    """Join the other ranks of this run, if there are any. backend: auto, nccl or gloo.
+
+    They meet in a file that the launcher names, or else, under a torchrun of one's own, at its address.
+    """
+    rank, world, local = rank_numbers()
+    planned = os.environ.get("SPEEDRUN_DEVICE") if device == "auto" else None
+    chosen = choose_device(planned or device, backend, rank, local)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     if world > 1 and not dist.is_initialized():
+        meeting = os.environ.get("SPEEDRUN_STORE")
+        if not meeting and not os.environ.get("MASTER_ADDR"):
+            what = f"WORLD_SIZE={world}, but nobody says where the ranks meet (MASTER_ADDR)"
+            raise Problem(
+                what, "unset RANK WORLD_SIZE; or python -m speedrun.launch, which starts them"
+            )
         auto = "nccl" if chosen.type == "cuda" else "gloo"
-        dist.init_process_group(
-            auto if backend == "auto" else backend, timeout=timedelta(minutes=30)
-        )
-    return Ranks(rank, max(world, 1), chosen)
+        store: dict[str, Any] = {"store": dist.FileStore(meeting, world)} if meeting else {}
+        numbers: dict[str, Any] = {
+            "rank": rank,
+            "world_size": world,
+            "timeout": timedelta(minutes=30),
+        }
+        dist.init_process_group(auto if backend == "auto" else backend, **numbers, **store)
+    return Ranks(rank, world, chosen)
 
 
 # %%
@@ -153,6 +192,15 @@ try:
     raise AssertionError("accepted")
 except Problem as problem:
     print(problem)
+for words in ({"RANK": "1"}, {"RANK": "0", "WORLD_SIZE": "two"}, {"RANK": "0", "WORLD_SIZE": "2"}):
+    os.environ |= words
+    try:
+        join_ranks("cpu", "auto")
+        raise AssertionError(f"{words} was believed")
+    except Problem as problem:
+        print(problem.what)
+    for name in words:
+        del os.environ[name]
 
 # %% [markdown]
 # ### A clock that can be stopped
@@ -406,11 +454,11 @@ print({part: tuple(one.parts[part].own.shape) for part in one.parts})
 # %%
 #| export
 def accumulate(
-    forward, batches: list[Batch], grad_shards: int, device: torch.device, precision: str
+    forward, batches: list[Batch], grad_shards: int, device: torch.device, precision: str, beat=None
 ) -> Tensor:
     """Forward and backward through this rank's batches. Gradients add up; returns its part of the mean loss.
 
-    grad_shards: how many batches the step has, on all ranks together.
+    grad_shards: how many batches the step has, on all ranks together. beat: called after each.
     """
     total = torch.zeros((), device=device)
     for batch in batches:
@@ -419,6 +467,8 @@ def accumulate(
             loss = forward(inputs, targets) / grad_shards
         loss.backward()
         total += loss.detach()
+        if beat is not None:
+            beat()
     return total
 
 
@@ -516,8 +566,8 @@ def not_finite(model: nn.Module) -> tuple[list[str], list[str]]:
     return weights, grads
 
 
-def broken(run: "Run") -> Problem:
-    """What to say about steps that were left out: who is to blame, what still happened, and the way on."""
+def broken(run: "Run", loss: float = 0.0) -> Problem:
+    """What to say about a loss, or steps left out, that are not finite: who is to blame, what still happened, the way on."""
     weights, gradients = not_finite(run.model)
     if run.config.sharing.on:  # then they are cleared by now
         gradients += run.optimizers[0].blamed()
@@ -525,11 +575,14 @@ def broken(run: "Run") -> Problem:
         what = f"parameter {', '.join(weights)} is not finite; nothing has been updated since"
     elif gradients:
         what = f"the gradient of {', '.join(gradients)} is not finite; that step was left out"
-    else:
+    elif run.skipped:
         what = f"{int(run.skipped)} steps had a gradient that is not finite; they were left out, the others taken"
+    else:
+        what = f"the loss is {loss}, with weights and gradients that are finite"
     fix = "a lower --optim.lr, or a longer --optim.warmup-steps"
     saved = [path.name for path in checkpoints(run.folder)]
-    back = f"--resume {run.folder} goes back to {saved[-1]}; or begin again with " if saved else ""
+    back = f"--resume {quoted(run.folder)} goes back to {saved[-1]}; or begin again with "
+    back = back if saved else ""
     return Problem(f"step {run.step}: {what}", back + fix)
 
 
@@ -558,49 +611,59 @@ print("one NaN, nothing moved; no NaN, everything did")
 # %% [markdown]
 # ### Signs of life
 #
-# Whoever watches a run from outside, and [chapter 24](24_speedrun.py) will, must be able to tell a rank that thinks from a rank that hangs. A ten-minute compilation is not a hang; five minutes without a training step are. So each rank keeps a small file that says in which phase it is, and touches it whenever something happened.
+# Whoever watches a run from outside, and [chapter 24](24_speedrun.py) will, must be able to tell a rank that thinks from a rank that hangs. A ten-minute compilation is not a hang; five minutes without a micro-batch are. So each rank keeps a small file that says in which phase and at which step it is, with a number that grows
+# whenever something happened. The file has its full length from the start and is written over in place: that needs no room on a disk which is full by now. And it tells no time. A clock may jump (a laptop wakes up, a network sets it right), so it is the watcher who measures, with a clock of its own, since when the number has not changed.
 
 
 # %%
 #| export
 class Heartbeat:
-    """A file per rank that says what it is doing; its time of modification says when something last happened."""
+    """A file per rank: phase, step, process, and a count of whatever has happened. Raises OSError if it cannot be made.
+
+    Beside it lies the rank's slot for `agree_on_stop`, empty, and the file for the stack that SIGUSR1 asks for.
+    """
 
     def __init__(self, folder: Path, rank: int):
         self.path = folder / "heartbeat" / f"rank{rank}.json"
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.with_name(f"stop{rank}").unlink(missing_ok=True)  # of an earlier attempt
-        self.phase("start")
-        if hasattr(
-            signal, "SIGUSR1"
-        ):  # asked by this signal, even a rank that hangs writes down where
+        self.path.with_name(f"stop{rank}").write_text(" " * SLOT)
+        if hasattr(signal, "SIGUSR1"):  # even a rank that hangs writes down where
             self.stack = open(self.path.with_suffix(".stack"), "w")
             faulthandler.register(signal.SIGUSR1, file=self.stack)
+        self.file = open(self.path, "wb", buffering=0)
+        self.name, self.step, self.count = "start", 0, 0
+        self.beat()
 
     def phase(self, name: str, step: int = 0) -> None:
         """Enter a phase: start, data, build, compile, train, validate, checkpoint or end."""
-        with contextlib.suppress(OSError):  # a full disk must not stop a run
-            part = self.path.with_suffix(".part")
-            part.write_text(json.dumps({"phase": name, "step": step, "pid": os.getpid()}))
-            os.replace(part, self.path)
+        self.name = name
+        self.beat(step)
 
-    def beat(self) -> None:
-        """Something happened. Touching a file needs no room on a disk."""
-        with contextlib.suppress(OSError):
-            os.utime(self.path)
+    def beat(self, step: int | None = None) -> None:
+        """Something happened (microseconds)."""
+        self.step, self.count = self.step if step is None else step, self.count + 1
+        facts = {"phase": self.name, "step": self.step, "pid": os.getpid(), "count": self.count}
+        with contextlib.suppress(OSError):  # a folder that is gone must not stop a run
+            self.file.seek(0)
+            self.file.write(json.dumps(facts).ljust(120).encode())
+
+
+SLOT = 20  # characters of a step's number
 
 
 # %%
+import subprocess
 import tempfile
 
 scratch = Path(tempfile.mkdtemp())
 heart = Heartbeat(scratch, 3)
 heart.phase("compile")
-assert json.loads(heart.path.read_text()) == {"phase": "compile", "step": 0, "pid": os.getpid()}
-then = heart.path.stat().st_mtime_ns
-time.sleep(0.02)
-heart.beat()
-assert heart.path.stat().st_mtime_ns > then
+first = json.loads(heart.path.read_text())
+assert first == {"phase": "compile", "step": 0, "pid": os.getpid(), "count": 2}
+size = heart.path.stat().st_size
+heart.beat(step=1_000_000)
+assert json.loads(heart.path.read_text()) == first | {"step": 1_000_000, "count": 3}
+assert heart.path.stat().st_size == size, "written over in place"
 
 # %% [markdown]
 # ### Stopping
@@ -612,40 +675,49 @@ assert heart.path.stat().st_mtime_ns > then
 # %%
 #| export
 class Interrupts:
-    """SIGINT and SIGTERM as a request, looked at between steps. A second signal insists."""
+    """SIGINT, SIGTERM and SIGHUP (a terminal that closes) as a request, looked at between steps. A second one insists."""
 
     signal: int | None = None
+    since: float = 0.0
 
     def install(self) -> None:
-        """Take over the two signals of this process (main thread only)."""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.note)
+        """Take over the signals of this process (main thread only); SIGHUP not where it is ignored, as under nohup."""
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)  # Windows has no SIGHUP
+            ignored = number is None or signal.getsignal(number) is signal.SIG_IGN
+            if number is not None and not (ignored and name == "SIGHUP"):
+                signal.signal(number, self.note)
 
-    def note(self, number: int, frame) -> None:
+    def note(self, number: int, frame=None) -> None:
         if self.signal is not None:
-            sys.exit(128 + number)
-        self.signal = number
+            os._exit(
+                128 + number
+            )  # no exception: nothing could swallow it, and files are whole or not there
+        self.signal, self.since = number, time.monotonic()
 
 
 # %%
 #| export
-def agree_on_stop(folder: Path, ranks: Ranks, step: int, patience_s: float = 20.0) -> int | None:
-    """The step before which all ranks stop; None while some have not been asked. Never waits: ask again next step."""
+def agree_on_stop(
+    folder: Path, ranks: Ranks, step: int, since: float, patience_s: float = 20.0
+) -> int | None:
+    """The step before which all ranks stop; None while some have not been asked. Never waits: ask again next step.
+
+    since: when this rank was asked (time.monotonic). A slot is written over in place, which works on a full disk, too.
+    """
     if ranks.world == 1:
         return step
-    every = [folder / "heartbeat" / f"stop{rank}" for rank in range(ranks.world)]
-    own = every[ranks.rank]
-    try:
-        if not own.exists():
-            own.with_suffix(".part").write_text(str(step))
-            os.replace(own.with_suffix(".part"), own)
-    except OSError as error:
-        raise Problem(f"cannot stop: {error}", "free some space, and interrupt again") from None
-    found = [path for path in every if path.exists()]
-    if len(found) == ranks.world:
-        return max(int(path.read_text()) for path in found) + 1
-    if time.time() - own.stat().st_mtime > patience_s:
-        what = f"rank {ranks.rank} was asked to stop, but only {len(found)} of {ranks.world} ranks were"
+    slots = [folder / "heartbeat" / f"stop{rank}" for rank in range(ranks.world)]
+    told = [path.read_text().strip() if path.exists() else "" for path in slots]
+    if not told[ranks.rank]:
+        told[ranks.rank] = str(step)
+        with contextlib.suppress(OSError), open(slots[ranks.rank], "r+") as slot:
+            slot.write(f"{step:{SLOT}d}")
+    if all(told):
+        return max(map(int, told)) + 1
+    if time.monotonic() - since > patience_s:
+        found = sum(map(bool, told))
+        what = f"rank {ranks.rank} was asked to stop, but only {found} of {ranks.world} ranks were"
         raise Problem(what, "interrupt the launcher, not a rank")
     return None
 
@@ -662,7 +734,8 @@ def play(rank: int, asked_before: int) -> None:
     step, stop_at = 0, None
     while step < 50:
         if step >= asked_before and stop_at is None:
-            stop_at = agree_on_stop(scratch / "two", Ranks(rank, 2, ranks.device), step)
+            two = Ranks(rank, 2, ranks.device)
+            stop_at = agree_on_stop(scratch / "two", two, step, time.monotonic())
         if step == stop_at:
             break
         together.wait(timeout=5)
@@ -670,7 +743,8 @@ def play(rank: int, asked_before: int) -> None:
     stopped[rank] = step
 
 
-(scratch / "two" / "heartbeat").mkdir(parents=True)
+for rank in (0, 1, 2):
+    Heartbeat(scratch / "two", rank)
 (scratch / "two" / "heartbeat" / "stop2").write_text("40")  # of a run that once had three ranks
 players = [threading.Thread(target=play, args=asked) for asked in ((0, 5), (1, 6))]
 for player in players:
@@ -678,11 +752,11 @@ for player in players:
 for player in players:
     player.join()
 assert stopped == {0: 7, 1: 7}
-(scratch / "nine" / "heartbeat").mkdir(parents=True)
+Heartbeat(scratch / "nine", 0)
 alone_of_nine = (scratch / "nine", Ranks(0, 9, ranks.device))
-assert agree_on_stop(*alone_of_nine, step=7) is None
+assert agree_on_stop(*alone_of_nine, step=7, since=time.monotonic()) is None
 try:
-    agree_on_stop(*alone_of_nine, step=8, patience_s=0.0)
+    agree_on_stop(*alone_of_nine, step=8, since=time.monotonic() - 21)
     raise AssertionError("eight ranks were never asked")
 except Problem as problem:
     print(f"asked before steps 5 and 6, both stop before step {stopped[0]}; and {problem.what}")
@@ -700,6 +774,7 @@ class Run:
     """Everything that changes while training, and what it needs.
 
     optimizers: of torch.optim.Optimizer, or the one that all ranks share. skipped: how many steps had a gradient that was not finite.
+    saved: the checkpoint that was last written or read.
     """
 
     config: Config
@@ -717,6 +792,7 @@ class Run:
     interrupts: Interrupts
     step: int = 0
     stop_at: int | None = None
+    saved: Path | None = None
 
 
 # %%
@@ -727,7 +803,8 @@ def train_step(run: Run) -> Tensor:
     shared = run.config.sharing.on
     if not shared:
         run.model.zero_grad()
-    loss = accumulate(run.forward, batches, len(batches) * run.ranks.world, device, precision)
+    parts = len(batches) * run.ranks.world
+    loss = accumulate(run.forward, batches, parts, device, precision, run.heart.beat)
     if shared:
         update_shared(run)
     else:
@@ -752,6 +829,9 @@ class SilentLog:
     def line(self, text: str) -> None:
         pass
 
+    def lacking(self) -> list[str]:
+        return []
+
 
 # %% [markdown]
 # Compiling has a trap, and this trainer sat in it. A norm's backward pass has two reductions: along each row for the input's gradient, and over all tokens for gain's and bias's. From version 2.10 on PyTorch fuses them, in large passes: at a width of 512 from 10,240 tokens on, at 768 from 6,827. Where gains and biases are slices of one tensor, as in our banks, most of their gradient is then left *unwritten* ([pytorch#193061](https://github.com/pytorch/pytorch/issues/193061)). Nothing fails. Training goes on with whatever stood in that memory, and for a while it even learns. What gave it away was a loss that rose while the rate fell towards zero, which no descent does. So that fusion is switched off; a test compares compiled gradients with eager ones. (What the fusion would have saved is not measured.)
@@ -775,7 +855,7 @@ assert "triton.mix_order_reduction" in torch._inductor.list_options(), "this PyT
 #| export
 def assemble(config: Config, folder: Path, echo=print) -> Run:
     """Everything that a run needs, on this rank, at step 0."""
-    heart = Heartbeat(folder, int(os.environ.get("RANK", 0)))  # before anything that could hang
+    heart = Heartbeat(folder, rank_numbers()[0])  # before anything that could hang
     ranks = join_ranks(config.device, config.backend)
     check_config(config, ranks.world)
     device = ranks.device
@@ -802,29 +882,28 @@ def assemble(config: Config, folder: Path, echo=print) -> Run:
 # %%
 #| export
 def open_log(config: Config, folder: Path, echo) -> RunLog:
-    """Rank 0's log: two files, and Weights & Biases as well if the run names a project."""
+    """Rank 0's log: two files, and Weights & Biases as well if the run names a project and it answers."""
+    log = RunLog(folder, echo)
     if not config.wandb:
-        return RunLog(folder, echo)
+        return log
     try:
         import wandb
-    except ImportError:
-        raise Problem(
-            f"--wandb {config.wandb}, but wandb is not installed", "pip install wandb"
-        ) from None
 
-    class TrackedLog(RunLog):
-        """A log that also sends its numbers to a Weights & Biases project."""
+        wandb.init(project=config.wandb, name=folder.name, config=dataclasses.asdict(config))
+    except Exception as error:  # not installed, no key, no network: a log is not worth a run
+        log.line(f"no Weights & Biases, going on without: {visible(error)}")
+        return log
+    write = log.record
 
-        def record(self, kind: str, **fields) -> None:
-            super().record(kind, **fields)
-            if kind in ("step", "val"):
-                numbers = {
-                    name: value for name, value in fields.items() if isinstance(value, (int, float))
-                }
+    def record(kind: str, **fields) -> None:
+        write(kind, **fields)
+        if kind in ("step", "val"):
+            numbers = {k: v for k, v in fields.items() if isinstance(v, int | float)}
+            with contextlib.suppress(Exception):
                 wandb.log(numbers, step=fields["step"])
 
-    wandb.init(project=config.wandb, name=folder.name, config=dataclasses.asdict(config))
-    return TrackedLog(folder, echo)
+    log.record = record  # type: ignore[method-assign]
+    return log
 
 
 # %%
@@ -844,14 +923,21 @@ print(f"one step: loss {loss.item():.3f}, position {run.loader.position}")
 # %% [markdown]
 # ### Checkpoints
 #
-# A checkpoint is a folder: weights and optimizer state as *safetensors*, a format that holds numbers and cannot hold code, and a JSON file with the rest. It is written under another name and renamed when it is complete, so a process that is killed leaves a checkpoint whole or not at all. (A power cut may not. Loading notices a file that is too short, not one whose last page was never written.) If there is no room, the run goes on and says so; an older
-# checkpoint is deleted only once the next one stands.
+# A checkpoint is a folder: weights and optimizer state as *safetensors*, a format that holds numbers and cannot hold code, and a JSON file with the rest. It is written under another name, waited for until the disk has it, and renamed when it is complete: a process that is killed, or a power cut, leaves it whole or not at all. If there is no room, the run goes on and says so; an older
+# checkpoint is deleted only once the next one stands, and only under a name that the trainer itself makes (a copy called `step-0000020-good` is somebody's, and stays).
+#
+# It may come back from anywhere: another disk, another user, another program. So nothing in it is believed. Each tensor file's SHA-256 stands in the JSON file, names, shapes and dtypes are compared before a number is copied (a moment of a wrong shape once made the fused AdamW write past the end of its memory), and the facts must be of their types and agree with the folder's name.
 
 # %%
 #| default_exp checkpoint
 #| export
+import errno
+import hashlib
 import json
+import math
 import os
+import re
+import shlex
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -862,7 +948,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from speedrun.lab.errors import Problem
+from speedrun.lab.errors import Problem, visible
+from speedrun.lab.files import atomic_write, sync
 
 
 Optimizers = Sequence[Any]  # of torch.optim.Optimizer, or chapter 20's alone
@@ -926,89 +1013,210 @@ KEPT = 2
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first."""
-    return sorted(path for path in (folder / "checkpoints").glob("step-*") if not path.suffix)
+    """The complete checkpoints of a run, oldest first: of the folder's entries those that `save_checkpoint` names."""
+    found = {}
+    for path in (folder / "checkpoints").glob("step-*"):
+        step = re.fullmatch(r"step-(\d{7,})", path.name)
+        if step and path.is_dir():
+            found[int(step[1])] = path
+    return [found[step] for step in sorted(found)]
 
 
-def save_checkpoint(
-    folder: Path, step: int, weights: dict, moments: dict, facts: dict
-) -> Path | str:
-    """Save named tensors and facts, whole or not at all. Returns the path, or the reason why there is none."""
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file, in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
+    """Write named tensors to the disk; returns the file's SHA-256."""
+    layout = torch.contiguous_format  # copies, since small parameters may be views of one storage
+    save_file({k: v.detach().clone(memory_format=layout) for k, v in tensors.items()}, path)
+    path.chmod((path.parent / "state.json").stat().st_mode)  # safetensors shuts out all other users
+    sync(path)
+    return file_hash(path)
+
+
+# %%
+#| export
+def save_checkpoint(folder: Path, step: int, weights: dict, moments: dict, facts: dict) -> Path:
+    """Save named tensors and facts, whole or not at all; keeps the last two. Raises OSError, leaving no rest."""
     path = folder / "checkpoints" / f"step-{step:07d}"
     part = path.with_suffix(".part")
-    if path.exists():  # a resumed run has come by here before
-        return path
     try:
-        shutil.rmtree(part, ignore_errors=True)
+        for rest in path.parent.glob("step-*.part"):  # of a process that was killed
+            shutil.rmtree(rest, ignore_errors=True)
         part.mkdir(parents=True)
-        for name, tensors in (("model", weights), ("optimizer", moments)):
-            # copies, since small parameters may be views of one storage
-            layout = torch.contiguous_format
-            whole = {
-                key: value.detach().clone(memory_format=layout) for key, value in tensors.items()
-            }
-            save_file(whole, part / f"{name}.safetensors")
-        (part / "state.json").write_text(json.dumps({"step": step, **facts}, indent=1))
+        atomic_write(part / "state.json", "")
+        tensors = {"model": weights, "optimizer": moments}
+        hashes = {k: write_tensors(part / f"{k}.safetensors", v) for k, v in tensors.items()}
+        facts = {"step": step, **facts, "sha256": hashes}
+        atomic_write(part / "state.json", json.dumps(facts, indent=1))
+        retire(path)
         os.replace(part, path)
+        sync(path.parent)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(part, ignore_errors=True)
-        return str(error)
+        full = (
+            errno.ENOSPC if "No space left" in str(error) else None
+        )  # safetensors gives no number
+        why = getattr(error, "strerror", None) or str(error)
+        raise OSError(getattr(error, "errno", full), why, str(path)) from None
     others = [other for other in checkpoints(folder) if other != path]
     for old in others[: len(others) - KEPT + 1]:
-        shutil.rmtree(old, ignore_errors=True)
+        retire(old)
+    return path
+
+
+def retire(path: Path) -> None:
+    """Remove a checkpoint, under another name, so that a half-removed one is never taken for a whole one."""
+    if path.exists():
+        aside = path.with_name(f"{path.name}-old.part")
+        os.replace(path, aside)
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+# %%
+weights = {"w": torch.randn(3, 4), "b": torch.zeros(4)}
+told = {"config": {}, "position": [0, 0, 0], "train_time_ms": 1.5, "data_sha256": "0" * 64, "vocab_size": 288, "tokenizer": "bytes"}  # fmt: skip
+for step in (10, 20, 30):
+    newest = save_checkpoint(scratch, step, weights, {"w/exp_avg": torch.ones(3, 4)}, told)
+    if step == 10:
+        shutil.copytree(newest, newest.with_name("step-0000010-good"))
+assert [path.name for path in checkpoints(scratch)] == ["step-0000020", "step-0000030"]
+assert newest.with_name("step-0000010-good").is_dir(), "somebody's copy is not ours to remove"
+assert len({path.stat().st_mode for path in newest.iterdir()}) == 1, "read by all or by none"
+
+# %%
+#| export
+FACTS: dict[str, Any] = {
+    "step": lambda v: type(v) is int and v >= 0,
+    "config": lambda v: type(v) is dict,
+    "position": lambda v: type(v) is list and len(v) == 3 and all(type(n) is int and n >= 0 for n in v),
+    "train_time_ms": lambda v: type(v) in (int, float) and 0 <= v < math.inf,
+    "data_sha256": lambda v: type(v) is str and re.fullmatch("[0-9a-f]{64}", v),
+    "vocab_size": lambda v: type(v) is int and 0 < v <= 1 << 16,
+    "tokenizer": lambda v: type(v) is str,
+}  # fmt: skip
+
+
+def quoted(path: Path | str) -> str:
+    """A path as it can be copied into a shell."""
+    return shlex.quote(str(path))
+
+
+def damaged(path: Path, why: object) -> Problem:
+    """What to say about a checkpoint that is not whole, and the way on, which removes nothing."""
+    run = path.parent.parent
+    others = [other.name for other in checkpoints(run) if other != path]
+    again = (
+        f"then the run goes on from {others[-1]}"
+        if others
+        else "and begin again with another --out"
+    )
+    fix = f"put it aside (mv {quoted(path)} {quoted(run)}/), {again}"
+    return Problem(f"{path} is not a whole checkpoint: {visible(why)}", fix)
+
+
+def readable(path: Path) -> Path:
+    """The path itself, after trying to open it: a file that may not be read is not a damaged one."""
+    try:
+        open(path, "rb").close()
+    except PermissionError:
+        fix = f"its owner can permit it: chmod -R a+rX {quoted(path.parent.parent.parent)}"
+        raise Problem(f"{path} may not be read by this user", fix) from None
+    except OSError as error:
+        raise damaged(path.parent, f"{path.name}: {error.strerror}") from None
     return path
 
 
 # %%
 #| export
+def load_facts(path: Path) -> dict:
+    """What a checkpoint folder says about its run, each fact of its type. Raises Problem."""
+    try:
+        facts = json.loads(readable(path / "state.json").read_text(encoding="utf-8"))
+        wrong = [name for name, holds in FACTS.items() if not holds(facts[name])]
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise damaged(path, f"state.json: {type(error).__name__} {error}") from None
+    if wrong:
+        raise damaged(path, f"state.json: {wrong[0]} is {facts[wrong[0]]!r}")
+    if checkpoints(path.parent.parent) and path.name != f"step-{facts['step']:07d}":
+        raise damaged(path, f"state.json is of step {facts['step']}")
+    return facts
+
+
+def load_tensors(path: Path, kind: str, facts: dict) -> dict[str, Tensor]:
+    """The tensors of a checkpoint, on the CPU; kind: model or optimizer. Raises Problem where a bit has changed."""
+    file, hashes = readable(path / f"{kind}.safetensors"), facts.get("sha256")
+    if hashes is not None:  # checkpoints of before 28 November 2026 have none
+        wanted = hashes.get(kind) if isinstance(hashes, dict) else None
+        if file_hash(file) != wanted:
+            raise damaged(path, f"the SHA-256 of {file.name} is not the one in state.json")
+    try:
+        return load_file(file)
+    except (SafetensorError, ValueError, TypeError, KeyError, OverflowError, MemoryError) as error:
+        raise damaged(path, error) from None
+
+
 def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict]:
     """Weights, optimizer tensors and facts of a checkpoint folder, on the CPU."""
-    try:
-        facts = json.loads((path / "state.json").read_text())
-        return (
-            load_file(path / "model.safetensors"),
-            load_file(path / "optimizer.safetensors"),
-            facts,
-        )
-    except (OSError, ValueError, SafetensorError) as error:
-        others = [str(other) for other in checkpoints(path.parent.parent) if other != path]
-        again = "start the run again: it has no other checkpoint"
-        fix = f"delete it; the run then resumes from {others[-1]}" if others else again
-        raise Problem(f"{path} is not a whole checkpoint: {error}", fix) from None
+    facts = load_facts(path)
+    return load_tensors(path, "model", facts), load_tensors(path, "optimizer", facts), facts
 
 
+# %%
+#| export
 def latest_checkpoint(folder: Path) -> Path:
     """The newest complete checkpoint of a run."""
     found = checkpoints(folder)
     if not found:
+        fix = "a run that ended before it saved begins again with another --out; its folder is not touched"
         raise Problem(
-            f"{folder} has no checkpoint",
-            "give the folder of a run, such as runs/…, that has saved one",
+            f"{folder} has no checkpoint", fix if folder.exists() else "look for a misspelt name"
         )
     return found[-1]
 
 
+def check_tensors(path: Path, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    """Raise Problem unless two sets of named tensors have the same names, shapes and dtypes."""
+    for name in sorted(found.keys() ^ wanted.keys()):
+        raise damaged(path, f"{name} is {'missing' if name in wanted else 'not of this model'}")
+    for name, tensor in found.items():
+        here = wanted[name]
+        if (tensor.shape, tensor.dtype) != (here.shape, here.dtype):
+            shapes = [f"{tuple(t.shape)} {str(t.dtype)[6:]}" for t in (tensor, here)]
+            raise damaged(path, f"{name} is {shapes[0]}, and not {shapes[1]}")
+
+
 # %%
-weights = {"w": torch.randn(3, 4), "b": torch.zeros(4)}
-for step in (10, 20, 30):
-    newest = save_checkpoint(scratch, step, weights, {"w/exp_avg": torch.ones(3, 4)}, {"epoch": 1})
-assert [path.name for path in checkpoints(scratch)] == ["step-0000020", "step-0000030"]
 assert latest_checkpoint(scratch) == newest
 back, moments, facts = load_checkpoint(newest)
-assert all(torch.equal(back[name], weights[name]) for name in weights) and facts == {
-    "step": 30,
-    "epoch": 1,
-}
-(newest / "model.safetensors").write_bytes(b"short")
-try:
-    load_checkpoint(newest)
-    raise AssertionError("accepted")
-except Problem as problem:
-    assert "step-0000020" in problem.fix
-    print(str(problem).replace(str(scratch), "runs/example"))
+check_tensors(newest, back, weights)
+assert all(torch.equal(back[name], weights[name]) for name in weights) and facts["step"] == 30
+tensors, state = newest / "model.safetensors", newest / "state.json"
+whole_bytes, whole_state = tensors.read_bytes(), state.read_text()
+flipped = bytearray(whole_bytes)
+flipped[-1] ^= 1  # one bit of one number
+for file, content in (
+    (tensors, bytes(flipped)),
+    (tensors, b"short"),
+    (state, whole_state[:40].encode()),
+    (state, whole_state.replace('"step": 30', '"step": 31').encode()),
+    (state, whole_state.replace("1.5", "NaN").encode()),
+):
+    file.write_bytes(content)
+    try:
+        load_checkpoint(newest)
+        raise AssertionError("accepted")
+    except Problem as problem:
+        assert "step-0000020" in problem.fix and "mv " in problem.fix
+        print(problem.what.replace(str(scratch), "runs/example"))
+    tensors.write_bytes(whole_bytes)
+    state.write_text(whole_state)
 
 # %% [markdown]
-# Going back restores weights, moments, the position in the data and the clock, and refuses a folder of other data, on which "the same run" would be a lie.
+# Going back restores weights, moments, the position in the data and the clock. It refuses a folder of other data, on which "the same run" would be a lie, and a checkpoint whose settings are not those that the folder's log began with. To know which moments there should be, the optimizers are asked to take a step that changes nothing.
 
 
 # %%
@@ -1020,52 +1228,110 @@ def put_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
             p.copy_(weights[name])
 
 
+def blank_moments(run: Run) -> dict[str, Tensor]:
+    """What the optimizers' state looks like (names, shapes, dtypes), after a step that was left out."""
+    named = dict(run.model.named_parameters())
+    if not run.config.sharing.on:
+        for p in named.values():
+            p.grad = torch.zeros_like(p)
+        for optimizer in run.optimizers:
+            optimizer.found_inf, optimizer.grad_scale = torch.ones_like(run.skipped), None
+            optimizer.step()
+        run.model.zero_grad()
+    return optimizer_tensors(run.optimizers, named)
+
+
+# %%
+#| export train
+FREE = ("max_steps", "data.path", "device", "backend")  # what may change when a run goes on
+
+
+def check_same_run(path: Path, facts: dict, run: Run) -> None:
+    """Raise Problem where a checkpoint is of other data, or of other settings, than the folder that it lies in."""
+    manifest, folder = run.loader.shards.manifest, run.loader.shards.folder
+    if facts["data_sha256"] != manifest.sha256:
+        what = f"{path} was trained on other data than {folder} lists now"
+        count = facts.get("train_shards", "N")
+        again = f"shards fetched since: python -m speedrun.data fineweb --shards {count} lists those of then"
+        raise Problem(what, f"{again}; other text: --data.path FOLDER")
+    own = {"vocab_size": manifest.vocab_size, "tokenizer": manifest.tokenizer}
+    for name, value in own.items():
+        if facts[name] != value:
+            raise damaged(path, f"{name} is {facts[name]!r}, and in {folder} {value!r}")
+    with contextlib.suppress(OSError, ValueError, KeyError, AttributeError):
+        first = json.loads((run.folder / "metrics.jsonl").open(encoding="utf-8").readline())
+        begun = fields_of(config_from_json(first["config"]))
+        now = fields_of(config_from_json(facts["config"]))
+        other = [name for name in now if name not in FREE and now[name] != begun[name]]
+        if other:
+            what = f"{path} is of another run: {other[0]} is {now[other[0]]}, and was {begun[other[0]]}"
+            raise Problem(what, f"put it aside: mv {quoted(path)} {quoted(run.folder)}/")
+
+
 def resume(run: Run) -> None:
     """Go back to the latest checkpoint of the run's folder."""
-    path = latest_checkpoint(run.folder)
+    path, named = latest_checkpoint(run.folder), dict(run.model.named_parameters())
     weights, moments, facts = load_checkpoint(path)
-    if facts["data_sha256"] != run.loader.shards.manifest.sha256:
-        what = f"{path} was trained on other data than {run.loader.shards.folder}"
-        raise Problem(
-            what, f"--data.path of the text whose SHA-256 begins with {facts['data_sha256'][:12]}"
-        )
+    check_same_run(path, facts, run)
+    check_tensors(path, weights, named)
+    broken = [name for name, w in weights.items() if not torch.isfinite(w.float()).all()]
+    if broken:
+        raise damaged(path, f"{', '.join(broken)} is not finite")
+    if not run.config.sharing.on:
+        check_tensors(path, moments, blank_moments(run) if facts["step"] else {})
     put_weights(run.model, weights)
-    restore_optimizers(run.optimizers, dict(run.model.named_parameters()), moments)
+    try:
+        restore_optimizers(run.optimizers, named, moments)
+    except ValueError as error:  # of the shared one, which checks for itself
+        raise damaged(path, error) from None
     run.step, run.loader.position = facts["step"], Position(*facts["position"])
-    run.clock.elapsed_ms = facts["train_time_ms"]
+    run.clock.elapsed_ms, run.saved = facts["train_time_ms"], path
     run.log.line(f"resumed from {path} at step {run.step}")
 
 
 # %%
 #| export train
-def keep(run: Run) -> Path | None:
-    """Save a checkpoint (rank 0), off the clock. None where there was no room, which is said and survived.
+def facts_of(run: Run) -> dict:
+    """What a checkpoint says about its run beside the tensors."""
+    manifest = run.loader.shards.manifest
+    return {
+        "config": dataclasses.asdict(run.config),
+        "position": run.loader.position,
+        "train_time_ms": run.clock.ms,
+        "data_sha256": manifest.sha256,
+        "train_shards": len(manifest.split("train")),
+        "vocab_size": manifest.vocab_size,
+        "tokenizer": manifest.tokenizer,
+    }
+
+
+def keep(run: Run, patience_s: float = 0.0) -> Path | None:
+    """Save a checkpoint (rank 0), off the clock; tries again for `patience_s`. None where it failed, which is said.
 
     Raises Problem on every rank if a number is broken: such a state is not worth going back to.
     """
     if run.skipped.item():
         raise broken(run)
-    named = dict(run.model.named_parameters())
+    if run.saved and run.saved.name == f"step-{run.step:07d}":  # nothing has happened since
+        return run.saved
+    named, end = dict(run.model.named_parameters()), time.monotonic() + patience_s
     moments = optimizer_tensors(run.optimizers, named)
     if run.ranks.rank != 0:
         return None
-    manifest = run.loader.shards.manifest
-    facts = {
-        "config": dataclasses.asdict(run.config),
-        "position": run.loader.position,
-        "train_time_ms": run.clock.ms,
-        "data_sha256": manifest.sha256,
-        "vocab_size": manifest.vocab_size,
-        "tokenizer": manifest.tokenizer,
-    }
     run.heart.phase("checkpoint", run.step)
-    saved = save_checkpoint(run.folder, run.step, named, moments, facts)
+    while True:
+        try:
+            run.saved = save_checkpoint(run.folder, run.step, named, moments, facts_of(run))
+            break
+        except OSError as error:
+            if time.monotonic() >= end:
+                run.log.line(f"no checkpoint at step {run.step}, going on without: {error}")
+                return None
+        time.sleep(1.0)
+        run.heart.beat()
     run.heart.phase("train", run.step)
-    if isinstance(saved, str):
-        run.log.line(f"no checkpoint at step {run.step}, going on without: {saved}")
-        return None
-    run.log.record("checkpoint", step=run.step, path=str(saved))
-    return saved
+    run.log.record("checkpoint", step=run.step, path=str(run.saved))
+    return run.saved
 
 
 # %%
@@ -1167,7 +1433,7 @@ def log_step(run: Run, loss: Tensor, marks: Marks) -> None:
     sum_over_ranks([together], run.ranks.world)
     mean, skipped = together.tolist()
     if skipped or not math.isfinite(mean):
-        raise broken(run)
+        raise broken(run, mean)
     run.log.line(format_line(run.step, run.config.steps, run.clock.ms, train_loss=mean))
     steps_ms = [round(ms, 3) for ms in marks.drain()]
     rate = learning_rate(run.step - 1, run.config.steps, run.config.optim, run.config.schedule)
@@ -1190,10 +1456,12 @@ def gpu_state(device: torch.device) -> dict[str, float]:
 
 
 def validate(run: Run) -> float:
-    """Validate and log, off the clock."""
+    """Validate and log, off the clock. A loss that is not finite ends the run, like any other such number."""
     run.heart.phase("validate", run.step)
     state = gpu_state(run.ranks.device)
     loss, ms = evaluate(run, held_out(run, run.config.val_tokens)), run.clock.ms
+    if not math.isfinite(loss):
+        raise broken(run, loss)
     run.log.line(format_line(run.step, run.config.steps, ms, val_loss=loss))
     average = ms / max(run.step, 1)
     run.log.record(
@@ -1225,12 +1493,12 @@ def run_loop(run: Run, step=train_step) -> str:
                 return "finished"
         if run.interrupts.signal and run.stop_at is None:
             run.clock.wait()  # else this rank may be many steps ahead of its GPU
-            run.stop_at = agree_on_stop(run.folder, run.ranks, run.step)
+            run.stop_at = agree_on_stop(run.folder, run.ranks, run.step, run.interrupts.since)
         if run.step == run.stop_at:
             return "interrupted"
         loss = step(run)
         marks.mark()
-        run.heart.beat()
+        run.heart.beat(run.step)
         if run.step % config.log_every == 0 or run.step == last:
             log_step(run, loss, marks)
         if run.step % (config.checkpoint_every or last) == 0 and run.step < last:
@@ -1246,14 +1514,11 @@ def run_loop(run: Run, step=train_step) -> str:
 #| export train
 def describe_code() -> dict:
     """The commit, and each module of the trainer with its hash and its source."""
-    git = subprocess.run(
-        ["git", "-C", str(root()), "rev-parse", "HEAD"], capture_output=True, text=True
-    )
     hashes = module_hashes(["speedrun.train"])
     files = {name: file for name in hashes if (file := module_file(name))}
     texts = {name: file.read_text(encoding="utf-8") for name, file in files.items()}
     modules = {name: {"hash": hashes[name], "source": text} for name, text in texts.items()}
-    return {"commit": git.stdout.strip(), "modules": modules}
+    return {"commit": commit(), "modules": modules}
 
 
 def bytes_per_token(validation: Shards, tokens: int) -> float | None:
@@ -1335,44 +1600,92 @@ assert "2.00 epochs" in epochs_line(long) and memory_mb(ranks.device)["resident"
 print(epochs_line(long))
 
 
+# %% [markdown]
+# A disk that is full in the middle of a run may have room again later, so the run goes on. At the end there is no later. Then saving is tried for half a minute, and a model that still is not on the disk is a problem with status 1, never "finished".
+
+
 # %%
 #| export train
 def finish(run: Run, why: str) -> None:
-    """Save, and write down how it ended: finished or interrupted."""
-    saved, memory, ms = keep(run), memory_mb(run.ranks.device), run.clock.ms
-    facts = {"train_time_ms": ms, "memory_mb": memory, "checkpoint": str(saved)}
+    """Save, and write down how it ended: finished or interrupted. Raises Problem (rank 0) if that is not on the disk."""
+    kept = keep(run, 30.0 if why == "finished" else 5.0)
+    memory, ms = memory_mb(run.ranks.device), run.clock.ms
+    facts = {"train_time_ms": ms, "memory_mb": memory, "checkpoint": str(kept)}
     run.log.record("end", step=run.step, reason=why, **facts)
     used = ", ".join(f"{amount:,} MiB {kind}" for kind, amount in memory.items())
     run.log.line(f"{why} at step {run.step}: {ms / 1000:.1f} s of training, memory {used}")
-    if why == "interrupted" and saved:
-        run.log.line(f"to resume: python -m speedrun.train --resume {run.folder}")
     run.heart.phase("end", run.step)
+    lost = run.log.lacking() + ["the checkpoint"] * (kept is None and run.ranks.rank == 0)
+    if lost:
+        raise unsaved(run, lost)
+    if why == "interrupted" and kept:
+        run.log.line(f"to resume: python -m speedrun.train --resume {quoted(run.folder)}")
+
+
+def unsaved(run: Run, lost: list[str]) -> Problem:
+    """What to say where the end of a run could not be written."""
+    size = sum(p.numel() * p.element_size() for p in run.model.parameters()) * 3 / 1e6
+    older = [path.name for path in checkpoints(run.folder)]
+    room = f"free {size + 1:.0f} MB where {run.folder} lies, or see that it can be written to"
+    on = (
+        f"--resume {quoted(run.folder)} then goes on from {older[-1]}"
+        if older
+        else "then train again"
+    )
+    return Problem(f"step {run.step} is reached, but not saved: {', '.join(lost)}", f"{room}; {on}")
+
+
+# %% [markdown]
+# A run's folder has one owner (the lock is the [workshop's](93_errors_and_files.ipynb)): rank 0, and the launcher above it, if there is one. It is asked for before anything is touched. Whoever starts a second run or a second resume there is refused, and the first does not notice.
 
 
 # %%
 #| export train
+@contextlib.contextmanager
+def sole_owner(folder: Path):
+    """A run's folder, rank 0's alone in this block. Without a launcher above, it takes that one's part as well."""
+    launched = os.environ.get("SPEEDRUN_LIFELINE") == "1"
+    roles = ("train",) if launched else ("launch", "train")
+    folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as held:
+        for role in roles if rank_numbers()[0] == 0 else ():
+            held.callback(claim(folder, role).release)
+        yield
+
+
+def refuse_old_run(folder: Path) -> None:
+    """Raise Problem if a folder holds a run: a new one never writes over it."""
+    if (folder / "metrics.jsonl").exists():
+        resumed = f"--resume {quoted(folder)}, or another --out"
+        fix = (
+            resumed if checkpoints(folder) else "another --out (that run ended before it had saved)"
+        )
+        raise Problem(f"{folder} holds a run already", fix)
+
+
 def train(
     config: Config, folder: Path, again=False, interrupts=None, echo=print, command: str = ""
 ) -> Run:
     """Train a run into `folder`, or resume it (`again`). All its numbers are in the folder's log."""
-    run = assemble(config, folder, echo)
-    run.interrupts = interrupts or run.interrupts
-    if again:
-        resume(run)
-    elif run.ranks.rank == 0 and (folder / "metrics.jsonl").exists():
-        raise Problem(f"{folder} holds a run already", f"--resume {folder}, or another --out")
-    run.log.record("run", again=again, step=run.step, **describe_run(run, command))
-    for line in filter(None, [epochs_line(run)]):
-        run.log.line(line)
-    run.heart.phase("compile")
-    seconds = warm_up(run) if config.warmup else 0.0
-    run.log.record("phase", phase="compile and warm-up", seconds=seconds)
-    run.log.line(f"compile and warm-up: {seconds:.1f} s, not counted")
-    run.heart.phase("train", run.step)
-    why = run_loop(run)
-    run.clock.stop()
-    finish(run, why)
-    return run
+    with sole_owner(folder):
+        if not again and rank_numbers()[0] == 0:
+            refuse_old_run(folder)
+        run = assemble(config, folder, echo)
+        run.interrupts = interrupts or run.interrupts
+        if again:
+            resume(run)
+        run.log.record("run", again=again, step=run.step, **describe_run(run, command))
+        for line in filter(None, [epochs_line(run)]):
+            run.log.line(line)
+        run.heart.phase("compile", run.step)
+        seconds = warm_up(run) if config.warmup else 0.0
+        run.log.record("phase", phase="compile and warm-up", seconds=seconds)
+        run.log.line(f"compile and warm-up: {seconds:.1f} s, not counted")
+        run.heart.phase("train", run.step)
+        why = run_loop(run)
+        run.clock.stop()
+        finish(run, why)
+        return run
 
 
 # %% [markdown]
@@ -1461,7 +1774,8 @@ def lifeline(interrupts: Interrupts | None = None, grace_s: float = 10.0) -> Non
         while not launcher_is_gone():
             pass
         if interrupts is not None:
-            interrupts.signal = signal.SIGTERM
+            if interrupts.signal is None:
+                interrupts.note(signal.SIGTERM)
             time.sleep(grace_s)
         os._exit(70)
 
@@ -1502,20 +1816,29 @@ class TrainCommand:
 
 
 def run_folder(command: TrainCommand) -> Path:
-    """Where a run writes: as told, or a new folder named by date and preset."""
+    """Where a run writes: as told, or a folder, made here, that is named by date and preset."""
     if command.out or command.resume:
         return Path(command.out or command.resume)
-    return root() / "runs" / f"{datetime.now():%Y%m%d-%H%M%S}-{command.config.preset}"
+    if rank_numbers()[1] > 1:
+        raise Problem(
+            "several ranks need one folder", "--out runs/NAME; or python -m speedrun.launch"
+        )
+    return new_folder(root() / "runs" / f"{datetime.now():%Y%m%d-%H%M%S}-{command.config.preset}")
 
 
-FREE = ("max_steps", "data.path", "device", "backend")  # what may change when a run goes on
+def settled(path: str) -> str:
+    """A data folder's name that means the same from everywhere: the project's own stays relative, others are absolute."""
+    if Path(path).is_absolute() or not Path(path).exists():
+        return path
+    ours = (root() / path).exists() and (root() / path).samefile(path) and ".." not in path
+    return path if ours else str(Path(path).absolute())
 
 
 def run_config(command: TrainCommand) -> Config:
     """The run that a command asks for: the one on the command line, or the one that a checkpoint was saved with."""
     if not command.resume:
-        return command.config
-    facts = load_checkpoint(latest_checkpoint(Path(command.resume)))[2]
+        return vary(command.config, {"data.path": settled(command.config.data.path)})
+    facts = load_facts(latest_checkpoint(Path(command.resume)))
     given, usual = fields_of(command.config), fields_of(preset(command.config.preset))
     said = {name: value for name, value in given.items() if value != usual[name]}
     ignored = ", ".join(sorted(set(said) - set(FREE)))
@@ -1523,14 +1846,15 @@ def run_config(command: TrainCommand) -> Config:
         what = f"--resume goes on with the run's own settings: {ignored} would be ignored"
         raise Problem(what, "leave them out, or start another run")
     own = {name: said[name] for name in FREE if name in said}
+    if "data.path" in own:
+        own["data.path"] = settled(own["data.path"])
     return vary(config_from_json(facts["config"]), {"max_steps": 0} | own)
 
 
 # %%
-assert (
-    run_folder(TrainCommand(brief, out="x")) == Path("x")
-    and "-cpu" in run_folder(TrainCommand(brief)).name
-)
+assert run_folder(TrainCommand(brief, out="x")) == Path("x")
+assert settled("data/embedded") == "data/embedded" and settled("no such folder") == "no such folder"
+assert settled("speedrun") == "speedrun" and Path(settled("..")).is_absolute()
 later = TrainCommand(preset("smoke"), resume=str(scratch / "whole"))
 assert run_config(later) == brief, "a resumed run has its own settings, whatever preset is named"
 moved = dataclasses.replace(later, config=vary(later.config, {"data.path": "/elsewhere"}))
@@ -1542,14 +1866,14 @@ except Problem as problem:
     print(problem)
 
 # %% [markdown]
-# In a terminal there is a progress bar, and only validations and other news leave a line. Everywhere else every line is printed at once, and if nobody is left to read, the run goes on.
+# In a terminal there is a progress bar, and only validations and other news leave a line. Everywhere else every line is printed at once, and whatever may be wrong with the output, the run goes on.
 
 
 # %%
 #| export train
 def say(line: str) -> None:
-    """Print a line in one piece, at once; if nobody is left to read it, go on."""
-    with contextlib.suppress(BrokenPipeError):
+    """Print a line in one piece, at once; if that fails, go on."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
         sys.stdout.write(line + "\n")  # print() writes the line's end apart, and ranks get mixed up
         sys.stdout.flush()
 
@@ -1557,7 +1881,7 @@ def say(line: str) -> None:
 @contextlib.contextmanager
 def progress(config: Config):
     """A way to show log lines: above a progress bar in a terminal, plainly elsewhere."""
-    if not sys.stdout.isatty():
+    if sys.stdout is None or not sys.stdout.isatty():
         yield say
         return
     with tqdm(total=config.max_steps or config.steps, unit="step", dynamic_ncols=True) as bar:
@@ -1575,28 +1899,31 @@ def progress(config: Config):
 
 # %%
 #| export train
-def main(arguments: list[str]) -> int:
-    """`python -m speedrun.train`. Status 0: finished; 1: a problem, printed; 130, 143: interrupted, and saved."""
-    interrupts = Interrupts()
-    try:
-        setup()
-        lifeline(interrupts)
-        command = read_command(TrainCommand, arguments, "cpu", "python -m speedrun.train")
-        folder, config = run_folder(command), run_config(command)
-        interrupts.install()
-        words = shlex.join(["python", "-m", "speedrun.train", *arguments])
-        with progress(config) as echo:
-            train(config, folder, bool(command.resume), interrupts, echo, words)
-    except Problem as problem:
-        sys.stderr.write(f"{problem}\n")
-        return 1
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+def run_command(arguments: list[str], interrupts: Interrupts) -> int:
+    """Train as the arguments say. Returns 0, or 128 and the number of the signal that ended it."""
+    setup()
+    lifeline(interrupts)
+    command = read_command(TrainCommand, arguments, "cpu", "python -m speedrun.train")
+    config = check_config(run_config(command), rank_numbers()[1])
+    folder = run_folder(command)
+    interrupts.install()
+    words = shlex.join(["python", "-m", "speedrun.train", *arguments])
+    with progress(config) as echo:
+        train(config, folder, bool(command.resume), interrupts, echo, words)
     return 128 + interrupts.signal if interrupts.signal else 0
 
 
-if __name__ == "__main__" and __spec__ is not None:  # python -m, not a notebook
+def main(arguments: list[str]) -> int:
+    """`python -m speedrun.train`. Status 0: finished; 1: a problem, printed; 129, 130, 143: interrupted, and saved."""
+    interrupts = Interrupts()
+    try:
+        return run_main(lambda: run_command(arguments, interrupts))
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__" and __spec__ is not None:
     sys.exit(main(sys.argv[1:]))
 
 # %% [markdown]

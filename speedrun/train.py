@@ -2,16 +2,28 @@
 
 
 from speedrun.checkpoint import (
+    check_tensors,
     checkpoints,
+    damaged,
     latest_checkpoint,
     load_checkpoint,
+    load_facts,
     optimizer_tensors,
+    quoted,
     restore_optimizers,
     save_checkpoint,
 )
 
 
 # %% Who am I
+if (
+    __name__ == "__main__" and __spec__ is not None
+):  # python -m: before the imports that take seconds
+    from speedrun.lab.errors import prepare_command
+
+    prepare_command()
+
+
 import contextlib
 import dataclasses
 import faulthandler
@@ -21,7 +33,6 @@ import math
 import os
 import shlex
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -41,9 +52,10 @@ from speedrun.config import Config, check_config, config_from_json, fields_of, p
 from speedrun.config import read_command, switches_of, vary
 from speedrun.data.loader import Batch, Loader, Position, Shards, validation_batches
 from speedrun.data.tokenizer import decode_bytes
-from speedrun.lab.errors import Problem
+from speedrun.lab.errors import Problem, run_main, visible
+from speedrun.lab.files import claim, new_folder
 from speedrun.lab.hardware import setup
-from speedrun.lab.provenance import module_file, module_hashes, root, stamp
+from speedrun.lab.provenance import commit, module_file, module_hashes, root, stamp
 from speedrun.lab.runlog import RunLog, format_line, parse_line
 from speedrun.optim.adamw import make_adamw
 from speedrun.optim.muon import Muon, rate_factor
@@ -76,20 +88,50 @@ def choose_device(device: str, backend: str, rank: int, local: int) -> torch.dev
     return torch.device("cuda", local % gpus)
 
 
+def rank_numbers() -> tuple[int, int, int]:
+    """RANK, WORLD_SIZE and LOCAL_RANK as torchrun sets them; (0, 1, 0) without it. An empty variable is not set."""
+    said = {name: os.environ.get(name) or None for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    try:
+        rank, world = int(said["RANK"] or 0), int(said["WORLD_SIZE"] or 1)
+        local = int(said["LOCAL_RANK"] or rank)
+    except ValueError:
+        rank, world, local = -1, 0, 0
+    if not 0 <= rank < world or local < 0:
+        what = "the environment names no rank: " + ", ".join(
+            f"{k}={v}" for k, v in said.items() if v
+        )
+        raise Problem(
+            what, "unset RANK WORLD_SIZE LOCAL_RANK; python -m speedrun.launch starts ranks"
+        )
+    return rank, world, local
+
+
 def join_ranks(device: str, backend: str) -> Ranks:
-    """Join the other ranks of this run, if torchrun started any. backend: auto, nccl or gloo."""
-    rank, world, local = (
-        int(os.environ.get(name, 0)) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    )
-    chosen = choose_device(device, backend, rank, local)
+    """Join the other ranks of this run, if there are any. backend: auto, nccl or gloo.
+
+    They meet in a file that the launcher names, or else, under a torchrun of one's own, at its address.
+    """
+    rank, world, local = rank_numbers()
+    planned = os.environ.get("SPEEDRUN_DEVICE") if device == "auto" else None
+    chosen = choose_device(planned or device, backend, rank, local)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     if world > 1 and not dist.is_initialized():
+        meeting = os.environ.get("SPEEDRUN_STORE")
+        if not meeting and not os.environ.get("MASTER_ADDR"):
+            what = f"WORLD_SIZE={world}, but nobody says where the ranks meet (MASTER_ADDR)"
+            raise Problem(
+                what, "unset RANK WORLD_SIZE; or python -m speedrun.launch, which starts them"
+            )
         auto = "nccl" if chosen.type == "cuda" else "gloo"
-        dist.init_process_group(
-            auto if backend == "auto" else backend, timeout=timedelta(minutes=30)
-        )
-    return Ranks(rank, max(world, 1), chosen)
+        store: dict[str, Any] = {"store": dist.FileStore(meeting, world)} if meeting else {}
+        numbers: dict[str, Any] = {
+            "rank": rank,
+            "world_size": world,
+            "timeout": timedelta(minutes=30),
+        }
+        dist.init_process_group(auto if backend == "auto" else backend, **numbers, **store)
+    return Ranks(rank, world, chosen)
 
 
 # %% A clock that can be stopped
@@ -245,11 +287,11 @@ def shared_optimizer(config: Config, model: nn.Module) -> Any:
 
 
 def accumulate(
-    forward, batches: list[Batch], grad_shards: int, device: torch.device, precision: str
+    forward, batches: list[Batch], grad_shards: int, device: torch.device, precision: str, beat=None
 ) -> Tensor:
     """Forward and backward through this rank's batches. Gradients add up; returns its part of the mean loss.
 
-    grad_shards: how many batches the step has, on all ranks together.
+    grad_shards: how many batches the step has, on all ranks together. beat: called after each.
     """
     total = torch.zeros((), device=device)
     for batch in batches:
@@ -258,6 +300,8 @@ def accumulate(
             loss = forward(inputs, targets) / grad_shards
         loss.backward()
         total += loss.detach()
+        if beat is not None:
+            beat()
     return total
 
 
@@ -323,8 +367,8 @@ def not_finite(model: nn.Module) -> tuple[list[str], list[str]]:
     return weights, grads
 
 
-def broken(run: "Run") -> Problem:
-    """What to say about steps that were left out: who is to blame, what still happened, and the way on."""
+def broken(run: "Run", loss: float = 0.0) -> Problem:
+    """What to say about a loss, or steps left out, that are not finite: who is to blame, what still happened, the way on."""
     weights, gradients = not_finite(run.model)
     if run.config.sharing.on:  # then they are cleared by now
         gradients += run.optimizers[0].blamed()
@@ -332,76 +376,95 @@ def broken(run: "Run") -> Problem:
         what = f"parameter {', '.join(weights)} is not finite; nothing has been updated since"
     elif gradients:
         what = f"the gradient of {', '.join(gradients)} is not finite; that step was left out"
-    else:
+    elif run.skipped:
         what = f"{int(run.skipped)} steps had a gradient that is not finite; they were left out, the others taken"
+    else:
+        what = f"the loss is {loss}, with weights and gradients that are finite"
     fix = "a lower --optim.lr, or a longer --optim.warmup-steps"
     saved = [path.name for path in checkpoints(run.folder)]
-    back = f"--resume {run.folder} goes back to {saved[-1]}; or begin again with " if saved else ""
+    back = f"--resume {quoted(run.folder)} goes back to {saved[-1]}; or begin again with "
+    back = back if saved else ""
     return Problem(f"step {run.step}: {what}", back + fix)
 
 
 # %% Signs of life
 class Heartbeat:
-    """A file per rank that says what it is doing; its time of modification says when something last happened."""
+    """A file per rank: phase, step, process, and a count of whatever has happened. Raises OSError if it cannot be made.
+
+    Beside it lies the rank's slot for `agree_on_stop`, empty, and the file for the stack that SIGUSR1 asks for.
+    """
 
     def __init__(self, folder: Path, rank: int):
         self.path = folder / "heartbeat" / f"rank{rank}.json"
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.with_name(f"stop{rank}").unlink(missing_ok=True)  # of an earlier attempt
-        self.phase("start")
-        if hasattr(
-            signal, "SIGUSR1"
-        ):  # asked by this signal, even a rank that hangs writes down where
+        self.path.with_name(f"stop{rank}").write_text(" " * SLOT)
+        if hasattr(signal, "SIGUSR1"):  # even a rank that hangs writes down where
             self.stack = open(self.path.with_suffix(".stack"), "w")
             faulthandler.register(signal.SIGUSR1, file=self.stack)
+        self.file = open(self.path, "wb", buffering=0)
+        self.name, self.step, self.count = "start", 0, 0
+        self.beat()
 
     def phase(self, name: str, step: int = 0) -> None:
         """Enter a phase: start, data, build, compile, train, validate, checkpoint or end."""
-        with contextlib.suppress(OSError):  # a full disk must not stop a run
-            part = self.path.with_suffix(".part")
-            part.write_text(json.dumps({"phase": name, "step": step, "pid": os.getpid()}))
-            os.replace(part, self.path)
+        self.name = name
+        self.beat(step)
 
-    def beat(self) -> None:
-        """Something happened. Touching a file needs no room on a disk."""
-        with contextlib.suppress(OSError):
-            os.utime(self.path)
+    def beat(self, step: int | None = None) -> None:
+        """Something happened (microseconds)."""
+        self.step, self.count = self.step if step is None else step, self.count + 1
+        facts = {"phase": self.name, "step": self.step, "pid": os.getpid(), "count": self.count}
+        with contextlib.suppress(OSError):  # a folder that is gone must not stop a run
+            self.file.seek(0)
+            self.file.write(json.dumps(facts).ljust(120).encode())
+
+
+SLOT = 20  # characters of a step's number
 
 
 # %% Stopping
 class Interrupts:
-    """SIGINT and SIGTERM as a request, looked at between steps. A second signal insists."""
+    """SIGINT, SIGTERM and SIGHUP (a terminal that closes) as a request, looked at between steps. A second one insists."""
 
     signal: int | None = None
+    since: float = 0.0
 
     def install(self) -> None:
-        """Take over the two signals of this process (main thread only)."""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.note)
+        """Take over the signals of this process (main thread only); SIGHUP not where it is ignored, as under nohup."""
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)  # Windows has no SIGHUP
+            ignored = number is None or signal.getsignal(number) is signal.SIG_IGN
+            if number is not None and not (ignored and name == "SIGHUP"):
+                signal.signal(number, self.note)
 
-    def note(self, number: int, frame) -> None:
+    def note(self, number: int, frame=None) -> None:
         if self.signal is not None:
-            sys.exit(128 + number)
-        self.signal = number
+            os._exit(
+                128 + number
+            )  # no exception: nothing could swallow it, and files are whole or not there
+        self.signal, self.since = number, time.monotonic()
 
 
-def agree_on_stop(folder: Path, ranks: Ranks, step: int, patience_s: float = 20.0) -> int | None:
-    """The step before which all ranks stop; None while some have not been asked. Never waits: ask again next step."""
+def agree_on_stop(
+    folder: Path, ranks: Ranks, step: int, since: float, patience_s: float = 20.0
+) -> int | None:
+    """The step before which all ranks stop; None while some have not been asked. Never waits: ask again next step.
+
+    since: when this rank was asked (time.monotonic). A slot is written over in place, which works on a full disk, too.
+    """
     if ranks.world == 1:
         return step
-    every = [folder / "heartbeat" / f"stop{rank}" for rank in range(ranks.world)]
-    own = every[ranks.rank]
-    try:
-        if not own.exists():
-            own.with_suffix(".part").write_text(str(step))
-            os.replace(own.with_suffix(".part"), own)
-    except OSError as error:
-        raise Problem(f"cannot stop: {error}", "free some space, and interrupt again") from None
-    found = [path for path in every if path.exists()]
-    if len(found) == ranks.world:
-        return max(int(path.read_text()) for path in found) + 1
-    if time.time() - own.stat().st_mtime > patience_s:
-        what = f"rank {ranks.rank} was asked to stop, but only {len(found)} of {ranks.world} ranks were"
+    slots = [folder / "heartbeat" / f"stop{rank}" for rank in range(ranks.world)]
+    told = [path.read_text().strip() if path.exists() else "" for path in slots]
+    if not told[ranks.rank]:
+        told[ranks.rank] = str(step)
+        with contextlib.suppress(OSError), open(slots[ranks.rank], "r+") as slot:
+            slot.write(f"{step:{SLOT}d}")
+    if all(told):
+        return max(map(int, told)) + 1
+    if time.monotonic() - since > patience_s:
+        found = sum(map(bool, told))
+        what = f"rank {ranks.rank} was asked to stop, but only {found} of {ranks.world} ranks were"
         raise Problem(what, "interrupt the launcher, not a rank")
     return None
 
@@ -412,6 +475,7 @@ class Run:
     """Everything that changes while training, and what it needs.
 
     optimizers: of torch.optim.Optimizer, or the one that all ranks share. skipped: how many steps had a gradient that was not finite.
+    saved: the checkpoint that was last written or read.
     """
 
     config: Config
@@ -429,6 +493,7 @@ class Run:
     interrupts: Interrupts
     step: int = 0
     stop_at: int | None = None
+    saved: Path | None = None
 
 
 def train_step(run: Run) -> Tensor:
@@ -437,7 +502,8 @@ def train_step(run: Run) -> Tensor:
     shared = run.config.sharing.on
     if not shared:
         run.model.zero_grad()
-    loss = accumulate(run.forward, batches, len(batches) * run.ranks.world, device, precision)
+    parts = len(batches) * run.ranks.world
+    loss = accumulate(run.forward, batches, parts, device, precision, run.heart.beat)
     if shared:
         update_shared(run)
     else:
@@ -456,6 +522,9 @@ class SilentLog:
     def line(self, text: str) -> None:
         pass
 
+    def lacking(self) -> list[str]:
+        return []
+
 
 def compiled(model: nn.Module) -> Any:
     """The model under torch.compile, without the fusion that breaks gradients of a bank's slices (pytorch#193061)."""
@@ -465,7 +534,7 @@ def compiled(model: nn.Module) -> Any:
 
 def assemble(config: Config, folder: Path, echo=print) -> Run:
     """Everything that a run needs, on this rank, at step 0."""
-    heart = Heartbeat(folder, int(os.environ.get("RANK", 0)))  # before anything that could hang
+    heart = Heartbeat(folder, rank_numbers()[0])  # before anything that could hang
     ranks = join_ranks(config.device, config.backend)
     check_config(config, ranks.world)
     device = ranks.device
@@ -490,29 +559,28 @@ def assemble(config: Config, folder: Path, echo=print) -> Run:
 
 
 def open_log(config: Config, folder: Path, echo) -> RunLog:
-    """Rank 0's log: two files, and Weights & Biases as well if the run names a project."""
+    """Rank 0's log: two files, and Weights & Biases as well if the run names a project and it answers."""
+    log = RunLog(folder, echo)
     if not config.wandb:
-        return RunLog(folder, echo)
+        return log
     try:
         import wandb
-    except ImportError:
-        raise Problem(
-            f"--wandb {config.wandb}, but wandb is not installed", "pip install wandb"
-        ) from None
 
-    class TrackedLog(RunLog):
-        """A log that also sends its numbers to a Weights & Biases project."""
+        wandb.init(project=config.wandb, name=folder.name, config=dataclasses.asdict(config))
+    except Exception as error:  # not installed, no key, no network: a log is not worth a run
+        log.line(f"no Weights & Biases, going on without: {visible(error)}")
+        return log
+    write = log.record
 
-        def record(self, kind: str, **fields) -> None:
-            super().record(kind, **fields)
-            if kind in ("step", "val"):
-                numbers = {
-                    name: value for name, value in fields.items() if isinstance(value, (int, float))
-                }
+    def record(kind: str, **fields) -> None:
+        write(kind, **fields)
+        if kind in ("step", "val"):
+            numbers = {k: v for k, v in fields.items() if isinstance(v, int | float)}
+            with contextlib.suppress(Exception):
                 wandb.log(numbers, step=fields["step"])
 
-    wandb.init(project=config.wandb, name=folder.name, config=dataclasses.asdict(config))
-    return TrackedLog(folder, echo)
+    log.record = record  # type: ignore[method-assign]
+    return log
 
 
 # %% Checkpoints
@@ -523,50 +591,106 @@ def put_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
             p.copy_(weights[name])
 
 
+def blank_moments(run: Run) -> dict[str, Tensor]:
+    """What the optimizers' state looks like (names, shapes, dtypes), after a step that was left out."""
+    named = dict(run.model.named_parameters())
+    if not run.config.sharing.on:
+        for p in named.values():
+            p.grad = torch.zeros_like(p)
+        for optimizer in run.optimizers:
+            optimizer.found_inf, optimizer.grad_scale = torch.ones_like(run.skipped), None
+            optimizer.step()
+        run.model.zero_grad()
+    return optimizer_tensors(run.optimizers, named)
+
+
+FREE = ("max_steps", "data.path", "device", "backend")  # what may change when a run goes on
+
+
+def check_same_run(path: Path, facts: dict, run: Run) -> None:
+    """Raise Problem where a checkpoint is of other data, or of other settings, than the folder that it lies in."""
+    manifest, folder = run.loader.shards.manifest, run.loader.shards.folder
+    if facts["data_sha256"] != manifest.sha256:
+        what = f"{path} was trained on other data than {folder} lists now"
+        count = facts.get("train_shards", "N")
+        again = f"shards fetched since: python -m speedrun.data fineweb --shards {count} lists those of then"
+        raise Problem(what, f"{again}; other text: --data.path FOLDER")
+    own = {"vocab_size": manifest.vocab_size, "tokenizer": manifest.tokenizer}
+    for name, value in own.items():
+        if facts[name] != value:
+            raise damaged(path, f"{name} is {facts[name]!r}, and in {folder} {value!r}")
+    with contextlib.suppress(OSError, ValueError, KeyError, AttributeError):
+        first = json.loads((run.folder / "metrics.jsonl").open(encoding="utf-8").readline())
+        begun = fields_of(config_from_json(first["config"]))
+        now = fields_of(config_from_json(facts["config"]))
+        other = [name for name in now if name not in FREE and now[name] != begun[name]]
+        if other:
+            what = f"{path} is of another run: {other[0]} is {now[other[0]]}, and was {begun[other[0]]}"
+            raise Problem(what, f"put it aside: mv {quoted(path)} {quoted(run.folder)}/")
+
+
 def resume(run: Run) -> None:
     """Go back to the latest checkpoint of the run's folder."""
-    path = latest_checkpoint(run.folder)
+    path, named = latest_checkpoint(run.folder), dict(run.model.named_parameters())
     weights, moments, facts = load_checkpoint(path)
-    if facts["data_sha256"] != run.loader.shards.manifest.sha256:
-        what = f"{path} was trained on other data than {run.loader.shards.folder}"
-        raise Problem(
-            what, f"--data.path of the text whose SHA-256 begins with {facts['data_sha256'][:12]}"
-        )
+    check_same_run(path, facts, run)
+    check_tensors(path, weights, named)
+    broken = [name for name, w in weights.items() if not torch.isfinite(w.float()).all()]
+    if broken:
+        raise damaged(path, f"{', '.join(broken)} is not finite")
+    if not run.config.sharing.on:
+        check_tensors(path, moments, blank_moments(run) if facts["step"] else {})
     put_weights(run.model, weights)
-    restore_optimizers(run.optimizers, dict(run.model.named_parameters()), moments)
+    try:
+        restore_optimizers(run.optimizers, named, moments)
+    except ValueError as error:  # of the shared one, which checks for itself
+        raise damaged(path, error) from None
     run.step, run.loader.position = facts["step"], Position(*facts["position"])
-    run.clock.elapsed_ms = facts["train_time_ms"]
+    run.clock.elapsed_ms, run.saved = facts["train_time_ms"], path
     run.log.line(f"resumed from {path} at step {run.step}")
 
 
-def keep(run: Run) -> Path | None:
-    """Save a checkpoint (rank 0), off the clock. None where there was no room, which is said and survived.
+def facts_of(run: Run) -> dict:
+    """What a checkpoint says about its run beside the tensors."""
+    manifest = run.loader.shards.manifest
+    return {
+        "config": dataclasses.asdict(run.config),
+        "position": run.loader.position,
+        "train_time_ms": run.clock.ms,
+        "data_sha256": manifest.sha256,
+        "train_shards": len(manifest.split("train")),
+        "vocab_size": manifest.vocab_size,
+        "tokenizer": manifest.tokenizer,
+    }
+
+
+def keep(run: Run, patience_s: float = 0.0) -> Path | None:
+    """Save a checkpoint (rank 0), off the clock; tries again for `patience_s`. None where it failed, which is said.
 
     Raises Problem on every rank if a number is broken: such a state is not worth going back to.
     """
     if run.skipped.item():
         raise broken(run)
-    named = dict(run.model.named_parameters())
+    if run.saved and run.saved.name == f"step-{run.step:07d}":  # nothing has happened since
+        return run.saved
+    named, end = dict(run.model.named_parameters()), time.monotonic() + patience_s
     moments = optimizer_tensors(run.optimizers, named)
     if run.ranks.rank != 0:
         return None
-    manifest = run.loader.shards.manifest
-    facts = {
-        "config": dataclasses.asdict(run.config),
-        "position": run.loader.position,
-        "train_time_ms": run.clock.ms,
-        "data_sha256": manifest.sha256,
-        "vocab_size": manifest.vocab_size,
-        "tokenizer": manifest.tokenizer,
-    }
     run.heart.phase("checkpoint", run.step)
-    saved = save_checkpoint(run.folder, run.step, named, moments, facts)
+    while True:
+        try:
+            run.saved = save_checkpoint(run.folder, run.step, named, moments, facts_of(run))
+            break
+        except OSError as error:
+            if time.monotonic() >= end:
+                run.log.line(f"no checkpoint at step {run.step}, going on without: {error}")
+                return None
+        time.sleep(1.0)
+        run.heart.beat()
     run.heart.phase("train", run.step)
-    if isinstance(saved, str):
-        run.log.line(f"no checkpoint at step {run.step}, going on without: {saved}")
-        return None
-    run.log.record("checkpoint", step=run.step, path=str(saved))
-    return saved
+    run.log.record("checkpoint", step=run.step, path=str(run.saved))
+    return run.saved
 
 
 # %% Validating, and warming up without a trace
@@ -620,7 +744,7 @@ def log_step(run: Run, loss: Tensor, marks: Marks) -> None:
     sum_over_ranks([together], run.ranks.world)
     mean, skipped = together.tolist()
     if skipped or not math.isfinite(mean):
-        raise broken(run)
+        raise broken(run, mean)
     run.log.line(format_line(run.step, run.config.steps, run.clock.ms, train_loss=mean))
     steps_ms = [round(ms, 3) for ms in marks.drain()]
     rate = learning_rate(run.step - 1, run.config.steps, run.config.optim, run.config.schedule)
@@ -641,10 +765,12 @@ def gpu_state(device: torch.device) -> dict[str, float]:
 
 
 def validate(run: Run) -> float:
-    """Validate and log, off the clock."""
+    """Validate and log, off the clock. A loss that is not finite ends the run, like any other such number."""
     run.heart.phase("validate", run.step)
     state = gpu_state(run.ranks.device)
     loss, ms = evaluate(run, held_out(run, run.config.val_tokens)), run.clock.ms
+    if not math.isfinite(loss):
+        raise broken(run, loss)
     run.log.line(format_line(run.step, run.config.steps, ms, val_loss=loss))
     average = ms / max(run.step, 1)
     run.log.record(
@@ -669,12 +795,12 @@ def run_loop(run: Run, step=train_step) -> str:
                 return "finished"
         if run.interrupts.signal and run.stop_at is None:
             run.clock.wait()  # else this rank may be many steps ahead of its GPU
-            run.stop_at = agree_on_stop(run.folder, run.ranks, run.step)
+            run.stop_at = agree_on_stop(run.folder, run.ranks, run.step, run.interrupts.since)
         if run.step == run.stop_at:
             return "interrupted"
         loss = step(run)
         marks.mark()
-        run.heart.beat()
+        run.heart.beat(run.step)
         if run.step % config.log_every == 0 or run.step == last:
             log_step(run, loss, marks)
         if run.step % (config.checkpoint_every or last) == 0 and run.step < last:
@@ -684,14 +810,11 @@ def run_loop(run: Run, step=train_step) -> str:
 
 def describe_code() -> dict:
     """The commit, and each module of the trainer with its hash and its source."""
-    git = subprocess.run(
-        ["git", "-C", str(root()), "rev-parse", "HEAD"], capture_output=True, text=True
-    )
     hashes = module_hashes(["speedrun.train"])
     files = {name: file for name in hashes if (file := module_file(name))}
     texts = {name: file.read_text(encoding="utf-8") for name, file in files.items()}
     modules = {name: {"hash": hashes[name], "source": text} for name, text in texts.items()}
-    return {"commit": git.stdout.strip(), "modules": modules}
+    return {"commit": commit(), "modules": modules}
 
 
 def bytes_per_token(validation: Shards, tokens: int) -> float | None:
@@ -750,39 +873,79 @@ def memory_mb(device: torch.device) -> dict[str, int]:
 
 
 def finish(run: Run, why: str) -> None:
-    """Save, and write down how it ended: finished or interrupted."""
-    saved, memory, ms = keep(run), memory_mb(run.ranks.device), run.clock.ms
-    facts = {"train_time_ms": ms, "memory_mb": memory, "checkpoint": str(saved)}
+    """Save, and write down how it ended: finished or interrupted. Raises Problem (rank 0) if that is not on the disk."""
+    kept = keep(run, 30.0 if why == "finished" else 5.0)
+    memory, ms = memory_mb(run.ranks.device), run.clock.ms
+    facts = {"train_time_ms": ms, "memory_mb": memory, "checkpoint": str(kept)}
     run.log.record("end", step=run.step, reason=why, **facts)
     used = ", ".join(f"{amount:,} MiB {kind}" for kind, amount in memory.items())
     run.log.line(f"{why} at step {run.step}: {ms / 1000:.1f} s of training, memory {used}")
-    if why == "interrupted" and saved:
-        run.log.line(f"to resume: python -m speedrun.train --resume {run.folder}")
     run.heart.phase("end", run.step)
+    lost = run.log.lacking() + ["the checkpoint"] * (kept is None and run.ranks.rank == 0)
+    if lost:
+        raise unsaved(run, lost)
+    if why == "interrupted" and kept:
+        run.log.line(f"to resume: python -m speedrun.train --resume {quoted(run.folder)}")
+
+
+def unsaved(run: Run, lost: list[str]) -> Problem:
+    """What to say where the end of a run could not be written."""
+    size = sum(p.numel() * p.element_size() for p in run.model.parameters()) * 3 / 1e6
+    older = [path.name for path in checkpoints(run.folder)]
+    room = f"free {size + 1:.0f} MB where {run.folder} lies, or see that it can be written to"
+    on = (
+        f"--resume {quoted(run.folder)} then goes on from {older[-1]}"
+        if older
+        else "then train again"
+    )
+    return Problem(f"step {run.step} is reached, but not saved: {', '.join(lost)}", f"{room}; {on}")
+
+
+@contextlib.contextmanager
+def sole_owner(folder: Path):
+    """A run's folder, rank 0's alone in this block. Without a launcher above, it takes that one's part as well."""
+    launched = os.environ.get("SPEEDRUN_LIFELINE") == "1"
+    roles = ("train",) if launched else ("launch", "train")
+    folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as held:
+        for role in roles if rank_numbers()[0] == 0 else ():
+            held.callback(claim(folder, role).release)
+        yield
+
+
+def refuse_old_run(folder: Path) -> None:
+    """Raise Problem if a folder holds a run: a new one never writes over it."""
+    if (folder / "metrics.jsonl").exists():
+        resumed = f"--resume {quoted(folder)}, or another --out"
+        fix = (
+            resumed if checkpoints(folder) else "another --out (that run ended before it had saved)"
+        )
+        raise Problem(f"{folder} holds a run already", fix)
 
 
 def train(
     config: Config, folder: Path, again=False, interrupts=None, echo=print, command: str = ""
 ) -> Run:
     """Train a run into `folder`, or resume it (`again`). All its numbers are in the folder's log."""
-    run = assemble(config, folder, echo)
-    run.interrupts = interrupts or run.interrupts
-    if again:
-        resume(run)
-    elif run.ranks.rank == 0 and (folder / "metrics.jsonl").exists():
-        raise Problem(f"{folder} holds a run already", f"--resume {folder}, or another --out")
-    run.log.record("run", again=again, step=run.step, **describe_run(run, command))
-    for line in filter(None, [epochs_line(run)]):
-        run.log.line(line)
-    run.heart.phase("compile")
-    seconds = warm_up(run) if config.warmup else 0.0
-    run.log.record("phase", phase="compile and warm-up", seconds=seconds)
-    run.log.line(f"compile and warm-up: {seconds:.1f} s, not counted")
-    run.heart.phase("train", run.step)
-    why = run_loop(run)
-    run.clock.stop()
-    finish(run, why)
-    return run
+    with sole_owner(folder):
+        if not again and rank_numbers()[0] == 0:
+            refuse_old_run(folder)
+        run = assemble(config, folder, echo)
+        run.interrupts = interrupts or run.interrupts
+        if again:
+            resume(run)
+        run.log.record("run", again=again, step=run.step, **describe_run(run, command))
+        for line in filter(None, [epochs_line(run)]):
+            run.log.line(line)
+        run.heart.phase("compile", run.step)
+        seconds = warm_up(run) if config.warmup else 0.0
+        run.log.record("phase", phase="compile and warm-up", seconds=seconds)
+        run.log.line(f"compile and warm-up: {seconds:.1f} s, not counted")
+        run.heart.phase("train", run.step)
+        why = run_loop(run)
+        run.clock.stop()
+        finish(run, why)
+        return run
 
 
 # %% The command
@@ -799,7 +962,8 @@ def lifeline(interrupts: Interrupts | None = None, grace_s: float = 10.0) -> Non
         while not launcher_is_gone():
             pass
         if interrupts is not None:
-            interrupts.signal = signal.SIGTERM
+            if interrupts.signal is None:
+                interrupts.note(signal.SIGTERM)
             time.sleep(grace_s)
         os._exit(70)
 
@@ -824,20 +988,29 @@ class TrainCommand:
 
 
 def run_folder(command: TrainCommand) -> Path:
-    """Where a run writes: as told, or a new folder named by date and preset."""
+    """Where a run writes: as told, or a folder, made here, that is named by date and preset."""
     if command.out or command.resume:
         return Path(command.out or command.resume)
-    return root() / "runs" / f"{datetime.now():%Y%m%d-%H%M%S}-{command.config.preset}"
+    if rank_numbers()[1] > 1:
+        raise Problem(
+            "several ranks need one folder", "--out runs/NAME; or python -m speedrun.launch"
+        )
+    return new_folder(root() / "runs" / f"{datetime.now():%Y%m%d-%H%M%S}-{command.config.preset}")
 
 
-FREE = ("max_steps", "data.path", "device", "backend")  # what may change when a run goes on
+def settled(path: str) -> str:
+    """A data folder's name that means the same from everywhere: the project's own stays relative, others are absolute."""
+    if Path(path).is_absolute() or not Path(path).exists():
+        return path
+    ours = (root() / path).exists() and (root() / path).samefile(path) and ".." not in path
+    return path if ours else str(Path(path).absolute())
 
 
 def run_config(command: TrainCommand) -> Config:
     """The run that a command asks for: the one on the command line, or the one that a checkpoint was saved with."""
     if not command.resume:
-        return command.config
-    facts = load_checkpoint(latest_checkpoint(Path(command.resume)))[2]
+        return vary(command.config, {"data.path": settled(command.config.data.path)})
+    facts = load_facts(latest_checkpoint(Path(command.resume)))
     given, usual = fields_of(command.config), fields_of(preset(command.config.preset))
     said = {name: value for name, value in given.items() if value != usual[name]}
     ignored = ", ".join(sorted(set(said) - set(FREE)))
@@ -845,12 +1018,14 @@ def run_config(command: TrainCommand) -> Config:
         what = f"--resume goes on with the run's own settings: {ignored} would be ignored"
         raise Problem(what, "leave them out, or start another run")
     own = {name: said[name] for name in FREE if name in said}
+    if "data.path" in own:
+        own["data.path"] = settled(own["data.path"])
     return vary(config_from_json(facts["config"]), {"max_steps": 0} | own)
 
 
 def say(line: str) -> None:
-    """Print a line in one piece, at once; if nobody is left to read it, go on."""
-    with contextlib.suppress(BrokenPipeError):
+    """Print a line in one piece, at once; if that fails, go on."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
         sys.stdout.write(line + "\n")  # print() writes the line's end apart, and ranks get mixed up
         sys.stdout.flush()
 
@@ -858,7 +1033,7 @@ def say(line: str) -> None:
 @contextlib.contextmanager
 def progress(config: Config):
     """A way to show log lines: above a progress bar in a terminal, plainly elsewhere."""
-    if not sys.stdout.isatty():
+    if sys.stdout is None or not sys.stdout.isatty():
         yield say
         return
     with tqdm(total=config.max_steps or config.steps, unit="step", dynamic_ncols=True) as bar:
@@ -874,26 +1049,29 @@ def progress(config: Config):
         yield echo
 
 
-def main(arguments: list[str]) -> int:
-    """`python -m speedrun.train`. Status 0: finished; 1: a problem, printed; 130, 143: interrupted, and saved."""
-    interrupts = Interrupts()
-    try:
-        setup()
-        lifeline(interrupts)
-        command = read_command(TrainCommand, arguments, "cpu", "python -m speedrun.train")
-        folder, config = run_folder(command), run_config(command)
-        interrupts.install()
-        words = shlex.join(["python", "-m", "speedrun.train", *arguments])
-        with progress(config) as echo:
-            train(config, folder, bool(command.resume), interrupts, echo, words)
-    except Problem as problem:
-        sys.stderr.write(f"{problem}\n")
-        return 1
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+def run_command(arguments: list[str], interrupts: Interrupts) -> int:
+    """Train as the arguments say. Returns 0, or 128 and the number of the signal that ended it."""
+    setup()
+    lifeline(interrupts)
+    command = read_command(TrainCommand, arguments, "cpu", "python -m speedrun.train")
+    config = check_config(run_config(command), rank_numbers()[1])
+    folder = run_folder(command)
+    interrupts.install()
+    words = shlex.join(["python", "-m", "speedrun.train", *arguments])
+    with progress(config) as echo:
+        train(config, folder, bool(command.resume), interrupts, echo, words)
     return 128 + interrupts.signal if interrupts.signal else 0
 
 
-if __name__ == "__main__" and __spec__ is not None:  # python -m, not a notebook
+def main(arguments: list[str]) -> int:
+    """`python -m speedrun.train`. Status 0: finished; 1: a problem, printed; 129, 130, 143: interrupted, and saved."""
+    interrupts = Interrupts()
+    try:
+        return run_main(lambda: run_command(arguments, interrupts))
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__" and __spec__ is not None:
     sys.exit(main(sys.argv[1:]))

@@ -5,6 +5,7 @@
 import ast
 import hashlib
 import os
+import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -51,6 +52,16 @@ def module_file(name: str) -> Path | None:
         [path.with_suffix(".py"), path / "__init__.py"] if name.startswith("speedrun.") else []
     )
     return next((candidate for candidate in candidates if candidate.is_file()), None)
+
+
+def commit() -> str:
+    """The project's commit; empty where there is no git, or no repository of its own."""
+    git = ["git", "-C", str(root()), "rev-parse", "--show-toplevel", "HEAD"]
+    try:
+        said = subprocess.run(git, capture_output=True, text=True, timeout=60).stdout.splitlines()
+        return said[1] if len(said) == 2 and Path(said[0]).samefile(root()) else ""
+    except (OSError, subprocess.SubprocessError):
+        return ""
 
 
 def imported_names(source: str) -> set[str]:

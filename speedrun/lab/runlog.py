@@ -2,6 +2,7 @@
 
 
 # %% Logs: what a run must write down
+import contextlib
 import json
 import os
 import re
@@ -32,8 +33,8 @@ def parse_line(line: str) -> dict | None:
     return numbers | {"step": int(match["step"]), "steps": int(match["steps"])}
 
 
-def append_whole(path: Path, text: str) -> bool:
-    """Append all of `text` or nothing; False if there is no room.
+def append_whole(path: Path, text: str) -> OSError | None:
+    """Append all of `text` or nothing; returns why, if it was nothing.
 
     A half line that a killed writer left at the end is cut off first.
     """
@@ -53,9 +54,9 @@ def append_whole(path: Path, text: str) -> bool:
             except OSError:
                 os.truncate(path, size)
                 raise
-    except OSError:
-        return False
-    return True
+    except OSError as error:
+        return error
+    return None
 
 
 class RunLog:
@@ -72,18 +73,34 @@ class RunLog:
         )
 
     def line(self, text: str) -> None:
-        """One line of text, shown and kept."""
-        if self.echo:
-            self.echo(text)
+        """One line of text, kept and shown; if it cannot be shown, that is all."""
         self.append("log.txt", text)
+        self.say(text)
+
+    def say(self, text: str) -> None:
+        if self.echo:
+            with contextlib.suppress(OSError, ValueError):
+                self.echo(text)
 
     def append(self, name: str, line: str) -> None:
         """Append a line, with whatever could not be written before; says so once when it begins to wait."""
-        before = self.waiting.pop(name, "")
-        if not append_whole(self.folder / name, before + line + "\n"):
-            self.waiting[name] = before + line + "\n"
-            if not before and self.echo:
-                self.echo(f"no room for {self.folder / name}: going on, its lines wait in memory")
+        text = self.waiting.pop(name, "") + line + "\n"
+        with contextlib.suppress(OSError):  # somebody may have removed it
+            self.folder.mkdir(parents=True, exist_ok=True)
+        error = append_whole(self.folder / name, text)
+        if error is not None:
+            self.waiting[name] = text
+            if len(text) == len(line) + 1:
+                wait = "going on, its lines wait in memory"
+                self.say(f"{self.folder / name} cannot be written ({error.strerror}): {wait}")
+
+    def lacking(self) -> list[str]:
+        """The files that still lack lines, after one more try."""
+        lost = [
+            name for name, text in self.waiting.items() if append_whole(self.folder / name, text)
+        ]
+        self.waiting = {name: self.waiting[name] for name in lost}
+        return lost
 
 
 def read_metrics(path: str | Path) -> list[dict]:
