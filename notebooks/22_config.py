@@ -153,6 +153,11 @@ class Config:
     wandb: str = ""
     """Weights & Biases project to log to as well; empty: none."""
 
+    @property
+    def last_step(self) -> int:
+        """The step after which the run ends."""
+        return min(self.max_steps or self.steps, self.steps)
+
 
 # %% [markdown]
 # The common mistakes that can be seen without a GPU, without data and before an hour has passed are looked for first. Each is said in words, with the flag that mends it:

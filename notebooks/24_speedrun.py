@@ -27,15 +27,18 @@
 # do nothing but sleep:
 
 # %%
+import tempfile
+from pathlib import Path
+
+scratch = Path(tempfile.mkdtemp())
+
+# %% tags=["demonstration"]
 import subprocess
 import sys
-import tempfile
 import time
-from pathlib import Path
 
 import psutil
 
-scratch = Path(tempfile.mkdtemp())
 sleeper = scratch / "sleeper.py"
 sleeper.write_text(
     "import sys, time\nsys.stdout.write('up\\n')\nsys.stdout.flush()\ntime.sleep(600)\n"
@@ -85,11 +88,21 @@ changes = "--steps 450 --val-every 90"  # further flags of speedrun.train
 #
 # ### Which run?
 #
-# One command should do something sensible on every machine, say what it chose, and why. How much memory the record's recipe takes is not guessed; it is read from the runs of it that were measured.
+# One command should do something sensible on every machine, say what it chose, and why. How much memory `record` takes (for now record 1's recipe, llm.c's) is not guessed; it is read from the runs of it that were measured.
 
 # %%
 #| default_exp launch
 #| export
+if (
+    __name__ == "__main__" and __spec__ is not None
+):  # python -m: before the imports that take seconds
+    from speedrun.lab.errors import prepare_command
+
+    prepare_command()
+
+# %%
+#| export
+import contextlib
 import json
 import math
 import os
@@ -101,24 +114,33 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
 
 import psutil
 import tyro
+from annotated_types import Ge, Gt
 
-from speedrun.checkpoint import checkpoints
+from speedrun.checkpoint import checkpoints, quoted
 from speedrun.config import Config, as_arguments, check_config, largest_divisor, read_command
 from speedrun.config import switches_of
 from speedrun.data.shards import data_folder, load_manifest
 from speedrun.data.sources import FINEWEB_SHARDS, SHARD_TOKENS, build_embedded, fetch_fineweb
-from speedrun.lab.errors import Problem
-from speedrun.lab.hardware import Machine, look, setup
+from speedrun.lab.errors import Problem, run_main
+from speedrun.lab.files import claim
+from speedrun.lab.hardware import Machine, gpu_problem, look, setup
 from speedrun.lab.provenance import root
 from speedrun.lab.results import load_result, result_names
 from speedrun.model.gpt import model_flops_per_token
-from speedrun.train import TrainCommand, progress, run_config, run_folder
+from speedrun.train import (
+    Interrupts,
+    TrainCommand,
+    progress,
+    refuse_old_run,
+    run_config,
+    run_folder,
+)
 
 
 # %%
@@ -144,14 +166,14 @@ def choose_preset(machine: Machine, needs_gb: float) -> tuple[str, str]:
     if machine.device == "cpu":
         return "cpu", f"no GPU that PyTorch can use. In about a minute: {command}smoke"
     if gpus == 1:
-        return "small", f"one GPU, minutes instead of hours. The record's recipe: {command}record"
+        return "small", f"one GPU, minutes instead of hours. Record 1's recipe: {command}record"
     if least < needs_gb:
         why = f"{gpus} GPUs, but record needs {needs_gb:.0f} GB on each and one has {least:.0f}"
         return "small", f"{why}. To try it anyway: {command}record"
     return "record", f"{gpus} GPUs of {needs_gb:.0f} GB or more. In minutes: {command}small"
 
 
-# %%
+# %% tags=["demonstration"]
 from speedrun.lab.hardware import GPU
 
 h100 = GPU(0, "GPU-0", "NVIDIA H100 80GB HBM3", 79.6, "580.65.06", (9, 0))
@@ -210,7 +232,7 @@ def expected_seconds(
     return None
 
 
-# %%
+# %% tags=["demonstration"]
 known = [
     {"device": "NVIDIA H200", "flops_per_second": 3e14},
     {"device": "CPU", "flops_per_second": 1e11},
@@ -239,7 +261,7 @@ ASK_MINUTES, ASK_GB = 30, 5
 class Plan:
     """What a run will do to a machine. shards: of FineWeb. minutes: of training, None if nobody knows.
 
-    idle: GPUs that stay out, because the micro-batches of a step cannot be shared by all evenly.
+    idle: GPUs that stay out, because the micro-batches of a step cannot be shared by all evenly. device: cpu or cuda.
     """
 
     config: Config
@@ -249,10 +271,12 @@ class Plan:
     minutes: float | None
     how: str
     idle: int = 0
+    device: str = "cpu"
 
     @property
     def asks(self) -> bool:
-        return self.download_gb > ASK_GB or (self.minutes or 0) > ASK_MINUTES
+        """Whether a person should be asked first: also where nobody knows how long it takes."""
+        return self.download_gb > ASK_GB or self.minutes is None or self.minutes > ASK_MINUTES
 
     def __str__(self) -> str:
         ranks = f"{self.world} rank{'s' * (self.world > 1)}"
@@ -272,7 +296,7 @@ class Plan:
 #| export
 def missing_shards(config: Config) -> tuple[int, float]:
     """FineWeb shards that a run needs, and the GB of them that are not in its data folder yet."""
-    steps = min(config.max_steps or config.steps, config.steps)
+    steps = config.last_step
     shards = min(math.ceil((steps * config.data.step_tokens + 1) / SHARD_TOKENS), FINEWEB_SHARDS)
     try:
         have = {file.name for file in load_manifest(data_folder(config.data.path)).files}
@@ -290,6 +314,8 @@ def make_plan(config: Config, machine: Machine, gpus: int, runs: list[dict]) -> 
     """What `config` will do on this machine. gpus: ranks, 0 for one per GPU. runs: measured ones, to estimate from."""
     on_gpu = machine.device == "cuda" and config.device != "cpu"
     there = len(machine.gpus) if on_gpu else 1
+    if gpus < 0:
+        raise Problem(f"--gpus {gpus}", "--gpus 2, say; 0: one rank per GPU")
     world = gpus or largest_divisor(max(1, config.data.grad_shards), there)
     check_config(config, world)
     fineweb, vocab = (
@@ -297,24 +323,30 @@ def make_plan(config: Config, machine: Machine, gpus: int, runs: list[dict]) -> 
         288 if "embedded" in config.data.path else 50_257,
     )
     shards, download = missing_shards(config) if fineweb else (0, 0.0)
-    steps = min(config.max_steps or config.steps, config.steps)
-    tokens = steps * config.data.step_tokens
+    tokens = config.last_step * config.data.step_tokens
     per_token = model_flops_per_token(config.model, vocab, config.data.seq_len, switches_of(config))
     work = tokens * per_token
-    alike = [run for run in runs if run.get("preset") == config.preset] or runs
-    seconds, how = expected_seconds(work, machine, world, alike) or (None, "")
+    alike = sorted(
+        runs, key=lambda run: run.get("preset") != config.preset
+    )  # the same preset first
+    seconds, how = expected_seconds(
+        work, machine if on_gpu else replace(machine, gpus=()), world, alike
+    ) or (None, "")
     minutes, idle = seconds / 60 if seconds else None, 0 if gpus else there - world
-    return Plan(config, world, shards, download, minutes, how, idle)
+    return Plan(config, world, shards, download, minutes, how, idle, "cuda" if on_gpu else "cpu")
 
 
-# %%
+# %% tags=["demonstration"]
 from speedrun.config import preset
 
 record, small = (
     make_plan(preset("record"), eight, 0, known),
     make_plan(preset("small"), one, 0, known),
 )
-assert record.shards == 103 and record.asks and record.world == 8
+assert record.shards == 103 and record.asks and record.world == 8 and record.device == "cuda"
+on_a_laptop = make_plan(preset("small"), bare, 0, known)
+assert on_a_laptop.asks and on_a_laptop.minutes > 60, "a GPU's recipe on a CPU takes days: say so"
+assert make_plan(preset("cpu"), bare, 0, []).asks, "nobody knows how long: ask"
 assert small.shards == 1 and small.download_gb <= 0.4 and not small.asks
 assert (
     not make_plan(preset("cpu"), bare, 0, known).asks
@@ -330,6 +362,16 @@ print(record, small, six, sep="\n")
 
 # %%
 #| export
+def check_gpus(plan: Plan, machine: Machine, echo=print) -> None:
+    """Where there are GPUs that PyTorch cannot use, say so before anything long: raise Problem for a run that asks."""
+    problem = gpu_problem(machine)
+    if problem is None or plan.config.device == "cpu":
+        return
+    if plan.asks:
+        raise Problem(problem.what, f"{problem.fix}; or --device cpu, to train there all the same")
+    echo(f"on the CPU, since {problem}")
+
+
 def prepare_data(plan: Plan, echo=print) -> None:
     """Make sure that the run's data folder is there: build the embedded text, fetch FineWeb, or check what is given."""
     path = plan.config.data.path
@@ -345,8 +387,8 @@ def confirm(plan: Plan, yes: bool) -> None:
     """Ask before much time or traffic. Without a terminal, or at a no, raise Problem."""
     if plan.asks and not yes:
         try:
-            answer = input(f"{plan}\ngo on? [y/N] ") if sys.stdin.isatty() else ""
-        except EOFError:
+            answer = input(f"{plan}\ngo on? [y/N] ") if sys.stdin and sys.stdin.isatty() else ""
+        except (EOFError, OSError):
             answer = ""
         if not answer.lower().startswith("y"):
             raise Problem(
@@ -355,7 +397,7 @@ def confirm(plan: Plan, yes: bool) -> None:
             )
 
 
-# %%
+# %% tags=["demonstration"]
 prepare_data(make_plan(preset("smoke"), bare, 0, known))
 confirm(small, yes=False), confirm(record, yes=True)
 nowhere = replace(preset("smoke"), data=replace(preset("smoke").data, path=str(scratch)))
@@ -373,74 +415,117 @@ for refused in (
 # ### Starting ranks
 #
 # `torchrun` is started as a module, so that it need not be on the path, and with a pipe as its standard input, which the ranks inherit.
+#
+# It also needs a place where the ranks meet, and its usual place is a port that listens on *every* interface of the machine and unpickles whatever it is sent: anybody in the network can make a process that holds your GPUs run code. `--standalone`, a static rendezvous and `--local-addr` all leave it open. What does not listen is a *file*: torchrun's own store, and the one through which the ranks find
+# each other, are two files in the run's folder, and what gloo and NCCL open after that is told to stay on the loopback interface. This also frees the run from the machine's own name, which need not resolve ([nanochat#42](https://github.com/karpathy/nanochat/issues/42)).
 
 
 # %%
 #| export
-def rank_environment(world: int, cores: int) -> dict[str, str]:
-    """The environment of ranks: a lifeline, lines at once, and a fair share of the cores."""
-    environment = os.environ | {"SPEEDRUN_LIFELINE": "1", "PYTHONUNBUFFERED": "1"}
+def loopback() -> str:
+    """The name of the network interface that leads to this machine alone: lo on Linux, lo0 on macOS."""
+    known = psutil.net_if_addrs().items()
+    return next((name for name, own in known if any(a.address == "127.0.0.1" for a in own)), "lo")
+
+
+def rank_environment(world: int, cores: int, folder: Path, device: str = "cpu") -> dict[str, str]:
+    """The environment of ranks: a lifeline, a file to meet in, lines at once, and a fair share of the cores."""
+    own = {k: v for k, v in os.environ.items() if not k.startswith("PET_")}  # options for torchrun
+    own |= {"SPEEDRUN_LIFELINE": "1", "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"}
+    own |= {"SPEEDRUN_STORE": str(folder / "heartbeat" / "ranks"), "SPEEDRUN_DEVICE": device}
+    own |= {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    usual = {
+        "OMP_WAIT_POLICY": "passive",
+        "GLOO_SOCKET_IFNAME": loopback(),
+        "NCCL_SOCKET_IFNAME": loopback(),
+    }
     if world > 1:  # else torchrun gives each rank one thread, and says so at length
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // world)))
-    return environment
+        usual["OMP_NUM_THREADS"] = str(max(1, cores // world))
+    return usual | own
 
 
 # %%
 #| export
-def start_ranks(program: list[str], world: int) -> subprocess.Popen:
+def start_ranks(
+    program: list[str], world: int, folder: Path, device: str = "cpu"
+) -> subprocess.Popen:
     """Start torchrun with `world` ranks of a program: ["-m", module, …] or [script, …]."""
-    torchrun = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        str(world),
-        "--max-restarts=0",
-    ]
+    options = {"rdzv-backend": "c10d", "rdzv-conf": "store_type=file", "rdzv-id": "run"}
+    options |= {"rdzv-endpoint": str(folder / "heartbeat" / "torchrun"), "local-addr": "127.0.0.1"}
+    options |= {"nnodes": "1", "nproc-per-node": str(world), "max-restarts": "0"}
+    torchrun = [sys.executable, "-m", "torch.distributed.run"]
+    torchrun += [f"--{name}={value}" for name, value in options.items()]
     return subprocess.Popen(
         [*torchrun, *program],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        text=True,
+        encoding="utf-8",
         errors="replace",
-        env=rank_environment(world, look().cores),
+        env=rank_environment(world, look().cores, folder, device),
         start_new_session=True,
     )
 
 
-# %%
-assert rank_environment(world=2, cores=16)["SPEEDRUN_LIFELINE"] == "1"
+# %% tags=["demonstration"]
+environment = rank_environment(world=2, cores=16, folder=scratch)
+assert environment["SPEEDRUN_LIFELINE"] == "1" and environment["OMP_NUM_THREADS"] == "8"
+talkers = scratch / "talkers.py"
+talkers.write_text("from speedrun.train import join_ranks, say\njoin_ranks('cpu', 'gloo')\nsay('met')\nimport time; time.sleep(600)\n")  # fmt: skip
+(scratch / "meeting" / "heartbeat").mkdir(parents=True)
+met = start_ranks([str(talkers)], 2, scratch / "meeting")
+assert [met.stdout.readline(), met.stdout.readline()] == ["met\n", "met\n"]
+tree = [psutil.Process(met.pid), *psutil.Process(met.pid).children(recursive=True)]
+ports = [c.laddr for process in tree for c in process.net_connections() if c.status == "LISTEN"]
+for process in reversed(tree):
+    process.kill()
+met.wait()
+assert all(port.ip == "127.0.0.1" for port in ports), ports
+print(f"torchrun and two ranks have met: {len(ports)} ports, all of them on the loopback interface")
 
 # %% [markdown]
 # ### Noticing silence
 #
-# Each rank's heartbeat says in which phase it is and when something last happened. A phase has its own patience: a cold compilation may be silent for half an hour, a training step may not. And a rank that waits for another is as patient as the one it waits for.
+# Each rank's heartbeat says in which phase it is and counts what has happened. A phase has its own patience: a cold compilation may be silent for three quarters of an hour, a training step may not. A rank that waits for another is as patient as the one it waits for.
+#
+# How long has a rank been silent? Not "now minus the file's time": that compares two readings of a clock which others may set. A laptop that sleeps for an hour, or a network that corrects the time by ten minutes, made healthy runs look dead (of runs with steps of a second, four out of five). The launcher notes, by a clock of its own that only runs forward, since when the heartbeat *has not changed*.
 
 # %%
 #| export
-PATIENCE_S = {
-    "start": 300,
-    "data": 1800,
-    "build": 600,
-    "compile": 2700,
-    "train": 300,
-    "validate": 600,
-    "checkpoint": 600,
-    "end": 120,
-}
+Seconds = Annotated[float, Gt(0)]
+
+
+@dataclass(frozen=True)
+class Patience:
+    """Seconds without a sign of life after which a rank hangs, by its phase."""
+
+    start: Seconds = 300.0
+    """Until a rank is there."""
+    data: Seconds = 1800.0
+    """Opening the data."""
+    build: Seconds = 600.0
+    """Building the model."""
+    compile: Seconds = 2700.0
+    """Compiling and warming up."""
+    train: Seconds = 300.0
+    """A micro-batch."""
+    validate: Seconds = 600.0
+    """A validation batch."""
+    checkpoint: Seconds = 600.0
+    """Saving."""
+    end: Seconds = 120.0
+    """Going away."""
 
 
 @dataclass(frozen=True)
 class Pulse:
-    """What a rank's heartbeat says, and for how many seconds nothing has happened."""
+    """What a rank's heartbeat says."""
 
     rank: int
     phase: str
     step: int
     pid: int
-    silent_s: float
+    count: int
 
 
 # %%
@@ -449,13 +534,10 @@ def pulses(folder: Path) -> list[Pulse]:
     """The heartbeats of a run's ranks, in order."""
     found = []
     for path in (folder / "heartbeat").glob("rank*.json"):
-        try:
-            facts = json.loads(path.read_text())
-            silent_s = time.time() - path.stat().st_mtime
-        except (OSError, ValueError):
-            continue  # it is being replaced at this moment
-        rank = int(path.stem.removeprefix("rank"))
-        found.append(Pulse(rank, facts["phase"], facts["step"], facts["pid"], silent_s))
+        with contextlib.suppress(
+            OSError, ValueError, TypeError
+        ):  # it is being written at this moment
+            found.append(Pulse(int(path.stem.removeprefix("rank")), **json.loads(path.read_text())))
     return sorted(found, key=lambda pulse: pulse.rank)
 
 
@@ -468,50 +550,54 @@ def process_of(pulse: Pulse, folder: Path) -> psutil.Process | None:
         return None
 
 
-def hung(
-    folder: Path, patience: dict[str, float], world: int = 0, started: float = 0.0
-) -> Pulse | None:
-    """The rank that has been silent for longest beyond everybody's patience, if there is one.
+class Silence:
+    """Since when the heartbeats of a run's ranks have not changed, by this process's own clock."""
 
-    Ranks wait for each other, so the most patient phase counts for all. world, started: how many ranks there should
-    be, and since when (seconds since 1970): one that has no heartbeat yet is silent since then.
-    """
-    found = pulses(folder)
-    lost = set(range(world)) - {pulse.rank for pulse in found}
-    found += [Pulse(rank, "start", 0, 0, time.time() - started) for rank in sorted(lost)]
-    found = [p for p in found if p.phase != "end" or process_of(p, folder)]
-    limit = max((patience[pulse.phase] for pulse in found), default=0.0)
-    late = [pulse for pulse in found if pulse.silent_s > limit]
-    return max(late, key=lambda pulse: pulse.silent_s, default=None)
+    def __init__(self, folder: Path, world: int, clock=time.monotonic):
+        self.folder, self.clock, begin = folder, clock, clock()
+        self.heard = {rank: (Pulse(rank, "start", 0, 0, 0), begin) for rank in range(world)}
+
+    def too_long(self, patience: Patience) -> tuple[Pulse, float] | None:
+        """The rank that has been silent for longest, and for how long, if that is beyond everybody's patience.
+
+        Ranks wait for each other, so the most patient phase counts for all.
+        """
+        now = self.clock()
+        for pulse in pulses(self.folder):
+            if self.heard.get(pulse.rank, (None,))[0] != pulse:
+                self.heard[pulse.rank] = pulse, now
+        here = [
+            h for h in self.heard.values() if h[0].phase != "end" or process_of(h[0], self.folder)
+        ]
+        limit = max((getattr(patience, pulse.phase) for pulse, _ in here), default=0.0)
+        late = [(pulse, now - since) for pulse, since in here if now - since > limit]
+        return max(late, key=lambda found: found[1], default=None)
 
 
-# %%
+# %% tags=["demonstration"]
 from speedrun.train import Heartbeat
 
 
-def pretend(*states: tuple[str, float]) -> Path:
-    """A folder of heartbeats: one rank for each (phase, seconds of silence)."""
-    folder = Path(tempfile.mkdtemp(dir=scratch))
-    for rank, (phase, age) in enumerate(states):
-        heart = Heartbeat(folder, rank)
-        heart.phase(phase, 12)
-        os.utime(heart.path, (time.time() - age,) * 2)
-    return folder
+def silent_for(seconds: float, *phases: str, world: int = 0) -> tuple[Pulse, float] | None:
+    """What is said of ranks in these phases that have been silent for so long."""
+    folder, now = Path(tempfile.mkdtemp(dir=scratch)), [0.0]
+    for rank, phase in enumerate(phases):
+        Heartbeat(folder, rank).phase(phase, 12)
+    silence = Silence(folder, world, clock=lambda: now[0])
+    assert silence.too_long(Patience()) is None
+    now[0] = seconds
+    return silence.too_long(Patience())
 
 
-late = hung(pretend(("train", 10), ("train", 400)), PATIENCE_S)
-assert (late.rank, late.step, late.pid) == (1, 12, os.getpid()) and 399 < late.silent_s < 402
-assert hung(pretend(("compile", 1000), ("compile", 1000)), PATIENCE_S) is None
-assert hung(pretend(("checkpoint", 400), ("train", 400)), PATIENCE_S) is None, (
-    "one waits for the other"
+late, long = silent_for(400, "train", "train")
+assert (late.rank, late.step, late.pid, long) == (0, 12, os.getpid(), 400)
+assert silent_for(1000, "compile", "train") is None, "one waits for the other"
+assert silent_for(400, "checkpoint", "end") is None, "gone, and that is fine"
+assert silent_for(400, "train", world=2)[0].rank == 0 and silent_for(299, world=2) is None
+assert silent_for(301, world=1)[0].phase == "start", "a rank that never came"
+print(
+    f"rank {late.rank} is silent for {long:.0f} s in phase {late.phase}, step {late.step}: it hangs"
 )
-assert hung(pretend(("checkpoint", 400), ("end", 400)), PATIENCE_S) is None, (
-    "gone, and that is fine"
-)
-absent = hung(pretend(("train", 1)), PATIENCE_S, world=2, started=time.time() - 400)
-assert (absent.rank, absent.phase) == (1, "start")
-print(f"rank {late.rank} is silent for {late.silent_s:.0f} s in phase {late.phase}: it hangs")
-print("ranks that compile for 1000 s are fine; so is one that waits while another saves")
 
 # %% [markdown]
 # A rank that hangs is asked where. It has a handler for one signal that writes the stack of its threads into a file, and that works even when Python's main thread is stuck in a C function, waiting for a message that does not come.
@@ -519,16 +605,18 @@ print("ranks that compile for 1000 s are fine; so is one that waits while anothe
 
 # %%
 #| export
-def stack(folder: Path, pulse: Pulse) -> str:
-    """Where a silent rank is: the innermost line of its main thread; empty if it cannot even say that."""
+def stack(folder: Path, pulse: Pulse, family: set[psutil.Process]) -> str:
+    """Where a silent rank is: the innermost line of its main thread; empty if it cannot even say that.
+
+    Only own descendants (`family`) are asked: the signal would end a process that does not expect it.
+    """
     path = folder / "heartbeat" / f"rank{pulse.rank}.stack"
-    if process_of(pulse, folder) is None:
-        return ""
     try:
-        os.kill(pulse.pid, signal.SIGUSR1)
+        rank = next(process for process in family if process.pid == pulse.pid)
+        rank.send_signal(signal.SIGUSR1)
         time.sleep(0.5)
         lines = path.read_text().rpartition("Current thread")[2].splitlines()
-    except (AttributeError, OSError):  # Windows, or the rank is gone
+    except (StopIteration, AttributeError, OSError, psutil.Error):  # Windows, or the rank is gone
         return ""
     frames = [line.strip() for line in lines if line.strip().startswith("File")]
     return f", at {frames[0]}" if frames else ""
@@ -537,35 +625,28 @@ def stack(folder: Path, pulse: Pulse) -> str:
 # %% [markdown]
 # ### Ending
 #
-# First politely: SIGTERM to torchrun, which passes it on, and the ranks save. A rank that does not react, because it hangs or because it ignores signals, is killed by number. torchrun's children are known to the operating system, and the heartbeats know them even if torchrun is gone. Nothing is signalled whose command line does not name this run.
+# First politely: SIGTERM to torchrun, which passes it on, and the ranks save. A rank that does not react, because it hangs or because it ignores signals, is killed. Only the launcher's own descendants ever are: it notes them while `torchrun` lives, each with the moment at which it was started, since a process number alone may belong to somebody else by now. (An earlier launcher believed the numbers in the heartbeats. A second launch into the same folder then killed the ranks of the first.)
 
 
 # %%
 #| export
-def rank_processes(torchrun: subprocess.Popen, folder: Path) -> set[psutil.Process]:
-    """The run's rank processes that are alive: torchrun's children, and those that the heartbeats name."""
-    found = set()
-    try:
-        found |= set(psutil.Process(torchrun.pid).children(recursive=True))
-    except psutil.NoSuchProcess:
-        pass
-    return found | {process for pulse in pulses(folder) if (process := process_of(pulse, folder))}
+def note_children(torchrun: subprocess.Popen, family: set[psutil.Process]) -> None:
+    """Add torchrun's descendants to `family`: a `psutil.Process` is a number and the moment of its start."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        family |= set(psutil.Process(torchrun.pid).children(recursive=True))
 
 
-# %%
-#| export
-def end_ranks(torchrun: subprocess.Popen, folder: Path, grace_s: float) -> None:
+def end_ranks(torchrun: subprocess.Popen, family: set[psutil.Process], grace_s: float) -> None:
     """End a run's processes: ask, wait `grace_s` for them to save, then cut the lifeline and kill what is left."""
-    ranks = rank_processes(torchrun, folder)
+    note_children(torchrun, family)
     torchrun.terminate()
-    psutil.wait_procs(ranks, timeout=grace_s)
+    psutil.wait_procs(family, timeout=grace_s)
     if torchrun.stdin:
-        torchrun.stdin.close()
-    for rank in ranks | rank_processes(torchrun, folder):
-        try:
-            rank.kill()
-        except psutil.NoSuchProcess:
-            pass
+        with contextlib.suppress(OSError):
+            torchrun.stdin.close()
+    for process in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
     try:
         torchrun.wait(timeout=5)
     except subprocess.TimeoutExpired:
@@ -595,29 +676,36 @@ def pump(stream, lines: queue.Queue, copy: Path) -> None:
 
 # %%
 #| export
-def watch(torchrun: subprocess.Popen, world: int, folder: Path, patience: dict, echo) -> str | None:
+def watch(
+    torchrun: subprocess.Popen, family: set, silence: Silence, patience: Patience, echo, check
+) -> str | None:
     """Show the ranks' lines until they end. Returns why they have to be ended; None if they end by themselves."""
-    started = time.time()
     lines: queue.Queue = queue.Queue()
-    arguments = (torchrun.stdout, lines, folder / "output.txt")
+    arguments = (torchrun.stdout, lines, silence.folder / "output.txt")
     threading.Thread(target=pump, args=arguments, daemon=True).start()
-    line, orphaned = "", 0
-    while (
-        line is not None and orphaned < 10
-    ):  # torchrun gone, its output still held: five seconds, no more
+    line, orphaned, next_look = "", 0, 0.0
+    while line is not None and orphaned < 10:  # torchrun gone, its output still held: five seconds
         try:
             line = lines.get(timeout=0.5)
-            echo(line) if line else None
+            if line:
+                echo(line)
         except queue.Empty:
             orphaned += torchrun.poll() is not None
-        late = hung(folder, patience, world, started)
+        if time.monotonic() < next_look:
+            continue
+        next_look = time.monotonic() + 0.5
+        check()
+        note_children(torchrun, family)
+        late = silence.too_long(patience)
         if late is not None and torchrun.poll() is None:
-            where = f"silent for {late.silent_s:.0f} s in phase {late.phase}, step {late.step}"
-            return f"rank {late.rank} hangs: {where}{stack(folder, late)}"
+            pulse, silent_s = late
+            where = f"silent for {silent_s:.0f} s in phase {pulse.phase}, step {pulse.step}"
+            way = f"--patience.{pulse.phase} {2 * silent_s:.0f} is more patient"
+            return f"rank {pulse.rank} hangs: {where}{stack(silence.folder, pulse, family)} ({way})"
     return None
 
 
-# %%
+# %% tags=["demonstration"]
 import io
 
 lines: queue.Queue = queue.Queue()
@@ -631,10 +719,10 @@ assert (scratch / "copy.txt").read_text() == "step:1/2\nstep:2/2\n"
 
 # %%
 #| export
-def diagnosis(folder: Path, status: int) -> str:
-    """What went wrong, from torchrun's last words and the heartbeats."""
+def diagnosis(folder: Path, status: int, begin: int = 0) -> str:
+    """What went wrong, from torchrun's last words (in output.txt from byte `begin` on) and the heartbeats."""
     output = folder / "output.txt"
-    text = output.read_text(encoding="utf-8", errors="replace") if output.exists() else ""
+    text = output.read_bytes()[begin:].decode(errors="replace") if output.exists() else ""
     told = re.search(r"exitcode: (-?\d+)\) local_rank: (\d+)", text)
     if not told:
         return f"torchrun ended with status {status}"
@@ -651,12 +739,14 @@ def failure(folder: Path, why: str) -> Problem:
     saved, last_words = checkpoints(folder), folder / "output.txt"
     fix = f"it had no checkpoint yet; its last words are in {last_words}"
     if saved:
-        fix = f"python -m speedrun.launch --resume {folder} goes on from {saved[-1].name}"
+        fix = f"python -m speedrun.launch --resume {quoted(folder)} goes on from {saved[-1].name}"
     return Problem(f"the run in {folder} failed: {why}", fix)
 
 
-# %%
-dead = pretend(("compile", 0), ("train", 0), ("train", 0))
+# %% tags=["demonstration"]
+dead = scratch / "dead"
+for dead_rank in range(3):
+    Heartbeat(dead, dead_rank).phase("train", 12)
 (dead / "output.txt").write_text("failed (exitcode: -9) local_rank: 2 (pid: 77) of binary\n")
 assert diagnosis(dead, 1) == "rank 2 was killed by SIGKILL in phase train, step 12"
 assert diagnosis(scratch / "nowhere", 7) == "torchrun ended with status 7"
@@ -669,34 +759,41 @@ print(str(failure(dead, diagnosis(dead, 1))).replace(str(dead), "runs/example"))
 # %%
 #| export
 def run_ranks(
-    program, world: int, folder: Path, patience=PATIENCE_S, echo=print, grace_s=30.0
+    program,
+    world: int,
+    folder: Path,
+    patience: Patience | None = None,
+    echo=print,
+    grace_s=30.0,
+    device: str = "cpu",
+    check=lambda: None,
 ) -> None:
-    """Run a program on `world` ranks to its end, showing its output. Raises Problem if it fails.
+    """Run a program on `world` ranks to its end, showing its output. Raises Problem if it fails. check: called now and then.
 
-    When interrupted (KeyboardInterrupt) the ranks have `grace_s` seconds to save.
+    When interrupted (KeyboardInterrupt), or when one hangs, the ranks have `grace_s` seconds to save. The folder must be the caller's own.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(folder / "heartbeat", ignore_errors=True)
-    (folder / "output.txt").unlink(missing_ok=True)
-    torchrun, patient = start_ranks(program, world), 2.0
+    (folder / "heartbeat").mkdir(parents=True)
+    output, family = folder / "output.txt", set[psutil.Process]()
+    begin = output.stat().st_size if output.exists() else 0
+    silence, torchrun = Silence(folder, world), start_ranks(program, world, folder, device)
     why: str | None = "the launcher was ended"
     try:
-        why = watch(torchrun, world, folder, patience, echo)
-        patient = 2.0 if why else grace_s
+        why = watch(torchrun, family, silence, patience or Patience(), echo, check)
     except KeyboardInterrupt:
-        patient = grace_s
-        echo(f"interrupted: the ranks save. To resume: python -m speedrun.launch --resume {folder}")
+        on = f"python -m speedrun.launch --resume {quoted(folder)}"
+        echo(f"interrupted: the ranks save. To resume: {on}")
         raise
     finally:
-        end_ranks(torchrun, folder, patient)
+        end_ranks(torchrun, family, grace_s)
     if torchrun.returncode or why:
-        raise failure(folder, why or diagnosis(folder, torchrun.returncode))
+        raise failure(folder, why or diagnosis(folder, torchrun.returncode, begin))
 
 
 # %% [markdown]
 # Now the promise at the top of the page, for a rank that is as bad as a rank can be: it ignores SIGTERM, prints nothing, and sleeps. First the launcher has to notice it by its silence.
 
-# %%
+# %% tags=["demonstration"]
 rude = scratch / "rude.py"
 rude.write_text(
     "import signal, sys, time, pathlib\n"
@@ -709,7 +806,7 @@ rude.write_text(
 )
 silent = scratch / "silent"
 try:
-    run_ranks([str(rude), str(silent)], 1, silent, PATIENCE_S | {"train": 1.0})
+    run_ranks([str(rude), str(silent)], 1, silent, Patience(train=1.0), grace_s=1.0)
     raise AssertionError("nobody noticed")
 except Problem as problem:
     assert "rank 0 hangs" in problem.what and "phase train, step 7" in problem.what
@@ -720,7 +817,7 @@ assert not psutil.pid_exists(pulses(silent)[0].pid)
 # %% [markdown]
 # Then the launcher itself is killed, with the signal that nothing survives:
 
-# %%
+# %% tags=["demonstration"]
 orphaned = scratch / "orphaned"
 code = (
     "from pathlib import Path; from speedrun.launch import run_ranks; "
@@ -742,7 +839,7 @@ print(
 # %% [markdown]
 # ### The command
 #
-# `python -m speedrun.launch` plans, asks, prepares the data, and runs the ranks: `launch` is the whole of it.
+# `python -m speedrun.launch` plans, asks, takes the folder, prepares the data, and runs the ranks: `launch` is the whole of it. The folder is the launcher's own before anything in it is touched. A second launch into it is refused, and the first does not notice; so is one whose predecessor is dead but whose ranks still save.
 
 
 # %%
@@ -753,60 +850,100 @@ class LaunchCommand:
 
     train: Annotated[TrainCommand, tyro.conf.arg(name="")]
     """The run, as for speedrun.train."""
-    gpus: int = 0
+    gpus: Annotated[int, Ge(0)] = 0
     """Ranks to start; 0: one per GPU, or a single one without a GPU."""
     yes: bool = False
     """Do not ask before long runs and large downloads."""
     plan: bool = False
     """Say what would be done on this machine, and why, and stop."""
+    patience: Patience = field(default_factory=Patience)
+    """After how much silence a rank hangs."""
 
 
-def launch(command: LaunchCommand, echo=print, patience=PATIENCE_S) -> Path:
-    """Prepare the data and train on all ranks. Returns the run's folder; raises Problem if the run fails."""
-    folder, config = run_folder(command.train).resolve(), run_config(command.train)
-    plan = make_plan(config, look(), command.gpus, measured_runs())
-    echo(str(plan))
+@contextlib.contextmanager
+def launchers_own(folder: Path, again: bool):
+    """A run's folder, this launcher's alone in this block. Raises Problem where a run, or its last rank, is at work."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = claim(folder, "launch")
+    try:
+        claim(folder, "train").release()  # ranks whose launcher is gone still save for some seconds
+        if not again:
+            refuse_old_run(folder)
+        yield
+    finally:
+        lock.release()
+
+
+def launch(command: LaunchCommand, echo=print, told: bool = False, check=lambda: None) -> Path:
+    """Prepare the data and train on all ranks. Returns the run's folder; raises Problem if the run fails.
+
+    told: whoever reads the output knows the plan. check: called now and then, may raise KeyboardInterrupt.
+    """
+    config, again, machine = run_config(command.train), bool(command.train.resume), look()
+    if command.train.out:
+        refuse_old_run(Path(command.train.out))
+    plan = make_plan(config, machine, command.gpus, measured_runs())
+    if not told:
+        echo(str(plan))
+    check_gpus(plan, machine, echo)
     confirm(plan, command.yes)
-    prepare_data(plan, echo)
+    folder = run_folder(command.train).resolve()
     own = ["--out", str(folder), *as_arguments(config)]
-    if command.train.resume:
+    if again:
         own = ["--resume", str(folder), "--max-steps", str(config.max_steps)]
         own += ["--data.path", config.data.path, "--device", config.device]
         own += ["--backend", config.backend]
-    run_ranks(["-m", "speedrun.train", *own], plan.world, folder, patience, echo)
+    program = ["-m", "speedrun.train", *own]
+    with launchers_own(folder, again):
+        prepare_data(plan, echo)
+        check()
+        told_to = {"echo": echo, "device": plan.device, "check": check}
+        run_ranks(program, plan.world, folder, command.patience, **told_to)
     return folder
 
 
 # %% tags=["hide-input"]
 #| export
-def main(arguments: list[str]) -> int:
-    """`python -m speedrun.launch`. Status 0: finished; 1: a problem, printed with its fix; 130: interrupted."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        name, why = choose_preset(setup(), memory_needed_gb("record", measured_runs()))
-        prog = "python -m speedrun.launch"
-        command = read_command(
-            lambda config: LaunchCommand(TrainCommand(config)), arguments, name, prog
-        )
-        if command.plan:
-            print(f"make speedrun takes preset {name}: {why}")
-            print(make_plan(command.train.config, look(), command.gpus, measured_runs()))
-            return 0
-        with progress(command.train.config) as echo:
-            folder = launch(command, echo)
-    except Problem as problem:
-        print(problem, file=sys.stderr, flush=True)
-        return 1
-    except KeyboardInterrupt:
-        return 130
+class Insisting(Interrupts):
+    """A signal as KeyboardInterrupt, and remembered: an exception may get lost in a callback of the garbage collector."""
+
+    def note(self, number: int, frame=None) -> None:
+        self.signal = number
+        raise KeyboardInterrupt
+
+    def check(self) -> None:
+        if self.signal is not None:
+            raise KeyboardInterrupt
+
+
+def run_command(arguments: list[str], interrupts: Insisting) -> None:
+    """Plan and launch as the arguments say."""
+    interrupts.install()
+    name, why = choose_preset(setup(), memory_needed_gb("record", measured_runs()))
+    prog = "python -m speedrun.launch"
+    command = read_command(
+        lambda config: LaunchCommand(TrainCommand(config)), arguments, name, prog
+    )
+    if command.plan:
+        print(f"make speedrun takes preset {name}: {why}")
+        print(make_plan(run_config(command.train), look(), command.gpus, measured_runs()))
+        return
+    with progress(command.train.config) as echo:
+        folder = launch(command, echo, check=interrupts.check)
     print(f"logs, metrics and checkpoint: {folder}", flush=True)
-    return 0
 
 
-if __name__ == "__main__" and __spec__ is not None:  # python -m, not a notebook
+def main(arguments: list[str]) -> int:
+    """`python -m speedrun.launch`. Status 0: finished; 1: a problem, printed with its fix; 129, 130, 143: interrupted."""
+    interrupts = Insisting()
+    status = run_main(lambda: run_command(arguments, interrupts))
+    return 128 + interrupts.signal if interrupts.signal and status == 130 else status
+
+
+if __name__ == "__main__" and __spec__ is not None:
     sys.exit(main(sys.argv[1:]))
 
-# %%
+# %% tags=["demonstration"]
 asked = subprocess.run(
     [sys.executable, "-m", "speedrun.launch", "--plan"], capture_output=True, text=True
 )
@@ -818,7 +955,7 @@ print(asked.stdout)
 #
 # Here is one. A notebook that is to be run with other settings needs a tool that sets them: *papermill* fills in the cell at the top of this page, executes all cells, and keeps the result even when one fails. In the book the preset is `smoke`, cut to 450 steps. Lines appear as the ranks write them.
 
-# %%
+# %% tags=["live"]
 import shlex
 
 flags = ["--preset", preset_name, *shlex.split(changes)]
@@ -827,7 +964,8 @@ command = read_command(
     lambda config: LaunchCommand(TrainCommand(config)), flags, preset_name, "changes"
 )
 folder = Path(out).resolve() if out else scratch / "run"
-launch(replace(command, gpus=gpus, yes=True, train=replace(command.train, out=str(folder))))
+mine = replace(command, gpus=gpus, yes=True, train=replace(command.train, out=str(folder)))
+launch(mine, told=bool(out))
 assert checkpoints(folder)
 
 # %% [markdown]
@@ -841,6 +979,7 @@ assert checkpoints(folder)
 import math
 from pathlib import Path
 
+from speedrun.checkpoint import quoted
 from speedrun.lab.errors import Problem
 from speedrun.lab.results import public_table
 from speedrun.lab.runlog import read_metrics, series
@@ -868,7 +1007,8 @@ def read_run(folder: Path) -> dict:
     first, last = records[0], records[-1]
     if last["kind"] != "end":
         raise Problem(
-            f"the run in {folder} has not ended", f"python -m speedrun.launch --resume {folder}"
+            f"the run in {folder} has not ended",
+            f"python -m speedrun.launch --resume {quoted(folder)}",
         )
     config, stamp, seconds = first["config"], first["stamp"], last["train_time_ms"] / 1000
     tokens = last["step"] * config["data"]["step_tokens"]
@@ -955,7 +1095,7 @@ def summary(run: dict) -> list[tuple[str, str]]:
     ]
 
 
-# %%
+# %% tags=["live"]
 lines = summary(run)
 assert [what for what, _ in lines][:3] == ["run", "text", "validation loss"] and all(
     value for _, value in lines
@@ -1063,7 +1203,7 @@ for draw in (loss_figure, step_figure):
 # %% [markdown]
 # And what does it write? [Chapter 25](25_samples.py) asks that properly. Here is a first impression, made by a process of its own, because this one keeps its hands off the GPU.
 
-# %%
+# %% tags=["live"]
 sample = [
     sys.executable,
     "-m",
@@ -1103,7 +1243,7 @@ def write_html(notebook: Path) -> Path:
     return path
 
 
-# %%
+# %% tags=["demonstration"]
 import nbformat
 
 cells = [nbformat.v4.new_markdown_cell("# A run"), nbformat.v4.new_code_cell("1 + 1")]
@@ -1148,7 +1288,7 @@ def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
     return {"runs": runs}, stamps[0] | again | {"n": len(runs), "seeds": seeds, "minutes": minutes}
 
 
-# %%
+# %% tags=["demonstration"]
 collected, together = measure("example", [str(folder)], "…")
 assert together["n"] == 1 and collected["runs"][0]["curve"] == run["curve"]
 try:
@@ -1204,7 +1344,7 @@ plt.show()
 #
 # The losses of `record` in the list are withdrawn: those fifty steps were taken before we knew of the trap that [chapter 23](23_training_loop.py) describes, and their passes were long enough for it. The times stand.
 #
-# What do these curves claim? That the trainer trains, on these machines, at these rates. They do not claim to be fast. The public curves beside ours show what has been left out so far. (`record`, llm.c's recipe at the speed of a plain PyTorch program, is in the list above with fifty steps, to show that it runs.) Every chapter moves ours to the left, as [chapter 13's](13_muon.py) Muon has.
+# What do these curves claim? That the trainer trains, on these machines, at these rates. They do not claim to be fast. The public curves beside ours show what has been left out so far. (`record` is, for now, record 1's recipe: llm.c's, at the speed of a plain PyTorch program. It is in the list above with fifty steps, to show that it runs. `record11` has far more of what these chapters explain.) Every chapter moves ours to the left, as [chapter 13's](13_muon.py) Muon has.
 #
 # The times hold a lesson already. The long runs on one GPU were made two at a time, each on four of their machine's cores, while other cores were busy. The brief ones had the machine to themselves:
 

@@ -411,7 +411,7 @@ print("eight runs of one second:", ", ".join(sorted(folder.name[16:] for folder 
 # Two launchers that write into one folder delete each other's files, and the second one's clean-up once killed the first one's ranks. A process number in a file does not help: after a crash it names nobody, or somebody else. A *lock* is held by an open file, and the operating system lets go of it when its
 # process ends, however it ends. `filelock` does that on every system; it is installed anyway, since PyTorch and the Hugging Face hub use it.
 #
-# There are two roles in a run's folder: the launcher that watches, and rank 0 that trains. When the launcher dies, its ranks still save for some seconds; the folder is theirs until then.
+# What is locked is an empty file with a dot in front of its name, and nothing else is: whoever looks into a run's folder, copies it or draws its curve is not disturbed, and nobody has to tidy up after a crash. There are two roles in a run's folder: the launcher that watches, and rank 0 that trains. When the launcher dies, its ranks still save for some seconds; the folder is theirs until then.
 
 
 # %%

@@ -5,11 +5,19 @@
 Further flags go to speedrun.train (--steps 100, --optim.lr 1e-3, …). The preset is chosen for the machine if none is named.
 """
 
+from speedrun.lab.errors import prepare_command
+
+if __name__ == "__main__":
+    prepare_command()  # before the imports that take seconds
+
 import argparse
+import asyncio
+import contextlib
 import logging
 import os
 import shlex
 import sys
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 
@@ -17,16 +25,22 @@ import jupytext
 import nbformat
 import papermill
 import psutil
+from kernel import own_kernel
 from nbclient.exceptions import DeadKernelError
+from papermill.clientwrap import PapermillNotebookClient
+from papermill.engines import NBClientEngine, papermill_engines
 
+from speedrun.checkpoint import checkpoints, quoted
 from speedrun.config import Config, read_command
-from speedrun.lab.errors import Problem
+from speedrun.lab.errors import Problem, explained, run_main
+from speedrun.lab.files import claim, new_folder
 from speedrun.lab.hardware import setup
 from speedrun.lab.provenance import root
 from speedrun.launch import (
+    Insisting,
     LaunchCommand,
     TrainCommand,
-    checkpoints,
+    check_gpus,
     choose_preset,
     confirm,
     make_plan,
@@ -36,6 +50,7 @@ from speedrun.launch import (
     pulses,
 )
 from speedrun.report import write_html
+from speedrun.train import refuse_old_run, settled
 
 NOTEBOOK = "24_speedrun"
 
@@ -70,104 +85,145 @@ def read_config(preset: str, data: str, flags: list[str]) -> Config:
     return read_command(make, given, preset, "scripts/run_speedrun.py").train.config
 
 
-def show_cells_live() -> None:
-    """Print what cells print, as they print it: papermill passes it to a logger."""
-    logger = logging.getLogger("papermill")
-    handler = logging.StreamHandler(sys.stdout)
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    handler.terminator = ""
-    logger.handlers, logger.propagate = [handler], False
-    logger.setLevel(logging.INFO)
-    logger.addFilter(
-        lambda record: (
-            not record.getMessage().startswith(
-                ("Executing", "Ending Cell", "Input Notebook", "Output Notebook")
-            )
-        )
-    )
+class LiveClient(PapermillNotebookClient):
+    """Prints what the cells tagged `live` print, as they print it. papermill itself would print every cell's."""
+
+    def process_message(self, msg, cell, cell_index):
+        output = super().process_message(msg, cell, cell_index)
+        live = "live" in cell.metadata.get("tags", [])
+        if live and output and output.output_type == "stream":
+            sys.stdout.write("".join(output.text))
+            sys.stdout.flush()
+        return output
+
+
+class LiveEngine(NBClientEngine):
+    """papermill's engine with that client; a notebook that cannot be saved on the way does not end its run."""
+
+    @classmethod
+    def execute_managed_notebook(cls, nb_man, kernel_name, **options):
+        save, told = nb_man.save, []
+
+        def save_if_possible(**which) -> None:
+            try:
+                save(**which)
+            except OSError as error:
+                if not told:
+                    print(f"the notebook cannot be saved, going on: {explained(error) or error}")
+                told.append(error)
+
+        nb_man.save = save_if_possible
+        client = LiveClient(nb_man, kernel_name=kernel_name, startup_timeout=120, timeout=None)
+        return client.execute()
+
+
+def notebook_of_a_run() -> nbformat.NotebookNode:
+    """The final chapter without the cells that demonstrate something and train nothing."""
+    notebook = jupytext.read(root() / "notebooks" / f"{NOTEBOOK}.py", fmt="py:percent")
+    tagged = [cell for cell in notebook.cells if "demonstration" in cell.metadata.get("tags", [])]
+    notebook.cells = [cell for cell in notebook.cells if cell not in tagged]
+    return notebook
 
 
 def execute(parameters: dict, folder: Path) -> Path:
     """Execute the notebook with papermill into the run's folder; it is kept even when a cell fails."""
     source, notebook = folder / "source.ipynb", folder / "speedrun.ipynb"
-    nbformat.write(jupytext.read(root() / "notebooks" / f"{NOTEBOOK}.py", fmt="py:percent"), source)
+    nbformat.write(notebook_of_a_run(), source)
+    papermill_engines.register("live", LiveEngine)
+    logging.getLogger("papermill").setLevel(logging.ERROR)
+    os.environ |= own_kernel(root() / "_build" / "kernel")
     try:
         papermill.execute_notebook(
             source,
             notebook,
             parameters,
-            log_output=True,
+            engine_name="live",
             progress_bar=False,
             cwd=root(),
             request_save_on_cell_execute=True,
         )
     finally:
-        source.unlink()
+        source.unlink(missing_ok=True)
         if notebook.exists():
-            write_html(notebook)
+            with contextlib.suppress(
+                OSError, ValueError
+            ):  # no room; or it is not whole, for want of room
+                write_html(notebook)
     return notebook
 
 
-def main(arguments: list[str]) -> int:
-    options, flags = read_arguments(arguments)
-    folder: Path | None = None
-    try:
-        for flag, instead in {
-            "--plan": "python -m speedrun.launch --plan",
-            "--resume": "python -m speedrun.launch --resume RUN",
-        }.items():
-            if any(word.split("=")[0] == flag for word in flags):
-                raise Problem(f"make speedrun does not take {flag}", instead)
-        machine = setup()
-        runs = measured_runs()
-        preset, why = choose_preset(machine, memory_needed_gb("record", runs))
-        preset, why = (options.preset, "as asked") if options.preset else (preset, why)
-        print(f"preset {preset}: {why}")
-        config = read_config(preset, options.data, flags)
-        if config.compile and not machine.compiler:
-            flags.append("--no-compile")
-            config = read_config(preset, options.data, flags)
-            print("there is no C++ compiler: training without torch.compile")
-        plan = make_plan(config, machine, options.gpus, runs)
-        print(plan)
-        confirm(plan, options.yes or os.environ.get("YES") == "1")
-        folder = Path(
-            options.out or root() / "runs" / f"{datetime.now():%Y%m%d-%H%M%S}-{preset}"
-        ).resolve()
+@contextlib.contextmanager
+def folder_of_a_run(out: str, preset: str) -> Iterator[Path]:
+    """The run's folder, in which nobody else executes a notebook: a new one, or the one that was named."""
+    if out:
+        folder = Path(out).resolve()
+        refuse_old_run(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        show_cells_live()
-        parameters = {
-            "preset_name": preset,
-            "gpus": options.gpus,
-            "data": options.data,
-            "target": options.target,
-            "out": str(folder),
-        }
-        notebook = execute(parameters | {"changes": shlex.join(flags)}, folder)
-    except Problem as problem:
-        print(problem, file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return interrupted(folder, "interrupted")
-    except DeadKernelError:  # what papermill makes of Ctrl-C, and of a kernel that was killed
-        return interrupted(
-            folder, "the notebook's process is gone (Ctrl-C, or killed for its memory)"
-        )
-    except papermill.PapermillExecutionError as error:
-        print(
-            f"\na cell failed: {error.ename}: {error.evalue}\n  → the notebook up to there: {(folder or Path()) / 'speedrun.html'}",
-            file=sys.stderr,
-        )
-        return 1
-    print_what_there_is(folder, notebook)
+    else:
+        folder = new_folder(root() / "runs" / f"{datetime.now():%Y%m%d-%H%M%S}-{preset}")
+    lock = claim(folder, "notebook")
+    try:
+        yield folder
+    finally:
+        lock.release()
+
+
+def run_command(arguments: list[str], interrupts: Insisting) -> int:
+    """Plan, ask, execute, and say what there is. Returns the status."""
+    options, flags = read_arguments(arguments)
+    for flag, instead in {
+        "--plan": "python -m speedrun.launch --plan",
+        "--resume": "python -m speedrun.launch --resume RUN",
+    }.items():
+        if any(word.split("=")[0] == flag for word in flags):
+            raise Problem(f"make speedrun does not take {flag}", instead)
+    machine, runs = setup(), measured_runs()
+    preset, why = choose_preset(machine, memory_needed_gb("record", runs))
+    preset, why = (options.preset, "as asked") if options.preset else (preset, why)
+    print(f"preset {preset}: {why}")
+    data = settled(options.data) if options.data else ""
+    config = read_config(preset, data, flags)
+    if config.compile and not machine.compiler:
+        flags.append("--no-compile")
+        config = read_config(preset, data, flags)
+        print("there is no C++ compiler: training without torch.compile")
+    plan = make_plan(config, machine, options.gpus, runs)
+    print(plan, flush=True)
+    check_gpus(plan, machine)
+    confirm(plan, options.yes or os.environ.get("YES") == "1")
+    interrupts.install()
+    with folder_of_a_run(options.out, preset) as folder:
+        parameters = {"preset_name": preset, "gpus": options.gpus, "data": data}
+        parameters |= {"target": options.target, "out": str(folder)}
+        try:
+            notebook = execute(parameters | {"changes": shlex.join(flags)}, folder)
+        except (KeyboardInterrupt, asyncio.CancelledError):
+            return interrupted(folder, "interrupted")
+        except DeadKernelError:  # what papermill makes of Ctrl-C, and of a kernel that was killed
+            why = "the notebook's process is gone (Ctrl-C, or killed for its memory)"
+            return interrupted(folder, why)
+        except papermill.PapermillExecutionError as error:
+            page = folder / "speedrun.html"
+            where = f"the notebook up to there: {page}" if page.exists() else "see above"
+            raise Problem(f"a cell failed: {error.ename}: {error.evalue}", where) from None
+        except RuntimeError as error:
+            if "Kernel died" not in str(error):
+                raise
+            raise Problem(
+                f"{sys.executable} could not start a notebook: {error}", "make setup"
+            ) from None
+        print_what_there_is(folder, notebook)
     return 0
 
 
-def interrupted(folder: Path | None, why: str) -> int:
+def main(arguments: list[str]) -> int:
+    interrupts = Insisting()
+    status = run_main(lambda: run_command(arguments, interrupts))
+    return 128 + interrupts.signal if interrupts.signal and status == 130 else status
+
+
+def interrupted(folder: Path, why: str) -> int:
     """The notebook has ended early; its ranks notice that and save. Wait for them, and say how to go on."""
-    if folder is None:
-        print("\nnot started", flush=True)
-        return 130
     # the cell that was cut off is an unawaited task: asyncio would print its traceback at exit
     logging.getLogger("asyncio").setLevel(logging.CRITICAL + 1)
     print(f"\n{why}: the ranks save", flush=True)
@@ -176,7 +232,7 @@ def interrupted(folder: Path | None, why: str) -> int:
         psutil.wait_procs(ranks, timeout=20)
     except KeyboardInterrupt:
         print("\nnot waiting: the ranks still save by themselves", flush=True)
-    again = f"to resume: python -m speedrun.launch --resume {os.path.relpath(folder)}"
+    again = f"to resume: python -m speedrun.launch --resume {quoted(os.path.relpath(folder))}"
     print(
         again if checkpoints(folder) else "nothing was saved: no training step was done", flush=True
     )
@@ -197,7 +253,7 @@ def print_what_there_is(folder: Path, notebook: Path) -> None:
         print(
             f"  {what:11} {path.relative_to(folder)}" if path.exists() else f"  {what:11} missing"
         )
-    print(f"more text from the model: python -m speedrun.sample {os.path.relpath(folder)}")
+    print(f"more text from the model: python -m speedrun.sample {quoted(os.path.relpath(folder))}")
 
 
 if __name__ == "__main__":

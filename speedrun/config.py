@@ -99,6 +99,11 @@ class Config:
     wandb: str = ""
     """Weights & Biases project to log to as well; empty: none."""
 
+    @property
+    def last_step(self) -> int:
+        """The step after which the run ends."""
+        return min(self.max_steps or self.steps, self.steps)
+
 
 def fields_of(config: Any, prefix: str = "") -> dict[str, Any]:
     """All fields of a config with their dotted names, nested ones included."""

@@ -5,6 +5,7 @@
 import math
 from pathlib import Path
 
+from speedrun.checkpoint import quoted
 from speedrun.lab.errors import Problem
 from speedrun.lab.results import public_table
 from speedrun.lab.runlog import read_metrics, series
@@ -30,7 +31,8 @@ def read_run(folder: Path) -> dict:
     first, last = records[0], records[-1]
     if last["kind"] != "end":
         raise Problem(
-            f"the run in {folder} has not ended", f"python -m speedrun.launch --resume {folder}"
+            f"the run in {folder} has not ended",
+            f"python -m speedrun.launch --resume {quoted(folder)}",
         )
     config, stamp, seconds = first["config"], first["stamp"], last["train_time_ms"] / 1000
     tokens = last["step"] * config["data"]["step_tokens"]

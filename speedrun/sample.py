@@ -2,6 +2,14 @@
 
 
 # %% The code
+if (
+    __name__ == "__main__" and __spec__ is not None
+):  # python -m: before the imports that take seconds
+    from speedrun.lab.errors import prepare_command
+
+    prepare_command()
+
+
 import math
 import re
 import sys
@@ -11,13 +19,14 @@ from typing import Annotated, Literal
 
 import torch
 import tyro
+from annotated_types import Ge, Interval
 from torch import Tensor, nn
 
-from speedrun.checkpoint import latest_checkpoint, load_checkpoint
-from speedrun.config import config_from_json
+from speedrun.checkpoint import check_tensors, damaged, latest_checkpoint, load_facts, load_tensors
+from speedrun.config import check_config, check_ranges, config_from_json
 from speedrun.data.shards import data_folder, load_manifest, read_shard
 from speedrun.data.tokenizer import Tokenizer, get_tokenizer
-from speedrun.lab.errors import Problem
+from speedrun.lab.errors import Problem, explained, run_main
 from speedrun.lab.hardware import setup
 from speedrun.train import build_model
 
@@ -34,10 +43,15 @@ class Trained:
 
 
 def load_trained(folder: Path, device: str = "cpu") -> Trained:
-    """The model of a run's latest checkpoint, uncompiled and in float32."""
-    weights, _, facts = load_checkpoint(latest_checkpoint(Path(folder)))
-    config, tokenizer = config_from_json(facts["config"]), get_tokenizer(facts["tokenizer"])
-    model, _ = build_model(config, facts["vocab_size"], torch.device(device))
+    """The model of a run's latest checkpoint, uncompiled and in float32. Reads no optimizer state. Raises Problem."""
+    path = latest_checkpoint(Path(folder))
+    facts = load_facts(path)
+    weights, config = load_tensors(path, "model", facts), config_from_json(facts["config"])
+    tokenizer = get_tokenizer(facts["tokenizer"])
+    if facts["vocab_size"] != tokenizer.vocab_size:
+        raise damaged(path, f"a vocabulary of {facts['vocab_size']} is not the tokenizer's")
+    model, _ = build_model(check_config(config), facts["vocab_size"], torch.device(device))
+    check_tensors(path, weights, dict(model.named_parameters()))
     model.load_state_dict(weights)
     data = data_folder(config.data.path)
     return Trained(model.eval(), tokenizer, config.data.seq_len, facts["step"], data)
@@ -136,16 +150,41 @@ class SampleCommand:
     """Folder of a run, with a checkpoint."""
     prompt: str = ""
     """How the text begins; empty: the beginning of a document."""
-    tokens: int = 600
+    tokens: Annotated[int, Interval(ge=1, le=10**7)] = 600
     """Tokens to write."""
-    temperature: float = 0.8
+    temperature: Annotated[float, Interval(ge=0, le=100)] = 0.8
     """Below 1: more of what is likely. 0: always the likeliest."""
-    top_k: int = 40
+    top_k: Annotated[int, Ge(0)] = 40
     """Choose among this many likeliest tokens; 0: among all."""
-    seed: int = 0
+    seed: Annotated[int, Interval(ge=0, lt=2**63)] = 0
     """Of the random choices."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where to compute."""
+
+
+def run_command(arguments: list[str]) -> None:
+    """Print a sample and keep it in the run's folder; count its known words, if its training text is there."""
+    setup()
+    command = tyro.cli(SampleCommand, args=arguments, prog="python -m speedrun.sample")
+    check_ranges(command)
+    if command.device == "cuda" and not torch.cuda.is_available():
+        what = "--device cuda, but PyTorch sees no GPU"
+        raise Problem(what, "make doctor says why; or --device cpu")
+    trained = load_trained(command.run, command.device)
+    knobs = (command.temperature, command.top_k, command.seed)
+    text = command.prompt + generate(trained, command.prompt, command.tokens, *knobs)
+    print(text)
+    try:
+        (command.run / "sample.txt").write_text(text, encoding="utf-8", errors="replace")
+    except OSError as error:  # it has been printed
+        print(f"\nnot kept in sample.txt: {explained(error) or error}", file=sys.stderr)
+    try:
+        known, count = set(words_of(training_text(trained.data))), len(words_of(text))
+    except Problem as problem:
+        print(f"\nits words were not counted: {problem}", file=sys.stderr)
+        return
+    share = known_share(text, known)
+    print(f"\n{share:.0%} of its {count} words of four or more letters occur in the training text")
 
 
 def main(arguments: list[str]) -> int:
@@ -153,27 +192,8 @@ def main(arguments: list[str]) -> int:
 
     Of a large training text, the first twenty million tokens count.
     """
-    try:
-        setup()
-        command = tyro.cli(SampleCommand, args=arguments, prog="python -m speedrun.sample")
-        if command.device == "cuda" and not torch.cuda.is_available():
-            what = "--device cuda, but PyTorch sees no GPU"
-            raise Problem(what, "make doctor says why; or --device cpu")
-        trained = load_trained(command.run, command.device)
-        knobs = (command.temperature, command.top_k, command.seed)
-        text = command.prompt + generate(trained, command.prompt, command.tokens, *knobs)
-        (command.run / "sample.txt").write_text(text, encoding="utf-8")
-        print(text)
-        known, count = set(words_of(training_text(trained.data))), len(words_of(text))
-        share = known_share(text, known)
-        print(
-            f"\n{share:.0%} of its {count} words of four or more letters occur in the training text"
-        )
-    except Problem as problem:
-        print(problem, file=sys.stderr)
-        return 1
-    return 0
+    return run_main(lambda: run_command(arguments))
 
 
-if __name__ == "__main__" and __spec__ is not None:  # python -m, not a notebook
+if __name__ == "__main__" and __spec__ is not None:
     sys.exit(main(sys.argv[1:]))

@@ -381,10 +381,10 @@ def broken(run: "Run", loss: float = 0.0) -> Problem:
     else:
         what = f"the loss is {loss}, with weights and gradients that are finite"
     fix = "a lower --optim.lr, or a longer --optim.warmup-steps"
-    saved = [path.name for path in checkpoints(run.folder)]
-    back = f"--resume {quoted(run.folder)} goes back to {saved[-1]}; or begin again with "
-    back = back if saved else ""
-    return Problem(f"step {run.step}: {what}", back + fix)
+    if saved := checkpoints(run.folder):
+        back = f"--resume {quoted(run.folder)} goes back to {saved[-1].name}"
+        fix = f"{back}; or begin again with {fix}"
+    return Problem(f"step {run.step}: {what}", fix)
 
 
 # %% Signs of life
@@ -784,7 +784,7 @@ def validate(run: Run) -> float:
 def run_loop(run: Run, step=train_step) -> str:
     """Train from `run.step` to the end. Returns why it ended: finished or interrupted."""
     config, marks = run.config, Marks(run.ranks.device)
-    last = min(config.max_steps or config.steps, config.steps)
+    last = config.last_step
     run.clock.start()
     marks.restart()
     while True:
@@ -854,7 +854,7 @@ def describe_run(run: Run, command: str) -> dict:
 
 def epochs_line(run: Run) -> str | None:
     """A sentence about repeated data; None if the data suffice."""
-    steps, there = run.config.max_steps or run.config.steps, run.loader.shards.total
+    steps, there = run.config.last_step, run.loader.shards.total
     wanted = steps * run.config.data.step_tokens
     if wanted < there:
         return None
@@ -1036,7 +1036,7 @@ def progress(config: Config):
     if sys.stdout is None or not sys.stdout.isatty():
         yield say
         return
-    with tqdm(total=config.max_steps or config.steps, unit="step", dynamic_ncols=True) as bar:
+    with tqdm(total=config.last_step, unit="step", dynamic_ncols=True) as bar:
 
         def echo(line: str) -> None:
             numbers = parse_line(line) or {}

@@ -18,7 +18,7 @@ from speedrun.data.loader import DataOptions
 from speedrun.lab.errors import Problem
 from speedrun.lab.hardware import GPU, Machine
 from speedrun.launch import (
-    PATIENCE_S,
+    Patience,
     choose_preset,
     confirm,
     diagnosis,
@@ -124,16 +124,19 @@ class TestNoRankOutlivesAnybody:
 
     def test_silence_is_noticed_and_located(self, rude, tmp_path):
         with pytest.raises(Problem) as caught:
-            run_ranks(
-                rude, 2, tmp_path / "run", PATIENCE_S | {"train": 1.0}, echo=lambda line: None
-            )
+            patience, silent = Patience(train=1.0), lambda line: None
+            run_ranks(rude, 2, tmp_path / "run", patience, echo=silent, grace_s=1.0)
         assert "hangs: silent for" in caught.value.what and "rude.py" in caught.value.what
+        assert "--patience.train" in caught.value.what, "and how to be more patient"
         assert not any(psutil.pid_exists(pulse.pid) for pulse in pulses(tmp_path / "run"))
 
 
 def write_notebook(path: Path, *cells: str) -> None:
-    """A notebook of code cells with the kernel that papermill wants named."""
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+    """A notebook of live code cells with the kernel that papermill wants named."""
+    live = {"tags": ["live"]}
+    notebook = nbformat.v4.new_notebook(
+        cells=[nbformat.v4.new_code_cell(cell, metadata=live) for cell in cells]
+    )
     notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}  # fmt: skip
     nbformat.write(notebook, path)
 
@@ -151,7 +154,7 @@ class TestWatching:
         talk = program(tmp_path, "for n in range(4):\n    sys.stdout.write(f'at {time.time()}\\n'); sys.stdout.flush(); time.sleep(0.7)\n")  # fmt: skip
         code = f"from pathlib import Path\nfrom speedrun.launch import run_ranks\nrun_ranks({talk!r}, 1, Path({str(tmp_path / 'run')!r}))"
         write_notebook(tmp_path / "in.ipynb", code)
-        runner = "import sys; sys.path[:0] = [sys.argv[1]]; import run_speedrun, papermill; run_speedrun.show_cells_live(); papermill.execute_notebook(sys.argv[2], sys.argv[3], log_output=True, progress_bar=False)"
+        runner = "import sys; sys.path[:0] = [sys.argv[1]]; import run_speedrun as run, papermill; run.papermill_engines.register('live', run.LiveEngine); papermill.execute_notebook(sys.argv[2], sys.argv[3], engine_name='live', progress_bar=False)"
         scripts = Path(__file__).resolve().parent.parent / "scripts"
         command = [sys.executable, "-c", runner, str(scripts), str(tmp_path / "in.ipynb"), str(tmp_path / "out.ipynb")]  # fmt: skip
         live = subprocess.Popen(
@@ -246,6 +249,29 @@ class TestPlanning:
         run = replace(preset("smoke"), data=replace(preset("smoke").data, path=str(tmp_path)))
         with pytest.raises(Problem, match="holds no manifest"):
             prepare_data(make_plan(run, BARE, 0, []))
+
+    def test_a_run_that_nobody_can_time_asks_first(self):
+        assert make_plan(preset("small"), BARE, 0, []).asks
+        known = [{"device": "CPU", "flops_per_second": 1e11, "preset": "cpu"}]
+        days = make_plan(preset("small"), BARE, 0, known)
+        assert days.asks and days.minutes > 24 * 60 and "guess" in days.how
+
+    def test_fewer_than_no_ranks_are_refused(self):
+        with pytest.raises(Problem, match="--gpus -1"):
+            make_plan(preset("cpu"), BARE, -1, [])
+
+    def test_gpus_that_pytorch_cannot_use_are_named_before_anything_long(self, monkeypatch):
+        from speedrun import launch as module
+
+        monkeypatch.setattr(module, "gpu_problem", lambda machine: Problem("the driver is too old", "update it"))  # fmt: skip
+        said = []
+        run = vary(preset("record"), {"data.path": "data/fineweb10B"})
+        with pytest.raises(Problem, match="driver is too old"):
+            module.check_gpus(make_plan(run, BARE, 0, []), BARE, said.append)
+        module.check_gpus(make_plan(vary(run, {"device": "cpu"}), BARE, 0, []), BARE, said.append)
+        known = [{"device": "CPU", "flops_per_second": 1e13}]
+        module.check_gpus(make_plan(preset("smoke"), BARE, 0, known), BARE, said.append)
+        assert len(said) == 1 and "driver is too old" in said[0]
 
     def test_ranks_that_do_not_divide_a_step_are_refused_before_anything_starts(self):
         run = replace(preset("record"), data=DataOptions(path="data/fineweb10B"))

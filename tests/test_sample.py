@@ -66,3 +66,31 @@ class TestCommand:
         assert "has no checkpoint" in capsys.readouterr().err
         with pytest.raises(Problem):
             load_trained(tmp_path)
+
+    def test_what_cannot_be_counted_is_said_and_the_sample_is_kept(self, brief, tmp_path, capsys):
+        import shutil
+
+        from speedrun.config import vary
+
+        source = brief.data.path
+        shutil.copytree(source, tmp_path / "text")
+        train(vary(brief, {"data.path": str(tmp_path / "text")}), tmp_path / "run", echo=None)
+        shutil.rmtree(tmp_path / "text")
+        assert main([str(tmp_path / "run"), "--tokens", "20"]) == 0
+        said = capsys.readouterr()
+        assert (tmp_path / "run" / "sample.txt").read_text(encoding="utf-8") in said.out
+        assert "were not counted" in said.err and "Traceback" not in said.err
+
+    def test_it_does_not_read_the_optimizer(self, brief, tmp_path):
+        train(brief, tmp_path, echo=None)
+        (moments,) = tmp_path.rglob("optimizer.safetensors")
+        moments.write_bytes(b"damaged")
+        assert main([str(tmp_path), "--tokens", "5"]) == 0
+
+    @pytest.mark.parametrize(
+        "flags",
+        ["--temperature nan", "--temperature -1", "--tokens -1", "--tokens 0", f"--seed {10**21}", "--top-k -3"],
+    )  # fmt: skip
+    def test_numbers_out_of_range_are_refused(self, brief, tmp_path, capsys, flags):
+        assert main([str(tmp_path), *flags.split()]) == 1
+        assert f"{flags.split()[0][2:].replace('-', '_')}=" in capsys.readouterr().err

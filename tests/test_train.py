@@ -26,6 +26,9 @@ def curve(folder: Path, kind: str = "val") -> list[float]:
     return [record["val_loss" if kind == "val" else "train_loss"] for record in records]
 
 
+FACTS = {"config": {}, "position": [0, 0, 0], "train_time_ms": 1.5, "data_sha256": "0" * 64, "vocab_size": 288, "tokenizer": "bytes"}  # fmt: skip
+
+
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_checkpoint(latest_checkpoint(folder))[0]
 
@@ -160,6 +163,10 @@ class TestOneRank:
         import types
 
         seen = []
+
+        def refuse(**kwargs):
+            raise RuntimeError("api_key not configured\x1b[2J")
+
         fake = types.SimpleNamespace(
             init=lambda **k: seen.append(("init", k["project"])),
             log=lambda n, step: seen.append((step, n)),
@@ -169,9 +176,15 @@ class TestOneRank:
         assert not seen
         train(vary(brief, {"wandb": "mine"}), tmp_path / "loud", echo=None)
         assert seen[0] == ("init", "mine") and seen[1][0] == 0 and "val_loss" in seen[1][1]
-        monkeypatch.setitem(sys.modules, "wandb", None)
-        with pytest.raises(Problem, match="wandb is not installed"):
-            train(vary(brief, {"wandb": "mine"}), tmp_path / "none", echo=None)
+        for name, module in {
+            "missing": None,
+            "keyless": types.SimpleNamespace(init=refuse),
+        }.items():
+            monkeypatch.setitem(sys.modules, "wandb", module)
+            train(vary(brief, {"wandb": "mine"}), tmp_path / name, echo=None)
+            log = (tmp_path / name / "log.txt").read_text()
+            assert "no Weights & Biases, going on without" in log and "finished" in log
+            assert "\x1b" not in log
 
 
 class TestResuming:
@@ -214,7 +227,7 @@ class TestResuming:
         whole, killed = weights(tmp_path / "whole"), weights(tmp_path / "killed")
         assert all(torch.equal(whole[name], killed[name]) for name in whole)
 
-    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
     def test_a_signal_saves_and_says_how_to_go_on(self, brief, tmp_path, number):
         long = vary(brief, {"steps": 100_000, "val_every": 100_000})
         live = subprocess.Popen(command(long, tmp_path), stdout=subprocess.PIPE, text=True)
@@ -257,42 +270,63 @@ class TestResuming:
 
 
 class TestTrouble:
-    def test_a_full_disk_loses_nothing(self, brief, tmp_path):
-        """Files may not grow beyond 300 kB: no checkpoint fits, the log is cut short; the run goes on and says so."""
+    def test_a_full_disk_loses_nothing_and_is_no_success(self, brief, tmp_path):
+        """Files may not grow beyond 300 kB: no checkpoint fits. The run goes on to its end, and then it is a problem."""
         code = f"""
 import resource, signal, sys
+from speedrun import train as module
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
-from speedrun.train import main
-sys.exit(main({command(vary(brief, {"checkpoint_every": 6, "model.width": 64}), tmp_path)[3:]!r}))
+keep, waited = module.keep, []
+module.keep = lambda run, patience_s=0.0: (waited.append(patience_s), keep(run, patience_s / 30))[1]
+status = module.main({command(vary(brief, {"checkpoint_every": 6, "model.width": 64}), tmp_path)[3:]!r})
+print("waited", waited)
+sys.exit(status)
 """
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        assert (
-            "no checkpoint at step 6, going on without" in done.stdout
-            and "finished at step 12" in done.stdout
-        )
+        assert done.returncode == 1 and "Traceback" not in done.stderr
+        assert "no checkpoint at step 6, going on without" in done.stdout
+        assert "step 12 is reached, but not saved: the checkpoint" in done.stderr
+        assert "MB where" in done.stderr and "waited [0.0, 30.0]" in done.stdout
         assert checkpoints(tmp_path) == [] and not list(tmp_path.rglob("*.part"))
         assert len(curve(tmp_path)) == 3, "the log before and after is whole"
+
+    def test_room_that_comes_back_in_time_is_used(self, brief, tmp_path, monkeypatch):
+        from speedrun import train as module
+
+        real, tries = module.save_checkpoint, []
+
+        def full_twice(*given):
+            tries.append(given)
+            if len(tries) < 3:
+                raise OSError(28, "No space left on device")
+            return real(*given)
+
+        monkeypatch.setattr(module, "save_checkpoint", full_twice)
+        monkeypatch.setattr(module.time, "sleep", lambda seconds: None)
+        train(brief, tmp_path, echo=None)
+        assert len(tries) == 3 and [path.name for path in checkpoints(tmp_path)] == ["step-0000012"]
 
     def test_views_and_transposed_tensors_are_saved(self, tmp_path):
         whole = torch.arange(12.0)
         tensors = {"a": whole[:4], "b": whole[4:], "turned": whole.view(3, 4).mT}
-        path = save_checkpoint(tmp_path, 1, tensors, tensors, {})
+        path = save_checkpoint(tmp_path, 1, tensors, tensors, FACTS)
         assert all(torch.equal(load_checkpoint(path)[0][name], t) for name, t in tensors.items())
 
     def test_an_old_checkpoint_survives_a_failed_save(self, tmp_path, monkeypatch):
         from speedrun import checkpoint
 
         tensors = {"w": torch.ones(3)}
-        first = save_checkpoint(tmp_path, 1, tensors, tensors, {})
+        first = save_checkpoint(tmp_path, 1, tensors, tensors, FACTS)
         monkeypatch.setattr(
             checkpoint.os,
             "replace",
             lambda a, b: (_ for _ in ()).throw(OSError(28, "No space left on device")),
         )
-        assert "No space left" in save_checkpoint(tmp_path, 2, tensors, tensors, {})
-        assert checkpoints(tmp_path) == [first] and load_checkpoint(first)[2] == {"step": 1}
+        with pytest.raises(OSError, match="No space left"):
+            save_checkpoint(tmp_path, 2, tensors, tensors, FACTS)
+        assert checkpoints(tmp_path) == [first] and load_checkpoint(first)[2]["step"] == 1
+        assert [path.name for path in first.parent.iterdir()] == [first.name], "no rest"
 
     @pytest.mark.parametrize("value", [math.nan, math.inf])
     def test_the_broken_parameter_is_named(self, brief, tmp_path, value):
@@ -310,6 +344,13 @@ sys.exit(main({command(vary(brief, {"checkpoint_every": 6, "model.width": 64}), 
             run_loop(run, step=poisoned)
         others = (p for name, p in run.model.named_parameters() if name != "attention_out")
         assert all(torch.isfinite(p).all() for p in others)
+
+    def test_a_validation_loss_that_is_nan_stops_the_run(self, brief, tmp_path, monkeypatch):
+        from speedrun import train as module
+
+        monkeypatch.setattr(module, "evaluate", lambda run, batches: math.nan)
+        with pytest.raises(Problem, match="step 0: the loss is nan"):
+            train(brief, tmp_path, echo=None)
 
     def test_a_rate_that_explodes_stops_the_run(self, brief, tmp_path):
         train(vary(brief, {"max_steps": 3}), tmp_path, echo=None)

@@ -160,6 +160,11 @@ def jit(kernel):
     return triton.jit(kernel) if triton else Unlaunchable(kernel)
 
 
+def gpu_problem(machine: Machine) -> Problem | None:
+    """Why the GPUs that are there cannot be used."""
+    return None
+
+
 def setup() -> Machine:
     """First call of every command and kernel chapter: without a GPU, makes Triton interpret its kernels."""
     machine, triton = look(), find_triton()

@@ -111,7 +111,7 @@ def read_metrics(path: str | Path) -> list[dict]:
             records.append(json.loads(line))
         except json.JSONDecodeError as error:
             if number < len(lines):
-                fix = "delete that line; the others are whole"
+                fix = "take that line out; the others are whole"
                 raise Problem(f"{path}, line {number}: not a record: {error}", fix) from None
     return records
 
