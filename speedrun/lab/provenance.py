@@ -10,7 +10,7 @@ from pathlib import Path
 
 import speedrun
 from speedrun.lab.errors import Problem
-from speedrun.lab.hardware import look
+from speedrun.lab.hardware import look, run_tool
 
 
 def is_docstring(node) -> bool:
@@ -51,6 +51,13 @@ def module_file(name: str) -> Path | None:
         [path.with_suffix(".py"), path / "__init__.py"] if name.startswith("speedrun.") else []
     )
     return next((candidate for candidate in candidates if candidate.is_file()), None)
+
+
+def commit() -> str:
+    """The commit of this project; "" without git, or where this folder has no repository of its own, whatever is around it."""
+    # named outright, git neither looks in the folders above nor obeys GIT_DIR, which its hooks set
+    command = ["git", f"--git-dir={root() / '.git'}", "rev-parse", "--verify", "HEAD"]
+    return run_tool(command, 30).strip()
 
 
 def imported_names(source: str) -> set[str]:
