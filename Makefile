@@ -3,7 +3,8 @@
 # make test        the tests that need minutes, make check the rest
 #
 # PYTHON names the interpreter. It is used as it is if it has everything; else .venv is made or completed, and only then is the
-# network touched. Nothing here needs an activated environment.
+# network touched. Nothing here needs an activated environment. PYTHON, PRESET, GPUS and DATA are one word each, spaces and all;
+# ARGS, TESTS and NB are lists of words.
 
 PYTHON ?= python3
 SHELL := /bin/bash
@@ -12,14 +13,18 @@ SHELL := /bin/bash
 export YES
 export PYTHONPATH := $(CURDIR)
 
-# $(call python,EXTRAS): the interpreter that has the project with these extras
-python = py="$$($(PYTHON) scripts/environment.py $(1))"
+# $(call q,TEXT): a text as one word of the shell; a ~/ in front is the home folder, as it would be without quotes
+home = $(subst <start>,,$(subst <start>~/,$(HOME)/,<start>$(1)))
+q = '$(subst ','\'',$(call home,$(1)))'
+# $(call python,EXTRAS): the interpreter that has the project with these extras (macOS's make 3.81 knows no .SHELLFLAGS)
+python = set -eu -o pipefail; py="$$($(call q,$(PYTHON)) scripts/environment.py $(1))"
 # the interpreter for targets that install nothing: .venv if it is there
-bare = $(firstword $(wildcard .venv/bin/python .venv/Scripts/python.exe) $(PYTHON))
+VENV := $(firstword $(wildcard .venv/bin/python .venv/Scripts/python.exe))
+bare = $(call q,$(if $(VENV),$(VENV),$(PYTHON)))
 
 .PHONY: help
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' Makefile
 
 .PHONY: setup
 setup:  ## install what running, testing and reading need (the rest installs what it needs when called)
@@ -27,7 +32,7 @@ setup:  ## install what running, testing and reading need (the rest installs wha
 
 .PHONY: speedrun
 speedrun:  ## train on this machine (PRESET=… GPUS=… DATA=… ARGS="--steps 100"; YES=1 does not ask)
-	@$(call python,); exec "$$py" scripts/run_speedrun.py $(if $(PRESET),--preset $(PRESET)) $(if $(GPUS),--gpus $(GPUS)) $(if $(DATA),--data $(DATA)) $(ARGS)
+	@$(call python,); exec "$$py" scripts/run_speedrun.py $(if $(PRESET),--preset $(call q,$(PRESET))) $(if $(GPUS),--gpus $(call q,$(GPUS))) $(if $(DATA),--data $(call q,$(DATA))) $(ARGS)
 
 .PHONY: test
 test:  ## unit tests, tangle-check, lint and types (at most 6 minutes on 2 cores)
@@ -56,8 +61,8 @@ tangle-check:  ## fail where speedrun/ is not what the notebooks say; installs n
 
 .PHONY: chapter
 chapter:  ## execute one chapter: make chapter NB=02
-	@test -n "$(NB)" || { echo "which one? make chapter NB=02"; exit 2; }
-	@$(call python,book dev); "$$py" scripts/tangle.py; "$$py" scripts/execute.py --force $(NB)
+	@test -n $(call q,$(NB)) || { echo "which one? make chapter NB=02"; exit 2; }
+	@$(call python,book dev); "$$py" scripts/tangle.py; "$$py" scripts/execute.py --force $(foreach word,$(NB),$(call q,$(word)))
 
 .PHONY: book
 book:  ## execute the chapters that changed and build the book: _build/site/index.html
@@ -65,7 +70,7 @@ book:  ## execute the chapters that changed and build the book: _build/site/inde
 
 .PHONY: lab
 lab:  ## the chapters in JupyterLab; saving one tangles it, edited modules are reloaded
-	@$(call python,book dev); IPYTHONDIR="$(CURDIR)/scripts/ipython" exec "$$py" -m jupyterlab --config scripts/jupyter_config.py --ServerApp.root_dir="$(CURDIR)" --LabApp.default_url=/lab/tree/notebooks $(ARGS)
+	@$(call python,book dev); IPYTHONDIR=$(call q,$(CURDIR)/scripts/ipython) exec "$$py" -m jupyterlab --config scripts/jupyter_config.py --ServerApp.root_dir=$(call q,$(CURDIR)) --LabApp.default_url=/lab/tree/notebooks $(ARGS)
 
 .PHONY: exercises
 exercises:  ## the chapters with holes where the solutions were: _build/exercises/*.ipynb
@@ -73,10 +78,9 @@ exercises:  ## the chapters with holes where the solutions were: _build/exercise
 
 .PHONY: doctor
 doctor:  ## what this machine can run, what is missing, and how to mend it
-	@status=0; lacking="$$($(bare) scripts/environment.py --check book dev)" || status=1; \
-	if [ "$$status" = 1 ]; then printf '✗ %s lacks:\n%s\n  → make setup\n' "$(bare)" "$$(sed 's/^/    /' <<< "$$lacking")"; fi; \
+	@status=0; $(bare) scripts/environment.py --check book dev || status=$$?; test "$$status" -lt 2 || exit "$$status"; \
 	$(bare) -m speedrun.lab.doctor || status=1; \
-	if [ "$$status" = 0 ]; then $(bare) -m speedrun.launch --plan; fi; exit $$status
+	if [ "$$status" = 0 ]; then $(bare) -m speedrun.launch --plan; fi; exit "$$status"
 
 .PHONY: stale
 stale:  ## results whose code has changed since (PROVE=1 tries to show that it trains the same)

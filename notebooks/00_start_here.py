@@ -11,25 +11,24 @@
 # ---
 
 # %% [markdown]
-# # Start here: forty-five minutes, then seventy-four seconds
+# # Start here: forty-five minutes, then forty seconds
 #
 # ```{admonition} Cost box
-# Any machine: a few seconds, no GPU, no download. This page leans on all 89 records of the NanoGPT speedrun; the
+# Any machine: a few seconds, no GPU, no download. This page leans on all 92 records of the NanoGPT speedrun; the
 # [credits](../book/credits.md) name everyone who set one.
 # ```
 #
 # ## The problem
 #
-# In May 2024 a well-tuned C program trained a 124-million-parameter GPT-2 to a validation loss of 3.28 in **45 minutes** on eight H100s. In July
-# 2026 the same kind of machine reaches the same loss in **73.8 seconds**. The hardware is the same, the text is the same, the target is the same. PyTorch
-# got a little faster. Nearly all the rest is that fifty people, and lately a few AI systems, had some ninety ideas, each small enough to explain over lunch.
+# In May 2024 a well-tuned C program trained a 124-million-parameter GPT-2 to a validation loss of 3.28 in **45 minutes** on eight H100s. In September
+# 2026 a program was accepted that reaches the same loss on the same kind of machine in **39.9 seconds**. The text is the same, and so is the target; PyTorch got a little faster. The model is no GPT-2 any more.
+# Nearly all of the rest is that some fifty people, and lately a few AI systems, had some ninety ideas, most of them small enough to explain over lunch.
 #
-# You would like to understand them. So you open the trainer that holds the record, and meet five thousand lines in which every line is the residue
-# of an argument that somebody won, and none of the arguments are written down.
+# You would like to understand them. So you open the trainer that holds the record, and meet thousands of lines in which every line is the residue
+# of an argument that somebody won. Most of the arguments are written down: in the READMEs of two thirds of the record folders, in some ninety pull requests and their discussions, in posts such as Keller Jordan's on Muon {cite}`jordan2024`. They are not in one place or in order; and few of the ideas were ever measured alone, by somebody else, with the runs that it takes to be sure.
 #
-# This book is the arguments. Each chapter takes one idea, asks what it should buy, builds it in the fewest lines that work, and measures. The lines
-# are then collected, mechanically, into a trainer; the code you read is the code that runs. What exists so far is the spine: the data, the baseline, the model, the loop,
-# the launcher, and the means to measure. The ideas that made it fast come next, one chapter each.
+# That is what this book adds. Each chapter takes one idea, asks what it should buy, builds it in the fewest lines that work, and measures. The lines
+# are then collected, mechanically, into a trainer; the code you read is the code that runs. There is the *spine*, from the data and the baseline to the launcher and the means to measure, and there are eight chapters of ideas so far, on the architecture and on the optimizer, which take the ladder to about its eleventh record and parts of it much further.
 
 # %% [markdown]
 # ## The game
@@ -49,13 +48,13 @@
 
 # %% [markdown]
 # ```{admonition} Prediction
-# The record fell by a factor of about 37 in 88 steps. If each step had helped equally, each would have cut the time by
-# $1 - 37^{-1/88} \approx 4\%$. It was not like that. **Write down your guess: how many of the 88 improvements make up half of the progress?**
-# And a second one: while the time fell by 37, by what factor did the *program* grow?
+# The record fell by a factor of about 68 in 91 steps. If each step had helped equally, each would have cut the time by
+# $1 - 68^{-1/91} \approx 4.5\%$. It was not like that. **Write down your guess: how many of the 91 improvements make up half of the progress?**
+# And a second one: while the time fell by 68, by what factor did the *program* grow?
 # ```
 #
 # Progress has to be measured so that shares add up. A step from 10 minutes to 5 and a step from 2 minutes to 1 are the same feat, so the natural
-# unit is the logarithm of the ratio. With $t_i$ the time of record $i$, the gains $\ln(t_{i-1}/t_i)$ sum to $\ln(t_1/t_{89})$ exactly:
+# unit is the logarithm of the ratio. With $t_i$ the time of record $i$, the gains $\ln(t_{i-1}/t_i)$ sum to $\ln(t_1/t_{92})$ exactly:
 
 # %%
 import math
@@ -72,7 +71,8 @@ days = [date.fromisoformat(row["date"]) for row in ladder]
 gains = [math.log(before / after) for before, after in zip(seconds, seconds[1:])]
 people = {name for row in ladder for name in re.findall(r"@[\w.-]+", row["contributors"])}
 
-assert len(ladder) == 89 and seconds[0] == 45 * 60 and len(people) == 50
+assert len(ladder) == 92 and seconds[0] == 45 * 60 and len(people) == 52
+assert round(1 - (seconds[0] / seconds[-1]) ** (-1 / 91), 3) == 0.045
 assert math.isclose(sum(gains), math.log(seconds[0] / seconds[-1]))
 factor, span = seconds[0] / seconds[-1], (days[-1] - days[0]).days
 print(f"{seconds[0]:.0f} s → {seconds[-1]:.1f} s: a factor of {factor:.1f} in {span} days")
@@ -87,7 +87,8 @@ while running < sum(gains) / 2:
     half.append(order[len(half)])
     running += gains[half[-1]]
 
-assert len(half) == 7 and max(half) <= 10, "seven steps, all among the first eleven"
+assert len(half) == 6 and sorted(half)[-2] <= 10, "six steps: five of the first eleven,"
+assert max(half) == half[0] == len(gains) - 1, "and the last, which is the largest of all"
 for i in sorted(half):
     row, share = ladder[i + 1], gains[i] / sum(gains)
     what = textwrap.shorten(row["description"], 46, placeholder=" …")
@@ -95,7 +96,7 @@ for i in sorted(half):
 print(f"half of the progress took {len(half)} steps, the other half {len(gains) - len(half)}")
 
 # %% [markdown]
-# All of the big ones are early. Rotary positions, Muon, a squared ReLU, a shortcut for the values, attention that respects documents: what kind of progress was that? A run gets faster in two ways. It reads fewer tokens, or it spends
+# Five of the six are early: rotary positions, Muon, a squared ReLU, a shortcut for the values, attention that respects documents. The sixth is the latest. Record 92 brings many ideas at once: its author counts eleven parts, from a softmax over a sample of the vocabulary to a table of 65 billion parameters that is only looked up. What kind of progress was each? A run gets faster in two ways. It reads fewer tokens, or it spends
 # less time on each. On the logarithmic scale the two add up, so one can ask which share of a gain is tokens:
 
 
@@ -110,15 +111,17 @@ def share_of_tokens(first: int, last: int) -> float:
     )
 
 
-early, late = share_of_tokens(1, 12), share_of_tokens(12, 89)
+early, late, last = share_of_tokens(1, 12), share_of_tokens(12, 91), share_of_tokens(91, 92)
 usual = sorted(gains[11:])[len(gains[11:]) // 2]
-assert early > 1 and 0.7 < late < 0.8 and 0.01 < usual < 0.013
-print(f"records 1 to 12: {early:.0%} of the gain is fewer tokens; 12 to 89: {late:.0%}")
+assert early > 1 and 0.7 < late < 0.75 and last < 0.1 and 0.01 < usual < 0.013
+print(
+    f"fewer tokens: {early:.0%} of the gain of records 1 to 12, {late:.0%} of 12 to 91, {last:.0%} of 92"
+)
 print(f"half of the later records gained less than {usual:.1%}")
 
 # %% [markdown]
-# More than all of the early gain came from *learning more from each token*: by record 12 the run needs a tenth of them, and each costs more time than before. What follows is a long grind of cuts of about one per cent, and that is where the kernels, the number formats and the schedules live. Yet even there three quarters of the gain is
-# text that need not be read. The contest looks like engineering and is mostly learning. The figure shows both parts, and their price.
+# More than all of the early gain came from *learning more from each token*: by record 12 the run needs a tenth of them, and each costs more time than before. What follows is a long grind of cuts of about one per cent, and that is where the kernels, the number formats and the schedules live. Yet even there seven tenths of the gain is
+# text that need not be read. Until record 91 the contest looked like engineering and was mostly learning; record 92 is the exception, and mostly spends less time on each token. The figure shows when, and at what price.
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Record time on a logarithmic axis against date, with the lines of code of each record below"}}
 import matplotlib.pyplot as plt
@@ -129,8 +132,8 @@ growth = lines[-1][1] / lines[0][1]
 fig, (top, bottom) = plt.subplots(2, 1, figsize=(8, 5.6), sharex=True, height_ratios=[2.2, 1])
 top.step(days, seconds, where="post", color="C0")
 top.plot(days, seconds, "o", ms=3.5, color="C0")
-names = {2: "rotary", 3: "Muon", 4: "Muon, bf16", 5: "ReLU², QK-norm", 6: "shared Muon"}
-names |= {9: "value residual", 12: "FlexAttention"}
+names = {2: "rotary", 3: "Muon", 5: "ReLU², QK-norm", 9: "value residual"}
+names |= {12: "FlexAttention", 92: "eleven parts"}
 assert set(names) == {i + 2 for i in half}
 label = f"{len(half)} steps, half of the progress"
 top.plot(
@@ -143,19 +146,29 @@ top.plot(
     label=label,
 )
 for number, name in names.items():
-    at, left = (days[number - 1], seconds[number - 1]), number in (2, 3, 6)
+    at, left = (days[number - 1], seconds[number - 1]), number in (3, 92)
     place = {"xytext": (-8, -3) if left else (8, 1), "ha": "right" if left else "left"}
     top.annotate(f"{number} {name}", at, textcoords="offset points", fontsize=7.5, **place)
 top.set_yscale("log")
-ticks = {60: "1 min", 120: "2 min", 300: "5 min", 600: "10 min", 1200: "20 min", 2700: "45 min"}
+ticks = {
+    40: "40 s",
+    60: "1 min",
+    120: "2 min",
+    300: "5 min",
+    600: "10 min",
+    1200: "20 min",
+    2700: "45 min",
+}
 top.set_yticks(list(ticks), list(ticks.values()))
 top.minorticks_off()
 top.set_ylabel("time to 3.28")
 top.legend(loc="upper right")
-since = next(t for t, row in zip(seconds, ladder) if row["code_lines"]) / seconds[-1]
-assert 17 < since < 19 and 6 < growth < 7 and (lines[0][1], lines[-1][1]) == (462, 2978)
+row = next(row for row in ladder if row["record"] == "89")
+assert (lines[0][1], int(row["code_lines"]), lines[-1][1]) == (462, 2978, 5946)
+since = next(t for t, row in zip(seconds, ladder) if row["code_lines"]) / seconds[90]
+assert 19 < since < 21 and 12 < growth < 13
 top.set_title(
-    f"{factor:.0f}× faster in {span / 365.25:.1f} years; since record 4, {since:.0f}× for {growth:.1f}× the code"
+    f"{factor:.0f}× faster in {span / 365.25:.1f} years; records 4 to 91, {since:.0f}× for {growth:.0f}× the code"
 )
 bottom.plot(*zip(*lines), "o-", ms=3, lw=1, color="C2")
 bottom.set_ylim(0)
@@ -164,11 +177,10 @@ fig.autofmt_xdate()
 plt.show()
 
 # %% [markdown]
-# *Source: the public record logs and README of modded-nanogpt as of August 2026, carried over in `book/data/records.csv`. Code lines, without blank ones, are counted in
-# the program that each record's log embeds. Logs of branches that were merged later differ from the code that holds the record; the spike is record 85's.*
+# *Source: the public record logs and README of modded-nanogpt, to record 89 as of August 2026, records 90 to 92 as of 3 October 2026, carried over in `book/data/records.csv`; dates are those of submission. Code lines, without blank ones, are counted in
+# what each record's log embeds, and logs of branches that were merged later differ from the code that holds the record: the jumps at records 85 and 90 are such logs'. None was counted for record 92.*
 #
-# That settles the second guess. The first log that holds its program is record 4's, with 462 lines; the last, record 89's, has 2,978; and the repository with its kernel files and blank lines stands at five thousand. The lower curve is the reason for this book. The five hundred lines of January 2025 were one evening's reading.
-# The ideas in today's have not become harder. They have become unlabelled.
+# That settles the second guess. The first log that holds its program is record 4's, with 462 lines. Record 89's has 2,978, record 91's 5,946, and record 92 added 5,068 lines and took 2,465 away. The lower curve is the reason for this book. The five hundred lines of January 2025 were one evening's reading.
 #
 # ## How to read this book
 #
@@ -193,7 +205,8 @@ plt.show()
 # | a browser | read, with every output on the page | |
 # | a CPU | run each chapter; train a small GPT in about five minutes | `make speedrun` |
 # | one NVIDIA GPU | train on GPT-2's tokens, in minutes | `make speedrun` |
-# | several | train GPT-2 124M on FineWeb by the fastest recipe whose chapters exist; for now llm.c's | `make speedrun` |
+# | several | train GPT-2 124M on FineWeb by the recipe of record 1, llm.c's | `make speedrun` |
+# | several | the same by the recipe of record 11, which took 7 minutes on 8×H100 | `make speedrun PRESET=record11` |
 #
 # It is the same command on purpose. A trainer that works only on the machine it was tuned for is a common complaint about speedruns, and
 # close behind comes the error that says `AttributeError` when it means *you have no GPU*. So the first code that we write is neither model nor
@@ -221,11 +234,15 @@ except Problem as problem:
 # %% [markdown]
 # ### Looking without touching
 #
-# Asking PyTorch for GPUs has a side effect. It can initialise CUDA in the process that asks, which from then on cannot safely start copies of itself (*fork*), and whose first use of a GPU takes some hundred megabytes of it. A notebook that *launches* training should hold nothing of the kind. The driver's own tool, `nvidia-smi`, answers without
+# Asking PyTorch for GPUs has a side effect. It can initialise CUDA in the process that asks, which from then on cannot safely start copies of itself (*fork*), and holds a few hundred megabytes of a GPU. A notebook that *launches* training should hold nothing of the kind. The driver's own tool, `nvidia-smi`, answers without
 # leaving a trace, so we ask it and parse what it prints.
+#
+# A tool that is asked can also be missing, fail, or hang: `nvidia-smi` waits for the driver, and a driver that hangs lets nobody kill its callers. So tools are called through one function, which does not wait for what it has given up.
 
 # %%
 #| export
+import contextlib
+import ctypes
 import importlib
 import importlib.metadata
 import os
@@ -234,17 +251,48 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-GPU_QUERY = "index,uuid,name,memory.total,driver_version,compute_cap"
+
+def run_tool(command: list[str], timeout_s: float, fine: tuple[int, ...] = (0,)) -> str:
+    """What a command prints; nothing if it is not there, ends with another status, or takes longer."""
+    none, pipe = subprocess.DEVNULL, subprocess.PIPE
+    try:
+        process = subprocess.Popen(command, stdin=none, stdout=pipe, stderr=none)
+    except OSError:
+        return ""
+    try:
+        text = process.communicate(timeout=timeout_s)[0]
+    except subprocess.TimeoutExpired:
+        process.kill()  # and no wait: what hangs in a driver cannot be killed
+        return ""
+    return text.decode(errors="replace") if process.returncode in fine else ""
+
+
+# %%
+import time
+
+python = [sys.executable, "-c"]
+assert run_tool([*python, "print('here')"], 60).strip() == "here"
+assert run_tool(["no-such-tool"], 60) == run_tool([*python, "print('failed'); exit(9)"], 60) == ""
+began = time.perf_counter()
+assert run_tool([*python, "import time; time.sleep(30)"], 0.2) == ""
+print(f"given up after {time.perf_counter() - began:.1f} s")
+
+
+# %%
+#| export
+GPU_QUERY = "index,uuid,name,memory.total,driver_version"
+NEWER = "compute_cap,mig.mode.current"  # for an unknown field, older drivers refuse the whole query
 
 
 @dataclass(frozen=True)
 class GPU:
-    """One NVIDIA GPU as its driver describes it.
+    """One NVIDIA GPU, or one slice of one, as its driver describes it.
 
     memory_gb: counted in 2**30 bytes. capability: (9, 0) for Hopper; (0, 0) where the driver does not say.
+    mig: it is cut into slices, which are used in its place.
     """
 
     index: int
@@ -253,6 +301,7 @@ class GPU:
     memory_gb: float
     driver: str
     capability: tuple[int, int]
+    mig: bool = False
 
 
 # %% [markdown]
@@ -266,13 +315,13 @@ def parse_gpus(text: str) -> tuple[GPU, ...]:
     gpus = []
     for line in text.splitlines():
         cells = [cell.strip() for cell in line.split(",")]
-        if len(cells) != len(GPU_QUERY.split(",")) or not cells[0].isdigit():
+        if not 5 <= len(cells) <= 7 or not cells[0].isdecimal():
             continue
-        index, uuid, name, memory, driver, capability = cells
+        index, uuid, name, memory, driver, capability, mig = (*cells, "", "")[:7]
         known = re.fullmatch(r"(\d+)\.(\d+)", capability)
-        memory_gb = float(memory) / 1024 if re.fullmatch(r"[\d.]+", memory) else 0.0
+        memory_gb = float(memory) / 1024 if re.fullmatch(r"\d+(\.\d+)?", memory) else 0.0
         pair = (int(known[1]), int(known[2])) if known else (0, 0)
-        gpus.append(GPU(int(index), uuid, name, memory_gb, driver, pair))
+        gpus.append(GPU(int(index), uuid, name, memory_gb, driver, pair, mig == "Enabled"))
     return tuple(gpus)
 
 
@@ -280,55 +329,125 @@ def parse_gpus(text: str) -> tuple[GPU, ...]:
 # An eight-GPU server; then a virtual machine whose driver declines to say what its card can do, followed by a line of complaint:
 
 # %%
-row = "{i}, GPU-{i}f3c, NVIDIA H100 80GB HBM3, 81559, 580.65.06, 9.0"
+row = "{i}, GPU-{i}f3c, NVIDIA H100 80GB HBM3, 81559, 580.65.06, 9.0, Disabled"
 server = parse_gpus("\n".join(row.format(i=i) for i in range(8)))
 shy = parse_gpus("0, GPU-a1, GRID A100, [N/A], 535.00, [N/A]\nFailed to initialize NVML")
 
 assert len(server) == 8 and server[7].index == 7 and server[0].capability == (9, 0)
 assert 79 < server[0].memory_gb < 80
 assert len(shy) == 1 and shy[0].capability == (0, 0) and shy[0].memory_gb == 0
+assert parse_gpus("NVIDIA-SMI has failed because it couldn't communicate with the driver.") == ()
 print(server[0])
 
 # %% [markdown]
-# `nvidia-smi` lists every GPU of the machine, whatever `CUDA_VISIBLE_DEVICES` says. On a shared server that variable is how colleagues keep out of each
-# other's way, so we apply CUDA's reading of it: a list of numbers or UUID prefixes, in that order, which ends at the first entry that matches nothing.
+# Big GPUs can be cut into slices (NVIDIA's term is *multi-instance GPU*, MIG), each with memory and processors of its own, for several users. The query above still describes the whole GPU, which nobody can use while it is cut. `nvidia-smi -L` lists the slices under it, with a profile such as `1g.10gb`: one of seven parts, 10 GB.
 
 
 # %%
 #| export
-def visible_gpus(gpus: tuple[GPU, ...], setting: str | None) -> tuple[GPU, ...]:
-    """The GPUs that `CUDA_VISIBLE_DEVICES=setting` leaves, in its order; None (not set) leaves all."""
-    if setting is None:
-        return gpus
-    chosen = []
-    for entry in (part.strip() for part in setting.split(",")):
-        match = [
-            gpu for gpu in gpus if entry and (entry == str(gpu.index) or gpu.uuid.startswith(entry))
-        ]
-        if not match:
+def with_slices(gpus: tuple[GPU, ...], listing: str) -> tuple[GPU, ...]:
+    """The GPUs, with the slices that `nvidia-smi -L` lists in place of those that are cut. memory_gb of a slice: by its profile's name."""
+    slices: dict[str, list[GPU]] = {gpu.uuid: [] for gpu in gpus}
+    whole = {gpu.uuid: gpu for gpu in gpus}
+    parent = None
+    for line in listing.splitlines():
+        uuid = re.search(r"\(UUID: ([^)]+)\)", line)
+        profile = re.match(r"\s+MIG (\S*?(\d+)gb\S*)\s", line)
+        if uuid and line.startswith("GPU "):
+            parent = whole.get(uuid[1])
+        elif uuid and profile and parent:
+            name, size = f"{parent.name} MIG {profile[1]}", float(profile[2])
+            part = replace(parent, uuid=uuid[1], name=name, memory_gb=size, mig=False)
+            slices[parent.uuid].append(part)
+    kept = (slices[gpu.uuid] or ([] if gpu.mig else [gpu]) for gpu in gpus)
+    return tuple(gpu for some in kept for gpu in some)
+
+
+# %%
+listing = """GPU 0: NVIDIA A100-SXM4-80GB (UUID: GPU-9c73eb7b-8d6d-6c0e-dc13-97873e2ede40)
+  MIG 3g.40gb     Device  0: (UUID: MIG-a686709d-6dc2-542a-8851-0d2508448c10)
+  MIG 1g.10gb+me  Device  1: (UUID: MIG-53864714-0a66-5df2-9007-9268e30d9a72)
+GPU 1: NVIDIA A100-SXM4-80GB (UUID: GPU-c92e2d5d-4a69-f1cd-4df0-305f8606705a)
+"""
+cut_row = "0, GPU-9c73eb7b-8d6d-6c0e-dc13-97873e2ede40, NVIDIA A100-SXM4-80GB, 81920, 535.54.03, 8.0, Enabled"
+two = parse_gpus(cut_row + "\n" + cut_row.replace("0, GPU-9c73eb7b-8d6d-6c0e-dc13-97873e2ede40", "1, GPU-c92e2d5d-4a69-f1cd-4df0-305f8606705a").replace("Enabled", "Disabled"))  # fmt: skip
+cut = with_slices(two, listing)
+assert [gpu.memory_gb for gpu in cut] == [40, 10, 80] and cut[1].uuid.startswith("MIG-5386")
+assert with_slices(two[:1], "") == (), "in MIG mode, and not cut yet: nobody can use it"
+print("\n".join(f"{gpu.name}: {gpu.memory_gb:.0f} GB" for gpu in cut))
+
+# %% [markdown]
+# `nvidia-smi` lists every GPU of the machine, whatever `CUDA_VISIBLE_DEVICES` says. On a shared server that variable is how colleagues keep out of each
+# other's way, so we apply CUDA's reading of it. It is a list of numbers, or of UUIDs that may be abbreviated, in the order in which the GPUs will be counted. The list ends at the first entry that matches nothing, or more than one; an entry that comes twice makes it empty. And of all slices that a process may see, CUDA shows it the first alone, and no whole GPU beside
+# it ([NVIDIA's MIG guide](https://docs.nvidia.com/datacenter/tesla/mig-user-guide/)).
+
+
+# %%
+#| export
+def asked_for(setting: str) -> list[str]:
+    """The entries that CUDA takes from `CUDA_VISIBLE_DEVICES`: UUIDs or numbers, as the first one is; none at all if one comes twice."""
+    kind, taken = re.match("GPU-|MIG-", setting), []
+    for part in setting.split(","):
+        number = re.match(r"\s*\+?(\d+)", part)
+        if kind and part.startswith(kind[0]):
+            entry = part
+        elif number and not kind:
+            entry = str(int(number[1]))
+        else:
             break
-        chosen.append(match[0])
-    return tuple(chosen)
+        if entry in taken:
+            return []
+        taken.append(entry)
+    return taken
 
 
-def find_gpus() -> tuple[GPU, ...]:
-    """The NVIDIA GPUs that this process may use, found without touching CUDA. Empty without a driver."""
-    tool = shutil.which("nvidia-smi")
-    if tool is None:
-        return ()
-    command = [tool, f"--query-gpu={GPU_QUERY}", "--format=csv,noheader,nounits"]
-    answer = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    return visible_gpus(parse_gpus(answer.stdout), os.environ.get("CUDA_VISIBLE_DEVICES"))
+def visible_gpus(gpus: tuple[GPU, ...], setting: str | None) -> tuple[GPU, ...]:
+    """The GPUs that `CUDA_VISIBLE_DEVICES=setting` leaves, in its order; None (not set) leaves all; of slices one."""
+    chosen = list(gpus) if setting is None else []
+    for entry in asked_for(setting or ""):
+        match = [gpu for gpu in gpus if gpu.uuid.startswith(entry) or str(gpu.index) == entry]
+        match = match[:1] if entry.isdecimal() else match  # a number stands for the first slice
+        if len(match) != 1:
+            break
+        if match[0] in chosen:
+            return ()
+        chosen += match
+    slices = [gpu for gpu in chosen if gpu.uuid.startswith("MIG-")]
+    return tuple(slices[:1] or chosen)
 
 
 # %%
 assert visible_gpus(server, None) == server
 assert visible_gpus(server, "") == visible_gpus(server, "-1") == ()
-assert [gpu.index for gpu in visible_gpus(server, "3, GPU-1f")] == [3, 1]
-assert [gpu.index for gpu in visible_gpus(server, "2,9,4")] == [2], (
-    "CUDA stops at what matches nothing"
-)
-print("here:", ", ".join(gpu.name for gpu in find_gpus()) or "no NVIDIA GPU")
+assert [gpu.index for gpu in visible_gpus(server, "GPU-3f,GPU-1f")] == [3, 1]
+assert [gpu.index for gpu in visible_gpus(server, "2,9,4")] == [2], "9 matches nothing"
+assert visible_gpus(server, "GPU-") == visible_gpus(server, "1,1") == ()
+assert visible_gpus(cut, None) == visible_gpus(cut, "0") == cut[:1], "one slice a process"
+assert visible_gpus(cut, "MIG-53864714") == cut[1:2] and visible_gpus(cut, "1") == cut[2:]
+
+
+# %%
+#| export
+SMI_TIMEOUT_S = 30  # eight GPUs that sleep take ten
+
+
+def find_gpus() -> tuple[GPU, ...]:
+    """The NVIDIA GPUs that this process may use, found without touching CUDA. Empty without a driver that answers."""
+    tool = shutil.which("nvidia-smi") or "/usr/lib/wsl/lib/nvidia-smi"
+    fine = (0, 14)  # 14: the card's memory of what it is has been damaged, and the card works
+    gpus: tuple[GPU, ...] = ()
+    for fields in (f"{GPU_QUERY},{NEWER}", GPU_QUERY):
+        command = [tool, f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
+        gpus = gpus or parse_gpus(run_tool(command, SMI_TIMEOUT_S, fine))
+    if any(gpu.mig or gpu.capability == (0, 0) for gpu in gpus):
+        gpus = with_slices(gpus, run_tool([tool, "-L"], SMI_TIMEOUT_S, fine))
+    return visible_gpus(gpus, os.environ.get("CUDA_VISIBLE_DEVICES"))
+
+
+# %%
+found = find_gpus()
+assert not any(gpu.mig for gpu in found)
+print("here:", ", ".join(gpu.name for gpu in found) or "no NVIDIA GPU")
 
 # %% [markdown]
 # ### The machine, in one value
@@ -346,6 +465,8 @@ class Machine:
     """What a process can use here.
 
     versions: package → version, or None. cuda: the CUDA that torch was built for, or None.
+    driver_cuda: the newest CUDA that the driver's library runs, its first number; 0 if not known.
+    no_torch: why torch cannot be imported though it is installed.
     """
 
     system: str
@@ -356,6 +477,8 @@ class Machine:
     versions: dict[str, str | None]
     cuda: str | None
     compiler: str | None
+    driver_cuda: int = 0
+    no_torch: str = ""
 
     @property
     def device(self) -> str:
@@ -397,17 +520,37 @@ def physical_memory_gb() -> float:
     return psutil.virtual_memory().total / 2**30
 
 
+def torch_cuda() -> tuple[str | None, str]:
+    """The CUDA that torch was built for, or None; and why torch cannot be imported, if it cannot."""
+    try:
+        return importlib.import_module("torch.version").cuda, ""
+    except (ImportError, OSError) as error:  # OSError: one of its libraries is missing, or broken
+        return None, str(error).splitlines()[0]
+
+
+def driver_cuda() -> int:
+    """The newest CUDA that the driver's library runs, its first number; 0 without one. Asks before anything is initialised."""
+    version, windows = ctypes.c_int(), platform.system() == "Windows"
+    with contextlib.suppress(OSError, AttributeError):
+        library = ctypes.CDLL("nvcuda.dll" if windows else "libcuda.so.1")
+        library.cuDriverGetVersion(ctypes.byref(version))
+    return version.value // 1000
+
+
+# %%
+#| export
 def look() -> Machine:
     """Describe this machine. Starts no CUDA context and opens no connection."""
     versions = {package: version_of(package) for package in PACKAGES}
-    cuda = importlib.import_module("torch.version").cuda if versions["torch"] else None
+    cuda, no_torch = torch_cuda() if versions["torch"] else (None, "")
     compilers = [os.environ.get("CXX", ""), "g++", "clang++", "cl"]
     compiler = next((path for name in compilers if name and (path := shutil.which(name))), None)
     cores = (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )
     system, python = f"{platform.system()} {platform.machine()}", platform.python_version()
-    facts = (find_gpus(), versions, cuda, compiler)
+    gpus = find_gpus()
+    facts = (gpus, versions, cuda, compiler, driver_cuda() if gpus else 0, no_torch)
     return Machine(system, python, cores, physical_memory_gb(), *facts)
 
 
@@ -419,6 +562,60 @@ print(
     f"{machine.system}, Python {machine.python}, {machine.cores} cores, {machine.memory_gb:.0f} GB"
 )
 print(f"torch {machine.versions['torch']} → {machine.device}")
+
+# %% [markdown]
+# ### A GPU that torch cannot use
+#
+# A GPU in the list is not yet one that trains. Torch may have been built without CUDA. Its CUDA may be newer than the driver, or too new for an old card. PyTorch says all that with a warning, or not before the first kernel. The drivers that each CUDA wants are in NVIDIA's [release notes](https://docs.nvidia.com/deploy/cuda-compatibility/minor-version-compatibility.html); the
+# driver's library is asked first, since a container may bring a newer one.
+
+
+# %%
+#| export
+LEAST_DRIVER = {11: "450.80.02", 12: "525.60.13", 13: "580.65.06"}  # on Linux, by CUDA
+WINDOWS_DRIVER = {11: "452.39", 12: "528.33", 13: "580"}
+OLDER_TORCH = "pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/"
+ON_CPU = "to train on the CPU, set CUDA_VISIBLE_DEVICES=-1"
+
+
+def numbers(version: str) -> tuple[int, ...]:
+    """The numbers of a version, to compare it by: "580.65.06" is (580, 65, 6)."""
+    return tuple(map(int, re.findall(r"\d+", version)))
+
+
+def gpu_problem(machine: Machine) -> Problem | None:
+    """Why torch cannot use the GPU that is there, and the way out; None if it can, if there is none, or without torch."""
+    if not machine.gpus or not machine.versions["torch"] or machine.no_torch:
+        return None
+    if machine.cuda is None:
+        fix = f"pip install --force-reinstall torch, from the default index; or, {ON_CPU}"
+        return Problem("there is a GPU, but this torch was built for the CPU", fix)
+    gpu, wanted = machine.gpus[0], numbers(machine.cuda)[0]
+    least = WINDOWS_DRIVER if machine.system.startswith("Windows") else LEAST_DRIVER
+    have = numbers(gpu.driver)
+    runs = machine.driver_cuda or max((n for n in least if have >= numbers(least[n])), default=0)
+    older = f"take a torch for an older CUDA: {OLDER_TORCH}cu126; or, {ON_CPU}"
+    if have and wanted in least and runs < wanted:
+        what = f"the driver {gpu.driver} is too old for the CUDA {machine.cuda} of this torch"
+        fix = f"update the NVIDIA driver to {least[wanted]} or newer; or, "
+        return Problem(what, fix + (older if runs == 12 else ON_CPU))
+    if wanted >= 13 and (0, 0) < gpu.capability < (7, 5):
+        return Problem(f"{gpu.name} is too old for the CUDA {machine.cuda} of this torch", older)
+    return None
+
+
+# %%
+modern = Machine("Linux x86_64", "3.12.1", 64, 512.0, server, everything, "13.0", "/usr/bin/g++")
+aged = replace(modern, gpus=(replace(server[0], driver="535.54.03"),))
+assert numbers("580.65.06") == (580, 65, 6) > numbers("535.54.03")
+assert gpu_problem(modern) is gpu_problem(mac) is gpu_problem(poor) is None
+assert "built for the CPU" in str(gpu_problem(forgotten))
+assert "535.54.03 is too old" in str(gpu_problem(aged)) and "whl/cu126" in str(gpu_problem(aged))
+assert gpu_problem(replace(aged, cuda="12.8")) is None, "535 runs every CUDA 12"
+assert gpu_problem(replace(aged, driver_cuda=13)) is None, "the library in this container is newer"
+pascal = replace(server[0], name="Tesla P100", capability=(6, 0))
+assert "P100 is too old" in str(gpu_problem(replace(modern, gpus=(pascal,))))
+print(gpu_problem(aged))
 
 # %% [markdown]
 # ### Kernels without a GPU
@@ -461,11 +658,6 @@ def jit(kernel):
     return triton.jit(kernel) if triton else Unlaunchable(kernel)
 
 
-def gpu_problem(machine: Machine) -> Problem | None:
-    """Why the GPUs that are there cannot be used."""
-    return None
-
-
 def setup() -> Machine:
     """First call of every command and kernel chapter: without a GPU, makes Triton interpret its kernels."""
     machine, triton = look(), find_triton()
@@ -502,17 +694,20 @@ finally:
 # ### The doctor
 #
 # `make doctor` prints what follows: one line a finding, and for each problem its fix. It can only know problems that somebody has met. Those below
-# are ones that people report: a PyTorch without CUDA beside a perfectly good GPU, a missing compiler, and a
+# are ones that people report: a PyTorch without CUDA beside a perfectly good GPU, a driver that was updated and does not answer until the next start, a missing compiler, and a
 # container with 64 MB of shared memory, in which eight *ranks* (one process per GPU) die of a bus error that names nothing.
 
 
 # %%
 #| default_exp lab.doctor
 #| export
+import os
 import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+
+from speedrun.lab.errors import run_main
 
 
 @dataclass(frozen=True)
@@ -543,6 +738,8 @@ def software_findings(machine: Machine) -> list[Finding]:
     built = (
         f"torch {have['torch']}, built for {'CUDA ' + machine.cuda if machine.cuda else 'the CPU'}"
     )
+    torch = f"torch {have['torch']} cannot be imported: {machine.no_torch}", "mv .venv .venv-old, then make setup"  # fmt: skip
+    torch = torch if machine.no_torch else ("torch is missing", "make setup")
     triton = True if have["triton"] else False if machine.system.startswith("Linux") else None
     no_triton = f"no triton on {machine.system}: kernels are shown, not run"
     compiler = "apt-get install g++ (macOS: xcode-select --install), or train with --no-compile"
@@ -551,7 +748,7 @@ def software_findings(machine: Machine) -> list[Finding]:
         verdict(
             new, python, f"{python} is too old", "install 3.11 or newer, then make setup PYTHON=…"
         ),
-        verdict(have["torch"] is not None, built, "torch is missing", "make setup"),
+        verdict(have["torch"] is not None and not machine.no_torch, built, *torch),
         verdict(triton, f"triton {have['triton']}", no_triton, "make setup"),
         verdict(
             bool(machine.compiler), f"compiler {machine.compiler}", "no C++ compiler", compiler
@@ -563,31 +760,38 @@ def software_findings(machine: Machine) -> list[Finding]:
 
 
 # %% [markdown]
-# The machine on which everything is wrong, and the Mac, which is not wrong but a Mac:
+# The machine on which everything is wrong, the Mac, which is not wrong but a Mac, and a torch that was moved:
 
 # %%
 assert [finding.ok for finding in software_findings(poor)] == [False] * 5
 assert all(finding.fix for finding in software_findings(poor)), "each problem comes with its fix"
 assert [finding.ok for finding in software_findings(mac)] == [True, True, None, True, True]
+moved = replace(mac, no_torch="libcudart.so.13: cannot open shared object file")
+assert "cannot be imported: libcudart" in software_findings(moved)[1].text
 print(software_findings(mac)[2].text)
 
 
 # %% tags=["hide-input"]
 #| export
-def hardware_findings(machine: Machine, disk_gb: float, shared_gb: float | None) -> list[Finding]:
-    """GPUs, free disk and shared memory (`shared_gb` is None where there is no /dev/shm)."""
+def hardware_findings(
+    machine: Machine, disk_gb: float, shared_gb: float | None, silent: bool = False
+) -> list[Finding]:
+    """GPUs, free disk and shared memory (`shared_gb` is None where there is no /dev/shm). silent: a GPU that nvidia-smi does not list."""
     size = f"{machine.cores} cores, {machine.memory_gb:.0f} GB of memory"
     found = [Finding(None, f"{machine.system}, {size}")]
     for gpu in machine.gpus:
         what = f"{gpu.name}, {gpu.memory_gb:.0f} GB, sm {gpu.capability[0]}.{gpu.capability[1]}"
         found.append(Finding(True, f"GPU {gpu.index}: {what}, driver {gpu.driver}"))
-    if not machine.gpus:
+    problem = gpu_problem(machine)
+    if silent:
+        fix = "call nvidia-smi, which says why; after an update of the driver, reboot"
+        found.append(Finding(False, "there is /dev/nvidia0, but nvidia-smi lists no GPU", fix))
+    elif not machine.gpus:
         found.append(
             Finding(None, "no NVIDIA GPU: kernels run through Triton's interpreter, small")
         )
-    elif not machine.cuda:
-        fix = "pip install --force-reinstall torch, from the default index"
-        found.append(Finding(False, "there is a GPU, but this torch was built for the CPU", fix))
+    elif problem:
+        found.append(Finding(False, problem.what, problem.fix))
     disk = f"{disk_gb:.0f} GB of free disk"
     found.append(
         verdict(disk_gb >= 5, disk, disk, "free 5 GB: 3 for the packages, the rest for data")
@@ -604,6 +808,7 @@ def hardware_findings(machine: Machine, disk_gb: float, shared_gb: float | None)
 problems = [f for f in hardware_findings(forgotten, disk_gb=2.0, shared_gb=0.064) if f.ok is False]
 assert len(problems) == 3 and all(finding.fix for finding in problems)
 assert not any(finding.ok is False for finding in hardware_findings(mac, 100.0, None))
+assert "reboot" in hardware_findings(mac, 100.0, None, silent=True)[1].fix
 for finding in problems:
     print(f"✗ {finding.text}\n  → {finding.fix}")
 
@@ -631,7 +836,9 @@ def doctor(machine: Machine) -> int:
     """Print every finding, each problem with its fix; returns the number of problems."""
     shared = Path("/dev/shm")
     shared_gb = shutil.disk_usage(shared).total / 2**30 if shared.is_dir() else None
-    found = hardware_findings(machine, shutil.disk_usage(".").free / 2**30, shared_gb)
+    silent = not machine.gpus and Path("/dev/nvidia0").exists()
+    silent = silent and "CUDA_VISIBLE_DEVICES" not in os.environ
+    found = hardware_findings(machine, shutil.disk_usage(".").free / 2**30, shared_gb, silent)
     found = software_findings(machine) + found + tier_findings(machine)
     for finding in found:
         print({True: "✓", False: "✗", None: "·"}[finding.ok], finding.text)
@@ -641,10 +848,9 @@ def doctor(machine: Machine) -> int:
 
 
 if __name__ == "__main__" and __spec__ is not None:  # python -m, not a notebook
-    sys.exit(min(doctor(look()), 1))
+    sys.exit(run_main(lambda: min(doctor(look()), 1)))
 
 # %%
-import contextlib
 import io
 
 with contextlib.redirect_stdout(io.StringIO()) as told:
@@ -657,7 +863,7 @@ assert [finding.ok for finding in tier_findings(forgotten)] == [True, None, None
 # ## Exercises
 #
 # 1. On a logarithmic axis an exponential is a straight line. Is the record one? Write `half_life(days, seconds)`, the number of days in which the time halves, by a least-squares line through
-#    $\log_2$ of the time, and compare records 1–21 with 22–89. (A straight line has slope $\sum (x-\bar x)(y-\bar y) / \sum (x-\bar x)^2$.)
+#    $\log_2$ of the time, and compare records 1–21 with 22–92. (A straight line has slope $\sum (x-\bar x)(y-\bar y) / \sum (x-\bar x)^2$.)
 
 
 # %% tags=["solution"]
@@ -674,7 +880,7 @@ assert math.isclose(half_life([0.0, 10.0, 20.0], [8.0, 4.0, 2.0]), 10.0)
 after = [(day - days[0]).days for day in days]
 first, then = half_life(after[:21], seconds[:21]), half_life(after[21:], seconds[21:])
 assert then > 4 * first
-print(f"records 1–21 halved the time every {first:.0f} days, records 22–89 every {then:.0f}")
+print(f"records 1–21 halved the time every {first:.0f} days, records 22–92 every {then:.0f}")
 
 # %% [markdown]
 # 2. Which *kind* of idea paid? Each row of the table has a `technique_area` such as `optimizer` or `systems+kernel`. Write `share_by_area(ladder, gains)`:

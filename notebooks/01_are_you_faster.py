@@ -664,7 +664,7 @@ from pathlib import Path
 
 import speedrun
 from speedrun.lab.errors import Problem
-from speedrun.lab.hardware import look
+from speedrun.lab.hardware import look, run_tool
 
 
 def is_docstring(node) -> bool:
@@ -702,7 +702,7 @@ print(f"short {code_hash(short)}\ntalkative {code_hash(talkative)}\nprecise {cod
 
 # %% [markdown]
 # Which modules does a command run? Those that it imports, and those that they import. We follow the `import` statements in the files, without executing any. The files are found from the
-# package itself: a notebook can be started anywhere.
+# package itself: a notebook can be started anywhere. A run also notes the commit, if there is one. A downloaded archive has none; unpacked inside somebody's repository, it must not be given theirs, as git would by itself.
 
 
 # %%
@@ -725,8 +725,16 @@ def module_file(name: str) -> Path | None:
     return next((candidate for candidate in candidates if candidate.is_file()), None)
 
 
+def commit() -> str:
+    """The commit of this project; "" without git, or where this folder has no repository of its own, whatever is around it."""
+    # named outright, git neither looks in the folders above nor obeys GIT_DIR, which its hooks set
+    command = ["git", f"--git-dir={root() / '.git'}", "rev-parse", "--verify", "HEAD"]
+    return run_tool(command, 30).strip()
+
+
 # %%
 assert (root() / "notebooks" / "01_are_you_faster.py").is_file()
+assert re.fullmatch("([0-9a-f]{40,64})?", commit())
 assert (
     module_file("speedrun.lab.stats").name == "stats.py"
     and module_file("speedrun.nonsense") is None
@@ -738,16 +746,6 @@ assert module_file("torch") is None, (
 
 # %%
 #| export lab.provenance
-def commit() -> str:
-    """The project's commit; empty where there is no git, or no repository of its own."""
-    git = ["git", "-C", str(root()), "rev-parse", "--show-toplevel", "HEAD"]
-    try:
-        said = subprocess.run(git, capture_output=True, text=True, timeout=60).stdout.splitlines()
-        return said[1] if len(said) == 2 and Path(said[0]).samefile(root()) else ""
-    except (OSError, subprocess.SubprocessError):
-        return ""
-
-
 def imported_names(source: str) -> set[str]:
     """Dotted names that the source imports anywhere, functions included; `from a import b` counts as a and a.b."""
     names: set[str] = set()
@@ -811,10 +809,10 @@ def stamp(command: str, modules, n: int, seeds=(), corpus: dict | None = None) -
 #| export lab.results
 import csv
 import json
-import os
 from pathlib import Path
 
 from speedrun.lab.errors import Problem
+from speedrun.lab.files import atomic_write
 
 
 def freshness(result: dict) -> str:
@@ -889,8 +887,7 @@ def save_result(slug: str, name: str, data, stamp: dict) -> Path:
     path = result_path(slug, name)
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"stamp": stamp, "data": data}, indent=1, ensure_ascii=False)
-    path.with_suffix(".part").write_text(text + "\n", encoding="utf-8")
-    os.replace(path.with_suffix(".part"), path)
+    atomic_write(path, text + "\n")
     return path
 
 

@@ -7,10 +7,14 @@ Each arm is the base with its fields changed: --arm "no QK-norm" block.qk_norm=F
 same data; on the GPUs of this machine, or on its cores. OUT.json is written as soon as an arm is done, with its stamp; what is in it already is kept, if the code and the base are the same.
 """
 
+from speedrun.lab.errors import Problem, prepare_command, run_main
+
+if __name__ == "__main__":
+    prepare_command()
+
 import argparse
 import ast
 import json
-import os
 import shlex
 import sys
 from pathlib import Path
@@ -19,7 +23,7 @@ from typing import Any
 from tqdm import tqdm
 
 from speedrun.config import Config, check_config, config_from_json, fields_of, read_command, vary
-from speedrun.lab.errors import Problem
+from speedrun.lab.files import atomic_write
 from speedrun.lab.hardware import look, setup
 from speedrun.lab.provenance import stamp
 from speedrun.lab.stats import describe, study_of
@@ -56,16 +60,15 @@ def kept(path: Path, facts: dict, base: Config) -> dict[str, list[dict]]:
     """Arms that the file has from the same code, machine, text and base."""
     if not path.exists():
         return {}
+    other = "another file name"
     try:
         old = json.loads(path.read_text(encoding="utf-8"))
-        arms = old["data"]["arms"]
+        arms, base_then = old["data"]["arms"], old["base"]
+        same = all(old["stamp"][key] == facts[key] for key in ("modules", "gpu", "cpu", "torch", "corpus"))  # fmt: skip
     except (ValueError, KeyError, TypeError):
-        fix = "another file name, or remove that file"
-        raise Problem(f"{path} is there, and holds no ablations", fix) from None
-    same = all(old["stamp"][key] == facts[key] for key in ("modules", "gpu", "cpu", "torch", "corpus"))  # fmt: skip
-    if not same or old["base"] != json.loads(json.dumps(fields_of(base))):
-        what = f"{path} holds runs of another base, other code or another machine"
-        raise Problem(what, "another file name, or remove that file")
+        raise Problem(f"{path} is there, and holds no ablations", other) from None
+    if not same or base_then != json.loads(json.dumps(fields_of(base))):
+        raise Problem(f"{path} holds runs of another base, other code or another machine", other)
     return arms
 
 
@@ -101,8 +104,7 @@ def write(path: Path, facts: dict, base: Config, arms: dict[str, list[dict]]) ->
     )
     stamped = f' "stamp": {json.dumps(facts)},\n "base": {json.dumps(fields_of(base))}'
     text = f'{{\n{stamped},\n "data": {{"arms": {{\n{lines}\n }}}}\n}}\n'
-    path.with_suffix(".part").write_text(text, encoding="utf-8")
-    os.replace(path.with_suffix(".part"), path)
+    atomic_write(path, text)
 
 
 def report(arms: dict[str, list[dict]]) -> list[str]:
@@ -134,35 +136,33 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--control", type=int, default=9, help="runs of the base")
     options, flags = parser.parse_known_args(arguments)
     setup()
-    try:
-        if min(options.seeds, options.control) < 1:
-            what = f"--seeds {options.seeds} --control {options.control}: every arm is trained"
-            raise Problem(what, "1 or more of each; a claim wants 3 and 9")
-        usual = "small" if look().gpus else "cpu"
-        base = check_config(read_command(lambda run: run, flags, usual, "scripts/ablate.py"))
-        runs = read_arms(base, options.arm)
-        command = shlex.join(["python", "scripts/ablate.py", *arguments])
-        facts = stamp(command, MODULES, options.control, range(options.control), corpus_of(base))
-        done = kept(options.out, facts, base)
-        counts = {name: options.control if name == "control" else options.seeds for name in runs}
-        missing = [name for name in runs if not trained(runs[name], counts[name], done.get(name))]
-        pairs = [(name, seed) for name in missing for seed in range(counts[name])]
-        wanted = [vary(runs[name], {"seed": seed}) for name, seed in pairs]
-        each = each_on_gpus if look().gpus else each_on_cpus
-        new: dict[str, dict[int, dict]] = {name: {} for name in missing}
-        for number, result in tqdm(each(wanted) if wanted else (), total=len(wanted), unit="run"):
-            name, seed = pairs[number]
-            new[name][seed] = result
-            if len(new[name]) == counts[name]:
-                done[name] = [new[name][seed] for seed in range(counts[name])]
-                write(options.out, facts, base, done)
-        for line in report({name: done[name] for name in runs}):
-            print(line, flush=True)
-    except Problem as problem:
-        print(problem, file=sys.stderr)
-        return 1
+    if min(options.seeds, options.control) < 1:
+        what = f"--seeds {options.seeds} --control {options.control}: every arm is trained"
+        raise Problem(what, "1 or more of each; a claim wants 3 and 9")
+    usual = "small" if look().gpus else "cpu"
+    base = check_config(read_command(lambda run: run, flags, usual, "scripts/ablate.py"))
+    runs = read_arms(base, options.arm)
+    command = shlex.join(["python", "scripts/ablate.py", *arguments])
+    facts = stamp(command, MODULES, options.control, range(options.control), corpus_of(base))
+    done = kept(options.out, facts, base)
+    counts = {name: options.control if name == "control" else options.seeds for name in runs}
+    missing = [name for name in runs if not trained(runs[name], counts[name], done.get(name))]
+    pairs = [(name, seed) for name in missing for seed in range(counts[name])]
+    wanted = [vary(runs[name], {"seed": seed}) for name, seed in pairs]
+    if wanted:
+        write(options.out, facts, base, done)  # fails now, and not after hours, if it must not
+    each = each_on_gpus if look().gpus else each_on_cpus
+    new: dict[str, dict[int, dict]] = {name: {} for name in missing}
+    for number, result in tqdm(each(wanted) if wanted else (), total=len(wanted), unit="run"):
+        name, seed = pairs[number]
+        new[name][seed] = result
+        if len(new[name]) == counts[name]:
+            done[name] = [new[name][seed] for seed in range(counts[name])]
+            write(options.out, facts, base, done)
+    for line in report({name: done[name] for name in runs}):
+        print(line, flush=True)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_main(lambda: main(sys.argv[1:])))

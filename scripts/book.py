@@ -11,6 +11,7 @@ from pathlib import Path
 import nbformat
 from execute import EXECUTED, Chapter, chapters, run_chapters, why_stale
 
+from speedrun.lab.errors import run_main
 from speedrun.lab.provenance import root
 from speedrun.lab.results import freshness, public_table
 
@@ -21,7 +22,7 @@ def results_of(facts: dict) -> list[tuple[str, dict]]:
     """The measurements that a chapter read when it was executed: (slug/name, the result)."""
     paths = [Path(path) for path in facts["opened"] if path.startswith("book/results/")]
     return [
-        (f"{path.parent.name}/{path.stem}", json.loads((root() / path).read_text()))
+        (f"{path.parent.name}/{path.stem}", json.loads((root() / path).read_text(encoding="utf-8")))
         for path in paths
         if (root() / path).exists()
     ]
@@ -57,7 +58,7 @@ def rewrite_links(text: str) -> str:
 def page(chapter: Chapter) -> nbformat.NotebookNode:
     """An executed chapter as the book shows it: badges under the title, solutions folded, links between pages."""
     notebook = nbformat.read(chapter.output, as_version=4)
-    facts = json.loads(chapter.ledger.read_text())
+    facts = json.loads(chapter.ledger.read_text(encoding="utf-8"))
     for cell in notebook.cells:
         tags = set(cell.metadata.get("tags", []))
         if "solution" in tags:
@@ -85,7 +86,7 @@ def status_page() -> str:
     ]
     measured: dict[str, dict] = {}
     for chapter in chapters():
-        facts = json.loads(chapter.ledger.read_text())
+        facts = json.loads(chapter.ledger.read_text(encoding="utf-8"))
         device = facts["state"]["device"]
         where = f"{facts['cores']} CPU cores" if device == "cpu" else ", ".join(device)
         lines.append(
@@ -110,7 +111,7 @@ def status_page() -> str:
         "*fresh*: the code that was measured is today's. *same behaviour*: it has changed and was shown to train bit for bit alike, so losses stand and times do not. *stale*: it has changed.",
         "",
     ]
-    libraries = json.loads(chapters()[0].ledger.read_text())["state"]["versions"]
+    libraries = json.loads(chapters()[0].ledger.read_text(encoding="utf-8"))["state"]["versions"]
     lines += [
         "## Versions",
         "",
@@ -188,4 +189,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_main(main))

@@ -8,6 +8,11 @@ A chapter is up to date while its code cells, the modules it rests on, the devic
 last time are what they were. Tests, the book, its downloads and its status page all read what this writes.
 """
 
+from speedrun.lab.errors import prepare_command, run_main
+
+if __name__ == "__main__":
+    prepare_command()
+
 import argparse
 import concurrent.futures
 import hashlib
@@ -24,6 +29,7 @@ from pathlib import Path
 
 import jupytext
 import nbformat
+from kernel import own_kernel
 from vocabulary import offline_vocabulary
 
 from speedrun.data.shards import data_folder
@@ -116,7 +122,7 @@ def why_stale(chapter: Chapter) -> str | None:
     """Why a chapter has to be executed; None if it is up to date."""
     if not chapter.output.exists() or not chapter.ledger.exists():
         return "never executed"
-    was, now = json.loads(chapter.ledger.read_text()), state_of(chapter)
+    was, now = json.loads(chapter.ledger.read_text(encoding="utf-8")), state_of(chapter)
     for part, value in now.items():
         if was["state"].get(part) != value:
             changed = (
@@ -135,7 +141,7 @@ def why_stale(chapter: Chapter) -> str | None:
 
 def opened_files(ledger: Path) -> dict[str, str | None]:
     """The project's files that an execution read, with their hashes."""
-    lines = set(ledger.read_text().splitlines()) if ledger.exists() else set()
+    lines = set(ledger.read_text(encoding="utf-8").splitlines()) if ledger.exists() else set()
     inside = sorted(
         Path(line).relative_to(root()).as_posix()
         for line in lines
@@ -154,6 +160,7 @@ def execute(chapter: Chapter, threads: int | None) -> tuple[Chapter, str | None,
         "SPEEDRUN_OPENED": str(folder / "opened"),
         "PYTHONPATH": str(root()),
         "MPLBACKEND": "module://matplotlib_inline.backend_inline",
+        **own_kernel(folder / "jupyter"),
     }
     if threads:
         environment |= {"OMP_NUM_THREADS": str(threads)}
@@ -172,7 +179,8 @@ def execute(chapter: Chapter, threads: int | None) -> tuple[Chapter, str | None,
         [*command, str(folder / "in.ipynb"), str(folder / "out.ipynb")],
         env=environment,
         capture_output=True,
-        text=True,
+        encoding="utf-8",
+        errors="replace",
     )
     seconds = time.perf_counter() - begin
     if done.returncode:
@@ -186,7 +194,7 @@ def execute(chapter: Chapter, threads: int | None) -> tuple[Chapter, str | None,
     }
     facts |= {"date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M"), "cores": look().cores}
     os.replace(folder / "out.ipynb", chapter.output)
-    chapter.ledger.write_text(json.dumps(facts, indent=1))
+    chapter.ledger.write_text(json.dumps(facts, indent=1), encoding="utf-8")
     (EXECUTED / f"{chapter.name}.failed.ipynb").unlink(missing_ok=True)
     shutil.rmtree(folder)
     return chapter, None, seconds
@@ -267,4 +275,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_main(main))

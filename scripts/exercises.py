@@ -9,6 +9,7 @@ import sys
 import jupytext
 import nbformat
 
+from speedrun.lab.errors import run_main
 from speedrun.lab.provenance import root
 
 HOLE = 'raise RuntimeError("exercise: write this")'
@@ -56,4 +57,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_main(main))

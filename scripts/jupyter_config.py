@@ -1,5 +1,6 @@
 """JupyterLab for the chapters (make lab): jupytext opens the .py as notebooks, saving one rewrites the package."""
 
+import os
 import re
 import sys
 from pathlib import Path
@@ -22,16 +23,17 @@ def tangle_on_save(model, os_path, contents_manager, **kwargs) -> None:
     path = Path(os_path)
     if path.parent != ROOT / "notebooks" or path.suffix != ".py":
         return
-    text = path.read_text(
-        encoding="utf-8"
-    )  # without versions, which would differ from machine to machine
-    path.write_text(
-        re.sub(r"^#       (format|jupytext)_version: .*\n", "", text, flags=re.M), encoding="utf-8"
-    )
+    text = path.read_text(encoding="utf-8")
+    # without versions, which would differ from machine to machine; with the line ends that git keeps
+    clean = re.sub(r"^#       (format|jupytext)_version: .*\n", "", text, flags=re.M).encode()
     try:
+        if clean != path.read_bytes():
+            part = path.with_suffix(".part")
+            part.write_bytes(clean)
+            os.replace(part, path)
         changed = tangle.tangle(ROOT)
         contents_manager.log.info("tangled: %s", ", ".join(changed) or "nothing changed")
-    except tangle.TangleError as error:
+    except (tangle.TangleError, OSError) as error:
         contents_manager.log.error("not tangled:\n%s", error)
 
 

@@ -5,12 +5,16 @@
 SLUG is a module of speedrun.measure (baseline, training_loop, samples, speedrun, …). Without NAME, all its measurements are made.
 """
 
+from speedrun.lab.errors import prepare_command, run_main
+
+if __name__ == "__main__":
+    prepare_command()
+
 import importlib
 import shlex
 import sys
 import time
 
-from speedrun.lab.errors import Problem
 from speedrun.lab.hardware import setup
 from speedrun.lab.provenance import root
 from speedrun.lab.results import save_result
@@ -27,17 +31,13 @@ def main(arguments: list[str]) -> int:
     slug, names, rest = arguments[0], arguments[1:2], arguments[2:]
     module = importlib.import_module(f"speedrun.measure.{slug}")
     command = shlex.join(["python", "scripts/measure.py", *arguments])
-    try:
-        for name in names or module.NAMES:
-            begin = time.perf_counter()
-            data, stamp = module.measure(name, rest, command)
-            stamp.setdefault("minutes", round((time.perf_counter() - begin) / 60, 2))
-            print(f"wrote {save_result(slug, name, data, stamp).relative_to(root())}", flush=True)
-    except Problem as problem:
-        print(problem, file=sys.stderr)
-        return 1
+    for name in names or module.NAMES:
+        begin = time.perf_counter()
+        data, stamp = module.measure(name, rest, command)
+        stamp.setdefault("minutes", round((time.perf_counter() - begin) / 60, 2))
+        print(f"wrote {save_result(slug, name, data, stamp).relative_to(root())}", flush=True)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_main(lambda: main(sys.argv[1:])))

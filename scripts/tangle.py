@@ -12,6 +12,9 @@ Directives are the leading `#|` lines of a code cell (nbdev's vocabulary):
 jupytext reads the notebooks, an nbconvert exporter turns each into modules. Nothing here imports the package.
 """
 
+import old_python  # noqa: F401  # before what older Pythons lack is imported
+
+# isort: split
 import argparse
 import ast
 import builtins
@@ -328,33 +331,32 @@ def heading_of(text: str, line: int) -> str:
     return titles[-1].removeprefix("# %% ") if titles else "its first lines"
 
 
+def on_disk(path: Path) -> bytes | None:
+    """A file's text as tangling would write it: Git for Windows may have checked it out with CRLF. None if it is not there."""
+    return path.read_bytes().replace(b"\r\n", b"\n") if path.exists() else None
+
+
+def origin(data: bytes) -> str:
+    """The notebook that a tangled file's first line names; an __init__.py comes from all of them."""
+    first = data.decode().splitlines()[0]
+    return (
+        first.split("Tangled from ")[1].split(":")[0] if "Tangled from" in first else "notebooks/"
+    )
+
+
 def differences(root: Path, files: dict[str, bytes]) -> list[str]:
     """What `--check` reports: modules that differ, with notebook, heading and diff; modules that nothing produces."""
     problems = []
     for target, data in sorted(files.items()):
-        path, wanted = root / target, data.decode()
-        have = path.read_text(encoding="utf-8") if path.exists() else ""
-        if have == wanted:
+        have, source = on_disk(root / target), origin(data)
+        if have == data:
             continue
-        source = (
-            wanted.splitlines()[0].split("Tangled from ")[-1].split(":")[0]
-            if "Tangled from" in wanted
-            else "the notebooks"
-        )
-        a, b = have.splitlines(), wanted.splitlines()
+        a, b = ((text or b"").decode(errors="replace").splitlines() for text in (have, data))
         first = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
-        diff = "\n".join(
-            list(
-                difflib.unified_diff(
-                    a, b, f"{target} (on disk)", f"{target} (from {source})", lineterm=""
-                )
-            )[:40]
-        )
-        what = (
-            "does not exist yet"
-            if not path.exists()
-            else f"is not what {source} says under “{heading_of(wanted, first)}”"
-        )
+        names = f"{target} (on disk)", f"{target} (from {source})"
+        diff = "\n".join(list(difflib.unified_diff(a, b, *names, lineterm=""))[:40])
+        under = heading_of(data.decode(), first)
+        what = "does not exist yet" if have is None else f"is not what {source} has under “{under}”"
         problems.append(
             f"{target} {what}.\n  → make the change in {source}, then run: make tangle\n{diff}"
         )
@@ -365,7 +367,7 @@ def strays(root: Path, files: dict[str, bytes]) -> list[str]:
     """Python files in the package that no notebook produces."""
     here = {p.relative_to(root).as_posix() for p in (root / PACKAGE).rglob("*.py")}
     return [
-        f"{path}: no notebook produces this module.\n  → move its code into an exported cell of a chapter, or delete the file"
+        f"{path}: no notebook produces this module.\n  → move its code into an exported cell of a chapter, and the file out of {PACKAGE}/"
         for path in sorted(here - set(files))
     ]
 
@@ -374,27 +376,41 @@ def digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+def last_tangled(root: Path) -> dict[str, str]:
+    """Target → digest of what was written here last; empty if that is not known."""
+    try:
+        return dict(json.loads((root / "_build" / "tangled.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
+def committed(root: Path, target: str) -> bytes | None:
+    """A file as this project's own repository holds it; None without git, without a repository, or if it has no such file."""
+    command = ["git", f"--git-dir={root / '.git'}", "show", f"HEAD:{target}"]
+    try:
+        done = subprocess.run(command, capture_output=True)
+    except OSError:
+        return None
+    return done.stdout.replace(b"\r\n", b"\n") if done.returncode == 0 else None
+
+
 def edited_by_hand(root: Path, files: dict[str, bytes]) -> list[str]:
-    """Modules whose text is neither what was last tangled here nor what git holds: somebody edited them."""
-    memory = root / "_build" / "tangled.json"
-    last = json.loads(memory.read_text()) if memory.exists() else {}
-    edited = []
+    """Modules whose text is neither what was last tangled here nor what git holds: somebody edited them, or nobody can tell."""
+    last, edited = last_tangled(root), []
     for target, data in files.items():
-        path = root / target
-        if (
-            not path.exists()
-            or path.read_bytes() == data
-            or last.get(target) == digest(path.read_bytes())
-        ):
+        have = on_disk(root / target)
+        if have is None or have == data or last.get(target) == digest(have):
             continue
-        committed = subprocess.run(
-            ["git", "-C", str(root), "show", f"HEAD:{target}"], capture_output=True
-        )
-        if committed.returncode or committed.stdout != path.read_bytes():
-            source = data.decode().splitlines()[0].split("Tangled from ")[-1].split(":")[0]
-            edited.append(
-                f"{target} was edited by hand; tangling would lose that.\n  → carry the change over to {source}, then: make tangle FORCE=1"
-            )
+        known = committed(root, target)
+        if have == known:
+            continue
+        where = f"an exported cell of {origin(data)}"
+        if target.endswith("__init__.py"):
+            where = "an exported cell of a chapter (an __init__.py only lists modules)"
+        what = f"was edited by hand; tangling would lose that.\n  → carry the change over to {where}, then: make tangle FORCE=1"
+        if known is None and target not in last:
+            what = f"is not what {origin(data)} says, and without git nobody can tell whether it was edited by hand.\n  → if it was, carry that over to {where}; then: make tangle FORCE=1"
+        edited.append(f"{target} {what}")
     return edited
 
 
@@ -403,19 +419,16 @@ def write_files(root: Path, files: dict[str, bytes]) -> list[str]:
     changed = []
     for target, data in sorted(files.items()):
         path = root / target
-        if not path.exists() or path.read_bytes() != data:
+        if on_disk(path) != data:
             path.parent.mkdir(parents=True, exist_ok=True)
             part = path.with_suffix(".py.part")
             part.write_bytes(data)
             os.replace(part, path)
             changed.append(target)
+    digests = {target: digest(data) for target, data in files.items()}
     memory = root / "_build" / "tangled.json"
     memory.parent.mkdir(exist_ok=True)
-    memory.write_text(
-        json.dumps(
-            {target: digest(data) for target, data in files.items()}, indent=1, sort_keys=True
-        )
-    )
+    memory.write_text(json.dumps(digests, indent=1, sort_keys=True), encoding="utf-8")
     return changed
 
 
@@ -453,9 +466,11 @@ def main() -> int:
     args = parser.parse_args()
     try:
         changed = tangle(args.root, args.check, args.force)
-    except TangleError as error:
+    except (TangleError, OSError) as error:  # OSError says the file and why
         print(error, file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 130
     print(
         f"{PACKAGE}/ is what the notebooks say"
         if args.check

@@ -1,14 +1,17 @@
 """The bottom layer: machines, statistics, logs, results and their freshness."""
 
+import itertools
 import json
 import math
 import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats as scipy_stats
@@ -17,39 +20,194 @@ from speedrun.lab import hardware, provenance, results, runlog, stats
 from speedrun.lab.errors import Problem
 
 
+def machine_with(gpus, cuda, system="Linux x86_64") -> hardware.Machine:
+    versions = dict.fromkeys(hardware.PACKAGES, "1.0")
+    return hardware.Machine(system, "3.12.1", 8, 64.0, gpus, versions, cuda, "/usr/bin/g++")
+
+
+H100 = "{i}, GPU-{i}0000000-0000-0000-0000-000000000000, NVIDIA H100 80GB HBM3, 81559, 580.65.06, 9.0, Disabled"
+OLD_DRIVER = """\
+0, GPU-5c89852c-d268-c3f3-1b07-005d5ae1dc3f, A100-SXM4-40GB, 40537 MiB, 460.32.03
+1, GPU-fb8bbc70-d551-45f9-43d4-9734f9cddb2c, A100-SXM4-40GB, 40537, 460.32.03
+"""
+OLD_LISTING = """\
+GPU 0: A100-SXM4-40GB (UUID: GPU-5c89852c-d268-c3f3-1b07-005d5ae1dc3f)
+  MIG 1g.5gb Device 0: (UUID: MIG-GPU-5c89852c-d268-c3f3-1b07-005d5ae1dc3f/7/0)
+  MIG 3g.20gb Device 1: (UUID: MIG-GPU-5c89852c-d268-c3f3-1b07-005d5ae1dc3f/1/0)
+GPU 1: A100-SXM4-40GB (UUID: GPU-fb8bbc70-d551-45f9-43d4-9734f9cddb2c)
+"""
+CUT = """\
+0, GPU-9c73eb7b-8d6d-6c0e-dc13-97873e2ede40, NVIDIA A100-SXM4-80GB, 81920, 535.54.03, 8.0, Enabled
+1, GPU-c92e2d5d-4a69-f1cd-4df0-305f8606705a, NVIDIA A100-SXM4-80GB, 81920, 535.54.03, 8.0, Disabled
+"""
+CUT_LISTING = """\
+GPU 0: NVIDIA A100-SXM4-80GB (UUID: GPU-9c73eb7b-8d6d-6c0e-dc13-97873e2ede40)
+  MIG 1g.10gb     Device  0: (UUID: MIG-a686709d-6dc2-542a-8851-0d2508448c10)
+  MIG 1c.3g.40gb  Device  1: (UUID: MIG-53864714-0a66-5df2-9007-9268e30d9a72)
+  MIG 1g.10gb+me  Device  2: (UUID: MIG-c71dc464-b9f9-5611-9d29-d601a47cffd6)
+GPU 1: NVIDIA A100-SXM4-80GB (UUID: GPU-c92e2d5d-4a69-f1cd-4df0-305f8606705a)
+"""
+BROKEN = {
+    "no driver": (9, "NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver. Make sure that the latest NVIDIA driver is installed and running."),
+    "after an update": (18, "Failed to initialize NVML: Driver/library version mismatch"),
+    "no GPU": (6, "No devices were found"),
+    "garbage": (0, "\x00\x07, , ,,,,\n²,a,b,c,d,e\n1,2"),
+}  # fmt: skip
+
+
+def fake_smi(folder: Path, monkeypatch, query: str, listing: str = "", status: int = 0) -> None:
+    """An nvidia-smi in front of the PATH that prints what is given; an older driver refuses fields that it does not know."""
+    (folder / "query").write_text(query, encoding="utf-8")
+    (folder / "listing").write_text(listing, encoding="utf-8")
+    known = "newer" if query.count(",") % 6 == 0 or status else "older"
+    script = f"""#!/bin/sh
+case "$1" in
+  -L) cat "{folder}/listing" ;;
+  *mig.mode*) if [ {known} = older ]; then echo 'Field "compute_cap" is not a valid field to query.'; exit 2; fi; cat "{folder}/query" ;;
+  *) cat "{folder}/query" ;;
+esac
+exit {status}
+"""
+    (folder / "nvidia-smi").write_text(script)
+    (folder / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+
 class TestHardware:
     def test_a_gpu_that_is_hidden_is_not_there(self, tmp_path, monkeypatch):
-        fake = tmp_path / "nvidia-smi"
-        fake.write_text(
-            '#!/bin/sh\nfor i in 0 1; do echo "$i, GPU-$i, NVIDIA H100, 81559, 580.1, 9.0"; done\n'
-        )
-        fake.chmod(0o755)
-        monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        fake_smi(tmp_path, monkeypatch, "\n".join(H100.format(i=i) for i in (0, 1)))
         assert [gpu.index for gpu in hardware.find_gpus()] == [0, 1]
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+        for setting, left in {"1": [1], "": [], "-1": [], "1,0": [1, 0], "0,0": [], "GPU-1": [1]}.items():  # fmt: skip
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", setting)
+            assert [gpu.index for gpu in hardware.find_gpus()] == left, setting
+
+    @pytest.mark.parametrize(("status", "text"), BROKEN.values(), ids=BROKEN.keys())
+    def test_a_tool_that_fails_or_babbles_is_no_gpu(self, tmp_path, monkeypatch, status, text):
+        fake_smi(tmp_path, monkeypatch, text, status=status)
+        assert hardware.find_gpus() == () and hardware.look().device == "cpu"
+
+    def test_no_tool_is_no_gpu_and_no_git_is_no_commit(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("PATH", str(tmp_path))
+        assert hardware.find_gpus() == () and provenance.commit() == ""
+
+    def test_a_tool_that_hangs_is_given_up(self, tmp_path, monkeypatch):
+        fake_smi(tmp_path, monkeypatch, "")
+        (tmp_path / "nvidia-smi").write_text("#!/bin/sh\ntrap '' TERM INT\nsleep 60\n")
+        monkeypatch.setattr(hardware, "SMI_TIMEOUT_S", 0.2)
+        began = time.monotonic()
+        assert hardware.find_gpus() == () and time.monotonic() - began < 10
+
+    def test_a_card_with_a_damaged_memory_of_itself_is_used(self, tmp_path, monkeypatch):
+        text = H100.format(i=0) + "\nWARNING: infoROM is corrupted at gpu 0000:0B:00.0\n"
+        fake_smi(tmp_path, monkeypatch, text, status=14)
+        assert len(hardware.find_gpus()) == 1
+
+    def test_an_old_driver_does_not_know_all_fields(self, tmp_path, monkeypatch):
+        fake_smi(tmp_path, monkeypatch, OLD_DRIVER)
+        gpus = hardware.find_gpus()
+        assert [gpu.driver for gpu in gpus] == ["460.32.03"] * 2
+        assert "too old" in str(hardware.gpu_problem(machine_with(gpus, "12.8")))
+
+    @pytest.mark.parametrize(
+        ("setting", "memory"),
+        [
+            (None, [10]),  # of slices, CUDA shows the first alone, and nothing whole beside it
+            ("0", [10]),
+            ("1", [80]),
+            ("1,0", [10]),
+            ("MIG-53864714-0a66-5df2-9007-9268e30d9a72", [40]),
+            ("MIG-5386", [40]),
+            ("MIG-c71dc464-b9f9-5611-9d29-d601a47cffd6,MIG-53864714", [10]),
+            ("MIG-", []),
+            ("MIG-ffff", []),
+            ("GPU-c92e", [80]),
+        ],
+    )
+    def test_slices(self, tmp_path, monkeypatch, setting, memory):
+        fake_smi(tmp_path, monkeypatch, CUT, CUT_LISTING)
+        if setting is not None:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", setting)
+        gpus = hardware.find_gpus()
+        assert [gpu.memory_gb for gpu in gpus] == memory
+        if memory and memory != [80]:
+            assert gpus[0].uuid.startswith("MIG-") and gpus[0].capability == (8, 0)
+            assert gpus[0].name.startswith("NVIDIA A100-SXM4-80GB MIG 1") and not gpus[0].mig
+
+    @pytest.mark.parametrize(
+        ("setting", "memory"),
+        [
+            (None, [5]),
+            ("MIG-GPU-5c89852c-d268-c3f3-1b07-005d5ae1dc3f/1/0", [20]),
+            ("MIG-GPU-5c89852c-d268-c3f3-1b07-005d5ae1dc3f/2/0", []),
+            ("1", [40537 / 1024]),
+        ],
+    )
+    def test_slices_as_older_drivers_name_them(self, tmp_path, monkeypatch, setting, memory):
+        fake_smi(tmp_path, monkeypatch, OLD_DRIVER, OLD_LISTING)
+        if setting is not None:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", setting)
+        assert [gpu.memory_gb for gpu in hardware.find_gpus()] == memory
+
+    def test_a_gpu_that_waits_to_be_cut_is_not_offered(self, tmp_path, monkeypatch):
+        fake_smi(tmp_path, monkeypatch, CUT, "")
         assert [gpu.index for gpu in hardware.find_gpus()] == [1]
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-        assert hardware.find_gpus() == ()
 
-    def test_a_gpu_with_a_torch_for_the_cpu_is_a_problem_with_a_fix(self, tmp_path):
-        fake = tmp_path / "nvidia-smi"
-        fake.write_text('#!/bin/sh\necho "0, GPU-0, NVIDIA H100, 81559, 580.1, 9.0"\n')
-        fake.chmod(0o755)
-        environment = os.environ | {
-            "PATH": f"{tmp_path}:{os.environ['PATH']}",
-            "CUDA_VISIBLE_DEVICES": "0",
-        }
+    @given(st.lists(st.sampled_from("0 1 2 9 -1 +1 1x,x| 2,,GPU-0,GPU-1,GPU-1f,GPU-,GPU-z,MIG-a".replace("|", ",").replace(" ", ",").split(",")), max_size=5))  # fmt: skip
+    def test_cudas_list_is_read_as_torch_reads_it(self, entries):
+        setting = ",".join(entries)
+        gpus = hardware.parse_gpus("\n".join(H100.format(i=i) for i in range(3)))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("CUDA_VISIBLE_DEVICES", setting)
+            theirs = torch.cuda._parse_visible_devices()
+        if theirs and isinstance(theirs[0], str):
+            theirs = torch.cuda._transform_uuid_to_ordinals(theirs, [gpu.uuid for gpu in gpus])
+        there = list(itertools.takewhile(lambda index: index < len(gpus), theirs))
+        assert [gpu.index for gpu in hardware.visible_gpus(gpus, setting)] == there
+
+    @pytest.mark.parametrize(
+        ("system", "driver", "cuda", "words"),
+        [
+            ("Linux x86_64", "580.65.06", "13.0", None),
+            ("Linux x86_64", "580.65.05", "13.0", "whl/cu126"),
+            ("Linux x86_64", "575.57.08", "13.2", "580.65.06 or newer"),
+            ("Linux x86_64", "525.60.13", "12.9", None),
+            ("Linux x86_64", "525.60.12", "12.9", "525.60.13 or newer; or, to train on the CPU"),
+            ("Windows AMD64", "528.33", "12.8", None),
+            ("Windows AMD64", "528.24", "12.8", "528.33 or newer"),
+            ("Linux x86_64", "[N/A]", "13.0", None),
+            ("Linux x86_64", "450.80.02", "11.8", None),
+            ("Linux x86_64", "580.65.06", "14.0", None),  # not known yet
+        ],
+    )
+    def test_a_driver_that_is_too_old_for_torch(self, system, driver, cuda, words):
+        gpu = hardware.GPU(0, "GPU-0", "NVIDIA H100", 79.6, driver, (9, 0))
+        problem = hardware.gpu_problem(machine_with((gpu,), cuda, system))
+        assert (problem is None) if words is None else (words in str(problem))
+
+    def test_the_doctor_names_what_a_gpu_lacks(self, tmp_path, monkeypatch):
+        fake_smi(tmp_path, monkeypatch, H100.format(i=0).replace("580.65.06", "470.57.02"))
         command = [sys.executable, "-m", "speedrun.lab.doctor"]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        import torch
+        done = subprocess.run(command, capture_output=True, encoding="utf-8")
+        assert done.returncode == 1 and "→" in done.stdout and "GPU 0: NVIDIA H100" in done.stdout
+        words = "too old for the CUDA" if torch.version.cuda else "this torch was built for the CPU"
+        assert words in done.stdout
 
-        if torch.version.cuda is None:
-            assert (
-                done.returncode == 1
-                and "this torch was built for the CPU" in done.stdout
-                and "→" in done.stdout
-            )
+    @pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
+    def test_the_doctor_speaks_where_the_console_lacks_signs(self, encoding):
+        command = [sys.executable, "-m", "speedrun.lab.doctor"]
+        environment = os.environ | {"PYTHONIOENCODING": encoding}
+        done = subprocess.run(command, env=environment, capture_output=True)
+        assert b"? Python 3" in done.stdout and b"Traceback" not in done.stderr
+
+    def test_the_doctor_looks_at_a_torch_that_does_not_start(self, tmp_path):
+        (tmp_path / "torch").mkdir()
+        (tmp_path / "torch" / "__init__.py").write_text("raise OSError('libcudart.so.13: gone')")
+        path = f"{tmp_path}{os.pathsep}{provenance.root()}"
+        command = [sys.executable, "-m", "speedrun.lab.doctor"]
+        done = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, encoding="utf-8")  # fmt: skip
+        assert done.returncode == 1 and not done.stderr
+        assert "cannot be imported: libcudart.so.13: gone\n  → mv .venv" in done.stdout
 
     def test_setup_makes_triton_interpret_where_there_is_no_gpu(self):
         triton = hardware.find_triton()
@@ -64,7 +222,6 @@ class TestHardware:
         )
 
     def test_an_interpreted_kernel_runs(self):
-        import torch
         from tests_kernel import fill_one
 
         if hardware.find_triton() is None or hardware.setup().device == "cuda":
@@ -212,6 +369,27 @@ class TestResults:
         source = 'def f(a: int):\n    """Doc."""\n    return a + 1\n\n\nclass A:\n    x: int = 3\n    """A field."""\n'
         assert (provenance.code_hash(source) == provenance.code_hash(change(source))) is same
 
+    def test_the_commit_is_this_projects_own(self, tmp_path, monkeypatch):
+        """Not that of a repository around an unpacked archive, nor one that a hook's variables name."""
+        project = tmp_path / "outer" / "unpacked"
+        for folder in ("speedrun", "book/data"):
+            (project / folder).mkdir(parents=True)
+        monkeypatch.setattr(provenance.speedrun, "__file__", str(project / "speedrun/__init__.py"))
+        git = ["git", "-c", "user.name=x", "-c", "user.email=x@x"]
+
+        def repository(folder: Path) -> str:
+            subprocess.run([*git, "init", "-q", str(folder)], check=True)
+            subprocess.run([*git, "-C", str(folder), "commit", "-q", "--allow-empty", "-m", str(folder)], check=True)  # fmt: skip
+            return subprocess.run([*git, "-C", str(folder), "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()  # fmt: skip
+
+        outer = repository(project.parent)
+        assert len(outer) == 40 and provenance.commit() == ""
+        subprocess.run([*git, "init", "-q", str(project)], check=True)
+        assert provenance.commit() == "", "a repository without a commit"
+        own = repository(project)
+        monkeypatch.setenv("GIT_DIR", str(project.parent / ".git"))
+        assert provenance.commit() == own != outer
+
     @pytest.mark.parametrize("python", ["python3.12", "python3.13", "python3.14"])
     def test_other_pythons_agree_on_the_hash(self, python):
         found = shutil.which(python)
@@ -268,7 +446,7 @@ class TestResults:
 
     def test_public_tables_are_whole(self):
         assert (
-            len(results.public_table("records")) == 91
+            len(results.public_table("records")) == 94
             and len(results.public_table("curves")) > 1000
         )
         assert all(

@@ -3,9 +3,14 @@
 import ast
 import dataclasses
 import io
+import json
+import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
+import time
 import tokenize
 import tomllib
 from pathlib import Path
@@ -155,8 +160,6 @@ assert sample.main([{str(tmp_path)!r}, "--tokens", "20"]) == 0
                 } & imported_names(source_of(module))
 
     def test_the_root_is_named_when_there_is_none(self, tmp_path):
-        import shutil
-
         shutil.copytree(
             ROOT / "speedrun", tmp_path / "speedrun", ignore=shutil.ignore_patterns("__pycache__")
         )
@@ -324,6 +327,233 @@ class TestEnvironment:
         assert environment.missing(["torch>=99"]) == ["torch>=99"]
         with pytest.raises(SystemExit, match="there is no extra"):
             environment.requirements(["nonsense"])
+
+
+@pytest.fixture
+def checkout(tmp_path) -> Path:
+    """A copy of what make needs, in a folder with a space and a quote in its name, with a stand-in for every script."""
+    folder = tmp_path / "it's my repo"
+    (folder / "scripts").mkdir(parents=True)
+    shutil.copy(ROOT / "Makefile", folder)
+    for name in ("environment", "old_python"):
+        shutil.copy(ROOT / "scripts" / f"{name}.py", folder / "scripts")
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    (folder / "scripts" / "run_speedrun.py").write_text("import sys; print(sys.argv[1:])")
+    return folder
+
+
+def make(folder: Path, *words: str, **variables: str) -> subprocess.CompletedProcess:
+    command = ["make", "-C", str(folder), "--no-print-directory", *words]
+    environment = os.environ | {"MAKEFLAGS": "", **variables}
+    return subprocess.run(command, env=environment, capture_output=True, encoding="utf-8")
+
+
+def python_that(folder: Path, script: str) -> Path:
+    """An executable called python in a folder with a space, which is this shell script."""
+    folder = folder / "py dir"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "python").write_text(f"#!/bin/sh\n{script}\n")
+    (folder / "python").chmod(0o755)
+    return folder / "python"
+
+
+OLD_PYTHONS = [path for version in ("3.6", "3.8", "3.10") for path in sorted(Path.home().glob(f".pyenv/versions/{version}.*/bin/python"))]  # fmt: skip
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a POSIX shell")
+class TestMake:
+    def test_a_variable_is_one_word_and_args_are_several(self, checkout):
+        """Spaces, quotes and dollars in the interpreter, the data folder, the preset; a tilde is the home folder."""
+        python = python_that(
+            checkout,
+            f"""case "$1" in */environment.py|scripts/environment.py) echo "$0" ;; *) exec {sys.executable} "$@" ;; esac""",
+        )
+        values = {"PRESET": "a b", "GPUS": "1 2", "DATA": "~/it's $$my; data"}
+        words = [f"{name}={value}" for name, value in values.items()]
+        done = make(checkout, "speedrun", f"PYTHON={python}", *words, "ARGS=--seed 1 'x y'")
+        home = os.path.expanduser("~")
+        assert ast.literal_eval(done.stdout) == ["--preset", "a b", "--gpus", "1 2", "--data", f"{home}/it's $my; data", "--seed", "1", "x y"]  # fmt: skip
+
+    def test_every_target_quotes_what_is_the_users(self):
+        """What a user may set, or a path, never stands bare in a recipe; lists of words are named here."""
+        for line in (ROOT / "Makefile").read_text(encoding="utf-8").splitlines():
+            if line.startswith("\t"):
+                bare = re.sub(
+                    r"\$\(call q,[^)]*\)|\$\(if [^,]*,|\$\(foreach word,\$\(NB\),", "", line
+                )
+                found = set(re.findall(r"\$\(([A-Z]+)\)", bare))
+                assert found <= {"ARGS", "TESTS"}, line
+
+    def test_nothing_needs_a_newer_make(self):
+        """macOS has GNU make 3.81: no .ONESHELL, no $(file …), no !=; and its shell lacks -e unless a recipe says so."""
+        text = (ROOT / "Makefile").read_text(encoding="utf-8")
+        assert not re.search(r"\.ONESHELL|\$\((file|intcmp|let) |!=|::=", text)
+        assert "python = set -eu" in text
+
+    @pytest.mark.parametrize("target", ["doctor", "speedrun", "tangle", "tangle-check", "test"])
+    @pytest.mark.parametrize("python", OLD_PYTHONS, ids=lambda path: path.parts[-3])
+    def test_an_old_python_is_told_so(self, checkout, python, target):
+        shutil.copy(ROOT / "scripts" / "tangle.py", checkout / "scripts")
+        done = make(checkout, target, f"PYTHON={python}", LC_ALL="C")
+        assert done.returncode and "is too old: the project needs 3.11" in done.stderr
+        assert "make PYTHON=python3.12" in done.stderr and "Traceback" not in done.stderr
+
+    def test_all_that_an_old_python_reads_is_in_its_grammar(self):
+        for name in ("old_python", "environment", "tangle"):
+            source = (ROOT / "scripts" / f"{name}.py").read_text(encoding="utf-8")
+            tree = ast.parse(source, feature_version=(3, 6))
+            first = next(node for node in tree.body if not isinstance(node, ast.Expr))
+            assert name == "old_python" or first.names[0].name == "old_python"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a POSIX shell")
+class TestInstalling:
+    """scripts/environment.py with a pip that only writes down what it is asked."""
+
+    @pytest.fixture
+    def asked(self, tmp_path, monkeypatch):
+        """install() on a machine of the given kind → the calls of pip, and what was said."""
+        import environment
+
+        def play(capfd, answers="0", config="", system="linux", machine="x86_64", nvidia=None):
+            log = tmp_path / "calls"
+            log.write_text("")
+            python = python_that(
+                tmp_path,
+                f"""shift 2; echo "$PIP_USER $@" >> "{log}"
+case "$1" in config) echo '{config}' ;; index) exit {answers} ;; esac""",
+            )
+            monkeypatch.setattr(environment.sys, "platform", system)
+            monkeypatch.setattr(environment.platform, "machine", lambda: machine)
+            monkeypatch.setattr(environment.shutil, "which", lambda name: nvidia)
+            monkeypatch.setattr(environment, "DRIVER_FILES", ())
+            environment.install(python, ["book"])
+            return [line for line in log.read_text().splitlines() if "config" not in line], capfd.readouterr().err  # fmt: skip
+
+        return play
+
+    def test_no_gpu_takes_the_small_build(self, asked, capfd):
+        (index, torch, project), said = asked(capfd)
+        assert "--retries 0 --timeout 5" in index and "whl/cpu" in index and "torch" in index
+        assert "whl/cpu" in torch and "torch>=" in torch and "timeout" not in torch
+        assert "--editable" in project and "[book]" in project and "whl/cpu" not in project
+        assert "200 MB" in said and all(call.startswith("0 ") for call in (index, torch, project))
+
+    def test_an_index_that_does_not_answer_costs_seconds(self, asked, capfd):
+        (index, project), said = asked(capfd, answers="1")
+        assert "--editable" in project and "the default index" in said
+
+    def test_an_index_that_hangs_is_given_up(self, tmp_path, monkeypatch):
+        import environment
+
+        python = python_that(tmp_path, "exec sleep 60")
+        real = subprocess.run
+        monkeypatch.setattr(environment.subprocess, "run", lambda *a, **k: real(*a, **{**k, "timeout": 0.2}))  # fmt: skip
+        assert environment.answers(python, environment.CPU_INDEX) is False
+
+    @pytest.mark.parametrize(
+        "case",
+        [
+            {"config": "global.index-url=https://mirror"},
+            {"config": ":env:.find-links=/wheels"},
+            {"config": "global.no-index=true"},
+            {"system": "darwin", "machine": "arm64"},
+            {"machine": "aarch64"},
+            {"nvidia": "/usr/bin/nvidia-smi"},
+        ],
+        ids=str,
+    )
+    def test_elsewhere_nothing_is_special(self, asked, capfd, case):
+        (project,), _ = asked(capfd, **case)
+        assert "--editable" in project
+
+    def test_a_venv_that_cannot_be_used_is_left_alone(self, tmp_path, monkeypatch):
+        import environment
+
+        folder = tmp_path / ".venv"
+        for content in ("exit 1", None):  # of an older Python; of one that was removed
+            shutil.rmtree(folder, ignore_errors=True)
+            (folder / "bin").mkdir(parents=True)
+            python = folder / "bin" / "python"
+            if content is None:
+                python.symlink_to("/no/such/python")
+            else:
+                shutil.copy(python_that(tmp_path, content), python)
+            monkeypatch.setattr(environment, "ROOT", tmp_path)
+            monkeypatch.setattr(environment, "VENV_PYTHON", python)
+            with pytest.raises(SystemExit, match="mv .venv .venv-old"):
+                environment.make_venv()
+            assert os.path.lexists(python)
+
+    def test_half_a_venv_is_not_left_behind(self, tmp_path, monkeypatch):
+        """As on Debian without python3-venv, where the folder is made and ensurepip fails."""
+        import environment
+
+        script = f'mkdir -p "{tmp_path}/.venv/bin"; echo ensurepip is not available; exit 1'
+        monkeypatch.setattr(environment, "ROOT", tmp_path)
+        monkeypatch.setattr(environment.sys, "executable", str(python_that(tmp_path, script)))
+        with pytest.raises(SystemExit, match="apt-get install python3-venv"):
+            environment.make_venv()
+        assert not (tmp_path / ".venv").exists()
+
+    def test_ctrl_c_is_no_traceback(self, checkout, tmp_path):
+        """While a child works: here is_ours, which asks an interpreter what it imports."""
+        package = tmp_path / "slow" / "speedrun"
+        package.mkdir(parents=True)
+        (package / "__init__.py").write_text(f"open({str(tmp_path / 'there')!r}, 'w').close(); import time; time.sleep(60)")  # fmt: skip
+        command = [sys.executable, str(checkout / "scripts" / "environment.py"), "--check"]
+        environment = os.environ | {"PYTHONPATH": str(package.parent)}
+        live = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+        while not (tmp_path / "there").exists():
+            time.sleep(0.05)
+        live.send_signal(signal.SIGINT)
+        assert live.communicate(timeout=30)[1] == "" and live.returncode == 130
+
+    def test_without_pip_and_packaging_all_is_missing(self, monkeypatch):
+        import environment
+
+        for name in ("packaging.requirements", "pip._vendor.packaging.requirements"):
+            monkeypatch.setitem(sys.modules, name, None)
+        assert environment.missing(["torch>=2.11"]) == ["torch>=2.11"]
+
+
+class TestKernel:
+    def test_it_is_this_python_whatever_else_is_called_python3(self, tmp_path, monkeypatch):
+        from jupyter_client.kernelspec import KernelSpecManager
+        from kernel import own_kernel
+
+        foreign = tmp_path / "foreign" / "kernels" / "python3"
+        foreign.mkdir(parents=True)
+        spec = {"argv": ["/usr/bin/false"], "display_name": "P", "language": "python"}
+        (foreign / "kernel.json").write_text(json.dumps(spec))
+        monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "foreign"))
+        assert KernelSpecManager().get_kernel_spec("python3").argv == ["/usr/bin/false"]
+        monkeypatch.chdir(tmp_path)
+        given = own_kernel(Path("ours"))
+        assert given["JUPYTER_PATH"].split(os.pathsep)[1:] == [str(tmp_path / "foreign")]
+        for name, value in given.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.chdir("/")
+        argv = KernelSpecManager().get_kernel_spec("python3").argv
+        assert argv[0] == sys.executable and "--log-level=ERROR" in argv
+
+    def test_papermill_takes_it_and_it_is_quiet(self, tmp_path, monkeypatch):
+        import nbformat
+        from kernel import own_kernel
+
+        code = "import sys; print(sys.executable)"
+        notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)])
+        notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "P", "language": "python"}  # fmt: skip
+        nbformat.write(notebook, tmp_path / "in.ipynb")
+        startup = tmp_path / "home" / ".ipython" / "profile_default" / "startup"
+        startup.mkdir(parents=True)
+        (startup / "mine.py").write_text("import sys; sys.executable = 'somebody elses'")
+        environment = os.environ | {"HOME": str(tmp_path / "home"), **own_kernel(tmp_path / "j")}
+        command = [sys.executable, "-m", "papermill", "--no-progress-bar", str(tmp_path / "in.ipynb"), str(tmp_path / "out.ipynb")]  # fmt: skip
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0 and "encryption" not in done.stderr, done.stderr
+        (cell,) = nbformat.read(tmp_path / "out.ipynb", as_version=4).cells
+        assert cell.outputs[0].text.strip() == sys.executable
 
 
 class TestMessages:

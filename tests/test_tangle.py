@@ -29,6 +29,13 @@ def project(folder: Path, **notebooks: str) -> Path:
     return folder
 
 
+def commit(folder: Path) -> None:
+    """Put a folder into a repository of its own, as it is."""
+    git = ["git", "-C", str(folder), "-c", "user.name=x", "-c", "user.email=x@x"]
+    for words in (["init", "-q"], ["add", "-A"], ["commit", "-q", "-m", "a project"]):
+        subprocess.run([*git, *words], check=True, capture_output=True)
+
+
 GOOD = """
 # First idea
 ---
@@ -191,6 +198,64 @@ class TestChecking:
             tangle.tangle(folder, force=True) == ["speedrun/lab/one.py"]
             and "mine" not in edited.read_text()
         )
+
+    @pytest.mark.parametrize("remembered", [True, False], ids=["here before", "cloned"])
+    def test_a_checkout_with_crlf_is_the_same_text(self, tmp_path, remembered):
+        """Git for Windows: nothing changed, nothing is accused, and an edited notebook still reaches the package."""
+        folder = project(tmp_path, **{"01_a": GOOD})
+        tangle.tangle(folder)
+        commit(folder)
+        for path in folder.rglob("*.py"):
+            path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
+        if not remembered:
+            (folder / "_build" / "tangled.json").unlink()
+        assert tangle.tangle(folder, check=True) == [] and tangle.tangle(folder) == []
+        if not remembered:
+            (folder / "_build" / "tangled.json").unlink()
+        notebook = folder / "notebooks" / "01_a.py"
+        notebook.write_bytes(notebook.read_bytes().replace(b"return 1\r", b"return 1 + 0\r"))
+        assert tangle.tangle(folder) == ["speedrun/lab/one.py"]
+        assert b"return 1 + 0\n" in (folder / "speedrun/lab/one.py").read_bytes()
+
+    def test_a_clone_of_this_project_with_crlf_has_lf(self, tmp_path):
+        """.gitattributes, by which make, bash and the tangler read it on Windows too."""
+        root = Path(tangle.__file__).resolve().parent.parent
+        names = (".gitattributes", "Makefile", "scripts/tangle.py", "book/data/curves.csv")
+        for name in names:
+            (tmp_path / "a" / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / "a" / name).write_bytes((root / name).read_bytes())
+        commit(tmp_path / "a")
+        clone = ["git", "-c", "core.autocrlf=true", "clone", "-q", tmp_path / "a", tmp_path / "b"]
+        subprocess.run(clone, check=True)
+        assert not [name for name in names if b"\r" in (tmp_path / "b" / name).read_bytes()]
+
+    def test_an_edited_list_of_modules_has_advice_that_can_be_followed(self, tmp_path):
+        folder = project(tmp_path, **{"01_a": GOOD})
+        tangle.tangle(folder)
+        (folder / "speedrun/lab/__init__.py").write_text("import os\n")
+        with pytest.raises(tangle.TangleError) as caught:
+            tangle.tangle(folder)
+        assert "an exported cell of a chapter" in str(caught.value) and "# Written" not in str(caught.value)  # fmt: skip
+        with pytest.raises(tangle.TangleError, match=r"make the change in notebooks/, then"):
+            tangle.tangle(folder, check=True)
+
+    @pytest.mark.parametrize("around", [False, True], ids=["no git", "another repository"])
+    def test_an_unpacked_archive_accuses_nobody(self, tmp_path, monkeypatch, around):
+        """Without the project's own repository it cannot be known who changed a module; it is asked, not said."""
+        folder = project(tmp_path / "inner", **{"01_a": GOOD})
+        tangle.tangle(folder)
+        if around:
+            commit(tmp_path)
+        else:
+            monkeypatch.setenv("PATH", str(tmp_path))
+        (folder / "_build" / "tangled.json").write_text("{half a fi")
+        assert tangle.tangle(folder) == []
+        (folder / "_build" / "tangled.json").unlink()
+        project(tmp_path / "inner", **{"01_a": GOOD.replace("return 1", "return 1 + 0")})
+        with pytest.raises(tangle.TangleError) as caught:
+            tangle.tangle(folder)
+        assert "nobody can tell" in str(caught.value) and "was edited by hand; " not in str(caught.value)  # fmt: skip
+        assert tangle.tangle(folder, force=True) == ["speedrun/lab/one.py"]
 
     def test_the_command_fails_with_the_same_words(self, tmp_path):
         project(tmp_path, **{"01_a": "#| export\nx = 1"})

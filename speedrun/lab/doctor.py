@@ -1,14 +1,17 @@
 # Tangled from notebooks/00_start_here.py: edit the notebook, then run "make tangle". Edits made here are lost.
 
 
-from speedrun.lab.hardware import Machine, PACKAGES, look
+from speedrun.lab.hardware import Machine, PACKAGES, gpu_problem, look
 
 
 # %% The doctor
+import os
 import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+
+from speedrun.lab.errors import run_main
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,8 @@ def software_findings(machine: Machine) -> list[Finding]:
     built = (
         f"torch {have['torch']}, built for {'CUDA ' + machine.cuda if machine.cuda else 'the CPU'}"
     )
+    torch = f"torch {have['torch']} cannot be imported: {machine.no_torch}", "mv .venv .venv-old, then make setup"  # fmt: skip
+    torch = torch if machine.no_torch else ("torch is missing", "make setup")
     triton = True if have["triton"] else False if machine.system.startswith("Linux") else None
     no_triton = f"no triton on {machine.system}: kernels are shown, not run"
     compiler = "apt-get install g++ (macOS: xcode-select --install), or train with --no-compile"
@@ -40,7 +45,7 @@ def software_findings(machine: Machine) -> list[Finding]:
         verdict(
             new, python, f"{python} is too old", "install 3.11 or newer, then make setup PYTHON=…"
         ),
-        verdict(have["torch"] is not None, built, "torch is missing", "make setup"),
+        verdict(have["torch"] is not None and not machine.no_torch, built, *torch),
         verdict(triton, f"triton {have['triton']}", no_triton, "make setup"),
         verdict(
             bool(machine.compiler), f"compiler {machine.compiler}", "no C++ compiler", compiler
@@ -51,20 +56,25 @@ def software_findings(machine: Machine) -> list[Finding]:
     ]
 
 
-def hardware_findings(machine: Machine, disk_gb: float, shared_gb: float | None) -> list[Finding]:
-    """GPUs, free disk and shared memory (`shared_gb` is None where there is no /dev/shm)."""
+def hardware_findings(
+    machine: Machine, disk_gb: float, shared_gb: float | None, silent: bool = False
+) -> list[Finding]:
+    """GPUs, free disk and shared memory (`shared_gb` is None where there is no /dev/shm). silent: a GPU that nvidia-smi does not list."""
     size = f"{machine.cores} cores, {machine.memory_gb:.0f} GB of memory"
     found = [Finding(None, f"{machine.system}, {size}")]
     for gpu in machine.gpus:
         what = f"{gpu.name}, {gpu.memory_gb:.0f} GB, sm {gpu.capability[0]}.{gpu.capability[1]}"
         found.append(Finding(True, f"GPU {gpu.index}: {what}, driver {gpu.driver}"))
-    if not machine.gpus:
+    problem = gpu_problem(machine)
+    if silent:
+        fix = "call nvidia-smi, which says why; after an update of the driver, reboot"
+        found.append(Finding(False, "there is /dev/nvidia0, but nvidia-smi lists no GPU", fix))
+    elif not machine.gpus:
         found.append(
             Finding(None, "no NVIDIA GPU: kernels run through Triton's interpreter, small")
         )
-    elif not machine.cuda:
-        fix = "pip install --force-reinstall torch, from the default index"
-        found.append(Finding(False, "there is a GPU, but this torch was built for the CPU", fix))
+    elif problem:
+        found.append(Finding(False, problem.what, problem.fix))
     disk = f"{disk_gb:.0f} GB of free disk"
     found.append(
         verdict(disk_gb >= 5, disk, disk, "free 5 GB: 3 for the packages, the rest for data")
@@ -95,7 +105,9 @@ def doctor(machine: Machine) -> int:
     """Print every finding, each problem with its fix; returns the number of problems."""
     shared = Path("/dev/shm")
     shared_gb = shutil.disk_usage(shared).total / 2**30 if shared.is_dir() else None
-    found = hardware_findings(machine, shutil.disk_usage(".").free / 2**30, shared_gb)
+    silent = not machine.gpus and Path("/dev/nvidia0").exists()
+    silent = silent and "CUDA_VISIBLE_DEVICES" not in os.environ
+    found = hardware_findings(machine, shutil.disk_usage(".").free / 2**30, shared_gb, silent)
     found = software_findings(machine) + found + tier_findings(machine)
     for finding in found:
         print({True: "✓", False: "✗", None: "·"}[finding.ok], finding.text)
@@ -105,4 +117,4 @@ def doctor(machine: Machine) -> int:
 
 
 if __name__ == "__main__" and __spec__ is not None:  # python -m, not a notebook
-    sys.exit(min(doctor(look()), 1))
+    sys.exit(run_main(lambda: min(doctor(look()), 1)))

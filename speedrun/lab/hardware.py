@@ -6,6 +6,8 @@ from speedrun.lab.errors import Problem
 
 
 # %% Looking without touching
+import contextlib
+import ctypes
 import importlib
 import importlib.metadata
 import os
@@ -14,17 +16,35 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-GPU_QUERY = "index,uuid,name,memory.total,driver_version,compute_cap"
+
+def run_tool(command: list[str], timeout_s: float, fine: tuple[int, ...] = (0,)) -> str:
+    """What a command prints; nothing if it is not there, ends with another status, or takes longer."""
+    none, pipe = subprocess.DEVNULL, subprocess.PIPE
+    try:
+        process = subprocess.Popen(command, stdin=none, stdout=pipe, stderr=none)
+    except OSError:
+        return ""
+    try:
+        text = process.communicate(timeout=timeout_s)[0]
+    except subprocess.TimeoutExpired:
+        process.kill()  # and no wait: what hangs in a driver cannot be killed
+        return ""
+    return text.decode(errors="replace") if process.returncode in fine else ""
+
+
+GPU_QUERY = "index,uuid,name,memory.total,driver_version"
+NEWER = "compute_cap,mig.mode.current"  # for an unknown field, older drivers refuse the whole query
 
 
 @dataclass(frozen=True)
 class GPU:
-    """One NVIDIA GPU as its driver describes it.
+    """One NVIDIA GPU, or one slice of one, as its driver describes it.
 
     memory_gb: counted in 2**30 bytes. capability: (9, 0) for Hopper; (0, 0) where the driver does not say.
+    mig: it is cut into slices, which are used in its place.
     """
 
     index: int
@@ -33,6 +53,7 @@ class GPU:
     memory_gb: float
     driver: str
     capability: tuple[int, int]
+    mig: bool = False
 
 
 def parse_gpus(text: str) -> tuple[GPU, ...]:
@@ -40,39 +61,80 @@ def parse_gpus(text: str) -> tuple[GPU, ...]:
     gpus = []
     for line in text.splitlines():
         cells = [cell.strip() for cell in line.split(",")]
-        if len(cells) != len(GPU_QUERY.split(",")) or not cells[0].isdigit():
+        if not 5 <= len(cells) <= 7 or not cells[0].isdecimal():
             continue
-        index, uuid, name, memory, driver, capability = cells
+        index, uuid, name, memory, driver, capability, mig = (*cells, "", "")[:7]
         known = re.fullmatch(r"(\d+)\.(\d+)", capability)
-        memory_gb = float(memory) / 1024 if re.fullmatch(r"[\d.]+", memory) else 0.0
+        memory_gb = float(memory) / 1024 if re.fullmatch(r"\d+(\.\d+)?", memory) else 0.0
         pair = (int(known[1]), int(known[2])) if known else (0, 0)
-        gpus.append(GPU(int(index), uuid, name, memory_gb, driver, pair))
+        gpus.append(GPU(int(index), uuid, name, memory_gb, driver, pair, mig == "Enabled"))
     return tuple(gpus)
 
 
-def visible_gpus(gpus: tuple[GPU, ...], setting: str | None) -> tuple[GPU, ...]:
-    """The GPUs that `CUDA_VISIBLE_DEVICES=setting` leaves, in its order; None (not set) leaves all."""
-    if setting is None:
-        return gpus
-    chosen = []
-    for entry in (part.strip() for part in setting.split(",")):
-        match = [
-            gpu for gpu in gpus if entry and (entry == str(gpu.index) or gpu.uuid.startswith(entry))
-        ]
-        if not match:
+def with_slices(gpus: tuple[GPU, ...], listing: str) -> tuple[GPU, ...]:
+    """The GPUs, with the slices that `nvidia-smi -L` lists in place of those that are cut. memory_gb of a slice: by its profile's name."""
+    slices: dict[str, list[GPU]] = {gpu.uuid: [] for gpu in gpus}
+    whole = {gpu.uuid: gpu for gpu in gpus}
+    parent = None
+    for line in listing.splitlines():
+        uuid = re.search(r"\(UUID: ([^)]+)\)", line)
+        profile = re.match(r"\s+MIG (\S*?(\d+)gb\S*)\s", line)
+        if uuid and line.startswith("GPU "):
+            parent = whole.get(uuid[1])
+        elif uuid and profile and parent:
+            name, size = f"{parent.name} MIG {profile[1]}", float(profile[2])
+            part = replace(parent, uuid=uuid[1], name=name, memory_gb=size, mig=False)
+            slices[parent.uuid].append(part)
+    kept = (slices[gpu.uuid] or ([] if gpu.mig else [gpu]) for gpu in gpus)
+    return tuple(gpu for some in kept for gpu in some)
+
+
+def asked_for(setting: str) -> list[str]:
+    """The entries that CUDA takes from `CUDA_VISIBLE_DEVICES`: UUIDs or numbers, as the first one is; none at all if one comes twice."""
+    kind, taken = re.match("GPU-|MIG-", setting), []
+    for part in setting.split(","):
+        number = re.match(r"\s*\+?(\d+)", part)
+        if kind and part.startswith(kind[0]):
+            entry = part
+        elif number and not kind:
+            entry = str(int(number[1]))
+        else:
             break
-        chosen.append(match[0])
-    return tuple(chosen)
+        if entry in taken:
+            return []
+        taken.append(entry)
+    return taken
+
+
+def visible_gpus(gpus: tuple[GPU, ...], setting: str | None) -> tuple[GPU, ...]:
+    """The GPUs that `CUDA_VISIBLE_DEVICES=setting` leaves, in its order; None (not set) leaves all; of slices one."""
+    chosen = list(gpus) if setting is None else []
+    for entry in asked_for(setting or ""):
+        match = [gpu for gpu in gpus if gpu.uuid.startswith(entry) or str(gpu.index) == entry]
+        match = match[:1] if entry.isdecimal() else match  # a number stands for the first slice
+        if len(match) != 1:
+            break
+        if match[0] in chosen:
+            return ()
+        chosen += match
+    slices = [gpu for gpu in chosen if gpu.uuid.startswith("MIG-")]
+    return tuple(slices[:1] or chosen)
+
+
+SMI_TIMEOUT_S = 30  # eight GPUs that sleep take ten
 
 
 def find_gpus() -> tuple[GPU, ...]:
-    """The NVIDIA GPUs that this process may use, found without touching CUDA. Empty without a driver."""
-    tool = shutil.which("nvidia-smi")
-    if tool is None:
-        return ()
-    command = [tool, f"--query-gpu={GPU_QUERY}", "--format=csv,noheader,nounits"]
-    answer = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    return visible_gpus(parse_gpus(answer.stdout), os.environ.get("CUDA_VISIBLE_DEVICES"))
+    """The NVIDIA GPUs that this process may use, found without touching CUDA. Empty without a driver that answers."""
+    tool = shutil.which("nvidia-smi") or "/usr/lib/wsl/lib/nvidia-smi"
+    fine = (0, 14)  # 14: the card's memory of what it is has been damaged, and the card works
+    gpus: tuple[GPU, ...] = ()
+    for fields in (f"{GPU_QUERY},{NEWER}", GPU_QUERY):
+        command = [tool, f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
+        gpus = gpus or parse_gpus(run_tool(command, SMI_TIMEOUT_S, fine))
+    if any(gpu.mig or gpu.capability == (0, 0) for gpu in gpus):
+        gpus = with_slices(gpus, run_tool([tool, "-L"], SMI_TIMEOUT_S, fine))
+    return visible_gpus(gpus, os.environ.get("CUDA_VISIBLE_DEVICES"))
 
 
 # %% The machine, in one value
@@ -84,6 +146,8 @@ class Machine:
     """What a process can use here.
 
     versions: package → version, or None. cuda: the CUDA that torch was built for, or None.
+    driver_cuda: the newest CUDA that the driver's library runs, its first number; 0 if not known.
+    no_torch: why torch cannot be imported though it is installed.
     """
 
     system: str
@@ -94,6 +158,8 @@ class Machine:
     versions: dict[str, str | None]
     cuda: str | None
     compiler: str | None
+    driver_cuda: int = 0
+    no_torch: str = ""
 
     @property
     def device(self) -> str:
@@ -119,18 +185,69 @@ def physical_memory_gb() -> float:
     return psutil.virtual_memory().total / 2**30
 
 
+def torch_cuda() -> tuple[str | None, str]:
+    """The CUDA that torch was built for, or None; and why torch cannot be imported, if it cannot."""
+    try:
+        return importlib.import_module("torch.version").cuda, ""
+    except (ImportError, OSError) as error:  # OSError: one of its libraries is missing, or broken
+        return None, str(error).splitlines()[0]
+
+
+def driver_cuda() -> int:
+    """The newest CUDA that the driver's library runs, its first number; 0 without one. Asks before anything is initialised."""
+    version, windows = ctypes.c_int(), platform.system() == "Windows"
+    with contextlib.suppress(OSError, AttributeError):
+        library = ctypes.CDLL("nvcuda.dll" if windows else "libcuda.so.1")
+        library.cuDriverGetVersion(ctypes.byref(version))
+    return version.value // 1000
+
+
 def look() -> Machine:
     """Describe this machine. Starts no CUDA context and opens no connection."""
     versions = {package: version_of(package) for package in PACKAGES}
-    cuda = importlib.import_module("torch.version").cuda if versions["torch"] else None
+    cuda, no_torch = torch_cuda() if versions["torch"] else (None, "")
     compilers = [os.environ.get("CXX", ""), "g++", "clang++", "cl"]
     compiler = next((path for name in compilers if name and (path := shutil.which(name))), None)
     cores = (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )
     system, python = f"{platform.system()} {platform.machine()}", platform.python_version()
-    facts = (find_gpus(), versions, cuda, compiler)
+    gpus = find_gpus()
+    facts = (gpus, versions, cuda, compiler, driver_cuda() if gpus else 0, no_torch)
     return Machine(system, python, cores, physical_memory_gb(), *facts)
+
+
+# %% A GPU that torch cannot use
+LEAST_DRIVER = {11: "450.80.02", 12: "525.60.13", 13: "580.65.06"}  # on Linux, by CUDA
+WINDOWS_DRIVER = {11: "452.39", 12: "528.33", 13: "580"}
+OLDER_TORCH = "pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/"
+ON_CPU = "to train on the CPU, set CUDA_VISIBLE_DEVICES=-1"
+
+
+def numbers(version: str) -> tuple[int, ...]:
+    """The numbers of a version, to compare it by: "580.65.06" is (580, 65, 6)."""
+    return tuple(map(int, re.findall(r"\d+", version)))
+
+
+def gpu_problem(machine: Machine) -> Problem | None:
+    """Why torch cannot use the GPU that is there, and the way out; None if it can, if there is none, or without torch."""
+    if not machine.gpus or not machine.versions["torch"] or machine.no_torch:
+        return None
+    if machine.cuda is None:
+        fix = f"pip install --force-reinstall torch, from the default index; or, {ON_CPU}"
+        return Problem("there is a GPU, but this torch was built for the CPU", fix)
+    gpu, wanted = machine.gpus[0], numbers(machine.cuda)[0]
+    least = WINDOWS_DRIVER if machine.system.startswith("Windows") else LEAST_DRIVER
+    have = numbers(gpu.driver)
+    runs = machine.driver_cuda or max((n for n in least if have >= numbers(least[n])), default=0)
+    older = f"take a torch for an older CUDA: {OLDER_TORCH}cu126; or, {ON_CPU}"
+    if have and wanted in least and runs < wanted:
+        what = f"the driver {gpu.driver} is too old for the CUDA {machine.cuda} of this torch"
+        fix = f"update the NVIDIA driver to {least[wanted]} or newer; or, "
+        return Problem(what, fix + (older if runs == 12 else ON_CPU))
+    if wanted >= 13 and (0, 0) < gpu.capability < (7, 5):
+        return Problem(f"{gpu.name} is too old for the CUDA {machine.cuda} of this torch", older)
+    return None
 
 
 # %% Kernels without a GPU
@@ -158,11 +275,6 @@ def jit(kernel):
     """`triton.jit`, or without Triton a stand-in whose launch says why."""
     triton = find_triton()
     return triton.jit(kernel) if triton else Unlaunchable(kernel)
-
-
-def gpu_problem(machine: Machine) -> Problem | None:
-    """Why the GPUs that are there cannot be used."""
-    return None
 
 
 def setup() -> Machine:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import speedrun
 from speedrun.lab.errors import Problem
-from speedrun.lab.hardware import look
+from speedrun.lab.hardware import look, run_tool
 
 
 def is_docstring(node) -> bool:
@@ -55,13 +55,10 @@ def module_file(name: str) -> Path | None:
 
 
 def commit() -> str:
-    """The project's commit; empty where there is no git, or no repository of its own."""
-    git = ["git", "-C", str(root()), "rev-parse", "--show-toplevel", "HEAD"]
-    try:
-        said = subprocess.run(git, capture_output=True, text=True, timeout=60).stdout.splitlines()
-        return said[1] if len(said) == 2 and Path(said[0]).samefile(root()) else ""
-    except (OSError, subprocess.SubprocessError):
-        return ""
+    """The commit of this project; "" without git, or where this folder has no repository of its own, whatever is around it."""
+    # named outright, git neither looks in the folders above nor obeys GIT_DIR, which its hooks set
+    command = ["git", f"--git-dir={root() / '.git'}", "rev-parse", "--verify", "HEAD"]
+    return run_tool(command, 30).strip()
 
 
 def imported_names(source: str) -> set[str]:

@@ -7,10 +7,10 @@ from speedrun.lab.provenance import module_hashes, note_opened, root
 # %% Results: numbers that remember where they come from
 import csv
 import json
-import os
 from pathlib import Path
 
 from speedrun.lab.errors import Problem
+from speedrun.lab.files import atomic_write
 
 
 def freshness(result: dict) -> str:
@@ -43,8 +43,7 @@ def save_result(slug: str, name: str, data, stamp: dict) -> Path:
     path = result_path(slug, name)
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"stamp": stamp, "data": data}, indent=1, ensure_ascii=False)
-    path.with_suffix(".part").write_text(text + "\n", encoding="utf-8")
-    os.replace(path.with_suffix(".part"), path)
+    atomic_write(path, text + "\n")
     return path
 
 
