@@ -658,7 +658,6 @@ print([(record["step"], record["val_loss"]) for record in steps])
 import ast
 import hashlib
 import os
-import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
 

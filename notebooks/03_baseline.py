@@ -52,25 +52,29 @@
 #| export
 import math
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
+from annotated_types import Interval
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from speedrun.lab.bounds import PositiveFloat, PositiveInt
 
 
 @dataclass(frozen=True)
 class GPT2Options:
     """The shape of a GPT-2. The defaults are the 124M model; the vocabulary comes from the data."""
 
-    layers: int = 12
+    layers: Annotated[int, Interval(ge=1, le=1024)] = 12
     """Blocks."""
-    heads: int = 12
+    heads: PositiveInt = 12
     """Attention heads; they share the width evenly."""
-    width: int = 768
+    width: Annotated[int, Interval(ge=1, le=2**16)] = 768
     """Length of the residual stream's vectors."""
-    context: int = 1024
+    context: Annotated[int, Interval(ge=1, le=2**20)] = 1024
     """Longest row of tokens: the number of learned positions."""
-    init_std: float = 0.02
+    init_std: PositiveFloat = 0.02
     """Standard deviation of the initial weights; GPT-2's 0.02 suits a width of 768."""
 
 
@@ -372,28 +376,32 @@ print(f"largest difference of any logit: {difference:.0e}")
 #| export
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
+from annotated_types import Interval
 from torch import Tensor
+
+from speedrun.lab.bounds import Beta, NonNegativeFloat, NonNegativeInt, PositiveFloat
 
 
 @dataclass(frozen=True)
 class AdamWOptions:
     """AdamW, and the ends of its rate. The defaults are llm.c's for the 124M model."""
 
-    lr: float = 6e-4
+    lr: PositiveFloat = 6e-4
     """Peak learning rate."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     """Decay of the running mean of gradients and of their squares."""
-    eps: float = 1e-8
+    eps: PositiveFloat = 1e-8
     """Added to the root of the second moment."""
-    weight_decay: float = 0.1
+    weight_decay: NonNegativeFloat = 0.1
     """Decoupled decay of matrices, as a multiple of the learning rate."""
-    grad_clip: float = 1.0
+    grad_clip: Annotated[NonNegativeFloat, "0 switches clipping off"] = 1.0
     """Longest gradient, over all parameters together; 0 switches clipping off."""
-    warmup_steps: int = 700
+    warmup_steps: NonNegativeInt = 700
     """Steps in which the rate climbs to its peak."""
-    final_lr: float = 0.0
+    final_lr: Annotated[float, Interval(ge=0, le=1)] = 0.0
     """Rate at the last step, as a share of the peak."""
 
 

@@ -67,6 +67,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from speedrun.lab.bounds import PositiveFloat
+
 
 @dataclass(frozen=True)
 class RotaryOptions:
@@ -74,7 +76,7 @@ class RotaryOptions:
 
     positions: Literal["learned", "rotary", "half"] = "learned"
     """learned: a vector for every position. rotary: turn queries and keys. half: turn half of their pairs."""
-    base: float = 10_000.0
+    base: PositiveFloat = 10_000.0
     """The slowest pair turns by about 1/base a token; record 17's is 1024."""
     pairs: Literal["halves", "neighbours"] = "halves"
     """Which numbers are a pair: one of the first half with one of the second, or two that stand side by side."""

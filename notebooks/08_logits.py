@@ -64,11 +64,14 @@ print({f"record {n}": f"{s:.1f} s, {share[n]:.1%}" for n, s in gained.items()})
 #| default_exp model.head
 #| export
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from annotated_types import Interval
 from torch import Tensor
 from torch.nn import functional as F
+
+from speedrun.lab.bounds import NonNegativeFloat, PositiveFloat, Share
 
 Cap = Literal["none", "tanh30", "tanh15", "sigmoid30", "sigmoid23"]
 
@@ -79,13 +82,13 @@ class HeadOptions:
 
     tied: Literal["tied", "untied", "split"] = "tied"
     """tied: the embedding is the head. untied: two matrices. split: two that are kept equal until split_at."""
-    split_at: float = 2 / 3
+    split_at: Share = 2 / 3
     """split: the share of the steps after which the two matrices train apart; needs sharing.on."""
-    std: float = 0.0
+    std: NonNegativeFloat = 0.0
     """untied: deviation of the head's first weights; 0: zeros."""
-    rate: float = 1.0
+    rate: PositiveFloat = 1.0
     """untied: the head's rate as a multiple of optim.lr."""
-    multiple: int = 1
+    multiple: Annotated[int, Interval(ge=1, le=2**16)] = 1
     """The vocabulary is padded to a multiple of this, by rows that no token uses."""
     cap: Cap = "none"
     """How logits are bounded: 30 tanh(z/30), 15 tanh(z/15), 30 sigmoid(z/7.5), 23 sigmoid((z+5)/7.5)."""

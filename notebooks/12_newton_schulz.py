@@ -101,10 +101,13 @@ print(f"all 12 matrices: {counts[0]} at least, median {median:g}, {counts[-1]} a
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from annotated_types import Interval
 from torch import Tensor
+
+from speedrun.lab.bounds import Beta, NonNegativeFloat
 
 
 # %%
@@ -307,13 +310,13 @@ class MatrixOptions:
 
     rule: Literal["adamw", "muon", "soap"] = "adamw"
     """muon: orthogonalised momentum. soap: Adam in the eigenbases of the gradient's covariances."""
-    lr: float = 0.0
+    lr: Annotated[NonNegativeFloat, "0: the rate of all, optim.lr"] = 0.0
     """Peak rate of the matrices, on the schedule of all parameters; 0: optim.lr, like all."""
-    momentum: float = 0.95
+    momentum: Beta = 0.95
     """muon: the share of its momentum that a step keeps."""
     nesterov: bool = True
     """muon: mix the newest gradient in once more."""
-    iterations: int = 5
+    iterations: Annotated[int, Interval(ge=0, le=100)] = 5
     """muon: Newton–Schulz iterations; 0: the exact factor, from a singular value decomposition."""
     shape_factor: bool = True
     """muon: the rate of a matrix of more rows than columns is larger by sqrt(rows / cols)."""

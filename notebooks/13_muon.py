@@ -136,6 +136,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from speedrun.lab.bounds import Beta, NonNegativeFloat, NonNegativeInt, PositiveFloat
 from speedrun.optim.newton_schulz import MatrixOptimizer, MatrixOptions
 from speedrun.optim.newton_schulz import fold, newton_schulz, orthogonal_factor, through
 
@@ -531,17 +532,17 @@ class MuonOptions:
     """polar_express: the numbers that are multiplied."""
     gram: bool = False
     """polar_express: multiply squares of the short side instead of the matrix, as far as that is cheaper."""
-    beta2: float = 0.0
+    beta2: Beta = 0.0
     """NorMuon: what the rows' mean squares keep of themselves in a step; 0: rows stay as long as they are."""
     decay: Literal["plain", "squared", "cautious", "none"] = "plain"
     """plain: rate · optim.weight_decay. squared: rate² · decay_factor. cautious: that, where the step makes a weight smaller anyway."""
-    decay_factor: float = 1.2
+    decay_factor: NonNegativeFloat = 1.2
     """squared, cautious: decay of a step as a multiple of the rate's square."""
-    low_momentum: float = 0.0
+    low_momentum: Beta = 0.0
     """Momentum in the first step and after the last, on a line to matrix.momentum and back; 0: no lines."""
-    momentum_steps: tuple[int, int] = (300, 50)
+    momentum_steps: tuple[NonNegativeInt, NonNegativeInt] = (300, 50)
     """Steps in which momentum rises at the beginning, and falls at the end."""
-    wide_factor: float = 1.0
+    wide_factor: PositiveFloat = 1.0
     """The rate of a matrix of fewer rows than columns is larger by this."""
     weights: Literal["float32", "bfloat16", "split"] = "float32"
     """What the matrices are in the model. split: bfloat16, and the optimizer keeps what rounding took."""

@@ -413,6 +413,8 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Literal, NamedTuple, Protocol
 
+from speedrun.lab.bounds import Share
+
 
 @dataclass(frozen=True)
 class ScheduleOptions:
@@ -420,7 +422,7 @@ class ScheduleOptions:
 
     shape: Literal["cosine", "trapezoid"] = "cosine"
     """cosine: from the end of the warm-up on. trapezoid: held, then along a line."""
-    cooldown: float = 0.6
+    cooldown: Share = 0.6
     """trapezoid: the share of the steps in which the rate falls."""
 
 

@@ -58,12 +58,13 @@ import dataclasses
 import difflib
 import importlib
 import math
+import reprlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
 from speedrun.data.loader import DataOptions, check_options
-from speedrun.lab.errors import Problem
+from speedrun.lab.errors import Problem, visible
 from speedrun.optim.adamw import AdamWOptions
 from speedrun.model.embedding import EmbeddingOptions
 from speedrun.model.gpt import GPTOptions, Switches
@@ -88,6 +89,122 @@ PresetName = Literal[
     "record9",
     "record11",
 ]
+
+# %% [markdown]
+# ### Every number has bounds
+#
+# A trainer takes any number that it is given. With `--optim.grad-clip -1` ours turned every gradient round, trained thirty steps uphill and said “finished”, as others had done before it ([pytorch#31367](https://github.com/pytorch/pytorch/issues/31367), [torchtitan#4295](https://github.com/pytorch/torchtitan/pull/4295)). And a learning rate that is not a number passes a test that says `if lr <= 0: refuse`, because every comparison with NaN is false.
+#
+# A table of bounds beside the options is forgotten when a field is added. So the bounds stand in the field's type, as `Annotated` metadata in the vocabulary of `annotated_types`, where property tests find them, too. A bound names what must *hold*, which for NaN nothing does, and there is one on either side, which excludes infinity. What more than one field needs has a name, Pydantic's where it has one:
+
+
+# %%
+#| export lab.bounds
+import dataclasses
+import operator
+import reprlib
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+from annotated_types import Interval
+
+from speedrun.lab.errors import Problem
+
+PositiveInt = Annotated[int, Interval(ge=1, le=2**63 - 1)]
+NonNegativeInt = Annotated[int, Interval(ge=0, le=2**63 - 1)]
+PositiveFloat = Annotated[float, Interval(ge=1e-20, le=1e9)]  # in float32 1e-50 would be zero
+NonNegativeFloat = Annotated[float, Interval(ge=0, le=1e9)]
+Beta = Annotated[float, Interval(ge=0, lt=1)]
+"""What a running mean keeps of itself in a step."""
+Share = Annotated[float, Interval(gt=0, le=1)]
+
+HOLDS = {
+    "ge": (operator.ge, "at least"),
+    "gt": (operator.gt, "more than"),
+    "le": (operator.le, "at most"),
+    "lt": (operator.lt, "less than"),
+}
+
+
+def unmet(value: Any, kind: Any) -> list[str]:
+    """What a field's type asks of a value and the value is not, in words; nothing: it is allowed."""
+    parts = get_args(kind)
+    if get_origin(kind) is Literal:
+        return [] if isinstance(value, str) and value in parts else [" or ".join(parts)]
+    if get_origin(kind) is tuple:
+        if type(value) is not tuple or len(value) != len(parts):
+            return [f"{len(parts)} values"]
+        return [words for one, of in zip(value, parts) for words in unmet(one, of)]
+    if get_origin(kind) is Annotated:
+        return unmet(value, parts[0]) or [
+            f"{words} {limit:.9g}"
+            for bound in parts[1:]
+            for key, (holds, words) in HOLDS.items()
+            if (limit := getattr(bound, key, None)) is not None and not holds(value, limit)
+        ]
+    right = type(value) is kind or (kind is float and type(value) is int)
+    return [] if right else [f"of type {kind.__name__}"]
+
+
+# %%
+assert unmet(0.5, Beta) == unmet(3, PositiveInt) == unmet(1, float) == unmet((0, 0.9), tuple[Beta, Beta]) == []  # fmt: skip
+assert unmet(1.0, Beta) == ["less than 1"] and unmet(0.0, PositiveFloat) == ["at least 1e-20"]
+assert unmet(10**30, NonNegativeInt) == ["at most 9.22337204e+18"]
+assert len(unmet(float("nan"), Share)) == 2 and unmet(float("inf"), NonNegativeFloat)
+assert unmet(True, PositiveInt) == unmet(1.0, PositiveInt) == ["of type int"]
+assert unmet(["cpu"], Literal["cpu", "cuda"]) == ["cpu or cuda"]
+
+# %% [markdown]
+# A message says the field, the value, what it must be, and the flag with a value that is allowed:
+
+
+# %%
+#| export lab.bounds
+def as_flags(name: str, value: Any) -> list[str]:
+    """A field and its value as command-line arguments: --optim.betas 0.9 0.95, --no-compile."""
+    *groups, last = name.replace("_", "-").split(".")
+    if isinstance(value, bool):
+        return ["--" + ".".join([*groups, last if value else f"no-{last}"])]
+    values = value if isinstance(value, tuple) else [value]
+    return ["--" + ".".join([*groups, last]), *map(str, values)]
+
+
+def check_value(name: str, value: Any, kind: Any, usual: Any) -> None:
+    """Refuse a value that a field's type does not allow. usual: one that it does."""
+    wrong = dict.fromkeys(unmet(value, kind))  # each once
+    if wrong:
+        notes = [note for note in getattr(kind, "__metadata__", ()) if isinstance(note, str)]
+        what = f"{name}={reprlib.repr(value)} is not allowed: it must be {' and '.join(wrong)}"
+        raise Problem(what, "; ".join([f"{' '.join(as_flags(name, usual))}, say", *notes]))
+
+
+def check_ranges(options: Any, prefix: str = "") -> None:
+    """Refuse the first value of an options dataclass, nested ones included, that its field's type does not allow."""
+    for name, kind in get_type_hints(type(options), include_extras=True).items():
+        value = getattr(options, name)
+        if dataclasses.is_dataclass(kind):
+            check_ranges(value, f"{prefix}{name}.")
+        else:
+            check_value(prefix + name, value, kind, getattr(type(options), name))
+
+
+# %%
+for group, nonsense in {
+    AdamWOptions: {"grad_clip": -1.0, "lr": float("nan"), "betas": (0.9, 2.0), "eps": "small"},
+    ScheduleOptions: {"cooldown": 60.0},
+    GPTOptions: {"layers": 10**30},
+}.items():
+    check_ranges(group())
+    for name, value in nonsense.items():
+        try:
+            check_ranges(group(**{name: value}), "group.")
+            raise AssertionError("accepted")
+        except Problem as problem:
+            assert f"group.{name}=" in problem.what
+            print(problem)
+
+
+# %% [markdown]
+# The run itself has numbers, too:
 
 
 # %%
@@ -124,11 +241,11 @@ class Config:
     """How the rate gets from its peak to its end."""
     data: DataOptions = field(default_factory=DataOptions)
     """What a step reads."""
-    steps: int = 19_560
+    steps: PositiveInt = 19_560
     """Optimizer steps; the schedule ends with the last."""
-    max_steps: int = 0
+    max_steps: Annotated[NonNegativeInt, "0 runs them all"] = 0
     """Stop after this many steps of the same schedule; 0: run them all."""
-    seed: int = 0
+    seed: NonNegativeInt = 0
     """Seed of the initial weights."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; auto: on a GPU if PyTorch sees one."""
@@ -138,29 +255,29 @@ class Config:
     """bfloat16: matrix products under autocast, weights in float32."""
     compile: bool = True
     """Compile the forward and backward pass with torch.compile."""
-    warmup: int = 3
+    warmup: NonNegativeInt = 3
     """Untimed steps before the clock starts, undone afterwards: they compile and fill caches."""
-    val_every: int = 250
+    val_every: PositiveInt = 250
     """Steps between validations; the first is before step 0, the last after the last step."""
-    val_tokens: int = 10_485_760
+    val_tokens: PositiveInt = 10_485_760
     """Validation tokens, from the start of the validation stream."""
-    log_every: int = 10
+    log_every: PositiveInt = 10
     """Steps between log lines; each reads the loss from the device."""
-    checkpoint_every: int = 0
+    checkpoint_every: NonNegativeInt = 0
     """Steps between checkpoints; 0: only at the end, and when interrupted."""
-    target: float = 3.28
+    target: PositiveFloat = 3.28
     """Validation loss (nats a token) that the run is to reach."""
     wandb: str = ""
     """Weights & Biases project to log to as well; empty: none."""
 
     @property
     def last_step(self) -> int:
-        """The step after which the run ends."""
+        """The step at which this run stops: the schedule's end, or before it."""
         return min(self.max_steps or self.steps, self.steps)
 
 
 # %% [markdown]
-# The common mistakes that can be seen without a GPU, without data and before an hour has passed are looked for first. Each is said in words, with the flag that mends it:
+# Other mistakes are made of two fields, each of which would do by itself: a width that the heads cannot share, rows that are longer than the model's context. Those that can be seen without a GPU, without data and before an hour has passed are looked for first, and each is said in words, with the flag that mends it:
 
 
 # %%
@@ -180,58 +297,12 @@ def largest_divisor(number: int, limit: int) -> int:
     return next(n for n in range(min(limit, number), 0, -1) if number % n == 0)
 
 
-def flag(name: str) -> str:
-    """A field's name as it is written on the command line."""
-    return name.replace("_", "-")
-
-
 # %%
 flat = fields_of(Config())
 assert flat["model.layers"] == 12 and flat["optim.betas"] == (0.9, 0.95) and "model" not in flat
-assert largest_divisor(768, 13) == 12 and flag("optim.warmup_steps") == "optim.warmup-steps"
-
-
-# %%
-#| export
-LEAST = {"model.layers": 1, "model.heads": 1, "model.width": 1, "model.context": 1, "steps": 1}
-LEAST |= {"val_every": 1, "val_tokens": 1, "log_every": 1}
-LEAST |= {"sharing.adam_every": 1, "head.multiple": 1}
-POSITIVE = ["optim.lr", "model.init_std", "rotary.base", "head.rate", "plan.rate"]
-POSITIVE += ["embedding.rate", "embedding.value_rate"]
-LEAST |= dict.fromkeys(("max_steps", "warmup", "checkpoint_every", "optim.warmup_steps"), 0)
-
-
-def check_ranges(fields: dict[str, Any]) -> None:
-    """Refuse counts that are too small, and rates, deviations and shares that are none."""
-    for name, least in LEAST.items():
-        if fields[name] < least:
-            what = f"{name}={fields[name]} must be at least {least}"
-            raise Problem(what, f"--{flag(name)} {least} or more")
-    for name in POSITIVE:
-        if not 0 < fields[name] < math.inf:
-            raise Problem(f"{name}={fields[name]} must be positive", f"--{flag(name)} 0.001, say")
-    for name in ("head.std", "embedding.std", "embedding.value_std"):
-        if not 0 <= fields[name] < math.inf:
-            what = f"{name}={fields[name]} is no standard deviation"
-            raise Problem(what, f"--{flag(name)} 0.01, say, or 0")
-    for name in ("schedule.cooldown", "head.split_at"):
-        if not 0 < fields[name] <= 1:
-            what = f"{name}={fields[name]} is no share of the steps"
-            raise Problem(what, f"--{flag(name)} 0.6, say: more than 0, and at most 1")
-    for name in ("matrix.momentum", "muon.low_momentum", "muon.beta2"):
-        if not 0 <= fields[name] < 1:
-            what = f"{name}={fields[name]} is no share of a mean that could be kept"
-            raise Problem(what, f"--{flag(name)} 0.9, say: 0 or more, and less than 1")
-
-
-# %%
-odd = ({"model.init_std": -1.0}, {"optim.lr": float("nan")}, {"schedule.cooldown": 60.0})
-for nonsense in ({"val_every": 0}, *odd):
-    try:
-        check_ranges(fields_of(Config()) | nonsense)
-        raise AssertionError("accepted")
-    except Problem as problem:
-        print(problem)
+assert largest_divisor(768, 13) == 12
+stops = [(Config(steps=50, max_steps=most).last_step) for most in (0, 20, 80)]
+assert stops == [50, 20, 50]
 
 
 # %%
@@ -260,6 +331,9 @@ def check_rules(config: Config) -> None:
     if config.sharing.on and (config.architecture, rule) != ("gpt", "muon"):
         what = f"sharing.on with matrix.rule={rule} and architecture={config.architecture}"
         raise Problem(what, "--matrix.rule muon and --architecture gpt: it updates banks by Muon")
+    if config.sharing.on and config.compile and not config.matrix.iterations:
+        what = "matrix.iterations=0 with sharing.on: the exact factor cannot be compiled"
+        raise Problem(what, "--matrix.iterations 5, or --no-compile")
     if config.head.tied == "split" and not config.sharing.on:
         what = "head.tied=split: two matrices are kept equal by the optimizer that ranks share"
         raise Problem(what, "--sharing.on, or --head.tied tied")
@@ -274,7 +348,7 @@ def check_rules(config: Config) -> None:
 def check_config(config: Config, world: int = 1) -> Config:
     """The config itself, after checking what can be known beforehand. world: ranks that will share it."""
     model, data = config.model, config.data
-    check_ranges(fields_of(config))
+    check_ranges(config)
     micro = check_options(data, world)
     if data.mode == "documents":
         what = "data.mode=documents: this model's attention cannot keep documents apart"
@@ -316,7 +390,7 @@ for config in wrong:
 # %% [markdown]
 # ### Five runs
 #
-# A preset is a named value. `record` is the fastest configuration whose chapters exist; for now that is llm.c's recipe on the banked model, and it will change with almost every part of the book. `small` is a run for one GPU and a coffee, `cpu` for a laptop and five minutes, `smoke` for [the page](24_speedrun.py) on which this book trains while you read. The targets of the small runs, 1.55 and 2.75 on the embedded text, are a little above what they reach; the 4.5 of `small` is a guess until somebody runs it on FineWeb.
+# A preset is a named value. `record` is the fastest configuration whose chapters exist; for now that is llm.c's recipe on the banked model, and it will change with almost every part of the book. `small` is a run for one GPU and a coffee, `cpu` for a laptop and five minutes, `smoke` for [the page](24_speedrun.py) on which this book trains while you read. The targets of the small runs, 1.55 and 2.75 on the embedded text and 4.0 on FineWeb, are a little above what they reach. `record` takes hours on one GPU, and so do the rungs of history below: these save a checkpoint every thousand steps, off the clock, so that a power cut costs minutes.
 #
 # The laptop's run is not the record's made small. Its batches are small because what a short run lacks is *steps*: 1,024 tokens and eight thousand updates, where the record takes half a million tokens and twenty thousand. Its rows are short, its rate is three times the record's. It does not compile, since it would spend a good part of its five minutes on that. And its initial deviation is 0.05: GPT-2's 0.02 belongs to a width of 768, and the usual rule lets it fall with the root of the width. Those are arguments, and arguments are cheap; the end of this chapter measures them.
 
@@ -324,6 +398,7 @@ for config in wrong:
 #| export
 EMBEDDED = DataOptions(path="data/embedded", seq_len=128, step_tokens=1024, grad_shards=2)
 FINEWEB = DataOptions(path="data/fineweb10B")
+SAVED_EVERY = 1000  # steps of a run that takes hours on few GPUs
 LAPTOP = Config(
     preset="cpu",
     model=GPTOptions(layers=2, heads=2, width=128, context=128, init_std=0.05),
@@ -371,7 +446,7 @@ PRESETS = {
         log_every=20,
         target=4.0,
     ),
-    "record": Config(preset="record", data=FINEWEB),
+    "record": Config(preset="record", data=FINEWEB, checkpoint_every=SAVED_EVERY),
 }
 HISTORY = ("baseline", "record2", "record5", "record8", "record9", "record11")
 
@@ -405,7 +480,9 @@ from speedrun.optim.schedule import ScheduleOptions
 BARE = BlockOptions(norm="rms", biases=False)
 RUNGS = {
     # record 1, llm.c: 45 minutes on 8×H100
-    "baseline": Config(preset="baseline", architecture="baseline", data=FINEWEB),
+    "baseline": Config(
+        preset="baseline", architecture="baseline", data=FINEWEB, checkpoint_every=SAVED_EVERY
+    ),
     # record 2: 31 minutes
     "record2": Config(
         preset="record2",
@@ -415,6 +492,7 @@ RUNGS = {
         schedule=ScheduleOptions(shape="trapezoid", cooldown=2000 / 9536),
         data=FINEWEB,
         steps=9536,
+        checkpoint_every=SAVED_EVERY,
     ),
     # record 5: 15 minutes
     "record5": Config(
@@ -429,6 +507,7 @@ RUNGS = {
         schedule=ScheduleOptions(shape="trapezoid", cooldown=0.28),
         data=FINEWEB,
         steps=5100,
+        checkpoint_every=SAVED_EVERY,
     ),
 }
 # record 8: 11 minutes
@@ -513,31 +592,11 @@ except Problem as problem:
 # %% [markdown]
 # ### Varying
 #
-# `vary` takes a run and a dict of dotted names. It refuses what does not exist, because an ablation that silently changes nothing is the most convincing null result there is. It refuses values of another type and words that are no choice, for the same reason: `"no"` is true, and a precision called `bf16` would train in 32 bits, because the code asks for `bfloat16`.
+# `vary` takes a run and a dict of dotted names. It refuses what does not exist, because an ablation that silently changes nothing is the most convincing null result there is. It refuses what the field's type does not allow, for the same reason: `"no"` is true, and a precision called `bf16` would train in 32 bits, because the code asks for `bfloat16`.
 
 
 # %%
 #| export config
-def fits(value: Any, kind: Any) -> bool:
-    """Whether a value is of a field's type: a choice among literals, a tuple of types, or a plain type."""
-    parts = get_args(kind)
-    if get_origin(kind) is Literal:
-        return value in parts and isinstance(value, str)
-    if get_origin(kind) is tuple:
-        same = type(value) is tuple and len(value) == len(parts)
-        return same and all(map(fits, value, parts))
-    return type(value) is kind or (kind is float and type(value) is int)
-
-
-def wrong_value(name: str, value: Any, kind: Any) -> Problem:
-    """What to say about a value that does not fit."""
-    if get_origin(kind) is Literal:
-        return Problem(f"{name}={value!r} is none of its choices", " or ".join(get_args(kind)))
-    known = str(kind) if get_args(kind) else kind.__name__
-    what = f"{name}={value!r} has the wrong type, {type(value).__name__}"
-    return Problem(what, f"a value of type {known}")
-
-
 def no_field(name: str, known: dict[str, Any], prefix: str) -> Problem:
     """What to say about a name that no field has."""
     inside = [prefix + other for other in known if other.startswith(f"{name}.")]
@@ -558,9 +617,9 @@ def vary(config: Any, changes: dict[str, Any], prefix: str = "") -> Any:
         if name not in known:
             raise no_field(name, known, prefix)
         head, _, rest = name.partition(".")
-        kind = get_type_hints(type(config))[head]
-        if not rest and not fits(value, kind):
-            raise wrong_value(prefix + name, value, kind)
+        if not rest:
+            kinds = get_type_hints(type(config), include_extras=True)
+            check_value(prefix + name, value, kinds[head], getattr(config, head))
         inner = f"{prefix}{head}."
         new = vary(getattr(config, head), {rest: value}, inner) if rest else value
         config = dataclasses.replace(config, **{head: new})
@@ -644,29 +703,43 @@ ABSENT |= {"muon": MuonOptions(), "data.pass_tokens": 0, "sharing": SharingOptio
 ABSENT |= {"block": BlockOptions(), "rotary": RotaryOptions(), "head": HeadOptions()}
 ABSENT |= {"embedding": EmbeddingOptions(), "plan": PlanOptions()}
 ABSENT |= {"muon.products": MuonOptions().products, "muon.gram": False}
+OTHER_CODE = (
+    "check out the commit that its log names; if the file was changed, use another checkpoint"
+)
 
 
-def config_from_json(saved: dict, kind: type = Config, prefix: str = "") -> Any:
-    """Rebuild a config from its `dataclasses.asdict` form after a trip through JSON."""
-    known: dict[str, Any] = {item.name: item.type for item in dataclasses.fields(kind)}
-    unknown = sorted(set(saved) - set(known))
+def absent_values(saved: Any, kind: type, prefix: str) -> dict[str, Any]:
+    """What stands for the fields that a saved group lacks. Refuses a group with others, and what is no group."""
+    if not isinstance(saved, dict):
+        what = f"the saved {prefix[:-1] or 'config'} is no group of fields: {reprlib.repr(saved)}"
+        raise Problem(what, OTHER_CODE)
+    names = [item.name for item in dataclasses.fields(kind)]
+    unknown = sorted(map(str, set(saved) - set(names)))
     if unknown:
-        what = f"the saved run has fields that today's {kind.__name__} lacks: {', '.join(unknown)}"
-        raise Problem(what, "check out the commit that its log names")
-    later = {name: prefix + name for name in known if name not in saved}
+        what = f"the saved run has fields that today's {kind.__name__} lacks: {visible(', '.join(unknown))}"
+        raise Problem(what, OTHER_CODE)
+    later = {name: prefix + name for name in names if name not in saved}
     lost = [name for name in later.values() if name not in ABSENT]
     if lost:
         what = f"the saved run lacks fields of today's {kind.__name__}: {', '.join(lost)}"
-        raise Problem(what, "check out the commit that its log names")
-    values = {name: ABSENT[full] for name, full in later.items()}
+        raise Problem(what, OTHER_CODE)
+    return {name: ABSENT[full] for name, full in later.items()}
+
+
+def config_from_json(saved: Any, kind: Any = Config, prefix: str = "") -> Any:
+    """Rebuild a config from its `dataclasses.asdict` form after a trip through JSON; Problem for anything else."""
+    values = absent_values(saved, kind, prefix)
+    kinds = get_type_hints(kind)
     for name, value in saved.items():
-        if dataclasses.is_dataclass(known[name]):
-            value = config_from_json(value, known[name], f"{prefix}{name}.")
-        value = tuple(value) if isinstance(value, list) else value
-        if not fits(value, get_type_hints(kind)[name]):
-            raise wrong_value(prefix + name, value, get_type_hints(kind)[name])
-        values[name] = value
-    return kind(**values)
+        if dataclasses.is_dataclass(kinds[name]):
+            value = config_from_json(value, kinds[name], f"{prefix}{name}.")
+        values[name] = tuple(value) if isinstance(value, list) else value
+    config = kind(**values)
+    try:
+        check_ranges(config, prefix)
+    except Problem as problem:
+        raise Problem(f"the saved {problem.what}", OTHER_CODE) from None
+    return config
 
 
 # %%
@@ -694,7 +767,7 @@ for wrong_save in (*(known_by_heart | wrong for wrong in wrong_saves), {"preset"
         print(problem)
 
 # %% [markdown]
-# On the command line, `tyro` turns dataclasses into flags and their docstrings into help, so a field is declared, documented and settable in one place. The only thing it cannot know is that `--preset` decides the defaults of everything else; that is read first.
+# On the command line, `tyro` turns dataclasses into flags and their docstrings into help, so a field is declared, documented and settable in one place. It cannot know that `--preset` decides the defaults of everything else; that is read first. And people who come from nanoGPT write `--compile=False` where tyro wants `--no-compile`; of that it would only say that it does not know “False”.
 
 
 # %%
@@ -710,6 +783,20 @@ def preset_in(arguments: list[str], default: str) -> str:
     return found
 
 
+def check_switches(arguments: list[str], command: Any) -> None:
+    """Refuse a switch with a value, --compile=False: tyro would only say that it does not know “False”."""
+    known = [name for name, value in fields_of(command).items() if isinstance(value, bool)]
+    for argument, following in zip(arguments, [*arguments[1:], ""]):
+        given, equals, value = argument.partition("=")
+        for name in known:
+            both = [as_flags(name.rpartition("config.")[2], on)[0] for on in (True, False)]
+            if given.replace("_", "-") in both and (
+                equals or following.lower() in ("true", "false")
+            ):
+                what = f"{given} takes no value, and was given “{value or following}”"
+                raise Problem(what, " or ".join(both))
+
+
 def read_command(
     make: Callable[[Config], Any], arguments: list[str], default: str, prog: str
 ) -> Any:
@@ -717,6 +804,7 @@ def read_command(
     import tyro
 
     command = make(preset(preset_in(arguments, default)))
+    check_switches(arguments, command)
     return tyro.cli(type(command), args=arguments, default=command, prog=prog)
 
 
@@ -742,7 +830,12 @@ assert given == Example(
 twice = ["--preset", "small", "--preset=cpu"]
 for flags in ([], twice):
     assert read_command(Example, flags, "cpu", "example").config == preset("cpu")
-print(given.config.model)
+for flags in (["--compile=False"], ["--sharing.on", "true"], ["--no_compile", "True"]):
+    try:
+        read_command(Example, flags, "cpu", "example")
+        raise AssertionError("accepted")
+    except Problem as problem:
+        print(problem)
 
 # %% [markdown]
 # The way back is needed too. A launcher has to hand its run to the ranks that it starts, as arguments. Only what differs from the preset is said.
@@ -754,14 +847,8 @@ def as_arguments(config: Config) -> list[str]:
     """The command-line arguments that `read_command` turns into this config."""
     arguments, defaults = ["--preset", config.preset], fields_of(preset(config.preset))
     for name, value in fields_of(config).items():
-        *groups, last = name.replace("_", "-").split(".")
-        if value == defaults[name]:
-            continue
-        if isinstance(value, bool):
-            arguments.append("--" + ".".join([*groups, last if value else f"no-{last}"]))
-        else:
-            values = value if isinstance(value, tuple) else [value]
-            arguments += ["--" + ".".join([*groups, last]), *map(str, values)]
+        if value != defaults[name]:
+            arguments += as_flags(name, value)
     return arguments
 
 
@@ -1241,7 +1328,7 @@ print(measured_on(short))
 #
 # ## What it costs, and when it fails
 #
-# It costs ceremony. A new switch needs a field, a docstring, a default, and a reason to be in one class and not in another; upstream it would be a line. And a frozen value has no room for what is found out while running, so the learning rate of a step is a function of the config and the step, and lives elsewhere.
+# It costs ceremony. A new switch needs a field with bounds, a docstring, a default, and a reason to be in one class and not in another; upstream it would be a line. And a frozen value has no room for what is found out while running, so the learning rate of a step is a function of the config and the step, and lives elsewhere.
 #
 # A value also cannot say what is *not* in it. Two runs with equal configs can still differ through the code (so the log keeps a hash and the source of every module), through the library versions (so the log keeps those), and through the order in which a GPU adds numbers, which nobody pays to keep. And a default is a
 # decision that nobody made. When a field's default changes, every run that relied on it changes in silence. The log therefore stores the whole value, never the arguments that led to it.

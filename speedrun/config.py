@@ -1,17 +1,28 @@
 # Tangled from notebooks/22_config.py: edit the notebook, then run "make tangle". Edits made here are lost.
 
 
+from speedrun.lab.bounds import (
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    as_flags,
+    check_ranges,
+    check_value,
+)
+
+
 # %% The code
 import dataclasses
 import difflib
 import importlib
 import math
+import reprlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
 from speedrun.data.loader import DataOptions, check_options
-from speedrun.lab.errors import Problem
+from speedrun.lab.errors import Problem, visible
 from speedrun.optim.adamw import AdamWOptions
 from speedrun.model.embedding import EmbeddingOptions
 from speedrun.model.gpt import GPTOptions, Switches
@@ -38,6 +49,7 @@ PresetName = Literal[
 ]
 
 
+# %% Every number has bounds
 @dataclass(frozen=True)
 class Config:
     """One training run. Every command takes these as flags: --model.layers 4 --steps 100."""
@@ -70,11 +82,11 @@ class Config:
     """How the rate gets from its peak to its end."""
     data: DataOptions = field(default_factory=DataOptions)
     """What a step reads."""
-    steps: int = 19_560
+    steps: PositiveInt = 19_560
     """Optimizer steps; the schedule ends with the last."""
-    max_steps: int = 0
+    max_steps: Annotated[NonNegativeInt, "0 runs them all"] = 0
     """Stop after this many steps of the same schedule; 0: run them all."""
-    seed: int = 0
+    seed: NonNegativeInt = 0
     """Seed of the initial weights."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; auto: on a GPU if PyTorch sees one."""
@@ -84,24 +96,24 @@ class Config:
     """bfloat16: matrix products under autocast, weights in float32."""
     compile: bool = True
     """Compile the forward and backward pass with torch.compile."""
-    warmup: int = 3
+    warmup: NonNegativeInt = 3
     """Untimed steps before the clock starts, undone afterwards: they compile and fill caches."""
-    val_every: int = 250
+    val_every: PositiveInt = 250
     """Steps between validations; the first is before step 0, the last after the last step."""
-    val_tokens: int = 10_485_760
+    val_tokens: PositiveInt = 10_485_760
     """Validation tokens, from the start of the validation stream."""
-    log_every: int = 10
+    log_every: PositiveInt = 10
     """Steps between log lines; each reads the loss from the device."""
-    checkpoint_every: int = 0
+    checkpoint_every: NonNegativeInt = 0
     """Steps between checkpoints; 0: only at the end, and when interrupted."""
-    target: float = 3.28
+    target: PositiveFloat = 3.28
     """Validation loss (nats a token) that the run is to reach."""
     wandb: str = ""
     """Weights & Biases project to log to as well; empty: none."""
 
     @property
     def last_step(self) -> int:
-        """The step after which the run ends."""
+        """The step at which this run stops: the schedule's end, or before it."""
         return min(self.max_steps or self.steps, self.steps)
 
 
@@ -118,42 +130,6 @@ def fields_of(config: Any, prefix: str = "") -> dict[str, Any]:
 def largest_divisor(number: int, limit: int) -> int:
     """The largest divisor of `number` that is at most `limit`."""
     return next(n for n in range(min(limit, number), 0, -1) if number % n == 0)
-
-
-def flag(name: str) -> str:
-    """A field's name as it is written on the command line."""
-    return name.replace("_", "-")
-
-
-LEAST = {"model.layers": 1, "model.heads": 1, "model.width": 1, "model.context": 1, "steps": 1}
-LEAST |= {"val_every": 1, "val_tokens": 1, "log_every": 1}
-LEAST |= {"sharing.adam_every": 1, "head.multiple": 1}
-POSITIVE = ["optim.lr", "model.init_std", "rotary.base", "head.rate", "plan.rate"]
-POSITIVE += ["embedding.rate", "embedding.value_rate"]
-LEAST |= dict.fromkeys(("max_steps", "warmup", "checkpoint_every", "optim.warmup_steps"), 0)
-
-
-def check_ranges(fields: dict[str, Any]) -> None:
-    """Refuse counts that are too small, and rates, deviations and shares that are none."""
-    for name, least in LEAST.items():
-        if fields[name] < least:
-            what = f"{name}={fields[name]} must be at least {least}"
-            raise Problem(what, f"--{flag(name)} {least} or more")
-    for name in POSITIVE:
-        if not 0 < fields[name] < math.inf:
-            raise Problem(f"{name}={fields[name]} must be positive", f"--{flag(name)} 0.001, say")
-    for name in ("head.std", "embedding.std", "embedding.value_std"):
-        if not 0 <= fields[name] < math.inf:
-            what = f"{name}={fields[name]} is no standard deviation"
-            raise Problem(what, f"--{flag(name)} 0.01, say, or 0")
-    for name in ("schedule.cooldown", "head.split_at"):
-        if not 0 < fields[name] <= 1:
-            what = f"{name}={fields[name]} is no share of the steps"
-            raise Problem(what, f"--{flag(name)} 0.6, say: more than 0, and at most 1")
-    for name in ("matrix.momentum", "muon.low_momentum", "muon.beta2"):
-        if not 0 <= fields[name] < 1:
-            what = f"{name}={fields[name]} is no share of a mean that could be kept"
-            raise Problem(what, f"--{flag(name)} 0.9, say: 0 or more, and less than 1")
 
 
 def switches_of(config: Config) -> Switches:
@@ -180,6 +156,9 @@ def check_rules(config: Config) -> None:
     if config.sharing.on and (config.architecture, rule) != ("gpt", "muon"):
         what = f"sharing.on with matrix.rule={rule} and architecture={config.architecture}"
         raise Problem(what, "--matrix.rule muon and --architecture gpt: it updates banks by Muon")
+    if config.sharing.on and config.compile and not config.matrix.iterations:
+        what = "matrix.iterations=0 with sharing.on: the exact factor cannot be compiled"
+        raise Problem(what, "--matrix.iterations 5, or --no-compile")
     if config.head.tied == "split" and not config.sharing.on:
         what = "head.tied=split: two matrices are kept equal by the optimizer that ranks share"
         raise Problem(what, "--sharing.on, or --head.tied tied")
@@ -194,7 +173,7 @@ def check_rules(config: Config) -> None:
 def check_config(config: Config, world: int = 1) -> Config:
     """The config itself, after checking what can be known beforehand. world: ranks that will share it."""
     model, data = config.model, config.data
-    check_ranges(fields_of(config))
+    check_ranges(config)
     micro = check_options(data, world)
     if data.mode == "documents":
         what = "data.mode=documents: this model's attention cannot keep documents apart"
@@ -219,6 +198,7 @@ def check_config(config: Config, world: int = 1) -> Config:
 # %% Five runs
 EMBEDDED = DataOptions(path="data/embedded", seq_len=128, step_tokens=1024, grad_shards=2)
 FINEWEB = DataOptions(path="data/fineweb10B")
+SAVED_EVERY = 1000  # steps of a run that takes hours on few GPUs
 LAPTOP = Config(
     preset="cpu",
     model=GPTOptions(layers=2, heads=2, width=128, context=128, init_std=0.05),
@@ -266,7 +246,7 @@ PRESETS = {
         log_every=20,
         target=4.0,
     ),
-    "record": Config(preset="record", data=FINEWEB),
+    "record": Config(preset="record", data=FINEWEB, checkpoint_every=SAVED_EVERY),
 }
 HISTORY = ("baseline", "record2", "record5", "record8", "record9", "record11")
 
@@ -285,26 +265,6 @@ def preset(name: str) -> Config:
 
 
 # %% Varying
-def fits(value: Any, kind: Any) -> bool:
-    """Whether a value is of a field's type: a choice among literals, a tuple of types, or a plain type."""
-    parts = get_args(kind)
-    if get_origin(kind) is Literal:
-        return value in parts and isinstance(value, str)
-    if get_origin(kind) is tuple:
-        same = type(value) is tuple and len(value) == len(parts)
-        return same and all(map(fits, value, parts))
-    return type(value) is kind or (kind is float and type(value) is int)
-
-
-def wrong_value(name: str, value: Any, kind: Any) -> Problem:
-    """What to say about a value that does not fit."""
-    if get_origin(kind) is Literal:
-        return Problem(f"{name}={value!r} is none of its choices", " or ".join(get_args(kind)))
-    known = str(kind) if get_args(kind) else kind.__name__
-    what = f"{name}={value!r} has the wrong type, {type(value).__name__}"
-    return Problem(what, f"a value of type {known}")
-
-
 def no_field(name: str, known: dict[str, Any], prefix: str) -> Problem:
     """What to say about a name that no field has."""
     inside = [prefix + other for other in known if other.startswith(f"{name}.")]
@@ -323,9 +283,9 @@ def vary(config: Any, changes: dict[str, Any], prefix: str = "") -> Any:
         if name not in known:
             raise no_field(name, known, prefix)
         head, _, rest = name.partition(".")
-        kind = get_type_hints(type(config))[head]
-        if not rest and not fits(value, kind):
-            raise wrong_value(prefix + name, value, kind)
+        if not rest:
+            kinds = get_type_hints(type(config), include_extras=True)
+            check_value(prefix + name, value, kinds[head], getattr(config, head))
         inner = f"{prefix}{head}."
         new = vary(getattr(config, head), {rest: value}, inner) if rest else value
         config = dataclasses.replace(config, **{head: new})
@@ -359,29 +319,43 @@ ABSENT |= {"muon": MuonOptions(), "data.pass_tokens": 0, "sharing": SharingOptio
 ABSENT |= {"block": BlockOptions(), "rotary": RotaryOptions(), "head": HeadOptions()}
 ABSENT |= {"embedding": EmbeddingOptions(), "plan": PlanOptions()}
 ABSENT |= {"muon.products": MuonOptions().products, "muon.gram": False}
+OTHER_CODE = (
+    "check out the commit that its log names; if the file was changed, use another checkpoint"
+)
 
 
-def config_from_json(saved: dict, kind: type = Config, prefix: str = "") -> Any:
-    """Rebuild a config from its `dataclasses.asdict` form after a trip through JSON."""
-    known: dict[str, Any] = {item.name: item.type for item in dataclasses.fields(kind)}
-    unknown = sorted(set(saved) - set(known))
+def absent_values(saved: Any, kind: type, prefix: str) -> dict[str, Any]:
+    """What stands for the fields that a saved group lacks. Refuses a group with others, and what is no group."""
+    if not isinstance(saved, dict):
+        what = f"the saved {prefix[:-1] or 'config'} is no group of fields: {reprlib.repr(saved)}"
+        raise Problem(what, OTHER_CODE)
+    names = [item.name for item in dataclasses.fields(kind)]
+    unknown = sorted(map(str, set(saved) - set(names)))
     if unknown:
-        what = f"the saved run has fields that today's {kind.__name__} lacks: {', '.join(unknown)}"
-        raise Problem(what, "check out the commit that its log names")
-    later = {name: prefix + name for name in known if name not in saved}
+        what = f"the saved run has fields that today's {kind.__name__} lacks: {visible(', '.join(unknown))}"
+        raise Problem(what, OTHER_CODE)
+    later = {name: prefix + name for name in names if name not in saved}
     lost = [name for name in later.values() if name not in ABSENT]
     if lost:
         what = f"the saved run lacks fields of today's {kind.__name__}: {', '.join(lost)}"
-        raise Problem(what, "check out the commit that its log names")
-    values = {name: ABSENT[full] for name, full in later.items()}
+        raise Problem(what, OTHER_CODE)
+    return {name: ABSENT[full] for name, full in later.items()}
+
+
+def config_from_json(saved: Any, kind: Any = Config, prefix: str = "") -> Any:
+    """Rebuild a config from its `dataclasses.asdict` form after a trip through JSON; Problem for anything else."""
+    values = absent_values(saved, kind, prefix)
+    kinds = get_type_hints(kind)
     for name, value in saved.items():
-        if dataclasses.is_dataclass(known[name]):
-            value = config_from_json(value, known[name], f"{prefix}{name}.")
-        value = tuple(value) if isinstance(value, list) else value
-        if not fits(value, get_type_hints(kind)[name]):
-            raise wrong_value(prefix + name, value, get_type_hints(kind)[name])
-        values[name] = value
-    return kind(**values)
+        if dataclasses.is_dataclass(kinds[name]):
+            value = config_from_json(value, kinds[name], f"{prefix}{name}.")
+        values[name] = tuple(value) if isinstance(value, list) else value
+    config = kind(**values)
+    try:
+        check_ranges(config, prefix)
+    except Problem as problem:
+        raise Problem(f"the saved {problem.what}", OTHER_CODE) from None
+    return config
 
 
 def preset_in(arguments: list[str], default: str) -> str:
@@ -395,6 +369,20 @@ def preset_in(arguments: list[str], default: str) -> str:
     return found
 
 
+def check_switches(arguments: list[str], command: Any) -> None:
+    """Refuse a switch with a value, --compile=False: tyro would only say that it does not know “False”."""
+    known = [name for name, value in fields_of(command).items() if isinstance(value, bool)]
+    for argument, following in zip(arguments, [*arguments[1:], ""]):
+        given, equals, value = argument.partition("=")
+        for name in known:
+            both = [as_flags(name.rpartition("config.")[2], on)[0] for on in (True, False)]
+            if given.replace("_", "-") in both and (
+                equals or following.lower() in ("true", "false")
+            ):
+                what = f"{given} takes no value, and was given “{value or following}”"
+                raise Problem(what, " or ".join(both))
+
+
 def read_command(
     make: Callable[[Config], Any], arguments: list[str], default: str, prog: str
 ) -> Any:
@@ -402,6 +390,7 @@ def read_command(
     import tyro
 
     command = make(preset(preset_in(arguments, default)))
+    check_switches(arguments, command)
     return tyro.cli(type(command), args=arguments, default=command, prog=prog)
 
 
@@ -409,12 +398,6 @@ def as_arguments(config: Config) -> list[str]:
     """The command-line arguments that `read_command` turns into this config."""
     arguments, defaults = ["--preset", config.preset], fields_of(preset(config.preset))
     for name, value in fields_of(config).items():
-        *groups, last = name.replace("_", "-").split(".")
-        if value == defaults[name]:
-            continue
-        if isinstance(value, bool):
-            arguments.append("--" + ".".join([*groups, last if value else f"no-{last}"]))
-        else:
-            values = value if isinstance(value, tuple) else [value]
-            arguments += ["--" + ".".join([*groups, last]), *map(str, values)]
+        if value != defaults[name]:
+            arguments += as_flags(name, value)
     return arguments

@@ -1,7 +1,7 @@
 # Tangled from notebooks/22_config.py: edit the notebook, then run "make tangle". Edits made here are lost.
 
 
-from speedrun.config import Config, FINEWEB
+from speedrun.config import Config, FINEWEB, SAVED_EVERY
 
 
 # %% The rungs of history
@@ -22,7 +22,9 @@ from speedrun.optim.schedule import ScheduleOptions
 BARE = BlockOptions(norm="rms", biases=False)
 RUNGS = {
     # record 1, llm.c: 45 minutes on 8×H100
-    "baseline": Config(preset="baseline", architecture="baseline", data=FINEWEB),
+    "baseline": Config(
+        preset="baseline", architecture="baseline", data=FINEWEB, checkpoint_every=SAVED_EVERY
+    ),
     # record 2: 31 minutes
     "record2": Config(
         preset="record2",
@@ -32,6 +34,7 @@ RUNGS = {
         schedule=ScheduleOptions(shape="trapezoid", cooldown=2000 / 9536),
         data=FINEWEB,
         steps=9536,
+        checkpoint_every=SAVED_EVERY,
     ),
     # record 5: 15 minutes
     "record5": Config(
@@ -46,6 +49,7 @@ RUNGS = {
         schedule=ScheduleOptions(shape="trapezoid", cooldown=0.28),
         data=FINEWEB,
         steps=5100,
+        checkpoint_every=SAVED_EVERY,
     ),
 }
 # record 8: 11 minutes

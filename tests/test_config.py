@@ -1,12 +1,17 @@
-"""Runs as values, and every command's --help."""
+"""Runs as values, what is no run, and every command's --help."""
 
 import dataclasses
 import json
+import math
 import subprocess
 import sys
+from types import SimpleNamespace
+from typing import Annotated, get_args, get_origin, get_type_hints
 
 import pytest
-from hypothesis import given
+import torch
+from annotated_types import Interval
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from speedrun.config import (
@@ -22,10 +27,36 @@ from speedrun.config import (
     read_command,
     vary,
 )
+from speedrun.data.loader import DataOptions, check_options
+from speedrun.lab.bounds import check_ranges
 from speedrun.lab.errors import Problem
-from speedrun.train import TrainCommand
+from speedrun.launch import LaunchCommand
+from speedrun.train import TrainCommand, build_model, make_optimizers, update, update_shared
 
 NAMES = [*PRESETS, *HISTORY]
+
+
+def kinds_of(group: type, prefix: str = "") -> dict:
+    """Every field's type with its bounds, by dotted name."""
+    found = {}
+    for name, kind in get_type_hints(group, include_extras=True).items():
+        nested = dataclasses.is_dataclass(kind)
+        found |= kinds_of(kind, f"{prefix}{name}.") if nested else {prefix + name: kind}
+    return found
+
+
+KINDS = kinds_of(Config)
+NUMBERS = [name for name, value in fields_of(Config()).items() if type(value) in (int, float)]
+TUPLES = [name for name, value in fields_of(Config()).items() if type(value) is tuple]
+
+
+def put(config: Config, name: str, value) -> Config:
+    """A config with one field set, whatever the value is: `vary` would refuse."""
+    group, _, last = name.rpartition(".")
+    if not group:
+        return dataclasses.replace(config, **{name: value})
+    changed = dataclasses.replace(getattr(config, group), **{last: value})
+    return dataclasses.replace(config, **{group: changed})
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -64,9 +95,12 @@ class TestVarying:
         ("changes", "words"),
         [
             ({"model.layer": 3}, "did you mean model.layers"),
-            ({"steps": "many"}, "wrong type, str"),
-            ({"compile": 1}, "wrong type, int"),
-            ({"steps": True}, "wrong type, bool"),
+            ({"steps": "many"}, "must be of type int"),
+            ({"compile": 1}, "must be of type bool"),
+            ({"steps": True}, "must be of type int"),
+            ({"precision": "bf16"}, "must be float32 or bfloat16"),
+            ({"optim.betas": (0.9,)}, "must be 2 values"),
+            ({"seed": -1}, "must be at least 0"),
             ({"optim": 3}, "no field"),
         ],
     )
@@ -77,6 +111,218 @@ class TestVarying:
 
     def test_an_int_may_stand_for_a_float(self):
         assert vary(Config(), {"optim.lr": 1}).optim.lr == 1
+
+
+class TestBounds:
+    """Every number of a run lies between bounds, which stand on its field."""
+
+    def test_every_number_has_two(self):
+        assert len(NUMBERS) > 40 and TUPLES == ["optim.betas", "muon.momentum_steps"]
+        for name in (*NUMBERS, *TUPLES):
+            for kind in get_args(KINDS[name]) if name in TUPLES else [KINDS[name]]:
+                assert get_origin(kind) is Annotated, name
+                (bound,) = (item for item in kind.__metadata__ if isinstance(item, Interval))
+                assert (bound.ge is None) != (bound.gt is None), name
+                assert (bound.le is None) != (bound.lt is None), name
+                limits = (bound.ge, bound.gt, bound.le, bound.lt)
+                assert all(math.isfinite(limit) for limit in limits if limit is not None), name
+
+    @pytest.mark.parametrize("name", NAMES)
+    def test_every_preset_is_inside(self, name):
+        check_ranges(preset(name))
+
+    @pytest.mark.parametrize("name", [*NUMBERS, *TUPLES])
+    def test_outside_is_refused_and_the_advice_is_accepted(self, name):
+        usual, bad = fields_of(Config())[name], [-1, 10**30, -(10**30), True, None, "1", [1]]
+        bad += [math.nan, math.inf, -math.inf, 1e30, 10**400] + [1.0] * isinstance(usual, int)
+        for value in bad:
+            value = (usual[0], value) if name in TUPLES else value
+            with pytest.raises(Problem) as caught:
+                check_config(put(Config(), name, value))
+            assert caught.value.what.startswith(f"{name}=") and "must be" in caught.value.what
+        flags = caught.value.fix.split(",")[0].split()
+        advised = read_command(TrainCommand, flags, "record", "x").config
+        check_config(advised)
+        assert f"--{name.replace('_', '-')}" == flags[0]
+        assert fields_of(advised)[name] == fields_of(Config())[name]
+
+    @pytest.mark.parametrize(
+        "name, value, words",
+        [
+            ("optim.grad_clip", -1.0, "0 switches clipping off"),
+            ("optim.lr", 0.0, "at least 1e-20"),
+            ("optim.lr", 1e-320, "at least 1e-20"),
+            ("optim.betas", (0.9, 1.0), "less than 1"),
+            ("optim.final_lr", 1.01, "at most 1"),
+            ("schedule.cooldown", 0.0, "more than 0"),
+            ("model.layers", 0, "at least 1"),
+            ("model.width", 8, "at least 12"),  # gates read twelve numbers
+            ("seed", 2**63, "at most"),
+            ("optim.betas", (0.9, 0.95, 0.99), "2 values"),
+            ("precision", "bf16", "float32 or bfloat16"),
+        ],
+    )
+    def test_what_it_must_be_is_said(self, name, value, words):
+        with pytest.raises(Problem, match=words):
+            check_config(put(Config(), name, value))
+
+    def test_ends_that_mean_something_are_inside(self):
+        ends = {"optim.grad_clip": 0.0, "matrix.lr": 0.0, "matrix.iterations": 0, "max_steps": 0}
+        ends |= {"schedule.cooldown": 1.0, "optim.final_lr": 1.0, "seed": 2**63 - 1}
+        ends |= {"optim.weight_decay": 0.0, "optim.betas": (0.0, 0.0), "checkpoint_every": 0}
+        check_ranges(vary(Config(), ends))
+
+    @pytest.mark.parametrize("name", ["seq_len", "step_tokens", "grad_shards", "max_document"])
+    def test_the_loader_checks_its_own(self, name):
+        with pytest.raises(Problem, match=f"data.{name}=0 is not allowed"):
+            check_options(dataclasses.replace(DataOptions(), **{name: 0}))
+
+
+SMALL = {"model.layers": (1, 5), "model.heads": (1, 4), "model.width": (12, 40)}
+SMALL |= {"model.context": (1, 16), "data.seq_len": (1, 16), "data.step_tokens": (1, 64)}
+SMALL |= {"data.grad_shards": (1, 4), "val_tokens": (1, 64), "head.multiple": (1, 300)}
+SMALL |= {"matrix.iterations": (0, 7)}
+FIXED = {"preset", "device", "backend", "compile", "wandb", "data.path"}
+DRAWS = {
+    name: st.integers(*SMALL[name]) if name in SMALL else st.from_type(kind)
+    for name, kind in KINDS.items()
+    if name not in FIXED
+}
+TINY = {"model.layers": 2, "model.heads": 2, "model.width": 16, "model.context": 8}
+TINY |= {"data.seq_len": 8, "data.step_tokens": 16, "data.grad_shards": 2, "val_tokens": 64}
+
+
+def one_step(run: Config, vocab: int = 31) -> None:
+    """Build a run's model and optimizers, and take a step with them."""
+    model, decays = build_model(run, vocab, torch.device("cpu"))
+    optimizers = make_optimizers(run, model, decays)
+    tokens = torch.arange(run.data.seq_len + 1)[None] % vocab
+    with torch.autocast("cpu", torch.bfloat16, enabled=run.precision == "bfloat16"):
+        model(tokens[:, :-1], tokens[:, 1:]).backward()
+    live = SimpleNamespace(config=run, model=model, optimizers=optimizers, step=0)
+    live.skipped = torch.zeros(())
+    (update_shared if run.sharing.on else update)(live)
+
+
+def test_what_is_accepted_can_be_built_and_takes_a_step():
+    counts = {"accepted": 0, "refused": 0}
+    start = vary(preset("smoke"), TINY)
+
+    @settings(max_examples=300, deadline=None, derandomize=True, database=None)
+    @given(st.data())
+    def try_one(data):
+        names = data.draw(st.lists(st.sampled_from(sorted(DRAWS)), max_size=12, unique=True))
+        run = vary(start, {name: data.draw(DRAWS[name], label=name) for name in names})
+        try:
+            check_config(run)
+        except Problem:
+            counts["refused"] += 1
+            return
+        one_step(run)
+        counts["accepted"] += 1
+
+    try_one()
+    assert counts["accepted"] > 100, counts
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model.width": 12, "embedding.smear": True},
+        {"model.width": 12, "plan.skips": "gated"},
+        {"model.width": 12, "embedding.values": "outer", "embedding.value_mix": "gates"},
+        {"seed": 2**63 - 1},
+    ],
+)
+def test_the_smallest_and_the_largest_take_a_step(changes):
+    one_step(check_config(vary(preset("smoke"), TINY | changes)))
+
+
+def test_what_no_graph_can_hold_is_refused_before_it_is_tried():
+    shared = {"sharing.on": True, "matrix.rule": "muon", "matrix.iterations": 0}
+    with pytest.raises(Problem, match="the exact factor cannot be compiled"):
+        check_config(vary(preset("small"), shared))
+    check_config(vary(preset("small"), shared | {"compile": False}))
+
+
+SAVED = json.loads(json.dumps(dataclasses.asdict(preset("smoke"))))
+PATHS = [tuple(name.split(".")) for name in fields_of(Config())]
+PATHS += [(item.name,) for item in dataclasses.fields(Config) if item.name in SAVED]
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9)
+    | st.sampled_from([10**30, -(10**30), 1e-320, "gpt", "muon", "cpu", "x\x1b[2J", "\ud800"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)  # fmt: skip
+
+
+class TestSavedRuns:
+    @settings(max_examples=400, deadline=None, derandomize=True, database=None)
+    @given(st.lists(st.tuples(st.sampled_from(PATHS), JSON), min_size=1, max_size=3))
+    def test_whatever_stands_there_is_a_sound_run_or_a_problem(self, changes):
+        saved = json.loads(json.dumps(SAVED))
+        for (*groups, last), value in changes:
+            at = saved
+            for group in groups:
+                at = at[group] if isinstance(at.get(group), dict) else {}
+            at[last] = value
+        try:
+            run = check_config(config_from_json(saved))
+        except Problem as problem:
+            problem.what.encode()  # half a character could not be printed
+            assert "\x1b" not in str(problem)
+        else:
+            check_ranges(run)
+
+    @given(JSON)
+    @settings(max_examples=100, derandomize=True, database=None)
+    def test_anything_else_is_a_problem(self, value):
+        with pytest.raises(Problem):
+            config_from_json(value)
+
+    @pytest.mark.parametrize("value", [7, [1], None, "x", {}, {"model": 7}, {"\ud800": 1}, {1: 2}])
+    def test_so_is_this(self, value):
+        with pytest.raises(Problem) as caught:
+            config_from_json(value)
+        caught.value.what.encode()
+
+    def test_and_what_is_deep(self):
+        deep: list = []
+        for _ in range(100_000):
+            deep = [deep]
+        for value in (deep, SAVED | {"steps": deep}, SAVED | {"model": deep}):
+            with pytest.raises(Problem):
+                config_from_json(value)
+
+    @pytest.mark.parametrize(
+        "changes, words",
+        [
+            ({"steps": math.nan}, "steps=nan .* of type int"),
+            ({"target": math.nan}, "target=nan"),
+            ({"seed": 10**30}, "seed=1000"),
+            ({"seed": 1.0}, "seed=1.0 .* of type int"),
+            ({"compile": 1}, "compile=1 .* of type bool"),
+            ({"optim": "x"}, "saved optim is no group of fields: 'x'"),
+            ({"optim": {**SAVED["optim"], "betas": [math.nan, 2]}}, r"optim.betas=\(nan, 2\)"),
+        ],
+    )
+    def test_the_field_and_its_value_are_named(self, changes, words):
+        with pytest.raises(Problem, match=words) as caught:
+            config_from_json(SAVED | changes)
+        assert "--" not in caught.value.fix, "no flag can mend what is saved"
+
+
+class TestStopping:
+    def test_the_last_step(self):
+        run = vary(preset("cpu"), {"steps": 50})
+        stops = [vary(run, {"max_steps": most}).last_step for most in (0, 1, 49, 50, 51, 10**9)]
+        assert stops == [50, 1, 49, 50, 50, 50]
+
+    @pytest.mark.parametrize("name", NAMES)
+    def test_what_takes_hours_is_saved_now_and_then(self, name):
+        run = preset(name)
+        long = run.steps * run.data.step_tokens > 10**9
+        assert (0 < run.checkpoint_every <= 1000) if long else run.checkpoint_every == 0
 
 
 class TestCommands:
@@ -95,6 +341,43 @@ class TestCommands:
         command = [sys.executable, "-m", "speedrun.train", "--model.layer", "3"]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 2 and "--model.layers" in done.stderr + done.stdout
+
+    @pytest.mark.parametrize(
+        "flags, both",
+        [
+            (["--compile=False"], "--compile or --no-compile"),
+            (["--compile", "False"], "--compile or --no-compile"),
+            (["--steps", "3", "--compile", "true"], "--compile or --no-compile"),
+            (["--no-compile=1"], "--compile or --no-compile"),
+            (["--block.qk_norm=True"], "--block.qk-norm or --block.no-qk-norm"),
+            (["--yes", "true"], "--yes or --no-yes"),
+        ],
+    )
+    def test_a_switch_with_a_value_is_told_how(self, flags, both):
+        with pytest.raises(Problem) as caught:
+            read_command(lambda run: LaunchCommand(TrainCommand(run)), flags, "cpu", "x")
+        assert both in caught.value.fix and "takes no value" in caught.value.what
+
+    def test_a_word_that_looks_like_one_is_no_switch(self):
+        flags = ["--wandb", "true", "--data.path=False", "--compile"]
+        run = read_command(TrainCommand, flags, "cpu", "x").config
+        assert (run.wandb, run.data.path, run.compile) == ("true", "False", True)
+
+    @pytest.mark.parametrize("flags", [["--seed", "1e30"], ["--steps", "9" * 5000], ["--bogus"]])
+    def test_what_is_no_number_or_no_flag_has_its_way_out(self, flags, capsys):
+        with pytest.raises(SystemExit) as caught:
+            read_command(TrainCommand, flags, "cpu", "python -m speedrun.train")
+        said = capsys.readouterr()
+        assert caught.value.code == 2 and "--help" in said.out + said.err
+
+    @pytest.mark.parametrize("flags", [["--optim.grad-clip", "-1"], ["--optim.eps", "nan"]])
+    def test_numbers_out_of_bounds_are_problems(self, flags, tmp_path):
+        command = [sys.executable, "-m", "speedrun.train", "--preset", "smoke", *flags]
+        done = subprocess.run(
+            [*command, "--out", str(tmp_path / "run")], capture_output=True, text=True
+        )
+        assert done.returncode == 1 and "is not allowed: it must be at least" in done.stderr
+        assert f"{flags[0]} " in done.stderr and "Traceback" not in done.stderr
 
     def test_a_misspelt_preset_is_a_problem(self):
         command = [sys.executable, "-m", "speedrun.train", "--preset", "smol"]

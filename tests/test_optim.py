@@ -243,8 +243,8 @@ class TestToday:
         "changes, said",
         [
             ({"muon.weights": "split"}, "computes in float32"),
-            ({"muon.beta2": 1.0}, "no share of a mean"),
-            ({"muon.low_momentum": -0.1}, "no share of a mean"),
+            ({"muon.beta2": 1.0}, "must be less than 1"),
+            ({"muon.low_momentum": -0.1}, "must be at least 0"),
         ],
     )
     def test_refusals(self, changes, said):

@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 
+from speedrun.lab.bounds import NonNegativeInt, PositiveInt, check_ranges
 from speedrun.lab.errors import Problem
 
 
@@ -25,25 +26,21 @@ class DataOptions:
     """Data folder, with a manifest.json; relative to here or to the project."""
     mode: Literal["stream", "documents"] = "stream"
     """stream: rows cut from the stream wherever they fall. documents: whole documents, from their beginning."""
-    seq_len: int = 1024
+    seq_len: PositiveInt = 1024
     """Tokens a row; in the documents mode a micro-batch is one row, and this is not used."""
-    step_tokens: int = 524_288
+    step_tokens: PositiveInt = 524_288
     """Tokens a step, over all ranks."""
-    grad_shards: int = 8
+    grad_shards: PositiveInt = 8
     """Equal micro-batches a step; a multiple of the number of ranks."""
-    max_document: int = 2048
+    max_document: PositiveInt = 2048
     """Documents mode: the longest piece of a document that is used."""
-    pass_tokens: int = 0
+    pass_tokens: NonNegativeInt = 0
     """Stream mode: a rank's micro-batches are joined up to this many tokens for a pass of the model; 0: never."""
 
 
 def check_options(options: DataOptions, world: int = 1) -> int:
     """Tokens a micro-batch, after checking that everything divides."""
-    for name in ("seq_len", "step_tokens", "grad_shards", "max_document", "pass_tokens"):
-        least = int(name != "pass_tokens")
-        if getattr(options, name) < least:
-            what = f"data.{name}={getattr(options, name)} must be at least {least}"
-            raise Problem(what, f"--data.{name.replace('_', '-')} {least} or more")
+    check_ranges(options, "data.")
     shards, tokens = options.grad_shards, options.step_tokens
     if shards % world:
         what = f"{world} ranks cannot share {shards} micro-batches a step evenly (data.grad_shards)"

@@ -5,7 +5,6 @@
 import ast
 import hashlib
 import os
-import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
 

@@ -4,25 +4,29 @@
 # %% The code
 import math
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
+from annotated_types import Interval
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from speedrun.lab.bounds import PositiveFloat, PositiveInt
 
 
 @dataclass(frozen=True)
 class GPT2Options:
     """The shape of a GPT-2. The defaults are the 124M model; the vocabulary comes from the data."""
 
-    layers: int = 12
+    layers: Annotated[int, Interval(ge=1, le=1024)] = 12
     """Blocks."""
-    heads: int = 12
+    heads: PositiveInt = 12
     """Attention heads; they share the width evenly."""
-    width: int = 768
+    width: Annotated[int, Interval(ge=1, le=2**16)] = 768
     """Length of the residual stream's vectors."""
-    context: int = 1024
+    context: Annotated[int, Interval(ge=1, le=2**20)] = 1024
     """Longest row of tokens: the number of learned positions."""
-    init_std: float = 0.02
+    init_std: PositiveFloat = 0.02
     """Standard deviation of the initial weights; GPT-2's 0.02 suits a width of 768."""
 
 

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from speedrun.lab.bounds import NonNegativeFloat, PositiveFloat
+
 READS = 12  # how many of a vector's numbers a gate looks at
 Value = int | Literal["first"] | None
 
@@ -20,9 +22,9 @@ class EmbeddingOptions:
 
     norm: bool = False
     """RMS norm behind the lookup, so that only a vector's direction counts."""
-    std: float = 0.0
+    std: NonNegativeFloat = 0.0
     """Deviation of the first vectors; 0: model.init_std."""
-    rate: float = 1.0
+    rate: PositiveFloat = 1.0
     """The embedding's rate as a multiple of optim.lr."""
     smear: bool = False
     """Each token's vector gets a little of the one before, through a gate."""
@@ -30,9 +32,9 @@ class EmbeddingOptions:
     """What is mixed into attention's values: the first layer's, or rows of tables. all: a table a layer. mirror: one for first and last, and so on. outer: three, for the first and the last three layers. ends: five, for the first two and the last three."""
     value_mix: Literal["share", "free", "gates"] = "share"
     """share: two learned weights that add up to 1, from halves. free: two. gates: 1 for the values, and a gate for every token and head."""
-    value_std: float = 0.01
+    value_std: NonNegativeFloat = 0.01
     """Deviation of the tables' first entries; record 70's is 0.01, record 14's was 1."""
-    value_rate: float = 1.0
+    value_rate: PositiveFloat = 1.0
     """The tables' rate as a multiple of optim.lr."""
 
 

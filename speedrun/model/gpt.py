@@ -6,13 +6,15 @@ import math
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from annotated_types import Interval
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from speedrun.model.embedding import EmbeddingOptions, looked_up, smeared, with_value
+from speedrun.lab.bounds import PositiveFloat, PositiveInt
+from speedrun.model.embedding import READS, EmbeddingOptions, looked_up, smeared, with_value
 from speedrun.model.head import HeadOptions, capped, loss_of, padded
 from speedrun.model.mlp import BlockOptions, initial, linear, mlp, normed, rms_norm
 from speedrun.model.plan import LayerSpec, PlanOptions, enter, leave, make_plan, mixing_rows
@@ -24,15 +26,15 @@ from speedrun.model.rotary import RotaryOptions, rotate, rotation_tables
 class GPTOptions:
     """The shape of the package's model. The vocabulary comes from the data."""
 
-    layers: int = 12
+    layers: Annotated[int, Interval(ge=1, le=1024)] = 12
     """Blocks."""
-    heads: int = 12
+    heads: PositiveInt = 12
     """Attention heads; they share the width evenly."""
-    width: int = 768
+    width: Annotated[int, Interval(ge=READS, le=2**16)] = 768
     """Length of the residual stream's vectors."""
-    context: int = 1024
+    context: Annotated[int, Interval(ge=1, le=2**20)] = 1024
     """Longest row of tokens."""
-    init_std: float = 0.02
+    init_std: PositiveFloat = 0.02
     """Standard deviation of the initial weights: 0.02 for a width of 768, more for a narrower model."""
 
 

@@ -12,6 +12,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from speedrun.lab.bounds import NonNegativeFloat, PositiveFloat
+
 
 @dataclass(frozen=True)
 class PlanOptions:
@@ -19,7 +21,7 @@ class PlanOptions:
 
     x0: bool = False
     """Before each layer the stream is mixed with x0, what the embedding gave; both weights are learned, x0's from 0."""
-    residual: float = 1.0
+    residual: NonNegativeFloat = 1.0
     """x0: where the stream's own weights begin."""
     skips: Literal["none", "unet", "sigmoid", "one", "gated"] = "none"
     """Outputs of early layers that late ones get as well. unet: mirror-wise, weights from 1. sigmoid: of weights from -1.5. one: one, to the second layer of the later half. gated: times a gate for every token."""
@@ -27,7 +29,7 @@ class PlanOptions:
     """A share of the stream as it was after three quarters of the layers is taken out at the end; learned, from 0.5."""
     without: Literal["nothing", "attention", "mlp", "both"] = "nothing"
     """attention: the second layer of the later half has none. mlp: the first has none."""
-    rate: float = 1.0
+    rate: PositiveFloat = 1.0
     """The rate of all weights that mix, as a multiple of optim.lr."""
 
 

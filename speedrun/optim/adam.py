@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from speedrun.lab.bounds import NonNegativeFloat, PositiveInt
+
 Number = float | Tensor
 
 
@@ -16,9 +18,9 @@ class SharingOptions:
 
     on: bool = False
     """Chapter 20's optimizer, which does not clip. Off: PyTorch's AdamW, with chapter 12's or 13's rule beside it, on every rank."""
-    adam_every: int = 2
+    adam_every: PositiveInt = 2
     """Steps from one update by Adam to the next."""
-    adam_decay: float = 0.005
+    adam_decay: NonNegativeFloat = 0.005
     """Decay of weights that a step makes smaller anyway, as a multiple of the rate's square."""
 
 
