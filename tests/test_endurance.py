@@ -367,17 +367,22 @@ def catches(pid: int, number: int) -> bool:
     return bool(mask >> (number - 1) & 1)
 
 
-def interrupted(kind: str, number: int, home: Path, data: Path) -> dict:
-    """A command that gets a signal, alone or as a terminal sends it (to its group), up to 12 seconds after its start."""
+def interrupted(kind: str, number: int, home: Path, data: Path, trains: bool = False) -> dict:
+    """A command that gets a signal, alone or as a terminal sends it (to its group), up to 12 seconds after its start.
+
+    trains: up to 2 seconds after its first training steps.
+    """
     rng, folder = random.Random(f"interrupt {kind} {number}"), home / f"interrupt-{kind}-{number}"
-    sign, delay = NUMBERS[number % 3], rng.uniform(0, 12)
+    sign, delay = NUMBERS[number % 3], rng.uniform(0, 2 if trains else 12)
     ranks, group = rng.choice((1, 2)), rng.random() < 0.5
     root = grow(command_for(kind, folder, data, ranks), folder)
     try:
+        if trains:
+            wait_for_steps(root, folder)
         time.sleep(delay)
         assert root.poll() is None, Path(f"{folder}.out").read_text(errors="replace")[-2000:]
         # the first moments belong to the interpreter; SIGTERM is what only we can be waiting for
-        early = delay < 1.0 and not catches(root.pid, signal.SIGTERM)
+        early = not trains and delay < 1.0 and not catches(root.pid, signal.SIGTERM)
         before, began = step_of(folder), time.time()
         os.killpg(root.pid, sign) if group else root.send_signal(sign)
         try:
@@ -410,18 +415,30 @@ def faults(sign: signal.Signals, early: bool, status: int | None, said: str, lef
     return wrong + ([f"left: {left}"] if left else [])
 
 
-@pytest.mark.endurance
-@pytest.mark.timeout(7200)
-@pytest.mark.parametrize("kind", ["train", "launch", "run_speedrun"])
-def test_no_interrupt_is_lost(kind, home):
+def interrupts(kind: str, count: int, home: Path, trains: bool) -> str:
+    """Interrupt a command `count` times; a row of the table. Returns what went wrong."""
     data = ready(home)
-    found = [interrupted(kind, number, home, data) for number in range(times(60))]
+    found = [interrupted(kind, number, home, data, trains) for number in range(count)]
     bad = [row for row in found if row["wrong"]]
-    why = Counter(re.sub(r"\d+", "N", word.split(":")[0]) if "status" not in word else word for row in bad for word in row["wrong"])  # fmt: skip
-    early = sum(row["early"] for row in found)
+    why = Counter(re.sub(r"step \d+ at.*", "steps lost", word.partition(":")[0]) for row in bad for word in row["wrong"])  # fmt: skip
+    early, when = sum(row["early"] for row in found), "while it trains" if trains else "0 to 12 s after its start"  # fmt: skip
     ended, until = max(row["ended_s"] for row in found), max(row["saved_s"] for row in found)
-    ROWS.append(f"| interrupt of {kind}, 0 to 12 s after its start | {len(found)}, {early} of them before its first line | {len(found) - len(bad)} as they should be; {dict(why) or 'none lost, no traceback'}; ended after {ended:.1f} s, saved after {until:.2f} s at most |")  # fmt: skip
-    assert not bad, "\n".join(f"{row['words']}: {row['wrong']} {row['said']!r}" for row in bad)
+    ROWS.append(f"| interrupt of {kind}, {when} | {len(found)} ({early} before its first line) | {len(found) - len(bad)} as they should be; {dict(why) or 'none lost, no traceback'}; ended after {ended:.1f} s, saved after {until:.2f} s at most |")  # fmt: skip
+    return "\n".join(f"{row['words']}: {row['wrong']} {row['said']!r}" for row in bad)
+
+
+class TestNoInterruptIsLost:
+    @pytest.mark.endurance
+    @pytest.mark.timeout(7200)
+    @pytest.mark.parametrize("kind", ["train", "launch", "run_speedrun"])
+    def test_from_the_start(self, kind, home):
+        assert not (wrong := interrupts(kind, times(60), home, trains=False)), wrong
+
+    @pytest.mark.endurance
+    @pytest.mark.timeout(7200)
+    @pytest.mark.parametrize("kind", ["train", "launch", "cut"])
+    def test_while_it_trains(self, kind, home):
+        assert not (wrong := interrupts(kind, times(15), home, trains=True)), wrong
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ A case is made from (seed, kind, number) alone. Its command runs in a forked chi
     clean             refused: a Problem with its way out, status 1 or, for a command line, 2 with its usage
     accepted          done, and rightly so: see below
     wrongly accepted  done, although the input was wrong
+    wrongly refused   refused, although nothing that the command needs was damaged: a copy beside a checkpoint
     traceback         an exception that is no Problem, or a printed traceback
     mute              a status other than 0 without a way out, or a message with a control character in it
     crash             ended by a signal
@@ -25,7 +26,9 @@ What may be accepted, exactly:
   with values of the right types and ranges. A damage that is found, and made good from an older checkpoint, must end in the very
   weights of an undisturbed run. In a *forged* checkpoint (recorded hashes are made to fit again) other finite numbers in a tensor
   pass, other names, shapes and types do not. A sample needs no optimizer.
-- a config, a flag: a value of the field's type that is finite and not negative.
+- a config, a flag: a value of the field's type that is finite, not negative, and below 2**63 if it is an integer.
+
+What somebody keeps beside a run's checkpoints (a copy, a file, a folder under another name) must be left alone, and disturb nothing.
 """
 
 import copy
@@ -58,7 +61,16 @@ SIZES = "--model.layers 2 --model.heads 2 --model.width 16 --model.context 16 --
 TIMES = "--val-every 6 --val-tokens 512 --log-every 1 --warmup 0 --optim.warmup-steps 2 --checkpoint-every 2"
 TINY = ["--preset", "smoke", *SIZES.split(), *TIMES.split()]
 SEED = int(os.environ.get("FUZZ_SEED", "1"))
-VERDICTS = ("clean", "accepted", "wrongly accepted", "traceback", "mute", "crash", "hang")
+VERDICTS = (
+    "clean",
+    "accepted",
+    "wrongly accepted",
+    "wrongly refused",
+    "traceback",
+    "mute",
+    "crash",
+    "hang",
+)
 GOOD = ("clean", "accepted")
 
 
@@ -134,8 +146,8 @@ def material(home: Path, work: Path) -> Material:
 
 
 # %% Judging
-def judge(said: Said, right: bool | Callable[[], bool], talks: str) -> dict:
-    """The verdict about what a command said. right: whether it may have been accepted. talks: its messages."""
+def judge(said: Said, right: bool | Callable[[], bool], talks: str, must: bool = False) -> dict:
+    """The verdict about what a command said. right: whether it may be accepted; must: whether it has to. talks: its messages."""
     if said.place or "Traceback (most recent call last)" in said.out + said.err:
         return {"verdict": "traceback", "place": said.place or "printed"}
     odd = next((c for c in talks if not (c.isprintable() or c == "\n")), None)
@@ -147,7 +159,7 @@ def judge(said: Said, right: bool | Callable[[], bool], talks: str) -> dict:
         return {"verdict": "accepted" if fine else "wrongly accepted", "place": ""}
     if said.status is None or said.status not in (1, 2) or not said.err.strip() or (said.status == 1 and "→" not in said.err):  # fmt: skip
         return {"verdict": "mute", "place": f"status {said.status}: {said.err.strip()[-60:]!r}"}
-    return {"verdict": "clean", "place": ""}
+    return {"verdict": "wrongly refused" if must else "clean", "place": ""}
 
 
 def trained(m: Material, *flags: str) -> Said:
@@ -376,18 +388,26 @@ def damage_tree(rng: random.Random, tree: dict) -> str:
     if how < 0.14:
         place["surprise"] = 1
         return f"surprise beside {name}"
-    near = {bool: lambda: not old, int: lambda: old + 1, float: lambda: 2 * old}.get(type(old))
-    place[path[-1]] = near() if near and how > 0.7 else rng.choice(ODD)
+    kind = type(old)
+    near = {bool: [not old], int: [old + 1, 2 * old + 3] if kind is int else [], float: [2 * old, old / 2] if kind is float else []}.get(kind)  # fmt: skip
+    wrong = {int: [-1, -7, 10**30, -(10**30), 0.5], float: [math.nan, math.inf, -math.inf, -1.0, -1e-9, 1e400], list: [[math.nan, 2], [-1, -1], [0.5]]}.get(kind)  # fmt: skip
+    values = near if near and how > 0.75 else wrong if wrong and how > 0.45 else ODD
+    place[path[-1]] = rng.choice(values)
     return f"{name} = {ascii(place[path[-1]])[:80]}"
 
 
 def right_state(facts: Any, usual: dict, samples: bool) -> bool:
     """Whether a damaged state.json could be the honest one of this checkpoint; a sample does not read all of it."""
-    unread = ("position", "train_time_ms", "data_sha256") if samples else ()
-    if not isinstance(facts, dict) or not all(name in facts for name in usual if name not in unread):  # fmt: skip
+    unread = {"position", "train_time_ms", "data_sha256"} if samples else set()
+    needed = {"step", "config", "position", "train_time_ms", "data_sha256", "vocab_size", "tokenizer"} - unread  # fmt: skip
+    if not isinstance(facts, dict) or not needed <= facts.keys():
         return False
     facts = usual | {name: value for name, value in facts.items() if name not in unread}
-    fixed = ("step", "data_sha256", "vocab_size", "tokenizer")
+    fixed = usual.keys() - {
+        "config",
+        "position",
+        "train_time_ms",
+    }  # others may be lost: older runs have fewer
     if any(facts[name] != usual[name] or type(facts[name]) is not type(usual[name]) for name in fixed):  # fmt: skip
         return False
     config, known = facts["config"], usual["config"]
@@ -453,23 +473,14 @@ def damage_file(rng: random.Random, path: Path) -> str:
 
 
 def damage_folder(rng: random.Random, checkpoint: Path) -> str:
-    """Copies, other names and strangers among a run's checkpoints."""
-    home, how = checkpoint.parent, rng.choice(("copy", "copy", "renamed", "other step", "file", "loop", "hollow", "part", "stranger"))  # fmt: skip
-    if how in ("copy", "stranger"):
-        name = rng.choice((f"{checkpoint.name}-keep", "step-backup", f"{checkpoint.name} (copy)", "step-best", "step-00000zz", f"{checkpoint.name}.bak", "step-\x1b[2J"))  # fmt: skip
-        if how == "copy":
-            shutil.copytree(checkpoint, home / name)
-            (home / name / "model.safetensors").write_bytes(b"damaged")
-        else:
-            (home / name).write_text("a file of the user's") if rng.random() < 0.5 else (home / name).mkdir()  # fmt: skip
-        return f"{how}: {name!r}"
+    """The newest checkpoint under another name, or something else under its name."""
+    home, how = checkpoint.parent, rng.choice(("renamed", "other step", "file", "loop", "hollow"))
     if how in ("renamed", "other step"):
         name = rng.choice(("step-0000004x", "step-0000004.part", "best", ".step-0000004") if how == "renamed" else ("step-0000005", "step-0000000", "step-10000000", "step-0000003"))  # fmt: skip
         checkpoint.rename(home / name)
         return f"{how}: {name}"
-    target = home / "step-0000005" if how == "hollow" else home / f"{checkpoint.name}.part"
+    target = home / "step-0000005" if how == "hollow" else checkpoint
     if how in ("file", "loop"):
-        target = checkpoint
         shutil.rmtree(checkpoint)
     if how == "file":
         target.write_text("x")
@@ -480,15 +491,35 @@ def damage_folder(rng: random.Random, checkpoint: Path) -> str:
     return f"{how}: {target.name}"
 
 
+OWN = ("step-0000004-keep", "step-backup", "step-0000004 (copy)", "step-best", "step-00000zz", "step-0000004.bak", "step-\x1b[2J", "keep")  # fmt: skip
+
+
+def put_beside(rng: random.Random, checkpoint: Path) -> str:
+    """What a user or a killed writer leaves beside a run's checkpoints."""
+    home, how = checkpoint.parent, rng.choice(("copy", "copy", "damaged copy", "file", "folder", "part"))  # fmt: skip
+    target = home / (f"{checkpoint.name}.part" if how == "part" else rng.choice(OWN))
+    if how == "file":
+        target.write_text("a file of the user's")
+    elif how == "folder":
+        target.mkdir()
+    else:
+        shutil.copytree(checkpoint, target)
+    if how in ("damaged copy", "part"):
+        (target / "model.safetensors").write_bytes(b"damaged")
+    return f"{how}: {target.name!r}"
+
+
 def mend_hashes(checkpoint: Path, before: dict[str, str]) -> None:
-    """Make the hashes that state.json records fit the files again, as somebody would who means harm."""
-    path = checkpoint / "state.json"
-    text = path.read_text(errors="surrogatepass") if path.is_file() else ""
-    for name, old in before.items():
-        if (checkpoint / name).is_file():
-            text = text.replace(old, hashlib.sha256((checkpoint / name).read_bytes()).hexdigest())
-    if path.is_file():
-        path.write_text(text, errors="surrogatepass")
+    """Make recorded hashes fit the files again, as somebody would who means harm."""
+    for path in checkpoint.iterdir():
+        if path.suffix == ".safetensors" or not path.is_file():
+            continue
+        text = path.read_bytes()
+        for name, old in before.items():
+            if (checkpoint / name).is_file():
+                new = hashlib.sha256((checkpoint / name).read_bytes()).hexdigest()
+                text = text.replace(old.encode(), new.encode())
+        path.write_bytes(text)
 
 
 def damaged_checkpoint(rng: random.Random, m: Material) -> tuple[str, str]:
@@ -496,7 +527,7 @@ def damaged_checkpoint(rng: random.Random, m: Material) -> tuple[str, str]:
     shutil.copytree(m.run, m.work / "run")
     checkpoint = newest(m.work / "run")
     hashes = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in checkpoint.glob("*.safetensors")}  # fmt: skip
-    kind = rng.choice(("file", "file", "tensors", "tensors", "forged", "forged", "forged", "facts", "facts", "config", "config", "raw", "folder"))  # fmt: skip
+    kind = rng.choice(("file", "file", "tensors", "tensors", "forged", "forged", "forged", "facts", "facts", "config", "config", "raw", "folder", "beside"))  # fmt: skip
     path = checkpoint / rng.choice(("model.safetensors", "optimizer.safetensors"))
     state = checkpoint / "state.json"
     if kind == "file" or (kind == "forged" and rng.random() < 0.3):
@@ -515,7 +546,7 @@ def damaged_checkpoint(rng: random.Random, m: Material) -> tuple[str, str]:
         case = f"state.json: {ascii(raw)[:40]}"
         state.unlink() if raw is None else state.write_bytes(raw)
     else:
-        case = damage_folder(rng, checkpoint)
+        case = (damage_folder if kind == "folder" else put_beside)(rng, checkpoint)
     if kind == "forged":
         mend_hashes(checkpoint, hashes)
     return kind, f"{kind}: {case}"
@@ -531,7 +562,7 @@ def is_finite(path: Path) -> bool:
 def right_checkpoint(m: Material, kind: str, needs: tuple[str, ...]) -> bool | None:
     """Whether the damaged checkpoint may be used: True or False; None where the result has to tell. needs: kinds of tensors."""
     damaged, whole = m.work / "run" / "checkpoints" / "step-0000004", newest(m.run)
-    if kind == "folder":
+    if kind in ("folder", "beside"):
         return None
     try:
         now = tensors_of(damaged)
@@ -574,14 +605,17 @@ def checkpoint_resume(rng: random.Random, m: Material) -> dict:
     """Two steps from a damaged checkpoint."""
     kind, case = damaged_checkpoint(rng, m)
     right = right_checkpoint(m, kind, ("model", "optimizer"))
+    own = [path for path in (m.work / "run" / "checkpoints").iterdir() if path.name in OWN]
     said = run_command("speedrun.train", ["--resume", str(m.work / "run")])
 
     def fine() -> bool:
+        if not all(path.exists() for path in own):
+            return False
         if right is None:  # made good from another checkpoint
             return tensors_of(newest(m.work / "run")) == m.ending
         return right
 
-    return judge(said, fine, said.out + said.err) | {"case": case}
+    return judge(said, fine, said.out + said.err, kind == "beside") | {"case": case}
 
 
 def checkpoint_sample(rng: random.Random, m: Material) -> dict:
@@ -589,7 +623,8 @@ def checkpoint_sample(rng: random.Random, m: Material) -> dict:
     kind, case = damaged_checkpoint(rng, m)
     right = right_checkpoint(m, kind, ("model",))
     said = run_command("speedrun.sample", [str(m.work / "run"), "--tokens", "2"])
-    return judge(said, right is True or kind == "folder", said.err) | {"case": case}
+    fine = right is True or kind in ("folder", "beside")
+    return judge(said, fine, said.err, kind == "beside") | {"case": case}
 
 
 # %% Configs
@@ -621,13 +656,13 @@ VALUES = ["0", "-1", "1", "2", "3", "7", "64", "nan", "inf", "-inf", "1e400", "1
 NEIGHBOURS = ["--compile=False", "--batch_size=12", "--learning_rate=1e-3", "--max_iters=2000", "--device=mps", "--dtype=float16", "--n_layer=4", "--lr=1e-3", "config/train_shakespeare_char.py", "model.layers=3", "+trainer.max_epochs=1", "--seed=None", "--no-cuda", "--fp16", "--model.n_layer=4", "--data.path=~/x", "--data_path=x", "-h", "--help", "--version", "--config=x.yaml", "--wandb_log=True", "--model_layers=3", "--MODEL.LAYERS=3", "-c", "help", "?"]  # fmt: skip
 
 
-def wrong_number(value: str) -> bool:
-    """Whether a text is a number that no field has."""
+def wrong_number(value: str, usual: Any = 0.0) -> bool:
+    """Whether a text is a number that no field has; usual: a value of the field."""
     try:
         number = float(value)
     except ValueError:
         return False
-    return not math.isfinite(number) or number < 0
+    return not math.isfinite(number) or number < 0 or (type(usual) is int and number >= 2**63)
 
 
 def flag_pairs(rng: random.Random, count: int, leave: tuple[str, ...] = ()) -> tuple[list[str], set[str], bool]:  # fmt: skip
@@ -644,7 +679,8 @@ def flag_pairs(rng: random.Random, count: int, leave: tuple[str, ...] = ()) -> t
             continue
         values = [rng.choice(VALUES) for _ in (usual if isinstance(usual, tuple) else [0])]
         if not isinstance(usual, str):
-            right = right and not any(map(wrong_number, values))
+            kind = usual[0] if isinstance(usual, tuple) else usual
+            right = right and not any(wrong_number(value, kind) for value in values)
         flag = flag[:-1] if rng.random() < 0.03 else flag
         words += [f"{flag}={values[0]}"] if rng.random() < 0.1 else [flag, *values]
     return words, names, right

@@ -259,6 +259,8 @@ def batch_of_cases(judge: Callable[[int], dict], numbers: list[int], words: Path
             break
     os.close(read)
     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    if status == 99:  # not the command: what judges it
+        raise RuntimeError(words.with_suffix(".log").read_text()[-2000:])
     if now is not None:
         verdict, how = ("hang", f"{limit_s:.0f} s") if late else ("crash", ended(status))
         yield {"number": now, "verdict": verdict, "place": f"{how} at {last_place(words)}"}
