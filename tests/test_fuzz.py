@@ -40,6 +40,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import struct
 import sys
 import time
@@ -904,6 +905,46 @@ def test_a_fixed_sample_of_all_kinds(home):
     ALL.extend(answers)
     assert len(answers) == sum(counts.values()) >= 590
     assert not (wrong := failures(answers)), wrong
+
+
+def ends(number: int) -> dict:
+    """Cases that end as a broken command would."""
+    if number == 1:
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if number == 2:
+        time.sleep(600)
+    if number == 4:
+        os._exit(70)
+    return {"verdict": "clean", "place": ""}
+
+
+def judge_ends(words: str) -> None:
+    for answer in zygote.judged(ends, list(range(6)), 6, Path(words), limit_s=2.0):
+        print(json.dumps(answer), flush=True)
+
+
+@pytest.mark.slow
+def test_a_crash_and_a_hang_are_noticed_and_the_others_judged(tmp_path):
+    answers = zygote.zygotes("test_fuzz", "judge_ends", [[str(tmp_path / "words")]], tmp_path, 120)
+    found = {answer["number"]: (answer["verdict"], answer["place"]) for answer in answers}
+    assert [found[n][0] for n in range(6)] == ["clean", "crash", "hang", "clean", "crash", "clean"]
+    assert found[1][1].startswith("SIGSEGV at test_fuzz.py") and "ends" in found[1][1]
+    assert "ends" in found[2][1] and found[4][1].startswith("status 70")
+
+
+@pytest.mark.slow
+def test_what_a_command_says_is_judged():
+    said = Said(1, "", "x: 3\n  → 2 or more\n")
+    assert judge(said, False, said.err)["verdict"] == "clean"
+    assert judge(said, False, said.err, must=True)["verdict"] == "wrongly refused"
+    assert judge(Said(1, "", "x: 3\n"), False, "x: 3\n")["verdict"] == "mute"
+    assert judge(said, False, said.err + "\x1b[2J")["verdict"] == "mute"
+    assert judge(Said(0, "done", ""), True, "done")["verdict"] == "accepted"
+    assert judge(Said(0, "done", ""), False, "done")["verdict"] == "wrongly accepted"
+    caught = call(lambda: {}["a"])
+    assert caught.place.startswith("KeyError at test_fuzz.py")
+    assert judge(caught, True, "")["verdict"] == "traceback"
+    assert call(lambda: print("\ud800")).place.startswith("UnicodeEncodeError")
 
 
 def again(kind: str, number: int) -> None:
