@@ -35,6 +35,7 @@ from speedrun.config import Config, as_arguments, check_config, largest_divisor,
 from speedrun.config import switches_of
 from speedrun.data.shards import data_folder, load_manifest
 from speedrun.data.sources import FINEWEB_SHARDS, SHARD_TOKENS, build_embedded, fetch_fineweb
+from speedrun.lab.bounds import check_ranges
 from speedrun.lab.errors import Problem, run_main
 from speedrun.lab.files import claim
 from speedrun.lab.hardware import Machine, gpu_problem, look, setup
@@ -44,6 +45,7 @@ from speedrun.model.gpt import model_flops_per_token
 from speedrun.train import (
     Interrupts,
     TrainCommand,
+    check_compiler,
     progress,
     refuse_old_run,
     run_config,
@@ -535,6 +537,7 @@ def launch(command: LaunchCommand, echo=print, told: bool = False, check=lambda:
     if not told:
         echo(str(plan))
     check_gpus(plan, machine, echo)
+    check_compiler(config, machine)
     confirm(plan, command.yes)
     folder = run_folder(command.train).resolve()
     own = ["--out", str(folder), *as_arguments(config)]
@@ -571,6 +574,7 @@ def run_command(arguments: list[str], interrupts: Insisting) -> None:
     command = read_command(
         lambda config: LaunchCommand(TrainCommand(config)), arguments, name, prog
     )
+    check_ranges(command.patience, "patience.")
     if command.plan:
         print(f"make speedrun takes preset {name}: {why}")
         print(make_plan(run_config(command.train), look(), command.gpus, measured_runs()))

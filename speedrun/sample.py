@@ -23,9 +23,10 @@ from annotated_types import Ge, Interval
 from torch import Tensor, nn
 
 from speedrun.checkpoint import check_tensors, damaged, latest_checkpoint, load_facts, load_tensors
-from speedrun.config import check_config, check_ranges, config_from_json
+from speedrun.config import check_config, config_from_json
 from speedrun.data.shards import data_folder, load_manifest, read_shard
 from speedrun.data.tokenizer import Tokenizer, get_tokenizer
+from speedrun.lab.bounds import check_ranges
 from speedrun.lab.errors import Problem, explained, run_main
 from speedrun.lab.hardware import setup
 from speedrun.train import build_model

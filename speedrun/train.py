@@ -36,6 +36,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -54,7 +55,7 @@ from speedrun.data.loader import Batch, Loader, Position, Shards, validation_bat
 from speedrun.data.tokenizer import decode_bytes
 from speedrun.lab.errors import Problem, run_main, visible
 from speedrun.lab.files import claim, new_folder
-from speedrun.lab.hardware import setup
+from speedrun.lab.hardware import Machine, setup
 from speedrun.lab.provenance import commit, module_file, module_hashes, root, stamp
 from speedrun.lab.runlog import RunLog, format_line, parse_line
 from speedrun.optim.adamw import make_adamw
@@ -287,11 +288,11 @@ def shared_optimizer(config: Config, model: nn.Module) -> Any:
 
 
 def accumulate(
-    forward, batches: list[Batch], grad_shards: int, device: torch.device, precision: str, beat=None
+    forward, batches: Iterable[Batch], grad_shards: int, device: torch.device, precision: str
 ) -> Tensor:
     """Forward and backward through this rank's batches. Gradients add up; returns its part of the mean loss.
 
-    grad_shards: how many batches the step has, on all ranks together. beat: called after each.
+    grad_shards: how many batches the step has, on all ranks together.
     """
     total = torch.zeros((), device=device)
     for batch in batches:
@@ -300,8 +301,6 @@ def accumulate(
             loss = forward(inputs, targets) / grad_shards
         loss.backward()
         total += loss.detach()
-        if beat is not None:
-            beat()
     return total
 
 
@@ -418,6 +417,12 @@ class Heartbeat:
             self.file.seek(0)
             self.file.write(json.dumps(facts).ljust(120).encode())
 
+    def over(self, batches: Iterable) -> Iterator:
+        """The same batches, with a beat after each."""
+        for batch in batches:
+            yield batch
+            self.beat()
+
 
 SLOT = 20  # characters of a step's number
 
@@ -502,8 +507,8 @@ def train_step(run: Run) -> Tensor:
     shared = run.config.sharing.on
     if not shared:
         run.model.zero_grad()
-    parts = len(batches) * run.ranks.world
-    loss = accumulate(run.forward, batches, parts, device, precision, run.heart.beat)
+    parts, beating = len(batches) * run.ranks.world, run.heart.over(batches)
+    loss = accumulate(run.forward, beating, parts, device, precision)
     if shared:
         update_shared(run)
     else:
@@ -1049,12 +1054,20 @@ def progress(config: Config):
         yield echo
 
 
+def check_compiler(config: Config, machine: Machine) -> None:
+    """Refuse to begin what torch.compile cannot end: it writes C++, on GPUs as well."""
+    if config.compile and not machine.compiler:
+        fix = "--no-compile; or install a C++ compiler: make doctor says how"
+        raise Problem("compile=True, and there is no C++ compiler here", fix)
+
+
 def run_command(arguments: list[str], interrupts: Interrupts) -> int:
     """Train as the arguments say. Returns 0, or 128 and the number of the signal that ended it."""
-    setup()
+    machine = setup()
     lifeline(interrupts)
     command = read_command(TrainCommand, arguments, "cpu", "python -m speedrun.train")
     config = check_config(run_config(command), rank_numbers()[1])
+    check_compiler(config, machine)
     folder = run_folder(command)
     interrupts.install()
     words = shlex.join(["python", "-m", "speedrun.train", *arguments])

@@ -343,3 +343,39 @@ class TestTheRunScript:
         assert live.wait(timeout=60) == 130, "".join(said)
         assert "--resume" in "".join(said) and "Traceback" not in "".join(said)
         assert list((tmp_path / "run" / "checkpoints").glob("step-*"))
+
+    @pytest.mark.parametrize("named", [True, False])
+    def test_relative_paths_are_those_of_whoever_called(
+        self, tmp_path, monkeypatch, embedded, named
+    ):
+        """The notebook runs in the project's folder; the words were said elsewhere."""
+        import run_speedrun
+
+        (tmp_path / "texts").symlink_to(embedded)
+        monkeypatch.chdir(tmp_path)
+        given: list[dict] = []
+        monkeypatch.setattr(run_speedrun, "execute", lambda parameters, folder: (given.append(parameters), folder / "n.ipynb")[1])  # fmt: skip
+        monkeypatch.setattr(run_speedrun, "root", lambda: tmp_path)
+        monkeypatch.setattr(run_speedrun.Insisting, "install", lambda self: None)
+        words = ["--preset", "smoke", "--data", "texts", *(["--out", "mine"] if named else [])]
+        assert run_speedrun.main(words) == 0
+        assert given[0]["data"] == str(tmp_path / "texts") and Path(given[0]["out"]).is_relative_to(tmp_path)  # fmt: skip
+
+    def test_a_folder_with_a_run_is_not_written_over(self, tmp_path, capsys):
+        import run_speedrun
+
+        (tmp_path / "metrics.jsonl").write_text("{}\n")
+        (tmp_path / "speedrun.ipynb").write_text("the notebook of that run")
+        assert run_speedrun.main(["--preset", "smoke", "--out", str(tmp_path)]) == 1
+        assert "holds a run already" in capsys.readouterr().err
+        assert (tmp_path / "speedrun.ipynb").read_text() == "the notebook of that run"
+
+    def test_a_run_gets_no_demonstrations(self):
+        import run_speedrun
+
+        cells = run_speedrun.notebook_of_a_run().cells
+        sources = "\n".join(cell.source for cell in cells)
+        assert (
+            "launch(mine" in sources and "torchrun.kill()" not in sources.split("def end_ranks")[0]
+        )
+        assert "rude" not in sources

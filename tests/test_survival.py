@@ -263,6 +263,14 @@ class TestEnvironment:
         assert done.returncode == 0, done.stderr
         assert read_metrics(tmp_path / "run" / "metrics.jsonl")[0]["commit"] == ""
 
+    def test_without_a_compiler_it_says_what_to_leave_out(self, brief, tmp_path):
+        env = {k: v for k, v in os.environ.items() if k != "CXX"} | {"PATH": str(tmp_path)}
+        flags = as_arguments(vary(brief, {"compile": True}))
+        for command in (TRAIN, [*LAUNCH, "--yes"]):
+            done = subprocess.run([*command, "--out", str(tmp_path / "run"), *flags], capture_output=True, text=True, env=env)  # fmt: skip
+            assert done.returncode == 1 and "--no-compile" in done.stderr
+            assert "Traceback" not in done.stderr and not (tmp_path / "run" / "log.txt").exists()
+
     def test_a_run_planned_for_gpus_never_falls_to_the_cpu(self, monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         monkeypatch.setenv("SPEEDRUN_DEVICE", "cuda")

@@ -43,8 +43,10 @@ def unmet(value: Any, kind: Any) -> list[str]:
             for key, (holds, words) in HOLDS.items()
             if (limit := getattr(bound, key, None)) is not None and not holds(value, limit)
         ]
-    right = type(value) is kind or (kind is float and type(value) is int)
-    return [] if right else [f"of type {kind.__name__}"]
+    right = isinstance(value, int | float if kind is float else kind)
+    return (
+        [] if right and isinstance(value, bool) == (kind is bool) else [f"of type {kind.__name__}"]
+    )
 
 
 def as_flags(name: str, value: Any) -> list[str]:
