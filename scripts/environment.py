@@ -37,7 +37,8 @@ def requirements(extras: list[str]) -> list[str]:
     for extra in extras:
         if extra not in known:
             sys.exit(f"there is no extra “{extra}”: pyproject.toml has {', '.join(known)}")
-    return project["dependencies"] + [need for extra in extras for need in known[extra]]
+    needs = project["dependencies"] + [need for extra in extras for need in known[extra]]
+    return list(dict.fromkeys(needs))
 
 
 def missing(needs: list[str]) -> list[str]:

@@ -34,6 +34,7 @@ from vocabulary import offline_vocabulary
 
 from speedrun.data.shards import data_folder
 from speedrun.data.sources import build_embedded
+from speedrun.lab.files import atomic_write
 from speedrun.lab.hardware import look
 from speedrun.lab.provenance import imported_names, module_hashes, root
 
@@ -194,7 +195,7 @@ def execute(chapter: Chapter, threads: int | None) -> tuple[Chapter, str | None,
     }
     facts |= {"date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M"), "cores": look().cores}
     os.replace(folder / "out.ipynb", chapter.output)
-    chapter.ledger.write_text(json.dumps(facts, indent=1), encoding="utf-8")
+    atomic_write(chapter.ledger, json.dumps(facts, indent=1))
     (EXECUTED / f"{chapter.name}.failed.ipynb").unlink(missing_ok=True)
     shutil.rmtree(folder)
     return chapter, None, seconds

@@ -23,7 +23,9 @@ from speedrun.lab.results import save_result
 def main(arguments: list[str]) -> int:
     """Dispatch to speedrun.measure.<slug>.measure and save what it returns."""
     files = (root() / "speedrun" / "measure").glob("[!_]*.py")
-    known = sorted(path.stem for path in files if "\ndef measure(" in path.read_text("utf-8"))
+    known = sorted(
+        path.stem for path in files if "\ndef measure(" in path.read_text(encoding="utf-8")
+    )
     if not arguments or arguments[0] not in known:
         print(f"{__doc__}\nmeasurements: {', '.join(known)}", file=sys.stderr)
         return 2

@@ -517,6 +517,36 @@ case "$1" in config) echo '{config}' ;; index) exit {answers} ;; esac""",
         assert environment.missing(["torch>=2.11"]) == ["torch>=2.11"]
 
 
+class TestEncodings:
+    """Nothing is read, written or shown in whatever encoding happens to be the system's."""
+
+    SCRIPTS = ("ablate", "book", "environment", "execute", "exercises", "jupyter_config", "kernel", "measure", "tangle")  # fmt: skip
+    FILES = [ROOT / "scripts" / f"{name}.py" for name in SCRIPTS] + sorted((ROOT / "speedrun" / "lab").glob("*.py"))  # fmt: skip
+
+    @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+    def test_text_says_its_encoding(self, path):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call):
+                name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+                given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+                binary = "b" in "".join(ast.unparse(argument) for argument in node.args[1:2])
+                if name in ("read_text", "write_text") or (name == "open" and not binary and getattr(node.func, "id", "")):  # fmt: skip
+                    assert "encoding" in given, ast.unparse(node)
+                assert "text" not in given or "encoding" in given, ast.unparse(node)
+
+    @pytest.mark.parametrize("script", ["ablate", "execute", "tangle"])
+    def test_help_is_shown_where_the_console_lacks_signs(self, script):
+        command = [sys.executable, str(ROOT / "scripts" / f"{script}.py"), "--help"]
+        environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+        done = subprocess.run(command, env=environment, capture_output=True)
+        assert done.returncode == 0 and b"usage" in done.stdout and not done.stderr
+
+    @pytest.mark.parametrize("script", ["ablate", "execute", "measure", "book", "exercises"])
+    def test_every_script_goes_through_the_one_door(self, script):
+        text = (ROOT / "scripts" / f"{script}.py").read_text(encoding="utf-8")
+        assert "sys.exit(run_main(" in text and "except Problem" not in text
+
+
 class TestKernel:
     def test_it_is_this_python_whatever_else_is_called_python3(self, tmp_path, monkeypatch):
         from jupyter_client.kernelspec import KernelSpecManager

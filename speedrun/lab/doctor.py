@@ -91,7 +91,7 @@ def tier_findings(machine: Machine) -> list[Finding]:
     """What can be run here: C, whole chapters on the CPU; 1, one GPU; N, several."""
     usable = len(machine.gpus) if machine.device == "cuda" else 0
     tiers = {
-        "C: whole chapters on the CPU": True,
+        "C: whole chapters on the CPU": bool(machine.versions["torch"]) and not machine.no_torch,
         "1: one GPU": usable >= 1,
         "N: several GPUs": usable > 1,
     }
@@ -99,6 +99,16 @@ def tier_findings(machine: Machine) -> list[Finding]:
         Finding(can or None, f"tier {tier}: {'yes' if can else 'no'}")
         for tier, can in tiers.items()
     ]
+
+
+def signs() -> list[str]:
+    """The marks of a finding that is fine, a problem and good to know, and of a fix, as far as the console has them."""
+    marks = "✓ ✗ · →"
+    try:
+        marks.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except UnicodeEncodeError:
+        marks = "ok NO -- ->"
+    return marks.split()
 
 
 def doctor(machine: Machine) -> int:
@@ -109,10 +119,11 @@ def doctor(machine: Machine) -> int:
     silent = silent and "CUDA_VISIBLE_DEVICES" not in os.environ
     found = hardware_findings(machine, shutil.disk_usage(".").free / 2**30, shared_gb, silent)
     found = software_findings(machine) + found + tier_findings(machine)
+    fine, wrong, known, way_out = signs()
     for finding in found:
-        print({True: "✓", False: "✗", None: "·"}[finding.ok], finding.text)
+        print({True: fine, False: wrong, None: known}[finding.ok], finding.text)
         if finding.ok is False:
-            print("  →", finding.fix)
+            print(f"  {way_out} {finding.fix}")
     return sum(finding.ok is False for finding in found)
 
 
