@@ -9,6 +9,7 @@ happen to real trees of processes: the launcher, torchrun and its ranks; papermi
 a test has started are ever ended: each tree carries a variable of its environment that names its folder.
 """
 
+import contextlib
 import json
 import os
 import random
@@ -218,10 +219,8 @@ def alive(folder: Path) -> list[psutil.Process]:
 def fell(folder: Path) -> None:
     """End what is left of a tree."""
     for process in alive(folder):
-        try:
+        with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
-        except psutil.NoSuchProcess:
-            pass
 
 
 def until_gone(folder: Path, limit_s: float) -> float:
@@ -281,13 +280,18 @@ def command_for(kind: str, folder: Path, data: Path, ranks: int) -> list[str]:
 
 
 def victim(kind: str, root: psutil.Popen, folder: Path) -> psutil.Process:
-    """Whom to kill: the process that was started, torchrun, or the notebook's kernel."""
+    """Whom to kill, as soon as it is there: the process that was started, torchrun, or the notebook's kernel."""
     if kind in ("launcher", "papermill"):
         return root
     name = {"torchrun": "torch.distributed.run", "kernel": "ipykernel"}[kind]
-    found = [process for process in alive(folder) if any(name in word for word in process.cmdline())]  # fmt: skip
-    assert found, f"no process of {[process.cmdline() for process in alive(folder)]} is the {kind}"
-    return min(found, key=lambda process: process.create_time())
+    until = time.monotonic() + 60
+    while time.monotonic() < until:
+        for process in alive(folder):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if any(name in word for word in process.cmdline()):
+                    return process
+        time.sleep(0.05)
+    raise AssertionError(f"there is no {kind} in this tree")
 
 
 def wait_for_steps(root: psutil.Popen, folder: Path, limit_s: float = 120.0) -> None:
@@ -300,13 +304,19 @@ def wait_for_steps(root: psutil.Popen, folder: Path, limit_s: float = 120.0) -> 
 
 
 def killed(kind: str, number: int, home: Path, data: Path) -> dict:
-    """A tree of two ranks that trains, and one of its processes killed. Every tenth notebook is the whole chapter."""
+    """A tree of two ranks, one of its processes killed: while it trains, every fifth while it starts.
+
+    Every tenth notebook is the whole chapter.
+    """
     rng, folder = random.Random(f"{kind} {number}"), home / f"{kind}-{number}"
     command = {"launcher": "launch", "torchrun": "launch"}.get(kind, "run_speedrun" if number % 10 == 9 else "cut")  # fmt: skip
     root = grow(command_for(command, folder, data, 2), folder)
     try:
-        wait_for_steps(root, folder)
-        time.sleep(rng.uniform(0, 1.0))
+        if number % 5 == 3:
+            time.sleep(rng.uniform(0.5, 10.0))
+        else:
+            wait_for_steps(root, folder)
+            time.sleep(rng.uniform(0, 1.0))
         target, before = victim(kind, root, folder), step_of(folder)
         target.kill()
         began = time.time()
