@@ -164,7 +164,14 @@ assert trained.step == 300 and trained.tokenizer.name == "bytes" and trained.con
 # %%
 #| export
 def choose(logits: Tensor, temperature: float, top_k: int, generator: torch.Generator) -> int:
-    """Draw a token from logits, (vocab,), among the `top_k` likeliest (0: all). Temperature 0: the likeliest."""
+    """Draw a token from logits, (vocab,), among the `top_k` likeliest (0: all). Temperature 0: the likeliest.
+
+    Raises Problem where a logit is not finite: such a model has nothing to say.
+    """
+    if not torch.isfinite(logits).all():
+        raise Problem(
+            "the model's logits are not finite", "sample an earlier checkpoint of the run"
+        )
     if temperature <= 0:
         return int(logits.argmax())
     if top_k:

@@ -141,6 +141,7 @@ WAYS_OUT = {
     errno.ENAMETOOLONG: "choose a shorter name",
     errno.EIO: "the disk, or the connection to it, fails: choose another folder",
     errno.ESTALE: "the network folder has gone away: mount it again, or choose another folder",
+    errno.ELOOP: "links there point at each other: name the folder itself",
     errno.EMFILE: "too many open files: ulimit -n 4096",
 }
 
