@@ -586,7 +586,7 @@ def count_tokens(path: Path) -> int:
 # ### A hash, once
 #
 # A header says nothing about the body. Flip one bit of a token, or fill half of a shard with zeros as a crashed copy does, and it trains, while the log records the hash of the text that should have been there. What sees this is the SHA-256 in the manifest, so a shard is compared
-# with it before its first token is used. Once is enough, since a start should not cost more with every shard. A small file beside the manifest, `.verified.json`, keeps size, time of change and inode number of each file that was right; whoever changes a file, or copies the folder, changes one of them, and the file is hashed again. Where the folder cannot be
+# with it before its first token is used. Once is enough: the file does not change by itself, and a start should not take longer with every shard. A small file beside the manifest, `.verified.json`, keeps size, time of change and inode number of each file that was right; whoever changes a file, or copies the folder, changes one of them, and the file is hashed again. Where the folder cannot be
 # written to, each process remembers for itself. Damage that leaves all three alone, as a failing disk does, is seen by `python -m speedrun.data verify`, which always hashes.
 
 # %%
@@ -697,7 +697,7 @@ assert passed == seen == 200
 print(f"of {seen} flipped bits, header and size let {passed} pass; the hash none")
 
 # %% [markdown]
-# The thread that loads shards does the hashing, while the trainer is busy with the shard before. What a shard of FineWeb's size takes on this machine, beside what a training run reads per second:
+# The thread that loads shards does the hashing, so that only the first shard of a run is waited for. What one of FineWeb's size takes on this machine:
 
 # %%
 import time
@@ -969,7 +969,7 @@ assert written[0] == BYTE_DOCUMENT and load_manifest(scratch / "staged") == tiny
 # %% [markdown]
 # ### Old until it is new
 #
-# The folder may hold a corpus already, perhaps one that took a night to make. A writer that empties the folder first and fills it afterwards loses the old corpus to a full disk, and a folder that was named by mistake to nothing at all. So two rules. A command replaces only what the same command made: every file there must be in its manifest, with the hash that
+# The folder may hold a corpus already, perhaps one that took a night to make. A writer that empties the folder first and fills it afterwards loses the old corpus to a full disk, and somebody's own files to a mistyped name. So there are two rules. A command replaces only what the same command made: every file there must be in its manifest, with the hash that
 # stands in it. And the new files are written whole into a hidden folder *inside* the old one (on the same disk, also where the folder is a mount point or a link), and change places with the old ones by renaming. The manifest goes first and comes last, so that none ever stands over shards that are not its own; if anything fails before it has come, all goes back.
 
 
@@ -2001,7 +2001,7 @@ def read_documents(path: Path) -> list[str]:
 
 
 # %% [markdown]
-# Most people's first corpus is *one* text file, and whichever way the hash of a single document falls, one split is empty. Then, as where all of a few documents fall on one side, the longest is cut in two, near the place that gives each split its share: at an empty line if one is near, else at the end of a line or of a word. Its end validates.
+# Most people's first corpus is *one* text file, and whichever way the hash of a single document falls, one split is empty. Then, as where all of a few documents fall on one side, the longest is cut in two, near the place that gives each split its share: at an empty line if one is near, else at the end of a line or of a word. Its end validates. That is the very thing which whole files avoid, a border inside one text, but there is only one border.
 
 
 # %% tags=["hide-input"]
@@ -2071,6 +2071,8 @@ def pack(
     if not 0 < validation < 1:
         what = f"--validation {validation} is no share between 0 and 1"
         raise Problem(what, "--validation 0.05 takes a twentieth of the documents")
+    if "\0" in "".join(map(str, (*files, folder))):
+        raise Problem("a name with a zero byte can be no file's name", "look at the names given")
     source = " ".join(path.name for path in files[:3]) + " …" * (len(files) > 3)
     options = ["--out", str(folder), "--tokenizer", tokenizer, "--validation", str(validation)]
     command = shlex.join(["python", "-m", "speedrun.data", "pack", *map(str, files), *options])

@@ -605,6 +605,8 @@ def pack(
     if not 0 < validation < 1:
         what = f"--validation {validation} is no share between 0 and 1"
         raise Problem(what, "--validation 0.05 takes a twentieth of the documents")
+    if "\0" in "".join(map(str, (*files, folder))):
+        raise Problem("a name with a zero byte can be no file's name", "look at the names given")
     source = " ".join(path.name for path in files[:3]) + " …" * (len(files) > 3)
     options = ["--out", str(folder), "--tokenizer", tokenizer, "--validation", str(validation)]
     command = shlex.join(["python", "-m", "speedrun.data", "pack", *map(str, files), *options])
