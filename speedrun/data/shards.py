@@ -122,7 +122,7 @@ def manifest_of(fields: Any) -> Manifest:
     """A manifest from JSON; ValueError names the first field that cannot be."""
     entries = checked(fields, MANIFEST_FIELDS)["files"]
     files = tuple(ShardFile(**checked(entry, FILE_FIELDS)) for entry in entries)
-    shown = {name: visible(fields[name], 1000) for name in ("source", "command")}
+    shown = {name: visible(fields[name], 10**6) for name in ("source", "command")}
     manifest = Manifest(**{**fields, **shown, "files": files})
     if manifest.document >= manifest.vocab_size:
         raise ValueError(f"document {manifest.document} is beyond the vocabulary of {manifest.vocab_size}")  # fmt: skip
@@ -189,20 +189,22 @@ FORMATS = (  # how a file begins, what it is then, and what to do with it
     (rb"GGUF|[flt][jm]gg", "a model of llama.cpp", "give a file of tokens or text"),
     (rb"\xa1\xd9\x34\x01", "a shard of 32-bit tokens (llm.c's for Llama 3)", "pack its text instead"),
     (rb"version https://git-lfs", "a pointer of git-lfs and not the file itself", "git lfs pull"),
+)  # fmt: skip
+LOOKALIKES = (  # what is fine elsewhere, and is no shard
     (rb"(?i)\s*<(!doctype |html)", "an HTML page, perhaps a server's error", "look at it in a browser; then fetch the file again"),
     (rb'\s*(\{\s*"|\[\s*[\[{"\d])', "JSON", "if it has a text in each line, call it .jsonl: python -m speedrun.data pack FILE.jsonl --out FOLDER"),
     (rb"(?:[\t-\r -~]|[\xc2-\xf4][\x80-\xbf]+)+.{,3}\Z", "text", "python -m speedrun.data pack {name} --out FOLDER"),
-    (rb"(?s)(?!.{12}\0{999})(?:.[\0-\xc4]){8,}\Z", "perhaps tokens without a header, as nanoGPT writes them", """mkdir shards; python -c "import numpy, sys; from speedrun.data.shards import write_shard; write_shard(sys.argv[2], numpy.fromfile(sys.argv[1], '<u2'))" {name} shards/{file}"""),
+    (rb"(?s)(?!.{12}\0{999})(?=.*[\x80-\xff])(?:.[\0-\xc4]){8,}\Z", "perhaps tokens without a header, as nanoGPT writes them", """mkdir shards; python -c "import numpy, sys; from speedrun.data.shards import write_shard; write_shard(sys.argv[2], numpy.fromfile(sys.argv[1], '<u2'))" {name} shards/{file}"""),
 )  # fmt: skip
 
 
-def recognise(path: Path, head: bytes) -> str | None:
-    """What a file is that begins like this (1 kB), and what to do with it, if it is one of `FORMATS`."""
+def recognise(path: Path, head: bytes, formats: tuple) -> str | None:
+    """What a file is that begins like this (1 kB), and what to do with it, if it is of one of these formats."""
     unpacked = re.sub(r"\.(gz|bz2|xz|zst)$", "", path.name)
     name, plain = quoted(path), quoted(path.with_name(f"plain-{unpacked}"))
     unpack = f"-k {name}" if unpacked != path.name else f"-c {name} > {plain}"
     words = {"name": name, "plain": plain, "unpack": unpack, "file": quoted(Path(path.name))}
-    found = (f"it is {what}: {command.format(**words)}" for begins, what, command in FORMATS if re.match(begins, head))  # fmt: skip
+    found = (f"it is {what}: {command.format(**words)}" for begins, what, command in formats if re.match(begins, head))  # fmt: skip
     return next(found, None)
 
 
@@ -228,7 +230,7 @@ def how_to_mend(path: Path) -> str:
         head = file.read(HEADER_BYTES)
     again = f"{f'move {path.name} elsewhere, then: ' if head else ''}{made}"
     other = f"copy it again from where it came, then: python -m speedrun.data verify {quoted(path.parent)}; or pack its text: python -m speedrun.data pack FILES --out FOLDER"
-    return recognise(path, head) or (again if made else other)
+    return recognise(path, head, FORMATS + LOOKALIKES) or (again if made else other)
 
 
 def bad_shard(path: Path, at: int, what: str) -> Problem:

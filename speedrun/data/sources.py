@@ -4,6 +4,7 @@
 from speedrun.data.shards import (
     EMBEDDED_SHA256,
     FINEWEB_NAME,
+    FORMATS,
     HEADER_BYTES,
     MAGIC,
     Manifest,
@@ -38,12 +39,14 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import BaseFileLock
 
 from speedrun.lab.errors import Problem, explained, visible
 from speedrun.lab.files import claim, sync
@@ -227,8 +230,30 @@ def clear(staged: Path) -> None:
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
+def own(staged: Path, patience_s: int) -> BaseFileLock:
+    """The lock of a staging folder; Problem if another process has it, and still has it after so many seconds."""
+    while True:
+        try:
+            return claim(staged, "data")
+        except Problem:
+            if patience_s <= 0:
+                raise
+        time.sleep(1)
+        patience_s -= 1
+
+
 @contextlib.contextmanager
-def staging(folder: Path, keep: bool = False) -> Iterator[Path]:
+def explaining(path: Path) -> Iterator[None]:
+    """What the system refuses meanwhile becomes a Problem, about `path` where the error names no file."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise explained(error) or error from None
+
+
+@contextlib.contextmanager
+def staging(folder: Path, keep: bool = False, patience_s: int = 0) -> Iterator[Path]:
     """A hidden folder inside `folder`, for one process at a time; removed at the end, unless it fails and is to `keep`.
 
     A `folder` that had to be made and stays empty goes, too. What the system refuses becomes a Problem.
@@ -236,14 +261,12 @@ def staging(folder: Path, keep: bool = False) -> Iterator[Path]:
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     staged, lock = folder / STAGING, None
     try:
-        staged.mkdir(parents=True, exist_ok=True)
-        lock = claim(staged, "data")
-        put_back(staged, folder)
-        yield staged
+        with explaining(folder):
+            staged.mkdir(parents=True, exist_ok=True)
+            lock = own(staged, patience_s)
+            put_back(staged, folder)
+            yield staged
         keep = False
-    except OSError as error:
-        error.filename = error.filename or str(folder)
-        raise explained(error) or error from None
     finally:
         with contextlib.suppress(OSError):
             if lock:
@@ -282,7 +305,7 @@ def swap(staged: Path, folder: Path, before: list[str]) -> None:
 
 
 @contextlib.contextmanager
-def replacing(folder: Path, command: str) -> Iterator[Path]:
+def replacing(folder: Path, command: str, patience_s: int = 0) -> Iterator[Path]:
     """An empty folder for a new corpus. When the block ends well, the corpus is `folder`'s; if not, nothing has changed.
 
     Raises Problem, before anything is written, where `folder` holds what the same kind of command did not make.
@@ -290,11 +313,12 @@ def replacing(folder: Path, command: str) -> Iterator[Path]:
     if not (folder / STAGING).exists():
         with contextlib.suppress(OSError):  # staging says it better
             made_before(folder, command)
-    with staging(folder) as staged:
+    with staging(folder, patience_s=patience_s) as staged:
         before = made_before(folder, command)
         clear(staged)  # of what a killed process left
         yield staged
-        swap(staged, folder, before)
+        if (staged / "manifest.json").exists():
+            swap(staged, folder, before)
 
 
 SHARD_TOKENS = 100_000_000
@@ -308,11 +332,21 @@ def write_corpus(
         return write_files(staged, documents, tokenizer, source, command, shard_tokens)
 
 
+def whole_corpus(folder: Path) -> str | None:
+    """The hash of a folder's corpus, if all its files are there; None if not."""
+    if not (folder / "manifest.json").exists():
+        return None
+    found = load_manifest(folder)
+    return found.sha256 if all((folder / file.name).exists() for file in found.files) else None
+
+
 def build_embedded(folder: Path, wheels: Path) -> Manifest:
     """The offline corpus: the Python of SymPy and NetworkX as bytes, the same shards on every machine."""
     command = shlex.join(["python", "-m", "speedrun.data", "embedded", "--out", str(folder)])
-    with replacing(folder, command) as staged:
+    with replacing(folder, command, patience_s=120) as staged:
         documents: dict[str, list] = {"train": [], "val": []}
+        if whole_corpus(folder) == EMBEDDED_SHA256:  # another process was faster
+            return load_manifest(folder)
         for package in WHEELS:
             for name, text in sorted(package_text(package, wheels).items()):
                 split = "val" if is_validation(name, 0.05) else "train"
@@ -470,7 +504,8 @@ def describe_folder(
             raise Problem(what, f"it needs .bin files with “{split}” as a word of their names")
     entries = [describe_shard(folder / name, split, facts) for name, split in splits.items()]
     manifest = Manifest(*facts, source, command, tuple(entries))
-    save_manifest(folder, manifest)
+    with explaining(folder):
+        save_manifest(folder, manifest)
     return manifest
 
 
@@ -482,22 +517,29 @@ def read_text(path: Path) -> str:
     except OSError as error:
         what = f"{visible(path)} cannot be read: {error.strerror}"
         raise Problem(what, "give paths of text or .jsonl files") from None
-    name, plain = quoted(path), quoted(path.with_name(f"plain-{path.name}"))
-    nulls, end = content[:4096].count(0), "BE" if content[:1] == b"\0" else "LE"
-    utf16 = f"it seems to be UTF-16: iconv -f UTF-16{end} -t UTF-8 {name} > {plain}"
-    binary = f"it is binary; if it is text with stray zeros: tr -d '\\000' < {name} > {plain}"
-    latin = f"if it is Latin-1: iconv -f LATIN1 -t UTF-8 {name} > {plain}"
-    fix = utf16 if nulls > len(content[:4096]) / 5 else binary
     try:
         text, at = content.decode("utf-8-sig"), content.find(0)
         if at < 0 and not content.startswith(b"version https://git-lfs"):
             return text.replace("\r\n", "\n").replace("\r", "\n")  # as Python reads text
     except UnicodeDecodeError as error:
-        at, fix = error.start, fix if nulls else latin
-    known = recognise(path, content[:HEADER_BYTES])
-    if content[:4] == MAGIC.to_bytes(4, "little"):
-        known = f"it is a shard of tokens already: python -m speedrun.data manifest {quoted(path.parent)} --tokenizer gpt2 (or bytes)"
-    raise Problem(f"{visible(path)}, byte {max(at, 0)}: not UTF-8 text", known or fix)
+        at = error.start
+    raise Problem(f"{visible(path)}, byte {max(at, 0)}: not UTF-8 text", text_of(path, content))
+
+
+def text_of(path: Path, content: bytes) -> str:
+    """What a file is that is no UTF-8 text, and the command that makes such a text of it."""
+    name, plain = quoted(path), quoted(path.with_name(f"plain-{path.name}"))
+    if content.startswith(MAGIC.to_bytes(4, "little")):
+        return f"it is a shard of tokens already: python -m speedrun.data manifest {quoted(path.parent)} --tokenizer gpt2 (or bytes)"
+    for end, letters in (
+        ("LE", rb"(?:[\t-\r -~\xa0-\xff]\0){4}"),
+        ("BE", rb"(?:\0[\t-\r -~\xa0-\xff]){4}"),
+    ):
+        if re.match(letters, content):
+            return f"it is UTF-16 text: iconv -f UTF-16{end} -t UTF-8 {name} > {plain}"
+    stray = f"it is binary, or text with stray zeros; then: tr -d '\\000' < {name} > {plain}"
+    latin = f"if it is Latin-1: iconv -f LATIN1 -t UTF-8 {name} > {plain}"
+    return recognise(path, content[:HEADER_BYTES], FORMATS) or (stray if 0 in content else latin)
 
 
 def read_documents(path: Path) -> list[str]:
@@ -544,6 +586,11 @@ def split_texts(texts: list[str], share: float) -> dict[str, list[str]]:
             copies = len(texts) - len(rest)
             train, val = ([half] * copies for half in halves)
             return {"train": train + rest * bool(splits["train"]), "val": val + rest * bool(splits["val"])}  # fmt: skip
+        full, empty = ("train", "val") if splits["train"] else ("val", "train")
+        shortest = min(texts, key=len)  # no border in the longest: a whole text goes over
+        if shortest != longest:
+            splits[empty] = [text for text in texts if text == shortest]
+            splits[full] = [text for text in texts if text != shortest]
     return splits
 
 
@@ -558,6 +605,8 @@ def pack(
     if not 0 < validation < 1:
         what = f"--validation {validation} is no share between 0 and 1"
         raise Problem(what, "--validation 0.05 takes a twentieth of the documents")
+    if "\0" in "".join(map(str, (*files, folder))):
+        raise Problem("a name with a zero byte can be no file's name", "look at the names given")
     source = " ".join(path.name for path in files[:3]) + " …" * (len(files) > 3)
     options = ["--out", str(folder), "--tokenizer", tokenizer, "--validation", str(validation)]
     command = shlex.join(["python", "-m", "speedrun.data", "pack", *map(str, files), *options])
