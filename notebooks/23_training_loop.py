@@ -98,7 +98,7 @@ from speedrun.config import Config, check_config, config_from_json, fields_of, p
 from speedrun.config import read_command, switches_of, vary
 from speedrun.data.loader import Batch, Loader, Position, Shards, validation_batches
 from speedrun.data.tokenizer import decode_bytes
-from speedrun.lab.errors import Problem, run_main, visible
+from speedrun.lab.errors import Problem, quoted, run_main, visible
 from speedrun.lab.files import claim, new_folder
 from speedrun.lab.hardware import Machine, setup
 from speedrun.lab.provenance import commit, module_file, module_hashes, root, stamp
@@ -937,12 +937,10 @@ print(f"one step: loss {loss.item():.3f}, position {run.loader.position}")
 #| default_exp checkpoint
 #| export
 import errno
-import hashlib
 import json
 import math
 import os
 import re
-import shlex
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -953,8 +951,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from speedrun.lab.errors import Problem, visible
-from speedrun.lab.files import atomic_write, sync
+from speedrun.lab.errors import Problem, quoted, visible
+from speedrun.lab.files import atomic_write, file_sha256, sync
 
 
 Optimizers = Sequence[Any]  # of torch.optim.Optimizer, or chapter 20's alone
@@ -1027,19 +1025,13 @@ def checkpoints(folder: Path) -> list[Path]:
     return [found[step] for step in sorted(found)]
 
 
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file, in hex."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
     """Write named tensors to the disk; returns the file's SHA-256."""
     layout = torch.contiguous_format  # copies, since small parameters may be views of one storage
     save_file({k: v.detach().clone(memory_format=layout) for k, v in tensors.items()}, path)
     path.chmod((path.parent / "state.json").stat().st_mode)  # safetensors shuts out all other users
     sync(path)
-    return file_hash(path)
+    return file_sha256(path)
 
 
 # %%
@@ -1105,11 +1097,6 @@ FACTS: dict[str, Any] = {
 }  # fmt: skip
 
 
-def quoted(path: Path | str) -> str:
-    """A path as it can be copied into a shell."""
-    return shlex.quote(str(path))
-
-
 def damaged(path: Path, why: object) -> Problem:
     """What to say about a checkpoint that is not whole, and the way on, which removes nothing."""
     run = path.parent.parent
@@ -1156,7 +1143,7 @@ def load_tensors(path: Path, kind: str, facts: dict) -> dict[str, Tensor]:
     file, hashes = readable(path / f"{kind}.safetensors"), facts.get("sha256")
     if hashes is not None:  # checkpoints of before 28 November 2026 have none
         wanted = hashes.get(kind) if isinstance(hashes, dict) else None
-        if file_hash(file) != wanted:
+        if file_sha256(file) != wanted:
             raise damaged(path, f"the SHA-256 of {file.name} is not the one in state.json")
     try:
         return load_file(file)
@@ -1248,6 +1235,22 @@ def blank_moments(run: Run) -> dict[str, Tensor]:
 
 # %%
 #| export train
+def facts_of(run: Run) -> dict:
+    """What a checkpoint says about its run beside the tensors."""
+    manifest = run.loader.shards.manifest
+    return {
+        "config": dataclasses.asdict(run.config),
+        "position": run.loader.position,
+        "train_time_ms": run.clock.ms,
+        "data_sha256": manifest.sha256,
+        "train_shards": len(manifest.split("train")),
+        "vocab_size": manifest.vocab_size,
+        "tokenizer": manifest.tokenizer,
+    }
+
+
+# %%
+#| export train
 FREE = ("max_steps", "data.path", "device", "backend")  # what may change when a run goes on
 
 
@@ -1259,9 +1262,10 @@ def check_same_run(path: Path, facts: dict, run: Run) -> None:
         count = facts.get("train_shards", "N")
         again = f"shards fetched since: python -m speedrun.data fineweb --shards {count} lists those of then"
         raise Problem(what, f"{again}; other text: --data.path FOLDER")
-    own = {"vocab_size": manifest.vocab_size, "tokenizer": manifest.tokenizer}
-    for name, value in own.items():
-        if facts[name] != value:
+    now = facts_of(run)
+    for name in ("vocab_size", "tokenizer", "train_shards"):
+        value = now[name]
+        if facts.get(name, value) != value:
             raise damaged(path, f"{name} is {facts[name]!r}, and in {folder} {value!r}")
     with contextlib.suppress(OSError, ValueError, KeyError, AttributeError):
         first = json.loads((run.folder / "metrics.jsonl").open(encoding="utf-8").readline())
@@ -1279,7 +1283,8 @@ def resume(run: Run) -> None:
     weights, moments, facts = load_checkpoint(path)
     check_same_run(path, facts, run)
     check_tensors(path, weights, named)
-    broken = [name for name, w in weights.items() if not torch.isfinite(w.float()).all()]
+    tensors = (weights | moments).items()
+    broken = [name for name, t in tensors if not torch.isfinite(t.float()).all()]
     if broken:
         raise damaged(path, f"{', '.join(broken)} is not finite")
     if not run.config.sharing.on:
@@ -1296,20 +1301,6 @@ def resume(run: Run) -> None:
 
 # %%
 #| export train
-def facts_of(run: Run) -> dict:
-    """What a checkpoint says about its run beside the tensors."""
-    manifest = run.loader.shards.manifest
-    return {
-        "config": dataclasses.asdict(run.config),
-        "position": run.loader.position,
-        "train_time_ms": run.clock.ms,
-        "data_sha256": manifest.sha256,
-        "train_shards": len(manifest.split("train")),
-        "vocab_size": manifest.vocab_size,
-        "tokenizer": manifest.tokenizer,
-    }
-
-
 def keep(run: Run, patience_s: float = 0.0) -> Path | None:
     """Save a checkpoint (rank 0), off the clock; tries again for `patience_s`. None where it failed, which is said.
 

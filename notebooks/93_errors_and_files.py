@@ -82,6 +82,7 @@ if FULL.exists():
 import contextlib
 import errno
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Callable
@@ -114,10 +115,27 @@ def visible(text: object, most: int = 200) -> str:
     return shown if len(shown) <= most else shown[: most - 1] + "…"
 
 
+def quoted(path: object) -> str:
+    """A path as it can be copied into a shell, in one line."""
+    return shlex.quote(visible(path, 4096))
+
+
+def check_words(arguments: list[str]) -> None:
+    """Refuse command-line arguments that would move a terminal's cursor when a message repeats them."""
+    for word in arguments:
+        if not word.replace("\n", "").replace("\t", "").isprintable():
+            raise Problem(f"“{visible(word)}” holds control characters", "type that argument anew")
+
+
 # %%
 assert visible("train_000000.bin") == "train_000000.bin"
 assert visible("evil\x1b[2J\nname") == r"evil\x1b[2J\nname" and len(visible("x" * 5000)) == 200
 assert "\ud800" not in visible("half a character: \ud800")  # which no terminal can be sent
+try:
+    check_words(["--out", "fine\n", "--device", "\x1b[2J"])
+    raise AssertionError("accepted")
+except Problem as problem:
+    assert r"\x1b[2J" in problem.what
 print(visible("a name that clears the screen: \x1b[2J"))
 
 # %% [markdown]
@@ -334,6 +352,7 @@ print("interrupted inside a destructor: status", status, "and not a word")
 
 # %%
 #| export lab.files
+import hashlib
 import os
 from pathlib import Path
 
@@ -349,6 +368,12 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def atomic_write(path: str | Path, data: str | bytes) -> None:

@@ -30,9 +30,9 @@ from nbclient.exceptions import DeadKernelError
 from papermill.clientwrap import PapermillNotebookClient
 from papermill.engines import NBClientEngine, papermill_engines
 
-from speedrun.checkpoint import checkpoints, quoted
+from speedrun.checkpoint import checkpoints
 from speedrun.config import Config, read_command
-from speedrun.lab.errors import Problem, explained, run_main
+from speedrun.lab.errors import Problem, explained, quoted, run_main
 from speedrun.lab.files import claim, new_folder
 from speedrun.lab.hardware import setup
 from speedrun.lab.provenance import root

@@ -3,12 +3,10 @@
 
 # %% Checkpoints
 import errno
-import hashlib
 import json
 import math
 import os
 import re
-import shlex
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,8 +17,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from speedrun.lab.errors import Problem, visible
-from speedrun.lab.files import atomic_write, sync
+from speedrun.lab.errors import Problem, quoted, visible
+from speedrun.lab.files import atomic_write, file_sha256, sync
 
 
 Optimizers = Sequence[Any]  # of torch.optim.Optimizer, or chapter 20's alone
@@ -75,19 +73,13 @@ def checkpoints(folder: Path) -> list[Path]:
     return [found[step] for step in sorted(found)]
 
 
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file, in hex."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
     """Write named tensors to the disk; returns the file's SHA-256."""
     layout = torch.contiguous_format  # copies, since small parameters may be views of one storage
     save_file({k: v.detach().clone(memory_format=layout) for k, v in tensors.items()}, path)
     path.chmod((path.parent / "state.json").stat().st_mode)  # safetensors shuts out all other users
     sync(path)
-    return file_hash(path)
+    return file_sha256(path)
 
 
 def save_checkpoint(folder: Path, step: int, weights: dict, moments: dict, facts: dict) -> Path:
@@ -138,11 +130,6 @@ FACTS: dict[str, Any] = {
 }  # fmt: skip
 
 
-def quoted(path: Path | str) -> str:
-    """A path as it can be copied into a shell."""
-    return shlex.quote(str(path))
-
-
 def damaged(path: Path, why: object) -> Problem:
     """What to say about a checkpoint that is not whole, and the way on, which removes nothing."""
     run = path.parent.parent
@@ -187,7 +174,7 @@ def load_tensors(path: Path, kind: str, facts: dict) -> dict[str, Tensor]:
     file, hashes = readable(path / f"{kind}.safetensors"), facts.get("sha256")
     if hashes is not None:  # checkpoints of before 28 November 2026 have none
         wanted = hashes.get(kind) if isinstance(hashes, dict) else None
-        if file_hash(file) != wanted:
+        if file_sha256(file) != wanted:
             raise damaged(path, f"the SHA-256 of {file.name} is not the one in state.json")
     try:
         return load_file(file)

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, get_type_hints
 
 from speedrun.data.loader import DataOptions, check_options
-from speedrun.lab.errors import Problem, visible
+from speedrun.lab.errors import Problem, check_words, visible
 from speedrun.optim.adamw import AdamWOptions
 from speedrun.model.embedding import EmbeddingOptions
 from speedrun.model.gpt import GPTOptions, Switches
@@ -389,6 +389,7 @@ def read_command(
     """A command, which `make` builds around a run, with its fields set from arguments; --preset names the run."""
     import tyro
 
+    check_words(arguments)
     command = make(preset(preset_in(arguments, default)))
     check_switches(arguments, command)
     return tyro.cli(type(command), args=arguments, default=command, prog=prog)

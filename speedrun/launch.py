@@ -30,13 +30,13 @@ import psutil
 import tyro
 from annotated_types import Ge, Gt
 
-from speedrun.checkpoint import checkpoints, quoted
+from speedrun.checkpoint import checkpoints
 from speedrun.config import Config, as_arguments, check_config, largest_divisor, read_command
 from speedrun.config import switches_of
 from speedrun.data.shards import data_folder, load_manifest
 from speedrun.data.sources import FINEWEB_SHARDS, SHARD_TOKENS, build_embedded, fetch_fineweb
 from speedrun.lab.bounds import check_ranges
-from speedrun.lab.errors import Problem, run_main
+from speedrun.lab.errors import Problem, quoted, run_main
 from speedrun.lab.files import claim
 from speedrun.lab.hardware import Machine, gpu_problem, look, setup
 from speedrun.lab.provenance import root

@@ -5,8 +5,7 @@
 import math
 from pathlib import Path
 
-from speedrun.checkpoint import quoted
-from speedrun.lab.errors import Problem
+from speedrun.lab.errors import Problem, quoted
 from speedrun.lab.results import public_table
 from speedrun.lab.runlog import read_metrics, series
 

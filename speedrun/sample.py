@@ -27,7 +27,7 @@ from speedrun.config import check_config, config_from_json
 from speedrun.data.shards import data_folder, load_manifest, read_shard
 from speedrun.data.tokenizer import Tokenizer, get_tokenizer
 from speedrun.lab.bounds import check_ranges
-from speedrun.lab.errors import Problem, explained, run_main
+from speedrun.lab.errors import Problem, check_words, explained, run_main
 from speedrun.lab.hardware import setup
 from speedrun.train import build_model
 
@@ -173,6 +173,7 @@ class SampleCommand:
 def run_command(arguments: list[str]) -> None:
     """Print a sample and keep it in the run's folder; count its known words, if its training text is there."""
     setup()
+    check_words(arguments)
     command = tyro.cli(SampleCommand, args=arguments, prog="python -m speedrun.sample")
     check_ranges(command)
     if command.device == "cuda" and not torch.cuda.is_available():

@@ -9,7 +9,6 @@ from speedrun.checkpoint import (
     load_checkpoint,
     load_facts,
     optimizer_tensors,
-    quoted,
     restore_optimizers,
     save_checkpoint,
 )
@@ -53,7 +52,7 @@ from speedrun.config import Config, check_config, config_from_json, fields_of, p
 from speedrun.config import read_command, switches_of, vary
 from speedrun.data.loader import Batch, Loader, Position, Shards, validation_batches
 from speedrun.data.tokenizer import decode_bytes
-from speedrun.lab.errors import Problem, run_main, visible
+from speedrun.lab.errors import Problem, quoted, run_main, visible
 from speedrun.lab.files import claim, new_folder
 from speedrun.lab.hardware import Machine, setup
 from speedrun.lab.provenance import commit, module_file, module_hashes, root, stamp
@@ -609,6 +608,20 @@ def blank_moments(run: Run) -> dict[str, Tensor]:
     return optimizer_tensors(run.optimizers, named)
 
 
+def facts_of(run: Run) -> dict:
+    """What a checkpoint says about its run beside the tensors."""
+    manifest = run.loader.shards.manifest
+    return {
+        "config": dataclasses.asdict(run.config),
+        "position": run.loader.position,
+        "train_time_ms": run.clock.ms,
+        "data_sha256": manifest.sha256,
+        "train_shards": len(manifest.split("train")),
+        "vocab_size": manifest.vocab_size,
+        "tokenizer": manifest.tokenizer,
+    }
+
+
 FREE = ("max_steps", "data.path", "device", "backend")  # what may change when a run goes on
 
 
@@ -620,9 +633,10 @@ def check_same_run(path: Path, facts: dict, run: Run) -> None:
         count = facts.get("train_shards", "N")
         again = f"shards fetched since: python -m speedrun.data fineweb --shards {count} lists those of then"
         raise Problem(what, f"{again}; other text: --data.path FOLDER")
-    own = {"vocab_size": manifest.vocab_size, "tokenizer": manifest.tokenizer}
-    for name, value in own.items():
-        if facts[name] != value:
+    now = facts_of(run)
+    for name in ("vocab_size", "tokenizer", "train_shards"):
+        value = now[name]
+        if facts.get(name, value) != value:
             raise damaged(path, f"{name} is {facts[name]!r}, and in {folder} {value!r}")
     with contextlib.suppress(OSError, ValueError, KeyError, AttributeError):
         first = json.loads((run.folder / "metrics.jsonl").open(encoding="utf-8").readline())
@@ -640,7 +654,8 @@ def resume(run: Run) -> None:
     weights, moments, facts = load_checkpoint(path)
     check_same_run(path, facts, run)
     check_tensors(path, weights, named)
-    broken = [name for name, w in weights.items() if not torch.isfinite(w.float()).all()]
+    tensors = (weights | moments).items()
+    broken = [name for name, t in tensors if not torch.isfinite(t.float()).all()]
     if broken:
         raise damaged(path, f"{', '.join(broken)} is not finite")
     if not run.config.sharing.on:
@@ -653,20 +668,6 @@ def resume(run: Run) -> None:
     run.step, run.loader.position = facts["step"], Position(*facts["position"])
     run.clock.elapsed_ms, run.saved = facts["train_time_ms"], path
     run.log.line(f"resumed from {path} at step {run.step}")
-
-
-def facts_of(run: Run) -> dict:
-    """What a checkpoint says about its run beside the tensors."""
-    manifest = run.loader.shards.manifest
-    return {
-        "config": dataclasses.asdict(run.config),
-        "position": run.loader.position,
-        "train_time_ms": run.clock.ms,
-        "data_sha256": manifest.sha256,
-        "train_shards": len(manifest.split("train")),
-        "vocab_size": manifest.vocab_size,
-        "tokenizer": manifest.tokenizer,
-    }
 
 
 def keep(run: Run, patience_s: float = 0.0) -> Path | None:

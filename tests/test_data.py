@@ -42,7 +42,6 @@ from speedrun.data.shards import (
     Manifest,
     ShardFile,
     count_tokens,
-    file_sha256,
     load_manifest,
     read_shard,
     save_manifest,
@@ -61,6 +60,7 @@ from speedrun.data.sources import (
 )
 from speedrun.data.tokenizer import decode_bytes, encode_bytes, get_tokenizer
 from speedrun.lab.errors import Problem
+from speedrun.lab.files import file_sha256
 
 
 @pytest.fixture(autouse=True)

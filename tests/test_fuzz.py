@@ -408,6 +408,7 @@ def right_state(facts: Any, usual: dict, samples: bool) -> bool:
         "config",
         "position",
         "train_time_ms",
+        "sha256",  # which the tensors themselves are held against
     }  # others may be lost: older runs have fewer
     if any(facts[name] != usual[name] or type(facts[name]) is not type(usual[name]) for name in fixed):  # fmt: skip
         return False

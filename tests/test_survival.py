@@ -353,12 +353,12 @@ def damage_facts(path: Path, change) -> None:
 
 def damage_tensors(path: Path, kind: str, change) -> None:
     """Rewrite a checkpoint's tensors as somebody who knows the format would: with the right hash."""
-    from speedrun.checkpoint import file_hash
+    from speedrun.lab.files import file_sha256
 
     tensors = load_file(path / f"{kind}.safetensors")
     save_file(change(tensors), path / f"{kind}.safetensors")
     facts = json.loads((path / "state.json").read_text())
-    facts["sha256"][kind] = file_hash(path / f"{kind}.safetensors")
+    facts["sha256"][kind] = file_sha256(path / f"{kind}.safetensors")
     (path / "state.json").write_text(json.dumps(facts))
 
 

@@ -8,7 +8,7 @@ if __name__ == "__main__" and __spec__ is not None:  # python -m, not a notebook
     prepare_command()
 
 
-from speedrun.data.shards import data_folder, load_manifest, quoted, read_shard
+from speedrun.data.shards import data_folder, load_manifest, read_shard
 from speedrun.data.sources import (
     BYTE_FACTS,
     GPT2_FACTS,
@@ -28,7 +28,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from speedrun.lab.errors import end_now, run_main
+from speedrun.lab.errors import end_now, quoted, run_main
 from speedrun.lab.provenance import root
 
 Name = Literal["gpt2", "bytes"]

@@ -19,8 +19,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from speedrun.lab.errors import WAYS_OUT, Problem, visible
-from speedrun.lab.files import atomic_write
+from speedrun.lab.errors import WAYS_OUT, Problem, quoted, visible
+from speedrun.lab.files import atomic_write, file_sha256
 from speedrun.lab.provenance import note_opened, root
 
 MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 1024
@@ -64,12 +64,6 @@ class Manifest:
     def sha256(self) -> str:
         """One hash for the whole corpus: of the hashes of its files."""
         return hashlib.sha256("".join(file.sha256 for file in self.files).encode()).hexdigest()
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, in hex."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def save_manifest(folder: Path, manifest: Manifest) -> None:
@@ -140,11 +134,6 @@ def no_manifest(folder: Path) -> Problem:
     places = " nor ".join(dict.fromkeys([str(here.absolute()), str(folder.absolute())]))
     fix = "look for a misspelt name; python -m speedrun.data --help says what makes a data folder"
     return Problem(f"there is no folder {visible(places, 4096)}", fix)
-
-
-def quoted(path: Path) -> str:
-    """A path as a word of a command that can be shown in a terminal."""
-    return shlex.quote(visible(path, 4096))
 
 
 def load_manifest(folder: str | Path) -> Manifest:

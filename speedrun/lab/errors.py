@@ -5,6 +5,7 @@
 import contextlib
 import errno
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Callable
@@ -28,6 +29,18 @@ def visible(text: object, most: int = 200) -> str:
         c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text)
     )
     return shown if len(shown) <= most else shown[: most - 1] + "…"
+
+
+def quoted(path: object) -> str:
+    """A path as it can be copied into a shell, in one line."""
+    return shlex.quote(visible(path, 4096))
+
+
+def check_words(arguments: list[str]) -> None:
+    """Refuse command-line arguments that would move a terminal's cursor when a message repeats them."""
+    for word in arguments:
+        if not word.replace("\n", "").replace("\t", "").isprintable():
+            raise Problem(f"“{visible(word)}” holds control characters", "type that argument anew")
 
 
 # %% What the operating system refuses

@@ -5,6 +5,7 @@ from speedrun.lab.errors import Problem
 
 
 # %% A file, whole or not at all
+import hashlib
 import os
 from pathlib import Path
 
@@ -20,6 +21,12 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def atomic_write(path: str | Path, data: str | bytes) -> None:
