@@ -571,7 +571,11 @@ print(f"torch {machine.versions['torch']} → {machine.device}")
 
 
 # %%
-#| export
+#| export lab.doctor
+import re
+
+from speedrun.lab.errors import Problem
+
 LEAST_DRIVER = {11: "450.80.02", 12: "525.60.13", 13: "580.65.06"}  # on Linux, by CUDA
 WINDOWS_DRIVER = {11: "452.39", 12: "528.33", 13: "580"}
 OLDER_TORCH = "pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/"

@@ -38,7 +38,8 @@ from speedrun.data.sources import FINEWEB_SHARDS, SHARD_TOKENS, build_embedded, 
 from speedrun.lab.bounds import check_ranges
 from speedrun.lab.errors import Problem, quoted, run_main
 from speedrun.lab.files import claim
-from speedrun.lab.hardware import Machine, gpu_problem, look, setup
+from speedrun.lab.doctor import gpu_problem
+from speedrun.lab.hardware import Machine, look, setup
 from speedrun.lab.provenance import root
 from speedrun.lab.results import load_result, result_names
 from speedrun.model.gpt import model_flops_per_token
@@ -525,12 +526,22 @@ def launchers_own(folder: Path, again: bool):
         lock.release()
 
 
+def rank_program(command: LaunchCommand, config: Config, folder: Path) -> list[str]:
+    """What each rank runs: this run from its beginning, or from its latest checkpoint."""
+    own = ["--out", str(folder), *as_arguments(config)]
+    if command.train.resume:
+        own = ["--resume", str(folder), "--max-steps", str(config.max_steps)]
+        own += ["--data.path", config.data.path, "--device", config.device]
+        own += ["--backend", config.backend]
+    return ["-m", "speedrun.train", *own]
+
+
 def launch(command: LaunchCommand, echo=print, told: bool = False, check=lambda: None) -> Path:
     """Prepare the data and train on all ranks. Returns the run's folder; raises Problem if the run fails.
 
     told: whoever reads the output knows the plan. check: called now and then, may raise KeyboardInterrupt.
     """
-    config, again, machine = run_config(command.train), bool(command.train.resume), look()
+    config, machine = run_config(command.train), look()
     if command.train.out:
         refuse_old_run(Path(command.train.out))
     plan = make_plan(config, machine, command.gpus, measured_runs())
@@ -540,13 +551,8 @@ def launch(command: LaunchCommand, echo=print, told: bool = False, check=lambda:
     check_compiler(config, machine)
     confirm(plan, command.yes)
     folder = run_folder(command.train).resolve()
-    own = ["--out", str(folder), *as_arguments(config)]
-    if again:
-        own = ["--resume", str(folder), "--max-steps", str(config.max_steps)]
-        own += ["--data.path", config.data.path, "--device", config.device]
-        own += ["--backend", config.backend]
-    program = ["-m", "speedrun.train", *own]
-    with launchers_own(folder, again):
+    program = rank_program(command, config, folder)
+    with launchers_own(folder, again=bool(command.train.resume)):
         prepare_data(plan, echo)
         check()
         told_to = {"echo": echo, "device": plan.device, "check": check}

@@ -428,7 +428,10 @@ SLOT = 20  # characters of a step's number
 
 # %% Stopping
 class Interrupts:
-    """SIGINT, SIGTERM and SIGHUP (a terminal that closes) as a request, looked at between steps. A second one insists."""
+    """SIGINT, SIGTERM and SIGHUP (a terminal that closes) as a request, looked at between steps.
+
+    A second Ctrl-C, a second later or more, insists. Other repetitions do not: a terminal that closes may say so twice.
+    """
 
     signal: int | None = None
     since: float = 0.0
@@ -442,11 +445,12 @@ class Interrupts:
                 signal.signal(number, self.note)
 
     def note(self, number: int, frame=None) -> None:
-        if self.signal is not None:
+        if self.signal is None:
+            self.signal, self.since = number, time.monotonic()
+        elif number == signal.SIGINT and time.monotonic() - self.since > 1:
             os._exit(
                 128 + number
-            )  # no exception: nothing could swallow it, and files are whole or not there
-        self.signal, self.since = number, time.monotonic()
+            )  # no exception, which could get lost; files are whole or not there
 
 
 def agree_on_stop(
@@ -596,13 +600,13 @@ def put_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
 
 
 def blank_moments(run: Run) -> dict[str, Tensor]:
-    """What the optimizers' state looks like (names, shapes, dtypes), after a step that was left out."""
+    """What the optimizers' state looks like (names, shapes, dtypes), from a step with gradients of zero."""
     named = dict(run.model.named_parameters())
     if not run.config.sharing.on:
         for p in named.values():
             p.grad = torch.zeros_like(p)
         for optimizer in run.optimizers:
-            optimizer.found_inf, optimizer.grad_scale = torch.ones_like(run.skipped), None
+            optimizer.found_inf, optimizer.grad_scale = torch.zeros_like(run.skipped), None
             optimizer.step()
         run.model.zero_grad()
     return optimizer_tensors(run.optimizers, named)
@@ -684,19 +688,24 @@ def keep(run: Run, patience_s: float = 0.0) -> Path | None:
     if run.ranks.rank != 0:
         return None
     run.heart.phase("checkpoint", run.step)
-    while True:
-        try:
-            run.saved = save_checkpoint(run.folder, run.step, named, moments, facts_of(run))
-            break
-        except OSError as error:
-            if time.monotonic() >= end:
-                run.log.line(f"no checkpoint at step {run.step}, going on without: {error}")
-                return None
+    while (reason := try_to_save(run, named, moments)) and time.monotonic() < end:
         time.sleep(1.0)
         run.heart.beat()
     run.heart.phase("train", run.step)
+    if reason:
+        run.log.line(f"no checkpoint at step {run.step}, going on without: {reason}")
+        return None
     run.log.record("checkpoint", step=run.step, path=str(run.saved))
     return run.saved
+
+
+def try_to_save(run: Run, named: dict, moments: dict) -> OSError | None:
+    """Save once; returns why it failed, if it did."""
+    try:
+        run.saved = save_checkpoint(run.folder, run.step, named, moments, facts_of(run))
+    except OSError as error:
+        return error
+    return None
 
 
 # %% Validating, and warming up without a trace

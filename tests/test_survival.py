@@ -554,6 +554,22 @@ class TestInterrupts:
         done = subprocess.run([sys.executable, "-c", watched], capture_output=True, text=True)
         assert done.returncode == 128 + number and done.stderr == "" and done.stdout == ""
 
+    def test_only_a_person_who_presses_ctrl_c_again_insists(self, monkeypatch):
+        """A closing terminal hangs up twice, a service manager sends two kinds of signals at once: both want it saved."""
+        from speedrun import train as module
+
+        ended: list[int] = []
+        monkeypatch.setattr(module.os, "_exit", ended.append)
+        asked = Interrupts()
+        for number in (signal.SIGHUP, signal.SIGHUP, signal.SIGTERM, signal.SIGINT):
+            asked.note(number)
+        assert asked.signal == signal.SIGHUP and not ended
+        asked.since -= 2
+        asked.note(signal.SIGTERM)
+        assert not ended
+        asked.note(signal.SIGINT)
+        assert ended == [130]
+
     def test_a_launcher_remembers_an_interrupt_that_got_lost(self):
         from speedrun.launch import Insisting
 
