@@ -535,18 +535,24 @@ for wrong in (good[:1], (*good, good[0]), (good[0], Entry("tabel", "adam", "spar
 class Numbers:
     """What changes from step to step, as one vector on the device: one copy a step, and nothing is compiled anew."""
 
-    def __init__(self, names: Sequence[str], device: torch.device):
-        self.names, self.device = list(names), device
+    def __init__(self, names: Sequence[str], device: torch.device, betas: Sequence[float] = ()):
+        self.names, self.device = [*names, *(f"fix {beta}" for beta in betas)], device
         self.vector = torch.zeros(len(self.names), device=device)
+        self.told, self.fixes = self.vector[: len(names)], self.vector[len(names) :]
+        self.betas = torch.tensor(betas, dtype=torch.float64, device=device)
 
     def __getitem__(self, name: str) -> Tensor:
         return self.vector[self.names.index(name)]
 
     def fill(self, values: Mapping[str, float]) -> None:
-        """Set all of them; Python does not wait for the device."""
-        fresh = torch.tensor([values[name] for name in self.names])
+        """Set all but the fixes; Python does not wait for the device."""
+        fresh = torch.tensor([values[name] for name in self.names[: len(self.told)]])
         fresh = fresh.pin_memory() if self.device.type == "cuda" else fresh
-        self.vector.copy_(fresh, non_blocking=True)
+        self.told.copy_(fresh, non_blocking=True)
+
+    def fix(self, updates: Tensor) -> None:
+        """Set each fix, 1 − betaᵗ after t updates; as after one if there was none. updates: t, float64, on the device."""
+        self.fixes.copy_(1 - self.betas ** updates.clamp(min=1))
 
 
 class Replay:
@@ -593,6 +599,12 @@ for momentum in (0.85, 0.9, 0.95):
     numbers.fill({"rate": 0.25, "momentum": momentum})
     work()
 assert torch.allclose(torch.tensor(done), torch.tensor([0.85, 0.9, 0.95]))
+
+numbers, updates = Numbers([], torch.device("cpu"), [0.5, 0.95]), torch.zeros(()).double()
+for t in range(1, 1000):
+    updates += 1
+    numbers.fix(updates)
+    assert torch.equal(numbers.vector, torch.tensor([1 - 0.5**t, 1 - 0.95**t])), "to the bit"
 
 # %% [markdown]
 # ### A part for every row
@@ -760,7 +772,7 @@ assert small.grad.tolist() == [0.0] * 8 + [1.0] * 4 + [0.0] * 4, "one vector is 
 # %% [markdown]
 # ### One step
 #
-# Scatter, wait, update, gather: the loop below is the whole schedule. Sums of Muon's banks begin first, if they stand first in the order: they read gradients and write elsewhere. Meanwhile each rank looks whether all its gradients are finite, and one small all-reduce tells everybody. If any is not, the step is left out: rates are zero, and moments stay. (Adam's count goes on, which matters in the first steps only.) Only gradients that are due are looked at: a table's number that breaks in the first step of a pair is found in the second, and costs both. Python does not wait for the answer; `blame` asks later, and names the parameter. The price is one reading of every gradient that is due, before the first table's sum.
+# Scatter, wait, update, gather: the loop below is the whole schedule. Sums of Muon's banks begin first, if they stand first in the order: they read gradients and write elsewhere. Meanwhile each rank looks whether all its gradients are finite, and one small all-reduce tells everybody. If any is not, the step is left out: rates are zero, and moments stay. Nor does Adam count it: a mean of $t$ gradients is divided by $1-\beta^t$, and a gradient that was left out is not in the mean. Whether it was is known on the device alone, so the count is kept there. (What follows the number of the step, rates and momentum, goes on.) Only gradients that are due are looked at: a table's number that breaks in the first step of a pair is found in the second, and costs both. Python does not wait for the answer; `blame` asks later, and names the parameter. The price is one reading of every gradient that is due, before the first table's sum.
 #
 # On a GPU each parameter has a *lane*, a stream of its own, in which it waits for its sum, is updated, begins to be gathered, and is cleared. Python only fills the lanes. Among several ranks all of Muon's parameters share one lane, and all of Adam's another. What runs when is then decided by what has arrived: small kernels of one bank fill the gaps that another leaves, and products run while tables travel. Two rules make that safe. A graph is recorded in the lane in which it will run, because libraries keep scratch memory by stream. And what was allocated in one stream and used in another is not freed before the first has waited for the second.
 
@@ -808,10 +820,9 @@ def addresses_of(p: Tensor) -> tuple[int, int]:
     return p.data_ptr(), 0 if p.grad is None else p.grad.data_ptr()
 
 
-def number_names(table: Sequence[Entry]) -> list[str]:
-    """What a step needs to know, beside the gradient."""
-    betas = sorted({beta for row in table if row.rule == "adam" for beta in row.betas})
-    return [*TOLD, *(f"fix {beta}" for beta in betas)]
+def betas_in(table: Sequence[Entry]) -> list[float]:
+    """All betas of adam's rows."""
+    return sorted({beta for row in table if row.rule == "adam" for beta in row.betas})
 
 
 # %%
@@ -845,10 +856,11 @@ class BankOptimizer:
         self.tied = {row.name: row.tied for row in table if row.tied}
         self.addresses = {name: addresses_of(p) for name, p in parameters.items()}
         self.device = next(iter(parameters.values())).device
-        self.numbers = Numbers(number_names(table), self.device)
+        self.numbers = Numbers(TOLD, self.device, betas_in(table))
         self.bad = {name: torch.zeros((), device=self.device) for name in self.parts}
         self.skip = torch.zeros((), device=self.device) if options.guard else None
-        self.updates, self.pending = 0, False  # by adam; whether gradients wait for it
+        self.updates = torch.zeros((), dtype=torch.float64, device=self.device)  # by adam
+        self.pending = False  # whether gradients wait for adam
         self.records = options.compile and self.device.type == "cuda"
         if self.records and not options.iterations:
             raise ValueError(
@@ -915,14 +927,15 @@ def due_in(optimizer: BankOptimizer, index: int) -> list[str]:
 def tell(optimizer: BankOptimizer, index: int, rates: Mapping[str, float]) -> None:
     """Set the numbers of a step."""
     optimizer.pending = (index + 1) % optimizer.options.adam_every != 0
-    optimizer.updates += not optimizer.pending
-    fixes = {
-        name: 1 - float(name.removeprefix("fix ")) ** max(1, optimizer.updates)
-        for name in optimizer.numbers.names
-        if name.startswith("fix ")
-    }
     same_names("rates", {"muon_decay", *rates}, TOLD, "what a step is told")
-    optimizer.numbers.fill({"muon_decay": 0.0, **rates, **fixes})
+    optimizer.numbers.fill({"muon_decay": 0.0, **rates})
+
+
+def count_update(optimizer: BankOptimizer) -> None:
+    """Count a step of adam, unless it is left out: only the device knows, so the count is kept there."""
+    if not optimizer.pending:
+        optimizer.updates += 1 if optimizer.skip is None else 1 - optimizer.skip
+        optimizer.numbers.fix(optimizer.updates)
 
 
 def take_one_step(optimizer: BankOptimizer, index: int, rates: Mapping[str, float]) -> None:
@@ -933,6 +946,7 @@ def take_one_step(optimizer: BankOptimizer, index: int, rates: Mapping[str, floa
     for name in optimizer.early:
         parts[name].scatter()
     watch(optimizer, due)
+    count_update(optimizer)
     for name in sums[len(optimizer.early) :]:
         parts[name].scatter()
     for name in due:
@@ -1020,7 +1034,8 @@ def warm_up(optimizer: BankOptimizer) -> None:
     """Compile and record everything, with all that is tied tied and with all apart; nothing is updated."""
     if optimizer.skip is None:
         raise ValueError("warming up is a step that is left out, which only the guard can do")
-    optimizer.numbers.fill({name: float(name[:3] == "fix") for name in optimizer.numbers.names})
+    optimizer.numbers.fill(dict.fromkeys(TOLD, 0.0))
+    optimizer.numbers.fixes.fill_(1.0)
     now = optimizer.tied
     for tied in (now, {}) if now else ({},):
         optimizer.tied = tied
@@ -1048,7 +1063,7 @@ broken["table"].grad[3, 1] = math.nan
 optimizer.parts["table"].announce(torch.arange(len(broken["table"])))
 optimizer.step(0, {"muon": 0.02, "adam": 0.01, "momentum": 0.9})
 assert all(torch.equal(p, torch.ones_like(p)) for p in broken.values())
-assert blame(optimizer) == ["table"]
+assert blame(optimizer) == ["table"] and optimizer.updates == 0
 print(f"nothing has moved, and the gradient of {blame(optimizer)[0]} is to blame")
 
 # %% [markdown]
@@ -1094,7 +1109,7 @@ def state_places(optimizer: BankOptimizer) -> dict[str, tuple[Any, Tensor, slice
 
 def state_tensors(optimizer: BankOptimizer) -> dict[str, Tensor]:
     """The whole state by `parameter/key`, the same on every rank and for every number of ranks. All ranks have to ask."""
-    facts = {"updates": optimizer.updates, "pending": int(optimizer.pending)}
+    facts = {"updates": int(optimizer.updates), "pending": int(optimizer.pending)}
     tied = [row.name for row in optimizer.table if row.tied]
     facts |= {f"{name} apart": int(name not in optimizer.tied) for name in tied}
     found = {f"optimizer/{key}": torch.tensor(value) for key, value in facts.items()}
@@ -1108,7 +1123,7 @@ def state_tensors(optimizer: BankOptimizer) -> dict[str, Tensor]:
 def load_state(optimizer: BankOptimizer, saved: Mapping[str, Tensor]) -> None:
     """Take back what `state_tensors` gave, on however many ranks."""
     refuse_other_state(optimizer, saved)
-    optimizer.updates = int(saved["optimizer/updates"])
+    optimizer.updates.copy_(saved["optimizer/updates"])
     optimizer.pending = bool(saved["optimizer/pending"])
     tied = [row for row in optimizer.table if row.tied and not saved[f"optimizer/{row.name} apart"]]
     optimizer.tied = {row.name: row.tied for row in tied}

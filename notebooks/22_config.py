@@ -643,7 +643,7 @@ for nonsense in (*mistakes, {"layers": 3}, {"optim.betas": ("a", "b")}):
 # %% [markdown]
 # ### Any run, on a laptop
 #
-# Every switch has to work at a size at which a laptop can try it. `at_cpu_size` keeps the decisions of a run and shrinks its dimensions, to single precision. (The schedule is a decision, so the record's twenty steps are the first of a warm-up of 700.) Tests use it to train twenty steps of *any* configuration; so does the check that a refactoring has not changed what a run computes.
+# Every switch has to work at a size at which a laptop can try it. `at_cpu_size` keeps the decisions of a run and shrinks its dimensions, to single precision. A count of steps is a dimension, too. Left as it is, the record's warm-up of 700 steps would hold all of the twenty, and a changed cosine or a changed decay would change nothing that anybody sees. So warm-ups and ramps shrink with the run, to between three of its steps and a quarter of them, and twenty steps pass through everything: up, along, and down. Tests train twenty steps of *any* configuration; so does the check that a refactoring has not changed what a run computes.
 
 # %%
 #| export config
@@ -657,19 +657,39 @@ DATA_SIZES = [
 ]
 NUMBERS = ("precision", "muon.weights", "muon.products", "muon.gram")
 SIZES = (*MODEL_SIZES, *DATA_SIZES, *NUMBERS)
+RAMPS = ("optim.warmup_steps", "muon.momentum_steps")  # steps in which something rises or falls
 
 
+def scaled(count: int, whole: int, steps: int) -> int:
+    """A count of steps out of `whole` as one out of `steps`: at least three if there are any, and at most a quarter."""
+    return min(max(round(count * steps / whole), 3), max(1, steps // 4)) if count else 0
+
+
+# %%
+assert [scaled(count, 19_560, 20) for count in (0, 50, 700, 4000, 19_560)] == [0, 3, 3, 4, 5]
+assert scaled(700, 19_560, 19_560) == 700
+
+
+# %%
+#| export config
 def at_cpu_size(config: Config, steps: int = 20) -> Config:
-    """The same decisions at the cpu preset's widths, vocabulary and lengths, for a few steps."""
-    laptop = fields_of(preset("cpu"))
-    brief = {"steps": steps, "max_steps": 0, "val_every": steps, "val_tokens": 16_384}
-    return vary(config, {name: laptop[name] for name in SIZES} | brief)
+    """The same decisions at the cpu preset's widths, vocabulary and lengths, with all of the schedule in a few steps."""
+    laptop, own = fields_of(preset("cpu")), fields_of(config)
+    changes = {name: laptop[name] for name in SIZES}
+    changes |= {"steps": steps, "max_steps": 0, "val_every": steps, "val_tokens": 16_384}
+    for name in RAMPS:
+        if isinstance(own[name], tuple):
+            changes[name] = tuple(scaled(count, config.steps, steps) for count in own[name])
+        else:
+            changes[name] = scaled(own[name], config.steps, steps)
+    return vary(config, changes)
 
 
 # %%
 tiny = at_cpu_size(preset("baseline"))
 assert tiny.architecture == "baseline" and tiny.model == preset("cpu").model and tiny.steps == 20
-assert tiny.optim == preset("baseline").optim, "the decisions stay"
+assert tiny.optim == dataclasses.replace(preset("baseline").optim, warmup_steps=3), "all else stays"
+assert at_cpu_size(preset("small")).muon.momentum_steps == (4, 3)
 
 # %% [markdown]
 # That is worth doing once in the open. Build the model of each run at this size, and ask it for its first loss, which chapter 03 taught us to predict. (The embedded text has 288 tokens.) Three of the four are one and the same model today, to the last digit; the first switch will tell them apart. The plain architecture is given other random numbers, so it agrees with the prediction and not with them.

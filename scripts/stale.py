@@ -3,61 +3,108 @@
     python scripts/stale.py            list what is stale, the dearest first
     python scripts/stale.py --prove    try to show that the changed code computes the same; what is shown is kept in the result
 
-The proof trains twenty steps of the runs of a result, at the size of a laptop, with the code of the commit that was measured and with
-today's. Of runs that differ in nothing but numbers (seeds, rates) the first stands for all, unless a number is zero in one and not in another. It is given where all losses are equal bit by bit, and never for code that only GPUs run. Losses then still stand;
-times do not. A result that trained nothing is shown to stand where every statement that its measuring code uses is what it was.
+The proof trains twenty steps of every run that a stale result names, very small, with the code of a commit that is known to be good and with
+today's: one process for each, side by side. Known to be good for a result is the newest commit that holds the code that was measured, or the code of its last
+proof. Of runs that differ only in fractions (rates, deviations) or in the seed the first stands for all, unless a fraction is zero in one and not in
+another. What is shown is written into all results whose runs have all losses equal bit by bit, and never for code that only GPUs run. Losses then still
+stand; times do not. A result that trained nothing is shown to stand where every statement that its measuring code uses is what it was.
 """
 
 import argparse
 import ast
 import contextlib
+import functools
+import io
 import json
 import os
 import subprocess
 import sys
 import tempfile
+import time
+import zipfile
+from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
-from speedrun.config import at_cpu_size, config_from_json, fields_of
+from speedrun.config import RAMPS, Config, at_cpu_size, config_from_json, fields_of, vary
 from speedrun.data.shards import data_folder
-from speedrun.lab.errors import Problem
+from speedrun.lab import provenance
+from speedrun.lab.errors import Problem, run_main, visible
+from speedrun.lab.files import atomic_write
 from speedrun.lab.provenance import canonical, code_hash, module_file, module_hashes, root
 from speedrun.lab.results import freshness
 
-GPU_WORDS = ("cuda", "nccl", "autocast", "bfloat16", "float8", "triton")  # never run by the proof
+GPU_WORDS = (
+    "cuda",
+    "nccl",
+    "autocast",
+    "bfloat16",
+    "float8",
+    "triton",
+)  # what a CPU does not do, or does otherwise
+RANK_WORDS = ("dist.", "world")  # what a process alone does not do
 AS_COMMAND = "if __name__ == '__main__'"
 OUR_IMPORTS = ("from speedrun", "import speedrun")
+for pure in ("code_hash", "imported_names"):  # asked again for every result, of the same texts
+    setattr(provenance, pure, functools.cache(getattr(provenance, pure)))
+TINY: dict[str, Any] = {"model.width": 32, "model.heads": 2, "model.layers": 7, "model.context": 32}
+TINY |= {"data.seq_len": 32, "data.step_tokens": 256, "data.grad_shards": 2, "val_tokens": 256}
+TINY |= {"val_every": 5, "log_every": 1, "seed": 0, "compile": False, "device": "cpu"}
+TINY |= {"wandb": "", "warmup": 0, "checkpoint_every": 0, "backend": "auto"}
+ARITHMETIC = ("precision", "muon.weights", "muon.products", "muon.gram")  # a CPU can do it, too
 TRAIN = """
-import json, sys, tempfile, threading
+import contextlib, functools, importlib, json, sys, tempfile, threading
 from pathlib import Path
 import speedrun
+tree, wanted, answers = sys.argv[1:]
+assert Path(speedrun.__file__).resolve().is_relative_to(Path(tree).resolve()), speedrun.__file__
+import torch
 from speedrun.config import config_from_json
-from speedrun.lab.runlog import read_metrics, series
 from speedrun.train import train
-assert Path(speedrun.__file__).resolve().is_relative_to(Path(sys.argv[1]).resolve()), speedrun.__file__
+pure = []
+with contextlib.suppress(ImportError, AttributeError):  # old code may not have it
+    provenance = importlib.import_module("speedrun.lab.provenance")
+    for name in ("code_hash", "imported_names"):  # of the same texts for every run
+        setattr(provenance, name, functools.cache(getattr(provenance, name)))
+        pure.append(id(getattr(provenance, name)))
+def forget():  # what a module remembers would let a later run do without entering it
+    modules = [module for name, module in sys.modules.items() if name.startswith("speedrun.")]
+    for value in [value for module in modules for value in vars(module).values()]:
+        if isinstance(value, functools._lru_cache_wrapper) and id(value) not in pure:
+            value.cache_clear()
 entered = set()
 def note(frame, event, argument):
     code = frame.f_code  # what dataclasses write for themselves has no file
     if event == "call" and code.co_name != "<module>" and code.co_filename[0] != "<":
         entered.add(frame.f_globals.get("__name__", ""))
-with tempfile.TemporaryDirectory() as folder:
-    config = config_from_json(json.loads(sys.argv[2]))
-    threading.setprofile(note)
-    sys.setprofile(note)
-    train(config, Path(folder), echo=None)
-    sys.setprofile(None)
-    records = read_metrics(Path(folder) / "metrics.jsonl")
-losses = [r["train_loss"] for r in series(records, "step")] + [r["val_loss"] for r in series(records, "val")]
-print(json.dumps([losses, sorted(name for name in entered if name.startswith("speedrun."))]))
+def trained(run):
+    torch.manual_seed(0)
+    forget()
+    entered.clear()
+    with tempfile.TemporaryDirectory() as folder:
+        train(config_from_json(run), Path(folder), echo=None)
+        lines = (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    records = [r for r in map(json.loads, lines) if r["kind"] in ("step", "val")]
+    losses = [[r["step"], r["val_loss" if r["kind"] == "val" else "train_loss"]] for r in records]
+    return {"losses": losses, "entered": sorted(n for n in entered if n.startswith("speedrun."))}
+threading.setprofile(note)
+sys.setprofile(note)
+with open(answers, "w", encoding="utf-8") as file:
+    for run in json.loads(Path(wanted).read_text(encoding="utf-8")):
+        try:
+            told = trained(run)
+        except Exception as error:
+            told = {"error": f"{type(error).__name__}: {getattr(error, 'what', error)}"}
+        print(json.dumps(told), file=file, flush=True)
 """
 
 
 def git(*words: str) -> str:
     """What git says about this project; Problem if it says no."""
-    done = subprocess.run(["git", "-C", str(root()), *words], capture_output=True, text=True)
+    done = subprocess.run(["git", "-C", str(root()), *words], capture_output=True, encoding="utf-8")
     if done.returncode:
         raise Problem(
-            f"git {' '.join(words[:2])} failed: {done.stderr.strip()}",
+            f"git {' '.join(words[:2])} failed: {visible(done.stderr.strip())}",
             "run it in a clone with its history",
         )
     return done.stdout
@@ -69,18 +116,68 @@ def all_results() -> dict[Path, dict]:
     return {path: json.loads(path.read_text(encoding="utf-8")) for path in paths}
 
 
+def gpus_of(result: dict) -> int:
+    """On how many GPUs it was measured; 0: on a CPU."""
+    return int(result["stamp"]["gpu"].split("×")[0]) if result["stamp"]["gpu"] else 0
+
+
 def gpu_minutes(result: dict) -> float:
     """What measuring it again costs, in GPU minutes; 0 for a measurement on a CPU."""
-    stamp = result["stamp"]
-    gpus = int(stamp["gpu"].split("×")[0]) if stamp["gpu"] else 0
-    return gpus * stamp.get("minutes", 0.0)
+    return gpus_of(result) * result["stamp"].get("minutes", 0.0)
 
 
-def changed_modules(result: dict) -> list[str]:
-    """Modules of the measured code whose hash is another today, or that have come or gone."""
-    then = result["stamp"]["modules"]
+def known_good(result: dict) -> list[dict[str, str]]:
+    """Hashes of the modules that the result is known to stand for: those of the last proof, if any, then the measured ones."""
+    return [part["modules"] for part in (result.get("proof"), result["stamp"]) if part]
+
+
+def changed_modules(then: dict[str, str]) -> list[str]:
+    """Modules whose hash is another today than it was then, or that have come or gone."""
     now = module_hashes(then)
     return sorted(name for name in {*then, *now} if then.get(name) != now.get(name))
+
+
+@functools.cache
+def blobs(commit: str) -> dict[str, str]:
+    """Every module of the package at a commit, and git's name of its text."""
+    found = {}
+    for line in git("ls-tree", "-r", commit, "speedrun").splitlines():
+        facts, path = line.split("\t")
+        if path.endswith(".py"):
+            name = path.removesuffix(".py").replace("/", ".").removesuffix(".__init__")
+            found[name] = facts.split()[2]
+    return found
+
+
+@functools.cache
+def text_of(blob: str) -> str:
+    return git("cat-file", "blob", blob)
+
+
+@functools.cache
+def hash_of(blob: str) -> str:
+    return code_hash(text_of(blob))
+
+
+def source_at(commit: str, module: str) -> str:
+    """A module's text at a commit, empty if it did not exist."""
+    blob = blobs(commit).get(module)
+    return text_of(blob) if blob else ""
+
+
+def holds(commit: str, modules: dict[str, str]) -> bool:
+    """Whether the modules had these hashes at a commit."""
+    there = blobs(commit)
+    return all(name in there and hash_of(there[name]) == digest for name, digest in modules.items())
+
+
+def base_of(result: dict) -> tuple[str, dict[str, str]] | None:
+    """The newest commit whose code the result is known to stand for, with the hashes of its modules; None if there is none."""
+    for modules in known_good(result):
+        for commit in git("log", "--format=%H", "--", "speedrun").split():
+            if holds(commit, modules):
+                return commit, modules
+    return None
 
 
 def versions(commit: str) -> list[dict[str, str]]:
@@ -89,10 +186,8 @@ def versions(commit: str) -> list[dict[str, str]]:
     for path in (root() / "speedrun").rglob("*.py"):
         parts = path.relative_to(root()).with_suffix("").parts
         now[".".join(parts).removesuffix(".__init__")] = path.read_text(encoding="utf-8")
-    gone = git("ls-tree", "-r", "--name-only", commit, "speedrun").split()
-    names = {name.removesuffix(".py").replace("/", ".").removesuffix(".__init__") for name in gone if name.endswith(".py")}  # fmt: skip
-    then = {name: source_at(commit, name) if name in names else "" for name in {*now, *names}}
-    return [then, {name: now.get(name, "") for name in then}]
+    names = {*now, *blobs(commit)}
+    return [{name: source_at(commit, name) for name in names}, {n: now.get(n, "") for n in names}]
 
 
 def configs_in(value) -> list[dict]:
@@ -142,36 +237,26 @@ def changes(before: dict[str, str], after: dict[str, str]) -> dict[str, list[tup
     return told
 
 
-def touches_gpus(changed: list[tuple[str, str]]) -> str | None:
-    """Where, among changed statements, one names something that only GPUs do."""
-    return next((where for where, text in changed if any(word in text for word in GPU_WORDS)), None)
+def touches_gpus(changed: list[tuple[str, str]], words: tuple = GPU_WORDS) -> str | None:
+    """Where, among changed statements, one names something that only GPUs do, or another of the words."""
+    return next((where for where, text in changed if any(word in text for word in words)), None)
 
 
-def source_at(commit: str, module: str) -> str:
-    """A module's text at a commit, empty if it did not exist."""
-    path = module.replace(".", "/")
-    for candidate in (f"{path}.py", f"{path}/__init__.py"):
-        with contextlib.suppress(Problem):
-            return git("show", f"{commit}:{candidate}")
-    return ""
+@functools.cache
+def changes_since(commit: str) -> dict[str, list[tuple[str, str]]]:
+    """Statements that the package at a commit and today's do not share."""
+    return changes(*versions(commit))
 
 
-def measured_commit(result: dict) -> str | None:
-    """The newest commit whose modules have the hashes of the stamp."""
-    wanted = result["stamp"]["modules"]
-    for commit in git("log", "--format=%H", "--", "speedrun").split():
-        if all(code_hash(source_at(commit, name)) == digest for name, digest in wanted.items()):
-            return commit
-    return None
-
-
-def used_statements(read, start: list[str]) -> set[tuple[str, str]]:
-    """All statements that the modules in `start` come to by names: (what it defines, canonical form), wherever it stands.
+def used_statements(read, start: list[str]) -> dict[tuple[str, str], set[str]]:
+    """All statements that the modules in `start` come to by names: (what it defines, canonical form) → modules where it stands.
 
     read: a module's name → its text. Of a module that is imported as a whole, everything counts but what it does as a command.
     """
     parsed: dict[str, list] = {}
-    found: set[tuple[str, str]] = set()  # a name may be defined in several steps
+    found: dict[tuple[str, str], set[str]] = defaultdict(
+        set
+    )  # a name may be defined in several steps
     wanted, seen = [(module, "") for module in start], set()
     while wanted:
         module, name = wanted.pop()
@@ -185,7 +270,7 @@ def used_statements(read, start: list[str]) -> set[tuple[str, str]]:
             if name and own and name not in own or ast.unparse(node).startswith(AS_COMMAND):
                 continue
             if not ast.unparse(node).startswith(OUR_IMPORTS):
-                found.add((", ".join(own), canonical(node)))
+                found[", ".join(own), canonical(node)].add(module)
             for inner in ast.walk(node):
                 if isinstance(inner, ast.Name):
                     wanted.append((module, inner.id))
@@ -213,140 +298,248 @@ def defined_by(node: ast.stmt) -> list[str]:
     ]
 
 
-def same_statements(result: dict, commit: str) -> int:
-    """How many statements the measuring code uses, if all are today what they were at the commit; else 0."""
-    start = [name for name in result["stamp"]["modules"] if name.startswith("speedrun.measure.")]
+@functools.cache
+def used_then_and_now(start: tuple[str, ...], commit: str) -> list[dict]:
+    """`used_statements` of modules at a commit, and today's."""
     today = {name: file for name in module_hashes(start) if (file := module_file(name))}
-    then = used_statements(lambda name: source_at(commit, name), start)
-    now = used_statements(
-        lambda name: today[name].read_text(encoding="utf-8") if name in today else "", start
-    )
-    return len(now) if then == now else 0
+
+    def read(name: str) -> str:
+        return today[name].read_text(encoding="utf-8") if name in today else ""
+
+    then = used_statements(lambda name: source_at(commit, name), list(start))
+    return [then, used_statements(read, list(start))]
 
 
-def objection(result: dict, commit: str) -> str | None:
-    """Why training a little on a CPU could not show that this result still stands; None if it could."""
-    trained = module_hashes(["speedrun.train", "speedrun.history"])
-    changed = changes(*versions(commit))
-    for name in changed_modules(result):
+def measuring(modules: dict[str, str]) -> tuple[str, ...]:
+    """Those modules that choose what is measured, and measure it."""
+    return tuple(name for name in modules if name.startswith("speedrun.measure."))
+
+
+def same_statements(modules: dict[str, str], commit: str) -> int:
+    """How many statements the measuring code uses, if all are today what they were at the commit; else 0."""
+    then, now = used_then_and_now(measuring(modules), commit)
+    return len(now) if then.keys() == now.keys() else 0
+
+
+@functools.cache
+def part_of_training() -> frozenset[str]:
+    return frozenset(module_hashes(["speedrun.train", "speedrun.history"]))
+
+
+def objection(modules: dict[str, str], commit: str) -> str | None:
+    """Why training a little on a CPU could not show that a result with these modules still stands; None if it could."""
+    changed, start = changes_since(commit), measuring(modules)
+    then, now = used_then_and_now(start, commit)
+    used = {
+        name for key in then.keys() ^ now.keys() for name in {*then.get(key, ()), *now.get(key, ())}
+    }
+    for name in changed_modules(modules):
         if name.startswith("speedrun.kernels."):
             return f"{name} is a kernel"
         if name.startswith("speedrun.measure."):
             continue  # it chose the runs, whose configs are in the result
-        if name not in trained and changed[name] and source_at(commit, name):
+        apart = name not in part_of_training() and changed[name] and source_at(commit, name)
+        if apart and (name in used or not start):
             return f"{name} is not part of training: the proof would not run it"
-    if not configs_in(result["data"]):
-        return "it names no training run"
     return None
 
 
-def small(saved: dict, data: Path) -> dict:
-    """A saved config at a laptop's size, with the fields that it was saved with and no others."""
-    sizes = fields_of(at_cpu_size(config_from_json(saved)))
-    sizes |= {"data.path": str(data), "log_every": 1, "compile": False, "device": "cpu"}
-    sizes |= {"wandb": "", "warmup": 0, "checkpoint_every": 0, "backend": "auto"}
-
-    def shrink(fields: dict, prefix: str) -> dict:
-        return {
-            name: shrink(value, f"{prefix}{name}.")
-            if isinstance(value, dict)
-            else sizes.get(prefix + name, value)
-            for name, value in fields.items()
-        }
-
-    return shrink(saved, "")
+def leaves(part: dict, prefix: str = "") -> dict:
+    """All values of a saved config with their dotted names."""
+    flat: dict = {}
+    for name, value in part.items():
+        nested = isinstance(value, dict)
+        flat |= leaves(value, f"{prefix}{name}.") if nested else {prefix + name: value}
+    return flat
 
 
-def paths(runs: list[dict]) -> list[dict]:
-    """The first of all runs that take the same way through the code: equal words and switches, the same numbers zero."""
+def with_values(part: dict, values: dict, prefix: str = "") -> dict:
+    """A saved config with other values for the fields that it has; values: by dotted name, more than it has or fewer."""
+    return {
+        name: with_values(value, values, f"{prefix}{name}.")
+        if isinstance(value, dict)
+        else values.get(prefix + name, value)
+        for name, value in part.items()
+    }
 
-    def way(value):
-        if isinstance(value, dict):
-            return {name: way(item) for name, item in value.items()}
-        if isinstance(value, list):
-            return [way(item) for item in value]
-        return value if isinstance(value, str | bool) else bool(value)
 
-    first: dict[str, dict] = {}
-    for run in runs:
-        first.setdefault(json.dumps(way(run)), run)
-    return list(first.values())
+def tiny(saved: dict, data: Path) -> Config:
+    """The run of a saved config, very small: its decisions, and its arithmetic, stay."""
+    whole = config_from_json(saved)
+    own = fields_of(whole)
+    sizes = TINY | {"data.path": str(data), "data.pass_tokens": 256 * bool(whole.data.pass_tokens)}
+    return vary(at_cpu_size(whole), sizes | {name: own[name] for name in ARITHMETIC})
+
+
+def shrunk(saved: dict, small: Config) -> dict:
+    """`small`, which is the run of a saved config in other sizes, with the fields that this was saved with and no others."""
+    wanted = fields_of(small)
+    changed = with_values(saved, json.loads(json.dumps(wanted)))
+    old_names = sorted(leaves(saved).keys() - wanted.keys())
+    if old_names and config_from_json(changed) != small:
+        what = f"a run that was saved with {visible(', '.join(old_names))} cannot be made small"
+        raise Problem(what, "measure it again")
+    return changed
+
+
+def way(run: Config) -> str:
+    """The way that a run takes through the code, as a text: words, switches, whole numbers; of fractions and ramps, whether they are zero."""
+
+    def rough(value, exact: tuple):
+        if isinstance(value, tuple):
+            return [rough(item, exact) for item in value]
+        return value if isinstance(value, exact) else bool(value)
+
+    kinds = {name: (str,) if name in RAMPS else (str, int) for name in fields_of(run)}
+    return json.dumps({name: rough(value, kinds[name]) for name, value in fields_of(run).items()})
 
 
 @contextlib.contextmanager
 def checked_out(commit: str):
     """A folder with the project as it was at a commit."""
+    packed = subprocess.run(
+        ["git", "-C", str(root()), "archive", "--format=zip", commit], capture_output=True
+    )
+    if packed.returncode:
+        raise Problem(
+            f"git archive {commit} failed: {visible(packed.stderr.decode(errors='replace').strip())}",
+            "run it in a clone with its history",
+        )
     with tempfile.TemporaryDirectory() as folder:
-        tree = Path(folder) / "then"
-        git("worktree", "add", "--detach", str(tree), commit)
-        try:
-            yield tree
-        finally:
-            git("worktree", "remove", "--force", str(tree))
+        zipfile.ZipFile(io.BytesIO(packed.stdout)).extractall(folder)
+        yield Path(folder)
 
 
-def about_gpus(result: dict, commit: str) -> dict[str, str]:
-    """Changed and new modules of a result on GPUs where a statement that names what only GPUs do has changed: name → where.
+def about_gpus(modules: dict[str, str], commit: str, gpus: int) -> dict[str, str]:
+    """Changed and new modules where a statement that names what only GPUs do, or several, has changed: name → where.
 
     Where a run on the CPU does not enter a module, neither does the same run on a GPU: what leads there has been compared.
     """
-    if result["stamp"]["gpu"] is None:
-        return {}
-    changed = changes(*versions(commit))
-    ours = [name for name in changed_modules(result) if not name.startswith("speedrun.measure.")]
-    about = {name: touches_gpus(changed[name]) for name in ours}
+    changed, words = changes_since(commit), GPU_WORDS if gpus == 1 else GPU_WORDS + RANK_WORDS
+    ours = [name for name in changed_modules(modules) if not name.startswith("speedrun.measure.")]
+    about = {name: touches_gpus(changed[name], words) for name in ours}
     return {name: where for name, where in about.items() if where}
 
 
-def losses(tree: Path, config: dict) -> tuple[list[float], list[str]]:
-    """All losses of a run with the code in `tree`, and the modules of which it called a function."""
-    environment = os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", TRAIN, str(tree), json.dumps(config)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tree)
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
-        raise Problem(f"the code in {tree.name} cannot train this run: {last}", "measure it again")
-    return json.loads(done.stdout.splitlines()[-1])
+def train_all(trees: list[Path], runs: list[dict]) -> list[list[dict]]:
+    """Train all runs with the code in each tree, in one process a tree, all at once.
+
+    Returns for each tree and run {"losses": [[step, loss], …], "entered": modules of which a function was called} or {"error": …}.
+    """
+    with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
+        folder, started = Path(name), []
+        (folder / "runs").write_text(json.dumps(runs), encoding="utf-8")
+        for n, tree in enumerate(trees):
+            environment = os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
+            command = [
+                sys.executable,
+                "-c",
+                TRAIN,
+                str(tree),
+                *(str(folder / f) for f in ("runs", f"{n}")),
+            ]
+            said = stack.enter_context(open(folder / f"{n}.said", "w"))
+            process = subprocess.Popen(command, env=environment, cwd=tree, stdout=said, stderr=said)
+            stack.callback(process.kill)
+            started.append(process)
+        for process in started:
+            process.wait()
+        return [answers(folder / f"{n}", len(runs)) for n in range(len(trees))]
 
 
-def keep_proof(path: Path, result: dict, facts: dict) -> None:
+def answers(path: Path, count: int) -> list[dict]:
+    """What a process wrote about each run, and for those that it did not come to, its last words."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    words = path.with_suffix(".said").read_text(encoding="utf-8", errors="replace").strip()
+    last = (words.splitlines() or ["it ended without a word"])[-1]
+    return [json.loads(line) for line in lines] + [{"error": last}] * (count - len(lines))
+
+
+def keep_proof(path: Path, result: dict, today: dict[str, str], facts: dict) -> None:
     """Write a proof into a result's file, with the hashes of the code that it was given for."""
-    proof = {"modules": module_hashes(result["stamp"]["modules"]), **facts}
+    if module_hashes(result["stamp"]["modules"]) != today:
+        raise Problem("the code has changed while it was proved", "run it again")
+    proof = {"modules": today, **facts}
     text = json.dumps(result | {"proof": proof}, indent=1, ensure_ascii=False)
-    path.with_suffix(".part").write_text(text + "\n", encoding="utf-8")
-    os.replace(path.with_suffix(".part"), path)
+    atomic_write(path, text + "\n")
 
 
-def prove(path: Path, result: dict) -> str:
-    """Try to show that today's code trains what the result's did. Returns what came of it; keeps a proof in the file."""
-    commit = measured_commit(result)
-    if commit is None:
-        return "not proved: no commit holds the code that was measured"
-    if not configs_in(result["data"]) and (count := same_statements(result, commit)):
-        keep_proof(path, result, {"commit": commit, "statements": count})
-        return f"same behaviour: the {count} statements that it uses are the same"
-    why_not = objection(result, commit)
-    if why_not:
-        return f"not proved: {why_not}"
+def same_or_not(result: dict, modules: dict[str, str], commit: str, pairs: list) -> str | None:
+    """Why the runs of a result, (with the code then, with today's), do not prove that it stands; None if they do."""
+    gpus = gpus_of(result)
+    doubtful = about_gpus(modules, commit, gpus) if gpus else {}
+    for number, (before, after) in enumerate(pairs, 1):
+        which = f"run {number} of {len(pairs)}"
+        for whose, told in (("the code of " + commit[:12], before), ("today's code", after)):
+            if "error" in told:
+                return f"not proved: {whose} cannot train {which}: {visible(told['error'])}"
+        for name in sorted(set(doubtful) & set(after["entered"])):
+            return f"not proved: {name}: “{doubtful[name]}” has changed and is about GPUs"
+        if before["losses"] != after["losses"]:
+            both = zip(before["losses"], after["losses"])
+            step = next((a[0] for a, b in both if a != b), "the last")
+            return f"trains differently: {which}, from step {step} on"
+    return None
+
+
+def prove(results: dict[Path, dict]):
+    """Try to show that today's code trains what stale results did: yields (path, what came of it), and keeps proofs in the files."""
+    groups: dict[str, dict[Path, tuple]] = defaultdict(dict)
     data = data_folder("data/embedded").resolve()
-    doubtful = about_gpus(result, commit)
-    runs = paths([small(config, data) for config in configs_in(result["data"])])
-    with checked_out(commit) as then:
-        for number, run in enumerate(runs, 1):
+    for path, result in results.items():
+        base, configs = base_of(result), configs_in(result["data"])
+        if base is None:
+            yield path, "not proved: no commit holds the code that was measured"
+            continue
+        commit, modules = base
+        if not configs:
+            yield path, prove_without_runs(path, result, modules, commit)
+        elif why_not := objection(modules, commit):
+            yield path, f"not proved: {why_not}"
+        else:
             try:
-                (before, _), (after, entered) = losses(then, run), losses(root(), run)
+                small = [(saved, tiny(saved, data)) for saved in configs]
+                groups[commit][path] = (
+                    modules,
+                    {way(run): shrunk(saved, run) for saved, run in small},
+                )
             except Problem as problem:
-                return f"not proved: {problem.what}"
-            for name in sorted(set(doubtful) & set(entered)):
-                return f"not proved: {name}: “{doubtful[name]}” has changed and is about GPUs"
-            if before != after:
-                step = next(n for n, pair in enumerate(zip(before, after), 1) if pair[0] != pair[1])
-                return f"trains differently: run {number} of {len(runs)}, from step {step} on"
-    keep_proof(path, result, {"commit": commit, "runs": len(runs)})
-    return f"same behaviour: {len(runs)} runs, all losses bit-equal"
+                yield path, f"not proved: {problem.what}"
+    for commit, members in groups.items():
+        yield from prove_group(results, commit, members)
 
 
-def main(arguments: list[str]) -> int:
+def prove_without_runs(path: Path, result: dict, modules: dict[str, str], commit: str) -> str:
+    today = module_hashes(result["stamp"]["modules"])
+    count = same_statements(modules, commit)
+    if not count:
+        return f"not proved: {objection(modules, commit) or 'it names no training run'}"
+    keep_proof(path, result, today, {"commit": commit, "statements": count})
+    return f"same behaviour: the {count} statements that it uses are the same"
+
+
+def prove_group(results: dict[Path, dict], commit: str, members: dict[Path, tuple]):
+    """`prove` for the results that a commit's code is known to be good for."""
+    runs: dict[str, dict] = {}
+    for _, own in members.values():
+        runs = own | runs  # the first of each way
+    today = {path: module_hashes(results[path]["stamp"]["modules"]) for path in members}
+    print(
+        f"training {len(runs)} runs with the code of {commit[:12]} and with today's …", flush=True
+    )
+    began = time.monotonic()
+    with checked_out(commit) as then:
+        before, after = train_all([then, root()], list(runs.values()))
+    print(f"… in {time.monotonic() - began:.0f} s")
+    pairs = dict(zip(runs, zip(before, after)))
+    for path, (modules, own) in members.items():
+        why_not = same_or_not(results[path], modules, commit, [pairs[key] for key in own])
+        if why_not is None:
+            keep_proof(path, results[path], today[path], {"commit": commit, "runs": len(own)})
+        yield path, why_not or f"same behaviour: {len(own)} runs, all losses bit-equal"
+
+
+def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -355,22 +548,18 @@ def main(arguments: list[str]) -> int:
     )
     options = parser.parse_args(arguments)
     results = all_results()
-    stale = {path: result for path, result in results.items() if freshness(result) == "stale"}
-    for path, result in sorted(stale.items(), key=lambda item: -gpu_minutes(item[1])):
+    found = {path: result for path, result in results.items() if freshness(result) == "stale"}
+    stale = dict(sorted(found.items(), key=lambda item: -gpu_minutes(item[1])))
+    for path, result in stale.items():
         cost = f"{gpu_minutes(result):.1f} GPU min" if gpu_minutes(result) else "CPU"
-        print(
-            f"{path.parent.name}/{path.stem}  {cost}  changed: {', '.join(changed_modules(result))}"
-        )
+        changed = ", ".join(changed_modules(known_good(result)[0]))
+        print(f"{path.parent.name}/{path.stem}  {cost}  changed: {changed}")
         print(f"    again: {result['stamp']['command']}")
-        if options.prove:
-            try:
-                print(f"    {prove(path, result)}", flush=True)
-            except Problem as problem:
-                print(problem, file=sys.stderr)
-                return 1
     print(f"{len(stale)} of {len(results)} results are stale")
-    return 0
+    if options.prove:
+        for path, said in prove(stale):
+            print(f"{path.parent.name}/{path.stem}  {said}", flush=True)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_main(lambda: main(sys.argv[1:])))

@@ -303,13 +303,25 @@ DATA_SIZES = [
 ]
 NUMBERS = ("precision", "muon.weights", "muon.products", "muon.gram")
 SIZES = (*MODEL_SIZES, *DATA_SIZES, *NUMBERS)
+RAMPS = ("optim.warmup_steps", "muon.momentum_steps")  # steps in which something rises or falls
+
+
+def scaled(count: int, whole: int, steps: int) -> int:
+    """A count of steps out of `whole` as one out of `steps`: at least three if there are any, and at most a quarter."""
+    return min(max(round(count * steps / whole), 3), max(1, steps // 4)) if count else 0
 
 
 def at_cpu_size(config: Config, steps: int = 20) -> Config:
-    """The same decisions at the cpu preset's widths, vocabulary and lengths, for a few steps."""
-    laptop = fields_of(preset("cpu"))
-    brief = {"steps": steps, "max_steps": 0, "val_every": steps, "val_tokens": 16_384}
-    return vary(config, {name: laptop[name] for name in SIZES} | brief)
+    """The same decisions at the cpu preset's widths, vocabulary and lengths, with all of the schedule in a few steps."""
+    laptop, own = fields_of(preset("cpu")), fields_of(config)
+    changes = {name: laptop[name] for name in SIZES}
+    changes |= {"steps": steps, "max_steps": 0, "val_every": steps, "val_tokens": 16_384}
+    for name in RAMPS:
+        if isinstance(own[name], tuple):
+            changes[name] = tuple(scaled(count, config.steps, steps) for count in own[name])
+        else:
+            changes[name] = scaled(own[name], config.steps, steps)
+    return vary(config, changes)
 
 
 # %% Saved, and said

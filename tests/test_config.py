@@ -80,7 +80,8 @@ class TestPresets:
 
     def test_cpu_size_keeps_the_decisions(self, name):
         run, small = preset(name), at_cpu_size(preset(name))
-        assert small.optim == run.optim and small.architecture == run.architecture
+        assert small.architecture == run.architecture
+        assert vary(small.optim, {"warmup_steps": run.optim.warmup_steps}) == run.optim
         assert (
             small.model.width == PRESETS["cpu"].model.width and small.data.path == "data/embedded"
         )

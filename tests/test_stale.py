@@ -1,16 +1,23 @@
 """Which measurements are stale, and what may be called the same behaviour."""
 
+import ast
+import dataclasses
+import inspect
 import json
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import pytest
 import stale
 
+from speedrun.config import RAMPS, Config, check_config, config_from_json, fields_of, preset, vary
+from speedrun.lab.errors import Problem
 from speedrun.lab.provenance import module_hashes, root
 
+DATA = Path("/data")
 OLD = "import torch\n\n\ndef f(x):\n    return x + 1\n\n\nclass A:\n    def g(self):\n        torch.cuda.synchronize()\n"
 
 
@@ -33,6 +40,12 @@ class TestWhatChanged:
         said = "def f():\n    print('one two', cuda)\n"
         assert about_gpus(said, said.replace("one two", "one three")) == "f"
 
+    def test_what_only_several_ranks_do_counts_for_them(self):
+        two = "def total(x, world):\n    if world > 1:\n        dist.all_reduce(x)\n"
+        changed = stale.changes({"m": two}, {"m": two.replace("(x)\n", "(-x)\n")})["m"]
+        assert stale.touches_gpus(changed) is None
+        assert stale.touches_gpus(changed, stale.GPU_WORDS + stale.RANK_WORDS) == "total"
+
     def test_a_statement_that_moved_is_the_same(self):
         one, two = OLD.split("class")
         before = {"m": OLD, "n": ""}
@@ -47,11 +60,6 @@ class TestWhatChanged:
     def test_configs_are_found_wherever_they_are(self):
         data = {"runs": [{"config": {"steps": 1}}, {"arm": {"config": {"steps": 2, "config": {}}}}]}
         assert [config["steps"] for config in stale.configs_in(data)] == [1, 2]
-
-    def test_runs_that_differ_in_numbers_only_are_tried_once(self):
-        runs = [{"seed": s, "a": {"lr": lr, "on": on}} for s in (1, 2) for lr in (0.1, 0.0, 3.0) for on in (True, False)]  # fmt: skip
-        kept = [(run["seed"], run["a"]["lr"], run["a"]["on"]) for run in stale.paths(runs)]
-        assert kept == [(1, 0.1, True), (1, 0.1, False), (1, 0.0, True), (1, 0.0, False)]
 
     def test_statements_that_are_not_used_do_not_count(self):
         texts = {
@@ -75,11 +83,100 @@ class TestWhatChanged:
         assert stale.gpu_minutes({"stamp": {"gpu": "2×NVIDIA H100", "minutes": 3.0}}) == 6.0
         assert stale.gpu_minutes({"stamp": {"gpu": None, "minutes": 3.0}}) == 0.0
 
+    def test_a_process_that_ends_early_says_why(self, tmp_path):
+        (tmp_path / "0").write_text('{"losses": []}\n')
+        (tmp_path / "0.said").write_text("Traceback\nMemoryError\n")
+        assert stale.answers(tmp_path / "0", 3) == [{"losses": []}] + [{"error": "MemoryError"}] * 2
+
+
+def as_saved(config: Config) -> dict:
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+class TestTinyRuns:
+    def test_runs_that_differ_in_fractions_only_are_trained_once(self):
+        def way(changes: dict) -> str:
+            return stale.way(stale.tiny(as_saved(vary(preset("small"), changes)), DATA))
+
+        same = ({"optim.lr": 0.1}, {"seed": 7}, {"optim.betas": (0.8, 0.99)}, {"steps": 1000})
+        other: tuple[dict, ...] = (
+            {"optim.lr": 0.0},
+            {"muon.gram": False},
+            {"matrix.iterations": 6},
+        )
+        other += ({"sharing.adam_every": 1}, {"optim.warmup_steps": 0}, {"data.pass_tokens": 0})
+        assert {way(changes) for changes in same} == {way({})}
+        assert len({way({}), *map(way, other)}) == 1 + len(other)
+
     def test_every_committed_training_result_can_be_proved_some_day(self):
+        seen = set()
         for path, result in stale.all_results().items():
-            for config in stale.configs_in(result["data"]):
-                small = stale.small(config, Path("/data"))
-                assert set(small) == set(config) and small["steps"] == 20, path
+            for saved in stale.configs_in(result["data"]):
+                run = stale.tiny(saved, DATA)
+                if (key := (stale.way(run), *sorted(stale.leaves(saved)))) not in seen:
+                    seen.add(key)
+                    small = stale.shrunk(saved, run)
+                    assert stale.leaves(small).keys() == stale.leaves(saved).keys(), path
+                    again = check_config(config_from_json(small))
+                    assert again.steps == 20 and again.optim.warmup_steps <= 5, path
+                    assert not again.muon.low_momentum or max(again.muon.momentum_steps) <= 5
+
+    def test_arithmetic_and_schedule_stay(self):
+        own = preset("small")
+        small = stale.tiny(as_saved(own), DATA)
+        assert small.precision == "bfloat16" and small.schedule == own.schedule
+        assert vary(small.muon, {"momentum_steps": own.muon.momentum_steps}) == own.muon
+        assert small.optim.warmup_steps == 3 and small.muon.momentum_steps == (4, 3)
+
+    def test_a_size_under_an_old_name_is_refused(self, monkeypatch):
+        def with_old_names(saved):
+            renamed = {"layers" if n == "n_layers" else n: v for n, v in saved["model"].items()}
+            return config_from_json(saved | {"model": renamed})
+
+        monkeypatch.setattr(stale, "config_from_json", with_old_names)
+        saved = as_saved(preset("small"))
+        assert stale.shrunk(saved, stale.tiny(saved, DATA))["model"]["layers"] == 7
+        saved["model"]["n_layers"] = saved["model"].pop("layers")
+        with pytest.raises(Problem, match="saved with model.n_layers cannot be made small"):
+            stale.shrunk(saved, stale.tiny(saved, DATA))
+
+
+OTHERWISE = {  # whole numbers about steps that do not shrink with a run, and why
+    "steps": "what the others shrink with",
+    "max_steps": "0 in a small run",
+    "val_every": "set by whoever asks for a small run",
+    "log_every": "likewise",
+    "checkpoint_every": "likewise",
+    "warmup": "undone, and not part of the schedule",
+    "data.step_tokens": "tokens",
+    "data.grad_shards": "micro-batches",
+    "sharing.adam_every": "a period: a small run has many",
+}
+
+
+def documented(kind: type, prefix: str = ""):
+    """(dotted name, type, docstring) of every field of a config."""
+    types, (node,) = get_type_hints(kind), ast.parse(inspect.getsource(kind)).body
+    assert isinstance(node, ast.ClassDef)
+    for field, text in zip(node.body, node.body[1:]):
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
+            name = field.target.id
+            if dataclasses.is_dataclass(types[name]):
+                yield from documented(types[name], f"{prefix}{name}.")  # type: ignore[arg-type]
+            else:
+                yield prefix + name, types[name], ast.unparse(text).lower()
+
+
+def test_no_count_of_steps_is_forgotten_when_a_run_is_made_small():
+    """A ramp that keeps its length hides all that comes after it from the proof, the golden curves and the switches' tests."""
+    found = set()
+    for name, kind, text in documented(Config):
+        parts = set(get_args(kind) if get_origin(kind) is tuple else (kind,))
+        simple = get_origin(kind) is Literal or parts <= {int, float, bool, str}
+        assert simple, f"{name}: can this test tell whether a {kind} counts steps?"
+        found |= {name} if int in parts and ("step" in name or "step" in text) else set()
+    assert len(list(documented(Config))) == len(fields_of(Config()))
+    assert found == set(RAMPS) | set(OTHERWISE) and not set(RAMPS) & set(OTHERWISE)
 
 
 def test_it_lists_what_there_is():
@@ -92,7 +189,7 @@ def test_it_lists_what_there_is():
 
 @pytest.fixture
 def project(tmp_path, embedded):
-    """A clone of this project with one small committed result, and its own package first on the path."""
+    """A clone of this project with two small committed results, and its own package first on the path."""
     tree = tmp_path / "clone"
     tree.mkdir()
     for name in ("speedrun", "scripts", "book"):
@@ -102,33 +199,31 @@ def project(tmp_path, embedded):
     shutil.copy(root() / "pyproject.toml", tree)
     (tree / "data").mkdir()
     (tree / "data" / "embedded").symlink_to(embedded.resolve())
-    import dataclasses
-
-    from speedrun.config import preset
-
-    result = {
-        "stamp": {
-            "gpu": "1×NVIDIA H100",
-            "command": "…",
-            "modules": module_hashes(["speedrun.train"]),
-        },
-        "data": {"runs": [{"config": dataclasses.asdict(preset("record"))}]},
-    }
+    stamp = {"command": "…", "modules": module_hashes(["speedrun.train"])}
     folder = tree / "book" / "results" / "example"
     folder.mkdir(parents=True)
-    (folder / "run.json").write_text(json.dumps(result))
-
-    def git(*words):
-        subprocess.run(["git", "-C", str(tree), "-c", "user.name=x", "-c", "user.email=x@x", *words], check=True, capture_output=True)  # fmt: skip
-
-    git("init")
-    git("add", "-A")
-    git("commit", "-m", "a result")
+    for name, gpu in (("record", "1×NVIDIA H100"), ("small", None)):
+        runs = [{"config": dataclasses.asdict(preset(name))}]
+        result = {"stamp": stamp | {"gpu": gpu}, "data": {"runs": runs}}
+        (folder / f"{name}.json").write_text(json.dumps(result))
+    commit(tree, "results")
     return tree
 
 
-def prove(tree: Path) -> tuple[str, dict]:
-    """What `stale.py --prove` says in a project, and the result afterwards."""
+def commit(tree: Path, message: str) -> str:
+    """Commit everything; returns the commit."""
+
+    def git(*words) -> str:
+        return subprocess.run(["git", "-C", str(tree), "-c", "user.name=x", "-c", "user.email=x@x", *words], check=True, capture_output=True, text=True).stdout.strip()  # fmt: skip
+
+    git("init")
+    git("add", "-A")
+    git("commit", "-m", message)
+    return git("rev-parse", "HEAD")
+
+
+def prove(tree: Path) -> tuple[dict[str, str], dict[str, dict]]:
+    """What `stale.py --prove` says of each result of a project, and the results afterwards."""
     done = subprocess.run(
         [sys.executable, str(tree / "scripts" / "stale.py"), "--prove"],
         capture_output=True,
@@ -137,7 +232,10 @@ def prove(tree: Path) -> tuple[str, dict]:
         cwd=tree,
     )
     assert done.returncode == 0, done.stderr
-    return done.stdout, json.loads((tree / "book/results/example/run.json").read_text())
+    lines = done.stdout.partition("results are stale")[2].splitlines()
+    words = [line.partition("  ") for line in lines if line.startswith("example/")]
+    files = (tree / "book" / "results" / "example").glob("*.json")
+    return {n.removeprefix("example/"): said for n, _, said in words}, {f.stem: json.loads(f.read_text()) for f in files}  # fmt: skip
 
 
 def edit(path: Path, old: str, new: str) -> None:
@@ -146,8 +244,67 @@ def edit(path: Path, old: str, new: str) -> None:
     path.write_text(text.replace(old, new))
 
 
+SAME = "same behaviour: 1 runs, all losses bit-equal"
+ALONE = {  # what is changed, alone: file, old, new, and the results that train differently
+    "cosine": ("optim/schedule.py", "0.5 * (1 + math.cos", "0.499 * (1 + math.cos", {"record"}),
+    "cooldown": ("optim/schedule.py", "(1 - t) * peak", "(1 - t) ** 1.01 * peak", {"small"}),
+    "its begin": ("optim/schedule.py", "steps - round(sch", "1 + steps - round(sch", {"small"}),
+    "warm-up": ("optim/schedule.py", "(step + 1) / warmup", "step / warmup", {"record", "small"}),
+    "momentum": ("optim/schedule.py", "min(1.0, up, down)", "min(0.99, up, down)", {"small"}),
+    "its end": ("optim/schedule.py", "(steps - step) /", "(steps - 1 - step) /", {"small"}),
+    "decay": (
+        "optim/adamw.py",
+        "options.weight_decay if decay",
+        "0.99 * options.weight_decay if decay",
+        {"record", "small"},
+    ),
+    "cautious decay": (
+        "optim/muon.py",
+        "update + decay * p",
+        "update + 0.99 * decay * p",
+        {"small"},
+    ),
+    "products in 16 bits": (
+        "optim/muon.py",
+        "beta=b, alpha=c)",
+        "beta=b, alpha=1.01 * c)",
+        {"small"},
+    ),
+}
+
+
 @pytest.mark.slow
 class TestProof:
+    @pytest.mark.parametrize("what", ALONE)
+    def test_a_change_of_one_thing_alone_is_seen(self, project, what):
+        file, old, new, differ = ALONE[what]
+        edit(project / "speedrun" / file, old, new)
+        said, results = prove(project)
+        for name in ("record", "small"):
+            wanted = "trains differently: run 1 of 1, from step" if name in differ else SAME
+            assert said[name].startswith(wanted), said
+            assert ("proof" in results[name]) == (name not in differ)
+
+    def test_a_new_switch_that_is_off_is_the_same_behaviour_and_proofs_chain(self, project):
+        mlp, config = project / "speedrun/model/mlp.py", project / "speedrun/config.py"
+        edit(
+            mlp, "    fan_in: bool = False\n", "    fan_in: bool = False\n    twice: bool = False\n"
+        )
+        edit(mlp, '    return linear(hidden, weights, "mlp_down")', '    hidden = 2 * hidden if options.twice else hidden\n    return linear(hidden, weights, "mlp_down")')  # fmt: skip
+        edit(config, '"muon.gram": False}', '"muon.gram": False, "block.twice": False}')
+        said, results = prove(project)
+        assert said == {"record": SAME, "small": SAME}
+        proof = results["record"]["proof"]
+        assert set(proof["modules"]) == set(results["record"]["stamp"]["modules"])
+        assert prove(project)[0] == {}, "not stale any more"
+        proved = commit(project, "a switch")
+        edit(mlp, "2 * hidden if", "3 * hidden if")
+        said, results = prove(project)
+        assert said == {"record": SAME, "small": SAME}
+        assert results["record"]["proof"]["commit"] == proved != proof["commit"]
+        edit(mlp, "if options.twice", "if not options.twice")
+        assert "trains differently: run 1 of 1" in prove(project)[0]["record"]
+
     @pytest.mark.parametrize("called", [False, True])
     def test_a_new_module_about_gpus_counts_where_a_run_enters_it(self, project, called):
         (project / "speedrun/fast.py").write_text("def nothing():\n    'cuda'\n    return None\n")
@@ -155,38 +312,28 @@ class TestProof:
         edit(project / "speedrun/train.py", "from speedrun.optim.muon import Muon, rate_factor\n", "from speedrun.fast import nothing\nfrom speedrun.optim.muon import Muon, rate_factor\n")  # fmt: skip
         edit(project / "speedrun/train.py", "    rates, broken = rates_of(run), (~finite).float()\n", f"    rates, broken = rates_of(run), (~finite).float(){add}\n")  # fmt: skip
         said, _ = prove(project)
-        assert (
-            "speedrun.fast: “nothing” has changed and is about GPUs"
-            if called
-            else "same behaviour: 1 runs"
-        ) in said
+        refused = "not proved: speedrun.fast: “nothing” has changed and is about GPUs"
+        assert said == {"record": refused if called else SAME, "small": SAME}
 
     def test_an_old_module_that_the_run_does_not_enter_does_not_count(self, project):
         edit(project / "speedrun/optim/soap.py", "return torch.linalg.eigh(covariance)[1].flip(-1)", "return torch.linalg.eigh(covariance.cuda())[1].flip(-1)")  # fmt: skip
-        assert "same behaviour: 1 runs" in prove(project)[0]
-
-    def test_another_way_to_write_the_same_is_the_same_behaviour(self, project):
-        edit(project / "speedrun/model/gpt.py", 'x = x + mlp(normed(x, weights, "mlp_norm"), weights, switches.block)', 'y = normed(x, weights, "mlp_norm")\n        x = x + mlp(y, weights, switches.block)')  # fmt: skip
-        said, result = prove(project)
-        assert "same behaviour: 1 runs, all losses bit-equal" in said
-        assert set(result["proof"]["modules"]) == set(result["stamp"]["modules"])
-        assert "0 of 1 results are stale" in prove(project)[0]
-
-    def test_another_arithmetic_is_not(self, project):
-        edit(project / "speedrun/optim/schedule.py", "0.5 * (1 + math.cos", "0.499 * (1 + math.cos")
-        edit(project / "speedrun/optim/schedule.py", "if step < warmup:", "if step < 0:")
-        said, result = prove(project)
-        assert "trains differently: run 1 of 1, from step" in said and "proof" not in result
+        assert prove(project)[0] == {"record": SAME, "small": SAME}
 
     def test_a_path_that_only_gpus_take_is_never_proved(self, project):
         edit(project / "speedrun/train.py", "torch.cuda.synchronize(self.device)", "torch.cuda.synchronize()")  # fmt: skip
-        said, result = prove(project)
-        assert "is about GPUs" in said and "Clock.wait" in said and "proof" not in result
+        said, results = prove(project)
+        assert "“Clock.wait” has changed and is about GPUs" in said["record"]
+        assert said["small"] == SAME and "proof" not in results["record"]
+
+    def test_code_that_does_not_run_is_not_proved(self, project):
+        edit(project / "speedrun/train.py", "    run.step += 1\n", "    run.step += one\n")
+        for said in prove(project)[0].values():
+            assert said == "not proved: today's code cannot train run 1 of 1: NameError: name 'one' is not defined"  # fmt: skip
 
     def test_code_that_was_never_committed_has_no_past(self, project):
-        path = project / "book/results/example/run.json"
-        result = json.loads(path.read_text())
-        result["stamp"]["modules"]["speedrun.train"] = "0" * 16
-        path.write_text(json.dumps(result))
-        edit(project / "speedrun/model/gpt.py", 'x = x + mlp(normed(x, weights, "mlp_norm"), weights, switches.block)', 'x = mlp(normed(x, weights, "mlp_norm"), weights, switches.block) + x')  # fmt: skip
-        assert "no commit holds the code that was measured" in prove(project)[0]
+        for path in (project / "book/results/example").glob("*.json"):
+            result = json.loads(path.read_text())
+            result["stamp"]["modules"]["speedrun.train"] = "0" * 16
+            path.write_text(json.dumps(result))
+        said, _ = prove(project)
+        assert set(said.values()) == {"not proved: no commit holds the code that was measured"}

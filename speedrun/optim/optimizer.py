@@ -108,18 +108,24 @@ def check_table(table: Sequence[Entry], parameters: Mapping[str, Tensor]) -> Non
 class Numbers:
     """What changes from step to step, as one vector on the device: one copy a step, and nothing is compiled anew."""
 
-    def __init__(self, names: Sequence[str], device: torch.device):
-        self.names, self.device = list(names), device
+    def __init__(self, names: Sequence[str], device: torch.device, betas: Sequence[float] = ()):
+        self.names, self.device = [*names, *(f"fix {beta}" for beta in betas)], device
         self.vector = torch.zeros(len(self.names), device=device)
+        self.told, self.fixes = self.vector[: len(names)], self.vector[len(names) :]
+        self.betas = torch.tensor(betas, dtype=torch.float64, device=device)
 
     def __getitem__(self, name: str) -> Tensor:
         return self.vector[self.names.index(name)]
 
     def fill(self, values: Mapping[str, float]) -> None:
-        """Set all of them; Python does not wait for the device."""
-        fresh = torch.tensor([values[name] for name in self.names])
+        """Set all but the fixes; Python does not wait for the device."""
+        fresh = torch.tensor([values[name] for name in self.names[: len(self.told)]])
         fresh = fresh.pin_memory() if self.device.type == "cuda" else fresh
-        self.vector.copy_(fresh, non_blocking=True)
+        self.told.copy_(fresh, non_blocking=True)
+
+    def fix(self, updates: Tensor) -> None:
+        """Set each fix, 1 − betaᵗ after t updates; as after one if there was none. updates: t, float64, on the device."""
+        self.fixes.copy_(1 - self.betas ** updates.clamp(min=1))
 
 
 class Replay:
@@ -334,10 +340,9 @@ def addresses_of(p: Tensor) -> tuple[int, int]:
     return p.data_ptr(), 0 if p.grad is None else p.grad.data_ptr()
 
 
-def number_names(table: Sequence[Entry]) -> list[str]:
-    """What a step needs to know, beside the gradient."""
-    betas = sorted({beta for row in table if row.rule == "adam" for beta in row.betas})
-    return [*TOLD, *(f"fix {beta}" for beta in betas)]
+def betas_in(table: Sequence[Entry]) -> list[float]:
+    """All betas of adam's rows."""
+    return sorted({beta for row in table if row.rule == "adam" for beta in row.betas})
 
 
 class BankOptimizer:
@@ -369,10 +374,11 @@ class BankOptimizer:
         self.tied = {row.name: row.tied for row in table if row.tied}
         self.addresses = {name: addresses_of(p) for name, p in parameters.items()}
         self.device = next(iter(parameters.values())).device
-        self.numbers = Numbers(number_names(table), self.device)
+        self.numbers = Numbers(TOLD, self.device, betas_in(table))
         self.bad = {name: torch.zeros((), device=self.device) for name in self.parts}
         self.skip = torch.zeros((), device=self.device) if options.guard else None
-        self.updates, self.pending = 0, False  # by adam; whether gradients wait for it
+        self.updates = torch.zeros((), dtype=torch.float64, device=self.device)  # by adam
+        self.pending = False  # whether gradients wait for adam
         self.records = options.compile and self.device.type == "cuda"
         if self.records and not options.iterations:
             raise ValueError(
@@ -437,14 +443,15 @@ def due_in(optimizer: BankOptimizer, index: int) -> list[str]:
 def tell(optimizer: BankOptimizer, index: int, rates: Mapping[str, float]) -> None:
     """Set the numbers of a step."""
     optimizer.pending = (index + 1) % optimizer.options.adam_every != 0
-    optimizer.updates += not optimizer.pending
-    fixes = {
-        name: 1 - float(name.removeprefix("fix ")) ** max(1, optimizer.updates)
-        for name in optimizer.numbers.names
-        if name.startswith("fix ")
-    }
     same_names("rates", {"muon_decay", *rates}, TOLD, "what a step is told")
-    optimizer.numbers.fill({"muon_decay": 0.0, **rates, **fixes})
+    optimizer.numbers.fill({"muon_decay": 0.0, **rates})
+
+
+def count_update(optimizer: BankOptimizer) -> None:
+    """Count a step of adam, unless it is left out: only the device knows, so the count is kept there."""
+    if not optimizer.pending:
+        optimizer.updates += 1 if optimizer.skip is None else 1 - optimizer.skip
+        optimizer.numbers.fix(optimizer.updates)
 
 
 def take_one_step(optimizer: BankOptimizer, index: int, rates: Mapping[str, float]) -> None:
@@ -455,6 +462,7 @@ def take_one_step(optimizer: BankOptimizer, index: int, rates: Mapping[str, floa
     for name in optimizer.early:
         parts[name].scatter()
     watch(optimizer, due)
+    count_update(optimizer)
     for name in sums[len(optimizer.early) :]:
         parts[name].scatter()
     for name in due:
@@ -540,7 +548,8 @@ def warm_up(optimizer: BankOptimizer) -> None:
     """Compile and record everything, with all that is tied tied and with all apart; nothing is updated."""
     if optimizer.skip is None:
         raise ValueError("warming up is a step that is left out, which only the guard can do")
-    optimizer.numbers.fill({name: float(name[:3] == "fix") for name in optimizer.numbers.names})
+    optimizer.numbers.fill(dict.fromkeys(TOLD, 0.0))
+    optimizer.numbers.fixes.fill_(1.0)
     now = optimizer.tied
     for tied in (now, {}) if now else ({},):
         optimizer.tied = tied
@@ -593,7 +602,7 @@ def state_places(optimizer: BankOptimizer) -> dict[str, tuple[Any, Tensor, slice
 
 def state_tensors(optimizer: BankOptimizer) -> dict[str, Tensor]:
     """The whole state by `parameter/key`, the same on every rank and for every number of ranks. All ranks have to ask."""
-    facts = {"updates": optimizer.updates, "pending": int(optimizer.pending)}
+    facts = {"updates": int(optimizer.updates), "pending": int(optimizer.pending)}
     tied = [row.name for row in optimizer.table if row.tied]
     facts |= {f"{name} apart": int(name not in optimizer.tied) for name in tied}
     found = {f"optimizer/{key}": torch.tensor(value) for key, value in facts.items()}
@@ -605,7 +614,7 @@ def state_tensors(optimizer: BankOptimizer) -> dict[str, Tensor]:
 def load_state(optimizer: BankOptimizer, saved: Mapping[str, Tensor]) -> None:
     """Take back what `state_tensors` gave, on however many ranks."""
     refuse_other_state(optimizer, saved)
-    optimizer.updates = int(saved["optimizer/updates"])
+    optimizer.updates.copy_(saved["optimizer/updates"])
     optimizer.pending = bool(saved["optimizer/pending"])
     tied = [row for row in optimizer.table if row.tied and not saved[f"optimizer/{row.name} apart"]]
     optimizer.tied = {row.name: row.tied for row in tied}
