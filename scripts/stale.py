@@ -31,7 +31,14 @@ from speedrun.data.shards import data_folder
 from speedrun.lab import provenance
 from speedrun.lab.errors import Problem, run_main, visible
 from speedrun.lab.files import atomic_write
-from speedrun.lab.provenance import canonical, code_hash, module_file, module_hashes, root
+from speedrun.lab.provenance import (
+    canonical,
+    code_hash,
+    is_docstring,
+    module_file,
+    module_hashes,
+    root,
+)
 from speedrun.lab.results import freshness
 
 GPU_WORDS = (
@@ -203,11 +210,13 @@ def configs_in(value) -> list[dict]:
 
 
 def statements(source: str) -> dict[tuple[str, str], str]:
-    """A module's statements, those of functions and methods one by one: (where, canonical form) → text to search."""
+    """A module's statements, those of functions and methods one by one, without docstrings: (where, canonical form) → text to search."""
     found: dict[tuple[str, str], str] = {}
 
     def visit(body, where: str) -> None:
         for node in body:
+            if is_docstring(node):
+                continue
             if isinstance(node, ast.ClassDef | ast.FunctionDef):
                 visit(node.body, f"{where}.{node.name}".strip("."))
                 node.body = []
@@ -310,14 +319,15 @@ def used_then_and_now(start: tuple[str, ...], commit: str) -> list[dict]:
     return [then, used_statements(read, list(start))]
 
 
-def measuring(modules: dict[str, str]) -> tuple[str, ...]:
-    """Those modules that choose what is measured, and measure it."""
-    return tuple(name for name in modules if name.startswith("speedrun.measure."))
+def measuring(modules: dict[str, str], slug: str) -> tuple[str, ...]:
+    """Those modules that choose what is measured, and measure it; or else the chapter's, which collects what others ran."""
+    own = tuple(name for name in modules if name.startswith("speedrun.measure."))
+    return own or (f"speedrun.measure.{slug}",)
 
 
-def same_statements(modules: dict[str, str], commit: str) -> int:
+def same_statements(start: tuple[str, ...], commit: str) -> int:
     """How many statements the measuring code uses, if all are today what they were at the commit; else 0."""
-    then, now = used_then_and_now(measuring(modules), commit)
+    then, now = used_then_and_now(start, commit)
     return len(now) if then.keys() == now.keys() else 0
 
 
@@ -326,9 +336,9 @@ def part_of_training() -> frozenset[str]:
     return frozenset(module_hashes(["speedrun.train", "speedrun.history"]))
 
 
-def objection(modules: dict[str, str], commit: str) -> str | None:
-    """Why training a little on a CPU could not show that a result with these modules still stands; None if it could."""
-    changed, start = changes_since(commit), measuring(modules)
+def objection(modules: dict[str, str], start: tuple[str, ...], commit: str) -> str | None:
+    """Why training a little on a CPU could not show that a result with these modules still stands; None if it could. start: those that measure."""
+    changed = changes_since(commit)
     then, now = used_then_and_now(start, commit)
     used = {
         name for key in then.keys() ^ now.keys() for name in {*then.get(key, ()), *now.get(key, ())}
@@ -339,7 +349,7 @@ def objection(modules: dict[str, str], commit: str) -> str | None:
         if name.startswith("speedrun.measure."):
             continue  # it chose the runs, whose configs are in the result
         apart = name not in part_of_training() and changed[name] and source_at(commit, name)
-        if apart and (name in used or not start):
+        if apart and (name in used or not then):
             return f"{name} is not part of training: the proof would not run it"
     return None
 
@@ -492,9 +502,10 @@ def prove(results: dict[Path, dict]):
             yield path, "not proved: no commit holds the code that was measured"
             continue
         commit, modules = base
+        start = measuring(modules, path.parent.name)
         if not configs:
             yield path, prove_without_runs(path, result, modules, commit)
-        elif why_not := objection(modules, commit):
+        elif why_not := objection(modules, start, commit):
             yield path, f"not proved: {why_not}"
         else:
             try:
@@ -511,9 +522,10 @@ def prove(results: dict[Path, dict]):
 
 def prove_without_runs(path: Path, result: dict, modules: dict[str, str], commit: str) -> str:
     today = module_hashes(result["stamp"]["modules"])
-    count = same_statements(modules, commit)
+    start = measuring(modules, path.parent.name)
+    count = same_statements(start, commit)
     if not count:
-        return f"not proved: {objection(modules, commit) or 'it names no training run'}"
+        return f"not proved: {objection(modules, start, commit) or 'it names no training run'}"
     keep_proof(path, result, today, {"commit": commit, "statements": count})
     return f"same behaviour: the {count} statements that it uses are the same"
 

@@ -29,6 +29,7 @@ class TestWhatChanged:
     def test_a_change_beside_gpu_code_is_no_objection(self):
         assert about_gpus(OLD, OLD.replace("x + 1", "1 + x")) is None
         assert about_gpus(OLD, OLD + "# cuda\n") is None
+        assert about_gpus(OLD, OLD.replace("(x):\n", "(x):\n    'For cuda.'\n")) is None
 
     def test_a_change_of_gpu_code_is_one(self):
         assert about_gpus(OLD, OLD.replace("synchronize()", "synchronize(0)")) == "A.g"
@@ -100,7 +101,7 @@ class TestTinyRuns:
 
         same = ({"optim.lr": 0.1}, {"seed": 7}, {"optim.betas": (0.8, 0.99)}, {"steps": 1000})
         other: tuple[dict, ...] = (
-            {"optim.lr": 0.0},
+            {"optim.weight_decay": 0.0},
             {"muon.gram": False},
             {"matrix.iterations": 6},
         )
@@ -307,7 +308,7 @@ class TestProof:
 
     @pytest.mark.parametrize("called", [False, True])
     def test_a_new_module_about_gpus_counts_where_a_run_enters_it(self, project, called):
-        (project / "speedrun/fast.py").write_text("def nothing():\n    'cuda'\n    return None\n")
+        (project / "speedrun/fast.py").write_text("def nothing():\n    return 'cuda'\n")
         add = "\n    nothing()" if called else ""
         edit(project / "speedrun/train.py", "from speedrun.optim.muon import Muon, rate_factor\n", "from speedrun.fast import nothing\nfrom speedrun.optim.muon import Muon, rate_factor\n")  # fmt: skip
         edit(project / "speedrun/train.py", "    rates, broken = rates_of(run), (~finite).float()\n", f"    rates, broken = rates_of(run), (~finite).float(){add}\n")  # fmt: skip
