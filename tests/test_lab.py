@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats as scipy_stats
 
-from speedrun.lab import hardware, provenance, results, runlog, stats
+from speedrun.lab import doctor, hardware, provenance, results, runlog, stats
 from speedrun.lab.errors import Problem
 
 
@@ -107,7 +107,7 @@ class TestHardware:
         fake_smi(tmp_path, monkeypatch, OLD_DRIVER)
         gpus = hardware.find_gpus()
         assert [gpu.driver for gpu in gpus] == ["460.32.03"] * 2
-        assert "too old" in str(hardware.gpu_problem(machine_with(gpus, "12.8")))
+        assert "too old" in str(doctor.gpu_problem(machine_with(gpus, "12.8")))
 
     @pytest.mark.parametrize(
         ("setting", "memory"),
@@ -182,7 +182,7 @@ class TestHardware:
     )
     def test_a_driver_that_is_too_old_for_torch(self, system, driver, cuda, words):
         gpu = hardware.GPU(0, "GPU-0", "NVIDIA H100", 79.6, driver, (9, 0))
-        problem = hardware.gpu_problem(machine_with((gpu,), cuda, system))
+        problem = doctor.gpu_problem(machine_with((gpu,), cuda, system))
         assert (problem is None) if words is None else (words in str(problem))
 
     def test_the_doctor_names_what_a_gpu_lacks(self, tmp_path, monkeypatch):
