@@ -1098,6 +1098,7 @@ FACTS: dict[str, Any] = {
     "data_sha256": lambda v: type(v) is str and re.fullmatch("[0-9a-f]{64}", v),
     "vocab_size": lambda v: type(v) is int and 0 < v <= 1 << 16,
     "tokenizer": lambda v: type(v) is str,
+    "world": lambda v: v is None or type(v) is int and v > 0,
 }  # fmt: skip
 
 
@@ -1131,7 +1132,8 @@ def readable(path: Path) -> Path:
 def load_facts(path: Path) -> dict:
     """What a checkpoint folder says about its run, each fact of its type. Raises Problem."""
     try:
-        facts = json.loads(readable(path / "state.json").read_text(encoding="utf-8"))
+        facts = {"world": None}  # which older checkpoints do not say
+        facts |= json.loads(readable(path / "state.json").read_text(encoding="utf-8"))
         wrong = [name for name, holds in FACTS.items() if not holds(facts[name])]
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise damaged(path, f"state.json: {type(error).__name__} {error}") from None
@@ -1250,6 +1252,7 @@ def facts_of(run: Run) -> dict:
         "train_shards": len(manifest.split("train")),
         "vocab_size": manifest.vocab_size,
         "tokenizer": manifest.tokenizer,
+        "world": run.ranks.world,
     }
 
 
@@ -1301,6 +1304,14 @@ def resume(run: Run) -> None:
     run.step, run.loader.position = facts["step"], Position(*facts["position"])
     run.clock.elapsed_ms, run.saved = facts["train_time_ms"], path
     run.log.line(f"resumed from {path} at step {run.step}")
+    world, then = run.ranks.world, facts["world"] or run.ranks.world
+    if then != world or (world > 1 and moments.get("optimizer/pending", 0)):
+        why = (
+            "gradients that waited on each rank come back as one sum"
+            if then == world
+            else f"{world} ranks, not {then}"
+        )
+        run.log.line(f"it goes on as it would have up to rounding: {why}")
 
 
 # %%
@@ -1730,7 +1741,9 @@ assert final == curve[-1] and resumed.loader.position == whole.loader.position
 print(f"stopped at 23, resumed to 40: every weight is equal, final loss {final:.6f} both times")
 
 # %% [markdown]
-# That is a strong test, because nearly everything can break it: a moment that was not saved, a position off by one batch, warm-up steps that left a trace, a schedule that counts from the restart.
+# Two things cannot be put back bit by bit, and then the log says so. A run that goes on with another number of ranks adds up in another order. And ranks that share their update ([chapter 20](20_many_gpus.ipynb)) let Adam step on every second gradient: a checkpoint between the two holds the sum of what waited on all ranks, and no longer the parts.
+#
+# It is a strong test, because nearly everything can break it: a moment that was not saved, a position off by one batch, warm-up steps that left a trace, a schedule that counts from the restart.
 #
 # And the broken number? Put one infinity into one matrix at step 12, and see who is accused:
 

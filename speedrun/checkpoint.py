@@ -127,6 +127,7 @@ FACTS: dict[str, Any] = {
     "data_sha256": lambda v: type(v) is str and re.fullmatch("[0-9a-f]{64}", v),
     "vocab_size": lambda v: type(v) is int and 0 < v <= 1 << 16,
     "tokenizer": lambda v: type(v) is str,
+    "world": lambda v: v is None or type(v) is int and v > 0,
 }  # fmt: skip
 
 
@@ -158,7 +159,8 @@ def readable(path: Path) -> Path:
 def load_facts(path: Path) -> dict:
     """What a checkpoint folder says about its run, each fact of its type. Raises Problem."""
     try:
-        facts = json.loads(readable(path / "state.json").read_text(encoding="utf-8"))
+        facts = {"world": None}  # which older checkpoints do not say
+        facts |= json.loads(readable(path / "state.json").read_text(encoding="utf-8"))
         wrong = [name for name, holds in FACTS.items() if not holds(facts[name])]
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise damaged(path, f"state.json: {type(error).__name__} {error}") from None

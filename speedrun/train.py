@@ -623,6 +623,7 @@ def facts_of(run: Run) -> dict:
         "train_shards": len(manifest.split("train")),
         "vocab_size": manifest.vocab_size,
         "tokenizer": manifest.tokenizer,
+        "world": run.ranks.world,
     }
 
 
@@ -672,6 +673,14 @@ def resume(run: Run) -> None:
     run.step, run.loader.position = facts["step"], Position(*facts["position"])
     run.clock.elapsed_ms, run.saved = facts["train_time_ms"], path
     run.log.line(f"resumed from {path} at step {run.step}")
+    world, then = run.ranks.world, facts["world"] or run.ranks.world
+    if then != world or (world > 1 and moments.get("optimizer/pending", 0)):
+        why = (
+            "gradients that waited on each rank come back as one sum"
+            if then == world
+            else f"{world} ranks, not {then}"
+        )
+        run.log.line(f"it goes on as it would have up to rounding: {why}")
 
 
 def keep(run: Run, patience_s: float = 0.0) -> Path | None:

@@ -97,7 +97,7 @@ class TestLayers:
             if module not in elsewhere
         }
         # upstream's trainer with its two files of kernels: 32,205 at record 89
-        assert sum(tokens.values()) <= 39_100, tokens
+        assert sum(tokens.values()) <= 39_200, tokens
         when_named = (*elsewhere, *shared)
         code = "import sys, speedrun.train; print(*[m for m in sys.modules if m in sys.argv[1:]])"
         command = [sys.executable, "-c", code, *when_named]

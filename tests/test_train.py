@@ -518,6 +518,7 @@ class TestSharing:
         train(longer, tmp_path / "seven", echo=None)
         rank = ["-m", "speedrun.train", "--resume", str(tmp_path / "seven"), "--max-steps", "0"]
         run_ranks(rank, 2, tmp_path / "seven")
+        assert "up to rounding: 2 ranks, not 1" in (tmp_path / "seven" / "log.txt").read_text()
         assert curve(tmp_path / "seven")[-1] == pytest.approx(curve(tmp_path / "one")[-1], abs=1e-3)
 
     @pytest.mark.parametrize("stop", [5, 6])
