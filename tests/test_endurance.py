@@ -97,14 +97,14 @@ def same(folder: Path, undisturbed: dict) -> str:
 
 
 def disturbed(folder: Path, flags: list[str], world: int, rng: random.Random, seconds: float) -> dict:  # fmt: skip
-    """One run whose ranks are killed once or twice at random moments, and resumed to its end. seconds: an undisturbed one's."""
+    """One run whose ranks are killed at random moments, and resumed once or twice to its end. seconds: an undisturbed one's."""
     log, arguments = folder.with_suffix(".log"), [*BRIEF, *flags, "--out", str(folder)]
     resumed: list[int] = []
     kills = anew = 0
     while True:
         pids = start_ranks(arguments, world, log)
-        if kills == 2 or (kills and rng.random() < 0.5):
-            break
+        if kills == 9 or len(resumed) == 2 or (resumed and rng.random() < 0.5):
+            break  # resumed at least once, unless it was always killed before it had saved
         time.sleep(rng.uniform(0.05, 1.0) * seconds)
         zygote.end(rng.choice(pids))
         if world > 1:

@@ -496,7 +496,7 @@ class TestDisks:
         assert log.lacking() == []
 
     @pytest.mark.skipif(not Path("/proc/mounts").exists() or (hasattr(os, "geteuid") and os.geteuid() != 0), reason="only root may mount")  # fmt: skip
-    @pytest.mark.parametrize("kilobytes", [0, 60, 200, 600])
+    @pytest.mark.parametrize("kilobytes", [60, *(pytest.param(k, marks=pytest.mark.slow) for k in (0, 200, 600))])  # fmt: skip
     def test_small_disks(self, brief, tmp_path, kilobytes):
         """Real ones: whatever is on them is whole, and what is not saved is said with status 1."""
         disk = tmp_path / "disk"
@@ -540,8 +540,10 @@ class TestInterrupts:
             for number, handler in old.items():
                 signal.signal(number, handler)
 
-    @pytest.mark.parametrize("module", ["train", "launch", "sample", "data"])
-    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+    @pytest.mark.parametrize(
+        ("module", "number"),
+        [("train", signal.SIGINT), ("launch", signal.SIGTERM), ("sample", signal.SIGINT), ("data", signal.SIGHUP)],
+    )  # fmt: skip
     def test_from_the_first_moment(self, module, number):
         """While the imports run: no traceback, the signal's status, and it is never lost."""
         watched = "import runpy, sys, threading, os, signal, time\n"

@@ -437,6 +437,7 @@ class TestTwoRanks:
             assert (one[name] - two[name]).norm() <= 1e-4 * one[name].norm() + 1e-6, name
         assert read_metrics(tmp_path / "two" / "metrics.jsonl")[0]["world"] == 2
 
+    @pytest.mark.slow
     def test_interrupted_and_resumed_on_one_rank(self, brief, tmp_path):
         """Two ranks are told to stop through their launcher; one rank finishes what they began."""
         long = vary(brief, {"steps": 400, "val_every": 400})
