@@ -687,6 +687,7 @@ class Interrupts:
 
     signal: int | None = None
     since: float = 0.0
+    training: bool = False  # there is something to save
 
     def install(self) -> None:
         """Take over the signals of this process (main thread only); SIGHUP not where it is ignored, as under nohup."""
@@ -1498,7 +1499,7 @@ def validate(run: Run) -> float:
 def run_loop(run: Run, step=train_step) -> str:
     """Train from `run.step` to the end. Returns why it ended: finished or interrupted."""
     config, marks = run.config, Marks(run.ranks.device)
-    last = config.last_step
+    last, run.interrupts.training = config.last_step, True
     run.clock.start()
     marks.restart()
     while True:
@@ -1660,7 +1661,7 @@ def unsaved(run: Run, lost: list[str]) -> Problem:
 @contextlib.contextmanager
 def sole_owner(folder: Path):
     """A run's folder, rank 0's alone in this block. Without a launcher above, it takes that one's part as well."""
-    launched = os.environ.get("SPEEDRUN_LIFELINE") == "1"
+    launched = bool(os.environ.get("SPEEDRUN_LIFELINE"))
     roles = ("train",) if launched else ("launch", "train")
     folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as held:
@@ -1782,16 +1783,19 @@ assert all(torch.equal(p, saved[name]) for name, p in others.items()), "nothing 
 def lifeline(interrupts: Interrupts | None = None, grace_s: float = 10.0) -> None:
     """End this process when its launcher dies: standard input ends, or the parent changes. Only under a launcher.
 
-    With `interrupts` the run is asked to stop first, so that it can save, and has `grace_s` seconds for that.
+    With `interrupts` a run that trains is asked to stop first, so that it can save, and has `grace_s` seconds for that.
+    The launcher's number is in SPEEDRUN_LIFELINE: a parent that is not its child by now was lost while we were imported.
     """
-    if os.environ.get("SPEEDRUN_LIFELINE") != "1":
+    launcher, parent = os.environ.get("SPEEDRUN_LIFELINE"), os.getppid()
+    if not launcher:
         return
-    parent = os.getppid()
+    with contextlib.suppress(psutil.Error):
+        parent = parent if psutil.Process(parent).ppid() == int(launcher) else -1
 
     def end_when(launcher_is_gone) -> None:
         while not launcher_is_gone():
             pass
-        if interrupts is not None:
+        if interrupts is not None and interrupts.training:
             if interrupts.signal is None:
                 interrupts.note(signal.SIGTERM)
             time.sleep(grace_s)
@@ -1810,7 +1814,7 @@ orphan = "from speedrun.train import lifeline; lifeline(); import time; print('u
 held = {
     "stdin": subprocess.PIPE,
     "stdout": subprocess.PIPE,
-    "env": os.environ | {"SPEEDRUN_LIFELINE": "1"},
+    "env": os.environ | {"SPEEDRUN_LIFELINE": str(os.getppid())},
 }
 child = subprocess.Popen([sys.executable, "-c", orphan], **held)
 assert child.stdout.readline().strip() == b"up"

@@ -242,7 +242,11 @@ def loopback() -> str:
 def rank_environment(world: int, cores: int, folder: Path, device: str = "cpu") -> dict[str, str]:
     """The environment of ranks: a lifeline, a file to meet in, lines at once, and a fair share of the cores."""
     own = {k: v for k, v in os.environ.items() if not k.startswith("PET_")}  # options for torchrun
-    own |= {"SPEEDRUN_LIFELINE": "1", "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"}
+    own |= {
+        "SPEEDRUN_LIFELINE": str(os.getpid()),
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONIOENCODING": "utf-8",
+    }
     own |= {"SPEEDRUN_STORE": str(folder / "heartbeat" / "ranks"), "SPEEDRUN_DEVICE": device}
     own |= {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     usual = {
@@ -489,8 +493,8 @@ def run_ranks(
         on = f"python -m speedrun.launch --resume {quoted(folder)}"
         echo(f"interrupted: the ranks save. To resume: {on}")
         raise
-    finally:
-        end_ranks(torchrun, family, grace_s)
+    finally:  # ranks that torchrun has left behind end by themselves, in ten seconds at most
+        end_ranks(torchrun, family, grace_s if torchrun.poll() is None else min(grace_s, 11.0))
     if torchrun.returncode or why:
         raise failure(folder, why or diagnosis(folder, torchrun.returncode, begin))
 

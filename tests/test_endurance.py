@@ -263,6 +263,7 @@ def cut(*args, **kwargs):  # the parameters and the launch, without the rest of 
     return notebook
 jupytext.read = cut
 sys.argv = sys.argv[1:]
+sys.path.insert(0, sys.argv[0].rpartition("/")[0])  # as Python does for a script
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 SCRIPT = str(ROOT / "scripts" / "run_speedrun.py")

@@ -94,6 +94,21 @@ class TestNoRankOutlivesAnybody:
         assert all_gone([*ranks, torchrun])
         assert launcher.wait(timeout=30) != 0
 
+    @pytest.mark.parametrize("late", [0.0, 2.0])
+    def test_torchrun_dies_while_its_ranks_are_still_imported(self, tmp_path, late):
+        """Their parent has changed before they could note it; only the launcher's number tells."""
+        (tmp_path / "slow.py").write_text(f"import time\ntime.sleep({late})\n" + RUDE)
+        program = [str(tmp_path / "slow.py"), str(tmp_path / "run")]
+        command = [sys.executable, "-c", LAUNCH, str(tmp_path / "run"), "30", *program]
+        launcher = psutil.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        tree = wait_for(
+            lambda: (found := launcher.children(recursive=True)) and len(found) == 3 and found
+        )
+        torchrun = next(process for process in tree if process.ppid() == launcher.pid)
+        torchrun.kill()
+        assert all_gone(tree, 12)
+        assert launcher.wait(timeout=30) != 0
+
     @pytest.mark.slow
     @pytest.mark.parametrize("victim", ["papermill", "kernel"])
     @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])

@@ -542,7 +542,7 @@ class TestInterrupts:
 
     @pytest.mark.parametrize(
         ("module", "number"),
-        [("train", signal.SIGINT), ("launch", signal.SIGTERM), ("sample", signal.SIGINT), ("data", signal.SIGHUP)],
+        [("train", signal.SIGINT), ("launch", signal.SIGTERM), ("sample", signal.SIGHUP), ("data", signal.SIGINT)],
     )  # fmt: skip
     def test_from_the_first_moment(self, module, number):
         """While the imports run: no traceback, the signal's status, and it is never lost."""
