@@ -316,7 +316,9 @@ def damage_manifest(rng: random.Random, fields: dict) -> str:
         return f"files: {len(fields['files'])} of {len(entries)}"
     value = rng.choice(NAMES) if kind == "name" else EVIL if kind == "evil" else rng.choice(ODD)
     key = {"extra": "extra", "evil": "command"}.get(kind, key)
-    if place is not fields and kind == "entry" and rng.random() < 0.3:  # of the right type, and wrong
+    if (
+        place is not fields and kind == "entry" and rng.random() < 0.3
+    ):  # of the right type, and wrong
         value = {"tokens": rng.randrange(1, 2000), "sha256": rng.randbytes(32).hex(), "bytes": rng.randrange(9999), "split": rng.choice(("train", "val")), "name": "train_000001.bin"}[key]  # fmt: skip
     place[key] = value
     return f"{key} = {ascii(value)[:80]}"
