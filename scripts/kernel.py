@@ -13,7 +13,7 @@ def own_kernel(folder: Path) -> dict[str, str]:
     Merge them into the environment in which papermill runs. The kernel keeps its own startup files, and says nothing of its network.
     """
     spec = get_kernel_dict(
-        ["--log-level=ERROR"]
+        ["--log-level=CRITICAL"]
     )  # ipykernel 7 warns at each start that it uses TCP
     folder = folder.resolve()
     path = folder / "kernels" / "python3" / "kernel.json"
