@@ -1099,7 +1099,7 @@ FACTS: dict[str, Any] = {
     "data_sha256": lambda v: type(v) is str and re.fullmatch("[0-9a-f]{64}", v),
     "vocab_size": lambda v: type(v) is int and 0 < v <= 1 << 16,
     "tokenizer": lambda v: type(v) is str,
-    "world": lambda v: v is None or type(v) is int and v > 0,
+    "world": lambda v: v is None or type(v) is int and 0 < v <= 1 << 16,
 }  # fmt: skip
 
 
@@ -1281,7 +1281,8 @@ def check_same_run(path: Path, facts: dict, run: Run) -> None:
         now = fields_of(config_from_json(facts["config"]))
         other = [name for name in now if name not in FREE and now[name] != begun[name]]
         if other:
-            what = f"{path} is of another run: {other[0]} is {now[other[0]]}, and was {begun[other[0]]}"
+            values = f"{other[0]} is {now[other[0]]}, and was {begun[other[0]]}"
+            what = f"{path} is of another run: {visible(values)}"
             raise Problem(what, f"put it aside: mv {quoted(path)} {quoted(run.folder)}/")
 
 

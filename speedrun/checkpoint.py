@@ -127,7 +127,7 @@ FACTS: dict[str, Any] = {
     "data_sha256": lambda v: type(v) is str and re.fullmatch("[0-9a-f]{64}", v),
     "vocab_size": lambda v: type(v) is int and 0 < v <= 1 << 16,
     "tokenizer": lambda v: type(v) is str,
-    "world": lambda v: v is None or type(v) is int and v > 0,
+    "world": lambda v: v is None or type(v) is int and 0 < v <= 1 << 16,
 }  # fmt: skip
 
 

@@ -52,7 +52,7 @@ def load_trained(folder: Path, device: str = "cpu") -> Trained:
     if facts["vocab_size"] != tokenizer.vocab_size:
         raise damaged(path, f"a vocabulary of {facts['vocab_size']} is not the tokenizer's")
     model, _ = build_model(check_config(config), facts["vocab_size"], torch.device(device))
-    weights = {k: w.float() if w.is_floating_point() else w for k, w in weights.items()}
+    weights = {k: w.float() if w.dtype == torch.bfloat16 else w for k, w in weights.items()}
     check_tensors(path, weights, dict(model.named_parameters()))
     model.load_state_dict(weights)
     data = data_folder(config.data.path)

@@ -650,7 +650,8 @@ def check_same_run(path: Path, facts: dict, run: Run) -> None:
         now = fields_of(config_from_json(facts["config"]))
         other = [name for name in now if name not in FREE and now[name] != begun[name]]
         if other:
-            what = f"{path} is of another run: {other[0]} is {now[other[0]]}, and was {begun[other[0]]}"
+            values = f"{other[0]} is {now[other[0]]}, and was {begun[other[0]]}"
+            what = f"{path} is of another run: {visible(values)}"
             raise Problem(what, f"put it aside: mv {quoted(path)} {quoted(run.folder)}/")
 
 

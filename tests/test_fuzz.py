@@ -401,7 +401,9 @@ def damage_tree(rng: random.Random, tree: dict) -> str:
 
 def right_state(facts: Any, usual: dict, samples: bool) -> bool:
     """Whether a damaged state.json could be the honest one of this checkpoint; a sample does not read all of it."""
-    unread = {"position", "train_time_ms", "data_sha256"} if samples else set()
+    unread = (
+        {"position", "train_time_ms", "data_sha256", "train_shards", "world"} if samples else set()
+    )
     needed = {"step", "config", "position", "train_time_ms", "data_sha256", "vocab_size", "tokenizer"} - unread  # fmt: skip
     if not isinstance(facts, dict) or not needed <= facts.keys():
         return False

@@ -565,7 +565,7 @@ class TestKernel:
             monkeypatch.setenv(name, value)
         monkeypatch.chdir("/")
         argv = KernelSpecManager().get_kernel_spec("python3").argv
-        assert argv[0] == sys.executable and "--log-level=ERROR" in argv
+        assert argv[0] == sys.executable and "--log-level=CRITICAL" in argv
 
     def test_papermill_takes_it_and_it_is_quiet(self, tmp_path, monkeypatch):
         import nbformat
