@@ -118,7 +118,10 @@ class TestChapterPages:
     def test_it_shows_its_outputs_figures_and_download(self, visit, name, site):
         page = visit(name)
         assert page.locator("article .cell_output").count() >= 5
-        assert page.locator("article .cell_output img").count() >= 1
+        source = (root() / f"{name}.py").read_text(encoding="utf-8")
+        drawn = source.count('mystnb={"image"')
+        assert drawn or int(name.split("/")[1][:2]) >= 90, "the workshop may do without figures"
+        assert page.locator("article .cell_output img").count() >= drawn
         assert page.locator(".admonition", has_text="Cost box").count() == 1
         assert "page executed" in page.locator("article").inner_text()
         hidden = page.locator("details.hide summary")

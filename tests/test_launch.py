@@ -366,7 +366,7 @@ class TestTheRunScript:
         """The notebook runs in the project's folder; the words were said elsewhere."""
         import run_speedrun
 
-        (tmp_path / "texts").symlink_to(embedded)
+        (tmp_path / "texts").symlink_to(embedded.resolve())
         monkeypatch.chdir(tmp_path)
         given: list[dict] = []
         monkeypatch.setattr(run_speedrun, "execute", lambda parameters, folder: (given.append(parameters), folder / "n.ipynb")[1])  # fmt: skip
