@@ -49,7 +49,7 @@ chromium:
 .PHONY: check
 check: chromium book  ## what make test leaves out: every chapter, the book, the book in a browser, long tests
 	@$(call python,book dev); export PATH="$$(dirname "$$py"):$$PATH"; \
-	"$$py" -m pytest -m "chapters or browser or slow" $(TESTS)
+	"$$py" -m pytest -m "(chapters or browser or slow) and not long" $(TESTS)
 
 .PHONY: tangle
 tangle:  ## notebooks/ → speedrun/ (FORCE=1 overwrites modules that were edited by hand)
@@ -69,12 +69,12 @@ book:  ## execute the chapters that changed and build the book: _build/site/inde
 	@$(call python,book dev); "$$py" scripts/tangle.py --check; "$$py" scripts/execute.py; "$$py" scripts/book.py
 
 .PHONY: lab
-lab:  ## the chapters in JupyterLab; saving one tangles it, edited modules are reloaded
-	@$(call python,book dev); IPYTHONDIR=$(call q,$(CURDIR)/scripts/ipython) exec "$$py" -m jupyterlab --config scripts/jupyter_config.py --ServerApp.root_dir=$(call q,$(CURDIR)) --LabApp.default_url=/lab/tree/notebooks $(ARGS)
+lab:  ## the chapters as notebooks, in JupyterLab; saving one rewrites the package (NB=06 opens it)
+	@$(call python,book dev); exec "$$py" scripts/lab $(foreach word,$(NB),$(call q,$(word))) -- $(ARGS)
 
 .PHONY: exercises
-exercises:  ## the chapters with holes where the solutions were: _build/exercises/*.ipynb
-	@$(call python,book dev); "$$py" scripts/exercises.py
+exercises:  ## the same, with holes where the solutions were: exercises/*.ipynb
+	@$(call python,book dev); exec "$$py" scripts/lab --exercises $(foreach word,$(NB),$(call q,$(word))) -- $(ARGS)
 
 .PHONY: doctor
 doctor:  ## what this machine can run, what is missing, and how to mend it

@@ -7,14 +7,14 @@ from pathlib import Path
 from ipykernel.kernelspec import get_kernel_dict
 
 
-def own_kernel(folder: Path) -> dict[str, str]:
+def own_kernel(folder: Path, *arguments: str) -> dict[str, str]:
     """Write a kernelspec `python3` of this interpreter into a folder of ours; returns the variables that make Jupyter take it.
 
-    Merge them into the environment in which papermill runs. The kernel keeps its own startup files, and says nothing of its network.
+    Merge them into the environment in which papermill or JupyterLab runs. The kernel keeps its own startup files and history there, and says
+    nothing of its network. arguments: further ones of ipykernel's command line.
     """
-    spec = get_kernel_dict(
-        ["--log-level=CRITICAL"]
-    )  # ipykernel 7 warns at each start that it uses TCP
+    # ipykernel 7 warns at each start that it uses TCP
+    spec = get_kernel_dict(["--log-level=CRITICAL", *arguments])
     folder = folder.resolve()
     path = folder / "kernels" / "python3" / "kernel.json"
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,7 @@
 """Shared by all tests: the interpreter switch for kernels, GPT-2's vocabulary without a network, the embedded text."""
 
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -23,6 +24,23 @@ offline_vocabulary(root() / "_build" / "tiktoken")
 if "PYTEST_XDIST_WORKER" in os.environ:  # two workers with two threads each fight over two cores
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
+
+CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """The Chromium of this system."""
+    from playwright.sync_api import sync_playwright
+
+    path = next(filter(None, map(shutil.which, CHROMIUM)), None)
+    assert path, (
+        "no Chromium: apt-get install chromium (Debian, Ubuntu), brew install chromium (macOS)"
+    )
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
 
 
 @pytest.fixture(scope="session")

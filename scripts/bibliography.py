@@ -1,0 +1,42 @@
+"""book/references.bib for readers without Sphinx: a key as author and year, with the address of the work."""
+
+import functools
+
+from pybtex.database import Entry, parse_file
+
+from speedrun.lab.errors import Problem, visible
+from speedrun.lab.provenance import root
+
+ADDRESSES = {"doi": "https://doi.org/", "url": "", "eprint": "https://arxiv.org/abs/"}
+
+
+@functools.cache
+def bibliography() -> dict[str, Entry]:
+    """The entries of book/references.bib by their key, their address in `url` or `eprint`."""
+    entries = dict(parse_file(str(root() / "book" / "references.bib")).entries)
+    for entry in entries.values():
+        where = entry.fields.get("howpublished", "")
+        if where.startswith(("http", "arXiv:")):
+            del entry.fields["howpublished"]
+            field = "url" if where.startswith("http") else "eprint"
+            entry.fields[field] = where.removeprefix("arXiv:")
+    return entries
+
+
+def surname(person) -> str:
+    """The part of a name that a citation shows, LaTeX's accents as letters."""
+    return " ".join(map(str, [*person.rich_prelast_names, *person.rich_last_names]))
+
+
+def author_year(key: str) -> tuple[str, str]:
+    """How a text cites an entry (Jordan et al., 2024), and its address, "" where it has none."""
+    if key not in bibliography():
+        what = f"a chapter cites “{visible(key)}”, and book/references.bib has no such entry"
+        raise Problem(what, "look for a misspelt key, or add the entry")
+    entry = bibliography()[key]
+    names = [surname(person) for person in entry.persons["author"]]
+    short = len(names) < 3 and "others" not in names
+    people = " and ".join(names) if short else f"{names[0]} et al."
+    field = next((field for field in ADDRESSES if field in entry.fields), None)
+    address = ADDRESSES[field] + entry.fields[field] if field else ""
+    return f"{people}, {entry.fields['year']}", address

@@ -1,0 +1,74 @@
+"""The chapters in JupyterLab: make lab, make lab NB=06, make exercises.
+
+python scripts/lab                      all chapters in the file browser
+python scripts/lab 06                   one chapter, open
+python scripts/lab --exercises          the chapters with holes where the solutions were
+python scripts/lab 06 -- --port 9999    what follows -- goes to JupyterLab
+"""
+
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent.parent), str(HERE.parent)]
+
+from speedrun.lab.errors import prepare_command, run_main
+
+if __name__ == "__main__":
+    prepare_command()
+
+import argparse
+import os
+
+from execute import chapters, prepare
+from kernel import own_kernel
+
+from speedrun.lab.errors import Problem
+from speedrun.lab.provenance import root
+
+
+def address(wanted: str | None, exercises: bool) -> str:
+    """What JupyterLab shows first: a chapter, or the folder that they are in."""
+    folder, suffix = ("exercises", "ipynb") if exercises else ("notebooks", "py")
+    if wanted is None:
+        return f"/lab/tree/{folder}"
+    found = chapters([wanted])
+    if len(found) > 1:
+        names = ", ".join(chapter.name for chapter in found)
+        raise Problem(f"{wanted} begins the names of {names}", "name one: make lab NB=06")
+    return f"/lab/tree/{folder}/{found[0].name}.{suffix}"
+
+
+def environment() -> dict[str, str]:
+    """What the server and its kernels need to know: this interpreter's kernel, the package, and nothing of it in the checkout."""
+    kept = root() / "_build" / "lab"
+    variables = own_kernel(kept, "--ext=kernel_extension")
+    places = [str(root()), str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return os.environ | variables | {"PYTHONPATH": os.pathsep.join(places)}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="make lab", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("chapter", nargs="?", help="a number or name; default: the folder")
+    parser.add_argument("--exercises", action="store_true", help="with holes, to be filled in")
+    words = sys.argv[1:]
+    split = words.index("--") if "--" in words else len(words)
+    options = parser.parse_args(words[:split])
+    first = address(options.chapter, options.exercises)
+    prepare()
+    config = HERE / "jupyter_config.py"
+    command = [
+        sys.executable,
+        "-m",
+        "jupyterlab",
+        "--config",
+        str(config),
+        f"--LabApp.default_url={first}",
+    ]
+    os.execve(sys.executable, [*command, *words[split + 1 :]], environment())
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

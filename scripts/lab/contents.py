@@ -1,0 +1,123 @@
+"""The chapters as JupyterLab sees them: notebooks made from text, folded as in the book; saving one rewrites the package."""
+
+import os
+import re
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import tangle
+from bibliography import author_year, bibliography
+from jupytext import TextFileContentsManager
+from tornado.ioloop import IOLoop
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+FOLDED = {"hide-input": ["source_hidden"], "remove-cell": ["source_hidden", "outputs_hidden"]}
+FOLDED |= {"hide-output": ["outputs_hidden"], "solution": ["source_hidden", "outputs_hidden"]}
+FOLDED |= {"hide-cell": FOLDED["solution"]}
+TANGLED = {
+    "$id": "urn:annotated-speedrun:tangled",
+    "version": "1",
+    "title": "A chapter was saved, and tangled or not",
+    "type": "object",
+    "properties": {
+        "path": {"type": "string"},
+        "changed": {"type": "array", "items": {"type": "string"}},
+        "error": {"type": "string"},
+    },
+    "required": ["path", "changed", "error"],
+}
+
+
+def fold(notebook) -> None:
+    """Hide what the book folds. The marks are not among the metadata that saving keeps, so the text does not change."""
+    for cell in notebook.cells:
+        for tag in cell.metadata.get("tags", []):
+            for mark in FOLDED.get(tag, []) if cell.cell_type == "code" else []:
+                cell.metadata.setdefault("jupyter", {})[mark] = True
+
+
+CITED = re.compile(r"\{cite\}`([\w-]+)`")
+SHOWN = re.compile(r'\(\[[^\[\]]*\]\(\S+ "cite ([\w-]+)"\)\)')
+
+
+def markdown_cells(notebook) -> list:
+    return [cell for cell in notebook["cells"] if cell["cell_type"] == "markdown"]
+
+
+def show_citations(text: str) -> str:
+    """MyST's {cite} roles as links, for JupyterLab has no bibliography; hide_citations turns them back."""
+
+    def link(found: re.Match) -> str:
+        if found[1] not in bibliography():  # the reader may be about to add it
+            return found[0]
+        label, address = author_year(found[1])
+        return f'([{label}]({address or "../book/references.bib"} "cite {found[1]}"))'
+
+    return CITED.sub(link, text)
+
+
+def hide_citations(text: str) -> str:
+    """What show_citations made of a text, as it was."""
+    return SHOWN.sub(r"{cite}`\1`", text)
+
+
+HEADER = re.compile(r"\A# ---\n(?:#.*\n)*?# ---\n")
+UNWANTED = re.compile(r"^# +(\w+_version|\w+_metadata_filter): .*\n", re.M)
+
+
+def with_header_of(before: str, text: str) -> str:
+    """A chapter's text under the header that it had: kernels and jupytext write their names and versions into it, which differ between machines."""
+    old, new = HEADER.match(before), HEADER.match(text)
+    if not new:
+        return text
+    return (old[0] if old else UNWANTED.sub("", new[0])) + text[new.end() :]
+
+
+class ChapterContents(TextFileContentsManager):
+    """jupytext's contents manager, for one project."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.tangling = ThreadPoolExecutor(1)  # two seconds, in which the server goes on serving
+        self.event_logger.register_event_schema(TANGLED)
+
+    def is_chapter(self, path: str) -> bool:
+        return Path(self._get_os_path(path)).match(f"{ROOT}/notebooks/*.py")
+
+    def get(self, path, content=True, **kwargs):
+        model = super().get(path, content=content, **kwargs)
+        if content and model["type"] == "notebook" and self.is_chapter(path):
+            fold(model["content"])
+            for cell in markdown_cells(model["content"]):
+                cell["source"] = show_citations(cell["source"])
+        return model
+
+    def save(self, model, path=""):
+        if not self.is_chapter(path):
+            return super().save(model, path)
+        file = Path(self._get_os_path(path))
+        before = file.read_text(encoding="utf-8") if file.is_file() else ""
+        if model["type"] == "notebook":
+            for cell in markdown_cells(model["content"]):
+                cell["source"] = hide_citations(cell["source"])
+        saved = super().save(model, path)
+        text = file.read_text(encoding="utf-8")
+        if model["type"] == "notebook":
+            text = with_header_of(before, text)
+        if text.encode() != file.read_bytes():  # git keeps \n, whatever the system ends lines with
+            part = file.with_suffix(".part")
+            part.write_bytes(text.encode())
+            os.replace(part, file)
+        self.tangling.submit(self.tangle, path.strip("/"), IOLoop.current())
+        return self.get(path, content=False, type=saved["type"])  # of the text as it is now
+
+    def tangle(self, path: str, loop: IOLoop) -> None:
+        """Rewrite the package, and tell the page what came of it. The chapter itself is saved in any case."""
+        event: dict = {"path": path, "changed": [], "error": ""}
+        try:
+            event["changed"] = tangle.tangle(ROOT)
+            self.log.info("tangled: %s", ", ".join(event["changed"]) or "nothing changed")
+        except (tangle.TangleError, OSError) as error:
+            event["error"] = str(error)
+            self.log.error("not tangled:\n%s", error)
+        loop.add_callback(self.event_logger.emit, schema_id=TANGLED["$id"], data=event)
