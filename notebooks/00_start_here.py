@@ -14,7 +14,7 @@
 # # Start here: forty-five minutes, then forty seconds
 #
 # ```{admonition} Cost box
-# Any machine: a few seconds, no GPU, no download. This page leans on all 92 records of the NanoGPT speedrun; the
+# Any machine: a few seconds, no download; there is nothing for a GPU to do. This page leans on all 92 records of the NanoGPT speedrun; the
 # [credits](../book/credits.md) name everyone who set one.
 # ```
 #
@@ -29,6 +29,11 @@
 #
 # That is what this book adds. Each chapter takes one idea, asks what it should buy, builds it in the fewest lines that work, and measures. The lines
 # are then collected, mechanically, into a trainer; the code you read is the code that runs. There is the *spine*, from the data and the baseline to the launcher and the means to measure, and there are eight chapters of ideas so far, on the architecture and on the optimizer, which take the ladder to about its eleventh record and parts of it much further.
+
+# %%
+from speedrun.lab import tier as tangled  # what this chapter builds below, from the package
+
+tier = tangled.choose_tier()
 
 # %% [markdown]
 # ## The game
@@ -197,8 +202,8 @@ plt.show()
 #
 # ## Your machine
 #
-# You do not need eight H100s. Every chapter runs on a laptop CPU in about a minute at most, on real text, with the same code at smaller shapes; on one GPU it
-# runs at shapes where the timings mean something; and the chapters at the end run the whole trainer on whatever you have.
+# You do not need eight H100s. Every chapter runs on a laptop CPU in about a minute at most, on real text, with the same code at smaller shapes; on one GPU with 16 GB it
+# computes there, at larger shapes where they show more, in three minutes at most; and the chapters at the end run the whole trainer on whatever you have. The first line that a chapter prints says [which of the two it is](#the-tier-of-a-chapter).
 #
 # | you have | you can | command |
 # | --- | --- | --- |
@@ -822,13 +827,23 @@ for finding in problems:
 
 # %% tags=["hide-input"]
 #| export
+CHAPTER_GB = 14.0  # a card of 16 GB has 15 and a bit, and other programs some of that
+
+
+def usable_gpus(machine: Machine) -> tuple[GPU, ...]:
+    """The GPUs that torch can use, of whatever size; none where it can use none of them."""
+    usable = machine.device == "cuda" and gpu_problem(machine) is None
+    return machine.gpus if usable else ()
+
+
 def tier_findings(machine: Machine) -> list[Finding]:
-    """What can be run here: C, whole chapters on the CPU; 1, one GPU; N, several."""
-    usable = len(machine.gpus) if machine.device == "cuda" else 0
+    """What can be run here: C, whole chapters on the CPU; 1, on one GPU; N, several."""
+    gpus = usable_gpus(machine)
+    large = [gpu for gpu in gpus if gpu.memory_gb >= CHAPTER_GB]
     tiers = {
         "C: whole chapters on the CPU": bool(machine.versions["torch"]) and not machine.no_torch,
-        "1: one GPU": usable >= 1,
-        "N: several GPUs": usable > 1,
+        f"1: one GPU with {CHAPTER_GB:.0f} GB": bool(large),
+        "N: several GPUs": len(gpus) > 1,
     }
     return [
         Finding(can or None, f"tier {tier}: {'yes' if can else 'no'}")
@@ -874,6 +889,119 @@ assert problems_found >= 1 and "this torch was built for the CPU" in told.getval
 doctor(machine)
 assert [finding.ok for finding in tier_findings(forgotten)] == [True, None, None]
 assert [finding.ok for finding in tier_findings(poor)] == [None] * 3
+assert [finding.ok for finding in tier_findings(aged)] == [True, None, None]
+assert [finding.ok for finding in tier_findings(modern)] == [True] * 3
+
+# %% [markdown]
+# ### The tier of a chapter
+#
+# Which of these tiers a chapter runs at is decided once, in its first cell, and shapes are taken from the answer: `tier.pick(cpu=128, gpu=768)`. No later cell asks what machine it is on. The environment variable `TIER` overrules the choice: `TIER=C make lab` keeps to the CPU, `TIER=1` takes a GPU that is smaller than the chapters were measured on.
+#
+# “Keeps to the CPU” has to include whatever a chapter starts, such as a training run that takes a GPU where it finds one. So the GPUs are hidden from the process and its children. CUDA reads that variable once, when it is initialised; after that, a choice comes too late and is refused.
+
+
+# %%
+#| default_exp lab.tier
+#| export
+import os
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+from speedrun.lab.errors import Problem, visible
+
+
+@dataclass(frozen=True)
+class Tier:
+    """Where a chapter computes: on this GPU, tier 1; or without one on the CPU, tier C."""
+
+    gpu: GPU | None = None
+
+    @property
+    def name(self) -> str:
+        return "1" if self.gpu else "C"
+
+    @property
+    def device(self) -> str:
+        """As PyTorch calls it: cuda or cpu."""
+        return "cuda" if self.gpu else "cpu"
+
+    def pick(self, cpu: Any, gpu: Any) -> Any:
+        """A shape, or whatever else depends on the tier."""
+        return gpu if self.gpu else cpu
+
+
+# %%
+#| export
+def tier_of(machine: Machine, asked: str) -> Tier:
+    """The tier that `TIER=asked` chooses: C, 1, or if empty 1 where a GPU has CHAPTER_GB and else C. Raises Problem."""
+    if asked not in ("", "C", "c", "1"):
+        fix = "TIER=C keeps to the CPU, TIER=1 takes one GPU; without TIER the machine decides"
+        raise Problem(f"TIER={visible(asked)} is no tier of a chapter", fix)
+    gpus = usable_gpus(machine)
+    large = [gpu for gpu in gpus if gpu.memory_gb >= CHAPTER_GB]
+    if asked == "1" and not gpus:
+        trouble = gpu_problem(machine)
+        why = trouble.what if trouble else "PyTorch finds no GPU here"
+        fix = "python -m speedrun.lab.doctor says more; a kernel that was at tier C has to be restarted; or TIER=C"  # fmt: skip
+        raise Problem(f"TIER=1 wants a GPU: {why}", fix)
+    if asked == "1" and not large:
+        return Tier(max(gpus, key=lambda gpu: gpu.memory_gb))
+    return Tier(large[0] if large and asked in ("", "1") else None)
+
+
+def reason(tier: Tier, machine: Machine, asked: str) -> str:
+    """Why it is this tier, and how to get the other one."""
+    if tier.gpu or asked:
+        return "TIER=C keeps to the CPU" if tier.gpu else "as TIER=C says"
+    trouble, gpus = gpu_problem(machine), usable_gpus(machine)
+    if trouble:
+        return f"{trouble.what}: make doctor"
+    small = f"{CHAPTER_GB:.0f} GB are wanted, {gpus[0].name} is smaller: TIER=1 takes it" if gpus else ""  # fmt: skip
+    return small or f"a GPU with {CHAPTER_GB:.0f} GB makes it tier 1"
+
+
+# %%
+#| export
+def show_only(tier: Tier, machine: Machine) -> None:
+    """Hide all GPUs but the tier's from this process and those that it starts. Raises Problem if CUDA is initialised already."""
+    cuda = getattr(sys.modules.get("torch"), "cuda", None)
+    if tier.gpu is None and cuda is not None and cuda.is_initialized():
+        what = "this kernel has a GPU in use, and tier C keeps to the CPU"
+        raise Problem(what, "restart the kernel, and run the chapter from its first cell")
+    if tier.gpu is None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = "-1"  # an empty variable is none at all on Windows
+    elif len(machine.gpus) > 1:
+        os.environ["CUDA_VISIBLE_DEVICES"] = tier.gpu.uuid
+
+
+def choose_tier() -> Tier:
+    """First line of every chapter: the tier by TIER and the machine, printed and kept to. Does not initialise CUDA."""
+    machine, asked = look(), os.environ.get("TIER", "").strip()
+    tier = tier_of(machine, asked)
+    show_only(tier, machine)
+    cores = f"{machine.cores} CPU core{'s' * (machine.cores > 1)}"
+    where = f"{tier.gpu.name}, {tier.gpu.memory_gb:.0f} GB" if tier.gpu else cores
+    print(f"tier {tier.name}: {where} ({reason(tier, machine, asked)})")
+    return tier
+
+
+# %%
+laptop_gpu = replace(server[0], name="RTX 4060 Laptop", memory_gb=8.0, index=1)
+two_cards = replace(modern, gpus=(laptop_gpu, server[0]))
+small_card = replace(modern, gpus=(laptop_gpu,))
+assert tier_of(modern, "").name == "1" and tier_of(modern, "C") == tier_of(mac, "") == Tier()
+assert tier_of(two_cards, "").gpu == server[0], "the first that is large enough"
+assert tier_of(small_card, "") == Tier() and tier_of(small_card, "1").gpu == laptop_gpu
+assert [tier_of(each, "").pick(cpu=128, gpu=768) for each in (mac, modern)] == [128, 768]
+for on, asked in ((mac, "1"), (aged, "1"), (modern, "gpu")):
+    try:
+        tier_of(on, asked)
+        raise AssertionError("accepted")
+    except Problem as problem:
+        print(problem)
+for each in (modern, small_card, aged, mac):
+    print("tier", tier_of(each, "").name, "for", reason(tier_of(each, ""), each, ""))
 
 # %% [markdown]
 # ## Exercises

@@ -14,7 +14,7 @@
 # # Are you really faster?
 #
 # ```{admonition} Cost box
-# Any machine: a few seconds, no GPU. The data are the final losses of about a thousand public runs, logged by the record setters of
+# Any machine: a few seconds; there is nothing for a GPU to do. The data are the final losses of about a thousand public runs, logged by the record setters of
 # modded-nanogpt and carried over with credit in `book/data/variance.csv`.
 # ```
 #
@@ -25,6 +25,11 @@
 #
 # We can ask people who did not know they were being asked. When record 37 was submitted, its author ran the same program twenty-four times and
 # uploaded every log. Nothing differs between those runs but the random initial weights, for which the program fixes no seed, and the order in which a GPU adds numbers.
+
+# %%
+from speedrun.lab.tier import choose_tier
+
+tier = choose_tier()
 
 # %%
 from itertools import combinations

@@ -14,7 +14,7 @@
 # # The data: tokens, shards, documents
 #
 # ```{admonition} Cost box
-# Any machine: about fifteen seconds, no GPU; 40 MB of disk for the text that the CPU runs train on, made from two Python packages. A network on the first run, for
+# Any machine: about fifteen seconds, and nothing for a GPU to do; 40 MB of disk for the text that the CPU runs train on, made from two Python packages. A network on the first run, for
 # GPT-2's vocabulary and perhaps a few megabytes of wheel. Ideas of records 12, 26, 29 and 33 (KoszarskyB, classiclarryd, varunneal); the shard format is llm.c's (Andrej Karpathy).
 # ```
 #
@@ -26,6 +26,11 @@
 #
 # Record 12 let each GPU read one sequence of 64 thousand tokens instead, so that documents were seen whole, and masked attention at their borders: **3,000 steps became 1,875**. That left one document per GPU without its head. Record 26 moved the cut to where a document begins, lengthened the cooldown, and took another
 # twenty steps off; record 29 capped documents at 2,048 tokens, and some twenty-five more went. Nobody had invented a layer. They had stopped throwing away first lines.
+
+# %%
+from speedrun.lab.tier import choose_tier
+
+tier = choose_tier()
 
 # %% [markdown]
 # ```{admonition} Prediction

@@ -14,7 +14,7 @@
 # # Rotary embeddings: position as an angle
 #
 # ```{admonition} Cost box
-# Any machine: about fifteen seconds on two CPU cores, no GPU. The comparisons are committed: fifteen minutes on a laptop's two cores, and 24 runs of 20 seconds on H100s.
+# About fifteen seconds on two CPU cores; within three minutes on one GPU. The comparisons are committed: fifteen minutes on a laptop's two cores, and 24 runs of 20 seconds on H100s.
 # Record 2: @kellerjordan0. Record 17: @YouJiacheng. Record 58: @classiclarryd.
 # ```
 #
@@ -23,12 +23,18 @@
 # Attention does not know where its tokens are: deal out keys and values in another order, and a query gathers the same. (A causal mask tells how many came before, and no more.) GPT-2 adds a learned vector for each position to the stream, **786,432 numbers** in all, and each is trained by the tokens at its own position alone. That a token should look at the one before it has to be learned at position 17, and again at 18. A row of 1,025 tokens has no vector for the last.
 
 # %%
+from speedrun.lab.tier import choose_tier
+
+tier = choose_tier()
+
+# %%
 import torch
 
 from speedrun.model.gpt import GPT, GPTOptions, parameter_table
 
 learned = next(r for r in parameter_table(GPTOptions(), 50_257) if r.name == "position_embedding")
-q, k, v = torch.randn(3, 1, 20, 16, generator=torch.Generator().manual_seed(0)).double()
+draws = torch.randn(3, 1, 20, 16, generator=torch.Generator().manual_seed(0))
+q, k, v = draws.double().to(tier.device)
 attend = torch.nn.functional.scaled_dot_product_attention
 order = torch.randperm(20, generator=torch.Generator().manual_seed(1))
 assert learned.shape[0] * learned.shape[1] == 786_432
@@ -282,8 +288,9 @@ from speedrun.config import preset, switches_of, vary
 
 turning = {"rotary.positions": "half", "rotary.base": 1024.0}
 switches = switches_of(vary(preset("record"), turning))
-model = GPT(GPTOptions(layers=2, heads=2, width=32, context=64), 288, switches=switches)
-row = torch.randint(288, (1, 24), generator=torch.Generator().manual_seed(5))
+shape = GPTOptions(layers=2, heads=2, width=32, context=64)
+model = GPT(shape, 288, switches=switches).to(tier.device)
+row = torch.randint(288, (1, 24), generator=torch.Generator().manual_seed(5)).to(tier.device)
 captured = torch.compile(model, fullgraph=True, backend="eager")
 assert torch.equal(captured(row), model(row)), "one graph"
 names = {name for name, _ in model.named_parameters()}

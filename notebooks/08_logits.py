@@ -14,13 +14,18 @@
 # # Logits and loss: one matrix with two jobs
 #
 # ```{admonition} Cost box
-# Any machine: about fifteen seconds on two CPU cores, no GPU. The comparisons are committed; those on H100s took some 20 seconds a run.
+# About fifteen seconds on two CPU cores; within three minutes on one GPU. The comparisons are committed; those on H100s took some 20 seconds a run.
 # Records 5, 8 and 9: @Grad62304977, @kellerjordan0. Record 18: @KoszarskyB. Record 19: @YouJiacheng. Record 51: @varunneal. Record 53: @varunneal, @classiclarryd. Record 54: @classiclarryd.
 # ```
 #
 # ## The problem
 #
 # GPT-2's largest matrix works twice. Row $t$ is what a token $t$ looks like when it is read, and at the other end it is what an output must look like for $t$ to be the next token. Sharing saves **38.6 million** parameters of 163. Record 8, which gave each job a matrix of its own, was 72 seconds faster than the one before. Record 51 shared again, and was 3 seconds faster. Record 53 shares for two thirds of the run, then parts.
+
+# %%
+from speedrun.lab.tier import choose_tier
+
+tier = choose_tier()
 
 # %%
 import math
@@ -191,6 +196,7 @@ print({cap: f"{steep:.2f}" for cap, steep in at_zero.items()}, "is the slope at 
 # %%
 many = 5 * torch.randn(20_000, 288, generator=torch.Generator().manual_seed(6))
 came = many.softmax(-1).multinomial(1, generator=torch.Generator().manual_seed(7))[:, 0]
+many, came = many.to(tier.device), came.to(tier.device)
 single = F.cross_entropy(many, came, reduction="none")
 rounded = F.cross_entropy(many.bfloat16().float(), came, reduction="none")
 right, wrong = many.double().log_softmax(-1), many.bfloat16().double().log_softmax(-1)
@@ -210,9 +216,9 @@ print(
 from speedrun.model.gpt import GPT, GPTOptions, Switches
 
 shape = GPTOptions(layers=2, heads=2, width=32, context=16)
-one = GPT(shape, 288).double()
-two = GPT(shape, 288, switches=Switches(head=HeadOptions(tied="split"))).double()
-tokens = torch.randint(288, (4, 17), generator=torch.Generator().manual_seed(2))
+one = GPT(shape, 288).double().to(tier.device)
+two = GPT(shape, 288, switches=Switches(head=HeadOptions(tied="split"))).double().to(tier.device)
+tokens = torch.randint(288, (4, 17), generator=torch.Generator().manual_seed(2)).to(tier.device)
 for model in (one, two):
     model(tokens[:, :-1], tokens[:, 1:]).backward()
 as_embedding, as_head = two.token_embedding.grad, two.head.grad.mT
@@ -231,13 +237,14 @@ from speedrun.model.rotary import RotaryOptions
 empty = BlockOptions(norm="rms", biases=False, zero_out=True)
 laptop = GPTOptions(layers=2, heads=2, width=128, context=128, init_std=0.05)
 turned = Switches(empty, RotaryOptions("rotary"))
-fresh = GPT(laptop, 288, switches=turned)
-row = torch.randint(288, (4, 129), generator=torch.Generator().manual_seed(3))
+fresh = GPT(laptop, 288, switches=turned).to(tier.device)
+row = torch.randint(288, (4, 129), generator=torch.Generator().manual_seed(3)).to(tier.device)
 chance = fresh(row[:, :-1]).softmax(-1)
 again = chance.gather(-1, row[:, :-1, None]).mean().item()
 first = {"tied": fresh(row[:, :-1], row[:, 1:]).item()}
 apart = Switches(empty, RotaryOptions("rotary"), head=HeadOptions(tied="untied"))
-first["untied, zeros"] = GPT(laptop, 288, switches=apart)(row[:, :-1], row[:, 1:]).item()
+untied = GPT(laptop, 288, switches=apart).to(tier.device)
+first["untied, zeros"] = untied(row[:, :-1], row[:, 1:]).item()
 assert 0.6 < again < 0.8 and first["tied"] > math.log(288) + 0.9
 assert abs(first["untied, zeros"] - math.log(288)) < 1e-5
 print(f"untrained, it expects the same token again at {again:.0%}")
@@ -275,16 +282,16 @@ from pathlib import Path
 from speedrun.config import preset, vary
 from speedrun.train import assemble, train_step
 
-brief = vary(preset("cpu"), {"steps": 150, "warmup": 0, "device": "cpu"})
+brief = vary(preset("cpu"), {"steps": 150, "warmup": 0, "device": tier.device})
 live = assemble(brief, Path(tempfile.mkdtemp()), echo=None)
 for _ in range(brief.steps):
     train_step(live)
-parted = GPT(brief.model, 288, switches=Switches(head=HeadOptions(tied="split")))
+parted = GPT(brief.model, 288, switches=Switches(head=HeadOptions(tied="split"))).to(tier.device)
 known = live.model.state_dict()
 parted.load_state_dict(known | {"head": known["token_embedding"].mT})
 for _ in range(8):
     batch = live.loader.next()[0]
-    parted(batch.inputs, batch.targets).backward()
+    parted(batch.inputs.to(tier.device), batch.targets.to(tier.device)).backward()
 reading, writing = parted.token_embedding.grad, parted.head.grad.mT
 ratio = (writing.norm() / reading.norm()).item()
 often = reading.norm(dim=1) > 0
@@ -314,12 +321,12 @@ def with_padding(model: GPT, inputs: Tensor) -> Tensor:
     return logits
 
 
-wide = GPT(shape, 283, switches=Switches(head=HeadOptions(multiple=16)))
+wide = GPT(shape, 283, switches=Switches(head=HeadOptions(multiple=16))).to(tier.device)
 pair = tokens[:, :-1] % 283, tokens[:, 1:] % 283
 loss = wide(*pair)
 loss.backward()
 pads = wide.token_embedding.grad[283:]
-narrow = GPT(shape, 283)(*pair)
+narrow = GPT(shape, 283).to(tier.device)(*pair)
 before = with_padding(wide, pair[0])
 with torch.no_grad():
     wide.token_embedding -= wide.token_embedding.grad

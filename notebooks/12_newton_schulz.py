@@ -14,7 +14,7 @@
 # # Muon: orthogonalised updates
 #
 # ```{admonition} Cost box
-# Any machine: under a minute on two CPU cores, no GPU. The comparison of optimizers in the last figures is 189 short trainings on a CPU, and is committed.
+# Under a minute on two CPU cores; within three minutes on one GPU. The comparison of optimizers in the last figures is 189 short trainings on a CPU, and is committed.
 # Records 3 and 4: Keller Jordan, Jeremy Bernstein, Vlado Boža. Muon itself {cite}`jordan2024`: also Yuchen Jin, You Jiacheng, Franz Cesista, Laker Newhouse.
 # ```
 #
@@ -27,6 +27,11 @@
 # So that mean has 128 directions. How many of them does it use? And how many does AdamW's step, which divides the mean entry by entry?
 
 # %%
+from speedrun.lab.tier import choose_tier
+
+tier = choose_tier()
+
+# %%
 import tempfile
 from pathlib import Path
 
@@ -37,6 +42,7 @@ from speedrun.train import train
 
 scratch = Path(tempfile.mkdtemp())
 BRIEF = {"steps": 60, "optim.warmup_steps": 10, "val_every": 60, "val_tokens": 32_768}
+BRIEF |= {"device": tier.device}
 model_run = train(vary(preset("cpu"), BRIEF), scratch / "look", echo=None)
 (adamw,) = model_run.optimizers
 bank = model_run.model.attention_qkv  # (2, 384, 128): in each layer Q, K and V
@@ -122,11 +128,11 @@ def orthogonal_factor(g: Tensor) -> Tensor:
 # %%
 g = followed
 u = orthogonal_factor(g)
-assert torch.allclose(u @ u.mT, torch.eye(128, dtype=torch.float64), atol=1e-10)
+assert torch.allclose(u @ u.mT, torch.eye(128).to(u), atol=1e-10)
 nuclear = torch.linalg.matrix_norm(g, ord="nuc")
 assert torch.allclose((g * u).sum(), nuclear)
 generator = torch.Generator().manual_seed(0)
-shaken = u + 0.01 * torch.randn(128, 128, dtype=torch.float64, generator=generator)
+shaken = u + 0.01 * torch.randn(128, 128, dtype=torch.float64, generator=generator).to(u)
 rivals = {"gradient": g, "its sign": g.sign(), "AdamW's": adams_step, "UVᵀ, shaken": shaken}
 for name, rival in rivals.items():
     gain = (g * rival).sum() / torch.linalg.matrix_norm(rival, ord=2)  # at spectral length 1
@@ -197,9 +203,10 @@ def iterated(sigma, times: int, coefficients=QUINTIC):
     return sigma
 
 
-wide = torch.randn(3, 64, 128, dtype=torch.float64, generator=generator)
-exact = torch.linalg.svdvals(wide / torch.linalg.matrix_norm(wide, keepdim=True))
-got = torch.linalg.svdvals(newton_schulz(wide, dtype=torch.float64))
+several = torch.randn(2, *tier.pick(cpu=(64, 128), gpu=(768, 3072)), generator=generator)
+several = several.double().to(tier.device)
+exact = torch.linalg.svdvals(several / torch.linalg.matrix_norm(several, keepdim=True))
+got = torch.linalg.svdvals(newton_schulz(several, dtype=torch.float64))
 assert torch.allclose(got, iterated(exact, 5).sort(-1, descending=True).values, atol=1e-6)
 print("the singular values went through the polynomial, five times, and nobody looked at them")
 
@@ -207,6 +214,7 @@ print("the singular values went through the polynomial, five times, and nobody l
 # The tall and the wide form are one another's transpose, and the code turns a tall matrix so that the squares which it multiplies are the small ones. A bank of matrices goes through in one call. The result does not depend on the scale of what it is given, as long as its length is far above the 1e-7 that guards the division: a loss that was scaled, by the same factor in every step, need not be unscaled for these matrices. (Clipping is another matter, as we shall see.)
 
 # %%
+wide = torch.randn(3, 64, 128, dtype=torch.float64, generator=generator)
 assert torch.allclose(
     newton_schulz(wide.mT, dtype=torch.float64), newton_schulz(wide, dtype=torch.float64).mT
 )
@@ -275,7 +283,7 @@ from speedrun.lab.results import figure_style
 figure_style()
 fig, (upper, lower) = plt.subplots(2, 1, figsize=(5.6, 6.4), layout="constrained")
 shades = plt.get_cmap("viridis")
-start = sigma / sigma.norm()
+start = (sigma / sigma.norm()).cpu()
 for times in (0, 1, 3, 5):
     shade = shades(0.9 - 0.16 * times)
     upper.semilogx(
@@ -439,15 +447,15 @@ from functools import partial
 bank = torch.arange(24.0).view(2, 6, 2)
 assert torch.equal(cut(bank, 3), torch.stack([*bank[0].split(2), *bank[1].split(2)]))
 
-rows, cols = 96, 64
-start_weight = torch.randn(rows, cols, generator=generator)
+rows, cols = tier.pick(cpu=(96, 64), gpu=(3072, 768))
+start_weight = torch.randn(rows, cols, generator=generator).to(tier.device)
 theirs, ours = (torch.nn.Parameter(start_weight.clone()) for _ in range(2))
 reference = torch.optim.Muon([theirs], lr=0.02, weight_decay=0.1, momentum=0.95)
 bank = torch.nn.Parameter(ours.detach()[None].clone())
 rule = partial(muon_update, options=options)
 optimizer = MatrixOptimizer([(bank, 1)], rule, lr=0.02, weight_decay=0.1)
 for _ in range(10):
-    theirs.grad = torch.randn(rows, cols, generator=generator)
+    theirs.grad = torch.randn(rows, cols, generator=generator).to(tier.device)
     bank.grad = theirs.grad[None].clone()
     reference.step()
     optimizer.step()

@@ -14,13 +14,18 @@
 # # Muon as it runs today
 #
 # ```{admonition} Cost box
-# Any machine: about half a minute on two CPU cores, no GPU. The comparisons are 105 short trainings on a CPU and four on one H100, and are committed.
+# About half a minute on two CPU cores; within three minutes on one GPU. The comparisons are 105 short trainings on a CPU and four on one H100, and are committed.
 # Records 38 and 42 to 43: @varunneal. Record 41: @li_zichong. Record 48: @ChrisJMcCormick. Record 50: @roeeshenberg. Record 57: @classiclarryd, @YouJiacheng, @ChrisJMcCormick. Polar Express {cite}`amsel2025`, NorMuon {cite}`li2025`, cautious decay {cite}`chen2025`, the way by the Gram matrix {cite}`zhang2026`.
 # ```
 #
 # ## The problem
 #
 # For nearly a year the polynomial of record 4 stayed. Then four records changed four things about Muon. What is there to change? Here is a small GPT after sixty steps of [chapter 12](12_newton_schulz.py)'s Muon, with the momentum that it follows.
+
+# %%
+from speedrun.lab.tier import choose_tier
+
+tier = choose_tier()
 
 # %%
 import tempfile
@@ -34,7 +39,7 @@ from speedrun.train import train
 
 scratch = Path(tempfile.mkdtemp())
 BRIEF = {"steps": 60, "optim.warmup_steps": 10, "val_every": 60, "val_tokens": 32_768}
-MUON = {"matrix.rule": "muon", "matrix.lr": 0.016, "optim.lr": 0.008}
+MUON = {"matrix.rule": "muon", "matrix.lr": 0.016, "optim.lr": 0.008, "device": tier.device}
 run = train(vary(preset("cpu"), BRIEF | MUON), scratch / "look", echo=None)
 momenta = {
     name: run.optimizers[1].state[getattr(run.model, name)]["momentum"]
@@ -51,7 +56,7 @@ def share_below(momentum: torch.Tensor, floor: float) -> float:
 
 up = newton_schulz(momenta["mlp_up"]).float()
 lengths = up.norm(dim=2)  # of each neuron's step, in each of two layers
-low, high = lengths.quantile(torch.tensor([0.05, 0.95]), dim=1)
+low, high = lengths.quantile(lengths.new_tensor([0.05, 0.95]), dim=1)
 uneven, usual = (lengths.amax(1) / lengths.amin(1)).max(), (high / low).max()
 unreached = share_below(momenta["attention_qkv"], 1 / 664)
 weights = run.model.mlp_up.detach().bfloat16()
@@ -265,7 +270,7 @@ for name, m in momenta.items():
 assert 0.2 < share_below(momenta["attention_qkv"], floor) < 0.3
 assert all(1.05 < by < 1.15 for by in longer.values())
 sigma = torch.linalg.svdvals(momenta["attention_qkv"].double())
-sigma = (sigma / sigma.norm(dim=1, keepdim=True)).numpy()
+sigma = (sigma / sigma.norm(dim=1, keepdim=True)).cpu().numpy()
 errors = (1 - mapped(sigma / 1.02, POLAR_EXPRESS)) ** 2
 share = errors[sigma < floor].sum() / errors.sum()
 assert share > 0.9
@@ -343,6 +348,7 @@ def rotation(rows: int, cols: int) -> torch.Tensor:
 
 
 steep = (rotation(96, 96) * torch.logspace(0, -4, 96, dtype=torch.float64)) @ rotation(384, 96).mT
+steep = steep.to(tier.device)
 right = polar_express(steep[None], dtype=torch.float64)
 wide = (steep / (1.02 * steep.norm()))[None]
 numbers = {"bfloat16": wide.bfloat16(), "float16": wide.half()}
@@ -394,7 +400,7 @@ def spread(update: torch.Tensor) -> float:
     return (lengths.amax(1) / lengths.amin(1)).max().item()
 
 
-perfect = exact["mlp_up"]
+perfect = exact["mlp_up"].cpu()
 eye = torch.eye(128).expand(2, 128, 128)
 assert torch.allclose(perfect.mT @ perfect, eye, atol=1e-4) and spread(perfect) > 4
 second = torch.zeros(2, 512, 1)
@@ -424,7 +430,7 @@ print(f"evened: {spread(evened):.3f}; singular values now {tilted.min():.2f} to 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Lengths of the 512 rows of an update of the MLP's first matrix, sorted: from the quintic, from the exact factor, and evened by NorMuon"}}
 fig, axis = plt.subplots(figsize=(5.6, 3.4))
 for label, update in (("quintic", up), ("exact factor", perfect), ("evened", evened)):
-    axis.plot(update[0].norm(dim=1).sort().values, label=label)
+    axis.plot(update[0].norm(dim=1).sort().values.cpu(), label=label)
 axis.set_xlabel("512 neurons of a layer, sorted for each line by itself")
 axis.set_ylabel("length of a neuron's step")
 axis.set_ylim(0)

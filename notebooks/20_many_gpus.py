@@ -14,13 +14,18 @@
 # # Many GPUs: who updates what
 #
 # ```{admonition} Cost box
-# Any machine: about half a minute on two CPU cores, no GPU: several processes that talk through gloo play the GPUs. What was measured on one GPU and on two is committed.
+# About half a minute on two CPU cores, where processes that talk through gloo play the GPUs; within three minutes on one GPU. What was measured on one GPU and on two is committed.
 # Record 6: @kellerjordan0. Record 15: @leloykun, @YouJiacheng. Record 22: @KonstantinWilleke, @alexrgilbert, @adricarda, @tuttyfrutyee, @vdlad. Record 23: @ryanyang0. Record 24: @vagrawal. Records 36 and 39: @classiclarryd. Record 44: @akash5474. Record 57: @classiclarryd, @YouJiacheng, @ChrisJMcCormick. Record 61: @ChrisJMcCormick. Record 68: @dhrvji. Record 71: @roeeshenberg.
 # ```
 #
 # ## The problem
 #
 # Record 5 ran on eight GPUs, and each of them orthogonalised every matrix. All eight did the same sums and got the same results. Record 6 stopped that: matrix $i$ is updated by GPU $i \bmod 8$, and the results are exchanged.
+
+# %%
+from speedrun.lab.tier import choose_tier
+
+tier = choose_tier()
 
 # %%
 from speedrun.lab.results import public_table
@@ -389,11 +394,12 @@ def adam_step(
 
 # %%
 start = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+start = start.to(tier.device)
 theirs, ours = torch.nn.Parameter(start.clone()), start.clone()
 reference = torch.optim.Adam([theirs], lr=0.01, betas=(0.75, 0.95), eps=1e-10)
-mean, square = torch.zeros(6, 4), torch.zeros(6, 4)
+mean, square = torch.zeros_like(start), torch.zeros_like(start)
 for step in range(1, 6):
-    theirs.grad = torch.randn(6, 4, generator=torch.Generator().manual_seed(step))
+    theirs.grad = torch.randn(6, 4, generator=torch.Generator().manual_seed(step)).to(tier.device)
     reference.step()
     fixes = (1 - 0.75**step, 1 - 0.95**step)
     adam_step(ours, theirs.grad, mean, square, 0.01, (0.75, 0.95), fixes, 1e-10, decay=0.0)
@@ -1432,7 +1438,7 @@ def step_of_rank(device: str, scale: int = 0) -> dict:
 
 
 # %%
-brief = step_of_rank("cpu")
+brief = step_of_rank(tier.device, scale=tier.pick(cpu=48, gpu=1))  # 1: record 89's own widths
 assert len(brief["tied"]["even"]) == len(brief["apart"]["odd"]) == 17
 assert {"qk", "bigram", "replicated", "guard", "clear head"} <= set(brief["parts"])
 
@@ -1476,7 +1482,7 @@ def stock_of_rank(device: str, scale: int = 0) -> dict:
 
 
 # %%
-stock = stock_of_rank("cpu")
+stock = stock_of_rank(tier.device, scale=tier.pick(cpu=48, gpu=1))
 assert stock["matrices"] == 60 + 20 + 22 and len(stock["parts"]["AdamW"]) == 17
 
 

@@ -14,7 +14,7 @@
 # # The model, assembled: banks and one table
 #
 # ```{admonition} Cost box
-# Any machine: about ten seconds on two CPU cores, no GPU. Record 1, llm.c, kept equal matrices together; records 27, 36 and 61 (byronxu99,
+# About ten seconds on two CPU cores; within three minutes on one GPU. Record 1, llm.c, kept equal matrices together; records 27, 36 and 61 (byronxu99,
 # classiclarryd, ChrisJMcCormick) came back to it. Used here from the start.
 # ```
 #
@@ -22,6 +22,11 @@
 #
 # The plain GPT-2 of [chapter 03](03_baseline.py) holds its 124 million parameters in **148 tensors**. To the mathematics that is a matter of taste. To everything around the mathematics it is a bill. An optimizer visits 148 tensors, a communication library
 # announces 148 reductions unless it buckets them, a checkpoint lists 148 names. And an optimizer that multiplies matrices, as all the good ones in this book do, launches its kernels once for every one of 48 matrices that are far too small to fill a GPU.
+
+# %%
+from speedrun.lab.tier import choose_tier
+
+tier = choose_tier()
 
 # %%
 import torch
@@ -305,7 +310,8 @@ class CountWrites(TorchDispatchMode):
 
 def written(take) -> float:
     """Elements written by the backward pass through `take`, in units of the bank."""
-    bank = torch.randn(12, 64, 64, requires_grad=True)
+    size = tier.pick(cpu=64, gpu=768)
+    bank = torch.randn(12, size, size, device=tier.device, requires_grad=True)
     loss = sum((piece * piece.detach()).sum() for piece in take(bank))
     with CountWrites() as count:
         loss.backward()
@@ -452,8 +458,8 @@ class GPT(nn.Module):
 
 
 # %%
-model = GPT(GPTOptions(layers=2, heads=2, width=64, context=32), 288)
-tokens = torch.randint(288, (3, 33), generator=torch.Generator().manual_seed(0))
+model = GPT(GPTOptions(layers=2, heads=2, width=64, context=32), 288).to(tier.device)
+tokens = torch.randint(288, (3, 33), generator=torch.Generator().manual_seed(0)).to(tier.device)
 inputs, targets = tokens[:, :-1], tokens[:, 1:]
 assert model(inputs).shape == (3, 32, 288)
 assert abs(model(inputs, targets).item() - math.log(288)) < 0.1
@@ -523,6 +529,7 @@ with torch.no_grad():
     for parameter in reference.parameters():
         parameter.add_(0.2 * torch.randn_like(parameter))
 banked.load_state_dict(banks_from_blocks(reference.state_dict(), 3))
+reference, banked = reference.to(tier.device), banked.to(tier.device)
 losses = [model(inputs, targets) for model in (reference, banked)]
 for loss in losses:
     loss.backward()
@@ -626,7 +633,8 @@ class CountProducts(TorchDispatchMode):
         return operation(*args, **(kwargs or {}))
 
 
-bank = torch.randn(12, 64, 64)
+size = tier.pick(cpu=64, gpu=768)
+bank = torch.randn(12, size, size, device=tier.device)
 with CountProducts() as apart:
     separately = [matrix @ matrix.mT for matrix in bank.unbind()]
 with CountProducts() as stacked:

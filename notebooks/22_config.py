@@ -14,7 +14,7 @@
 # # One table of runs
 #
 # ```{admonition} Cost box
-# Any machine: about ten seconds, no GPU. The historic recipe is record 1's (Andrej Karpathy and the contributors of llm.c).
+# Any machine: about ten seconds; there is nothing for a GPU to do. The historic recipe is record 1's (Andrej Karpathy and the contributors of llm.c).
 # ```
 #
 # ## The problem
@@ -23,6 +23,11 @@
 # live in the git log. That makes the record short and comparisons miserable, because to ask what an idea of last spring is worth *today* you must first transplant it by hand.
 #
 # The usual answer is worse: a hundred global flags, read wherever somebody needed one, with defaults in three places. Soon nobody can say what a run *was*. The command line in the shell history is half of it; the defaults of that day, which are gone, are the other half.
+
+# %%
+from speedrun.lab.tier import choose_tier
+
+tier = choose_tier()
 
 # %%
 assert 2**25 == 33_554_432
@@ -1127,7 +1132,7 @@ def retrain(live: "Run", config: Config, alone: AbstractContextManager[Any] | No
 # %%
 from speedrun.train import assemble
 
-brief = at_cpu_size(preset("cpu"))
+brief = vary(at_cpu_size(preset("cpu")), {"device": "cpu"})  # where equal runs are equal to the bit
 with tempfile.TemporaryDirectory() as folder:
     live = assemble(brief, Path(folder), echo=None)
     first, between, again = (

@@ -17,13 +17,18 @@
 # # The loop, and what the clock counts
 #
 # ```{admonition} Cost box
-# Any machine: under a minute on two CPU cores, no GPU. The rules of the clock are those of the contest since record 21 was re-timed (Keller Jordan).
+# Under a minute on two CPU cores; within three minutes on one GPU. The rules of the clock are those of the contest since record 21 was re-timed (Keller Jordan).
 # ```
 #
 # ## The problem
 #
 # In February 2025 record 21 was timed again. Nothing in the training had changed; two sentences in the rules had. The first ten steps now counted, and a compiler option that searched for faster kernels before the clock started was banned. The same training
 # took **3.8 seconds longer**. Of the six records that followed, five gained less than that; the other, record 25, was an upgrade of PyTorch.
+
+# %%
+from speedrun.lab.tier import choose_tier
+
+tier = choose_tier()
 
 # %%
 from speedrun.lab.results import public_table
@@ -918,6 +923,7 @@ def open_log(config: Config, folder: Path, echo) -> RunLog:
 
 # %%
 brief = {"steps": 40, "compile": False, "val_every": 20, "val_tokens": 8192, "log_every": 10}
+brief |= {"device": "cpu"}  # a GPU adds in another order each time: no two runs there are equal
 brief = vary(preset("cpu"), brief | {"optim.warmup_steps": 5})
 run = assemble(brief, scratch / "step", echo=None)
 before = run.model.mlp_up.detach().clone()
@@ -2122,7 +2128,9 @@ def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
 
 
 # %%
-run = assemble(brief, scratch / "timed", echo=None)
+WIDE = {"model.layers": 12, "model.heads": 12, "model.width": 768, "precision": "bfloat16"}
+timed_run = tier.pick(cpu={}, gpu=WIDE | {"data.step_tokens": 4096}) | {"device": tier.device}
+run = assemble(vary(brief, timed_run), scratch / "timed", echo=None)
 pieces, whole_step = time_pieces(run, 5), statistics.median(time_steps(run, 2)["true"])
 assert max(pieces, key=pieces.get) == "forward and backward"
 assert 0.1 < sum(pieces.values()) / whole_step < 10, "the same units"

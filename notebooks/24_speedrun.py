@@ -17,7 +17,7 @@
 # # The speedrun
 #
 # ```{admonition} Cost box
-# Any machine: this page trains for a quarter of a minute on two CPU cores. `make speedrun` executes the same notebook with a larger preset: three to five minutes on a CPU, minutes on one GPU,
+# This page trains for a quarter of a minute on two CPU cores, and takes three minutes at most on one GPU. `make speedrun` executes the same notebook with a larger preset: three to five minutes on a CPU, minutes on one GPU,
 # GPT-2 124M on several. The contest and its rules: Keller Jordan; the public curves: everyone in the [credits](../book/credits.md).
 # ```
 #
@@ -25,6 +25,11 @@
 #
 # A run on eight GPUs is a tree of ten processes: this notebook, `torchrun`, and eight ranks. Any of them can die, and when one does, who tells the others? The operating system does not: a child whose parent is gone simply goes on, and `torchrun` even gives every rank a session of its own. Watch it happen, with two ranks that
 # do nothing but sleep:
+
+# %% tags=["demonstration"]
+from speedrun.lab.tier import choose_tier
+
+tier = choose_tier()
 
 # %%
 import tempfile

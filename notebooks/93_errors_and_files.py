@@ -16,13 +16,18 @@
 # # Workshop: errors and files
 #
 # ```{admonition} Cost box
-# Any machine, a few seconds. The faults that this page answers were reported by users of nanoGPT, safetensors, pip, gunicorn, papermill and some fifty other projects, and then tried on this trainer; each section names the
+# Any machine, a few seconds; there is nothing for a GPU to do. The faults that this page answers were reported by users of nanoGPT, safetensors, pip, gunicorn, papermill and some fifty other projects, and then tried on this trainer; each section names the
 # reports that it follows.
 # ```
 #
 # ## The problem
 #
 # A run that trains for hours can be ended by a line of text. Here is a program that prints its progress into a file on a disk that is full, as a batch job does whose log has grown too long:
+
+# %%
+from speedrun.lab.tier import choose_tier
+
+tier = choose_tier()
 
 # %%
 import subprocess

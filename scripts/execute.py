@@ -4,8 +4,8 @@
     python scripts/execute.py 02 24      these only
     python scripts/execute.py --force 02 again, whatever its state
 
-A chapter is up to date while its code cells, the modules it rests on, the device, the library versions and the files that it read
-last time are what they were. Tests, the book, its downloads and its status page all read what this writes.
+A chapter is up to date while its code cells, the modules it rests on, the tier (TIER=C keeps to the CPU) with its device, the library
+versions and the files that it read last time are what they were. Tests, the book, its downloads and its status page all read what this writes.
 """
 
 from speedrun.lab.errors import prepare_command, run_main
@@ -37,6 +37,7 @@ from speedrun.data.sources import build_embedded
 from speedrun.lab.files import atomic_write
 from speedrun.lab.hardware import look
 from speedrun.lab.provenance import imported_names, module_hashes, root
+from speedrun.lab.tier import tier_of
 
 EXECUTED = root() / "_build" / "executed"
 LIBRARIES = (
@@ -92,6 +93,7 @@ def chapters(wanted: tuple[str, ...] | list[str] = ()) -> list[Chapter]:
 def state_of(chapter: Chapter) -> dict:
     """What a chapter's outputs depend on, except for the files that it reads."""
     machine = look()
+    tier = tier_of(machine, os.environ.get("TIER", "").strip())
     names = set(chapter.options.get("modules", []))
     for source in chapter.code:
         names |= imported_names(source)
@@ -101,7 +103,8 @@ def state_of(chapter: Chapter) -> dict:
     return {
         "code": hashlib.sha256("\0".join(chapter.code).encode()).hexdigest(),
         "modules": module_hashes(names),
-        "device": [gpu.name for gpu in machine.gpus] if machine.device == "cuda" else "cpu",
+        "tier": tier.name,
+        "device": [tier.gpu.name] if tier.gpu else "cpu",
         "python": machine.python,
         "versions": versions,
     }

@@ -1,7 +1,7 @@
 # Tangled from notebooks/00_start_here.py: edit the notebook, then run "make tangle". Edits made here are lost.
 
 
-from speedrun.lab.hardware import Machine, PACKAGES, look
+from speedrun.lab.hardware import GPU, Machine, PACKAGES, look
 
 
 # %% A GPU that torch cannot use
@@ -124,13 +124,23 @@ def hardware_findings(
     return found
 
 
+CHAPTER_GB = 14.0  # a card of 16 GB has 15 and a bit, and other programs some of that
+
+
+def usable_gpus(machine: Machine) -> tuple[GPU, ...]:
+    """The GPUs that torch can use, of whatever size; none where it can use none of them."""
+    usable = machine.device == "cuda" and gpu_problem(machine) is None
+    return machine.gpus if usable else ()
+
+
 def tier_findings(machine: Machine) -> list[Finding]:
-    """What can be run here: C, whole chapters on the CPU; 1, one GPU; N, several."""
-    usable = len(machine.gpus) if machine.device == "cuda" else 0
+    """What can be run here: C, whole chapters on the CPU; 1, on one GPU; N, several."""
+    gpus = usable_gpus(machine)
+    large = [gpu for gpu in gpus if gpu.memory_gb >= CHAPTER_GB]
     tiers = {
         "C: whole chapters on the CPU": bool(machine.versions["torch"]) and not machine.no_torch,
-        "1: one GPU": usable >= 1,
-        "N: several GPUs": usable > 1,
+        f"1: one GPU with {CHAPTER_GB:.0f} GB": bool(large),
+        "N: several GPUs": len(gpus) > 1,
     }
     return [
         Finding(can or None, f"tier {tier}: {'yes' if can else 'no'}")
