@@ -481,9 +481,8 @@ def start_ranks(
 
 # %% tags=["demonstration"]
 environment = rank_environment(world=2, cores=16, folder=scratch)
-assert (
-    environment["SPEEDRUN_LIFELINE"] == str(os.getpid()) and environment["OMP_NUM_THREADS"] == "8"
-)
+assert environment["SPEEDRUN_LIFELINE"] == str(os.getpid())
+assert environment["OMP_NUM_THREADS"] == os.environ.get("OMP_NUM_THREADS", "8")
 talkers = scratch / "talkers.py"
 talkers.write_text("from speedrun.train import join_ranks, say\njoin_ranks('cpu', 'gloo')\nsay('met')\nimport time; time.sleep(600)\n")  # fmt: skip
 (scratch / "meeting" / "heartbeat").mkdir(parents=True)

@@ -41,7 +41,7 @@ class Sink:
 
     def __init__(self):
         self.listener, self.calls = socket.create_server(("127.0.0.1", 0)), []
-        self.address = "http://127.0.0.1:%d" % self.listener.getsockname()[1]
+        self.address = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
         threading.Thread(target=self.listen, daemon=True).start()
 
     def listen(self) -> None:

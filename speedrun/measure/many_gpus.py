@@ -159,7 +159,7 @@ def wire_of_rank(device: str, scale: int = 8, touched: float = 0.2) -> dict:
 
 
 def steps_of_rank(device: str, scale: int = 48, steps: int = 4, micro: int = 4) -> dict:
-    """A hash of all parameters after some steps with small integers for gradients: `micro` micro-batches, shared by the ranks."""
+    """Parameters after some steps with small integers for gradients, `micro` micro-batches shared by the ranks: a hash of each, and its length."""
     optimizer, (rank, world) = small_record(scale, device), ranks()
     for step in range(steps):
         for part in range(rank * micro // world, (rank + 1) * micro // world):
@@ -170,10 +170,10 @@ def steps_of_rank(device: str, scale: int = 48, steps: int = 4, micro: int = 4) 
                 assert p.grad is not None  # the optimizer's storage
                 p.grad += (g * rows[:, None] if name == "bigram" else g).to(p.grad)
         optimizer.step(step, RATES)
-    digest = hashlib.sha256()
-    for p in optimizer.parameters.values():
-        digest.update(p.detach().cpu().view(torch.uint8).numpy().tobytes())
-    return {"hash": digest.hexdigest()}
+    found = {name: p.detach().cpu() for name, p in optimizer.parameters.items()}
+    bits = {name: p.view(torch.uint8).numpy().tobytes() for name, p in found.items()}
+    hashes = {name: hashlib.sha256(some).hexdigest() for name, some in bits.items()}
+    return {"hash": hashes, "length": {name: p.double().norm().item() for name, p in found.items()}}
 
 
 def wait_for(device: str) -> None:
