@@ -56,7 +56,7 @@ def pip(*arguments: str) -> None:
     done = subprocess.run([*PIP, *arguments], capture_output=True, env=os.environ | own)
     if done.returncode:
         said = (done.stderr or done.stdout).decode(errors="replace").strip().splitlines()
-        raise RuntimeError("\n".join(["pip could not install what the chapters need. It says:", *said[-6:]]))  # fmt: skip
+        raise RuntimeError("\n".join(["pip could not install what the chapters need. It says:", *said[-25:]]))  # fmt: skip
 
 
 def install_requirements(lacking: list[str]) -> None:

@@ -234,6 +234,9 @@ def stranger(tmp_path_factory) -> Path:
     python = folder / "venv" / "bin" / "python"
     ask = "import sysconfig; print(sysconfig.get_path('purelib'))"
     own = subprocess.run([python, "-c", ask], capture_output=True, text=True, check=True).stdout
+    for entry in Path(own.strip()).iterdir():  # its own setuptools may be too old
+        if not entry.name.startswith("pip"):
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
     (Path(own.strip()) / "seen.pth").write_text(f"{seen}\n")
     return python
 
