@@ -43,9 +43,14 @@ def is_found() -> bool:
     return bool(origin) and Path(str(origin)).resolve().is_relative_to(ROOT)
 
 
+def name_of(requirement: str) -> str:
+    """A requirement without its versions and conditions."""
+    return re.split(r"[^\w-]", requirement)[0]
+
+
 def loaded(requirements: list[str]) -> dict[str, str]:
     """Versions on the disk of those required packages that this kernel has imported already."""
-    names = {re.split(r"[^\w-]", need)[0] for need in requirements} & set(sys.modules)
+    names = {name_of(need) for need in requirements} & set(sys.modules)
     found = ((each.metadata["Name"], each.version) for each in metadata.distributions())
     return {name: version for name, version in found if name in names}
 
@@ -61,9 +66,10 @@ def pip(*arguments: str) -> None:
 
 def install_requirements(lacking: list[str]) -> None:
     """Install requirements; PyTorch's companions move with it, for each fits one release of it, and transformers imports them."""
-    torch = [need for need in lacking if re.match(r"torch\b", need)]
+    torch = [need for need in lacking if name_of(need) == "torch"]
     python = Path(sys.executable)
-    print(f"Installing {', '.join(lacking)}" + (": this takes minutes …" if torch else " …"), flush=True)  # fmt: skip
+    names = ", ".join(name_of(need) for need in lacking)
+    print(f"Installing {names}" + (": this takes minutes …" if torch else " …"), flush=True)
     if torch:
         torch += [name for name in ("torchvision", "torchaudio") if importlib.util.find_spec(name)]
         lacking = list(dict.fromkeys([*lacking, *torch]))

@@ -176,7 +176,7 @@ class TestTheNotebook:
     def test_what_a_chapter_imports_is_installed(self):
         import install_here
 
-        named = {re.split(r"[^\w-]", need)[0].lower().replace("-", "_") for need in install_here.needs()}  # fmt: skip
+        named = {install_here.name_of(need).lower().replace("-", "_") for need in install_here.needs()}  # fmt: skip
         distributions = metadata.packages_distributions()
         optional = {"wandb", "pynvml"}  # imported where they are there
         # what a requirement of ours brings: papermill PyYAML, ipykernel IPython
