@@ -7,7 +7,6 @@ import importlib
 import importlib.util
 import os
 import re
-import shutil
 import site
 import subprocess
 import sys
@@ -30,10 +29,9 @@ finally:
 
 def needs() -> list[str]:
     """What the chapters import: the project's requirements, but for the kernel, which runs; and chapter 03's second opinion."""
-    base = environment.requirements(["gpu"] if shutil.which("nvidia-smi") else [])
-    book = environment.requirements(["book"])
-    kept = [need for need in base if not need.startswith("ipykernel")]
-    return kept + [need for need in book if need.startswith("transformers")]
+    base, book = environment.requirements([]), environment.requirements(["book"])
+    kept = [need for need in base if name_of(need) != "ipykernel"]
+    return kept + [need for need in book if name_of(need) == "transformers"]
 
 
 def is_found() -> bool:

@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import importlib.util
 import json
 import os
 import re
@@ -177,6 +178,7 @@ class TestTheNotebook:
         import install_here
 
         named = {install_here.name_of(need).lower().replace("-", "_") for need in install_here.needs()}  # fmt: skip
+        assert "ipykernel" not in named, "the kernel that runs the cell is not replaced under it"
         distributions = metadata.packages_distributions()
         optional = {"wandb", "pynvml"}  # imported where they are there
         # what a requirement of ours brings: papermill PyYAML, ipykernel IPython
@@ -289,6 +291,52 @@ class TestTheFirstCell:
         hide = "import importlib.util as u; _f = u.find_spec; u.find_spec = lambda n, *a: None if n == 'pip' else _f(n, *a)\n"
         said = run_cell(stranger, tmp_path, downloads.install_cell(origin).source, hide)
         assert "has no pip" in self.last_line(said) and "-m ensurepip" in said[1]
+
+    def test_torch_takes_its_companions_along(self, monkeypatch, capsys):
+        """torchvision fits one torch only, and transformers fails to import the other."""
+        import install_here
+
+        calls, here = [], {"torchvision"}
+        monkeypatch.setattr(install_here, "pip", lambda *words: calls.append(words))
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: name in here or None)
+        monkeypatch.setattr(install_here.environment, "wants_cpu_build", lambda: False)
+        install_here.install_requirements(["torch>=2", "tyro>=1"])
+        install_here.install_requirements(["tyro>=1"])
+        assert calls == [("torch>=2", "tyro>=1", "torchvision"), ("tyro>=1",)]
+        monkeypatch.setattr(install_here.environment, "wants_cpu_build", lambda: True)
+        monkeypatch.setattr(install_here.environment, "pip_is_configured", lambda python: False)
+        for answers in (False, True):
+            monkeypatch.setattr(install_here.environment, "answers", lambda *a, fine=answers: fine)
+            install_here.install_requirements(["torch>=2"])
+        index = ("--index-url", install_here.environment.CPU_INDEX)
+        both = ("torch>=2", "torchvision")
+        assert calls[2:] == [both, (*index, *both), both]
+        said = capsys.readouterr().out.splitlines()
+        assert said[0] == "Installing torch, tyro: this takes minutes …" and said[1] == "Installing tyro …"  # fmt: skip
+
+    @pytest.mark.parametrize("after, restart", [("1", False), ("2", True)])
+    def test_what_the_kernel_holds_in_another_version(self, monkeypatch, capsys, after, restart):
+        import install_here
+
+        versions, calls = iter([{"numpy": "1"}, {"numpy": after}]), []
+        monkeypatch.setattr(install_here, "loaded", lambda needs: next(versions))
+        monkeypatch.setattr(install_here, "pip", lambda *words: calls.append(words))
+        monkeypatch.setattr(install_here.environment, "missing", lambda needs: ["numpy>=2"])
+        monkeypatch.setattr(sys, "path", list(sys.path))
+        if restart:
+            with pytest.raises(RuntimeError, match="already imported another numpy. Restart it"):
+                install_here.install()
+        else:
+            install_here.install()
+            assert capsys.readouterr().out.endswith(f"Installed from {root()}.\n")
+        assert calls == [("numpy>=2",), ("--no-deps", "--editable", str(root()))], "the package last"  # fmt: skip
+
+    def test_pip_fails_with_its_reason(self, monkeypatch):
+        import install_here
+
+        monkeypatch.setattr(install_here, "PIP", [sys.executable, "-c", "import sys; sys.exit('no space left')"])  # fmt: skip
+        with pytest.raises(RuntimeError, match="pip could not install .*\nno space left"):
+            install_here.pip("numpy")
 
     def test_where_the_package_is_here_it_installs_nothing(self, tmp_path):
         cell, before = downloads.install_cell(HUB).source, f"import sys; sys.path.insert(0, {str(root())!r})\n"  # fmt: skip
