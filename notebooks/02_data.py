@@ -815,8 +815,15 @@ def fetch_wheel(package: str, folder: Path) -> Path:
         return folder / wheel
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "pins.txt").write_text(f"{package}=={version} --hash=sha256:{sha256}\n")
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
-    command += ["--require-hashes", "--dest", str(folder), "-r", str(folder / "pins.txt")]
+    command = [sys.executable, "-m", "pip", "--no-color", "download", "--no-deps"]
+    command += [
+        "--only-binary=:all:",
+        "--require-hashes",
+        "--dest",
+        str(folder),
+        "-r",
+        str(folder / "pins.txt"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         reason = visible((done.stderr.strip().splitlines() or ["no reason given"])[-1])

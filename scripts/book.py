@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import nbformat
+from downloads import without_paths, write_downloads
 from execute import EXECUTED, Chapter, chapters, run_chapters, why_stale
 
 from speedrun.lab.errors import run_main
@@ -65,9 +66,7 @@ def page(chapter: Chapter) -> nbformat.NotebookNode:
             cell.metadata["tags"] = sorted(tags | {"hide-cell"})
         if cell.cell_type == "markdown":
             cell.source = rewrite_links(cell.source)
-        for output in cell.get("outputs", []):  # no path of the building machine on a page
-            if "text" in output:
-                output["text"] = output["text"].replace(str(root()), "…")
+        without_paths(cell)
     title, _, rest = notebook.cells[0].source.partition("\n")
     notebook.cells[0].source = f"{title}\n\n{badges(facts)}\n{rest}"
     notebook.metadata.pop("papermill", None)
@@ -184,6 +183,7 @@ def main() -> int:
     shutil.copytree(out / "_build" / "html", SITE)
     for path in SITE.rglob("*.html"):
         path.write_text(without_thebe(path.read_text(encoding="utf-8")), encoding="utf-8")
+    write_downloads(SITE / "_sources" / "notebooks", chapters())  # what the download button gives
     print(f"the book: {SITE.relative_to(root())}/index.html")
     return 0
 

@@ -115,6 +115,12 @@ class TestChapterPages:
         link = page.locator("a.btn-download-source-button").first.get_attribute("href")
         notebook = json.loads((SITE / "notebooks" / link).resolve().read_text(encoding="utf-8"))
         assert any(cell.get("outputs") for cell in notebook["cells"]), "the executed notebook"
+        assert link.endswith(f"{Path(name).name}.ipynb")
+        first, *rest = ("".join(cell["source"]) for cell in notebook["cells"])
+        assert first.startswith("REPOSITORY = ") and rest[0].startswith("# ")
+        prose = ["".join(c["source"]) for c in notebook["cells"] if c["cell_type"] == "markdown"]
+        assert not any("{bdg-" in text or "```{" in text for text in prose), "plain Markdown"
+        assert str(root()) not in json.dumps(notebook), "the machine that built it"
 
 
 class TestTheBook:
