@@ -15,7 +15,7 @@
 #
 # ```{admonition} Cost box
 # About twenty seconds on two CPU cores; within three minutes on one GPU. The comparisons took an hour on two cores, and half an hour of training on H100s, and are committed.
-# Record 2: @kellerjordan0. Record 5: @Grad62304977, @kellerjordan0. Record 19: @YouJiacheng.
+# Record 2: \@kellerjordan0. Record 5: \@Grad62304977, \@kellerjordan0. Record 19: \@YouJiacheng.
 # ```
 #
 # ## The problem

@@ -15,7 +15,7 @@
 #
 # ```{admonition} Cost box
 # About fifteen seconds on two CPU cores; within three minutes on one GPU. The comparisons are committed: fifteen minutes on a laptop's two cores, and 24 runs of 20 seconds on H100s.
-# Record 2: @kellerjordan0. Record 17: @YouJiacheng. Record 58: @classiclarryd.
+# Record 2: \@kellerjordan0. Record 17: \@YouJiacheng. Record 58: \@classiclarryd.
 # ```
 #
 # ## The problem

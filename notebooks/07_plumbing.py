@@ -15,7 +15,7 @@
 #
 # ```{admonition} Cost box
 # About ten seconds on two CPU cores; within three minutes on one GPU. The comparisons took half an hour of training on H100s and another on two CPU cores, and are committed.
-# Record 9: @Grad62304977, @kellerjordan0. Record 11: @brendanh0gan. Record 14: @KoszarskyB. Records 15 to 17: @leloykun, @YouJiacheng. Record 30: @EmelyanenkoK. Record 32: @bernard24 and hiverge.ai. Records 34, 40 (after an idea of @snimu's), 45, 55: @classiclarryd. Records 63, 70: @photon_mz. Record 65: @varunneal.
+# Record 9: \@Grad62304977, \@kellerjordan0. Record 11: \@brendanh0gan. Record 14: \@KoszarskyB. Records 15 to 17: \@leloykun, \@YouJiacheng. Record 30: \@EmelyanenkoK. Record 32: \@bernard24 and hiverge.ai. Records 34, 40 (after an idea of \@snimu's), 45, 55: \@classiclarryd. Records 63, 70: \@photon_mz. Record 65: \@varunneal.
 # ```
 #
 # ## The problem

@@ -15,7 +15,7 @@
 #
 # ```{admonition} Cost box
 # About fifteen seconds on two CPU cores; within three minutes on one GPU. The comparisons are committed; those on H100s took some 20 seconds a run.
-# Records 5, 8 and 9: @Grad62304977, @kellerjordan0. Record 18: @KoszarskyB. Record 19: @YouJiacheng. Record 51: @varunneal. Record 53: @varunneal, @classiclarryd. Record 54: @classiclarryd.
+# Records 5, 8 and 9: \@Grad62304977, \@kellerjordan0. Record 18: \@KoszarskyB. Record 19: \@YouJiacheng. Record 51: \@varunneal. Record 53: \@varunneal, \@classiclarryd. Record 54: \@classiclarryd.
 # ```
 #
 # ## The problem

@@ -15,7 +15,7 @@
 #
 # ```{admonition} Cost box
 # About half a minute on two CPU cores; within three minutes on one GPU. The comparisons are 105 short trainings on a CPU and four on one H100, and are committed.
-# Records 38 and 42 to 43: @varunneal. Record 41: @li_zichong. Record 48: @ChrisJMcCormick. Record 50: @roeeshenberg. Record 57: @classiclarryd, @YouJiacheng, @ChrisJMcCormick. Polar Express {cite}`amsel2025`, NorMuon {cite}`li2025`, cautious decay {cite}`chen2025`, the way by the Gram matrix {cite}`zhang2026`.
+# Records 38 and 42 to 43: \@varunneal. Record 41: \@li_zichong. Record 48: \@ChrisJMcCormick. Record 50: \@roeeshenberg. Record 57: \@classiclarryd, \@YouJiacheng, \@ChrisJMcCormick. Polar Express {cite}`amsel2025`, NorMuon {cite}`li2025`, cautious decay {cite}`chen2025`, the way by the Gram matrix {cite}`zhang2026`.
 # ```
 #
 # ## The problem

@@ -15,7 +15,7 @@
 #
 # ```{admonition} Cost box
 # Under half a minute on two CPU cores; within three minutes on one GPU. The comparison of shapes in the last figure is eighteen short trainings on a CPU, and is committed.
-# Records 4 and 9 (Keller Jordan and others), 13 (@fernbear.bsky.social), 19 (@YouJiacheng), 21 (@leloykun), 26 and 39 (@classiclarryd), 46 and 53 (@varunneal), 72 (@dualverse-ai & AI System Station), 88 (@jvarho).
+# Records 4 and 9 (Keller Jordan and others), 13 (\@fernbear.bsky.social), 19 (\@YouJiacheng), 21 (\@leloykun), 26 and 39 (\@classiclarryd), 46 and 53 (\@varunneal), 72 (\@dualverse-ai & AI System Station), 88 (\@jvarho).
 # ```
 #
 # ## The problem

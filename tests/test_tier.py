@@ -172,3 +172,25 @@ class TestChapters:
         box = path.read_text(encoding="utf-8").split("```{admonition} Cost box")[1].split("```")[0]
         assert "nothing for a GPU to do" in box or "one GPU" in box
         assert "no GPU" not in box
+
+
+class TestWhoElseAsks:
+    def test_an_execution_is_kept_by_its_tier(self, monkeypatch):
+        import execute
+
+        monkeypatch.setattr(execute, "look", lambda: with_gpus(SMALL, T4))
+        (chapter,) = execute.chapters(["93"])
+        for asked, wanted in {"": ("1", ["Tesla T4"]), "C": ("C", "cpu")}.items():
+            monkeypatch.setenv("TIER", asked)
+            state = execute.state_of(chapter)
+            assert (state["tier"], state["device"]) == wanted
+        monkeypatch.setenv("TIER", "two")
+        with pytest.raises(Problem, match="TIER=two"):
+            execute.state_of(chapter)
+
+    def test_make_speedrun_trains_on_what_its_preset_says(self, monkeypatch):
+        """Its notebook chooses no tier: that would hide a small GPU, or all GPUs but one."""
+        import run_speedrun
+
+        cells = [cell.source for cell in run_speedrun.notebook_of_a_run().cells]
+        assert not any("choose_tier" in source for source in cells)
