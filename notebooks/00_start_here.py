@@ -895,9 +895,9 @@ assert [finding.ok for finding in tier_findings(modern)] == [True] * 3
 # %% [markdown]
 # ### The tier of a chapter
 #
-# Which of these tiers a chapter runs at is decided once, in its first cell, and shapes are taken from the answer: `tier.pick(cpu=128, gpu=768)`. No later cell asks what machine it is on. The environment variable `TIER` overrules the choice: `TIER=C make lab` keeps to the CPU, `TIER=1` takes a GPU that is smaller than the chapters were measured on.
+# Which of these tiers a chapter runs at is decided once, in its first cell, and shapes are taken from the answer: `tier.pick(cpu=128, gpu=768)`. No later cell asks what machine it is on. The environment variable `TIER` overrules the machine: `TIER=C make lab` keeps to the CPU, `TIER=1` takes a GPU that is smaller than the chapters were measured on.
 #
-# “Keeps to the CPU” has to include whatever a chapter starts, such as a training run that takes a GPU where it finds one. So the GPUs are hidden from the process and its children. CUDA reads that variable once, when it is initialised; after that, a choice comes too late and is refused.
+# “Keeps to the CPU” has to include whatever a chapter starts, such as a training run that takes a GPU where it finds one. So the GPUs are hidden from the process and its children, by `CUDA_VISIBLE_DEVICES`; of several GPUs, tier 1 leaves one to be seen. CUDA reads that variable once, when it is initialised; after that, going back to the CPU comes too late and is refused.
 
 
 # %%

@@ -1,6 +1,6 @@
 """Execute the chapters, each once per state, into _build/executed/.
 
-    python scripts/execute.py            every chapter that is not up to date, two at a time
+    python scripts/execute.py            every chapter that is not up to date; on a CPU two at a time
     python scripts/execute.py 02 24      these only
     python scripts/execute.py --force 02 again, whatever its state
 
@@ -37,7 +37,7 @@ from speedrun.data.sources import build_embedded
 from speedrun.lab.files import atomic_write
 from speedrun.lab.hardware import look
 from speedrun.lab.provenance import imported_names, module_hashes, root
-from speedrun.lab.tier import tier_of
+from speedrun.lab.tier import Tier, tier_of
 
 EXECUTED = root() / "_build" / "executed"
 LIBRARIES = (
@@ -90,10 +90,14 @@ def chapters(wanted: tuple[str, ...] | list[str] = ()) -> list[Chapter]:
     return [Chapter(path.stem, jupytext.read(path, fmt="py:percent")) for path in chosen]
 
 
+def tier_here() -> Tier:
+    """The tier that chapters will choose."""
+    return tier_of(look(), os.environ.get("TIER", "").strip())
+
+
 def state_of(chapter: Chapter) -> dict:
     """What a chapter's outputs depend on, except for the files that it reads."""
-    machine = look()
-    tier = tier_of(machine, os.environ.get("TIER", "").strip())
+    machine, tier = look(), tier_here()
     names = set(chapter.options.get("modules", []))
     for source in chapter.code:
         names |= imported_names(source)
@@ -244,7 +248,8 @@ def run_chapters(wanted: list[str], force: bool = False) -> list[str]:
             refresh_prose(chapter)
     failed = []
     together = [chapter for chapter in todo if not chapter.options.get("alone")]
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+    workers = tier_here().pick(cpu=2, gpu=1)  # a card of 16 GB has room for one chapter
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
         jobs = [pool.submit(execute, chapter, max(1, look().cores // 2)) for chapter in together]
         results = [job.result() for job in map(announce, concurrent.futures.as_completed(jobs))]
     for chapter in todo:

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -187,6 +188,25 @@ class TestWhoElseAsks:
         monkeypatch.setenv("TIER", "two")
         with pytest.raises(Problem, match="TIER=two"):
             execute.state_of(chapter)
+
+    @pytest.mark.parametrize(("machine", "most"), [(BARE, 2), (with_gpus(T4), 1)])
+    def test_one_chapter_at_a_time_has_the_gpu(self, monkeypatch, machine, most):
+        import execute
+
+        together, seen = [], []
+
+        def played(chapter, threads):
+            together.append(chapter)
+            time.sleep(0.2)
+            seen.append(len(together))
+            together.remove(chapter)
+            return chapter, None, 0.2
+
+        monkeypatch.delenv("TIER", raising=False)
+        for name, value in {"look": lambda: machine, "prepare": lambda: None, "execute": played}.items():  # fmt: skip
+            monkeypatch.setattr(execute, name, value)
+        assert execute.run_chapters(["01", "02", "05"], force=True) == []
+        assert max(seen) == most
 
     def test_make_speedrun_trains_on_what_its_preset_says(self, monkeypatch):
         """Its notebook chooses no tier: that would hide a small GPU, or all GPUs but one."""
