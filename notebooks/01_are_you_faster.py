@@ -984,7 +984,7 @@ assert wall is not ..., "exercise: write wall"
 assert runs_for_time is not ..., "exercise: write runs_for_time"
 assert isinstance(wall, Sample), f"wall is a Sample, as describe makes it, not {wall}"
 assert wall.n == 24, f"record 37 has 24 public runs, your sample has {wall.n}"
-assert 130 < wall.mean < 140, f"in seconds the mean is between 130 and 140, not {wall.mean}"
+assert 140 < wall.mean < 160, f"in seconds the mean is between 140 and 160, not {wall.mean}"
 assert runs_for_time == 4, (
     f"a change of 0.5% of {wall.mean:.1f} s takes 4 runs a side, not {runs_for_time}"
 )

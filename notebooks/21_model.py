@@ -704,13 +704,11 @@ def count(options: GPTOptions, vocab_size: int) -> int:
 
 
 # %%
-base, padded = count(GPTOptions(), 50_257), count(GPTOptions(), 50_304)
+base, wider = count(GPTOptions(), 50_257), count(GPTOptions(), 50_304)
 assert base == 124_439_808, (
     f"GPT-2 has 124,439,808 parameters, not {base:,} (all of them count, not only matrices)"
 )
-assert padded - base == 47 * 768, (
-    f"47 more rows of 768 are 36,096 parameters, not {padded - base:,}"
-)
+assert wider - base == 47 * 768, f"47 more rows of 768 are 36,096 parameters, not {wider - base:,}"
 six = count(GPTOptions(heads=6), 50_257)
 assert six == base, f"the number of heads does not change the count, but yours gives {six:,}"
 print(
@@ -730,11 +728,11 @@ def padding(matrices: int, ranks: int) -> tuple[int, float]:
 
 # %%
 right = {60: (4, 4 / 64), 20: (4, 4 / 24), 22: (2, 2 / 24), 24: (0, 0.0)}
-padded = {matrices: padding(matrices, 8) for matrices in right}
-for matrices, (empty, share) in padded.items():
+slices = {matrices: padding(matrices, 8) for matrices in right}
+for matrices, (empty, share) in slices.items():
     assert (empty, share) == right[matrices], (
         f"{matrices} matrices on 8 ranks: {right[matrices][0]} empty slices, a share of {right[matrices][1]:.3f} of the bank with them, not {empty} and {share}"
     )
     work = busy([matrices + empty])[1]
     assert work == 1.0, f"with {matrices} + {empty} slices the ranks are busy for {work:.0%}"
-print({f"{n} matrices": f"{empty} empty, {share:.0%}" for n, (empty, share) in padded.items()})
+print({f"{n} matrices": f"{empty} empty, {share:.0%}" for n, (empty, share) in slices.items()})

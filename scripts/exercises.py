@@ -116,6 +116,12 @@ def state_of(path: Path, written: str | None, new: str) -> str:
     return "edited" if found is not None and written == new else "kept"
 
 
+def free_name(path: Path) -> str:
+    """A name beside a notebook that nothing has, for the reader's own."""
+    names = (f"{path.stem}.mine{n}.ipynb" for n in ("", *range(2, 1000)))
+    return next(name for name in names if not path.with_name(name).exists())
+
+
 def write_one(chapter: Path, folder: Path, ledger: dict[str, str]) -> Path:
     """Write one chapter's notebook unless its reader has edited it, note it in the ledger, and say in one line what was done."""
     notebook, count = holed(jupytext.read(chapter, fmt="py:percent"))
@@ -127,7 +133,7 @@ def write_one(chapter: Path, folder: Path, ledger: dict[str, str]) -> Path:
         ledger[path.name] = new
         atomic_write(folder / ".written.json", json.dumps(ledger, indent=1))
     name = path.relative_to(folder.parent)
-    away = f"mv {quoted(name)} {quoted(name.with_suffix('.mine.ipynb'))}"
+    away = f"mv {quoted(name)} {quoted(name.with_name(free_name(path)))}"
     said = {
         "write": f"{count} exercises",
         "refresh": f"{count} exercises, from today's chapter",

@@ -1,10 +1,12 @@
 """Try answers to a chapter's exercises: python tests/graded.py CHAPTER ANSWERS RESULTS (test_exercises starts it).
 
-Runs the chapter's code once, in order, as `python notebooks/CHAPTER.py` would. At each check, the hole, the wrong answers and then the
-solution are tried, each in a copy of the names that there are by then. ANSWERS and RESULTS are JSON files: exercise → sources, and
-exercise → what came of each, an exception's type and message or null.
+Runs the chapter's code once, in order, as `python notebooks/CHAPTER.py` would. Before each solution, its holes (all of them, then one at a
+time) and the wrong answers are tried, each in a copy of the names that there are by then; then the chapter goes on, so the solution passes
+the same check after all of these have failed it. ANSWERS and RESULTS are JSON files: exercise → sources, and exercise → what came of each
+hole and each wrong answer, an exception's type and message or null.
 """
 
+import ast
 import contextlib
 import io
 import json
@@ -38,7 +40,7 @@ def outcome(sources: list[str], names: dict) -> list[str] | None:
 
 def main(chapter: str, answers: dict[str, list[str]]) -> dict[str, dict]:
     sys.path.insert(0, str(root() / "scripts"))
-    from exercises import with_holes
+    from exercises import hole, with_holes
 
     module = sys.modules["__main__"] = types.ModuleType("__main__")
     cells = jupytext.read(root() / "notebooks" / f"{chapter}.py", fmt="py:percent").cells
@@ -47,11 +49,10 @@ def main(chapter: str, answers: dict[str, list[str]]) -> dict[str, dict]:
         if "solution" in cell.metadata.get("tags", []):
             check, names = code[n + 1].source, module.__dict__
             number = str(len(found) + 1)
-            found[number] = {
-                "hole": outcome([with_holes(cell.source), check], names),
-                "wrong": [outcome([cell.source, wrong, check], names) for wrong in answers.get(number, [])],
-                "solution": outcome([cell.source, check], names),
-            }  # fmt: skip
+            body, lines = ast.parse(cell.source).body, cell.source.splitlines()
+            holes = [with_holes(cell.source), *(hole(node, lines) for node in body)]
+            tried = {"holes": holes, "wrong": answers.get(number, [])}
+            found[number] = {kind: [outcome([cell.source, source, check], names) for source in sources] for kind, sources in tried.items()}  # fmt: skip
         run(cell.source, f"<{chapter}, code cell {n}>", module.__dict__)
     return found
 

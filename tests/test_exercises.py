@@ -20,7 +20,7 @@ from speedrun.lab.errors import Problem
 from speedrun.lab.provenance import root
 
 NOTEBOOKS = sorted((root() / "notebooks").glob("*.py"))
-QUICK = ("12", "14", "21")
+QUICK = ("01", "21", "93")
 
 
 def exercises_of(path: Path) -> list[tuple[str, str]]:
@@ -98,6 +98,20 @@ class TestCopies:
                 if isinstance(node, ast.Assign):
                     assert f'assert {name} is not ..., "exercise: write {name}"' in check
 
+    def test_a_check_takes_no_name_that_the_chapter_needs(self, path):
+        """A reader runs it more than once, and goes back to earlier cells."""
+        cells = [cell for cell in jupytext.read(path, fmt="py:percent").cells if cell.cell_type == "code"]  # fmt: skip
+        checks, defined = {check for _, check in exercises_of(path)}, set()
+        for node in ast.parse("\n".join(cell.source for cell in cells if cell.source not in checks)).body:  # fmt: skip
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                defined.add(node.name)
+            elif isinstance(node, (ast.Import, ast.ImportFrom)):
+                defined |= {(name.asname or name.name).split(".")[0] for name in node.names}
+        for check in checks:
+            tree = ast.parse(check)
+            bound = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}  # fmt: skip
+            assert not bound & defined
+
     def test_there_are_two_wrong_answers_to_each(self, path):
         for number, _ in enumerate(exercises_of(path), 1):
             assert len(WRONG[path.stem[:2], number]) >= 2
@@ -153,6 +167,11 @@ class TestWriting:
         exercises.write_exercises(["05"])
         assert "Begin here" in path.read_text(encoding="utf-8")
         assert "my answer" in (folder / "05_one.mine.ipynb").read_text(encoding="utf-8")
+        edit(path, "exercise: write half_life", "a second answer")
+        (folder / ".written.json").unlink()
+        edit(folder.parent / "notebooks" / "05_one.py", "Begin here", "Start here")
+        exercises.write_exercises(["05"])  # the first copy must not be lost by the advice
+        assert "05_one.ipynb exercises/05_one.mine2.ipynb," in capsys.readouterr().out
 
     def test_running_and_saving_is_no_edit(self, folder, capsys):
         """Jupyter adds outputs, counts and its own metadata, and another layout of the file."""
@@ -205,7 +224,7 @@ class TestWriting:
 
 
 @pytest.mark.chapters
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("path", [pytest.param(path, marks=[] if path.stem[:2] in QUICK else pytest.mark.long) for path in NOTEBOOKS], ids=lambda path: path.stem)  # fmt: skip
 def test_checks_refuse_holes_and_wrong_answers_and_accept_the_solution(path, embedded, tmp_path):
     """Really executed, in a folder that is not the project's."""
@@ -220,9 +239,10 @@ def test_checks_refuse_holes_and_wrong_answers_and_accept_the_solution(path, emb
     assert done.returncode == 0, done.stderr[-3000:]
     results = json.loads((tmp_path / "results").read_text())
     assert len(results) == len(exercises_of(path))
+    faults = []
     for number, found in results.items():
-        assert "exercise: write" in found["hole"][1], (number, found["hole"])
-        assert found["solution"] is None, (number, found["solution"])
+        faults += [(number, hole) for hole in found["holes"] if not hole or "exercise: write" not in hole[1]]  # fmt: skip
         for (source, words), outcome in zip(WRONG[path.stem[:2], int(number)], found["wrong"], strict=True):  # fmt: skip
-            assert outcome is not None, f"exercise {number} accepts {source}"
-            assert outcome[0] == "AssertionError" and words in outcome[1], (source, outcome)
+            if outcome is None or outcome[0] != "AssertionError" or words not in outcome[1]:
+                faults.append((number, source, words, outcome))
+    assert not faults, "\n".join(map(str, faults))
