@@ -203,7 +203,7 @@ plt.show()
 # ## Your machine
 #
 # You do not need eight H100s. Every chapter runs on a laptop CPU in about a minute at most, on real text, with the same code at smaller shapes; on one GPU with 16 GB it
-# computes there, at larger shapes where they show more, in three minutes at most; and the chapters at the end run the whole trainer on whatever you have. The first line that a chapter prints says [which of the two it is](#the-tier-of-a-chapter).
+# computes there, at larger shapes where they show more, in three minutes at most; and the chapters at the end run the whole trainer on whatever you have. The first line that a chapter prints says which of the two it is.
 #
 # | you have | you can | command |
 # | --- | --- | --- |
@@ -1020,10 +1020,19 @@ def half_life(days: list[float], seconds: list[float]) -> float:
 
 
 # %%
-assert math.isclose(half_life([0.0, 10.0, 20.0], [8.0, 4.0, 2.0]), 10.0)
+line = half_life([0.0, 10.0, 20.0], [8.0, 4.0, 2.0])
+assert math.isclose(line, 10.0), (
+    f"8, 4 and 2 s on days 0, 10 and 20 halve in 10 days, not in {line}"
+)
+steps = half_life([0.0, 10.0, 20.0, 30.0], [8.0, 8.0, 2.0, 2.0])
+assert math.isclose(steps, 12.5), (
+    f"8, 8, 2, 2 s on days 0, 10, 20, 30: the least-squares line halves in 12.5 days, not in {steps} (end points alone give 15, days against logarithms 10)"
+)
 after = [(day - days[0]).days for day in days]
 first, then = half_life(after[:21], seconds[:21]), half_life(after[21:], seconds[21:])
-assert then > 4 * first
+assert then > 4 * first, (
+    f"halving slowed down more than four times, but yours says {first:.0f} and then {then:.0f} days"
+)
 print(f"records 1–21 halved the time every {first:.0f} days, records 22–92 every {then:.0f}")
 
 # %% [markdown]
@@ -1043,8 +1052,15 @@ def share_by_area(ladder: list[dict], gains: list[float]) -> dict[str, float]:
 
 
 # %%
+three = [{"technique_area": area} for area in ("systems", "optimizer", "optimizer+data")]
+made_up = share_by_area(three, [1.0, 3.0])
+assert made_up == {"optimizer": 0.625, "data": 0.375}, (
+    f"two steps gain 1 (optimizer) and 3 (optimizer+data, half each): the shares of 4 are 2.5/4 and 1.5/4, not {made_up} (the first record has no gain)"
+)
 shares = share_by_area(ladder, gains)
-assert math.isclose(sum(shares.values()), 1.0) and max(shares, key=shares.get) == "architecture"
+total, most = sum(shares.values()), max(shares, key=shares.get)
+assert math.isclose(total, 1.0), f"the shares sum to 1, not to {total}"
+assert most == "architecture", f"architecture earned most, not {most}"
 for area, share in sorted(shares.items(), key=lambda item: -item[1]):
     print(f"{area:13} {share:6.1%}")
 

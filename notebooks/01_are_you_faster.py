@@ -961,8 +961,17 @@ def z_rule(sample: Sample) -> bool:
 implied_p = float(stats.norm.sf(0.004 / 0.0013))
 
 # %%
-assert z_rule(Sample(16, 3.2789, 0.0013)) and not z_rule(Sample(4, 3.2789, 0.0013))
-assert abs(implied_p - 0.001) < 0.0001
+accepted = [(16, 3.2789, 0.0013), (16, 3.2789, 0.0026), (4, 3.277, 0.01)]
+refused = [(4, 3.2789, 0.0013), (9, 3.279, 0.0003)]
+for case in accepted + refused:
+    right, said = case in accepted, z_rule(Sample(*case))
+    assert said == right, (
+        f"{case[0]} runs, mean {case[1]}, sd {case[2]}: the rule says {right}, yours {said} (it knows sigma, so it does not look at the sample's sd)"
+    )
+assert implied_p is not ..., "exercise: write implied_p"
+assert abs(implied_p - 0.001) < 0.0001, (
+    f"the upper tail beyond 0.004/0.0013 = 3.08 sd holds about 0.001, not {implied_p}"
+)
 print(f"a test at p = {implied_p:.4f}: stricter than 0.01, in exchange for trusting sigma")
 
 # %% [markdown]
@@ -976,7 +985,17 @@ wall = describe(
 runs_for_time = runs_needed(0.005 * wall.mean, wall.sd)
 
 # %%
-assert wall.n == 24 and 2 <= runs_for_time <= 4 and runs_needed(0.5, wall.sd) == 5
+assert wall is not ..., "exercise: write wall"
+assert runs_for_time is not ..., "exercise: write runs_for_time"
+assert isinstance(wall, Sample), f"wall is a Sample, as describe makes it, not {wall}"
+assert wall.n == 24, f"record 37 has 24 public runs, your sample has {wall.n}"
+assert 140 < wall.mean < 160, f"in seconds the mean is between 140 and 160, not {wall.mean}"
+assert runs_for_time == 4, (
+    f"a change of 0.5% of {wall.mean:.1f} s takes 4 runs a side, not {runs_for_time}"
+)
+assert runs_needed(0.5, wall.sd) == 5, (
+    f"half a second takes 5 runs with the right sd, which is not {wall.sd}"
+)
 print(
     f"{wall.mean:.1f} ± {wall.sd:.2f} s: {runs_for_time} runs a side show half a per cent, on one machine"
 )

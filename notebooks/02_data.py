@@ -2284,9 +2284,15 @@ def position_in_document(tokens: np.ndarray, document: int) -> np.ndarray:
 
 
 # %%
-assert position_in_document(np.array([9, 1, 2, 9, 9, 4]), 9).tolist() == [0, 1, 2, 0, 0, 1]
+for piece, right in (([9, 1, 2, 9, 9, 4], [0, 1, 2, 0, 0, 1]), ([1, 2, 9, 4], [0, 1, 0, 1])):
+    got = np.asarray(position_in_document(np.array(piece), 9)).tolist()
+    assert got == right, f"a 9 opens a document: positions in {piece} are {right}, not {got}"
 positions = position_in_document(stream, BYTE_DOCUMENT)
-assert positions.max() == lengths.max() - 1 and (positions == 0).sum() == len(opens)
+assert positions.max() == lengths.max() - 1, (
+    f"the longest document has {lengths.max()} tokens, so the largest position is one less, not {positions.max()}"
+)
+starts = (positions == 0).sum()
+assert starts == len(opens), f"{len(opens)} documents begin, but {starts} tokens have position 0"
 print(f"half of all tokens stand within the first {int(np.median(positions))} of their document")
 
 # %% [markdown]
@@ -2301,9 +2307,13 @@ def torn(opens: np.ndarray, lengths: np.ndarray, seq_len: int) -> float:
 
 
 # %%
-assert torn(np.array([0, 4]), np.array([4, 4]), 4) == 0.0
-assert torn(np.array([0, 3]), np.array([3, 5]), 4) == 0.5
+for at, long, right in (([0, 4], [4, 4], 0.0), ([0, 3], [3, 5], 0.5), ([2, 5], [3, 3], 0.5)):
+    got = torn(np.array(at), np.array(long), 4)
+    assert got == right, (
+        f"rows of 4, documents of {long} tokens that open at {at}: {right:.0%} are torn, not {got:.0%}"
+    )
 share = torn(opens, lengths, 1024)
+assert 0.9 < share < 1, f"nearly all of our documents are torn at T = 1024, not {share:.0%}"
 print(
     f"at T = 1024, {share:.0%} of the documents are torn, and their halves would be read at random times"
 )

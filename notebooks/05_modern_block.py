@@ -754,8 +754,11 @@ def numbers_needed(keys: int, share: float) -> int:
 
 
 # %%
-assert numbers_needed(1024, 0.5) == 49 and numbers_needed(2, 0.5) == 1
-assert sharpest(numbers_needed(65_536, 0.9), 65_536) >= 0.9
+for keys, share, right in ((1024, 0.5, 49), (2, 0.5, 1), (2, 0.75, 2), (65_536, 0.9, 177)):
+    got = numbers_needed(keys, share)
+    assert got == right, (
+        f"{share:.0%} for one of {keys:,} keys: {right} numbers, not {got} (the others are {keys - 1:,})"
+    )
 print(f"half of the attention among 65,536 keys: {numbers_needed(65_536, 0.5)} numbers")
 
 # %% [markdown]
@@ -770,8 +773,15 @@ def rms_after(kind: str, scale: float) -> float:
 
 
 # %%
+one = rms_after("relu2", 1.0)
+assert abs(one - 1.2247) < 0.02, (
+    f"ReLU² of a standard normal has a root mean square of √1.5 = 1.22, not {one:.4g}"
+)
 growth = {kind: rms_after(kind, 2.0) / rms_after(kind, 1.0) for kind in ("gelu", "relu2")}
-assert abs(growth["relu2"] - 4) < 1e-3 and 2 < growth["gelu"] < 2.3
+assert abs(growth["relu2"] - 4) < 0.1, (
+    f"a square grows 4 times when its input doubles, not {growth['relu2']:.2f}"
+)
+assert 2 < growth["gelu"] < 2.3, f"GELU grows a little more than twice, not {growth['gelu']:.2f}"
 print({kind: f"× {times:.2f}" for kind, times in growth.items()}, "for inputs twice as large")
 
 # %% [markdown]

@@ -578,10 +578,14 @@ def rotate_complex(x: Tensor, positions: Tensor, options: RotaryOptions) -> Tens
 
 
 # %%
-x = torch.randn(3, 9, 16)
-for options in (FULL, HALF):
-    by_table = rotate(x, *rotation_tables(9, 16, options), "neighbours")
-    assert torch.allclose(rotate_complex(x, torch.arange(9), options), by_table, atol=1e-5)
+x, positions = torch.randn(3, 9, 16), torch.tensor([5, 1, 8, 0, 3, 3, 7, 2, 6])
+for name, options in (("FULL", FULL), ("HALF", HALF)):
+    for where in (torch.arange(9), positions):
+        tables = [table[where] for table in rotation_tables(9, 16, options)]
+        off = (rotate_complex(x, where, options) - rotate(x, *tables, "neighbours")).abs().max()
+        assert off < 1e-5, (
+            f"{name}, positions {where.tolist()}: off by up to {off:.3g} from the rotation by tables"
+        )
 print("the same")
 
 # %% [markdown]
@@ -596,11 +600,14 @@ def longest_period(head_dim: int, options: RotaryOptions) -> float:
 
 
 # %%
-assert abs(longest_period(128, HALF) - 2 * math.pi * 1024) < 1
-assert 54_000 < longest_period(128, FULL) < 55_000
-print(
-    f"base 10,000: {longest_period(128, FULL):,.0f} tokens; half-truncated: {longest_period(128, HALF):,.0f}"
+half, full = longest_period(128, HALF), longest_period(128, FULL)
+assert abs(half - 2 * math.pi * 1024) < 1, (
+    f"HALF: the slowest pair that turns needs 2π · 1,024 = 6,434 tokens, not {half:,.0f}"
 )
+assert 54_000 < full < 55_000, (
+    f"base 10,000, 128 numbers: between 54,000 and 55,000 tokens, not {full:,.0f}"
+)
+print(f"base 10,000: {full:,.0f} tokens; half-truncated: {half:,.0f}")
 
 # %% [markdown]
 # ## Since then

@@ -986,8 +986,9 @@ def head_hears(layers: int) -> list[int]:
 
 # %%
 for layers in (2, 5, 8, 12):
-    model = model_of(PlanOptions(skips="unet"), layers)
-    assert head_hears(layers) == triangle(model)[-1].tolist()
+    right = triangle(model_of(PlanOptions(skips="unet"), layers))[-1].tolist()
+    got = head_hears(layers)
+    assert got == right, f"{layers} layers: the head hears {right}, not {got}"
 print(head_hears(8))
 
 # %% [markdown]
@@ -1005,8 +1006,13 @@ wanted = torch.tensor([1.0, 2.0, 3.5, 3.0, 1.0, 0.5], dtype=torch.float64)
 model = model_of(PlanOptions(x0=True), 6)
 with torch.no_grad():
     model.x0_weight.copy_(weights_for(wanted))
-assert torch.allclose(triangle(model)[:6, 0], wanted)
-assert torch.equal(triangle(model)[:, 1:], torch.ones(7, 7).double().tril()[:, 1:])
+heard = triangle(model)
+assert torch.allclose(heard[:6, 0], wanted), (
+    f"asked for {wanted.tolist()}, the layers hear {heard[:6, 0].tolist()} (what was added once stays in the stream)"
+)
+assert torch.equal(heard[:, 1:], torch.ones(7, 7).double().tril()[:, 1:]), (
+    f"the layers' own writes should be heard once each, not {heard[:, 1:]}"
+)
 print(model.x0_weight.tolist())
 
 # %% [markdown]

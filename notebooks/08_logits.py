@@ -533,9 +533,14 @@ def least_loss(top: float, vocab_size: int) -> float:
 
 
 # %%
-assert math.isclose(least_loss(0.0, 50_304), math.log(50_304))
-needed = next(top for top in range(100) if least_loss(top, 50_304) < 1e-3)
-assert needed == 18
+equal = least_loss(0.0, 50_304)
+assert math.isclose(equal, math.log(50_304)), (
+    f"when all logits are equal the loss is ln 50,304 = {math.log(50_304):.6f}, not {equal}"
+)
+needed = next((top for top in range(100) if least_loss(top, 50_304) < 1e-3), None)
+assert needed == 18, (
+    f"a thousandth of a nat needs a top of 18, by your formula {needed} (all 50,303 others keep their share)"
+)
 print(f"a top of {needed}; of 12: {least_loss(12, 50_304):.2f} nats")
 
 # %% [markdown]
@@ -551,7 +556,10 @@ def as_tanh(top: float, shift: float, scale: float) -> tuple[float, float, float
 # %%
 for cap, numbers in (("sigmoid30", (30.0, 0.0, 7.5)), ("sigmoid23", (23.0, 5.0, 7.5))):
     a, b, c, d = as_tanh(*numbers)
-    assert torch.allclose(a * torch.tanh((z + b) / c) + d, capped(z, cap)), cap
+    off = (a * torch.tanh((z + b) / c) + d - capped(z, cap)).abs().max().item()
+    assert off < 1e-9, (
+        f"{cap}: with (a, b, c, d) = {(a, b, c, d)} the two differ by up to {off:.3g}"
+    )
 print("23 σ((z+5)/7.5) is {} tanh((z+{})/{}) + {}".format(*as_tanh(23.0, 5.0, 7.5)))
 
 # %% [markdown]

@@ -1022,9 +1022,17 @@ def iterations_needed(
 
 # %%
 CUBIC = (1.5, -0.5, 0.0)
-assert iterations_needed(CUBIC, 0.5, 0.5) == 0
-assert iterations_needed(QUINTIC, 1 / 600, 0.68) == 5 < iterations_needed(CUBIC, 1 / 600, 0.68)
-print(f"to lift 1/600: quintic 5, cubic {iterations_needed(CUBIC, 1 / 600, 0.68)}")
+cases = [(CUBIC, 0.5, 0.5, 0), (CUBIC, 0.1, 0.99, 8), (QUINTIC, 1 / 600, 0.68, 5)]
+for coefficients, smallest, floor, right in cases:
+    got = iterations_needed(coefficients, smallest, floor)
+    assert got == right, (
+        f"from {smallest:.3g} to {floor} with {coefficients}: {right} iterations, not {got}"
+    )
+cubic = iterations_needed(CUBIC, 1 / 600, 0.68)
+assert cubic > 5, (
+    f"the cubic starts with a slope of 1.5 and needs more than the quintic's 5, not {cubic}"
+)
+print(f"to lift 1/600: quintic 5, cubic {cubic}")
 
 # %% [markdown]
 # 2. The three rulers of this chapter are the beginning of a family. For an embedding, “long” should mean the length of the longest *row*: no token may move by more than 1. Write `steepest_by_rows(g)`, the step $\Delta$ of length 1 by that ruler which makes $\langle G, \Delta\rangle$ most negative (mind the sign; a row without a gradient stays at zero), and see that it treats a frequent and a rare token alike.
@@ -1039,10 +1047,15 @@ def steepest_by_rows(g: Tensor) -> Tensor:
 
 # %%
 rows_of = torch.tensor([[300.0, -400.0], [0.0, 0.0], [0.003, 0.004]])
-step = steepest_by_rows(rows_of)
-assert torch.allclose(step, torch.tensor([[-0.6, 0.8], [0.0, 0.0], [-0.6, -0.8]]))
+step, right = steepest_by_rows(rows_of), torch.tensor([[-0.6, 0.8], [0.0, 0.0], [-0.6, -0.8]])
+assert torch.allclose(step, right), (
+    f"the gradient {rows_of.tolist()} asks for {right.tolist()}, not for {step.tolist()}"
+)
 rivals = torch.nn.functional.normalize(torch.randn(1000, 3, 2, generator=generator), dim=-1)
-assert (rivals * rows_of).sum((-2, -1)).min() >= (step * rows_of).sum() - 1e-3
+best, ours = (rivals * rows_of).sum((-2, -1)).min(), (step * rows_of).sum()
+assert best >= ours - 1e-3, (
+    f"a random step of length 1 lowers the product to {best}, yours to {ours}"
+)
 
 # %%
 import shutil

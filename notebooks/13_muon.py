@@ -1086,13 +1086,15 @@ def quintics_needed(low: float, error: float) -> int:
 
 
 # %%
-needed = {low: quintics_needed(low, 0.15) for low in (1e-2, 1e-3, 1e-4)}
-assert quintics_needed(0.5, 0.5) == 0 and quintics_needed(0.4, 0.5) == 1
-assert needed == {1e-2: 4, 1e-3: 5, 1e-4: 7}
-print(", ".join(f"{n} for {low:g}" for low, n in needed.items()))
+cases = {(0.5, 0.5): 0, (0.4, 0.5): 1, (1e-2, 0.15): 4, (1e-3, 0.15): 5, (1e-4, 0.15): 7}
+needed = {case: quintics_needed(*case) for case in cases}
+for (low, error), right in cases.items():
+    got = needed[low, error]
+    assert got == right, f"from {low:g} to within {error} of 1: {right} quintics, not {got}"
+print(", ".join(f"{n} for {low:g}" for (low, error), n in needed.items() if error == 0.15))
 
 # %% [markdown]
-# 2. What does caution do to a weight that has nothing to learn? Let a weight take steps of size $r$ whose sign is a coin's, and decay by a share $\lambda$ a step. Write `at_rest(rate, decay, careful)`: the root mean square at which many such weights settle, by simulation. Plain decay settles at $r/\sqrt{2\lambda}$. Which value of $\lambda$ would a cautious decay need to get there?
+# 2. What does caution do to a weight that has nothing to learn? Let a weight take steps of size $r$ whose sign is a coin's, and decay by a share $\lambda$ a step. Write `at_rest(rate, decay, careful)`: the root mean square at which many such weights settle, by simulation. Plain decay settles at $r/\sqrt{2\lambda}$. And `matching_decay`: the $\lambda$ with which cautious decay settles where plain decay of 0.005 does, for $r = 0.01$.
 
 
 # %% tags=["solution"]
@@ -1106,10 +1108,23 @@ def at_rest(rate: float, decay: float, careful: bool) -> float:
     return w.square().mean().sqrt().item()
 
 
+matching_decay = 0.01  # twice as much
+
 # %%
 free, careful = at_rest(0.01, 0.005, False), at_rest(0.01, 0.005, True)
-assert abs(free / 0.1 - 1) < 0.05 and 1.3 < careful / free < 1.6
-assert abs(at_rest(0.01, 0.01, True) / free - 1) < 0.1
+assert abs(free / 0.1 - 1) < 0.05, f"plain decay settles at r/√(2λ) = 0.1, yours at {free:.4g}"
+assert 1.3 < careful / free < 1.6, (
+    f"caution lets weights settle between 1.3 and 1.6 times as high, yours {careful / free:.2f} times"
+)
+strong = at_rest(0.01, 0.3, True) / at_rest(0.01, 0.3, False)
+assert 1.65 < strong < 1.9, (
+    f"at λ = 0.3 cautious decay settles between 1.65 and 1.9 times as high as plain decay, yours {strong:.2f} times: which weights does it spare?"
+)
+assert matching_decay is not ..., "exercise: write matching_decay"
+match = at_rest(0.01, matching_decay, True)
+assert abs(match / free - 1) < 0.1, (
+    f"cautious decay of {matching_decay} settles at {match:.3f}, not at the plain decay's {free:.3f}"
+)
 print(f"plain {free:.3f}, cautious {careful:.3f}: about as if decay were half as strong")
 
 # %%

@@ -994,15 +994,21 @@ def best_batch(noise_scale: float, fixed_ms: float, ms_per_token: float) -> floa
 
 # %%
 ms_per_token, fixed_ms = np.polyfit([*STEP_MS], [*STEP_MS.values()], 1)
-assert max(abs(fixed_ms + ms_per_token * b - ms) for b, ms in STEP_MS.items()) < 0.1, "a line"
+off = max(abs(fixed_ms + ms_per_token * b - ms) for b, ms in STEP_MS.items())
+assert off < 0.1, f"the three step times lie on a line to 0.1 ms, not {off:.2f}"
 tried = np.logspace(3, 8, 5001)
 for scale in (1e5, 1e6, 1e7):
     by_search = tried[(tried / (tried + scale) / (fixed_ms + ms_per_token * tried)).argmax()]
-    assert abs(best_batch(scale, fixed_ms, ms_per_token) / by_search - 1) < 0.01
+    got = best_batch(scale, fixed_ms, ms_per_token)
+    assert abs(got / by_search - 1) < 0.01, (
+        f"at a noise scale of {scale:,.0f} a search finds a best batch of {by_search:,.0f} tokens, not {got:,.0f}"
+    )
 implied = [batch**2 * ms_per_token / fixed_ms for batch in STEP_MS]
 ratio = [ours / fit for ours, fit in zip(implied, scales)]
-assert 2.5 < ratio[0] < ratio[1] < ratio[2] < 7.6
-assert 5.5 < fixed_ms < 6.1 and 0.5e6 < implied[0] < 0.65e6 and 5e6 < implied[2] < 5.5e6
+assert 2.5 < ratio[0] < ratio[1] < ratio[2] < 7.6, (
+    f"three to seven times the fit, and growing: {ratio}"
+)
+assert 5.5 < fixed_ms < 6.1, f"a step's fixed part is 5.5 to 6.1 ms, not {fixed_ms:.2f}"
 print(f"{fixed_ms:.1f} ms, and {131_072 * ms_per_token:.1f} ms for 131,072 tokens")
 print("best at noise scales of", ", ".join(f"{scale / 1e6:.1f} million" for scale in implied))
 
@@ -1020,10 +1026,15 @@ def steps_to_pay(lengths: list[int], cooldown: float) -> float:
 
 # %%
 lengths = [1000, 2000, 4000]
-assert steps_to_pay(lengths, 1.0) == sum(lengths) == 7000
-assert steps_to_pay(lengths, 0.2) == 4600 and math.isclose(steps_to_pay(lengths, 0.6), 5800)
+for share, right in {1.0: 7000, 0.2: 4600, 0.6: 5800, 0.0: 4000}.items():
+    got = steps_to_pay(lengths, share)
+    assert math.isclose(got, right), (
+        f"runs of {lengths} steps that fall over {share:.0%}: {right:,} steps, not {got:,}"
+    )
 saved = {share: 1 - steps_to_pay(lengths, share) / 7000 for share in (0.2, 0.4, 0.6)}
-assert abs(saved[0.6] - 1 / 6) < 0.005
+assert abs(saved[0.6] - 1 / 6) < 0.005, (
+    f"at 60% a sixth of 7,000 steps is saved, not {saved[0.6]:.1%}"
+)
 print({f"fall over {share:.0%}": f"saves {part:.0%}" for share, part in saved.items()})
 
 # %% [markdown]

@@ -1984,10 +1984,16 @@ def makespan(jobs: list[tuple[float, float, float]]) -> float:
 from itertools import permutations
 
 three = [(2.0, 1.0, 1.0), (4.0, 5.0, 1.0), (1.0, 5.0, 4.0)]
-assert makespan([(1.0, 1.0, 1.0)]) == 3.0
+alone, waits = makespan([(1.0, 1.0, 1.0)]), makespan([(1.0, 1.0, 4.0), (5.0, 1.0, 1.0)])
+assert alone == 3.0, f"a single parameter is summed, updated, gathered: 3 ms, not {alone}"
+assert waits == 11.0, (
+    f"(1, 1, 4) and (5, 1, 1): the first gather waits for the second sum, until 6 ms, and all is over at 11, not {waits}"
+)
 times = {order: makespan([three[n] for n in order]) for order in permutations(range(3))}
-assert (min(times.values()), max(times.values())) == (13.0, 20.0)
 best, worst = min(times, key=times.get), max(times, key=times.get)
+assert (times[best], times[worst]) == (13.0, 20.0), (
+    f"the best order takes 13 ms and the worst 20, not {times[best]} and {times[worst]}"
+)
 print(f"best {best}: {times[best]:.0f} ms; worst {worst}: {times[worst]:.0f} ms")
 
 # %% [markdown]
@@ -2003,9 +2009,17 @@ def worth_it(width: int, world: int) -> float:
 
 
 # %%
-assert math.isclose(worth_it(768, 8), 768 * 2 / (768 * 2 + 8)) and worth_it(4, 2) == 0.5
-assert math.isclose(worth_it(768, 2), worth_it(768, 8)), "both sides have the same (w − 1) / w"
-print(f"rows of 768: up to {worth_it(768, 8):.1%}; rows of 4: up to {worth_it(4, 8):.0%}")
+wide, narrow, pair = worth_it(768, 8), worth_it(4, 2), worth_it(768, 2)
+assert math.isclose(narrow, 0.5), (
+    f"a row of 4 numbers is 8 bytes, and its own number 8 more: worth it up to 50% of the rows, not {narrow:.1%}"
+)
+assert math.isclose(wide, 1536 / 1544), (
+    f"a row of 768 numbers is 1,536 bytes, 1,544 with its number: up to {1536 / 1544:.2%} of the rows, not {wide:.2%}"
+)
+assert math.isclose(pair, wide), (
+    f"2 ranks should give what 8 give, {wide:.4%}, not {pair:.4%}: both sides have the same (w − 1) / w"
+)
+print(f"rows of 768: up to {wide:.1%}; rows of 4: up to {worth_it(4, 8):.0%}")
 
 # %% [markdown]
 # ## Since then

@@ -697,7 +697,8 @@ def state_bytes(table: tuple[Parameter, ...]) -> int:
 
 
 # %%
-assert state_bytes((Parameter("w", (10, 10)),)) == 1600
+small = state_bytes((Parameter("w", (2, 10, 10)), Parameter("b", (3,))))
+assert small == 3248, f"200 + 3 weights, four numbers of 4 bytes for each: 3,248 bytes, not {small}"
 print(f"{state_bytes(table) / 2**30:.2f} GiB before the first token")
 
 # %% [markdown]
@@ -711,8 +712,13 @@ def count(options: GPTOptions, vocab_size: int) -> int:
 
 
 # %%
-base = count(GPTOptions(), 50_257)
-assert count(GPTOptions(), 50_304) - base == 47 * 768 and count(GPTOptions(heads=6), 50_257) == base
+base, wider = count(GPTOptions(), 50_257), count(GPTOptions(), 50_304)
+assert base == 124_439_808, (
+    f"GPT-2 has 124,439,808 parameters, not {base:,} (all of them count, not only matrices)"
+)
+assert wider - base == 47 * 768, f"47 more rows of 768 are 36,096 parameters, not {wider - base:,}"
+six = count(GPTOptions(heads=6), 50_257)
+assert six == base, f"the number of heads does not change the count, but yours gives {six:,}"
 print(
     f"padding adds {47 * 768:,} parameters that no token uses; six heads instead of twelve add none"
 )
@@ -729,9 +735,12 @@ def padding(matrices: int, ranks: int) -> tuple[int, float]:
 
 
 # %%
-padded = {count: padding(count, 8) for count in (60, 20, 22)}
-assert padded == {60: (4, 4 / 64), 20: (4, 4 / 24), 22: (2, 2 / 24)}
-assert all(busy([count + empty])[1] == 1.0 for count, (empty, _) in padded.items())
-print(
-    {f"{count} matrices": f"{empty} empty, {share:.0%}" for count, (empty, share) in padded.items()}
-)
+right = {60: (4, 4 / 64), 20: (4, 4 / 24), 22: (2, 2 / 24), 24: (0, 0.0)}
+slices = {matrices: padding(matrices, 8) for matrices in right}
+for matrices, (empty, share) in slices.items():
+    assert (empty, share) == right[matrices], (
+        f"{matrices} matrices on 8 ranks: {right[matrices][0]} empty slices, a share of {right[matrices][1]:.3f} of the bank with them, not {empty} and {share}"
+    )
+    work = busy([matrices + empty])[1]
+    assert work == 1.0, f"with {matrices} + {empty} slices the ranks are busy for {work:.0%}"
+print({f"{n} matrices": f"{empty} empty, {share:.0%}" for n, (empty, share) in slices.items()})

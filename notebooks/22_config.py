@@ -1377,8 +1377,13 @@ def grid(config: Config, changes: dict[str, list]) -> list[Config]:
 
 # %%
 runs = grid(preset("cpu"), {"optim.lr": [1e-3, 2e-3], "seed": [0, 1, 2]})
-assert len(runs) == 6 and [(run.optim.lr, run.seed) for run in runs[2:4]] == [(1e-3, 2), (2e-3, 0)]
-assert grid(preset("cpu"), {}) == [preset("cpu")]
+right = [(lr, seed) for lr in (1e-3, 2e-3) for seed in (0, 1, 2)]
+got = [(run.optim.lr, run.seed) for run in runs]
+assert got == right, f"two rates and three seeds: (rate, seed) should be {right}, not {got}"
+alone = grid(preset("cpu"), {})
+assert alone == [preset("cpu")], (
+    f"without changes there is one run, the config itself, not {len(alone)} runs"
+)
 
 # %% [markdown]
 # 2. Two logs lie before you and their losses differ. Write `difference(a, b)`: the dotted names in which two runs differ, each with both values, and nothing else.
@@ -1392,8 +1397,9 @@ def difference(a: Config, b: Config) -> dict[str, tuple]:
 
 
 # %%
-assert difference(preset("cpu"), preset("cpu")) == {}
-assert difference(preset("cpu"), vary(preset("cpu"), {"model.layers": 3})) == {
-    "model.layers": (2, 3)
-}
+none = difference(preset("cpu"), preset("cpu"))
+assert none == {}, f"a config does not differ from itself, but yours says in {[*none]}"
+found = difference(preset("cpu"), vary(preset("cpu"), {"model.layers": 3, "seed": 7}))
+right = {"model.layers": (2, 3), "seed": (preset("cpu").seed, 7)}
+assert found == right, f"layers and seed were changed: {right}, not {found}"
 print(difference(preset("record"), preset("baseline")))

@@ -2218,11 +2218,14 @@ def steady_ms(steps_ms: list[float], skip: int) -> tuple[float, float]:
 
 
 # %%
-assert steady_ms([10.0, 10.0, 1.0, 1.0], 2) == (1.0, 20 / 22)
+mean, share = steady_ms([10.0, 10.0, 1.0, 1.0, 4.0], 2)
+assert mean == 2.0, f"10, 10, 1, 1 and 4 ms: the mean without the first two is 2, not {mean}"
+assert math.isclose(share, 20 / 26), (
+    f"the first two took 20 of 26 ms, a share of {20 / 26:.3f}, not {share}"
+)
 steady, share = steady_ms(steps_ms, 5)
 print(f"the brief run: {steady:.0f} ms a step after the fifth")
 print(f"the first five of forty took {share:.1%} of its time; an even share is {5 / 40:.1%}")
-print("no difference to speak of: the warm-up before the clock has done its work")
 
 # %% [markdown]
 # 2. Eight micro-batches and three GPUs do not go together, and `check_options` refuses. Could the loop deal them out unevenly instead? Write `shares(micro_batches, ranks)`: how many each rank would compute, as evenly as possible, and see how long the third GPU waits for the other two.
@@ -2236,7 +2239,16 @@ def shares(micro_batches: int, ranks: int) -> list[int]:
 
 
 # %%
-assert shares(8, 3) == [3, 3, 2] and shares(8, 4) == [2] * 4 and sum(shares(7, 5)) == 7
+for count, ranks, right in (
+    (8, 3, [3, 3, 2]),
+    (8, 4, [2] * 4),
+    (7, 5, [2, 2, 1, 1, 1]),
+    (2, 3, [1, 1, 0]),
+):
+    got = shares(count, ranks)
+    assert got == right, (
+        f"{count} micro-batches on {ranks} ranks, as evenly as possible: {right}, not {got}"
+    )
 used = 8 / (3 * max(shares(8, 3)))
 print(f"three GPUs would be busy for {used:.0%} of the time: possible, correct, and a poor bargain")
 

@@ -1428,22 +1428,30 @@ print("this process holds no CUDA context")
 #
 # ## Exercises
 #
-# 1. Validations are far apart, and the target is met somewhere between two of them. Write `reached(curve, target)`: the training time in seconds at which the straight line between two validations crosses the target, or None.
+# 1. Validations are far apart, and the target is met somewhere between two of them. Write `reached(curve, target)`: the training time in seconds at which the straight line between two validations first crosses the target (that of the first validation, if it is there already), or None.
 
 
 # %% tags=["solution"]
 def reached(curve: list[dict], target: float) -> float | None:
     """Seconds at which the curve first meets the target, by linear interpolation between validations."""
+    if curve[0]["val_loss"] <= target:
+        return curve[0]["train_time_ms"] / 1000
     for a, b in zip(curve, curve[1:]):
-        if b["val_loss"] <= target < a["val_loss"]:
+        if b["val_loss"] <= target:
             share = (a["val_loss"] - target) / (a["val_loss"] - b["val_loss"])
             return (a["train_time_ms"] + share * (b["train_time_ms"] - a["train_time_ms"])) / 1000
     return None
 
 
 # %%
-straight = [{"val_loss": 4.0, "train_time_ms": 0.0}, {"val_loss": 3.0, "train_time_ms": 1000.0}]
-assert reached(straight, 3.25) == 0.75 and reached(straight, 2.0) is None
+back_and_forth = [
+    {"val_loss": loss, "train_time_ms": 1000.0 * n} for n, loss in enumerate((4.0, 3.0, 3.5, 2.5))
+]
+for target, right in ((3.25, 0.75), (4.0, 0.0), (3.0, 1.0), (2.75, 2.75), (2.0, None)):
+    got = reached(back_and_forth, target)
+    assert got == right, (
+        f"losses of 4, 3, 3.5 and 2.5 after 0, 1, 2 and 3 s first meet {target} at {right}, not at {got}"
+    )
 for number in ("12", "62"):
     print(f"record {number} met 3.30 at {reached(public_curves()[number], 3.30):.1f} s")
 
@@ -1461,7 +1469,9 @@ def cost(
 
 
 # %%
-assert cost(3600, 1, 2.0, 500) == (2.0, 0.5)
+dollars, energy = cost(1800, 4, 3.0, 500)
+assert dollars == 6.0, f"half an hour of 4 GPUs at 3 dollars an hour costs 6 dollars, not {dollars}"
+assert energy == 1.0, f"half an hour of 4 GPUs at 500 watts takes 1 kWh, not {energy}"
 for name, seconds in (("record 1", 2700.0), ("record 89", 73.8)):
     dollars, energy = cost(seconds, 8, 3.0, 700)
     print(f"{name}: {dollars:.2f} dollars, {energy:.2f} kWh")

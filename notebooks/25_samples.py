@@ -635,13 +635,22 @@ def entropy(logits: torch.Tensor, temperature: float) -> float:
 
 
 # %%
+coins = entropy(torch.tensor([0.0, math.log(3)]), 1.0)
+assert abs(coins - 0.8113) < 1e-3, (
+    f"probabilities of 1/4 and 3/4 have an entropy of 0.811 bits, not {coins:.4g}"
+)
 begun = [trained.tokenizer.document, *b"def gcd(a, b):"]
 logits = trained.model(torch.tensor([begun], device=tier.device))[0, -1].detach()
-assert abs(entropy(logits, 1e4) - math.log2(288)) < 0.01 and entropy(logits, 1e-3) < 0.1
-assert entropy(logits, 0.8) < entropy(logits, 1.0)
-print(
-    f"after “def gcd(a, b):” {entropy(logits, 1.0):.2f} bits of surprise; at temperature 0.8 {entropy(logits, 0.8):.2f}"
+hot, cold = entropy(logits, 1e4), entropy(logits, 1e-3)
+assert abs(hot - math.log2(288)) < 0.01, (
+    f"at a temperature of 10,000 all 288 tokens are alike: {math.log2(288):.2f} bits, not {hot:.4g}"
 )
+assert cold < 0.1, f"at a temperature of 0.001 one token is left, so almost 0 bits, not {cold:.4g}"
+even, usual = entropy(logits, 1.0), entropy(logits, 0.8)
+assert usual < even, (
+    f"a lower temperature leaves less surprise: {usual:.3f} at 0.8, {even:.3f} at 1"
+)
+print(f"after “def gcd(a, b):” {even:.2f} bits of surprise; at temperature 0.8 {usual:.2f}")
 
 # %% [markdown]
 # 2. How unfair was the comparison with xz? Write `bits_per_byte(text, before)`: the bits a byte that LZMA needs for `text` when it has already packed `before`, that is, the difference of two archives. Then take its memory away (pieces as long as our rows, nothing before), and give it some of our training text.
@@ -659,13 +668,20 @@ def bits_per_byte(text: bytes, before: bytes = b"") -> float:
 
 
 # %%
+noise = np.random.default_rng(0).bytes(20_000)
+fresh = bits_per_byte(noise[:10_000], noise[10_000:])
+assert 7.9 < fresh < 8.3, f"random bytes after other random bytes take 8 bits each, not {fresh:.2f}"
 row = round(128 * run["bytes_per_token"])
 short_pieces = [held_out[i : i + row] for i in range(0, 20_000, row)]
-forgetful = sum(bits_per_byte(piece) * len(piece) for piece in short_pieces) / sum(
-    map(len, short_pieces)
-)
+packed = sum(bits_per_byte(piece) * len(piece) for piece in short_pieces)
+forgetful = packed / sum(map(len, short_pieces))
 informed = bits_per_byte(scored_text, training[:2_000_000].encode())
-assert forgetful > 3 and informed < ours - 0.1
+assert forgetful > 3, (
+    f"pieces of {row} bytes, with nothing before, take more than 3 bits a byte, not {forgetful:.2f}"
+)
+assert informed < ours - 0.1, (
+    f"after our training text xz should beat our {ours:.2f} bits, but takes {informed:.2f}"
+)
 print(f"xz with a memory of {row} bytes: {forgetful:.1f} bits a byte; our model {ours:.2f}")
 print(f"xz after two megabytes of our training text: {informed:.2f}")
 

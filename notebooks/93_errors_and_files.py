@@ -523,21 +523,33 @@ def swap(staged: Path, folder: Path) -> None:
 
 
 # %%
+from unittest import mock
+
+trial, seen, move = Path(tempfile.mkdtemp(dir=scratch)), [], os.replace
 for name, text in {"old": "1", "new": "2"}.items():
-    (scratch / name).mkdir()
+    (trial / name).mkdir()
     for part in ("manifest.json", "train_000000.bin", "val_000000.bin"):
-        (scratch / name / part).write_text(text)
-order = []
-real = os.replace
-os.replace = lambda a, b: (order.append(Path(b).name), real(a, b))
-swap(scratch / "new", scratch / "old")
-os.replace = real
-assert order[-1] == "manifest.json" and len(order) == 3
-assert {path.read_text() for path in (scratch / "old").iterdir()} == {"2"}
-print("order of the renames:", ", ".join(order))
+        (trial / name / part).write_text(text)
+
+
+def watched(a, b):
+    move(a, b)
+    there = {path.name: path.read_text() for path in (trial / "old").iterdir()}
+    assert "manifest.json" not in there or len(set(there.values())) == 1, (
+        f"a crash after the move of {Path(b).name} leaves a manifest over another set's shards"
+    )
+    seen.append(Path(b).name)
+
+
+with mock.patch.multiple(os, replace=watched, rename=watched):
+    swap(trial / "new", trial / "old")
+assert len(seen) == 3, f"three files are to be moved (os.replace), but {len(seen)} were"
+there = [path.read_text() for path in (trial / "old").iterdir()]
+assert there == ["2"] * 3, f"at the end there should be the three new files (2), not {there}"
+print("order of the renames:", ", ".join(seen))
 
 # %% [markdown]
-# **2.** A program asks `path.exists()` and then calls `path.mkdir()`. Show with threads that two callers can both believe that they have made the folder, if `exist_ok=True` is given to keep the second one from failing.
+# **2.** A program asks `path.exists()` and then calls `path.mkdir()`. Write `careless(path)`, which does so and returns whether it believes to have made the folder, and see with threads that two callers can both believe it, if `exist_ok=True` is given to keep the second one from failing.
 
 
 # %% tags=["solution"]
@@ -550,7 +562,13 @@ def careless(path: Path) -> bool:
 
 
 # %%
+shared = Path(tempfile.mkdtemp(dir=scratch)) / "shared"
 with ThreadPoolExecutor(8) as pool:
-    believers = sum(pool.map(lambda _: careless(scratch / "shared"), range(8)))
-assert believers > 1
+    believers = sum(pool.map(lambda _: careless(shared), range(8)))
+assert believers > 1, (
+    f"only {believers} of 8 threads believed that it made the folder: leave time between the question and mkdir"
+)
+assert not careless(shared), (
+    "the folder is there by now, and a later caller still believes that it made it"
+)
 print(f"{believers} callers believe that the folder is theirs alone")

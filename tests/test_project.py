@@ -226,13 +226,6 @@ class TestChapters:
                 waiting = 0
         assert waiting == 0
 
-    def test_solutions_are_graded_and_the_holes_fail(self, path):
-        code = [cell for cell in cells_of(path) if cell.cell_type == "code"]
-        solutions = [
-            n for n, cell in enumerate(code) if "solution" in cell.metadata.get("tags", [])
-        ]
-        assert solutions and all("assert" in code[n + 1].source for n in solutions)
-
     def test_it_is_long_enough_and_not_longer(self, path):
         words = sum(
             len(cell.source.split()) for cell in cells_of(path) if cell.cell_type == "markdown"
@@ -246,20 +239,6 @@ class TestChapters:
 
     def test_no_notebook_speaks_of_this_machine(self, path):
         assert not re.search(r"/wor[k]/|/roo[t]/", path.read_text(encoding="utf-8"))
-
-
-def test_exercises_have_holes():
-    import exercises
-
-    cell = '"""doc"""\ndef f(x):\n    """What it does."""\n    return x\n\n\ny = f(3)'
-    hole = exercises.with_holes(cell)
-    assert "What it does" in hole and "return x" not in hole and "y = ..." in hole
-    for path in NOTEBOOKS:
-        notebook, count = exercises.holed(jupytext.read(path, fmt="py:percent"))
-        assert count >= 1
-        for cell in notebook.cells:
-            if "solution" in cell.metadata.get("tags", []):
-                compile(cell.source, path.name, "exec")
 
 
 class TestEnvironment:

@@ -1,0 +1,288 @@
+"""Wrong answers to the exercises: (chapter, exercise) → (source, words that the check says). Executed after the solution, so that it can be used.
+
+Each could be taken for right, and many passed an earlier form of the check.
+"""
+
+# fmt: off
+WRONG = {
+    ("00", 1): [
+        ("half_life = lambda days, seconds: (days[-1] - days[0]) / math.log2(seconds[0] / seconds[-1])", "least-squares line"),
+        ("""
+def half_life(days, seconds):  # the regression of days on logarithms
+    logs = [math.log2(second) for second in seconds]
+    day, log = sum(days) / len(days), sum(logs) / len(logs)
+    return -sum((x - day) * (y - log) for x, y in zip(days, logs)) / sum((y - log) ** 2 for y in logs)
+""", "least-squares line"),
+        ("truth = half_life; half_life = lambda days, seconds: -truth(days, seconds)", "halve in 10 days, not in -10"),
+        ("truth = half_life; half_life = lambda days, seconds: truth(days, seconds) * math.log(2)", "halve in 10 days"),
+    ],
+    ("00", 2): [
+        ("""
+def share_by_area(ladder, gains):  # all to the first area
+    shares = {}
+    for row, gain in zip(ladder[1:], gains):
+        area = row["technique_area"].split("+")[0]
+        shares[area] = shares.get(area, 0.0) + gain / sum(gains)
+    return shares
+""", "half each"),
+        ("""
+def share_by_area(ladder, gains):  # all to each area, then divided by the sum
+    shares = {}
+    for row, gain in zip(ladder[1:], gains):
+        for area in row["technique_area"].split("+"):
+            shares[area] = shares.get(area, 0.0) + gain
+    return {area: share / sum(shares.values()) for area, share in shares.items()}
+""", "half each"),
+        ("truth = share_by_area; share_by_area = lambda ladder, gains: truth([None, *ladder], gains)", "the first record has no gain"),
+    ],
+    ("01", 1): [
+        ("z_rule = lambda s: (3.28 - s.mean) * math.sqrt(s.n) / s.sd > stats.t.ppf(0.99, s.n - 1)", "does not look at the sample's sd"),
+        ("z_rule = lambda s: (3.28 - s.mean) * math.sqrt(s.n) / s.sd >= 0.004 / 0.0013", "sd 0.0026"),
+        ("z_rule = lambda s: s.n >= 9", "the rule says"),
+        ("implied_p = 2 * implied_p", "not 0.002"),
+        ("implied_p = 1 - implied_p", "not 0.99"),
+    ],
+    ("01", 2): [
+        ("wall = describe(float(run['train_time_ms']) / 1000 for run in runs)", "24 public runs"),
+        ("wall = describe(float(run['train_time_ms']) for run in runs if run['folder'] == '2025-09-27_BF16CE')", "in seconds"),
+        ("runs_for_time = runs_needed(0.5, wall.sd)", "takes 4 runs a side, not 5"),
+        ("runs_for_time = runs_needed(0.05 * wall.mean, wall.sd)", "takes 4 runs a side"),
+    ],
+    ("02", 1): [
+        ("truth = position_in_document; position_in_document = lambda tokens, document: truth(tokens, document) + 1", "not [1, 2, 3"),
+        ("position_in_document = lambda tokens, document: np.arange(len(tokens))", "a 9 opens a document"),
+        ("truth = position_in_document; position_in_document = lambda tokens, document: np.concatenate([[0], truth(tokens, document)[:-1]])", "positions in"),
+    ],
+    ("02", 2): [
+        ("torn = lambda opens, lengths, seq_len: float((lengths > seq_len).mean())", "documents of [3, 3] tokens"),
+        ("torn = lambda opens, lengths, seq_len: float((opens // seq_len != (opens + lengths) // seq_len).mean())", "are torn"),
+        ("torn = lambda opens, lengths, seq_len: float((opens % seq_len != 0).mean())", "documents of [3, 3] tokens"),
+    ],
+    ("03", 1): [
+        ("tokens_per_parameter = lambda tokens, parameters: parameters / tokens", "not 0.4"),
+        ("tokens_per_parameter = lambda tokens, parameters: tokens // parameters", "2.5 a parameter, not 2"),
+    ],
+    ("03", 2): [
+        ("attention_share = lambda o, v, n: 1 - flops_per_token(o, v, 0, False) / flops_per_token(o, v, n, False)", "causal"),
+        ("attention_share = lambda o, v, n: flops_per_token(o, v, n) / flops_per_token(o, v, 0) - 1", "7.1%"),
+        ("half_at = 4096", "half_at = 4096"),
+        ("truth = attention_share; attention_share = lambda o, v, n: 1 - truth(o, v, n)", "without a row"),
+    ],
+    ("05", 1): [
+        ("numbers_needed = lambda keys, share: max(1, math.ceil(math.log(keys * share / (1 - share)) ** 2))", "2 numbers, not 4"),
+        ("truth = numbers_needed; numbers_needed = lambda keys, share: truth(keys, share) + 1", "49 numbers, not 50"),
+        ("numbers_needed = lambda keys, share: max(1, round(math.log((keys - 1) * share / (1 - share)) ** 2))", "49 numbers, not 48"),
+    ],
+    ("05", 2): [
+        ("rms_after = lambda kind, scale: activate(scale * torch.randn(1_000_000), kind).norm().item()", "root mean square of √1.5"),
+        ("rms_after = lambda kind, scale: activate(scale * torch.randn(1_000_000), kind).std().item()", "√1.5 = 1.22, not 1.1"),
+        ("rms_after = lambda kind, scale: activate(scale * torch.randn(1_000_000), kind).abs().mean().item()", "√1.5 = 1.22, not 0."),
+        ("truth = rms_after; rms_after = lambda kind, scale: scale * truth(kind, 1.0)", "4 times"),
+    ],
+    ("06", 1): [
+        ("truth = rotate_complex; rotate_complex = lambda x, positions, options: truth(x, torch.arange(x.shape[-2]), options)", "positions [5, 1, 8"),
+        ("truth = rotate_complex; rotate_complex = lambda x, positions, options: truth(x, -positions, options)", "off by up to"),
+        ("rotate_complex = lambda x, positions, options: rotate(x, *[t[positions] for t in rotation_tables(9, 16, options)], 'halves')", "off by up to"),
+        ("truth = rotate_complex; rotate_complex = lambda x, positions, options: truth(x, positions, FULL)", "HALF"),
+    ],
+    ("06", 2): [
+        ("longest_period = lambda head_dim, options: 2 * math.pi / frequencies(head_dim, options).min().item() if options == FULL else math.inf", "not inf"),
+        ("truth = longest_period; longest_period = lambda head_dim, options: truth(head_dim, options) / (2 * math.pi)", "6,434 tokens, not 1,024"),
+        ("longest_period = lambda head_dim, options: 2 * math.pi / frequencies(head_dim, options).max().item()", "not 6"),
+        ("truth = longest_period; longest_period = lambda head_dim, options: truth(head_dim, HALF)", "between 54,000"),
+    ],
+    ("07", 1): [
+        ("head_hears = lambda layers: [1 + layers // 2] + [1] * layers", "the head hears"),
+        ("truth = head_hears; head_hears = lambda layers: truth(layers)[::-1]", "the head hears"),
+        ("head_hears = lambda layers: [1 + (layers + 1) // 2] + [1 + max(0, (layers + 1) // 2 - n) for n in range(layers)]", "5 layers"),
+    ],
+    ("07", 2): [
+        ("weights_for = lambda column: column", "stays in the stream"),
+        ("weights_for = lambda column: column.diff(prepend=torch.zeros(1, dtype=column.dtype))", "the layers hear"),
+    ],
+    ("08", 1): [
+        ("least_loss = lambda top, vocab_size: math.log1p(vocab_size * math.exp(-top))", "all logits are equal"),
+        ("least_loss = lambda top, vocab_size: math.log(vocab_size) * math.exp(-top)", "by your formula 10"),
+        ("least_loss = lambda top, vocab_size: math.log(vocab_size) - top", "needs a top of 18"),
+        ("least_loss = lambda top, vocab_size: math.log(vocab_size)", "by your formula None"),
+    ],
+    ("08", 2): [
+        ("as_tanh = lambda top, shift, scale: (top / 2, shift, scale, top / 2)", "differ by up to"),
+        ("as_tanh = lambda top, shift, scale: (top, shift, 2 * scale, 0.0)", "differ by up to"),
+        ("as_tanh = lambda top, shift, scale: (top / 2, shift / 2, 2 * scale, top / 2)", "sigmoid23"),
+    ],
+    ("12", 1): [
+        ("iterations_needed = lambda coefficients, smallest, floor: math.ceil(math.log(floor / smallest) / math.log(coefficients[0]))", "8 iterations, not 6"),
+        ("truth = iterations_needed; iterations_needed = lambda *arguments: truth(*arguments) + 1", "0 iterations, not 1"),
+        ("truth = iterations_needed; iterations_needed = lambda coefficients, smallest, floor: truth(QUINTIC, smallest, floor)", "8 iterations"),
+    ],
+    ("12", 2): [
+        ("truth = steepest_by_rows; steepest_by_rows = lambda g: -truth(g)", "asks for"),
+        ("steepest_by_rows = lambda g: -g / g.norm()", "asks for"),
+        ("steepest_by_rows = lambda g: -g / g.norm(dim=-1, keepdim=True)", "nan"),
+        ("steepest_by_rows = lambda g: -g / g.norm(dim=-1).max()", "asks for"),
+    ],
+    ("13", 1): [
+        ("truth = quintics_needed; quintics_needed = lambda low, error: truth(low, error) + 1", "0 quintics, not 1"),
+        ("""
+def quintics_needed(low, error):  # as if the largest stayed at 1
+    count, strays = 0, 1 - low
+    while strays > error:
+        *_, strays = best_quintic(low, 1.0)
+        low, count = 1 - strays, count + 1
+    return count
+""", "quintics, not"),
+        ("quintics_needed = lambda low, error: 5", "0 quintics, not 5"),
+    ],
+    ("13", 2): [
+        ("truth = cautious; cautious = lambda w, u, decay: u + decay * w * (u * w < 0); at_rest.__globals__['cautious'] = cautious", "which weights does it spare"),
+        ("cautious = lambda w, u, decay: u + decay * w * (torch.rand(w.shape) < 0.5)", "which weights does it spare"),
+        ("cautious = lambda w, u, decay: u + decay / 2 * w", "which weights does it spare"),
+        ("truth = at_rest; at_rest = lambda rate, decay, careful: truth(rate, decay, False)", "caution lets weights settle"),
+        ("matching_decay = 0.005", "not at the plain decay's"),
+        ("matching_decay = 0.0025", "not at the plain decay's"),
+    ],
+    ("14", 1): [
+        ("best_batch = lambda noise_scale, fixed_ms, ms_per_token: noise_scale", "a search finds"),
+        ("best_batch = lambda noise_scale, fixed_ms, ms_per_token: math.sqrt(noise_scale * ms_per_token / fixed_ms)", "a search finds"),
+        ("best_batch = lambda noise_scale, fixed_ms, ms_per_token: (noise_scale + fixed_ms / ms_per_token) / 2", "a search finds"),
+    ],
+    ("14", 2): [
+        ("steps_to_pay = lambda lengths, cooldown: sum(lengths)", "7,000"),
+        ("steps_to_pay = lambda lengths, cooldown: max(lengths)", "not 4,000"),
+        ("steps_to_pay = lambda lengths, cooldown: max(lengths) + cooldown * sum(lengths)", "fall over 100%"),
+    ],
+    ("20", 1): [
+        ("""
+def makespan(jobs):  # gathers do not wait for sums that were begun before
+    network = sums = gpu = 0.0
+    for total, update, gather in jobs:
+        sums += total
+        gpu = max(gpu, sums) + update
+        network = max(network, gpu) + gather
+    return network
+""", "waits for the second sum"),
+        ("makespan = lambda jobs: sum(map(sum, jobs))", "all is over at 11, not 13"),
+        ("""
+def makespan(jobs):  # updates do not wait for each other
+    network, arrived = 0.0, []
+    for total, _, _ in jobs:
+        network += total
+        arrived.append(network)
+    for ready, (_, update, gather) in zip(arrived, jobs):
+        network = max(network, ready + update) + gather
+    return network
+""", "the worst 20"),
+    ],
+    ("20", 2): [
+        ("worth_it = lambda width, world: 1.0", "its own number 8 more"),
+        ("worth_it = lambda width, world: width * 2 / (width * 2 + 4)", "its own number 8 more"),
+        ("worth_it = lambda width, world: width * 2 / (width * 2 + 8) * (world - 1) / world * 2 if world == 2 else width * 2 / (width * 2 + 8) * 7 / 8", "1,544 with its number"),
+    ],
+    ("21", 1): [
+        ("truth = state_bytes; state_bytes = lambda table: truth(table) * 3 // 4", "not 2436"),
+        ("truth = state_bytes; state_bytes = lambda table: truth([row for row in table if len(row.shape) > 1])", "3,248 bytes, not 3200"),
+        ("state_bytes = lambda table: 16 * sum(sum(row.shape) for row in table)", "3,248 bytes"),
+    ],
+    ("21", 2): [
+        ("count = lambda options, vocab_size: sum(math.prod(row.shape) for row in parameter_table(options, vocab_size) if row.multiplies)", "124,439,808 parameters, not 123,532,032"),
+        ("count = lambda options, vocab_size: sum(math.prod(row.shape) for row in parameter_table(options, 50_257))", "47 more rows"),
+        ("truth = count; count = lambda options, vocab_size: truth(options, vocab_size) + (12 - options.heads)", "number of heads"),
+    ],
+    ("21", 3): [
+        ("padding = lambda matrices, ranks: (ranks - matrices % ranks, (ranks - matrices % ranks) / (matrices + ranks - matrices % ranks))", "24 matrices on 8 ranks: 0 empty"),
+        ("padding = lambda matrices, ranks: (-matrices % ranks, -matrices % ranks / matrices)", "of the bank with them"),
+        ("padding = lambda matrices, ranks: (matrices % ranks, matrices % ranks / (matrices + matrices % ranks))", "not 6 and"),
+    ],
+    ("22", 1): [
+        ("truth = grid; grid = lambda config, changes: truth(config, dict(reversed(changes.items())))", "(rate, seed) should be"),
+        ("grid = lambda config, changes: [vary(config, dict(zip(changes, values))) for values in zip(*changes.values())]", "(rate, seed) should be"),
+        ("truth = grid; grid = lambda config, changes: truth(config, changes) if changes else []", "not 0 runs"),
+    ],
+    ("22", 2): [
+        ("truth = difference; difference = lambda a, b: truth(b, a)", "layers and seed were changed"),
+        ("truth = difference; difference = lambda a, b: dict([*truth(a, b).items()][:1])", "layers and seed were changed"),
+        ("difference = lambda a, b: {name: (value, fields_of(b)[name]) for name, value in fields_of(a).items()}", "does not differ from itself"),
+    ],
+    ("23", 1): [
+        ("truth = steady_ms; steady_ms = lambda steps_ms, skip: (min(steps_ms[skip:]), truth(steps_ms, skip)[1])", "without the first two is 2, not 1"),
+        ("truth = steady_ms; steady_ms = lambda steps_ms, skip: (sorted(steps_ms[skip:])[1], truth(steps_ms, skip)[1])", "without the first two is 2, not 1"),
+        ("truth = steady_ms; steady_ms = lambda steps_ms, skip: (truth(steps_ms, skip)[0], skip / len(steps_ms))", "20 of 26 ms"),
+        ("truth = steady_ms; steady_ms = lambda steps_ms, skip: (sum(steps_ms) / len(steps_ms), truth(steps_ms, skip)[1])", "not 5.2"),
+    ],
+    ("23", 2): [
+        ("shares = lambda micro_batches, ranks: [max(0, min(-(-micro_batches // ranks), micro_batches - -(-micro_batches // ranks) * n)) for n in range(ranks)]", "as evenly as possible: [2, 2, 1, 1, 1]"),
+        ("shares = lambda micro_batches, ranks: [micro_batches // ranks] * (ranks - 1) + [micro_batches - micro_batches // ranks * (ranks - 1)]", "not [2, 2, 4]"),
+        ("shares = lambda micro_batches, ranks: [micro_batches / ranks] * ranks", "8 micro-batches on 3 ranks"),
+    ],
+    ("24", 1): [
+        ("""
+def reached(curve, target):  # never at the first validation
+    for a, b in zip(curve, curve[1:]):
+        if b["val_loss"] <= target < a["val_loss"]:
+            share = (a["val_loss"] - target) / (a["val_loss"] - b["val_loss"])
+            return (a["train_time_ms"] + share * (b["train_time_ms"] - a["train_time_ms"])) / 1000
+""", "first meet 4.0 at 0.0, not at None"),
+        ("""
+def reached(curve, target):  # the last crossing
+    for a, b in reversed([*zip(curve, curve[1:])]):
+        if b["val_loss"] <= target <= a["val_loss"]:
+            share = (a["val_loss"] - target) / (a["val_loss"] - b["val_loss"])
+            return (a["train_time_ms"] + share * (b["train_time_ms"] - a["train_time_ms"])) / 1000
+""", "first meet 3.25 at 0.75, not at 2.25"),
+        ("reached = lambda curve, target: next((p['train_time_ms'] / 1000 for p in curve if p['val_loss'] <= target), None)", "not at 1.0"),
+        ("truth = reached; reached = lambda curve, target: truth(curve, target) and 1000 * truth(curve, target)", "not at 750"),
+    ],
+    ("24", 2): [
+        ("truth = cost; cost = lambda seconds, gpus, dollars, watts: truth(seconds, 1, dollars, watts)", "6 dollars, not 1.5"),
+        ("truth = cost; cost = lambda *a: (truth(*a)[0], truth(*a)[1] * 1000)", "1 kWh, not 1000"),
+        ("truth = cost; cost = lambda seconds, gpus, dollars, watts: (truth(seconds, gpus, dollars, watts)[0], seconds / 3600 * watts / 1000)", "1 kWh, not 0.25"),
+    ],
+    ("25", 1): [
+        ("truth = entropy; entropy = lambda logits, temperature: truth(logits, temperature) * math.log(2)", "0.811 bits, not 0.56"),
+        ("truth = entropy; entropy = lambda logits, temperature: truth(logits, 1 / temperature)", "at a temperature of 10,000"),
+        ("entropy = lambda logits, temperature: float(-(logits.double() / temperature).log_softmax(-1).max() / math.log(2))", "0.811 bits"),
+        ("truth = entropy; entropy = lambda logits, temperature: float(-(logits.double().softmax(-1) * (logits.double() / temperature).log_softmax(-1)).sum() / math.log(2))", "almost 0 bits"),
+    ],
+    ("25", 2): [
+        ("truth = bits_per_byte; bits_per_byte = lambda text, before=b'': truth(text)", "should beat our"),
+        ("truth = bits_per_byte; bits_per_byte = lambda text, before=b'': truth(text, before) / 8", "8 bits each, not 1.0"),
+        ("truth = bits_per_byte; bits_per_byte = lambda text, before=b'': truth(text, before) * len(text) / len(before + text)", "8 bits each, not 4.0"),
+        ("bits_per_byte = lambda text, before=b'': 8 * len(lzma.compress(before + text)) / len(text)", "8 bits each, not 16"),
+    ],
+    ("93", 1): [
+        ("""
+def swap(staged, folder):  # the old manifest stays until the end
+    for path in sorted(staged.iterdir(), key=lambda path: path.name == "manifest.json"):
+        os.replace(path, folder / path.name)
+""", "leaves a manifest over another set's shards"),
+        ("""
+def swap(staged, folder):  # the manifest first
+    for path in sorted(staged.iterdir()):
+        path.rename(folder / path.name)
+""", "a crash after the move of manifest.json"),
+        ("""
+def swap(staged, folder):  # the manifest is forgotten
+    (folder / "manifest.json").unlink()
+    for path in staged.glob("*.bin"):
+        os.replace(path, folder / path.name)
+""", "three files are to be moved"),
+        ("""
+def swap(staged, folder):  # copies, which a crash leaves half written
+    for path in staged.iterdir():
+        (folder / path.name).write_text(path.read_text())
+""", "but 0 were"),
+    ],
+    ("93", 2): [
+        ("""
+def careless(path):  # the system decides who made it
+    try:
+        path.mkdir()
+        return True
+    except FileExistsError:
+        return False
+""", "leave time between"),
+        ("careless = lambda path: path.mkdir(exist_ok=True) is None", "still believes"),
+    ],
+}
+# fmt: on
