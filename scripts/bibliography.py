@@ -1,6 +1,7 @@
 """book/references.bib for readers without Sphinx: a key as author and year, with the address of the work."""
 
 import functools
+import re
 
 from pybtex.database import Entry, parse_file
 
@@ -40,3 +41,24 @@ def author_year(key: str) -> tuple[str, str]:
     field = next((field for field in ADDRESSES if field in entry.fields), None)
     address = ADDRESSES[field] + entry.fields[field] if field else ""
     return f"{people}, {entry.fields['year']}", address
+
+
+CITED = re.compile(r"\{cite\}`([\w-]+)`")
+SHOWN = re.compile(r'\(\[[^\[\]]*\]\(\S+ "cite ([\w-]+)"\)\)')
+
+
+def show_citations(text: str) -> str:
+    """MyST's {cite} roles as links, for where there is no bibliography; hide_citations turns them back. Unknown keys stay as they are."""
+
+    def link(found: re.Match) -> str:
+        if found[1] not in bibliography():
+            return found[0]
+        label, address = author_year(found[1])
+        return f'([{label}]({address or "../book/references.bib"} "cite {found[1]}"))'
+
+    return CITED.sub(link, text)
+
+
+def hide_citations(text: str) -> str:
+    """What show_citations made of a text, as it was."""
+    return SHOWN.sub(r"{cite}`\1`", text)

@@ -499,7 +499,7 @@ case "$1" in config) echo '{config}' ;; index) exit {answers} ;; esac""",
 class TestEncodings:
     """Nothing is read, written or shown in whatever encoding happens to be the system's."""
 
-    SCRIPTS = ("ablate", "book", "environment", "execute", "exercises", "jupyter_config", "kernel", "measure", "tangle")  # fmt: skip
+    SCRIPTS = ("ablate", "book", "environment", "execute", "bibliography", "downloads", "exercises", "lab/__main__", "lab/contents", "lab/jupyter_config", "lab/kernel_extension", "kernel", "measure", "tangle")  # fmt: skip
     FILES = [ROOT / "scripts" / f"{name}.py" for name in SCRIPTS] + sorted((ROOT / "speedrun" / "lab").glob("*.py"))  # fmt: skip
 
     @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -520,7 +520,9 @@ class TestEncodings:
         done = subprocess.run(command, env=environment, capture_output=True)
         assert done.returncode == 0 and b"usage" in done.stdout and not done.stderr
 
-    @pytest.mark.parametrize("script", ["ablate", "execute", "measure", "book", "exercises"])
+    @pytest.mark.parametrize(
+        "script", ["ablate", "execute", "measure", "book", "downloads", "exercises", "lab/__main__"]
+    )
     def test_every_script_goes_through_the_one_door(self, script):
         text = (ROOT / "scripts" / f"{script}.py").read_text(encoding="utf-8")
         assert "sys.exit(run_main(" in text and "except Problem" not in text

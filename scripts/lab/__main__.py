@@ -21,6 +21,7 @@ import argparse
 import os
 
 from execute import chapters, prepare
+from exercises import write_exercises
 from kernel import own_kernel
 
 from speedrun.lab.errors import Problem
@@ -58,6 +59,8 @@ def main() -> int:
     options = parser.parse_args(words[:split])
     first = address(options.chapter, options.exercises)
     prepare()
+    if options.exercises:
+        write_exercises()
     config = HERE / "jupyter_config.py"
     command = [
         sys.executable,

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import tangle
-from bibliography import author_year, bibliography
+from bibliography import hide_citations, show_citations
 from jupytext import TextFileContentsManager
 from tornado.ioloop import IOLoop
 
@@ -36,29 +36,8 @@ def fold(notebook) -> None:
                 cell.metadata.setdefault("jupyter", {})[mark] = True
 
 
-CITED = re.compile(r"\{cite\}`([\w-]+)`")
-SHOWN = re.compile(r'\(\[[^\[\]]*\]\(\S+ "cite ([\w-]+)"\)\)')
-
-
 def markdown_cells(notebook) -> list:
     return [cell for cell in notebook["cells"] if cell["cell_type"] == "markdown"]
-
-
-def show_citations(text: str) -> str:
-    """MyST's {cite} roles as links, for JupyterLab has no bibliography; hide_citations turns them back."""
-
-    def link(found: re.Match) -> str:
-        if found[1] not in bibliography():  # the reader may be about to add it
-            return found[0]
-        label, address = author_year(found[1])
-        return f'([{label}]({address or "../book/references.bib"} "cite {found[1]}"))'
-
-    return CITED.sub(link, text)
-
-
-def hide_citations(text: str) -> str:
-    """What show_citations made of a text, as it was."""
-    return SHOWN.sub(r"{cite}`\1`", text)
 
 
 HEADER = re.compile(r"\A# ---\n(?:#.*\n)*?# ---\n")
@@ -82,7 +61,8 @@ class ChapterContents(TextFileContentsManager):
         self.event_logger.register_event_schema(TANGLED)
 
     def is_chapter(self, path: str) -> bool:
-        return Path(self._get_os_path(path)).match(f"{ROOT}/notebooks/*.py")
+        file = Path(self._get_os_path(path))
+        return file.suffix == ".py" and file.parent.resolve() == ROOT / "notebooks"
 
     def get(self, path, content=True, **kwargs):
         model = super().get(path, content=content, **kwargs)
