@@ -358,6 +358,41 @@ class TestEditing:
         return json.dumps(ran)
 
 
+class TestExercises:
+    def test_a_hole_is_named_and_the_folded_solution_fills_it(self, lab, show):
+        script = [sys.executable, str(lab.tree / "scripts" / "exercises.py"), "00"]
+        environment = os.environ | {"PYTHONPATH": str(lab.tree)}
+        subprocess.run(script, check=True, capture_output=True, env=environment)
+        page = show("exercises")
+        double_click(page, "00_start_here.ipynb")
+        cells = page.evaluate(STATE)["cells"]
+        tags = [cell["metadata"].get("tags", []) for cell in cells]
+        answers = [n for n, own in enumerate(tags) if "answer" in own]
+        holes = [n for n, own in enumerate(tags) if "exercise" in own]
+        assert answers and len(answers) == len(holes)
+        assert all(is_folded(cells[n]) for n in answers)
+        assert not any(is_folded(cells[n]) for n in holes)
+        (said,) = errors(run_all(page))
+        assert "exercise: write" in said
+        page.locator(f"{PANEL} .jp-Cell").nth(answers[0]).scroll_into_view_if_needed()
+        page.wait_for_timeout(500)
+        page.screenshot(path=SCREENS / "exercise.png")
+        fill = """([hole, answer]) => {
+          const cells = jupyterapp.shell.currentWidget.content.model.sharedModel.cells;
+          cells[hole].setSource(cells[answer].source);
+        }"""
+        for hole, answer in zip(holes, answers):
+            page.evaluate(f"pair => ({fill})(pair)", [hole, answer])
+        assert not errors(run_all(page))
+        menu(page, "File", "Save Notebook")
+        wait(page, lambda state: not state["dirty"], 30)
+        kept = (lab.tree / "exercises" / "00_start_here.ipynb").read_bytes()
+        again = subprocess.run(script, check=True, capture_output=True, text=True, env=environment)
+        assert "00_start_here" in again.stdout + again.stderr
+        assert (lab.tree / "exercises" / "00_start_here.ipynb").read_bytes() == kept
+        assert status(lab) == "" and not list((lab.tree / "exercises").glob("*.py"))
+
+
 class TestTheServer:
     def test_it_wants_a_token_and_listens_on_this_machine_alone(self, lab):
         assert not lab.answers("api/contents")
