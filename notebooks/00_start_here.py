@@ -220,7 +220,7 @@ plt.show()
 # ### Errors with a way out
 #
 # A message that only says what went wrong leaves its reader where the program stopped. Throughout this book an error that somebody can mend
-# is a `Problem`: what is wrong, with the name and the value, and the way out. Commands print it without a traceback; anything else is a bug of ours, and keeps its traceback. ([The workshop](93_errors_and_files.ipynb) has the class, and what the operating system can refuse.)
+# is a `Problem`: what is wrong, with the name and the value, and the way out. Commands print it without a traceback; anything else is a bug of ours, and keeps its traceback. ([The workshop](93_errors_and_files.py) has the class, and what the operating system can refuse.)
 
 # %%
 #| default_exp lab.hardware

@@ -1660,7 +1660,7 @@ def unsaved(run: Run, lost: list[str]) -> Problem:
 
 
 # %% [markdown]
-# A run's folder has one owner (the lock is the [workshop's](93_errors_and_files.ipynb)): rank 0, and the launcher above it, if there is one. It is asked for before anything is touched. Whoever starts a second run or a second resume there is refused, and the first does not notice.
+# A run's folder has one owner (the lock is the [workshop's](93_errors_and_files.py)): rank 0, and the launcher above it, if there is one. It is asked for before anything is touched. Whoever starts a second run or a second resume there is refused, and the first does not notice.
 
 
 # %%
@@ -1749,7 +1749,7 @@ assert final == curve[-1] and resumed.loader.position == whole.loader.position
 print(f"stopped at 23, resumed to 40: every weight is equal, final loss {final:.6f} both times")
 
 # %% [markdown]
-# Two things cannot be put back bit by bit, and then the log says so. A run that goes on with another number of ranks adds up in another order. And ranks that share their update ([chapter 20](20_many_gpus.ipynb)) let Adam step on every second gradient: a checkpoint between the two holds the sum of what waited on all ranks, and no longer the parts.
+# Two things cannot be put back bit by bit, and then the log says so. A run that goes on with another number of ranks adds up in another order. And ranks that share their update ([chapter 20](20_many_gpus.py)) let Adam step on every second gradient: a checkpoint between the two holds the sum of what waited on all ranks, and no longer the parts.
 #
 # It is a strong test, because nearly everything can break it: a moment that was not saved, a position off by one batch, warm-up steps that left a trace, a schedule that counts from the restart.
 #

@@ -499,7 +499,7 @@ assert (scratch / "synced").read_bytes() == block
 print(f"16 MiB: {plain_ms:.0f} ms without waiting, {synced_ms:.0f} ms until it is on the disk")
 
 # %% [markdown]
-# All of that is off the clock of training: the loop of [chapter 23](23_training_loop.ipynb) stops its clock before it saves.
+# All of that is off the clock of training: the loop of [chapter 23](23_training_loop.py) stops its clock before it saves.
 #
 # What this page cannot do:
 #

@@ -13,6 +13,7 @@ import hashlib
 import json
 import re
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,9 +25,11 @@ from speedrun.lab.errors import Problem, quoted, run_main, visible
 from speedrun.lab.files import atomic_write
 from speedrun.lab.provenance import root
 
-HOW = """**This copy has holes.** In the exercises at the end, write your code where it says `exercise: write …` and run that cell; then run the check below it, which says what is wrong.
-The folded cell under a check is a solution: click its bar to unfold it. What you write here is kept: `make exercises` does not overwrite a notebook that you have edited."""
-ANSWER = "# The solution. Run this cell to use it, then the check above once more.\n"
+HOW = """> **This copy has holes.** In the exercises at the end, write your code where it says `exercise: write …` and run that cell; then run the check below it, which says what is wrong.
+> The folded cell under a check is a solution: click its bar to unfold it. What you write here is kept: `make exercises` does not overwrite a notebook that you have edited."""
+ANSWER = (
+    "if False:  # the solution: with True in place of False this cell takes it for what you wrote\n"
+)
 
 
 def hole(node: ast.stmt, lines: list[str]) -> str:
@@ -68,9 +71,15 @@ def holed(chapter: nbformat.NotebookNode) -> tuple[nbformat.NotebookNode, int]:
             cells.append(nbformat.v4.new_markdown_cell(show_citations(text)))
         elif "solution" in tags:
             cells.append(code_cell(with_holes(cell.source), ["exercise"]))
-            answers, count = [code_cell(ANSWER + cell.source, ["answer"])], count + 1
+            # it does nothing as it stands, or Run All would put it in the place of what the reader wrote
+            answer = ANSWER + textwrap.indent(cell.source, "    ")
+            answers, count = [code_cell(answer, ["answer"])], count + 1
         else:
-            cells += [code_cell(cell.source, tags), *answers]
+            # Run All goes on after a check that fails, to the other exercises
+            cells += [
+                code_cell(cell.source, [*tags, "raises-exception"] if answers else tags),
+                *answers,
+            ]
             answers = []
     title, _, rest = cells[0].source.partition("\n")
     cells[0].source = f"{title}\n\n{HOW}\n{rest}"

@@ -18,10 +18,12 @@ import old_python  # noqa: F401  # before what older Pythons lack is imported
 import argparse
 import ast
 import builtins
+import contextlib
 import difflib
 import hashlib
 import json
 import os
+import re
 import subprocess
 import symtable
 import sys
@@ -101,11 +103,21 @@ def read_cells(notebook, name: str) -> list[Cell]:
 def bound_names(source: str, where: str) -> tuple[set[str], set[str]]:
     """Names that a cell binds at module level: those it defines (def, class, assignment) and those it imports."""
     try:
+        compile(
+            source, where, "exec", dont_inherit=True
+        )  # sees a return outside a function, which a symbol table does not
         table = symtable.symtable(source, where, "exec")
-    except SyntaxError as error:
-        raise TangleError(
-            f"{where}: line {error.lineno} is not Python: {error.msg}.\n  → no magics: a chapter also runs as a plain script"
-        ) from None
+    except (SyntaxError, ValueError) as error:  # ValueError: a null character
+        number = getattr(error, "lineno", None) or 1
+        line = ([*source.splitlines(), ""])[number - 1 : number]
+        said = f"{where}: “{''.join(line).strip()}” is not Python: {getattr(error, 'msg', error)}."
+        magic = "".join(line).lstrip().startswith(("%", "!"))
+        fix = (
+            "no magics: a chapter also runs as a plain script"
+            if magic
+            else "mend this line, or the one before it"
+        )
+        raise TangleError(f"{said}\n  → {fix}") from None
     imported = {symbol.get_name() for symbol in table.get_symbols() if symbol.is_imported()}
     return {
         symbol.get_name() for symbol in table.get_symbols() if symbol.is_assigned()
@@ -127,11 +139,9 @@ def free_names(source: str) -> set[str]:
     for node in ast.walk(ast.parse(source)):  # names inside string annotations
         for note in (getattr(node, "annotation", None), getattr(node, "returns", None)):
             if isinstance(note, ast.Constant) and isinstance(note.value, str):
-                names |= {
-                    n.id
-                    for n in ast.walk(ast.parse(note.value, mode="eval"))
-                    if isinstance(n, ast.Name)
-                }
+                with contextlib.suppress(SyntaxError):  # any text is allowed there
+                    tree = ast.parse(note.value, mode="eval")
+                    names |= {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)}
     return names
 
 
@@ -307,7 +317,15 @@ def tangle_all(root: Path) -> dict[str, bytes]:
         ) from None
     files, owner, problems = {}, {}, []
     for path in sorted((root / "notebooks").glob("*.py")):
-        notebook = jupytext.read(path, fmt="py:percent")
+        if not is_chapter(path.name):
+            continue
+        try:
+            notebook = jupytext.read(path, fmt="py:percent")
+        except Exception as error:  # what jupytext, YAML and decoding raise
+            problems.append(
+                f"notebooks/{path.name} is not a notebook in percent format: {' '.join(str(error).split())}.\n  → it begins with a YAML header in comments, and is UTF-8; git diff notebooks/{path.name} shows what has changed"
+            )
+            continue
         try:
             _, resources = tangler.from_notebook_node(notebook, {"metadata": {"name": path.stem}})
         except TangleError as error:
@@ -320,9 +338,47 @@ def tangle_all(root: Path) -> dict[str, bytes]:
                 )
             owner[target] = path.stem
             files[target] = data
+    problems = problems or missing_names(files)
     if problems:
         raise TangleError("\n".join(problems))
     return files | package_inits(list(files))
+
+
+def missing_names(files: dict[str, bytes]) -> list[str]:
+    """What one chapter's modules import from another's that is not there (any more)."""
+    texts = {target[:-3].replace("/", "."): data.decode() for target, data in files.items()}
+    trees = {module: ast.parse(text) for module, text in texts.items()}
+    has = {module: set().union(*bound_names(text, module)) for module, text in texts.items()}
+    folders = {module.rpartition(".")[0] for module in texts} | {PACKAGE}
+    problems = []
+    for module, tree in trees.items():
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.ImportFrom) or node.level or not node.module:
+                continue
+            source = node.module
+            if source.split(".")[0] != PACKAGE:
+                continue
+            for name in [alias.name for alias in node.names]:
+                known = has.get(source, set()) if source not in folders else set()
+                if name in known or f"{source}.{name}" in texts or f"{source}.{name}" in folders:
+                    continue
+                under = heading_of(texts[module], node.lineno - 1)
+                where = f"{origin(files[module.replace('.', '/') + '.py'])}, under “{under}”"
+                home = source.replace(".", "/") + ".py"
+                owner = (
+                    f"an exported cell of {origin(files[home])}"
+                    if home in files
+                    else "an exported cell"
+                )
+                problems.append(
+                    f"{where}: imports “{name}” from {source}, which does not define it.\n  → define it in {owner}, or change what is imported"
+                )
+    return sorted(set(problems))
+
+
+def is_chapter(name: str) -> bool:
+    """Whether a file of notebooks/ is a chapter: NN_slug.py. Others, such as a copy, are not tangled."""
+    return re.fullmatch(r"\d\d_\w+\.py", name) is not None
 
 
 def heading_of(text: str, line: int) -> str:
@@ -367,7 +423,7 @@ def strays(root: Path, files: dict[str, bytes]) -> list[str]:
     """Python files in the package that no notebook produces."""
     here = {p.relative_to(root).as_posix() for p in (root / PACKAGE).rglob("*.py")}
     return [
-        f"{path}: no notebook produces this module.\n  → move its code into an exported cell of a chapter, and the file out of {PACKAGE}/"
+        f"{path}: no notebook produces this module.\n  → if a chapter was deleted or renamed, git checkout notebooks/ brings it back; else move the code into an exported cell of a chapter, and the file out of {PACKAGE}/"
         for path in sorted(here - set(files))
     ]
 

@@ -125,14 +125,14 @@ class TestTangling:
 
         manager = lab.ChapterContents(root_dir=str(root()))
         monkeypatch.setattr(lab.tangle, "tangle", lambda folder: ["speedrun/lab/stats.py"])
-        manager.tangle("notebooks/01.py", Loop())
+        manager.tangle("notebooks/01_a.py", Loop())
 
         def refuse(folder):
             raise lab.tangle.TangleError("notebooks/01.py, cell 3: no\n  → yes")
 
         monkeypatch.setattr(lab.tangle, "tangle", refuse)
-        manager.tangle("notebooks/01.py", Loop())
-        assert events[0] == {"path": "notebooks/01.py", "changed": ["speedrun/lab/stats.py"], "error": ""}  # fmt: skip
+        manager.tangle("notebooks/01_a.py", Loop())
+        assert events[0] == {"path": "notebooks/01_a.py", "changed": ["speedrun/lab/stats.py"], "error": "", "note": ""}  # fmt: skip
         assert events[1]["error"].endswith("→ yes") and events[1]["changed"] == []
         for event in events:  # as the server would send them
             manager.event_logger.emit(schema_id=lab.TANGLED["$id"], data=event)
@@ -166,7 +166,7 @@ class TestKernelExtension:
         self.touch()
         watch.before_cell()
         said = capsys.readouterr().err
-        assert said.startswith("speedrun.made_up has changed and is imported again.")
+        assert said.startswith("speedrun.made_up has changed and will be imported again.")
         assert "Restart the kernel" in said
         watch.before_cell()
         assert capsys.readouterr().err == ""

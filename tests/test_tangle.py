@@ -157,7 +157,43 @@ class TestRefusing:
             tangle.tangle(folder)
 
     def test_magics_and_other_non_python(self, tmp_path):
-        assert "no magics" in refusal(tmp_path, "#| default_exp a\n#| export\nx = 1\n---\ny = = 2")
+        said = refusal(tmp_path, "#| default_exp a\n#| export\nx = 1\n---\ny = = 2")
+        assert "“y = = 2” is not Python" in said and "magics" not in said
+        said = refusal(tmp_path, "#| default_exp a\n#| export\nx = 1\n%timeit x")
+        assert "“%timeit x” is not Python" in said and "no magics" in said
+
+    @pytest.mark.parametrize("line", ["return 1", "break", "yield 2", "x = 1\n  y = 2", "(1 +"])
+    def test_what_only_the_compiler_refuses(self, tmp_path, line):
+        said = refusal(tmp_path, f"#| default_exp a\n#| export\nz = 1\n{line}")
+        assert "is not Python" in said and "cell 1" in said
+        assert not (tmp_path / "speedrun").exists()
+
+    def test_a_name_that_another_chapter_no_longer_defines(self, tmp_path):
+        user = "#| default_exp m\n#| export\nfrom speedrun.lab.one import one, gone"
+        folder = project(tmp_path, **{"01_a": GOOD, "02_b": user})
+        with pytest.raises(tangle.TangleError) as caught:
+            tangle.tangle(folder)
+        said = str(caught.value)
+        assert "notebooks/02_b.py" in said and "“gone” from speedrun.lab.one" in said
+        assert "an exported cell of notebooks/01_a.py" in said and "“one”" not in said
+
+    @pytest.mark.parametrize(
+        "damage", [b"# ---\n# jupyter:\n#   kernelspec: [b\n# ---\n", b"# %%\nx = '\xff'\n"]
+    )
+    def test_a_file_that_is_no_notebook_is_named(self, tmp_path, damage):
+        folder = project(tmp_path, **{"01_a": GOOD})
+        (folder / "notebooks" / "02_b.py").write_bytes(damage)
+        with pytest.raises(tangle.TangleError, match="notebooks/02_b.py is not a notebook"):
+            tangle.tangle(folder)
+
+    def test_a_copy_is_no_chapter(self, tmp_path):
+        folder = project(tmp_path, **{"01_a": GOOD, "01_a-Copy1": GOOD, "Untitled": GOOD})
+        assert "speedrun/lab/one.py" in tangle.tangle(folder)
+        assert "notebooks/01_a.py" in (folder / "speedrun" / "lab" / "one.py").read_text()
+
+    def test_an_annotation_may_be_any_text(self, tmp_path):
+        folder = project(tmp_path, **{"01_a": GOOD.replace("def one():", 'def one() -> "an int":')})
+        assert tangle.tangle(folder)
 
     def test_all_problems_are_reported_at_once(self, tmp_path):
         folder = project(tmp_path, **{"01_a": "#| export\nx = 1", "02_b": "#| export m\ny = nope"})

@@ -19,6 +19,7 @@ if __name__ == "__main__":
 
 import argparse
 import os
+import subprocess
 
 from execute import chapters, prepare
 from exercises import write_exercises
@@ -33,7 +34,7 @@ def address(wanted: str | None, exercises: bool) -> str:
     folder, suffix = ("exercises", "ipynb") if exercises else ("notebooks", "py")
     if wanted is None:
         return f"/lab/tree/{folder}"
-    found = chapters([wanted])
+    found = chapters([wanted.zfill(2) if wanted.isdecimal() and wanted != "0" else wanted])
     if len(found) > 1:
         names = ", ".join(chapter.name for chapter in found)
         raise Problem(f"{wanted} begins the names of {names}", "name one: make lab NB=06")
@@ -52,12 +53,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="make lab", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("chapter", nargs="?", help="a number or name; default: the folder")
+    parser.add_argument("chapter", nargs="*", help="a number or name; default: the folder")
     parser.add_argument("--exercises", action="store_true", help="with holes, to be filled in")
     words = sys.argv[1:]
     split = words.index("--") if "--" in words else len(words)
     options = parser.parse_args(words[:split])
-    first = address(options.chapter, options.exercises)
+    if len(options.chapter) > 1:
+        what = f"{' and '.join(options.chapter)} are several chapters"
+        raise Problem(what, "name the first to open: the others are in the file browser")
+    first = address(next(iter(options.chapter), None), options.exercises)
     prepare()
     if options.exercises:
         write_exercises()
@@ -70,7 +74,10 @@ def main() -> int:
         str(config),
         f"--LabApp.default_url={first}",
     ]
-    os.execve(sys.executable, [*command, *words[split + 1 :]], environment())
+    command += words[split + 1 :]
+    if os.name == "nt":  # there exec returns at once, and quotes nothing
+        return subprocess.call(command, env=environment())
+    os.execve(sys.executable, command, environment())
 
 
 if __name__ == "__main__":

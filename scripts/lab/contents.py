@@ -7,6 +7,8 @@ from pathlib import Path
 
 import tangle
 from bibliography import hide_citations, show_citations
+from ipykernel.ipkernel import IPythonKernel
+from ipykernel.kernelspec import get_kernel_dict
 from jupytext import TextFileContentsManager
 from tornado.ioloop import IOLoop
 
@@ -23,8 +25,9 @@ TANGLED = {
         "path": {"type": "string"},
         "changed": {"type": "array", "items": {"type": "string"}},
         "error": {"type": "string"},
+        "note": {"type": "string"},
     },
-    "required": ["path", "changed", "error"],
+    "required": ["path", "changed", "error", "note"],
 }
 
 
@@ -34,6 +37,13 @@ def fold(notebook) -> None:
         for tag in cell.metadata.get("tags", []):
             for mark in FOLDED.get(tag, []) if cell.cell_type == "code" else []:
                 cell.metadata.setdefault("jupyter", {})[mark] = True
+
+
+def as_the_kernel_will_say(metadata) -> None:
+    """Write what JupyterLab notes when a kernel answers, or a notebook would be unsaved as soon as it is open."""
+    if metadata.get("kernelspec", {}).get("name") == "python3":
+        metadata["kernelspec"]["display_name"] = get_kernel_dict()["display_name"]
+        metadata["language_info"] = dict(IPythonKernel.language_info)
 
 
 def markdown_cells(notebook) -> list:
@@ -66,6 +76,8 @@ class ChapterContents(TextFileContentsManager):
 
     def get(self, path, content=True, **kwargs):
         model = super().get(path, content=content, **kwargs)
+        if content and model["type"] == "notebook":
+            as_the_kernel_will_say(model["content"].metadata)
         if content and model["type"] == "notebook" and self.is_chapter(path):
             fold(model["content"])
             for cell in markdown_cells(model["content"]):
@@ -76,7 +88,7 @@ class ChapterContents(TextFileContentsManager):
         if not self.is_chapter(path):
             return super().save(model, path)
         file = Path(self._get_os_path(path))
-        before = file.read_text(encoding="utf-8") if file.is_file() else ""
+        before = file.read_bytes().decode(errors="replace") if file.is_file() else ""
         if model["type"] == "notebook":
             for cell in markdown_cells(model["content"]):
                 cell["source"] = hide_citations(cell["source"])
@@ -93,11 +105,20 @@ class ChapterContents(TextFileContentsManager):
 
     def tangle(self, path: str, loop: IOLoop) -> None:
         """Rewrite the package, and tell the page what came of it. The chapter itself is saved in any case."""
-        event: dict = {"path": path, "changed": [], "error": ""}
+        event: dict = {"path": path, "changed": [], "error": "", "note": ""}
+        if not tangle.is_chapter(Path(path).name):
+            event["note"] = (
+                f"Saved. {path} is no chapter (they are named NN_slug.py), so nothing is tangled from it."
+            )
         try:
             event["changed"] = tangle.tangle(ROOT)
             self.log.info("tangled: %s", ", ".join(event["changed"]) or "nothing changed")
         except (tangle.TangleError, OSError) as error:
             event["error"] = str(error)
             self.log.error("not tangled:\n%s", error)
+        except Exception as error:  # whoever saved must hear of it
+            event["error"] = (
+                f"{type(error).__name__}: {error}\n  → the terminal of make lab says where"
+            )
+            self.log.exception("not tangled")
         loop.add_callback(self.event_logger.emit, schema_id=TANGLED["$id"], data=event)

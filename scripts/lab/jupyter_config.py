@@ -1,6 +1,8 @@
 """JupyterLab for the chapters (scripts/lab/__main__.py starts it): its own settings, on this machine only, nothing left in the checkout."""
 
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -21,7 +23,11 @@ c.ChapterContents.preferred_jupytext_formats_read = "py:percent"
 # settings below the reader's own, which are read and never written unasked. page_config.json leaves out what asks for news or packages,
 # a toolbar that fails on MyST's cells, and MyST's viewer of Markdown files, which writes into the reader's settings
 c.LabApp.app_settings_dir = str(HERE / "settings")
-c.LabApp.extra_labextensions_path = [str(HERE / "labextensions")]
+extensions = HERE / "labextensions"
+if set("[]*?") & set(str(extensions)):  # JupyterLab takes the path for a pattern
+    extensions = Path(tempfile.mkdtemp()) / "labextensions"
+    shutil.copytree(HERE / "labextensions", extensions)
+c.LabApp.extra_labextensions_path = [str(extensions)]
 c.LabApp.workspaces_dir = str(KEPT / "workspaces")
 c.FileCheckpoints.root_dir = str(KEPT / "checkpoints")
 c.NotebookNotary.db_file = str(KEPT / "signatures.db")

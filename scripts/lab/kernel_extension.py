@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-AFTERMATH = "Functions and classes are the new ones; what was made with the old ones (models, results, constants imported by name) is as it was. Restart the kernel to begin anew."
+AFTERMATH = "Unless an error says otherwise, functions and classes are the new ones; what was made with the old ones (models, results, constants imported by name) is as it was. Restart the kernel to begin anew."
 
 
 class Watch:
@@ -17,7 +17,11 @@ class Watch:
 
     def files(self) -> dict[str, int]:
         """Every imported module of the package, and when its file was written last, in ns."""
-        own = {name: module for name, module in sys.modules.items() if name.startswith("speedrun.")}
+        own = {
+            name: module
+            for name, module in list(sys.modules.items())
+            if name.startswith("speedrun.")
+        }
         paths = {name: getattr(module, "__file__", None) for name, module in own.items()}
         return {n: os.stat(p).st_mtime_ns for n, p in paths.items() if p and os.path.exists(p)}
 
@@ -25,8 +29,11 @@ class Watch:
         files = self.files()
         changed = sorted(name for name in files if self.seen.get(name, files[name]) != files[name])
         if changed:
-            were = "has changed and is" if len(changed) == 1 else "have changed and are"
-            print(f"{', '.join(changed)} {were} imported again. {AFTERMATH}", file=sys.stderr)
+            have = "has" if len(changed) == 1 else "have"
+            print(
+                f"{', '.join(changed)} {have} changed and will be imported again. {AFTERMATH}",
+                file=sys.stderr,
+            )
         self.seen |= files
         self.began = time.time_ns()
 

@@ -14,7 +14,7 @@
     activate: app => {
       const { icon } = app.docRegistry.getFileType('notebook');
       const type = { name: 'chapter', displayName: 'Chapter', contentType: 'notebook', fileFormat: 'json', icon };
-      app.docRegistry.addFileType({ ...type, extensions: [], pattern: '^\\d\\d_\\w+\\.py$' }, ['Notebook']);
+      app.docRegistry.addFileType({ ...type, extensions: [], pattern: '^\\d\\d_.+\\.py$' }, ['Notebook']);
     }
   };
 
@@ -38,13 +38,18 @@
       const { Notification } = await shared('@jupyterlab/apputils');
       const { Widget } = await shared('@lumino/widgets');
       let shown = [];  // the bars, which the next save takes away
-      app.serviceManager.events.stream.connect((_, { schema_id, path, changed, error }) => {
+      let said = null;  // the last note, which goes when something else is said
+      app.serviceManager.events.stream.connect((_, { schema_id, path, changed, error, note }) => {
         if (schema_id !== TANGLED) {
           return;
         }
         const recovered = shown.length > 0;
         shown.forEach(each => each.dispose());
         shown = [];
+        if (said) {
+          Notification.dismiss(said);
+          said = null;
+        }
         if (error) {
           const words = `Saved, but not tangled: the package is as it was.\n${error}`;
           for (const panel of app.shell.widgets('main')) {
@@ -53,9 +58,14 @@
               panel.contentHeader.addWidget(shown.at(-1));
             }
           }
+          if (!shown.length) {
+            said = Notification.error(words, { autoClose: false });
+          }
+        } else if (note) {
+          said = Notification.info(note, { autoClose: 8000 });
         } else if (changed.length || recovered) {
           const words = changed.length ? `Saved, and tangled into ${changed.join(', ')}` : 'Saved. The package is what the chapters say.';
-          Notification.success(words, { autoClose: 6000 });
+          said = Notification.success(words, { autoClose: 6000 });
         }
       });
     }
