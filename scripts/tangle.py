@@ -44,7 +44,7 @@ class TangleError(Exception):
 
 @dataclass(frozen=True)
 class Cell:
-    """A code cell. `module` is where it is exported to, None if it stays in the notebook."""
+    """A code cell; `number` counts all cells, from 1. `module` is where it is exported to, None if it stays in the notebook."""
 
     notebook: str
     number: int
@@ -61,6 +61,7 @@ def read_cells(notebook, name: str) -> list[Cell]:
     """The code cells of a notebook (an nbformat node), each with the heading it stands under and its module."""
     cells, heading, default, number = [], "(before the first heading)", None, 0
     for cell in notebook.cells:
+        number += 1  # of all cells, as JupyterLab counts them
         if cell.cell_type == "markdown":
             fenced = False
             for line in cell.source.splitlines():
@@ -69,7 +70,6 @@ def read_cells(notebook, name: str) -> list[Cell]:
                     heading = line.lstrip("#").strip()
         if cell.cell_type != "code":
             continue
-        number += 1
         lines = cell.source.splitlines()
         directives = []
         while lines and (lines[0].startswith("#|") or not lines[0].strip()):
