@@ -119,10 +119,11 @@ class TestTangling:
         events: list[dict] = []
 
         class Loop:
-            def add_callback(self, call, **event):
-                assert event["schema_id"] == lab.TANGLED["$id"]
-                events.append(event["data"])
+            def add_callback(self, call, event):
+                call(event)  # as the server would send it
+                events.append(event)
 
+        monkeypatch.setattr(lab, "ROOT", root())
         manager = lab.ChapterContents(root_dir=str(root()))
         monkeypatch.setattr(lab.tangle, "tangle", lambda folder: ["speedrun/lab/stats.py"])
         manager.tangle("notebooks/01_a.py", Loop())
@@ -134,8 +135,20 @@ class TestTangling:
         manager.tangle("notebooks/01_a.py", Loop())
         assert events[0] == {"path": "notebooks/01_a.py", "changed": ["speedrun/lab/stats.py"], "error": "", "note": ""}  # fmt: skip
         assert events[1]["error"].endswith("→ yes") and events[1]["changed"] == []
-        for event in events:  # as the server would send them
-            manager.event_logger.emit(schema_id=lab.TANGLED["$id"], data=event)
+
+        class Later:
+            def call_later(self, seconds, call, event):
+                events.append(event)
+
+        monkeypatch.setattr(lab.IOLoop, "current", Later)
+        manager.get("notebooks/06_rotary.py", type="notebook")
+        assert events[2] == events[1] | {"path": "notebooks/06_rotary.py"}, (
+            "told again to who loads a page"
+        )
+        monkeypatch.setattr(lab.tangle, "tangle", lambda folder: [])
+        manager.tangle("notebooks/01_a.py", Loop())
+        manager.get("notebooks/06_rotary.py", type="notebook")
+        assert len(events) == 4 and manager.wrong == {}
 
 
 class TestKernelExtension:

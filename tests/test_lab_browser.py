@@ -326,6 +326,9 @@ class TestEditing:
         assert "not tangled" in text and "no_such_name" in text and "notebooks/06_rotary.py" in text
         assert "export the cell that defines it" in text, "what to do about it"
         assert status(lab) == " M notebooks/06_rotary.py\n", "the package is as it was"
+        page.reload()
+        page.wait_for_selector(".speedrun-not-tangled", timeout=60_000)
+        wait(page, lambda state: state["kernel"] == "idle", 60)
         self.edit(page, bad, good)
         assert "what the chapters say" in self.toast(page)
         assert page.locator(".speedrun-not-tangled").count() == 0

@@ -69,6 +69,7 @@ class ChapterContents(TextFileContentsManager):
         super().__init__(*args, **kwargs)
         self.tangling = ThreadPoolExecutor(1)  # two seconds, in which the server goes on serving
         self.event_logger.register_event_schema(TANGLED)
+        self.wrong: dict = {}  # what the last tangling told, if it failed
 
     def is_chapter(self, path: str) -> bool:
         file = Path(self._get_os_path(path))
@@ -80,6 +81,9 @@ class ChapterContents(TextFileContentsManager):
             as_the_kernel_will_say(model["content"].metadata)
         if content and model["type"] == "notebook" and self.is_chapter(path):
             fold(model["content"])
+            if self.wrong:  # a page that was loaded again has lost it
+                event = self.wrong | {"path": path.strip("/")}
+                IOLoop.current().call_later(3, self.tell, event)
             for cell in markdown_cells(model["content"]):
                 cell["source"] = show_citations(cell["source"])
         return model
@@ -121,4 +125,8 @@ class ChapterContents(TextFileContentsManager):
                 f"{type(error).__name__}: {error}\n  → the terminal of make lab says where"
             )
             self.log.exception("not tangled")
-        loop.add_callback(self.event_logger.emit, schema_id=TANGLED["$id"], data=event)
+        self.wrong = event if event["error"] else {}
+        loop.add_callback(self.tell, event)
+
+    def tell(self, event: dict) -> None:
+        self.event_logger.emit(schema_id=TANGLED["$id"], data=event)
