@@ -19,7 +19,6 @@ from pathlib import Path
 
 import jupytext
 import nbformat
-from bibliography import show_citations
 
 from speedrun.lab.errors import Problem, quoted, run_main, visible
 from speedrun.lab.files import atomic_write
@@ -68,7 +67,7 @@ def holed(chapter: nbformat.NotebookNode) -> tuple[nbformat.NotebookNode, int]:
         tags = cell.metadata.get("tags", [])
         if cell.cell_type != "code":  # links lead to the chapters, from the folder beside theirs
             text = re.sub(r"\]\((\d\d_\w+)\.(?:py|ipynb)", r"](../notebooks/\1.py", cell.source)
-            cells.append(nbformat.v4.new_markdown_cell(show_citations(text)))
+            cells.append(nbformat.v4.new_markdown_cell(text))
         elif "solution" in tags:
             cells.append(code_cell(with_holes(cell.source), ["exercise"]))
             # it does nothing as it stands, or Run All would put it in the place of what the reader wrote

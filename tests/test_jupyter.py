@@ -66,10 +66,12 @@ class TestContents:
     def test_citations_are_links_on_screen_and_roles_on_disk(self, contents):
         name, notebook = opened(contents, root() / "notebooks" / "00_start_here.py")
         text = notebook.cells[0].source
+        assert "](../_build/lab/credits.md)" in text and "../book/" not in text
         assert "{cite}" not in text and '"cite jordan2024"))' in text and "Jordan" in text
         notebook.cells[0].source = text.replace("You would like", "You may like")
         contents.save({"type": "notebook", "content": notebook}, name)
         saved = (contents.tree / name).read_text(encoding="utf-8")
+        assert "](../book/credits.md)" in saved and "_build" not in saved
         assert "You may like" in saved and "{cite}`jordan2024`" in saved and '"cite' not in saved
 
     def test_an_unknown_citation_stays(self):

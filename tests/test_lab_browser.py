@@ -422,6 +422,15 @@ class TestTheServer:
         page.locator(f"{PANEL} .myst a", has_text="the last chapter").first.click()
         wait(page, lambda state: state["path"].endswith("05_modern_block.py"), 60)
 
+    def test_the_credits_name_everyone(self, lab, show):
+        page = show("notebooks/00_start_here.py")
+        page.locator(f"{PANEL} .myst a", has_text="credits").first.click()
+        page.wait_for_selector(".jp-MarkdownViewer td", timeout=30_000)
+        text = page.locator(".jp-MarkdownViewer").inner_text()
+        assert "@KellerJordan" in text or "@kellerjordan0" in text
+        assert not RAW.search(text) and page.locator(".jp-MarkdownViewer tr").count() > 90
+        page.screenshot(path=SCREENS / "credits.png")
+
     def test_other_python_files_open_as_text(self, lab, show):
         page = show("speedrun/model")
         page.locator(".jp-DirListing-itemName", has_text="rotary.py").dblclick()

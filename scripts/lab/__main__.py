@@ -19,13 +19,17 @@ if __name__ == "__main__":
 
 import argparse
 import os
+import re
 import subprocess
 
+from bibliography import show_citations
 from execute import chapters, prepare
 from exercises import write_exercises
 from kernel import own_kernel
 
+from book import records_table
 from speedrun.lab.errors import Problem
+from speedrun.lab.files import atomic_write
 from speedrun.lab.provenance import root
 
 
@@ -39,6 +43,13 @@ def address(wanted: str | None, exercises: bool) -> str:
         names = ", ".join(chapter.name for chapter in found)
         raise Problem(f"{wanted} begins the names of {names}", "name one: make lab NB=06")
     return f"/lab/tree/{folder}/{found[0].name}.{suffix}"
+
+
+def credits_page() -> None:
+    """book/credits.md as the lab can show it, _build/lab/credits.md: with its table, which the book makes when it is built, and its citations."""
+    text = (root() / "book" / "credits.md").read_text(encoding="utf-8")
+    whole = re.sub(r"```{include} generated/records.md\n```\n", lambda _: records_table(), text)
+    atomic_write(root() / "_build" / "lab" / "credits.md", show_citations(whole))
 
 
 def environment() -> dict[str, str]:
@@ -63,6 +74,8 @@ def main() -> int:
         raise Problem(what, "name the first to open: the others are in the file browser")
     first = address(next(iter(options.chapter), None), options.exercises)
     prepare()
+    variables = environment()
+    credits_page()
     if options.exercises:
         write_exercises()
     config = HERE / "jupyter_config.py"
@@ -76,8 +89,8 @@ def main() -> int:
     ]
     command += words[split + 1 :]
     if os.name == "nt":  # there exec returns at once, and quotes nothing
-        return subprocess.call(command, env=environment())
-    os.execve(sys.executable, command, environment())
+        return subprocess.call(command, env=variables)
+    os.execve(sys.executable, command, variables)
 
 
 if __name__ == "__main__":

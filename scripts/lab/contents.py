@@ -39,6 +39,22 @@ def fold(notebook) -> None:
                 cell.metadata.setdefault("jupyter", {})[mark] = True
 
 
+CREDITS = (
+    "](../book/credits.md)",
+    "](../_build/lab/credits.md)",
+)  # the page without MyST, which make lab writes
+
+
+def shown(text: str) -> str:
+    """Markdown of a chapter or exercise as the page gets it; written() is its inverse."""
+    return show_citations(text).replace(CREDITS[0], CREDITS[1])
+
+
+def written(text: str) -> str:
+    """What shown() made of a text, as it was."""
+    return hide_citations(text).replace(CREDITS[1], CREDITS[0])
+
+
 def as_the_kernel_will_say(metadata) -> None:
     """Write what JupyterLab notes when a kernel answers, or a notebook would be unsaved as soon as it is open."""
     if metadata.get("kernelspec", {}).get("name") == "python3":
@@ -75,27 +91,34 @@ class ChapterContents(TextFileContentsManager):
         file = Path(self._get_os_path(path))
         return file.suffix == ".py" and file.parent.resolve() == ROOT / "notebooks"
 
+    def is_ours(self, path: str) -> bool:
+        """A chapter or an exercise."""
+        folder = Path(self._get_os_path(path)).parent.resolve()
+        return self.is_chapter(path) or folder == ROOT / "exercises"
+
     def get(self, path, content=True, **kwargs):
         model = super().get(path, content=content, **kwargs)
-        if content and model["type"] == "notebook":
-            as_the_kernel_will_say(model["content"].metadata)
-        if content and model["type"] == "notebook" and self.is_chapter(path):
+        if not content or model["type"] != "notebook":
+            return model
+        as_the_kernel_will_say(model["content"].metadata)
+        if self.is_ours(path):
+            for cell in markdown_cells(model["content"]):
+                cell["source"] = shown(cell["source"])
+        if self.is_chapter(path):
             fold(model["content"])
             if self.wrong:  # a page that was loaded again has lost it
                 event = self.wrong | {"path": path.strip("/")}
                 IOLoop.current().call_later(3, self.tell, event)
-            for cell in markdown_cells(model["content"]):
-                cell["source"] = show_citations(cell["source"])
         return model
 
     def save(self, model, path=""):
+        if model["type"] == "notebook" and self.is_ours(path):
+            for cell in markdown_cells(model["content"]):
+                cell["source"] = written(cell["source"])
         if not self.is_chapter(path):
             return super().save(model, path)
         file = Path(self._get_os_path(path))
         before = file.read_bytes().decode(errors="replace") if file.is_file() else ""
-        if model["type"] == "notebook":
-            for cell in markdown_cells(model["content"]):
-                cell["source"] = hide_citations(cell["source"])
         saved = super().save(model, path)
         text = file.read_text(encoding="utf-8")
         if model["type"] == "notebook":
