@@ -43,22 +43,32 @@ def author_year(key: str) -> tuple[str, str]:
     return f"{people}, {entry.fields['year']}", address
 
 
-CITED = re.compile(r"\{cite\}`([\w-]+)`")
-SHOWN = re.compile(r'\(\[[^\[\]]*\]\(\S+ "cite ([\w-]+)"\)\)')
+CITE = re.compile(r"\{cite\}`([^`]+)`")
+SHOWN = re.compile(r'\((\[[^\[\]]*\]\(\S+ "cite [^"]+"\)(; )?)+\)')
+
+
+def keys_of(found: re.Match) -> list[str]:
+    """The entries that one {cite} names."""
+    return [key.strip() for key in found[1].split(",")]
 
 
 def show_citations(text: str) -> str:
     """MyST's {cite} roles as links, for where there is no bibliography; hide_citations turns them back. Unknown keys stay as they are."""
 
-    def link(found: re.Match) -> str:
-        if found[1] not in bibliography():
+    def links(found: re.Match) -> str:
+        if not set(keys_of(found)) <= set(bibliography()):
             return found[0]
-        label, address = author_year(found[1])
-        return f'([{label}]({address or "../book/references.bib"} "cite {found[1]}"))'
+        shown = [(key, *author_year(key)) for key in keys_of(found)]
+        each = [
+            f'[{label}]({at or "../book/references.bib"} "cite {key}")' for key, label, at in shown
+        ]
+        return f"({'; '.join(each)})"
 
-    return CITED.sub(link, text)
+    return CITE.sub(links, text)
 
 
 def hide_citations(text: str) -> str:
     """What show_citations made of a text, as it was."""
-    return SHOWN.sub(r"{cite}`\1`", text)
+    return SHOWN.sub(
+        lambda found: "{cite}`" + ",".join(re.findall('"cite ([^"]+)"', found[0])) + "`", text
+    )

@@ -12,8 +12,9 @@ import sys
 from pathlib import Path
 
 import nbformat
-from bibliography import author_year, bibliography
+from bibliography import CITE, author_year, bibliography, keys_of
 from execute import Chapter, chapters
+from folds import fold
 from install_cell import install
 from myst_parser.config.main import MdParserConfig
 from myst_parser.mdit_to_docutils.base import DocutilsRenderer
@@ -62,13 +63,7 @@ def cited(key: str) -> str:
     return f"[{label}]({address})" if address else label
 
 
-CITE = re.compile(r"\{cite\}`([^`]+)`")
 LINK = re.compile(r"(?<!!)\[([^\[\]]*)\]\((?!https?:|mailto:|#)([^)\s#]+)(?:#[^)\s]*)?\)")
-
-
-def keys_of(found: re.Match) -> list[str]:
-    """The entries that one {cite} names."""
-    return [key.strip() for key in found[1].split(",")]
 
 
 def link_out(found: re.Match, address: str) -> str:
@@ -130,20 +125,14 @@ def without_paths(cell: nbformat.NotebookNode) -> None:
         cell.outputs = [nbformat.from_dict(output) for output in json.loads(text)]
 
 
-def folded(cell: nbformat.NotebookNode) -> dict:
-    """A cell's metadata: its tags, and where the book folds it, what folds it in Jupyter (`jupyter`) and on Colab (`cellView`)."""
-    kept = {key: cell.metadata[key] for key in ("tags", "mystnb") if key in cell.metadata}
-    if {"solution", "hide-input", "hide-cell", "remove-cell"} & set(kept.get("tags", [])):
-        kept |= {"jupyter": {"source_hidden": True}, "cellView": "form"}
-    return kept
-
-
 def portable(notebook: nbformat.NotebookNode, address: str, where: str) -> nbformat.NotebookNode:
     """An executed chapter for any Jupyter, outputs and all."""
     cells = []
     for cell in notebook.cells:
         cell = nbformat.from_dict(cell)
-        cell.metadata = nbformat.from_dict(folded(cell))
+        kept = {key: cell.metadata[key] for key in ("tags", "mystnb") if key in cell.metadata}
+        cell.metadata = nbformat.from_dict(kept)
+        fold(cell, colab=True)
         if cell.cell_type == "markdown":
             cell.source = plain(cell.source, address, where)
         without_paths(cell)

@@ -30,6 +30,7 @@ from pathlib import Path
 import jupytext
 import nbformat
 from kernel import own_kernel
+from tangle import chapter_paths
 from vocabulary import offline_vocabulary
 
 from speedrun.data.shards import data_folder
@@ -79,7 +80,7 @@ class Chapter:
 
 def chapters(wanted: tuple[str, ...] | list[str] = ()) -> list[Chapter]:
     """All chapters, or those whose number or name begins with one of `wanted`."""
-    paths = sorted((root() / "notebooks").glob("*.py"))
+    paths = chapter_paths(root())
     chosen = [
         path for path in paths if not wanted or any(path.stem.startswith(start) for start in wanted)
     ]

@@ -19,6 +19,8 @@ from pathlib import Path
 
 import jupytext
 import nbformat
+from folds import fold
+from tangle import chapter_paths
 
 from speedrun.lab.errors import Problem, quoted, run_main, visible
 from speedrun.lab.files import atomic_write
@@ -55,8 +57,7 @@ def with_holes(source: str) -> str:
 def code_cell(source: str, tags: list[str]) -> nbformat.NotebookNode:
     """A code cell; what the book folds and what gives the solution away is folded (in JupyterLab, and in Colab)."""
     cell = nbformat.v4.new_code_cell(source, metadata={"tags": tags} if tags else {})
-    if {"hide-input", "remove-cell", "answer"} & set(tags):
-        cell.metadata |= {"jupyter": {"source_hidden": True}, "cellView": "form"}
+    fold(cell, colab=True)
     return cell
 
 
@@ -159,7 +160,7 @@ def write_exercises(wanted: Sequence[str] = (), folder: Path | None = None) -> l
 
     Raises Problem for a chapter that does not exist, before anything is written, and OSError where the folder cannot be written.
     """
-    chapters = sorted((root() / "notebooks").glob("*.py"))
+    chapters = chapter_paths(root())
     for start in wanted:
         if not any(path.stem.startswith(start) for path in chapters):
             there = ", ".join(path.stem for path in chapters)

@@ -316,9 +316,7 @@ def tangle_all(root: Path) -> dict[str, bytes]:
             f"the tangler needs {error.name}, which {sys.executable} does not have.\n  → make setup, or pip install jupytext nbconvert"
         ) from None
     files, owner, problems = {}, {}, []
-    for path in sorted((root / "notebooks").glob("*.py")):
-        if not is_chapter(path.name):
-            continue
+    for path in chapter_paths(root):
         try:
             notebook = jupytext.read(path, fmt="py:percent")
         except Exception as error:  # what jupytext, YAML and decoding raise
@@ -379,6 +377,11 @@ def missing_names(files: dict[str, bytes]) -> list[str]:
 def is_chapter(name: str) -> bool:
     """Whether a file of notebooks/ is a chapter: NN_slug.py. Others, such as a copy, are not tangled."""
     return re.fullmatch(r"\d\d_\w+\.py", name) is not None
+
+
+def chapter_paths(root: Path) -> list[Path]:
+    """The chapters of the project at `root`, in order."""
+    return sorted(path for path in (root / "notebooks").glob("*.py") if is_chapter(path.name))
 
 
 def heading_of(text: str, line: int) -> str:

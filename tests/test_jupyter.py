@@ -78,7 +78,7 @@ class TestContents:
         from bibliography import hide_citations, show_citations
 
         assert show_citations("{cite}`nobody1900`") == "{cite}`nobody1900`"
-        text = "a {cite}`student1908` and (a [link](x)) and {cite}`jordan2024`"
+        text = "a {cite}`student1908` and (a [link](x)) and {cite}`jordan2024` and {cite}`su2021,student1908`"
         assert hide_citations(show_citations(text)) == text != show_citations(text)
 
     def test_what_the_book_folds_is_folded(self, contents):

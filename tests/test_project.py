@@ -727,3 +727,10 @@ class TestReadme:
             assert f"\n{target}:" in makefile, target
         for path in re.findall(r"\]\(((?:notebooks|book|CONTRIBUTING)[^)#]*)\)", self.text):
             assert (ROOT / path).exists(), path
+
+
+def test_every_text_in_notebooks_is_a_chapter():
+    """Others would be left out of the package and of the book, silently."""
+    from tangle import chapter_paths
+
+    assert NOTEBOOKS and chapter_paths(ROOT) == NOTEBOOKS

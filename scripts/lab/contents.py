@@ -1,21 +1,20 @@
 """The chapters as JupyterLab sees them: notebooks made from text, folded as in the book; saving one rewrites the package."""
 
-import os
 import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import tangle
 from bibliography import hide_citations, show_citations
+from folds import fold
 from ipykernel.ipkernel import IPythonKernel
 from ipykernel.kernelspec import get_kernel_dict
 from jupytext import TextFileContentsManager
 from tornado.ioloop import IOLoop
 
+from speedrun.lab.files import atomic_write
+
 ROOT = Path(__file__).resolve().parent.parent.parent
-FOLDED = {"hide-input": ["source_hidden"], "remove-cell": ["source_hidden", "outputs_hidden"]}
-FOLDED |= {"hide-output": ["outputs_hidden"], "solution": ["source_hidden", "outputs_hidden"]}
-FOLDED |= {"hide-cell": FOLDED["solution"]}
 TANGLED = {
     "$id": "urn:annotated-speedrun:tangled",
     "version": "1",
@@ -29,14 +28,6 @@ TANGLED = {
     },
     "required": ["path", "changed", "error", "note"],
 }
-
-
-def fold(notebook) -> None:
-    """Hide what the book folds. The marks are not among the metadata that saving keeps, so the text does not change."""
-    for cell in notebook.cells:
-        for tag in cell.metadata.get("tags", []):
-            for mark in FOLDED.get(tag, []) if cell.cell_type == "code" else []:
-                cell.metadata.setdefault("jupyter", {})[mark] = True
 
 
 CREDITS = (
@@ -105,7 +96,10 @@ class ChapterContents(TextFileContentsManager):
             for cell in markdown_cells(model["content"]):
                 cell["source"] = shown(cell["source"])
         if self.is_chapter(path):
-            fold(model["content"])
+            for cell in model[
+                "content"
+            ].cells:  # not among what saving keeps, so the text stays as it is
+                fold(cell)
             if self.wrong:  # a page that was loaded again has lost it
                 event = self.wrong | {"path": path.strip("/")}
                 IOLoop.current().call_later(3, self.tell, event)
@@ -124,9 +118,7 @@ class ChapterContents(TextFileContentsManager):
         if model["type"] == "notebook":
             text = with_header_of(before, text)
         if text.encode() != file.read_bytes():  # git keeps \n, whatever the system ends lines with
-            part = file.with_suffix(".part")
-            part.write_bytes(text.encode())
-            os.replace(part, file)
+            atomic_write(file, text)
         self.tangling.submit(self.tangle, path.strip("/"), IOLoop.current())
         return self.get(path, content=False, type=saved["type"])  # of the text as it is now
 
