@@ -722,8 +722,10 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 import zipfile
 from collections.abc import Iterator
@@ -971,7 +973,7 @@ assert written[0] == BYTE_DOCUMENT and load_manifest(scratch / "staged") == tiny
 # ### Old until it is new
 #
 # The folder may hold a corpus already, perhaps one that took a night to make. A writer that empties the folder first and fills it afterwards loses the old corpus to a full disk, and somebody's own files to a mistyped name. So there are two rules. A command replaces only what the same command made: every file there must be in its manifest, with the hash that
-# stands in it. And the new files are written whole into a hidden folder *inside* the old one (on the same disk, also where the folder is a mount point or a link), and change places with the old ones by renaming. The manifest goes first and comes last, so that none ever stands over shards that are not its own; if anything fails before it has come, all goes back.
+# stands in it. And the new files are written whole into a hidden folder *inside* the old one (on the same disk, also where the folder is a mount point or a link), and change places with the old ones by renaming. The manifest goes first and comes last, so that none ever stands over shards that are not its own; if anything fails before it has come, all goes back. An interrupt that falls between making something and noting that it was made would leave it behind: for those few lines, and for the tidying up, signals wait.
 
 
 # %%
@@ -1028,16 +1030,34 @@ def clear(staged: Path) -> None:
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
-def own(staged: Path, patience_s: int) -> BaseFileLock:
-    """The lock of a staging folder; Problem if another process has it, and still has it after so many seconds."""
-    while True:
+@contextlib.contextmanager
+def signals_wait() -> Iterator[None]:
+    """What is asked of this process meanwhile is asked again when the block has ended (in the main thread only)."""
+    asked: list[int] = []
+    before: dict[int, Any] = {}
+    try:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                before[number] = signal.signal(number, lambda number, _: asked.append(number))
+        yield
+    finally:
+        for held, handler in before.items():
+            signal.signal(held, handler)
+        for again in asked:
+            signal.raise_signal(again)
+
+
+def own(staged: Path, patience_s: int, held: list[BaseFileLock]) -> None:
+    """Put the lock of a staging folder into `held`; Problem if another process has it, and still has it after so many seconds."""
+    while not held:
         try:
-            return claim(staged, "data")
+            with signals_wait():
+                held.append(claim(staged, "data"))
         except Problem:
             if patience_s <= 0:
                 raise
-        time.sleep(1)
-        patience_s -= 1
+            time.sleep(1)
+            patience_s -= 1
 
 
 @contextlib.contextmanager
@@ -1059,17 +1079,17 @@ def staging(folder: Path, keep: bool = False, patience_s: int = 0) -> Iterator[P
     A `folder` that had to be made and stays empty goes, too. What the system refuses becomes a Problem.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
-    staged, lock = folder / STAGING, None
+    staged, held = folder / STAGING, list[BaseFileLock]()
     try:
         with explaining(folder):
             staged.mkdir(parents=True, exist_ok=True)
-            lock = own(staged, patience_s)
+            own(staged, patience_s, held)
             put_back(staged, folder)
             yield staged
         keep = False
     finally:
-        with contextlib.suppress(OSError):
-            if lock:
+        with signals_wait(), contextlib.suppress(OSError):
+            for lock in held:
                 if not (keep and (staged / ".cache").exists()):
                     clear(staged)
                 lock.release()

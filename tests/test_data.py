@@ -785,6 +785,25 @@ test_data.small_pack(test_data.Path({str(tmp_path / "d")!r}), texts=20, shard_to
         assert live.returncode == 130 and "Traceback" not in told
         assert contents(tmp_path / "d") == before
 
+    @pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
+    @pytest.mark.parametrize("name", ["claim", "clear"])
+    def test_an_interrupt_while_the_folder_is_claimed_or_tidied_up(self, tmp_path, monkeypatch, name):  # fmt: skip
+        """It falls between making the lock and noting that it is there: a window of microseconds, opened here."""
+        small_pack(tmp_path / "d")
+        before = contents(tmp_path / "d")
+        original = getattr(sources, name)
+
+        def interrupted(*arguments):
+            result = original(*arguments)
+            os.kill(os.getpid(), signal.SIGINT)
+            return result
+
+        monkeypatch.setattr(sources, name, interrupted)
+        with pytest.raises(KeyboardInterrupt), sources.staging(tmp_path / "d") as staged:
+            (staged / "half").write_text("half")
+        assert contents(tmp_path / "d") == before
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
     def test_two_at_once(self, tmp_path):
         small_pack(tmp_path / "d")
         busy = pytest.raises(Problem, match="another process is at work")

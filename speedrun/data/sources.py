@@ -35,8 +35,10 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 import zipfile
 from collections.abc import Iterator
@@ -235,16 +237,34 @@ def clear(staged: Path) -> None:
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
-def own(staged: Path, patience_s: int) -> BaseFileLock:
-    """The lock of a staging folder; Problem if another process has it, and still has it after so many seconds."""
-    while True:
+@contextlib.contextmanager
+def signals_wait() -> Iterator[None]:
+    """What is asked of this process meanwhile is asked again when the block has ended (in the main thread only)."""
+    asked: list[int] = []
+    before: dict[int, Any] = {}
+    try:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                before[number] = signal.signal(number, lambda number, _: asked.append(number))
+        yield
+    finally:
+        for held, handler in before.items():
+            signal.signal(held, handler)
+        for again in asked:
+            signal.raise_signal(again)
+
+
+def own(staged: Path, patience_s: int, held: list[BaseFileLock]) -> None:
+    """Put the lock of a staging folder into `held`; Problem if another process has it, and still has it after so many seconds."""
+    while not held:
         try:
-            return claim(staged, "data")
+            with signals_wait():
+                held.append(claim(staged, "data"))
         except Problem:
             if patience_s <= 0:
                 raise
-        time.sleep(1)
-        patience_s -= 1
+            time.sleep(1)
+            patience_s -= 1
 
 
 @contextlib.contextmanager
@@ -264,17 +284,17 @@ def staging(folder: Path, keep: bool = False, patience_s: int = 0) -> Iterator[P
     A `folder` that had to be made and stays empty goes, too. What the system refuses becomes a Problem.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
-    staged, lock = folder / STAGING, None
+    staged, held = folder / STAGING, list[BaseFileLock]()
     try:
         with explaining(folder):
             staged.mkdir(parents=True, exist_ok=True)
-            lock = own(staged, patience_s)
+            own(staged, patience_s, held)
             put_back(staged, folder)
             yield staged
         keep = False
     finally:
-        with contextlib.suppress(OSError):
-            if lock:
+        with signals_wait(), contextlib.suppress(OSError):
+            for lock in held:
                 if not (keep and (staged / ".cache").exists()):
                     clear(staged)
                 lock.release()
