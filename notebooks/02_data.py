@@ -1302,7 +1302,7 @@ from speedrun.lab.errors import Problem
 
 
 @dataclass(frozen=True)
-class DataOptions:
+class DataConfig:
     """What a step reads. The vocabulary is not here: it stands in the data folder's manifest."""
 
     path: str = "data/embedded"
@@ -1323,7 +1323,7 @@ class DataOptions:
 
 # %%
 #| export
-def check_options(options: DataOptions, world: int = 1) -> int:
+def check_options(options: DataConfig, world: int = 1) -> int:
     """Tokens a micro-batch, after checking that everything divides."""
     check_ranges(options, "data.")
     shards, tokens = options.grad_shards, options.step_tokens
@@ -1341,11 +1341,11 @@ def check_options(options: DataOptions, world: int = 1) -> int:
 
 
 # %%
-assert check_options(DataOptions()) == 65_536 and check_options(DataOptions(), world=4) == 65_536
+assert check_options(DataConfig()) == 65_536 and check_options(DataConfig(), world=4) == 65_536
 for bad, world in (
-    (DataOptions(), 3),
-    (DataOptions(step_tokens=500_000), 1),
-    (DataOptions(seq_len=100), 1),
+    (DataConfig(), 3),
+    (DataConfig(step_tokens=500_000), 1),
+    (DataConfig(seq_len=100), 1),
 ):
     try:
         check_options(bad, world)
@@ -1443,7 +1443,7 @@ class Batch(NamedTuple):
 
 # %%
 #| export
-def next_slice(total: int, options: DataOptions, at: Position) -> tuple[int, Position]:
+def next_slice(total: int, options: DataConfig, at: Position) -> tuple[int, Position]:
     """Stream mode: where a step's tokens start, and the position after it; too short a rest begins a new epoch."""
     if options.step_tokens + 1 > total:
         what = f"a step reads {options.step_tokens + 1:,} tokens (data.step_tokens), the training shards hold {total:,}"
@@ -1460,7 +1460,7 @@ def rows(tokens: np.ndarray, seq_len: int) -> Batch:
 
 
 # %%
-options = DataOptions(str(scratch / "tiny"), seq_len=16, step_tokens=16 * 4 * 2, grad_shards=4)
+options = DataConfig(str(scratch / "tiny"), seq_len=16, step_tokens=16 * 4 * 2, grad_shards=4)
 at, starts = Position(), []
 while at.epoch < 2:
     start, at = next_slice(shards.total, options, at)
@@ -1536,7 +1536,7 @@ print(f"{len(borders) - 1} documents in 140 tokens, borders {borders}")
 
 # %%
 #| export
-def plan_step(shards: Shards, options: DataOptions, at: Position) -> tuple[list, int, Position]:
+def plan_step(shards: Shards, options: DataConfig, at: Position) -> tuple[list, int, Position]:
     """Documents mode: slices for each micro-batch of the next step, the shard they are in, and the position after it."""
     need = options.step_tokens // options.grad_shards + 1
     for _ in range(len(shards.files) + 1):
@@ -1558,7 +1558,7 @@ def plan_step(shards: Shards, options: DataOptions, at: Position) -> tuple[list,
 
 
 # %%
-options = DataOptions(
+options = DataConfig(
     str(scratch / "tiny"), "documents", step_tokens=96, grad_shards=2, max_document=30
 )
 plan, number, at = plan_step(shards, options, Position())
@@ -1578,7 +1578,7 @@ class Loader:
     rank, world: this rank's number, and how many share a step. pin: page-locked memory, for copies to a GPU.
     """
 
-    def __init__(self, options: DataOptions, rank: int = 0, world: int = 1, pin: bool = False):
+    def __init__(self, options: DataConfig, rank: int = 0, world: int = 1, pin: bool = False):
         self.micro, self.options, self.pin = check_options(options, world), options, pin
         self.shards, self.position = Shards(options.path, "train"), Position()
         share = options.grad_shards // world
@@ -1625,7 +1625,7 @@ def next_documents(loader: Loader) -> list[Batch]:
 from dataclasses import replace
 
 
-def read_by(world: int, options: DataOptions, steps: int) -> tuple[torch.Tensor, Loader]:
+def read_by(world: int, options: DataConfig, steps: int) -> tuple[torch.Tensor, Loader]:
     """All that `world` ranks read in some steps (inputs, targets, borders), and the first rank's loader."""
     loaders = [Loader(options, rank, world) for rank in range(world)]
     batches = [batch for _ in range(steps) for loader in loaders for batch in loader.next()]
@@ -1636,7 +1636,7 @@ sizes = letters.integers(5, 60, 200).tolist()
 many = [(letters.integers(97, 123, n).astype(np.uint16), n) for n in sizes]
 write_corpus(scratch / "many", {"train": many, "val": many}, byte_tokenizer(), "letters", "…", 2500)
 for mode in ("stream", "documents"):
-    options = DataOptions(str(scratch / "many"), mode, seq_len=8, step_tokens=512, max_document=30)
+    options = DataConfig(str(scratch / "many"), mode, seq_len=8, step_tokens=512, max_document=30)
     (alone, loader), *shared = (read_by(world, options, 40) for world in (1, 2, 4, 8))
     assert all(torch.equal(alone, stream) for stream, _ in shared) and loader.position.epoch >= 1
     resumed = Loader(options)
@@ -1647,7 +1647,7 @@ for mode in ("stream", "documents"):
     larger, _ = read_by(2, replace(options, pass_tokens=128), 40)
     assert torch.equal(alone.sort().values, larger.sort().values), "joined: the same tokens"
     print(f"{mode}: 40 steps, {loader.position.epoch + 1} epochs, the same on 1, 2, 4 and 8 ranks")
-joined = Loader(DataOptions(str(scratch / "many"), seq_len=8, step_tokens=512, pass_tokens=300))
+joined = Loader(DataConfig(str(scratch / "many"), seq_len=8, step_tokens=512, pass_tokens=300))
 assert [len(batch.inputs) for batch in joined.next()] == [32, 32], "two passes of 256 tokens"
 
 # %% [markdown]
@@ -1657,7 +1657,7 @@ assert [len(batch.inputs) for batch in joined.next()] == [32, 32], "two passes o
 # %%
 #| export
 def validation_batches(
-    shards: Shards, options: DataOptions, tokens: int, rank: int = 0, world: int = 1
+    shards: Shards, options: DataConfig, tokens: int, rank: int = 0, world: int = 1
 ) -> Iterator[Batch]:
     """This rank's share of the first `tokens` validation tokens, as micro-batches like those of training."""
     micro, there = check_options(options, world), min(tokens, shards.total - 1)
@@ -1673,7 +1673,7 @@ def validation_batches(
 
 # %%
 held_out = Shards(scratch / "embedded", "val")
-options = DataOptions(seq_len=256, step_tokens=16_384, grad_shards=4)
+options = DataConfig(seq_len=256, step_tokens=16_384, grad_shards=4)
 alone = [batch.inputs.sum().item() for batch in validation_batches(held_out, options, 50_000)]
 shared = [
     batch.inputs.sum().item()

@@ -56,32 +56,13 @@ tier = choose_tier()
 #| default_exp model.baseline
 #| export
 import math
-from dataclasses import dataclass
-from typing import Annotated
+from typing import Any
 
 import torch
-from annotated_types import Interval
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from speedrun.lab.bounds import PositiveFloat, PositiveInt
-
-
-@dataclass(frozen=True)
-class GPT2Options:
-    """The shape of a GPT-2. The defaults are the 124M model; the vocabulary comes from the data."""
-
-    layers: Annotated[int, Interval(ge=1, le=1024)] = 12
-    """Blocks."""
-    heads: PositiveInt = 12
-    """Attention heads; they share the width evenly."""
-    width: Annotated[int, Interval(ge=1, le=2**16)] = 768
-    """Length of the residual stream's vectors."""
-    context: Annotated[int, Interval(ge=1, le=2**20)] = 1024
-    """Longest row of tokens: the number of learned positions."""
-    init_std: PositiveFloat = 0.02
-    """Standard deviation of the initial weights; GPT-2's 0.02 suits a width of 768."""
-
+from speedrun.model.gpt import GPTConfig
 
 # %% [markdown]
 # Attention first. One matrix makes queries, keys and values; each of the twelve heads sees 64 of the 768 numbers; a token may look at itself and at what came before it.
@@ -92,7 +73,7 @@ class GPT2Options:
 class Attention(nn.Module):
     """Causal self-attention, (batch, tokens, width) → the same."""
 
-    def __init__(self, options: GPT2Options):
+    def __init__(self, options: GPTConfig):
         super().__init__()
         self.heads = options.heads
         self.qkv = nn.Linear(options.width, 3 * options.width)
@@ -112,7 +93,7 @@ class Attention(nn.Module):
 
 # %%
 torch.manual_seed(0)
-tiny = GPT2Options(layers=2, heads=4, width=32, context=16)
+tiny = GPTConfig(layers=2, heads=4, width=32, context=16)
 attention, x = Attention(tiny).double(), torch.randn(1, 16, 32, dtype=torch.float64)
 y, other = attention(x), x.clone()
 other[:, -1] += 1.0
@@ -138,7 +119,7 @@ print("causal, and equal to four heads written out by hand to 1e-12")
 class MLP(nn.Module):
     """Two linear layers with a GELU between them, (…, width) → the same."""
 
-    def __init__(self, options: GPT2Options):
+    def __init__(self, options: GPTConfig):
         super().__init__()
         self.up = nn.Linear(options.width, 4 * options.width)
         self.down = nn.Linear(4 * options.width, options.width)
@@ -150,7 +131,7 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """One layer: attention and perceptron, each on a normed copy of the stream, each added to it."""
 
-    def __init__(self, options: GPT2Options):
+    def __init__(self, options: GPTConfig):
         super().__init__()
         self.norm_1, self.norm_2 = nn.LayerNorm(options.width), nn.LayerNorm(options.width)
         self.attention, self.mlp = Attention(options), MLP(options)
@@ -179,7 +160,7 @@ with torch.no_grad():
 
 # %%
 #| export
-def init_gpt2(model: nn.Module, options: GPT2Options) -> None:
+def init_gpt2(model: nn.Module, options: GPTConfig) -> None:
     """Normal weights of `init_std`, biases zero; smaller by sqrt(2 · layers) where a matrix adds to the stream."""
     for name, weight in model.named_parameters():
         if name.endswith("bias"):
@@ -194,7 +175,7 @@ def init_gpt2(model: nn.Module, options: GPT2Options) -> None:
 class GPT2(nn.Module):
     """GPT-2, embedding and head tied. `model(inputs)`: logits (batch, tokens, vocab); with targets the mean loss."""
 
-    def __init__(self, options: GPT2Options, vocab_size: int):
+    def __init__(self, options: GPTConfig, vocab_size: int):
         super().__init__()
         self.tokens = nn.Embedding(vocab_size, options.width)
         self.positions = nn.Embedding(options.context, options.width)
@@ -238,7 +219,7 @@ print(
 
 # %%
 #| export
-def parameter_count(options: GPT2Options, vocab_size: int) -> int:
+def parameter_count(options: GPTConfig, vocab_size: int) -> int:
     """Parameters by formula: embeddings, then per block 12 width² of matrices and 13 width of biases and norms."""
     d = options.width
     return (vocab_size + options.context) * d + options.layers * (12 * d * d + 13 * d) + 2 * d
@@ -247,9 +228,9 @@ def parameter_count(options: GPT2Options, vocab_size: int) -> int:
 # %%
 VOCAB = 50_257
 with torch.device("meta"):  # shapes without memory
-    full = GPT2(GPT2Options(), VOCAB)
+    full = GPT2(GPTConfig(), VOCAB)
 counted = sum(parameter.numel() for parameter in full.parameters())
-assert counted == parameter_count(GPT2Options(), VOCAB) == 124_439_808
+assert counted == parameter_count(GPTConfig(), VOCAB) == 124_439_808
 print(f"{counted:,} parameters, of which {VOCAB * 768 / counted:.0%} are the embedding")
 
 # %% [markdown]
@@ -258,9 +239,8 @@ print(f"{counted:,} parameters, of which {VOCAB * 768 / counted:.0%} are the emb
 
 
 # %%
-#| export
 def flops_per_token(
-    options: GPT2Options, vocab_size: int, seq_len: int, causal: bool = True
+    options: GPTConfig, vocab_size: int, seq_len: int, causal: bool = True
 ) -> float:
     """FLOPs of a token, forward and backward: 6 a weight that multiplies, 12 · seq_len · width a layer for attention.
 
@@ -278,7 +258,7 @@ def flops_per_token(
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-small, vocab = GPT2Options(layers=3, heads=2, width=64, context=128), 512
+small, vocab = GPTConfig(layers=3, heads=2, width=64, context=128), 512
 model, tokens = GPT2(small, vocab), torch.randint(vocab, (2, 129))
 with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
     model(tokens[:, :-1], tokens[:, 1:]).backward()
@@ -294,7 +274,7 @@ from speedrun.lab.results import public_table
 
 ladder = {row["record"]: row for row in public_table("records")}
 PEAK = 8 * 989e12  # eight H100s, dense bf16, by the data sheet
-work = flops_per_token(GPT2Options(), VOCAB, 1024) * float(ladder["1"]["total_train_tokens"])
+work = flops_per_token(GPTConfig(), VOCAB, 1024) * float(ladder["1"]["total_train_tokens"])
 seconds = float(ladder["1"]["record_time_s"])
 utilisation = work / PEAK / seconds
 assert 0.36 < utilisation < 0.40 and 16.5 < work / PEAK / 60 < 17.5
@@ -323,7 +303,7 @@ print(
 
 # %%
 torch.manual_seed(1)
-size = tier.pick(cpu=GPT2Options(layers=2, context=64), gpu=GPT2Options())
+size = tier.pick(cpu=GPTConfig(layers=2, context=64), gpu=GPTConfig())
 model = GPT2(size, VOCAB).to(tier.device)
 tokens = torch.randint(VOCAB, (tier.pick(cpu=16, gpu=2), size.context + 1)).to(tier.device)
 with torch.no_grad():
@@ -377,48 +357,14 @@ print(f"largest difference of any logit: {difference:.0e}")
 # These numbers are the GPT-3 paper's {cite}`brown2020`, except that the rate there stops at a tenth of its peak; they were taken over, not tuned for this run. Remember that when chapter 12 finds better ones.
 
 
-# %%
-#| default_exp optim.adamw
-#| export
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Annotated
-
-import torch
-from annotated_types import Interval
-from torch import Tensor
-
-from speedrun.lab.bounds import Beta, NonNegativeFloat, NonNegativeInt, PositiveFloat
-
-
-@dataclass(frozen=True)
-class AdamWOptions:
-    """AdamW, and the ends of its rate. The defaults are llm.c's for the 124M model."""
-
-    lr: PositiveFloat = 6e-4
-    """Peak learning rate."""
-    betas: tuple[Beta, Beta] = (0.9, 0.95)
-    """Decay of the running mean of gradients and of their squares."""
-    eps: PositiveFloat = 1e-8
-    """Added to the root of the second moment."""
-    weight_decay: NonNegativeFloat = 0.1
-    """Decoupled decay of matrices, as a multiple of the learning rate."""
-    grad_clip: Annotated[NonNegativeFloat, "0 switches clipping off"] = 1.0
-    """Longest gradient, over all parameters together; 0 switches clipping off."""
-    warmup_steps: NonNegativeInt = 700
-    """Steps in which the rate climbs to its peak."""
-    final_lr: Annotated[float, Interval(ge=0, le=1)] = 0.0
-    """Rate at the last step, as a share of the peak."""
-
-
 # %% [markdown]
-# What the rate does between its ends is a choice of its own, and [chapter 14](14_schedule.py) has the function for it. Of the two shapes that it knows, llm.c's is the first:
+# What the rate does between its ends is a choice of its own, and [chapter 14](14_schedule.py) has the function for it. Its defaults are llm.c's:
 
 # %%
-from speedrun.optim.schedule import ScheduleOptions, learning_rate
+from speedrun.optim.schedule import ScheduleConfig, learning_rate
 
-plan, shape = AdamWOptions(), ScheduleOptions(shape="cosine")
-rates = [learning_rate(step, 19_560, plan, shape) for step in range(19_560)]
+plan = ScheduleConfig()
+rates = [learning_rate(step, 19_560, 6e-4, plan) for step in range(19_560)]
 assert 19_560 * 512 * 1024 == float(ladder["1"]["total_train_tokens"])
 assert math.isclose(max(rates), 6e-4) and rates.index(max(rates)) in (699, 700)
 assert math.isclose(rates[0], 6e-4 / 700) and rates[-1] < 1e-10
@@ -426,57 +372,25 @@ assert math.isclose(rates[700 + 18_860 // 2], 3e-4), "half-way down after half o
 print("rate at", ", ".join(f"step {i:,}: {rates[i]:.1e}" for i in (0, 350, 700, 10_130, 19_559)))
 
 # %% [markdown]
-# Which parameters decay is a property of the parameter, so whoever builds the optimizer says so for each. For this model the rule is llm.c's: what has two dimensions decays. The *fused* form of AdamW updates all
-# tensors in a handful of kernels; chapter 23 needs it for another reason as well.
+# Which parameters decay is a property of the parameter. For this model the rule is llm.c's: what has two dimensions decays. PyTorch's optimizers take *groups* of parameters, each with constants of its own. The *fused* form of AdamW updates all tensors in a handful of kernels.
 
 
 # %%
 #| export model.baseline
-def decays_by_shape(model: nn.Module) -> dict[str, bool]:
-    """llm.c's rule: tensors of two or more dimensions decay."""
-    return {name: parameter.ndim >= 2 for name, parameter in model.named_parameters()}
+def decay_groups(model: nn.Module, weight_decay: float = 0.1) -> list[dict[str, Any]]:
+    """Groups for an optimizer of torch's: tensors of two or more dimensions decay (llm.c's rule), all others do not."""
+    parameters = list(model.parameters())
+    large, small = ([p for p in parameters if (p.ndim >= 2) == yes] for yes in (True, False))
+    return [{"params": large, "weight_decay": weight_decay}, {"params": small, "weight_decay": 0.0}]
 
 
 # %%
-#| export
-def make_adamw(
-    parameters: dict[str, Tensor],
-    decays: dict[str, bool],
-    options: AdamWOptions,
-    rates: Mapping[str, float] | None = None,
-) -> torch.optim.AdamW:
-    """torch's fused AdamW over named parameters, in groups: those that decay, and those that do not.
-
-    rates: multiples of the rate, by name; where there is one, it is the group's “share”.
-    """
-    odd = sorted(set(parameters) ^ set(decays))
-    if odd:
-        raise ValueError(
-            f"parameters and decays must name the same tensors; only one names {', '.join(odd)}"
-        )
-    kinds = {name: (decays[name], (rates or {}).get(name, 1.0)) for name in parameters}
-    groups: list[dict] = []
-    for decay, share in sorted(set(kinds.values()), reverse=True):
-        members = [p for name, p in parameters.items() if kinds[name] == (decay, share)]
-        groups.append({"params": members, "weight_decay": options.weight_decay if decay else 0.0})
-        if share != 1:
-            groups[-1] |= {"share": share, "lr": share * options.lr}
-    return torch.optim.AdamW(
-        groups, lr=options.lr, betas=options.betas, eps=options.eps, fused=True
-    )
-
-
-# %%
+BETAS = (0.9, 0.95)
 model = GPT2(small, vocab)
-decays = decays_by_shape(model)
-optimizer = make_adamw(dict(model.named_parameters()), decays, plan)
+optimizer = torch.optim.AdamW(decay_groups(model), lr=6e-4, betas=BETAS, fused=True)
 decaying, resting = (sum(p.numel() for p in group["params"]) for group in optimizer.param_groups)
 assert decaying == (vocab + 128) * 64 + 3 * 12 * 64**2 and resting == 3 * 13 * 64 + 2 * 64
-try:
-    make_adamw(dict(model.named_parameters()), decays | {"ghost": True}, plan)
-    raise AssertionError("accepted")
-except ValueError as error:
-    print(f"{decaying:,} numbers decay, {resting:,} do not; and {error}")
+print(f"{decaying:,} numbers decay, {resting:,} do not")
 
 # %% [markdown]
 # ### A hundred and twenty steps of it
@@ -484,29 +398,29 @@ except ValueError as error:
 # Everything together, small, on the embedded text: two layers, rows of 64 bytes. (A narrow model wants larger weights and a larger rate; the vocabulary is chapter 02's 288.) The loop is ten lines, and in its essence it will not change until the end of the book.
 
 # %%
-from speedrun.data.loader import DataOptions, Loader
+from speedrun.data.loader import DataConfig, Loader
 from speedrun.data.shards import data_folder
 from speedrun.data.sources import build_embedded
 from speedrun.lab.provenance import root
 
 if not (data_folder("data/embedded") / "manifest.json").exists():
     build_embedded(root() / "data" / "embedded", root() / "data" / "wheels")
-loader = Loader(DataOptions("data/embedded", seq_len=64, step_tokens=1024, grad_shards=1))
+loader = Loader(DataConfig("data/embedded", seq_len=64, step_tokens=1024, grad_shards=1))
 torch.manual_seed(0)
-shape = GPT2Options(layers=2, heads=2, width=128, context=64, init_std=0.05)
+shape = GPTConfig(layers=2, heads=2, width=128, context=64, init_std=0.05)
 model = GPT2(shape, loader.shards.manifest.vocab_size).to(tier.device)
-options, cosine = AdamWOptions(lr=4e-3, warmup_steps=10), ScheduleOptions(shape="cosine")
+cosine = ScheduleConfig(warmup_steps=10)
 steps, losses = 120, []
-optimizer = make_adamw(dict(model.named_parameters()), decays_by_shape(model), options)
+optimizer = torch.optim.AdamW(decay_groups(model), betas=BETAS, fused=True)
 
 # %%
 for step in range(steps):
     (batch,) = loader.next()
     loss = model(batch.inputs.to(tier.device), batch.targets.to(tier.device))
     loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), options.grad_clip)
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate(step, steps, options, cosine)
+        group["lr"] = learning_rate(step, steps, 4e-3, cosine)
     optimizer.step()
     optimizer.zero_grad()
     losses.append(loss.item())
@@ -532,6 +446,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from speedrun.lab.errors import Problem
 from speedrun.lab.provenance import stamp
+from speedrun.model import gpt
 
 NAMES = ("step",)
 KINDS = {  # kind → what its kernels are called; the first that matches counts
@@ -585,10 +500,10 @@ assert (
 assert kind_of("void pytorch_flash::flash_fwd_kernel") == "attention"
 assert kind_of("triton_poi_fused_gelu_3") == "other element-wise"
 
-size, words, rows = tier.pick(cpu=(shape, 288, 16), gpu=(GPT2Options(), VOCAB, 4))
+size, words, rows = tier.pick(cpu=(shape, 288, 16), gpu=(GPTConfig(), VOCAB, 4))
 model = GPT2(size, words).to(tier.device)
 tokens = torch.randint(words, (rows, size.context + 1)).to(tier.device)
-optimizer = make_adamw(dict(model.named_parameters()), decays_by_shape(model), options)
+optimizer = torch.optim.AdamW(decay_groups(model), lr=4e-3, betas=BETAS, fused=True)
 
 
 def one_step() -> None:
@@ -614,9 +529,9 @@ FORMS = {"float32": (False, False), "bf16": (True, False), "bf16, compiled": (Tr
 def make_step(tokens: torch.Tensor, bf16: bool, compiled: bool):
     """A training step of the 124M model on one batch of rows, (rows, 1025) int64."""
     torch.manual_seed(0)
-    model = GPT2(GPT2Options(), 50_257).to(tokens.device)
+    model = GPT2(gpt.GPTConfig(), 50_257).to(tokens.device)
     forward = torch.compile(model) if compiled else model
-    optimizer = make_adamw(dict(model.named_parameters()), decays_by_shape(model), AdamWOptions())
+    optimizer = torch.optim.AdamW(decay_groups(model), lr=6e-4, betas=(0.9, 0.95), fused=True)
 
     def step() -> None:
         with torch.autocast(tokens.device.type, torch.bfloat16, enabled=bf16):
@@ -643,7 +558,7 @@ def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
     for form, (bf16, compiled) in FORMS.items():
         forms[form] = profile_step(make_step(tokens, bf16, compiled), device)
         torch.cuda.empty_cache()
-    flops = flops_per_token(GPT2Options(), 50_257, 1024) * rows * 1024
+    flops = gpt.flops_per_token(gpt.GPTConfig(), 50_257, 1024) * rows * 1024
     data = {"forms": forms, "tokens": rows * 1024, "flops": flops}
     return data, stamp(command, ["speedrun.measure.baseline"], n=3)
 
@@ -760,18 +675,18 @@ print(
 
 
 # %% tags=["solution"]
-def attention_share(options: GPT2Options, vocab_size: int, seq_len: int) -> float:
+def attention_share(options: GPTConfig, vocab_size: int, seq_len: int) -> float:
     """Share of attention itself in the FLOPs of a token."""
     total = flops_per_token(options, vocab_size, seq_len)
     return (total - flops_per_token(options, vocab_size, 0)) / total
 
 
-half_at = next(n for n in range(1, 100_000) if attention_share(GPT2Options(), VOCAB, n) >= 0.5)
+half_at = next(n for n in range(1, 100_000) if attention_share(GPTConfig(), VOCAB, n) >= 0.5)
 
 # %%
 assert half_at is not ..., "exercise: write half_at"
 rows = (0, 1024, 4096, half_at)
-share = {n: attention_share(GPT2Options(), VOCAB, n) for n in rows}
+share = {n: attention_share(GPTConfig(), VOCAB, n) for n in rows}
 assert share[0] == 0, f"without a row there is no attention, but its share is {share[0]}"
 assert abs(share[1024] - 0.071) < 0.001, (
     f"at 1,024 tokens attention is 7.1% of all FLOPs, not {share[1024]:.1%} (causal: half of it is skipped)"

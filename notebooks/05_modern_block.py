@@ -83,7 +83,7 @@ from torch.nn import functional as F
 
 
 @dataclass(frozen=True)
-class BlockOptions:
+class BlockConfig:
     """What a layer is made of. The defaults are GPT-2's."""
 
     norm: Literal["layer", "rms"] = "layer"
@@ -163,7 +163,7 @@ def activate(z: Tensor, kind: str) -> Tensor:
     return F.relu(z).square() if kind == "relu2" else F.gelu(z, approximate="tanh")
 
 
-def mlp(x: Tensor, weights: Mapping[str, Tensor], options: BlockOptions) -> Tensor:
+def mlp(x: Tensor, weights: Mapping[str, Tensor], options: BlockConfig) -> Tensor:
     """Two matrices with a nonlinearity between, (…, width) → the same. up: (4 · width, width), down: (width, 4 · width)."""
     hidden = activate(linear(x, weights, "mlp_up"), options.activation)
     return linear(hidden, weights, "mlp_down")
@@ -182,28 +182,30 @@ print({kind: f"{rms:.2f}" for kind, rms in size.items()}, "is what a normal z be
 # %% [markdown]
 # What does it cost? On a CPU a tanh costs something; the clock below will say. On a GPU an activation is as dear as the bytes that it moves. GELU's backward pass needs the activation's input; ReLU²'s can do with its output, since $2\max(z, 0)$ is twice its root, and record 87 uses that to store one tensor less.
 #
-# ### Beginning
+# ### Initialisation
 
 
 # %%
 #| export
-def initial(
-    options: BlockOptions, init_std: float, layers: int, columns: int, adds: bool
+def linear_init(
+    config: BlockConfig, init_std: float, layers: int, columns: int, adds: bool
 ) -> dict[str, Any]:
-    """How a matrix of so many columns begins, as fields of its row in the table. adds: it writes to the stream."""
-    std = 0.5 / math.sqrt(columns) if options.fan_in else init_std
+    """How a matrix of so many columns is initialised, as columns of its ParamSpec. adds: it writes to the residual stream."""
+    std = 0.5 / math.sqrt(columns) if config.fan_in else init_std
     if adds:
-        std = 0.0 if options.zero_out else std / math.sqrt(2 * layers)
-    return {"std": std, "uniform": options.fan_in and std > 0}
+        std = 0.0 if config.zero_out else std / math.sqrt(2 * layers)
+    return {"init_std": std, "init_uniform": config.fan_in and std > 0}
 
 
 # %%
-ALL_SIX = BlockOptions(
+ALL_SIX = BlockConfig(
     norm="rms", biases=False, qk_norm=True, activation="relu2", zero_out=True, fan_in=True
 )
-assert initial(BlockOptions(), 0.02, 12, 768, adds=False) == {"std": 0.02, "uniform": False}
-assert initial(ALL_SIX, 0.02, 12, 768, adds=True) == {"std": 0.0, "uniform": False}
-spread = {width: initial(ALL_SIX, 0.02, 12, width, adds=False)["std"] for width in (128, 768)}
+plain = linear_init(BlockConfig(), 0.02, 12, 768, adds=False)
+assert plain == {"init_std": 0.02, "init_uniform": False}
+starts = {width: linear_init(ALL_SIX, 0.02, 12, width, adds=False) for width in (128, 768)}
+spread = {width: start["init_std"] for width, start in starts.items()}
+assert linear_init(ALL_SIX, 0.02, 12, 768, adds=True)["init_std"] == 0.0
 assert f"{spread[768]:.3f}" == "0.018" and f"{spread[128]:.3f}" == "0.044"
 print(f"a matrix of 768 columns: {spread[768]:.4f}; of 128: {spread[128]:.4f}")
 
@@ -212,17 +214,14 @@ print(f"a matrix of 768 columns: {spread[768]:.4f}; of 128: {spread[128]:.4f}")
 #
 # ### In the model
 #
-# [The model](21_model.py) takes these options as `Switches`, and attention there norms its queries and keys if told to. Each of its tensors holds all layers, along the first dimension (a *bank*). With all six switched, a block has four matrices and nothing else, that of queries, keys and values counted as one:
+# [The model](21_model.py) takes these options as the group `block` of its `GPTConfig`, and attention there norms its queries and keys if told to. Each of its tensors holds all layers, along the first dimension (a *bank*). With all six switched, a block has four matrices and nothing else, that of queries, keys and values counted as one:
 
 # %%
-from speedrun.model.gpt import GPT, GPTOptions, Switches, parameter_table
+from speedrun.model.gpt import GPT, GPTConfig, param_specs
 
 sizes = {
-    name: {
-        row.name: math.prod(row.shape)
-        for row in parameter_table(GPTOptions(), 50_257, Switches(block))
-    }
-    for name, block in (("GPT-2", BlockOptions()), ("modern", ALL_SIX))
+    name: {row.name: math.prod(row.shape) for row in param_specs(GPTConfig(block=block), 50_257)}
+    for name, block in (("GPT-2", BlockConfig()), ("modern", ALL_SIX))
 }
 gone = sum(sizes["GPT-2"].values()) - sum(sizes["modern"].values())
 biases = sum(
@@ -257,9 +256,11 @@ def folded(state: dict) -> dict:
     return found
 
 
-shape = GPTOptions(layers=3, heads=4, width=64, context=32)
+from dataclasses import replace
+
+shape = GPTConfig(layers=3, heads=4, width=64, context=32)
 full = GPT(shape, 288).double().to(tier.device)
-bare = GPT(shape, 288, switches=Switches(BlockOptions(norm="rms"))).double().to(tier.device)
+bare = GPT(replace(shape, block=BlockConfig(norm="rms")), 288).double().to(tier.device)
 with torch.no_grad():
     for name, p in full.named_parameters():
         p.add_(0.2 * torch.randn_like(p) * ("final" not in name))
@@ -275,7 +276,7 @@ print(f"logits differ by at most {off:.0e} of their spread")
 # And the first step of a modern model. All blocks are the identity, so the logits are those of a model without blocks, and only what writes to the stream has a gradient:
 
 # %%
-modern = GPT(shape, 288, switches=Switches(ALL_SIX)).to(tier.device)
+modern = GPT(replace(shape, block=ALL_SIX), 288).to(tier.device)
 inputs, targets = tokens[:, :-1], tokens[:, 1:]
 modern(inputs, targets).backward()
 embedded = modern.token_embedding[inputs] + modern.position_embedding[: inputs.shape[1]]
@@ -309,50 +310,62 @@ from torch.nn import functional as F
 from speedrun.config import Config, vary
 from speedrun.lab.hardware import look
 from speedrun.lab.provenance import stamp
-from speedrun.measure.runs import (
-    best_of,
-    corpus_of,
-    laptop_bench,
-    step_times,
-    train_arms,
-    train_many,
-)
+from speedrun.measure.runs import best_of, corpus_of, cpu_base, step_times, train_arms, train_many
 
 NAMES = ("rates", "without", "alone", "other_rates", "long", "inside", "pace")
-GPT2: dict[str, Any] = {"block.norm": "layer", "block.biases": True, "block.qk_norm": False}
-GPT2 |= {"block.activation": "gelu", "block.zero_out": False, "block.fan_in": False}
-MODERN: dict[str, Any] = {"block.norm": "rms", "block.biases": False, "block.qk_norm": True}
-MODERN |= {"block.activation": "relu2", "block.zero_out": True, "block.fan_in": True}
+GPT2: dict[str, Any] = {
+    "model.block.norm": "layer",
+    "model.block.biases": True,
+    "model.block.qk_norm": False,
+}
+GPT2 |= {
+    "model.block.activation": "gelu",
+    "model.block.zero_out": False,
+    "model.block.fan_in": False,
+}
+MODERN: dict[str, Any] = {
+    "model.block.norm": "rms",
+    "model.block.biases": False,
+    "model.block.qk_norm": True,
+}
+MODERN |= {
+    "model.block.activation": "relu2",
+    "model.block.zero_out": True,
+    "model.block.fan_in": True,
+}
 CHANGES = {
-    "plain norms": "block.norm",
-    "no biases": "block.biases",
-    "QK-norm": "block.qk_norm",
-    "ReLU²": "block.activation",
-    "zeros": "block.zero_out",
-    "scale by width": "block.fan_in",
+    "plain norms": "model.block.norm",
+    "no biases": "model.block.biases",
+    "QK-norm": "model.block.qk_norm",
+    "ReLU²": "model.block.activation",
+    "zeros": "model.block.zero_out",
+    "scale by width": "model.block.fan_in",
 }
 GRID = [(rate, other) for rate in (0.002, 0.004, 0.008, 0.016) for other in (0.004, 0.008, 0.016)]
 
 
 # %% tags=["hide-input"]
 #| export
-LONG: dict[str, Any] = {"steps": 2000, "muon.momentum_steps": (460, 80)}
+LONG: dict[str, Any] = {"steps": 2000, "schedule.momentum_ramp": (460, 80)}
 
 
 def at_others_rates() -> dict[str, Config]:
     """What lacks one change at the rates of GPT-2's block, and what has one alone at those of the modern block."""
     old, new = (
-        {"matrix.lr": run.matrix.lr, "optim.lr": run.optim.lr} for run in (laptop_bench(), tuned())
+        {"optim.matrix_lr": run.optim.matrix_lr, "optim.adam.lr": run.optim.adam.lr}
+        for run in (cpu_base(), tuned())
     )
     without = {f"without {arm}": vary(run, old) for arm, run in arms_of("without").items()}
-    alone = {"GPT-2": laptop_bench()} | arms_of("alone")
+    alone = {"GPT-2": cpu_base()} | arms_of("alone")
     return without | {f"alone {arm}": vary(run, new) for arm, run in alone.items()}
 
 
 def points() -> dict[str, Config]:
     """The modern block at every point of the grid."""
-    modern = vary(laptop_bench(), MODERN)
-    return {f"{r:g} {o:g}": vary(modern, {"matrix.lr": r, "optim.lr": o}) for r, o in GRID}
+    modern = vary(cpu_base(), MODERN)
+    return {
+        f"{r:g} {o:g}": vary(modern, {"optim.matrix_lr": r, "optim.adam.lr": o}) for r, o in GRID
+    }
 
 
 def tuned() -> Config:
@@ -365,14 +378,14 @@ def arms_of(name: str) -> dict[str, Config]:
     if name == "rates":
         return points()
     if name == "alone":
-        return {change: vary(laptop_bench(), {key: MODERN[key]}) for change, key in CHANGES.items()}
+        return {change: vary(cpu_base(), {key: MODERN[key]}) for change, key in CHANGES.items()}
     modern = tuned()
     if name == "pace":
-        return {"GPT-2": laptop_bench(), "modern": modern} | arms_of("alone")
+        return {"GPT-2": cpu_base(), "modern": modern} | arms_of("alone")
     if name == "other_rates":
         return at_others_rates()
     if name == "long":
-        some = {"GPT-2": laptop_bench()} | arms_of("without")
+        some = {"GPT-2": cpu_base()} | arms_of("without")
         kept = ("GPT-2", "modern", "zeros", "QK-norm", "ReLU²")
         return {arm: vary(some[arm], LONG) for arm in kept}
     without = {change: vary(modern, {key: GPT2[key]}) for change, key in CHANGES.items()}
@@ -380,7 +393,7 @@ def arms_of(name: str) -> dict[str, Config]:
 
 
 # %%
-assert vary(laptop_bench(), MODERN) != laptop_bench() == vary(vary(laptop_bench(), MODERN), GPT2)
+assert vary(cpu_base(), MODERN) != cpu_base() == vary(vary(cpu_base(), MODERN), GPT2)
 assert set(CHANGES.values()) == set(GPT2) == set(MODERN) and len(points()) == 12
 
 
@@ -421,9 +434,11 @@ def inside() -> dict[str, list[dict]]:
     """`look_inside` with and without QK-norm, at the tuned rate of the matrices and at twice that; three seeds each."""
     arms = {}
     for times in (1, 2):
-        faster = vary(tuned(), {"matrix.lr": times * tuned().matrix.lr})
+        faster = vary(tuned(), {"optim.matrix_lr": times * tuned().optim.matrix_lr})
         for norm in (True, False):
-            arms[f"{'with' if norm else 'without'} {times}"] = vary(faster, {"block.qk_norm": norm})
+            arms[f"{'with' if norm else 'without'} {times}"] = vary(
+                faster, {"model.block.qk_norm": norm}
+            )
     runs = [vary(run, {"seed": seed}) for run in arms.values() for seed in range(3)]
     with ProcessPoolExecutor(look().cores, get_context("spawn")) as pool:
         found = list(pool.map(look_inside, runs))
@@ -437,7 +452,7 @@ def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
     """
     seeds = {"without": 9, "alone": 5, "inside": 3, "other_rates": 3, "long": 3}.get(name, 1)
     modules = ["speedrun.measure.modern_block", "speedrun.train"]
-    facts = stamp(command, modules, seeds, range(seeds), corpus_of(laptop_bench()))
+    facts = stamp(command, modules, seeds, range(seeds), corpus_of(cpu_base()))
     if name == "inside":
         return {"arms": inside()}, facts
     arms = arms_of(name)
@@ -468,8 +483,8 @@ five = describe(without["zeros"])
 lead = describe(gpt2).mean - describe(modern).mean
 p_all = p_difference(describe(gpt2[1:]), describe(modern[1:]))  # without the seed that chose rates
 p_five = p_difference(describe(gpt2[1:]), describe(without["zeros"][1:]))
-assert (tuned().matrix.lr, tuned().optim.lr) == (0.008, 0.008) and best == "0.008 0.008"
-assert (laptop_bench().matrix.lr, laptop_bench().optim.lr) == (0.016, 0.004)
+assert (tuned().optim.matrix_lr, tuned().optim.adam.lr) == (0.008, 0.008) and best == "0.008 0.008"
+assert (cpu_base().optim.matrix_lr, cpu_base().optim.adam.lr) == (0.016, 0.004)
 assert 0.01 < lead < 0.014 and 0.05 < p_all < 0.1
 assert 0.045 < describe(gpt2).mean - five.mean < 0.055 and p_five < 0.001
 print(f"GPT-2's block, rates 0.016 and 0.004:    {describe(gpt2)} (mean and deviation)")
@@ -585,7 +600,7 @@ def grids_of(name: str) -> dict[str, dict]:
     """Losses of single runs by block and rates: those of the matrices and of the rest."""
     found: dict[str, dict] = {"all six": {}, "GPT-2's block": {}}
     for arm, (run,) in load_result("architecture", name)["data"]["arms"].items():
-        rates = run["config"]["matrix"]["lr"], run["config"]["optim"]["lr"]
+        rates = run["config"]["optim"]["matrix_lr"], run["config"]["optim"]["adam"]["lr"]
         found["GPT-2's block" if "GPT-2" in arm else "all six"][rates] = run["val_loss"]
     for block, grid in found.items():
         matrices, rests = (sorted({rates[n] for rates in grid}) for n in (0, 1))

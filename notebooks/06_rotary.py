@@ -30,9 +30,9 @@ tier = choose_tier()
 # %%
 import torch
 
-from speedrun.model.gpt import GPT, GPTOptions, parameter_table
+from speedrun.model.gpt import GPT, GPTConfig, param_specs
 
-learned = next(r for r in parameter_table(GPTOptions(), 50_257) if r.name == "position_embedding")
+learned = next(r for r in param_specs(GPTConfig(), 50_257) if r.name == "position_embedding")
 draws = torch.randn(3, 1, 20, 16, generator=torch.Generator().manual_seed(0))
 q, k, v = draws.double().to(tier.device)
 attend = torch.nn.functional.scaled_dot_product_attention
@@ -77,7 +77,7 @@ from speedrun.lab.bounds import PositiveFloat
 
 
 @dataclass(frozen=True)
-class RotaryOptions:
+class RotaryConfig:
     """How attention learns where tokens are. The defaults are GPT-2's."""
 
     positions: Literal["learned", "rotary", "half"] = "learned"
@@ -88,7 +88,7 @@ class RotaryOptions:
     """Which numbers are a pair: one of the first half with one of the second, or two that stand side by side."""
 
 
-def frequencies(head_dim: int, options: RotaryOptions) -> Tensor:
+def frequencies(head_dim: int, options: RotaryConfig) -> Tensor:
     """Radians a token of each pair, (head_dim / 2,), float32, falling; half: the second half of them zeros."""
     if options.positions == "half":
         turning = (1 / options.base) ** torch.linspace(0, 1, head_dim // 4)
@@ -99,7 +99,7 @@ def frequencies(head_dim: int, options: RotaryOptions) -> Tensor:
 # %%
 import math
 
-FULL, HALF = RotaryOptions("rotary"), RotaryOptions("half", base=1024.0)
+FULL, HALF = RotaryConfig("rotary"), RotaryConfig("half", base=1024.0)
 spectrum = {"rotary": frequencies(128, FULL), "half": frequencies(128, HALF)}
 slow = {name: int((1023 * each < math.pi / 2).sum().item()) for name, each in spectrum.items()}
 assert spectrum["rotary"][0] == spectrum["half"][0] == 1
@@ -117,7 +117,7 @@ print("pairs of 64 that turn by less than a right angle in 1,024 tokens:", slow)
 
 # %%
 #| export
-def rotation_tables(tokens: int, head_dim: int, options: RotaryOptions) -> tuple[Tensor, Tensor]:
+def rotation_tables(tokens: int, head_dim: int, options: RotaryConfig) -> tuple[Tensor, Tensor]:
     """Cosine and sine of every position's angle for every pair, (tokens, head_dim / 2) each, float32."""
     angles = torch.outer(torch.arange(tokens).float(), frequencies(head_dim, options))
     return angles.cos(), angles.sin()
@@ -144,7 +144,7 @@ def product_at(m: int, n: int, q, k, turn, tables) -> float:
     return (turn(rows[0], *tables)[m] @ turn(rows[1], *tables)[n]).item()
 
 
-def worst_error(turn, options: RotaryOptions, tries: int = 200) -> float:
+def worst_error(turn, options: RotaryConfig, tries: int = 200) -> float:
     """How much a product changes if both tokens move together, at worst, as a share of |q| |k|."""
     draw = torch.Generator().manual_seed(3)
     tables, worst = [table.double() for table in rotation_tables(512, 16, options)], 0.0
@@ -160,7 +160,7 @@ def worst_error(turn, options: RotaryOptions, tries: int = 200) -> float:
 # %%
 from functools import partial
 
-kinds = [RotaryOptions(p, b, pairs) for p, b in (("rotary", 10_000.0), ("half", 1024.0)) for pairs in ("halves", "neighbours")]  # fmt: skip
+kinds = [RotaryConfig(p, b, pairs) for p, b in (("rotary", 10_000.0), ("half", 1024.0)) for pairs in ("halves", "neighbours")]  # fmt: skip
 errors = [worst_error(partial(rotate, pairs=kind.pairs), kind) for kind in kinds]
 assert max(errors) < 1e-4, "angles are rounded to float32 before cosines are taken"
 x = torch.randn(7, 16)
@@ -223,7 +223,7 @@ print("a random rotation turns four pairs by", [f"{angle:.2f}" for angle in angl
 from scipy.optimize import minimize
 
 
-def most_attention(options: RotaryOptions, scale: float, head_dim: int = 128, tokens: int = 1024):
+def most_attention(options: RotaryConfig, scale: float, head_dim: int = 128, tokens: int = 1024):
     """The largest weight that distance 1 can have by its place alone, and the shares of the pairs."""
     away = torch.arange(tokens).double() - 1
     scores = head_dim * scale * torch.outer(away, frequencies(head_dim, options).double()).cos()
@@ -284,12 +284,9 @@ print(
 # [The model](21_model.py) keeps the tables as buffers, which are not trained and not saved, and turns queries and keys after their norm. The learned vectors are gone from its table of parameters:
 
 # %%
-from speedrun.config import preset, switches_of, vary
-
-turning = {"rotary.positions": "half", "rotary.base": 1024.0}
-switches = switches_of(vary(preset("record"), turning))
-shape = GPTOptions(layers=2, heads=2, width=32, context=64)
-model = GPT(shape, 288, switches=switches).to(tier.device)
+turning = RotaryConfig(positions="half", base=1024.0)
+shape = GPTConfig(layers=2, heads=2, width=32, context=64, rotary=turning)
+model = GPT(shape, 288).to(tier.device)
 row = torch.randint(288, (1, 24), generator=torch.Generator().manual_seed(5)).to(tier.device)
 captured = torch.compile(model, fullgraph=True, backend="eager")
 assert torch.equal(captured(row), model(row)), "one graph"
@@ -324,9 +321,9 @@ from speedrun.measure.runs import best_of, corpus_of, train_arms, train_many
 
 NAMES = ("positions", "long", "beyond")
 ARMS: dict[str, dict[str, Any]] = {
-    "rotary 10000": {"rotary.positions": "rotary"},
-    "rotary 1024": {"rotary.positions": "rotary", "rotary.base": 1024.0},
-    "half 1024": {"rotary.positions": "half", "rotary.base": 1024.0},
+    "rotary 10000": {"model.rotary.positions": "rotary"},
+    "rotary 1024": {"model.rotary.positions": "rotary", "model.rotary.base": 1024.0},
+    "half 1024": {"model.rotary.positions": "half", "model.rotary.base": 1024.0},
 }
 
 
@@ -334,7 +331,7 @@ def arms_of(name: str) -> dict[str, Config]:
     """Three ways to turn; the modern block else, at its tuned rates. Chapter 05 has it with learned positions."""
     modern = best_of("modern_block", "rates")
     modern = vary(
-        modern, {"steps": 2000, "muon.momentum_steps": (460, 80)} if name == "long" else {}
+        modern, {"steps": 2000, "schedule.momentum_ramp": (460, 80)} if name == "long" else {}
     )
     return {arm: vary(modern, change) for arm, change in ARMS.items()}
 
@@ -343,7 +340,8 @@ def arms_of(name: str) -> dict[str, Config]:
 #| export
 def loss_by_position(run: Config) -> dict[str, list[float]]:
     """Train a run; then the mean loss of each position in validation rows of twice the length, and of the same tokens in rows of its own."""
-    from speedrun.train import assemble, build_model, held_out, train_step
+    from speedrun.model.gpt import GPT
+    from speedrun.train import assemble, held_out, train_step
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
@@ -352,9 +350,7 @@ def loss_by_position(run: Config) -> dict[str, list[float]]:
             train_step(live)
         twice = 2 * run.data.seq_len
         live.config = vary(run, {"data.seq_len": twice, "model.context": twice})
-        longer, _ = build_model(
-            live.config, live.loader.shards.manifest.vocab_size, live.ranks.device
-        )
+        longer = GPT(live.config.model, live.model.vocab_size).to(live.ranks.device)
         longer.load_state_dict(live.model.state_dict())
         found: dict[str, list[Tensor]] = {"twice": [], "own": []}
         with torch.no_grad():
@@ -440,7 +436,7 @@ figure_style()
 beyond = load_result("rotary", "beyond")["data"]["arms"]
 SPECTRA = {
     "rotary 10000": FULL,
-    "rotary 1024": RotaryOptions("rotary", base=1024.0),
+    "rotary 1024": RotaryConfig("rotary", base=1024.0),
     "half 1024": HALF,
 }
 fig, axes = plt.subplots(1, 2, figsize=(7.6, 3.3), layout="constrained")
@@ -570,7 +566,7 @@ print("numbers of 16 that do not turn:", {p: s.nonzero()[:, 0].tolist() for p, s
 
 
 # %% tags=["solution"]
-def rotate_complex(x: Tensor, positions: Tensor, options: RotaryOptions) -> Tensor:
+def rotate_complex(x: Tensor, positions: Tensor, options: RotaryConfig) -> Tensor:
     """Pairs of neighbours as complex numbers, times a number of length one."""
     angles = torch.outer(positions.to(x.dtype), frequencies(x.shape[-1], options).to(x.dtype))
     numbers = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
@@ -593,7 +589,7 @@ print("the same")
 
 
 # %% tags=["solution"]
-def longest_period(head_dim: int, options: RotaryOptions) -> float:
+def longest_period(head_dim: int, options: RotaryConfig) -> float:
     """Tokens to a full turn of the slowest pair that turns."""
     turning = frequencies(head_dim, options)
     return 2 * math.pi / turning[turning > 0].min().item()

@@ -89,7 +89,7 @@ Value = int | Literal["first"] | None
 
 
 @dataclass(frozen=True)
-class EmbeddingOptions:
+class EmbeddingConfig:
     """What a token brings into the model. The defaults are GPT-2's."""
 
     norm: bool = False
@@ -97,7 +97,7 @@ class EmbeddingOptions:
     std: NonNegativeFloat = 0.0
     """Deviation of the first vectors; 0: model.init_std."""
     rate: PositiveFloat = 1.0
-    """The embedding's rate as a multiple of optim.lr."""
+    """The embedding's rate as a multiple of optim.adam.lr."""
     smear: bool = False
     """Each token's vector gets a little of the one before, through a gate."""
     values: Literal["none", "first", "all", "mirror", "outer", "ends"] = "none"
@@ -107,7 +107,7 @@ class EmbeddingOptions:
     value_std: NonNegativeFloat = 0.01
     """Deviation of the tables' first entries; record 70's is 0.01, record 14's was 1."""
     value_rate: PositiveFloat = 1.0
-    """The tables' rate as a multiple of optim.lr."""
+    """The tables' rate as a multiple of optim.adam.lr."""
 
 
 # %%
@@ -198,16 +198,18 @@ print("smear and gates begin as if they were not there")
 #| export
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from speedrun.lab.bounds import NonNegativeFloat, PositiveFloat
+from speedrun.params import ParamSpec
 
 
 @dataclass(frozen=True)
-class PlanOptions:
+class PlanConfig:
     """How the stream runs through the layers. The defaults are GPT-2's."""
 
     x0: bool = False
@@ -221,7 +223,7 @@ class PlanOptions:
     without: Literal["nothing", "attention", "mlp", "both"] = "nothing"
     """attention: the second layer of the later half has none. mlp: the first has none."""
     rate: PositiveFloat = 1.0
-    """The rate of all weights that mix, as a multiple of optim.lr."""
+    """The rate of all weights that mix, as a multiple of optim.adam.lr."""
 
 
 @dataclass(frozen=True)
@@ -248,7 +250,7 @@ def skip_pairs(layers: int, kind: str) -> dict[int, int]:
 
 
 def make_plan(
-    layers: int, options: PlanOptions, embedding: EmbeddingOptions
+    layers: int, options: PlanConfig, embedding: EmbeddingConfig
 ) -> tuple[LayerSpec, ...]:
     """One row for each layer."""
     skips, values = skip_pairs(layers, options.skips), values_by_layer(layers, embedding.values)
@@ -275,11 +277,11 @@ def drawn(plan: Sequence[LayerSpec]) -> list[str]:
 
 
 seventeen = make_plan(
-    12, PlanOptions(skips="unet", without="attention"), EmbeddingOptions(values="outer")
+    12, PlanConfig(skips="unet", without="attention"), EmbeddingConfig(values="outer")
 )
 assert [n for n, spec in enumerate(seventeen) if not spec.attention] == [7]
 assert seventeen[6].skip == 5 and seventeen[11].skip == 0 and seventeen[5].skip is None
-assert make_plan(12, PlanOptions(skips="one"), EmbeddingOptions())[7].skip == 4, "record 45"
+assert make_plan(12, PlanConfig(skips="one"), EmbeddingConfig())[7].skip == 4, "record 45"
 print("record 17, from the first layer to the last: attention, MLP, skip from, value table")
 print("\n".join(f"{n:2} {line}" for n, line in enumerate(drawn(seventeen))))
 
@@ -289,33 +291,31 @@ print("\n".join(f"{n:2} {line}" for n, line in enumerate(drawn(seventeen))))
 
 # %%
 #| export
-def mixing_rows(
-    plan: Sequence[LayerSpec], heads: int, options: PlanOptions, embedding: EmbeddingOptions
-) -> list[dict[str, Any]]:
-    """All weights that mix, as fields of their rows in the table."""
+def scalar_specs(
+    plan: Sequence[LayerSpec], heads: int, config: PlanConfig, embedding: EmbeddingConfig
+) -> list[ParamSpec]:
+    """All weights by which vectors are mixed."""
     skipping = tuple(n for n, spec in enumerate(plan) if spec.skip is not None)
     valued = tuple(n for n, spec in enumerate(plan) if spec.value is not None)
-    everyone, rows = tuple(range(len(plan))), list[dict[str, Any]]()
-    if embedding.smear:
-        rows += [{"name": "smear_weight", "shape": (1,)}, {"name": "smear_gate", "shape": (READS,)}]
-    if options.x0:
-        kind: dict[str, Any] = {"shape": (len(plan),), "owners": everyone}
-        rows += [{"name": "stream_weight", "mean": options.residual} | kind]
-        rows += [{"name": "x0_weight"} | kind]
+    everyone = tuple(range(len(plan)))
+    row: Any = partial(ParamSpec, lr_mul=config.rate, is_scalar=True)
+    specs = [row("smear_weight", (1,)), row("smear_gate", (READS,))] if embedding.smear else []
+    if config.x0:
+        specs.append(row("stream_weight", (len(plan),), everyone, init_mean=config.residual))
+        specs.append(row("x0_weight", (len(plan),), everyone))
     if skipping:
-        kind = {"shape": (len(skipping),), "owners": skipping}
-        rows += [{"name": "skip_weight", "mean": 1.0 if options.skips == "unet" else -1.5} | kind]
-    if options.skips == "gated":
-        rows += [{"name": "skip_gate", "shape": (1, READS), "owners": skipping}]
+        mean = 1.0 if config.skips == "unet" else -1.5
+        specs.append(row("skip_weight", (len(skipping),), skipping, init_mean=mean))
+    if config.skips == "gated":
+        specs.append(row("skip_gate", (1, READS), skipping))
     if valued and embedding.value_mix == "gates":
-        shape: tuple[int, ...] = (len(valued), heads, READS)
-        rows += [{"name": "value_gate", "shape": shape, "owners": valued}]
+        specs.append(row("value_gate", (len(valued), heads, READS), valued))
     elif valued:
         shape = (len(valued),) if embedding.value_mix == "share" else (len(valued), 2)
-        rows += [{"name": "value_mix", "shape": shape, "mean": 0.5, "owners": valued}]
-    if options.backout:
-        rows += [{"name": "backout_weight", "shape": (1,), "mean": 0.5}]
-    return [{"rate": options.rate, "mixes": True} | row for row in rows]
+        specs.append(row("value_mix", shape, valued, init_mean=0.5))
+    if config.backout:
+        specs.append(row("backout_weight", (1,), init_mean=0.5))
+    return specs
 
 
 # %%
@@ -353,9 +353,9 @@ def leave(x: Tensor, outputs: Sequence[Tensor], weights: Mapping[str, Any]) -> T
 # Both functions only add and multiply by numbers. So they can be asked for $C$ themselves: let each write be a unit vector.
 
 # %%
-from speedrun.model.gpt import GPT, GPTOptions, Switches, weights_of_layers
-from speedrun.model.mlp import BlockOptions
-from speedrun.model.rotary import RotaryOptions
+from speedrun.model.gpt import GPT, GPTConfig, weights_of_layers
+from speedrun.model.mlp import BlockConfig
+from speedrun.model.rotary import RotaryConfig
 
 
 def triangle(model) -> Tensor:
@@ -364,7 +364,7 @@ def triangle(model) -> Tensor:
     x = x0 = unit[0]
     heard, outputs = [], []
     for n, (spec, weights) in enumerate(zip(model.plan, weights_of_layers(model))):
-        x = enter(x, x0, outputs, spec, weights, model.switches.plan.skips)
+        x = enter(x, x0, outputs, spec, weights, model.config.plan.skips)
         heard.append(x)
         x = x + unit[n + 1]
         outputs.append(x)
@@ -372,17 +372,21 @@ def triangle(model) -> Tensor:
 
 
 # %%
-def model_of(plan: PlanOptions, layers: int = 12, width: int = 24, std: float = 0.3) -> GPT:
+from dataclasses import replace
+
+
+def model_of(plan: PlanConfig, layers: int = 12, width: int = 24, std: float = 0.3) -> GPT:
     """A small model with a plan, and noise in its matrices."""
-    shape = GPTOptions(layers=layers, heads=2, width=width, context=16, init_std=std)
-    block = BlockOptions(norm="rms", biases=False)
-    return GPT(shape, 50, switches=Switches(block, RotaryOptions("rotary"), plan=plan)).double()
+    shape = GPTConfig(layers=layers, heads=2, width=width, context=16, init_std=std)
+    block = BlockConfig(norm="rms", biases=False)
+    config = replace(shape, block=block, rotary=RotaryConfig("rotary"), plan=plan)
+    return GPT(config, 50).double()
 
 
 # %%
-start = {"GPT-2": PlanOptions()}
-start["record 11"] = PlanOptions(x0=True, skips="unet")
-start["record 45"] = PlanOptions(x0=True, residual=1.1, skips="one", backout=True)
+start = {"GPT-2": PlanConfig()}
+start["record 11"] = PlanConfig(x0=True, skips="unet")
+start["record 45"] = PlanConfig(x0=True, residual=1.1, skips="one", backout=True)
 triangles = {name: triangle(model_of(plan)) for name, plan in start.items()}
 assert torch.equal(triangles["GPT-2"], torch.ones(13, 13).tril())
 mirrored, refined = triangles["record 11"], triangles["record 45"]
@@ -399,7 +403,7 @@ for name, matrix in triangles.items():
 # %%
 def absorbed(model: GPT) -> GPT:
     """An equal model whose stream's weights are all one."""
-    other = GPT(model.options, model.vocab_size, switches=model.switches)
+    other = GPT(model.config, model.vocab_size)
     other = other.to(model.stream_weight)  # its device, and float64
     other.load_state_dict(model.state_dict())
     with torch.no_grad():
@@ -412,12 +416,12 @@ def absorbed(model: GPT) -> GPT:
 
 
 draw = torch.Generator().manual_seed(1)
-model = model_of(PlanOptions(x0=True))
+model = model_of(PlanConfig(x0=True))
 with torch.no_grad():
     model.stream_weight.uniform_(0.7, 1.4, generator=draw)
     model.x0_weight.uniform_(-0.2, 0.2, generator=draw)
 tokens, model = torch.randint(50, (3, 16), generator=draw).to(tier.device), model.to(tier.device)
-fresh = model_of(PlanOptions(x0=True)).to(tier.device)
+fresh = model_of(PlanConfig(x0=True)).to(tier.device)
 assert torch.allclose(model(tokens), absorbed(model)(tokens), atol=1e-3)
 assert not torch.allclose(model(tokens), fresh(tokens), atol=0.1)
 print(f"the same logits, with a weight less a layer; 1.1^11 is {1.1**11:.1f}, 1.1^10 {1.1**10:.1f}")
@@ -430,7 +434,7 @@ print(f"the same logits, with a weight less a layer; 1.1^11 is {1.1**11:.1f}, 1.
 # %%
 from speedrun.model.mlp import linear, rms_norm
 
-plain = model_of(PlanOptions()).to(tier.device)
+plain = model_of(PlanConfig()).to(tier.device)
 with torch.no_grad():
     weights = weights_of_layers(plain)[0]
     stream = F.embedding(tokens, plain.token_embedding)
@@ -556,14 +560,14 @@ plt.show()
 # What did the weights become?
 
 # %% tags=["hide-input"]
-from speedrun.config import config_from_json, switches_of
+from speedrun.config import config_from_json
 
 
 def learned(arm: str, seed: int = 0) -> tuple[GPT, dict[str, list]]:
     """A model of an arm with the weights that mix as they were at the end of a run, and their values over the run."""
     run = arms[arm][seed]
     config, told = config_from_json(run["config"]), run["learned"]
-    model = GPT(config.model, 288, switches=switches_of(config)).double()
+    model = GPT(config.model, 288).double()
     with torch.no_grad():
         for name, values in told.items():
             model.get_parameter(name).copy_(torch.tensor(values[-1][1]))
@@ -713,18 +717,20 @@ from speedrun.lab.provenance import stamp
 from speedrun.measure.runs import best_of, corpus_of, retrain
 
 NAMES = ("heads",)
-HEADS: dict[str, dict[str, Any]] = {"one matrix": {}, "two matrices": {"head.tied": "untied"}}
+HEADS: dict[str, dict[str, Any]] = {"one matrix": {}, "two matrices": {"model.head.tied": "untied"}}
 ONE_WIRE: dict[str, dict[str, Any]] = {
     "": {},
-    ", x0": {"plan.x0": True},
-    ", backout": {"plan.backout": True},
+    ", x0": {"model.plan.x0": True},
+    ", backout": {"model.plan.backout": True},
 }
 
 
 def arms_of() -> dict[str, Config]:
     """With one matrix for embedding and head, and with two: no wire, x0, backout; four layers, chapter 05's block and rates."""
-    shape = {"model.layers": 4, "rotary.positions": "half", "rotary.base": 1024.0}
-    base = vary(best_of("modern_block", "rates"), shape | {"embedding.norm": True, "device": "cpu"})
+    shape = {"model.layers": 4, "model.rotary.positions": "half", "model.rotary.base": 1024.0}
+    base = vary(
+        best_of("modern_block", "rates"), shape | {"model.embedding.norm": True, "device": "cpu"}
+    )
     return {
         head + wire: vary(base, of_head | of_wire)
         for head, of_head in HEADS.items()
@@ -882,7 +888,7 @@ from matplotlib.colors import LogNorm
 def column(run: dict) -> Tensor:
     """What each layer, and the head, hears of the embedding; scaled."""
     config = config_from_json(run["config"])
-    model = GPT(config.model, 288, switches=switches_of(config)).double()
+    model = GPT(config.model, 288).double()
     with torch.no_grad():
         for name, values in run["learned"].items():
             model.get_parameter(name).copy_(torch.tensor(values[-1][1]))
@@ -891,7 +897,7 @@ def column(run: dict) -> Tensor:
 
 fig, axes = plt.subplots(1, 4, figsize=(10, 2.9), layout="constrained")
 skips = {
-    "mirrored skips, start": model_of(PlanOptions(skips="unet"), 8),
+    "mirrored skips, start": model_of(PlanConfig(skips="unet"), 8),
     "learned": learned("U-net")[0],
 }
 for axis, (title, model) in zip(axes, skips.items()):
@@ -986,7 +992,7 @@ def head_hears(layers: int) -> list[int]:
 
 # %%
 for layers in (2, 5, 8, 12):
-    right = triangle(model_of(PlanOptions(skips="unet"), layers))[-1].tolist()
+    right = triangle(model_of(PlanConfig(skips="unet"), layers))[-1].tolist()
     got = head_hears(layers)
     assert got == right, f"{layers} layers: the head hears {right}, not {got}"
 print(head_hears(8))
@@ -1003,7 +1009,7 @@ def weights_for(column: Tensor) -> Tensor:
 
 # %%
 wanted = torch.tensor([1.0, 2.0, 3.5, 3.0, 1.0, 0.5], dtype=torch.float64)
-model = model_of(PlanOptions(x0=True), 6)
+model = model_of(PlanConfig(x0=True), 6)
 with torch.no_grad():
     model.x0_weight.copy_(weights_for(wanted))
 heard = triangle(model)

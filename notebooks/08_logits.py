@@ -76,23 +76,21 @@ from annotated_types import Interval
 from torch import Tensor
 from torch.nn import functional as F
 
-from speedrun.lab.bounds import NonNegativeFloat, PositiveFloat, Share
+from speedrun.lab.bounds import NonNegativeFloat, PositiveFloat
 
 Cap = Literal["none", "tanh30", "tanh15", "sigmoid30", "sigmoid23"]
 
 
 @dataclass(frozen=True)
-class HeadOptions:
+class HeadConfig:
     """From the last vectors to the loss. The defaults are GPT-2's."""
 
     tied: Literal["tied", "untied", "split"] = "tied"
-    """tied: the embedding is the head. untied: two matrices. split: two that are kept equal until split_at."""
-    split_at: Share = 2 / 3
-    """split: the share of the steps after which the two matrices train apart; needs sharing.on."""
+    """tied: the embedding is the head. untied: two matrices. split: two that are kept equal until schedule.untie_at."""
     std: NonNegativeFloat = 0.0
     """untied: deviation of the head's first weights; 0: zeros."""
     rate: PositiveFloat = 1.0
-    """untied: the head's rate as a multiple of optim.lr."""
+    """untied: the head's rate as a multiple of optim.adam.lr."""
     multiple: Annotated[int, Interval(ge=1, le=2**16)] = 1
     """The vocabulary is padded to a multiple of this, by rows that no token uses."""
     cap: Cap = "none"
@@ -213,11 +211,13 @@ print(
 # In [the model](21_model.py) `tied` reads the embedding a second time. `untied` and `split` have a head of their own, stored transposed. With `split`, the optimizer of [chapter 20](20_many_gpus.py) adds up both gradients and copies the result into both, until the last third, when the embedding takes over the head's weights and moments. Here is the sum of the two gradients, taken apart:
 
 # %%
-from speedrun.model.gpt import GPT, GPTOptions, Switches
+from speedrun.model.gpt import GPT, GPTConfig
 
-shape = GPTOptions(layers=2, heads=2, width=32, context=16)
+from dataclasses import replace
+
+shape = GPTConfig(layers=2, heads=2, width=32, context=16)
 one = GPT(shape, 288).double().to(tier.device)
-two = GPT(shape, 288, switches=Switches(head=HeadOptions(tied="split"))).double().to(tier.device)
+two = GPT(replace(shape, head=HeadConfig(tied="split")), 288).double().to(tier.device)
 tokens = torch.randint(288, (4, 17), generator=torch.Generator().manual_seed(2)).to(tier.device)
 for model in (one, two):
     model(tokens[:, :-1], tokens[:, 1:]).backward()
@@ -231,19 +231,18 @@ print(f"as an embedding {read} rows have a gradient, as a head all {len(as_head)
 # There is a second thing about a shared matrix. At the start blocks do little or nothing, and what reaches the head is the embedding of the token that was just read, at length $\sqrt d$. Its product with its own row is $\sqrt d$ times that row's length, far more than with any other. So an untrained model with a tied head is sure of something: that the next token is the last one again.
 
 # %%
-from speedrun.model.mlp import BlockOptions
-from speedrun.model.rotary import RotaryOptions
+from speedrun.model.mlp import BlockConfig
+from speedrun.model.rotary import RotaryConfig
 
-empty = BlockOptions(norm="rms", biases=False, zero_out=True)
-laptop = GPTOptions(layers=2, heads=2, width=128, context=128, init_std=0.05)
-turned = Switches(empty, RotaryOptions("rotary"))
-fresh = GPT(laptop, 288, switches=turned).to(tier.device)
+empty = BlockConfig(norm="rms", biases=False, zero_out=True)
+laptop = GPTConfig(layers=2, heads=2, width=128, context=128, init_std=0.05)
+turned = replace(laptop, block=empty, rotary=RotaryConfig("rotary"))
+fresh = GPT(turned, 288).to(tier.device)
 row = torch.randint(288, (4, 129), generator=torch.Generator().manual_seed(3)).to(tier.device)
 chance = fresh(row[:, :-1]).softmax(-1)
 again = chance.gather(-1, row[:, :-1, None]).mean().item()
 first = {"tied": fresh(row[:, :-1], row[:, 1:]).item()}
-apart = Switches(empty, RotaryOptions("rotary"), head=HeadOptions(tied="untied"))
-untied = GPT(laptop, 288, switches=apart).to(tier.device)
+untied = GPT(replace(turned, head=HeadConfig(tied="untied")), 288).to(tier.device)
 first["untied, zeros"] = untied(row[:, :-1], row[:, 1:]).item()
 assert 0.6 < again < 0.8 and first["tied"] > math.log(288) + 0.9
 assert abs(first["untied, zeros"] - math.log(288)) < 1e-5
@@ -279,14 +278,15 @@ print({f"768 wide, {std}": f"{share:.1%}" for std, share in guess.items()})
 import tempfile
 from pathlib import Path
 
-from speedrun.config import preset, vary
+from speedrun.config import vary
+from speedrun.presets import preset
 from speedrun.train import assemble, train_step
 
 brief = vary(preset("cpu"), {"steps": 150, "warmup": 0, "device": tier.device})
 live = assemble(brief, Path(tempfile.mkdtemp()), echo=None)
 for _ in range(brief.steps):
     train_step(live)
-parted = GPT(brief.model, 288, switches=Switches(head=HeadOptions(tied="split"))).to(tier.device)
+parted = GPT(replace(brief.model, head=HeadConfig(tied="split")), 288).to(tier.device)
 known = live.model.state_dict()
 parted.load_state_dict(known | {"head": known["token_embedding"].mT})
 for _ in range(8):
@@ -321,7 +321,7 @@ def with_padding(model: GPT, inputs: Tensor) -> Tensor:
     return logits
 
 
-wide = GPT(shape, 283, switches=Switches(head=HeadOptions(multiple=16))).to(tier.device)
+wide = GPT(replace(shape, head=HeadConfig(multiple=16)), 283).to(tier.device)
 pair = tokens[:, :-1] % 283, tokens[:, 1:] % 283
 loss = wide(*pair)
 loss.backward()
@@ -394,13 +394,13 @@ from speedrun.measure.runs import best_of, corpus_of, train_arms, train_many
 NAMES = ("laptop",)
 ARMS: dict[str, dict[str, Any]] = {
     "tied, no cap": {},
-    "untied, zeros": {"head.tied": "untied"},
-    "untied, drawn at 0.05": {"head.tied": "untied", "head.std": 0.05},
-    "untied, a quarter of the rate": {"head.tied": "untied", "head.rate": 0.25},
-    "untied, four times the rate": {"head.tied": "untied", "head.rate": 4.0},
-    "30 tanh(z/30)": {"head.cap": "tanh30"},
-    "15 tanh(z/15)": {"head.cap": "tanh15"},
-    "23 σ((z+5)/7.5)": {"head.cap": "sigmoid23"},
+    "untied, zeros": {"model.head.tied": "untied"},
+    "untied, drawn at 0.05": {"model.head.tied": "untied", "model.head.std": 0.05},
+    "untied, a quarter of the rate": {"model.head.tied": "untied", "model.head.rate": 0.25},
+    "untied, four times the rate": {"model.head.tied": "untied", "model.head.rate": 4.0},
+    "30 tanh(z/30)": {"model.head.cap": "tanh30"},
+    "15 tanh(z/15)": {"model.head.cap": "tanh15"},
+    "23 σ((z+5)/7.5)": {"model.head.cap": "sigmoid23"},
 }
 
 

@@ -32,22 +32,24 @@ from speedrun.lab.tier import choose_tier
 tier = choose_tier()
 
 # %%
+import math
 import tempfile
 from pathlib import Path
 
 import torch
 
-from speedrun.config import preset, vary
+from speedrun.config import vary
+from speedrun.presets import preset
 from speedrun.train import train
 
 scratch = Path(tempfile.mkdtemp())
-BRIEF = {"steps": 60, "optim.warmup_steps": 10, "val_every": 60, "val_tokens": 32_768}
+BRIEF = {"steps": 60, "schedule.warmup_steps": 10, "val_every": 60, "val_tokens": 32_768}
 BRIEF |= {"device": tier.device}
 model_run = train(vary(preset("cpu"), BRIEF), scratch / "look", echo=None)
-(adamw,) = model_run.optimizers
-bank = model_run.model.attention_qkv  # (2, 384, 128): in each layer Q, K and V
-followed = adamw.state[bank]["exp_avg"].view(6, 128, 128)[1].double()
-divisor = adamw.state[bank]["exp_avg_sq"].view(6, 128, 128)[1].double().sqrt() + 1e-8
+moments = model_run.optimizer.state_dict()
+bank = "attention_qkv"  # (2, 384, 128): in each layer Q, K and V
+followed = moments[f"{bank}/exp_avg"].view(6, 128, 128)[1].double()
+divisor = moments[f"{bank}/exp_avg_sq"].view(6, 128, 128)[1].double().sqrt() + 1e-8
 adams_step = followed / divisor
 
 
@@ -65,9 +67,9 @@ print(f"90% of the mean's squared length lies in {directions(followed)} of 128 d
 print(f"of AdamW's step, in {directions(adams_step)}")
 print(f"the largest singular value is {sigma[0] / sigma[64]:.0f} times the median one")
 counts = []
-for name, many in model_run.model.matrices().items():
-    mean = adamw.state[model_run.model.get_parameter(name)]["exp_avg"].double()
-    counts += map(directions, mean.view(-1, mean.shape[1] // many, mean.shape[2]))
+for spec in (spec for spec in model_run.model.specs if spec.matrices):
+    mean = moments[f"{spec.name}/exp_avg"].double()
+    counts += map(directions, mean.view(-1, mean.shape[1] // spec.matrices, mean.shape[2]))
 counts.sort()
 assert len(counts) == 12 and counts[6] < directions(followed) <= counts[-1] < 64
 median = (counts[5] + counts[6]) / 2
@@ -104,21 +106,15 @@ print(f"all 12 matrices: {counts[0]} at least, median {median:g}, {counts[-1]} a
 # %%
 #| default_exp optim.newton_schulz
 #| export
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from collections.abc import Sequence
 
 import torch
-from annotated_types import Interval
 from torch import Tensor
-
-from speedrun.lab.bounds import Beta, NonNegativeFloat
 
 
 # %%
 #| export
-def orthogonal_factor(g: Tensor) -> Tensor:
+def polar_factor(g: Tensor) -> Tensor:
     """U Vᵀ of each matrix U S Vᵀ in g, (…, rows, cols), without the directions in which it is zero."""
     u, s, vt = torch.linalg.svd(g, full_matrices=False)
     kept = s > s[..., :1] * torch.finfo(g.dtype).eps * max(g.shape[-2:])
@@ -127,7 +123,7 @@ def orthogonal_factor(g: Tensor) -> Tensor:
 
 # %%
 g = followed
-u = orthogonal_factor(g)
+u = polar_factor(g)
 assert torch.allclose(u @ u.mT, torch.eye(128).to(u), atol=1e-10)
 nuclear = torch.linalg.matrix_norm(g, ord="nuc")
 assert torch.allclose((g * u).sum(), nuclear)
@@ -163,7 +159,7 @@ assert torch.allclose(p, torch.tensor([-1.0, 1.0, -1.0]), atol=1e-4), (
 QUINTIC = (3.4445, -4.7750, 2.0315)
 
 
-def through(x: Tensor, polynomials: Sequence[tuple[float, float, float]]) -> Tensor:
+def apply_odd_polynomials(x: Tensor, polynomials: Sequence[tuple[float, float, float]]) -> Tensor:
     """x, (…, rows, cols), after its singular values went through odd quintics (a, b, c), one after the other."""
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
@@ -186,7 +182,7 @@ def newton_schulz(
     """
     x = g.to(dtype)
     x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
-    return through(x, [coefficients] * iterations)
+    return apply_odd_polynomials(x, [coefficients] * iterations)
 
 
 # %%
@@ -312,155 +308,72 @@ plt.show()
 
 # %%
 #| export
-@dataclass(frozen=True)
-class MatrixOptions:
-    """How the blocks' matrices are updated. All other parameters are AdamW's, and so are these under `adamw`."""
-
-    rule: Literal["adamw", "muon", "soap"] = "adamw"
-    """muon: orthogonalised momentum. soap: Adam in the eigenbases of the gradient's covariances."""
-    lr: Annotated[NonNegativeFloat, "0: the rate of all, optim.lr"] = 0.0
-    """Peak rate of the matrices, on the schedule of all parameters; 0: optim.lr, like all."""
-    momentum: Beta = 0.95
-    """muon: the share of its momentum that a step keeps."""
-    nesterov: bool = True
-    """muon: mix the newest gradient in once more."""
-    iterations: Annotated[int, Interval(ge=0, le=100)] = 5
-    """muon: Newton–Schulz iterations; 0: the exact factor, from a singular value decomposition."""
-    shape_factor: bool = True
-    """muon: the rate of a matrix of more rows than columns is larger by sqrt(rows / cols)."""
-
-
-# %%
-#| export
-def fold(
-    g: Tensor, momentum: Tensor, kept: float | Tensor, nesterov: bool, skip: Tensor | None
+def nesterov_momentum(
+    g: Tensor, buffer: Tensor, momentum: float | Tensor, nesterov: bool, skip: Tensor | None
 ) -> Tensor:
-    """Fold g into momentum, in place. Returns what a step follows: the momentum, or with `nesterov` g mixed into it again.
+    """Update the momentum buffer, in place: an average of gradients. Returns it, or with `nesterov` g mixed into it again.
 
-    kept: the share of itself that the momentum keeps. skip: where this is not zero it stays as it is, and nobody waits to find out.
+    momentum: the coefficient of the average. skip: device flag; if it is not zero the buffer stays as it is, without host sync.
     """
     if skip is not None:
-        g = torch.where(skip > 0, momentum, g)  # momentum folded into itself is what it was
-    momentum.lerp_(g, 1 - kept)
-    return g.lerp(momentum, kept) if nesterov else momentum
-
-
-def muon_update(g: Tensor, state: dict, skip: Tensor | None, options: MatrixOptions) -> Tensor:
-    """The update at rate 1 of matrices with gradient g, (matrices, rows, cols); folds g into state["momentum"]."""
-    momentum = state.setdefault("momentum", torch.zeros_like(g))
-    ahead = fold(g, momentum, options.momentum, options.nesterov, skip)
-    if options.iterations:
-        update = newton_schulz(ahead, options.iterations)
-    else:
-        update = orthogonal_factor(ahead)
-    rows, cols = g.shape[-2:]
-    return update * math.sqrt(max(1.0, rows / cols)) if options.shape_factor else update
+        g = torch.where(skip > 0, buffer, g)  # the average of the buffer and itself
+    buffer.lerp_(g, 1 - momentum)
+    return g.lerp(buffer, momentum) if nesterov else buffer
 
 
 # %%
-options, state = MatrixOptions(rule="muon"), {}
+def muon_update(g: Tensor, buffer: Tensor, ns_steps: int = 5, skip: Tensor | None = None) -> Tensor:
+    """Record 4's Muon at a rate of 1, for matrices with gradient g, (matrices, rows, cols). ns_steps=0: the exact factor."""
+    update = nesterov_momentum(g, buffer, 0.95, True, skip)
+    update = newton_schulz(update, ns_steps) if ns_steps else polar_factor(update)
+    return update * math.sqrt(max(1.0, g.shape[-2] / g.shape[-1]))
+
+
+# %%
 gradient = torch.randn(2, 128, 64, generator=generator)
-first = muon_update(gradient, state, None, options)
+buffer = torch.zeros_like(gradient)
+first = muon_update(gradient, buffer)
 values = torch.linalg.svdvals(first.double()) / math.sqrt(2)
 assert floor - 0.02 < values.min() and values.max() < 1.22, (
     "semi-orthogonal, to the map's tolerance"
 )
-kept = state["momentum"].clone()
-muon_update(gradient * math.nan, state, torch.ones(()), options)
-assert torch.equal(state["momentum"], kept), "a broken gradient leaves no trace"
-taller = {}
-for name, many in model_run.model.matrices().items():
-    slices, rows, cols = model_run.model.get_parameter(name).shape
-    taller[name] = math.sqrt(max(1.0, rows / many / cols))
+kept = buffer.clone()
+muon_update(gradient * math.nan, buffer, skip=torch.ones(()))
+assert torch.equal(buffer, kept), "a gradient that is not finite leaves no trace"
+taller = {spec.name: spec.shape_scale for spec in model_run.model.specs if spec.matrices}
 assert taller == dict.fromkeys(taller, 1.0) | {"mlp_up": 2.0}
 
 # %%
-spiked, summed, exact = {}, torch.zeros(1, 64, 64), MatrixOptions(rule="muon", iterations=0)
+spiked, summed = torch.zeros(1, 64, 64), torch.zeros(1, 64, 64)
 for step in range(30):
     gradient = torch.randn(1, 64, 64, generator=generator)
     if step == 9:
         gradient = spike = 100 * gradient
-    update = muon_update(gradient, spiked, None, exact)
+    update = muon_update(gradient, spiked, ns_steps=0)
     summed = 0.95 * summed + gradient
-    same = orthogonal_factor(gradient + 0.95 * summed)
+    same = polar_factor(gradient + 0.95 * summed)
     assert torch.allclose(update, same, atol=1e-3), "momentum as a sum leads the same way"
-owned = (update * orthogonal_factor(spike)).sum() / update.norm() ** 2
+owned = (update * polar_factor(spike)).sum() / update.norm() ** 2
 assert owned > 0.9
 assert preset("cpu").optim.grad_clip > 0
 print("twenty steps after a gradient of 100 times the size")
 print(f"the update's cosine with that gradient's own factor is {owned:.2f}")
 
 # %% [markdown]
-# That is the case for clipping where spikes occur: the momentum is averaged *before* the scale is removed. (The laptop's preset clips.) The cell shows a second thing on the way. Records 3 to 14 kept the momentum as a plain sum, $B \leftarrow \mu B + G$; since record 15 it is a mean, $B \leftarrow \mu B + (1-\mu)G$. At a constant $\mu$ the two differ by a factor, and the orthogonal factor has no scale. What remains is the code that puts banks through a rule: each slice of the queries', keys' and values' bank is three matrices, and has to be cut into them.
-
-
-# %%
-#| export
-def cut(bank: Tensor, matrices: int) -> Tensor:
-    """A bank (slices, matrices · rows, cols) as its matrices (slices · matrices, rows, cols): a view."""
-    slices, rows, cols = bank.shape
-    return bank.view(slices * matrices, rows // matrices, cols)
-
-
-class MatrixOptimizer(torch.optim.Optimizer):
-    """Banks of matrices under one rule: p ← (1 − lr · weight_decay) p − lr · rule(gradients, state, found_inf).
-
-    banks: bank and the number of matrices in each of its slices. Like torch's fused optimizers it
-    changes nothing in a step whose `found_inf` is not zero.
-    """
-
-    found_inf: Tensor | None = None
-
-    def __init__(
-        self,
-        banks: list[tuple[Tensor, int]],
-        rule: Callable[[Tensor, dict, Tensor | None], Tensor] | None,
-        lr: float,
-        weight_decay: float,
-    ):
-        self.rule = rule
-        groups = [{"params": [bank], "matrices": matrices} for bank, matrices in banks]
-        super().__init__(groups, {"lr": lr, "weight_decay": weight_decay})
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
-        for group in self.param_groups:
-            (bank,) = group["params"]
-            g = cut(bank.grad, group["matrices"])
-            update = self.direction(g, group).view(bank.shape)
-            rate = group["lr"] if self.found_inf is None else group["lr"] * (1 - self.found_inf)
-            self.move(bank, update, rate, group)
-
-    def direction(self, g: Tensor, group: dict) -> Tensor:
-        """The update at rate 1 of a group's matrices."""
-        assert self.rule is not None  # else a subclass has a direction of its own
-        return self.rule(g, self.state[group["params"][0]], self.found_inf)
-
-    def move(self, bank: Tensor, update: Tensor, rate: float | Tensor, group: dict) -> None:
-        """Take the step."""
-        bank.mul_(1 - rate * group["weight_decay"]).sub_(rate * update)
-
+# That is the case for clipping where spikes occur: the momentum is averaged *before* the scale is removed. (The laptop's preset clips.) The cell shows a second thing on the way. Records 3 to 14 kept the momentum as a plain sum, $B \leftarrow \mu B + G$; since record 15 it is a mean, $B \leftarrow \mu B + (1-\mu)G$. At a constant $\mu$ the two differ by a factor, and the orthogonal factor has no scale. PyTorch has a Muon, too, for single matrices. Are ten of its steps ten of ours? (The trainer's own, for banks and with all that later records added, is [chapter 13](13_muon.py)'s.)
 
 # %%
-from functools import partial
-
-bank = torch.arange(24.0).view(2, 6, 2)
-assert torch.equal(cut(bank, 3), torch.stack([*bank[0].split(2), *bank[1].split(2)]))
-
 rows, cols = tier.pick(cpu=(96, 64), gpu=(3072, 768))
 start_weight = torch.randn(rows, cols, generator=generator).to(tier.device)
-theirs, ours = (torch.nn.Parameter(start_weight.clone()) for _ in range(2))
+theirs, ours = torch.nn.Parameter(start_weight.clone()), start_weight.clone()[None]
 reference = torch.optim.Muon([theirs], lr=0.02, weight_decay=0.1, momentum=0.95)
-bank = torch.nn.Parameter(ours.detach()[None].clone())
-rule = partial(muon_update, options=options)
-optimizer = MatrixOptimizer([(bank, 1)], rule, lr=0.02, weight_decay=0.1)
+buffer = torch.zeros_like(ours)
 for _ in range(10):
     theirs.grad = torch.randn(rows, cols, generator=generator).to(tier.device)
-    bank.grad = theirs.grad[None].clone()
     reference.step()
-    optimizer.step()
+    ours.mul_(1 - 0.02 * 0.1).sub_(0.02 * muon_update(theirs.grad[None], buffer))
 moved = (theirs - start_weight).norm()
-apart = ((theirs - bank[0]).norm() / moved).item()
+apart = ((theirs - ours[0]).norm() / moved).item()
 assert apart < 0.02
 print(
     f"ten steps of torch.optim.Muon and of ours: apart by {apart:.1%} of the way, bf16's rounding"
@@ -474,14 +387,18 @@ print(
 # %%
 #| default_exp optim.soap
 #| export
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from speedrun.params import ParamSpec
+
 
 @dataclass(frozen=True)
-class SoapOptions:
+class SoapConfig:
     """SOAP's constants, its authors' defaults."""
 
     betas: tuple[float, float] = (0.95, 0.95)
@@ -492,14 +409,14 @@ class SoapOptions:
     """Steps between two looks at the eigenbases."""
 
 
-def adam_in(basis: tuple[Tensor, Tensor], g: Tensor, state: dict, options: SoapOptions) -> Tensor:
+def adam_in(basis: tuple[Tensor, Tensor], g: Tensor, state: dict, options: SoapConfig) -> Tensor:
     """One step of Adam on matrices (n, rows, cols), taken in another pair of bases and turned back."""
     (left, right), (beta1, beta2) = basis, options.betas
     turned = left.mT @ g @ right
     state["exp_avg"].lerp_(turned, 1 - beta1)
     state["exp_avg_sq"].lerp_(turned.square(), 1 - beta2)
     state["step"] += 1
-    done = state["step"].item()
+    done = state["step"].max().item()
     mean = state["exp_avg"] / (1 - beta1**done)
     root = (state["exp_avg_sq"] / (1 - beta2**done)).sqrt()
     return left @ (mean / (root + options.eps)) @ right.mT
@@ -550,25 +467,52 @@ def turn(state: dict) -> None:
 
 # %%
 #| export
+def soap_state(like: Tensor) -> dict[str, Tensor]:
+    """SOAP's state for matrices, (matrices, rows, cols). step: how many were taken; -1 before the first gradient was seen."""
+    n, *sides = like.shape
+    state = {"exp_avg": torch.zeros_like(like), "exp_avg_sq": torch.zeros_like(like)}
+    for side, size in zip(("left", "right"), sides):
+        state |= {key: like.new_zeros(n, size, size) for key in (side, f"{side}_basis")}
+    return state | {"step": like.new_full((n, 1, 1), -1.0)}
+
+
 def soap_update(
-    g: Tensor, state: dict, skip: Tensor | None, options: SoapOptions = SoapOptions()
+    g: Tensor, state: dict, skip: Tensor | None, options: SoapConfig = SoapConfig()
 ) -> Tensor:
-    """The update at rate 1 of matrices with gradient g, (matrices, rows, cols). The first step only looks."""
+    """The update at rate 1 of matrices with gradient g, (matrices, rows, cols). The first step only takes the bases."""
     if skip is not None and skip.item():
         return torch.zeros_like(g)
     pairs, beta2 = {"left": g @ g.mT, "right": g.mT @ g}, options.betas[1]
-    if not state:
-        state |= {side: (1 - beta2) * pair for side, pair in pairs.items()}
-        state |= {f"{side}_basis": eigenbasis(pair) for side, pair in pairs.items()}
-        state |= {"exp_avg": torch.zeros_like(g), "exp_avg_sq": torch.zeros_like(g)}
-        state["step"] = torch.zeros(())
+    if state["step"].max() < 0:
+        for side, pair in pairs.items():
+            state[side].copy_((1 - beta2) * pair)
+            state[f"{side}_basis"].copy_(eigenbasis(pair))
+        state["step"].zero_()
         return torch.zeros_like(g)
     update = adam_in((state["left_basis"], state["right_basis"]), g, state, options)
     for side, pair in pairs.items():
         state[side].lerp_(pair, 1 - beta2)
-    if state["step"].item() % options.every == 0:
+    if state["step"].max().item() % options.every == 0:
         turn(state)
     return update
+
+
+# %%
+#| export
+class SoapRule:
+    """SOAP as a rule of the trainer's optimizer (chapter 20), on the whole matrices that this rank has."""
+
+    graphable = False  # it asks the device
+
+    def __init__(self, specs: Sequence[ParamSpec], comm: Any, config: Any, fuse: bool):
+        self.comm, self.state = comm, soap_state(comm.shard)
+        self.weight_decay = config.adam.weight_decay * specs[0].wd_mul
+
+    def update(self, scalars: Any, skip: Tensor, updates: Tensor) -> None:
+        """One step of the shard."""
+        update = soap_update(self.comm.grad, self.state, skip)
+        lr = scalars["matrix_lr"] * (1 - skip)
+        self.comm.shard.mul_(1 - lr * self.weight_decay).sub_(lr * update)
 
 
 # %% [markdown]
@@ -579,12 +523,12 @@ low_rank = wide[:, :, :20] @ wide[:, :20, :64]
 for g in (wide, low_rank, wide[:, :, :64].contiguous()):  # the last: square, of full rank
     bases = (eigenbasis(g @ g.mT), eigenbasis(g.mT @ g))
     fresh = {key: torch.zeros_like(g) for key in ("exp_avg", "exp_avg_sq")}
-    one_step = adam_in(bases, g, fresh | {"step": torch.zeros(())}, SoapOptions())
-    assert torch.allclose(one_step, orthogonal_factor(g), atol=1e-3)
+    one_step = adam_in(bases, g, fresh | {"step": torch.zeros(())}, SoapConfig())
+    assert torch.allclose(one_step, polar_factor(g), atol=1e-3)
 q, r = (
     torch.linalg.qr(torch.randn(64, 64, dtype=torch.float64, generator=generator))[0] for _ in "qr"
 )
-assert torch.allclose(orthogonal_factor(q @ g @ r), q @ orthogonal_factor(g) @ r, atol=1e-8)
+assert torch.allclose(polar_factor(q @ g @ r), q @ polar_factor(g) @ r, atol=1e-8)
 assert not torch.allclose((q @ g @ r).sign(), q @ g.sign() @ r, atol=0.1)
 print("turn the gradient and Muon's step turns along; Adam's does not: it depends on the basis")
 
@@ -604,12 +548,13 @@ from typing import Any
 
 import torch
 
-from speedrun.config import Config, preset, vary
+from speedrun.config import Config, vary
+from speedrun.presets import preset
 from speedrun.lab.provenance import stamp
 from speedrun.lab.results import load_result
 from speedrun.measure.runs import (
     SHORT,
-    bench,
+    gpu_base,
     corpus_of,
     step_times,
     train_arms,
@@ -618,30 +563,33 @@ from speedrun.measure.runs import (
 )
 
 NAMES = ("grid", "low", "winners", "pace", "clock", "parts", "long")
-RULES = ("adamw", "soap", "muon")
+RULES = {"adamw": "adam", "soap": "soap", "muon": "muon"}
 GRIDS = tuple(f"corpus_{rule}" for rule in RULES)
 CORPUS = (*GRIDS, "corpus_winners")  # on GPUs, with a data folder
-KEYS = ("matrix.rule", "matrix.lr", "optim.lr")
+KEYS = ("optim.matrices", "optim.matrix_lr", "optim.adam.lr")
 RATES = tuple(0.00025 * 2**n for n in range(10))
 OTHERS = (0.002, 0.004, 0.008, 0.016)
 PARTS: dict[str, dict[str, Any]] = {
-    "exact factor": {"matrix.iterations": 0},
-    "three iterations": {"matrix.iterations": 3},
-    "no Nesterov": {"matrix.nesterov": False},
-    "no momentum": {"matrix.momentum": 0.0, "matrix.nesterov": False},
-    "no shape factor": {"matrix.shape_factor": False},
+    "exact factor": {"optim.muon.ns_steps": 0},
+    "three iterations": {"optim.muon.ns_steps": 3},
+    "no Nesterov": {"optim.muon.nesterov": False},
+    "no momentum": {"optim.muon.momentum": 0.0, "optim.muon.nesterov": False},
+    "no shape factor": {"optim.muon.scale_by_shape": False},
 }
 
 
 def grid(base: Config, rates=RATES, others=OTHERS) -> dict[str, Config]:
     """A run under every rule at every rate of the matrices and every rate of the rest, by its three numbers."""
     points = [(rule, rate, other) for rule in RULES for rate in rates for other in others]
-    return {f"{p[0]} {p[1]:g} {p[2]:g}": vary(base, dict(zip(KEYS, p))) for p in points}
+    return {
+        f"{rule} {rate:g} {other:g}": vary(base, dict(zip(KEYS, (RULES[rule], rate, other))))
+        for rule, rate, other in points
+    }
 
 
 def short() -> Config:
     """The laptop's run, made short."""
-    return vary(preset("cpu"), SHORT)
+    return vary(preset("cpu"), SHORT | {"optim.muon.weight_decay": 0.1})
 
 
 # %% tags=["hide-input"]
@@ -660,9 +608,9 @@ def winners(loss: dict[str, float], points: dict[str, Config]) -> dict[str, Conf
 
 def corpus_arms(name: str, data: str) -> dict[str, Config]:
     """The arms of a measurement on a GPU, by the name that they have on a CPU."""
-    points = grid(bench(data), RATES[:8], OTHERS[1:3])
+    points = grid(gpu_base(data), RATES[:8], OTHERS[1:3])
     if name in RULES:
-        return {point: run for point, run in points.items() if run.matrix.rule == name}
+        return {point: run for point, run in points.items() if run.optim.matrices == RULES[name]}
     return winners(losses_of_grid(GRIDS), points)
 
 
@@ -801,18 +749,20 @@ print(measured_on(load_result("newton_schulz", "winners")))
 # Two things differ besides the rules. Weight decay is multiplied by the rate, so the same 0.1 takes from Muon's matrices more than ten times what it takes from AdamW's. And AdamW's mean keeps 0.9 of itself in a step, those of Muon and SOAP 0.95. Neither was tuned.
 
 # %%
-import dataclasses
-
+from speedrun.optim.muon import MuonConfig
 from speedrun.optim.schedule import learning_rate
 
 run, left = short(), {}
 for rule, (_, rate, _) in lowest.items():
-    peak = dataclasses.replace(run.optim, lr=float(rate))
-    each = [learning_rate(step, run.steps, peak, run.schedule) for step in range(run.steps)]
-    left[rule] = math.prod(1 - run.optim.weight_decay * rate for rate in each)
+    peak, schedule = float(rate), run.schedule
+    each = [learning_rate(step, run.steps, peak, schedule) for step in range(run.steps)]
+    left[rule] = math.prod(1 - run.optim.adam.weight_decay * rate for rate in each)
     print(f"{NAMES_OF[rule]:5} decay alone would leave {left[rule]:.0%} of a weight")
-assert run.optim.weight_decay == 0.1 and 1 - left["muon"] > 10 * (1 - left["adamw"])
-assert run.optim.betas[0] == 0.9 and SoapOptions().betas[0] == MatrixOptions().momentum == 0.95
+assert run.optim.adam.weight_decay == run.optim.muon.weight_decay == 0.1 and 1 - left[
+    "muon"
+] > 10 * (1 - left["adamw"])
+assert run.optim.adam.betas[0] == 0.9
+assert SoapConfig().betas[0] == MuonConfig().momentum == 0.95
 
 # %% [markdown]
 # ### On a GPU
@@ -859,7 +809,7 @@ print(
 # %%
 from torch.utils.flop_counter import FlopCounterMode
 
-from speedrun.model.gpt import GPTOptions, model_flops_per_token, parameter_table
+from speedrun.model.gpt import GPTConfig, flops_per_token, param_specs
 
 
 def newton_schulz_flops(rows: int, cols: int, iterations: int = 5) -> int:
@@ -868,14 +818,14 @@ def newton_schulz_flops(rows: int, cols: int, iterations: int = 5) -> int:
     return iterations * (4 * m * m * n + 2 * m**3)
 
 
-def dearer(shape: GPTOptions, vocab_size: int, seq_len: int, step_tokens: int) -> float:
+def dearer(shape: GPTConfig, vocab_size: int, seq_len: int, step_tokens: int) -> float:
     """FLOPs of orthogonalising all matrices of the blocks, as a share of a training step's."""
     total = 0
-    for row in parameter_table(shape, vocab_size):
+    for row in param_specs(shape, vocab_size):
         if row.matrices:
             slices, rows, cols = row.shape
             total += slices * row.matrices * newton_schulz_flops(rows // row.matrices, cols)
-    return total / (step_tokens * model_flops_per_token(shape, vocab_size, seq_len))
+    return total / (step_tokens * flops_per_token(shape, vocab_size, seq_len))
 
 
 with FlopCounterMode(display=False) as counter:
@@ -885,7 +835,7 @@ assert counter.get_total_flops() == newton_schulz_flops(96, 64)
 # %%
 laptop = preset("cpu")
 shares = {
-    "record 4": dearer(GPTOptions(), 50_257, 1024, 524_288),
+    "record 4": dearer(GPTConfig(), 50_257, 1024, 524_288),
     "the laptop": dearer(laptop.model, 288, laptop.data.seq_len, laptop.data.step_tokens),
 }
 measured = pace["muon"] / pace["adamw"] - 1
@@ -983,18 +933,18 @@ seen = torch.zeros(50, 16, dtype=torch.float64)
 seen[:40] = torch.randn(40, 16, dtype=torch.float64, generator=generator)  # 40 of 50 tokens
 fewer = seen.clone()
 fewer[20:40] = 0.0  # half of them: their neighbours' rows change
-first, second = orthogonal_factor(seen), orthogonal_factor(fewer)
+first, second = polar_factor(seen), polar_factor(fewer)
 assert first[40:].norm() < 1e-12 and second[20:].norm() < 1e-12, "zeros stay zeros"
 assert not newton_schulz(seen)[40:].any()
 assert ((second[:20].norm(dim=-1) / first[:20].norm(dim=-1)) > 1.1).all(), "by the company"
 print(f"lengths of rows: {first[:40].norm(dim=-1).min():.2f} to {first.norm(dim=-1).max():.2f}")
-beta1 = preset("cpu").optim.betas[0]
+beta1 = preset("cpu").optim.adam.betas[0]
 expected = math.sqrt((1 - beta1) / (1 + beta1))
-mean, noisy = torch.zeros(64, 64), {}
+mean, noisy = torch.zeros(64, 64), torch.zeros(1, 64, 64)
 for _ in range(100):
     noise = torch.randn(64, 64, generator=generator)
     mean.lerp_(noise, 1 - beta1)
-    update = muon_update(noise[None], noisy, None, exact)
+    update = muon_update(noise[None], noisy, ns_steps=0)
 assert f"{expected:.2f}" == "0.23" and abs(mean.square().mean().sqrt() - expected) < 0.02
 assert torch.allclose(torch.linalg.svdvals(update), torch.ones(64), atol=1e-4)
 print(f"of noise alone Adam's step is {expected:.2f} times its full size, Muon's is full")

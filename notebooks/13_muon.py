@@ -28,23 +28,28 @@ from speedrun.lab.tier import choose_tier
 tier = choose_tier()
 
 # %%
+import math
 import tempfile
 from pathlib import Path
 
 import torch
 
-from speedrun.config import preset, vary
+from speedrun.config import vary
+from speedrun.presets import preset
 from speedrun.optim.newton_schulz import newton_schulz
 from speedrun.train import train
 
 scratch = Path(tempfile.mkdtemp())
-BRIEF = {"steps": 60, "optim.warmup_steps": 10, "val_every": 60, "val_tokens": 32_768}
-MUON = {"matrix.rule": "muon", "matrix.lr": 0.016, "optim.lr": 0.008, "device": tier.device}
-run = train(vary(preset("cpu"), BRIEF | MUON), scratch / "look", echo=None)
-momenta = {
-    name: run.optimizers[1].state[getattr(run.model, name)]["momentum"]
-    for name in run.model.matrices()
+BRIEF = {"steps": 60, "schedule.warmup_steps": 10, "val_every": 60, "val_tokens": 32_768}
+MUON = {
+    "optim.matrices": "muon",
+    "optim.matrix_lr": 0.016,
+    "optim.adam.lr": 0.008,
+    "device": tier.device,
 }
+run = train(vary(preset("cpu"), BRIEF | MUON), scratch / "look", echo=None)
+banks = [spec.name for spec in run.model.specs if spec.matrices]
+momenta = {name: run.optimizer.states[name].rule.state["momentum_buffer"] for name in banks}
 
 
 # %%
@@ -133,17 +138,18 @@ print(f"on [0.1, 1] the best quintic strays by {error:.3f}, at four points, with
 # %%
 #| default_exp optim.muon
 #| export
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from annotated_types import Interval
 from torch import Tensor
 
-from speedrun.lab.bounds import Beta, NonNegativeFloat, NonNegativeInt, PositiveFloat
-from speedrun.optim.newton_schulz import MatrixOptimizer, MatrixOptions
-from speedrun.optim.newton_schulz import fold, newton_schulz, orthogonal_factor, through
+from speedrun.lab.bounds import Beta, NonNegativeFloat, PositiveFloat
+from speedrun.optim.newton_schulz import apply_odd_polynomials, nesterov_momentum
+from speedrun.optim.newton_schulz import newton_schulz, polar_factor
+from speedrun.params import ParamSpec
 
 # %%
 #| export
@@ -170,8 +176,10 @@ def polar_express(
     last = POLAR_EXPRESS[-1:] * max(0, iterations - len(POLAR_EXPRESS))
     polynomials = (*POLAR_EXPRESS[:iterations], *last)
     if not gram:
-        return through(x, polynomials)
-    return through_gram(x, polynomials, 3 if max(x.shape[-2:]) > 1.5 * min(x.shape[-2:]) else 1)
+        return apply_odd_polynomials(x, polynomials)
+    return gram_newton_schulz(
+        x, polynomials, 3 if max(x.shape[-2:]) > 1.5 * min(x.shape[-2:]) else 1
+    )
 
 
 # %%
@@ -251,7 +259,7 @@ print(f"the smallest grow {steeper:.1f} times as much as with the quintic")
 # Above the dotted line everything ends within 14% of one. Below it things are better, too, but not good: the smallest singular values grow twice as much as with the quintic, and stay small. What does that do to the momenta from above?
 
 # %%
-exact = {name: orthogonal_factor(m) for name, m in momenta.items()}
+exact = {name: polar_factor(m) for name, m in momenta.items()}
 
 
 def distance(update: torch.Tensor, name: str) -> float:
@@ -285,17 +293,17 @@ print(f"Q, K, V: {share:.0%} of the squared error is in the directions below the
 #
 # $$ Q \leftarrow PQ, \qquad G \leftarrow PGP, \qquad\text{and at the end}\quad X \leftarrow QX . $$
 #
-# Everything here is a polynomial in the first $G$, so the order of factors does not matter. There is a catch, and it is a good lesson. $G$ holds the *squares* of the singular values. What is a thousandth in $X$ is a millionth in $G$, below the rounding of its large entries, and comes out of it as noise, possibly negative; the polynomials are steep near zero and do not forgive. Zhang and others {cite}`zhang2026` *restart*: after some polynomials they multiply $X$ out, where the small ones have grown meanwhile, and compute $G$ anew. That makes four long products instead of ten. They also multiply in float16, which has three bits more than bfloat16 and costs a GPU the same. Its range is small, but once the matrix has been divided by its length nothing here grows out of it, and what falls below it is too small to matter. No record has this yet; `TODAY`, below, does.
+# Everything here is a polynomial in the first $G$, so the order of factors does not matter. There is a catch, and it is a good lesson. $G$ holds the *squares* of the singular values. What is a thousandth in $X$ is a millionth in $G$, below the rounding of its large entries, and comes out of it as noise, possibly negative; the polynomials are steep near zero and do not forgive. Zhang and others {cite}`zhang2026` *restart*: after some polynomials they multiply $X$ out, where the small ones have grown meanwhile, and compute $G$ anew. That makes four long products instead of ten. They also multiply in float16, which has three bits more than bfloat16 and costs a GPU the same. Its range is small, but once the matrix has been divided by its length nothing here grows out of it, and what falls below it is too small to matter. No record has this yet; `RECORD_MUON`, below, does.
 
 
 # %%
 #| export
-def through_gram(
+def gram_newton_schulz(
     x: Tensor, polynomials: Sequence[tuple[float, float, float]], restart: int = 3
 ) -> Tensor:
-    """`through`, for x (matrices, rows, cols), with products of the short side's square alone, but for two a restart and two.
+    """Same result as `apply_odd_polynomials` for x, (matrices, rows, cols), computed on the small Gram matrix of its short side.
 
-    restart: after every so many polynomials x is multiplied out, and its square computed anew.
+    Only two products with x itself for each restart. restart: after so many polynomials x is multiplied out, and the Gram matrix computed anew.
     """
     tall, restart = x.shape[-2] > x.shape[-1], max(1, restart)
     for begin in range(0, len(polynomials), restart):
@@ -314,7 +322,7 @@ def through_gram(
 
 # %%
 def gram_flops(m: int, n: int, iterations: int = 5, restarts: int = 1) -> int:
-    """FLOPs of `through_gram` for an m × n matrix, m ≤ n: two long products a part, the rest of them of squares."""
+    """FLOPs of `gram_newton_schulz` for an m × n matrix, m ≤ n: two long products a part, the rest of them of squares."""
     parts = restarts + 1
     squares = iterations + (iterations - parts) + 2 * (iterations - parts)
     return parts * 4 * m * m * n + squares * 2 * m**3
@@ -328,7 +336,7 @@ def plain_flops(m: int, n: int, iterations: int = 5) -> int:
 from torch.utils.flop_counter import FlopCounterMode
 
 with FlopCounterMode(display=False) as counter:
-    through_gram(torch.randn(1, 24, 96), POLAR_EXPRESS)
+    gram_newton_schulz(torch.randn(1, 24, 96), POLAR_EXPRESS)
 assert counter.get_total_flops() == gram_flops(24, 96)
 saving = 1 - gram_flops(768, 3072) / plain_flops(768, 3072)
 assert 0.32 < saving < 0.34 and gram_flops(768, 768) > plain_flops(768, 768)
@@ -352,10 +360,10 @@ steep = steep.to(tier.device)
 right = polar_express(steep[None], dtype=torch.float64)
 wide = (steep / (1.02 * steep.norm()))[None]
 numbers = {"bfloat16": wide.bfloat16(), "float16": wide.half()}
-ways = {f"plain, {n}": through(x, POLAR_EXPRESS) for n, x in numbers.items()}
+ways = {f"plain, {n}": apply_odd_polynomials(x, POLAR_EXPRESS) for n, x in numbers.items()}
 for n, x in numbers.items():
     for restart in (5, 2, 3):
-        ways[f"gram, {n}, restart {restart}"] = through_gram(x, POLAR_EXPRESS, restart)
+        ways[f"gram, {n}, restart {restart}"] = gram_newton_schulz(x, POLAR_EXPRESS, restart)
 off = {way: ((x.double() - right).norm() / right.norm()).item() for way, x in ways.items()}
 assert off["gram, bfloat16, restart 5"] > 1 and off["gram, float16, restart 5"] > 0.1
 for n in numbers:
@@ -363,7 +371,9 @@ for n in numbers:
     assert 0.5 < every_2 / off[f"plain, {n}"] < every_3 / off[f"plain, {n}"] < 0.9
 for form in ("plain, {}", "gram, {}, restart 2", "gram, {}, restart 3"):
     assert 7 < off[form.format("bfloat16")] / off[form.format("float16")] < 9
-rounded = through(numbers["bfloat16"].double(), POLAR_EXPRESS)  # exact products, rounded matrix
+rounded = apply_odd_polynomials(
+    numbers["bfloat16"].double(), POLAR_EXPRESS
+)  # exact products, rounded matrix
 entry = ((rounded - right).norm() / right.norm()).item()
 assert 0.4 < entry / off["plain, bfloat16"] < 0.6
 for way, error in off.items():
@@ -378,17 +388,20 @@ print(f"bfloat16, if nothing but the matrix itself were rounded: off by {entry:.
 
 # %%
 #| export
-def even_rows(update: Tensor, second: Tensor, beta2: float, skip: Tensor | None) -> Tensor:
-    """NorMuon: rows of update, (matrices, rows, cols), divided by the root of their mean square, at the matrix's old length.
+def normuon_normalize(
+    update: Tensor, second_momentum: Tensor, beta2: float, skip: Tensor | None
+) -> Tensor:
+    """NorMuon: divide each row of update, (matrices, rows, cols), by the RMS of its running second moment, then rescale the matrix to its old norm.
 
-    second: the running mean squares, (matrices, rows, 1), folded in place; of columns, (matrices, 1, cols), where these are more.
+    second_momentum: (matrices, rows, 1), updated in place; of columns, (matrices, 1, cols), where these are more. skip: if not zero it stays.
     """
     u = update.float()
-    square = u.square().mean(-1 if second.shape[-1] == 1 else -2, keepdim=True).to(second.dtype)
+    square = u.square().mean(-1 if second_momentum.shape[-1] == 1 else -2, keepdim=True)
+    square = square.to(second_momentum.dtype)
     if skip is not None:
-        square = torch.where(skip > 0, second, square)
-    second.lerp_(square, 1 - beta2)
-    even = u * second.clamp_min(1e-10).rsqrt()
+        square = torch.where(skip > 0, second_momentum, square)
+    second_momentum.lerp_(square, 1 - beta2)
+    even = u * second_momentum.clamp_min(1e-10).rsqrt()
     length, now = (torch.linalg.matrix_norm(x, keepdim=True) for x in (u, even))
     return even * (length / now.clamp_min(1e-10))
 
@@ -404,7 +417,7 @@ perfect = exact["mlp_up"].cpu()
 eye = torch.eye(128).expand(2, 128, 128)
 assert torch.allclose(perfect.mT @ perfect, eye, atol=1e-4) and spread(perfect) > 4
 second = torch.zeros(2, 512, 1)
-evened = even_rows(perfect, second, beta2=0.9, skip=None)
+evened = normuon_normalize(perfect, second, beta2=0.9, skip=None)
 assert spread(evened) < 1.001
 assert torch.allclose(torch.linalg.matrix_norm(evened), torch.linalg.matrix_norm(perfect))
 tilted = torch.linalg.svdvals(evened)
@@ -453,14 +466,14 @@ plt.show()
 
 # %%
 #| export
-def cautious(p: Tensor, update: Tensor, decay: float | Tensor) -> Tensor:
+def cautious_decay(p: Tensor, update: Tensor, decay: float | Tensor) -> Tensor:
     """The update with decay · p added where both have one sign, so where the step makes a weight smaller anyway."""
     return update + decay * p * (update * p >= 0)
 
 
 # %%
 w, u = torch.tensor([2.0, 2.0, -2.0, 0.0]), torch.tensor([1.0, -1.0, -1.0, 1.0])
-assert torch.equal(cautious(w, u, 0.1), torch.tensor([1.2, -1.0, -1.2, 1.0]))
+assert torch.equal(cautious_decay(w, u, 0.1), torch.tensor([1.2, -1.0, -1.2, 1.0]))
 noise = torch.randn(100_000, generator=torch.Generator().manual_seed(1))
 steps = torch.randn(100_000, generator=torch.Generator().manual_seed(2))
 agree = (steps * noise >= 0).float().mean().item()
@@ -483,221 +496,204 @@ assert [f"{share:.2f}" for share in shares] == ["0.19", "0.38", "0.77"]
 
 # %%
 #| export
-def split(whole: Tensor) -> tuple[Tensor, Tensor]:
-    """float32 as the nearest bfloat16 and what is missing, int16: `join` gives back every bit."""
+def split_bf16(whole: Tensor) -> tuple[Tensor, Tensor]:
+    """float32 as the nearest bfloat16, and a mantissa, int16, with which `join_bf16` gives back every bit."""
     bits = whole.view(torch.int32)
     high = (bits + 0x8000) >> 16
     return high.to(torch.int16).view(torch.bfloat16), (bits - (high << 16)).to(torch.int16)
 
 
-def join(rounded: Tensor, lost: Tensor) -> Tensor:
-    """The float32 that `split` took apart."""
-    return ((rounded.view(torch.int16).to(torch.int32) << 16) + lost).view(torch.float32)
+def join_bf16(rounded: Tensor, mantissa: Tensor) -> Tensor:
+    """The float32 that `split_bf16` took apart."""
+    return ((rounded.view(torch.int16).to(torch.int32) << 16) + mantissa).view(torch.float32)
 
 
 # %%
 everything = torch.randint(-(2**31), 2**31, (1_000_000,), dtype=torch.int64, generator=generator)
 floats = everything.to(torch.int32).view(torch.float32)  # a million bit patterns, NaNs among them
-rounded, lost = split(floats)
-assert torch.equal(join(rounded, lost).view(torch.int32), floats.view(torch.int32))
+rounded, lost = split_bf16(floats)
+assert torch.equal(join_bf16(rounded, lost).view(torch.int32), floats.view(torch.int32))
 plain = torch.randn(100_000, generator=generator)
 tie = plain.view(torch.int32) & 0xFFFF == 0x8000
-assert torch.equal(split(plain)[0][~tie], plain.bfloat16()[~tie])
+assert torch.equal(split_bf16(plain)[0][~tie], plain.bfloat16()[~tie])
 cut_short = (plain.view(torch.int32) >> 16 << 16).view(torch.float32)
 shrunk = 1 - (cut_short.abs() / plain.abs()).mean().item()
 assert 0.002 < shrunk < 0.004
 print(f"every bit of a million patterns came back; cutting would shrink weights by {shrunk:.2%}")
 
 weight, exactly, crumbs = torch.tensor([1.0]), 1.0, torch.full((), 1e-4)
-half, missing = split(weight)
+half, missing = split_bf16(weight)
 blunt = weight.bfloat16()
 for _ in range(100):
-    half, missing = split(join(half, missing) - crumbs)
+    half, missing = split_bf16(join_bf16(half, missing) - crumbs)
     blunt = (blunt.float() - crumbs).bfloat16()
     exactly -= 1e-4
-assert blunt.item() == 1.0 and abs(join(half, missing).item() - exactly) < 1e-5
+assert blunt.item() == 1.0 and abs(join_bf16(half, missing).item() - exactly) < 1e-5
 print(
-    f"a hundred steps of 0.0001 from 1: bfloat16 {blunt.item()}, split {join(half, missing).item():.4f}"
+    f"a hundred steps of 0.0001 from 1: bfloat16 {blunt.item()}, split {join_bf16(half, missing).item():.4f}"
 )
 
 # %% [markdown]
-# ### All of it, in the optimizer
+# ### The Muon step
 #
-# Every mend is a switch, and with all of them off this is chapter 12's Muon to the last bit. Two more are there: momentum that starts low and ends low ([chapter 14](14_schedule.py) has the reasons), and a factor for wide matrices. Tall ones have had a factor since record 8 (records 27 to 41 stored them wide, and lost it). The MLP's second matrix, which in this model is the wide one, has had a factor of 4 since record 48. It came by accident, with another way to store the matrices, and the run was found not to mind.
+# Every mend is an option, and with all of them off this is record 4's Muon. Two more are there. Momentum that starts low and ends low is the schedule's ([chapter 14](14_schedule.py) has the reasons). And the MLP's two matrices have factors of their own. The tall one, `mlp_up`, has had $\sqrt{\text{rows}/\text{cols}}=2$ since record 8 (records 27 to 41 stored it wide, and lost it). The wide one, `mlp_down`, has had a factor of 4 since record 48. It came by accident, with another way to store the matrices, and the run was found not to mind.
 
 
 # %%
 #| export
 @dataclass(frozen=True)
-class MuonOptions:
-    """What later records made of Muon. The defaults change nothing: they are record 4's."""
+class MuonConfig:
+    """Muon. With the defaults it is record 4's; what later records made of it is off."""
 
-    polynomials: Literal["quintic", "polar_express"] = "quintic"
-    """quintic: the same one again and again. polar_express: each the best for what the last one left."""
-    products: Literal["bfloat16", "float16"] = "bfloat16"
-    """polar_express: the numbers that are multiplied."""
-    gram: bool = False
-    """polar_express: multiply squares of the short side instead of the matrix, as far as that is cheaper."""
+    momentum: Beta = 0.95
+    """Coefficient of the gradients' average; with schedule.momentum_min its highest value."""
+    nesterov: bool = True
+    """Mix the newest gradient in once more."""
+    ns_steps: Annotated[int, Interval(ge=0, le=100)] = 5
+    """Newton–Schulz iterations; 0: the exact polar factor, from a singular value decomposition."""
+    orthogonalizer: Literal["quintic", "polar_express"] = "quintic"
+    """quintic: one polynomial again and again. polar_express: each the best for what the last one left."""
+    ns_dtype: Literal["bfloat16", "float16"] = "bfloat16"
+    """polar_express: what is multiplied. float16: by way of the Gram matrix, which is cheaper."""
     beta2: Beta = 0.0
-    """NorMuon: what the rows' mean squares keep of themselves in a step; 0: rows stay as long as they are."""
-    decay: Literal["plain", "squared", "cautious", "none"] = "plain"
-    """plain: rate · optim.weight_decay. squared: rate² · decay_factor. cautious: that, where the step makes a weight smaller anyway."""
-    decay_factor: NonNegativeFloat = 1.2
-    """squared, cautious: decay of a step as a multiple of the rate's square."""
-    low_momentum: Beta = 0.0
-    """Momentum in the first step and after the last, on a line to matrix.momentum and back; 0: no lines."""
-    momentum_steps: tuple[NonNegativeInt, NonNegativeInt] = (300, 50)
-    """Steps in which momentum rises at the beginning, and falls at the end."""
-    wide_factor: PositiveFloat = 1.0
-    """The rate of a matrix of fewer rows than columns is larger by this."""
-    weights: Literal["float32", "bfloat16", "split"] = "float32"
-    """What the matrices are in the model. split: bfloat16, and the optimizer keeps what rounding took."""
+    """NorMuon: decay of the rows' second moment; 0: off."""
+    weight_decay: NonNegativeFloat = 0.0
+    """Decay, as a multiple of the learning rate; with decay_with_lr, of its square."""
+    decay_with_lr: bool = False
+    """Decay a weight by weight_decay · rate², the rate with the matrix's own factor, and not by weight_decay · rate without it."""
+    cautious: bool = False
+    """Decay a weight only where the step makes it smaller anyway."""
+    scale_by_shape: bool = True
+    """The rate of a matrix of more rows than columns is larger by sqrt(rows / cols)."""
+    down_lr_mul: PositiveFloat = 1.0
+    """Multiple of the rate of mlp_down, the wide matrix."""
+    param_dtype: Literal["float32", "bfloat16", "bf16_mantissa"] = "float32"
+    """What the matrices are in the model. bf16_mantissa: bfloat16, and the optimizer keeps what rounding took."""
+
+
+def matrix_lr_mul(spec: ParamSpec, config: MuonConfig) -> float | tuple[float, ...]:
+    """The multiples of Muon's rate for the matrices of a row: the row's own, if it has several, or its factor for the shape."""
+    if isinstance(spec.lr_mul, tuple):
+        return spec.lr_mul
+    scale = spec.shape_scale if config.scale_by_shape else 1.0
+    return spec.lr_mul * (config.down_lr_mul if spec.name == "mlp_down" else scale)
 
 
 # %%
 #| export
-def take_step(
+def apply_update(
     p: Tensor,
-    lost: Tensor | None,
+    mantissa: Tensor | None,
     update: Tensor,
-    rate: float | Tensor,
-    kind: str,
-    plain: float | Tensor,
-    squared: float | Tensor,
+    lr: float | Tensor,
+    decay: float | Tensor,
+    cautious: bool,
 ) -> None:
-    """p ← p − rate · (update + decay · p), in place and in float32, whatever p is. lost: what p's rounding took, or None.
-
-    kind: how p decays. plain: the decay of that kind. squared: of the other kinds, a multiple of the rate.
-    """
-    whole = p if p.dtype != torch.bfloat16 else p.float() if lost is None else join(p, lost)
-    if kind == "plain":
-        whole.mul_(1 - rate * plain).sub_(rate * update)
-    elif kind == "cautious":
-        whole.sub_(rate * cautious(whole, update.float(), squared))
+    """p ← p − lr · (update + decay · p), in place and in float32, whatever p is. mantissa: what p's rounding took, or None."""
+    whole = p if p.dtype != torch.bfloat16 else p.float()
+    whole = whole if mantissa is None else join_bf16(p, mantissa)
+    if cautious:
+        whole.sub_(lr * cautious_decay(whole, update.float(), decay))
     else:
-        whole.mul_(1 - rate * squared * (kind == "squared")).sub_(rate * update)
+        whole.mul_(1 - lr * decay).sub_(lr * update)
     if p.dtype == torch.bfloat16:
-        rounded, missing = split(whole)
+        rounded, missing = split_bf16(whole)
         p.copy_(rounded)
-        if lost is not None:
-            lost.copy_(missing)
+        if mantissa is not None:
+            mantissa.copy_(missing)
 
 
 # %%
 #| export
-def orthogonal(g: Tensor, iterations: int, options: MuonOptions) -> Tensor:
-    """Nearly the orthogonal factor of matrices, as the options say; without iterations the exact one."""
-    if not iterations:
-        return orthogonal_factor(g)
-    if options.polynomials == "polar_express":
-        return polar_express(g, iterations, getattr(torch, options.products), options.gram)
-    return newton_schulz(g, iterations)
+def orthogonalize(g: Tensor, config: MuonConfig) -> Tensor:
+    """Nearly the polar factor of each matrix in g, (matrices, rows, cols), as the config says; with ns_steps=0 exactly."""
+    if not config.ns_steps:
+        return polar_factor(g)
+    if config.orthogonalizer == "polar_express":
+        dtype, gram = getattr(torch, config.ns_dtype), config.ns_dtype == "float16"
+        return polar_express(g, config.ns_steps, dtype, gram)
+    return newton_schulz(g, config.ns_steps)
 
 
-def rate_factor(rows: int, cols: int, matrix: MatrixOptions, options: MuonOptions) -> float:
-    """What the rate of a matrix of this shape is multiplied by."""
-    tall = math.sqrt(rows / cols) if matrix.shape_factor and rows > cols else 1.0
-    return options.wide_factor if rows < cols else tall
+def muon_state(p: Tensor, config: MuonConfig) -> dict[str, Tensor]:
+    """Muon's state for matrices p, (matrices, rows, cols): momentum and, for NorMuon, second moments in float32; the mantissa in int16."""
+    state = {"momentum_buffer": torch.zeros_like(p, dtype=torch.float32)}
+    if config.beta2:
+        one = p[:, :, :1] if p.shape[1] >= p.shape[2] else p[:, :1, :]
+        state["second_momentum_buffer"] = torch.zeros_like(one, dtype=torch.float32)
+    if config.param_dtype == "bf16_mantissa":
+        state["mantissa"] = torch.zeros_like(p, dtype=torch.int16)
+    return state
 
 
 # %%
 #| export
-class Muon(MatrixOptimizer):
-    """Banks of matrices under Muon, old or new. Parameters change their dtype if the options say so.
+def muon_step(
+    p: Tensor,
+    g: Tensor,
+    state: dict[str, Tensor],
+    lr: float | Tensor,
+    lr_mul: float | Tensor,
+    momentum: float | Tensor,
+    weight_decay: float,
+    config: MuonConfig,
+    skip: Tensor | None = None,
+) -> None:
+    """One step of matrices p with gradient g, (matrices, rows, cols), in place. lr_mul: of all, or (matrices, 1, 1).
 
-    The state of a bank: momentum (matrices, rows, cols), float32; second, for NorMuon; lost (as the bank), for split weights.
+    skip: device flag; if it is not zero nothing changes, without host sync.
     """
+    buffer = state["momentum_buffer"]
+    update = nesterov_momentum(g.float(), buffer, momentum, config.nesterov, skip)
+    update = orthogonalize(update, config)
+    if config.beta2:
+        second = state["second_momentum_buffer"]
+        update = normuon_normalize(update, second, config.beta2, skip)
+    update = (update * lr_mul).to(update.dtype)
+    lr = lr if skip is None else lr * (1 - skip)
+    decay = weight_decay * lr * lr_mul if config.decay_with_lr else weight_decay
+    apply_update(p, state.get("mantissa"), update, lr, decay, config.cautious)
 
-    def __init__(
-        self,
-        banks: list[tuple[Tensor, int]],
-        matrix: MatrixOptions,
-        options: MuonOptions,
-        lr: float,
-        weight_decay: float,
-    ):
-        super().__init__(banks, None, lr, weight_decay)
-        self.matrix, self.options = matrix, options
-        for group in self.param_groups:
-            (bank,) = group["params"]
-            rows, cols = bank.shape[1] // group["matrices"], bank.shape[2]
-            group["factor"] = rate_factor(rows, cols, matrix, options)
-            group["momentum"] = matrix.momentum
-            if options.weights != "float32":
-                bank.data, lost = split(bank.data.float())
-                if options.weights == "split":
-                    self.state[bank]["lost"] = lost
 
-    def load_state_dict(self, state_dict: dict) -> None:
-        """As ever, but state keeps its dtypes: PyTorch would give it the parameters'."""
-        super().load_state_dict(state_dict)
-        order = [p for group in self.param_groups for p in group["params"]]
-        for n, kept in state_dict["state"].items():
-            device = order[n].device
-            self.state[order[n]] = {key: value.to(device).clone() for key, value in kept.items()}
+# %%
+from speedrun.presets import RECORD_MUON
 
-    def direction(self, g: Tensor, group: dict) -> Tensor:
-        (bank,), g = group["params"], g if g.dtype == torch.float64 else g.float()
-        state, skip = self.state[bank], self.found_inf
-        if "momentum" not in state:
-            state["momentum"] = torch.zeros_like(g)
-        ahead = fold(g, state["momentum"], group["momentum"], self.matrix.nesterov, skip)
-        update = orthogonal(ahead, self.matrix.iterations, self.options)
-        if self.options.beta2:
-            if "second" not in state:
-                by_row = g.shape[1] >= g.shape[2]
-                state["second"] = torch.zeros_like(g[:, :, :1] if by_row else g[:, :1, :])
-            update = even_rows(update, state["second"], self.options.beta2, skip)
-        return update * group["factor"]
 
-    def move(self, bank: Tensor, update: Tensor, rate: float | Tensor, group: dict) -> None:
-        decay = group["weight_decay"], self.options.decay_factor * rate * group["factor"]
-        lost = self.state[bank].get("lost")
-        take_step(bank.data, lost, update, rate, self.options.decay, *decay)
+def steps_of(config: MuonConfig, count: int = 5) -> torch.Tensor:
+    """Two matrices after some steps under Muon."""
+    p, state = torch.ones(2, 32, 16), muon_state(torch.ones(2, 32, 16), config)
+    for step in range(count):
+        g = torch.randn(2, 32, 16, generator=torch.Generator().manual_seed(step))
+        muon_step(p, g, state, 0.02, 1.0, config.momentum, config.weight_decay, config)
+    return p
 
+
+old, buffer = torch.ones(2, 32, 16), torch.zeros(2, 32, 16)
+for step in range(5):
+    g = torch.randn(2, 32, 16, generator=torch.Generator().manual_seed(step))
+    update = newton_schulz(nesterov_momentum(g, buffer, 0.95, True, None))
+    old.mul_(1 - 0.02 * 0.1).sub_(0.02 * update)
+assert torch.equal(steps_of(MuonConfig(weight_decay=0.1)), old), "all off: record 4's, bit for bit"
 
 # %%
 from dataclasses import replace
 
-from speedrun.optim.newton_schulz import muon_update
-from speedrun.config import TODAY
-
-
-def steps_of(options: MuonOptions, count: int = 5) -> torch.Tensor:
-    """A bank after some steps under Muon, as float32."""
-    bank = torch.nn.Parameter(torch.ones(2, 32, 16))
-    optimizer = Muon([(bank, 1)], MatrixOptions(rule="muon"), options, lr=0.02, weight_decay=0.1)
-    for step in range(count):
-        g = torch.randn(2, 32, 16, generator=torch.Generator().manual_seed(step))
-        bank.grad = g.to(bank.dtype)
-        optimizer.step()
-    return bank.detach().float()
-
-
-old = torch.ones(2, 32, 16)
-state: dict = {}
-for step in range(5):
-    g = torch.randn(2, 32, 16, generator=torch.Generator().manual_seed(step))
-    old.mul_(1 - 0.02 * 0.1).sub_(0.02 * muon_update(g, state, None, MatrixOptions(rule="muon")))
-assert torch.equal(steps_of(MuonOptions()), old), "everything off: chapter 12's, bit for bit"
-
-# %%
 start = torch.randn(1, 32, 128, generator=generator).bfloat16().float()
 g = torch.randn(1, 32, 128, generator=generator).bfloat16().float()
 after = {}
-for kind in ("float32", "split"):
-    bank = torch.nn.Parameter(start.clone())
-    optimizer = Muon([(bank, 1)], MatrixOptions(rule="muon"), replace(TODAY, weights=kind), 0.02, 0)
-    bank.grad = g.to(bank.dtype)
-    optimizer.step()
-    lost = optimizer.state[bank].get("lost")
-    after[kind] = bank.detach() if lost is None else join(bank.detach(), lost)
+for dtype in ("float32", "bf16_mantissa"):
+    config = replace(RECORD_MUON, param_dtype=dtype)
+    p, state = start.clone(), muon_state(start, config)
+    if dtype != "float32":
+        p, state["mantissa"] = split_bf16(p)
+    muon_step(p, g, state, 0.02, config.down_lr_mul, 0.95, config.weight_decay, config)
+    after[dtype] = join_bf16(p, state["mantissa"]) if "mantissa" in state else p
 followed = g.lerp(0.05 * g, 0.95)  # the momentum's first, and Nesterov
 u = polar_express(followed, dtype=torch.float16, gram=True)
-u = even_rows(u, torch.zeros(1, 1, 128), TODAY.beta2, None)
+u = normuon_normalize(u, torch.zeros(1, 1, 128), RECORD_MUON.beta2, None)
 by_hand = start - 0.02 * 4 * (u + 1.2 * 0.02 * start * (u * start >= 0))
 assert torch.allclose(after["float32"], by_hand, atol=1e-6)
-assert torch.equal(after["split"], after["float32"]), "the split weights lose nothing"
+assert torch.equal(after["bf16_mantissa"], after["float32"]), "the mantissa loses nothing"
 
 # %% [markdown]
 # ## The measurement
@@ -709,18 +705,18 @@ assert torch.equal(after["split"], after["float32"]), "the split weights lose no
 # %% tags=["hide-input"]
 #| default_exp measure.muon
 #| export
-import dataclasses
 from typing import Any
 
-from speedrun.config import Config, preset, vary
+from speedrun.config import Config, fields_of, vary
 from speedrun.lab.provenance import stamp
 from speedrun.lab.results import load_result
+from speedrun.presets import preset
 from speedrun.measure.runs import (
     SHORT,
-    bench,
+    gpu_base,
     corpus_of,
     step_times,
-    today,
+    with_record_muon,
     train_arms,
     train_many,
     train_on_gpus,
@@ -738,20 +734,26 @@ NAMES = (
 CORPUS = ("rates", "parts")  # on a GPU, with a data folder
 RATES = tuple(0.004 * 2**n for n in range(5))
 OTHERS = (0.002, 0.004, 0.008)
-PARTS: dict[str, dict[str, Any]] = {
-    "record 4's quintic": {"muon.polynomials": "quintic"},
-    "three polynomials": {"matrix.iterations": 3},
-    "no NorMuon": {"muon.beta2": 0.0},
-    "momentum held": {"muon.low_momentum": 0.0},
-    "no decay": {"muon.decay": "none"},
-    "decay of all": {"muon.decay": "squared"},
-    "plain decay": {"muon.decay": "plain"},
-    "no wide factor": {"muon.wide_factor": 1.0},
-    "no factors": {"muon.wide_factor": 1.0, "matrix.shape_factor": False},
+PLAIN_DECAY = {
+    "optim.muon.weight_decay": 0.1,
+    "optim.muon.decay_with_lr": False,
+    "optim.muon.cautious": False,
 }
+PARTS: dict[str, dict[str, Any]] = {
+    "record 4's quintic": {"optim.muon.orthogonalizer": "quintic"},
+    "three polynomials": {"optim.muon.ns_steps": 3},
+    "no NorMuon": {"optim.muon.beta2": 0.0},
+    "momentum held": {"schedule.momentum_min": 0.0},
+    "no decay": {"optim.muon.weight_decay": 0.0},
+    "decay of all": {"optim.muon.cautious": False},
+    "plain decay": PLAIN_DECAY,
+    "no wide factor": {"optim.muon.down_lr_mul": 1.0},
+    "no factors": {"optim.muon.down_lr_mul": 1.0, "optim.muon.scale_by_shape": False},
+}
+RECORD_4 = fields_of(MuonConfig(weight_decay=0.1), "optim.muon.") | {"schedule.momentum_min": 0.0}
 WEIGHTS = {
-    "float32 weights": {"muon.weights": "float32"},
-    "bfloat16 weights": {"muon.weights": "bfloat16"},
+    "float32 weights": {"optim.muon.param_dtype": "float32"},
+    "bfloat16 weights": {"optim.muon.param_dtype": "bfloat16"},
 }
 
 
@@ -760,7 +762,10 @@ WEIGHTS = {
 def rates(base: Config) -> dict[str, Config]:
     """Today's Muon at every rate of the matrices and of the rest."""
     points = [(rate, other) for rate in RATES for other in OTHERS]
-    return {f"{r:g} {o:g}": vary(today(base), {"matrix.lr": r, "optim.lr": o}) for r, o in points}
+    return {
+        f"{r:g} {o:g}": vary(with_record_muon(base), {"optim.matrix_lr": r, "optim.adam.lr": o})
+        for r, o in points
+    }
 
 
 def tuned(name: str, base: Config) -> Config:
@@ -775,13 +780,18 @@ def arms_of(name: str, base: Config) -> dict[str, Config]:
     if name == "laptop_weights":
         half = vary(whole, {"precision": "bfloat16"})
         return {
-            kind: vary(half, {"muon.weights": kind}) for kind in ("split", "bfloat16", "float32")
+            name: vary(half, {"optim.muon.param_dtype": dtype})
+            for name, dtype in {
+                "split": "bf16_mantissa",
+                "bfloat16": "bfloat16",
+                "float32": "float32",
+            }.items()
         }
     if name == "laptop_pace":
-        plain = dataclasses.replace(whole, muon=MuonOptions())
-        return {"AdamW": vary(plain, {"matrix.rule": "adamw"}), "record 4": plain, "today": whole}
+        adamw = vary(whole, RECORD_4 | {"optim.matrices": "adam"})
+        return {"AdamW": adamw, "record 4": vary(whole, RECORD_4), "today": whole}
     if name == "laptop_record_4":
-        return {"record 4": dataclasses.replace(whole, muon=MuonOptions())}
+        return {"record 4": vary(whole, RECORD_4)}
     parts = PARTS if name.startswith("laptop") else PARTS | WEIGHTS
     return {"today": whole} | {part: vary(whole, change) for part, change in parts.items()}
 
@@ -795,7 +805,7 @@ def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
     12's Muon at today's rates, nine times; the rest: all three times.
     """
     laptop = name.startswith("laptop")
-    base = vary(preset("cpu"), SHORT) if laptop else bench(arguments[0])
+    base = vary(preset("cpu"), SHORT) if laptop else gpu_base(arguments[0])
     base = vary(base, {"steps": 2000}) if "long" in name else base
     seeds = {"laptop": 9, "laptop_record_4": 9, "parts": 9}.get(name, 1)
     seeds = 3 if name in ("laptop_long", "laptop_weights") else seeds
@@ -805,7 +815,7 @@ def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
     if name.endswith("rates"):
         points = rates(base)
         if "long" in name:  # around the best of the short runs
-            points = {at: run for at, run in points.items() if run.matrix.lr in RATES[1:3]}
+            points = {at: run for at, run in points.items() if run.optim.matrix_lr in RATES[1:3]}
         return {"arms": train_arms(points, 1, many)}, facts
     arms = arms_of(name, base)
     if name == "laptop_pace":
@@ -952,7 +962,7 @@ print(f"the kept bits: p = {p_bits:.3f} for three pairs")
 # %% [markdown]
 # ### On a GPU, by the clock
 #
-# All of it together, then, where you would train: `small`, 51 million parameters, 100 million tokens, on one H100, against AdamW for everything. There everything of `TODAY` is on, float16 and the Gram form included.
+# All of it together, then, where you would train: `small`, 51 million parameters, 100 million tokens, on one H100, against AdamW for everything. There everything of `RECORD_MUON` is on, float16 and the Gram form included.
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Validation loss of the small preset under AdamW and under today's Muon, against steps and against seconds of training on one H100"}}
 ends, curves = {}, {}
@@ -997,7 +1007,7 @@ assert 0.035 < seconds["Muon"] / seconds["AdamW"] - 1 < 0.045
 gap = ends["AdamW"].mean - ends["Muon"].mean
 assert 0.17 < gap < 0.19 and ends["AdamW"].n == ends["Muon"].n == 3
 assert 0.29 < saved["step"] < 0.33 and 0.26 < saved["train_time_ms"] < 0.30
-cooldown = result["data"]["runs"][0]["config"]["schedule"]["cooldown"]
+cooldown = result["data"]["runs"][0]["config"]["schedule"]["cooldown_frac"]
 assert abs(saved["step"] / cooldown - 0.5) < 0.05, "of the rate is left there"
 p_gpu = p_difference(ends["AdamW"], ends["Muon"])
 grid_of_12 = load_result("newton_schulz", "corpus_adamw")["data"]["arms"]
@@ -1104,7 +1114,7 @@ def at_rest(rate: float, decay: float, careful: bool) -> float:
     w = torch.zeros(4000)
     for _ in range(3000):
         u = torch.randint(0, 2, w.shape, generator=draw) * 2.0 - 1.0
-        w = w - rate * (cautious(w, u, decay / rate) if careful else u + decay / rate * w)
+        w = w - rate * (cautious_decay(w, u, decay / rate) if careful else u + decay / rate * w)
     return w.square().mean().sqrt().item()
 
 

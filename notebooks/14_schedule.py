@@ -408,7 +408,7 @@ assert abs(lengths[89][1] / lengths[89][0] / 524_288 - 0.5) < 0.01, "half the ba
 #
 # ### The trainer's rate
 #
-# First what this book's trainer uses: a warm-up, and one of the two shapes. The peak, the warm-up and the last rate are AdamW's ([chapter 03](03_baseline.py)), and whatever has these three attributes will do.
+# First what this book's trainer uses: a warm-up, one of the two shapes down, and momentum that may start and end lower.
 
 # %%
 #| default_exp optim.schedule
@@ -417,35 +417,36 @@ import math
 from bisect import bisect_right
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Literal, NamedTuple, Protocol
+from typing import Annotated, Literal, NamedTuple
 
-from speedrun.lab.bounds import Share
+from annotated_types import Interval
+
+from speedrun.lab.bounds import Beta, NonNegativeInt, Share
 
 
 @dataclass(frozen=True)
-class ScheduleOptions:
-    """How the learning rate comes down."""
+class ScheduleConfig:
+    """What changes from step to step. The defaults are llm.c's."""
 
+    warmup_steps: NonNegativeInt = 700
+    """Steps in which the learning rate climbs to its peak."""
     shape: Literal["cosine", "trapezoid"] = "cosine"
-    """cosine: from the end of the warm-up on. trapezoid: held, then along a line."""
-    cooldown: Share = 0.6
-    """trapezoid: the share of the steps in which the rate falls."""
-
-
-class Peak(Protocol):
-    """What `learning_rate` asks of an optimizer's options."""
-
-    @property
-    def lr(self) -> float: ...
-    @property
-    def warmup_steps(self) -> int: ...
-    @property
-    def final_lr(self) -> float: ...
+    """The learning rate after the warm-up. cosine: falls at once. trapezoid: held, then along a line."""
+    cooldown_frac: Share = 0.6
+    """trapezoid: the share of the steps in which the learning rate falls."""
+    final_lr_frac: Annotated[float, Interval(ge=0, le=1)] = 0.0
+    """Learning rate at the end, as a share of the peak."""
+    momentum_min: Annotated[Beta, "0: momentum stays as it is"] = 0.0
+    """Muon's momentum in the first step and after the last, on a line to optim.muon.momentum and back; 0: no lines."""
+    momentum_ramp: tuple[NonNegativeInt, NonNegativeInt] = (300, 50)
+    """Steps in which momentum rises at the beginning, and falls at the end."""
+    untie_at: Share = 2 / 3
+    """Share of the steps after which embed and head train apart, if model.head.tied is split."""
 
 
 # %%
 #| export
-def cooled(peak: float, floor: float, step: int, begin: int, end: int) -> float:
+def linear_cooldown(peak: float, floor: float, step: int, begin: int, end: int) -> float:
     """`peak` until step `begin`, then a line that is at `floor` in step `end` and stays there."""
     if step <= begin or step >= end:
         return floor if step >= end else peak
@@ -453,33 +454,75 @@ def cooled(peak: float, floor: float, step: int, begin: int, end: int) -> float:
     return (1 - t) * peak + t * floor
 
 
-def learning_rate(step: int, steps: int, optim: Peak, schedule: ScheduleOptions) -> float:
-    """The rate of a step (0 … steps − 1): a line up, then the schedule's shape down to final_lr · lr."""
-    warmup = optim.warmup_steps
+def learning_rate(step: int, steps: int, peak: float, schedule: ScheduleConfig) -> float:
+    """The rate of a step (0 … steps − 1): a line up, then the schedule's shape down to final_lr_frac · peak."""
+    warmup, final = schedule.warmup_steps, schedule.final_lr_frac
     if step < warmup:
-        return optim.lr * (step + 1) / warmup
+        return peak * (step + 1) / warmup
     if schedule.shape == "trapezoid":
-        begin = max(warmup, steps - round(schedule.cooldown * steps))
-        return optim.lr * cooled(1.0, optim.final_lr, step, begin, steps)
+        begin = max(warmup, steps - round(schedule.cooldown_frac * steps))
+        return peak * linear_cooldown(1.0, final, step, begin, steps)
     progress = (step - warmup) / max(1, steps - warmup)
     cosine = 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
-    return optim.lr * (optim.final_lr + (1 - optim.final_lr) * cosine)
+    return peak * (final + (1 - final) * cosine)
 
 
 # %%
-from speedrun.optim.adamw import AdamWOptions
+from dataclasses import replace
 
-plan, cosine = AdamWOptions(lr=1.0, warmup_steps=100, final_lr=0.1), ScheduleOptions()
-trapezoid = ScheduleOptions(shape="trapezoid", cooldown=0.6)
-rates = [learning_rate(step, 1000, plan, trapezoid) for step in range(1000)]
+cosine = ScheduleConfig(warmup_steps=100, final_lr_frac=0.1)
+trapezoid = replace(cosine, shape="trapezoid")
+rates = [learning_rate(step, 1000, 1.0, trapezoid) for step in range(1000)]
 assert rates[0] == 0.01 and rates[99:401] == [1.0] * 302 and rates[401] < 1
 assert all(a > b for a, b in zip(rates[400:], rates[401:])) and 0.1 < rates[-1] < 0.102
 assert math.isclose(rates[700], 0.55), "half-way down after half of the fall"
-twice = [learning_rate(step, 2000, plan, trapezoid) for step in range(801)]
+twice = [learning_rate(step, 2000, 1.0, trapezoid) for step in range(801)]
 assert twice[:400] == rates[:400] and twice[100:] == [1.0] * 701
-knows = [learning_rate(step, 1000, plan, cosine) for step in range(1000)]
-assert all(a != learning_rate(n, 2000, plan, cosine) for n, a in enumerate(knows) if n > 100)
+knows = [learning_rate(step, 1000, 1.0, cosine) for step in range(1000)]
+assert all(a != learning_rate(n, 2000, 1.0, cosine) for n, a in enumerate(knows) if n > 100)
 print("for 400 steps the trapezoid does not know whether it has 1,000 or 2,000; the cosine knows")
+
+
+# %%
+#| export
+def ramp(step: int, steps: int, ends: tuple[float, float], ramps: tuple[int, int]) -> float:
+    """A line from ends[0] up to ends[1] over the first ramps[0] steps, and a line back over the last ramps[1]."""
+    (low, high), (rising, falling) = ends, ramps
+    up = step / rising if rising else 1.0
+    down = (steps - step) / falling if falling else 1.0
+    return low + (high - low) * min(1.0, up, down)
+
+
+class StepSettings(NamedTuple):
+    """What changes from step to step, for the optimizer."""
+
+    step: int
+    lr: float
+    """Learning rate of all but the blocks' matrices."""
+    matrix_lr: float
+    momentum: float
+    untie: bool = False
+    """Whether tied parameters train apart from this step on."""
+
+
+def step_settings(
+    step: int, steps: int, schedule: ScheduleConfig, peaks: tuple[float, float], momentum: float
+) -> StepSettings:
+    """The settings of a step (0 … steps − 1). peaks: learning rates of all, and of the matrices. momentum: its highest value."""
+    lr = learning_rate(step, steps, peaks[0], schedule)
+    ends = (schedule.momentum_min or momentum, momentum)
+    now = ramp(step, steps, ends, schedule.momentum_ramp)
+    return StepSettings(
+        step, lr, lr * (peaks[1] / peaks[0]), now, step >= schedule.untie_at * steps
+    )
+
+
+# %%
+slow_start = replace(trapezoid, momentum_min=0.85, momentum_ramp=(100, 10))
+every = [step_settings(step, 1000, slow_start, (0.01, 0.02), 0.95) for step in range(1000)]
+assert [now.lr for now in every] == [learning_rate(n, 1000, 0.01, trapezoid) for n in range(1000)]
+assert every[0].momentum == 0.85 and every[100].momentum == every[990].momentum == 0.95
+assert all(now.matrix_lr == 2 * now.lr for now in every) and every[667].untie > every[666].untie
 
 # %% [markdown]
 # ### Training as a list of stages
@@ -637,7 +680,9 @@ for words, nonsense in {
 def rate_at(schedule: Schedule, step: int) -> float:
     """The learning rate of a step, as a multiple of the base rate."""
     stage, _ = stage_at(schedule, step)
-    return cooled(stage.rate, schedule.floor, step, fall_begins(schedule), schedule.scheduled)
+    return linear_cooldown(
+        stage.rate, schedule.floor, step, fall_begins(schedule), schedule.scheduled
+    )
 
 
 # %%
@@ -664,19 +709,11 @@ print(f"jumps by {tooth[0]:.2f} and {tooth[1]:.2f}; the root of the batch: 1.41 
 
 # %%
 #| export
-def between(step: int, steps: int, ends: tuple[float, float], ramps: tuple[int, int]) -> float:
-    """A line from ends[0] up to ends[1] over the first ramps[0] steps, and a line back over the last ramps[1]."""
-    (low, high), (rising, falling) = ends, ramps
-    up = step / rising if rising else 1.0
-    down = (steps - step) / falling if falling else 1.0
-    return low + (high - low) * min(1.0, up, down)
-
-
 def momentum_at(schedule: Schedule, step: int) -> float:
     """Momentum of a step: a line up in the first steps, a line down in the last."""
     stage_at(schedule, step)  # refuses a step that there is not
     steps = schedule.scheduled + schedule.extension
-    return between(step, steps, schedule.momentum, schedule.momentum_steps)
+    return ramp(step, steps, schedule.momentum, schedule.momentum_steps)
 
 
 # %%
@@ -875,21 +912,29 @@ plt.show()
 #| export
 from typing import Any
 
-from speedrun.config import Config, preset, vary
+from speedrun.config import Config, vary
+from speedrun.presets import preset
 from speedrun.lab.provenance import stamp
 from speedrun.measure.runs import corpus_of, train_many
 
 NAMES = ("shapes",)
 SEEDS = (0, 1, 2)
 SHARES = (0.2, 0.4, 0.6, 0.8, 1.0)
-MUON: dict[str, Any] = {"matrix.rule": "muon", "matrix.lr": 0.016, "optim.lr": 0.008, "steps": 1000}
+MUON: dict[str, Any] = {
+    "optim.matrices": "muon",
+    "optim.matrix_lr": 0.016,
+    "optim.adam.lr": 0.008,
+    "steps": 1000,
+}
 
 
 def arms() -> dict[str, Config]:
     """The cosine, and the trapezoid by the share of steps in which it falls."""
     base = vary(preset("cpu"), MUON)
     falls = {"schedule.shape": "trapezoid"}
-    shapes = {f"{share:g}": vary(base, falls | {"schedule.cooldown": share}) for share in SHARES}
+    shapes = {
+        f"{share:g}": vary(base, falls | {"schedule.cooldown_frac": share}) for share in SHARES
+    }
     return {"cosine": base} | shapes
 
 
@@ -906,14 +951,14 @@ def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
 planned = arms()
 assert [*planned] == ["cosine", "0.2", "0.4", "0.6", "0.8", "1"]
 area = {
-    arm: sum(learning_rate(n, run.steps, run.optim, run.schedule) for n in range(run.steps))
+    arm: sum(learning_rate(n, run.steps, run.optim.adam.lr, run.schedule) for n in range(run.steps))
     for arm, run in planned.items()
 }
-mean_rate = {arm: area[arm] / run.steps / run.optim.lr for arm, run in planned.items()}
+mean_rate = {arm: area[arm] / run.steps / run.optim.adam.lr for arm, run in planned.items()}
 trapezoids = [arm for arm in planned if arm != "cosine"]
 assert sorted(trapezoids, key=mean_rate.get) == ["1", "0.8", "0.6", "0.4", "0.2"]
 assert abs(mean_rate["cosine"] - 0.5) < 0.002 and abs(mean_rate["1"] - 0.5) < 0.002
-assert {run.optim.final_lr for run in planned.values()} == {0.0}
+assert {run.schedule.final_lr_frac for run in planned.values()} == {0.0}
 print({arm: f"mean rate {share:.2f} of the peak" for arm, share in mean_rate.items()})
 
 # %%

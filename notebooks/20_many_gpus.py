@@ -75,14 +75,16 @@ print(
 #
 # Gradients are *summed*, not averaged as elsewhere. Both rules divide the scale away; who wants means divides the loss.
 #
-# ### A share for every rank
+# ### Sharded parameters
 #
 # A bank of 22 matrices cannot be dealt out evenly to four ranks, and collectives want equal pieces. So storage is padded: with four ranks there is room for 24, of which two are zeros and stay so. (Newton–Schulz maps zero to zero.) Parameter and gradient become *views* of that storage. The model does not notice, autograd adds gradients right where they are sent from, and gathering writes right where the model reads.
 
 # %%
-#| default_exp optim.distributed
+#| default_exp optim.comm
 #| export
 import math
+from collections.abc import Mapping
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -95,200 +97,229 @@ reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sca
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
-def ranks() -> tuple[int, int]:
-    """This process's rank, and how many there are."""
+def dist_info() -> tuple[int, int]:
+    """This process's rank, and the world size: how many ranks there are."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 class Sharded:
     """A parameter whose units, matrices of a bank or rows of a table, are dealt out evenly to the ranks.
 
-    whole: all units, padded with zeros to a multiple of the ranks; the parameter becomes a view of it. own: this rank's
-    slice of it. grads: this rank's gradient of all units, which autograd adds to. grad: all ranks' gradient of its own units.
+    full: all units, padded with zeros to a multiple of the world size; the parameter becomes a view of it. shard: this rank's
+    slice of it. full_grad: this rank's gradient of all units, to which autograd adds. grad: the shard's, summed over ranks.
     """
 
-    def __init__(self, parameter: Tensor, unit: tuple[int, ...]):
-        self.rank, self.world = ranks()
-        self.units = parameter.numel() // math.prod(unit)
+    def __init__(self, name: str, parameter: Tensor, unit: tuple[int, ...]):
+        self.rank, self.world = dist_info()
+        self.name, self.units = name, parameter.numel() // math.prod(unit)
         per = -(-self.units // self.world)
-        self.whole = parameter.data.new_zeros(per * self.world, *unit)
-        self.whole[: self.units] = parameter.data.view(self.units, *unit)
-        self.grads = torch.zeros_like(self.whole)
-        parameter.data = self.whole[: self.units].view(parameter.shape)
-        parameter.grad = self.grads[: self.units].view(parameter.shape)
-        self.own = self.mine(self.whole)
-        self.grad = torch.empty_like(self.own) if self.world > 1 else self.grads
+        self.full = parameter.data.new_zeros(per * self.world, *unit)
+        self.full[: self.units] = parameter.data.view(self.units, *unit)
+        self.full_grad = torch.zeros_like(self.full)
+        parameter.data = self.full[: self.units].view(parameter.shape)
+        parameter.grad = self.full_grad[: self.units].view(parameter.shape)
+        self.shard = self.my_slice(self.full)
+        self.grad = torch.empty_like(self.shard) if self.world > 1 else self.full_grad
         self.work: dist.Work | None = None
 
-    def mine(self, whole: Tensor) -> Tensor:
-        """This rank's part of something padded, (units, …)."""
-        per = len(whole) // self.world
-        return whole[self.rank * per : (self.rank + 1) * per]
+    def my_slice(self, full: Tensor) -> Tensor:
+        """This rank's slice of a padded tensor, (units, …)."""
+        per = len(full) // self.world
+        return full[self.rank * per : (self.rank + 1) * per]
 
-    def padded(self, units: Tensor) -> Tensor:
-        """Something of every unit, (units, …), with zeros for the units that are not there."""
-        more = units.new_zeros(len(self.whole) - self.units, *units.shape[1:])
-        return torch.cat([units, more])
+    def views(self, shard: Tensor) -> dict[str, Tensor]:
+        """By parameter: what a tensor like `shard` holds for it. Here: all of it."""
+        return {self.name: shard}
 
-    def collect(self, own: Tensor) -> Tensor:
-        """What every rank has of its own units, as that of all, (units, …)."""
+    def full_grads(self) -> dict[str, Tensor]:
+        """By parameter: this rank's gradient, without padding, (units, …)."""
+        return {self.name: self.full_grad[: self.units]}
+
+    def shard_of(self, full: Tensor) -> Tensor:
+        """This rank's shard of a tensor of all units, (units, …)."""
+        more = full.new_zeros(len(self.full) - self.units, *full.shape[1:])
+        return self.my_slice(torch.cat([full, more]))
+
+    def full_of(self, shard: Tensor) -> Tensor:
+        """All ranks' shards in one tensor of all units, (units, …): a copy. A collective."""
         if self.world == 1:
-            return own[: self.units].clone()
-        whole = own.new_empty(self.world * len(own), *own.shape[1:])
-        # as bytes, since NCCL knows no int16, which the lost bits are
-        all_gather(whole.view(torch.uint8), own.contiguous().view(torch.uint8))
-        return whole[: self.units]
+            return shard[: self.units].clone()
+        full = shard.new_empty(self.world * len(shard), *shard.shape[1:])
+        # as bytes, since NCCL knows no int16, which the mantissas are
+        all_gather(full.view(torch.uint8), shard.contiguous().view(torch.uint8))
+        return full[: self.units]
 
-    def scatter(self) -> None:
-        """Begin to sum the gradient over ranks; each gets its own units'."""
+    def reduce(self) -> None:
+        """Begin to sum the gradient over ranks; each gets its shard's."""
         if self.world > 1:
-            self.work = reduce_scatter(self.grad, self.grads, async_op=True)
+            self.work = reduce_scatter(self.grad, self.full_grad, async_op=True)
 
     def gather(self) -> None:
-        """Begin to collect all units from those who updated them."""
+        """Begin to collect all shards from the ranks that updated them."""
         if self.world > 1:
-            self.work = all_gather(self.whole, self.own, async_op=True)
+            self.work = all_gather(self.full, self.shard, async_op=True)
 
     def wait(self) -> None:
-        """Until what was begun is there; on a GPU the stream waits, and Python does not."""
+        """Wait for the collective that was begun; on a GPU the stream waits, and Python does not."""
         if self.work is not None:
             self.work.wait()
             self.work = None
 
     def clear(self) -> None:
-        """Forget the gradient."""
-        self.grads.zero_()
+        """Set the gradient to zero."""
+        self.full_grad.zero_()
 
 
 # %%
 import copy
 
 p = torch.nn.Parameter(torch.arange(10.0).view(5, 2))
-alone = Sharded(p, (2,))
+alone = Sharded("p", p, (2,))
 (p * 3).sum().backward()
-assert torch.equal(alone.grads, torch.full((5, 2), 3.0)) and alone.own.data_ptr() == p.data_ptr()
+assert torch.equal(alone.full_grad, torch.full((5, 2), 3.0))
+assert alone.shard.data_ptr() == p.data_ptr()
 
 third = copy.copy(alone)  # as the last of three ranks would have it
-third.rank, third.world, third.whole = 2, 3, torch.zeros(6, 2)
-assert torch.equal(third.mine(third.padded(p.detach())), torch.tensor([[8.0, 9.0], [0.0, 0.0]]))
+third.rank, third.world, third.full = 2, 3, torch.zeros(6, 2)
+assert torch.equal(third.shard_of(p.detach()), torch.tensor([[8.0, 9.0], [0.0, 0.0]]))
 print("five rows for three ranks: two each, and the last one's second row is padding")
 
 
 # %%
 #| export
 class Replicated:
-    """Small parameters of one dtype that every rank updates: one vector, whose gradient is summed in one go.
+    """Small parameters of one dtype that every rank updates: one vector, whose gradient is all-reduced in one go.
 
     parameters: name → tensor; data and gradient become views. slices: where each stands in the vector. Each begins at
     a multiple of 16 bytes, because matrix products and compiled code want that.
     """
 
-    def __init__(self, parameters: dict[str, Tensor]):
-        self.world, self.slices, end = ranks()[1], dict[str, slice](), 0
+    def __init__(self, parameters: Mapping[str, Tensor]):
+        self.world, self.slices, end = dist_info()[1], dict[str, slice](), 0
         first = next(iter(parameters.values())).data
         for name, p in parameters.items():
             self.slices[name] = slice(end, end + p.numel())
             end = -(-self.slices[name].stop // 8) * 8
-        self.own = first.new_zeros(end)
-        self.grad = self.grads = torch.zeros_like(self.own)
+        self.full = self.shard = first.new_zeros(end)
+        self.full_grad = self.grad = torch.zeros_like(self.shard)
         for name, p in parameters.items():
             here = self.slices[name]
-            self.own[here] = p.data.flatten()
-            p.data, p.grad = self.own[here].view(p.shape), self.grad[here].view(p.shape)
+            self.shard[here] = p.data.flatten()
+            p.data, p.grad = self.shard[here].view(p.shape), self.grad[here].view(p.shape)
         self.work: dist.Work | None = None
 
-    def scatter(self) -> None:
+    def views(self, shard: Tensor) -> dict[str, Tensor]:
+        """By parameter: its part of a vector like `shard`, flat."""
+        return {name: shard[here] for name, here in self.slices.items()}
+
+    def full_grads(self) -> dict[str, Tensor]:
+        return self.views(self.full_grad)
+
+    def shard_of(self, full: Tensor) -> Tensor:
+        return full
+
+    def full_of(self, shard: Tensor) -> Tensor:
+        return shard.clone()
+
+    def reduce(self) -> None:
         if self.world > 1:
             self.work = dist.all_reduce(self.grad, async_op=True)
 
     def gather(self) -> None:
-        """Nothing: every rank has done the same."""
+        """Nothing to collect: every rank has computed the same."""
 
     wait, clear = Sharded.wait, Sharded.clear
 
 
+# %%
+pair = {"a": torch.nn.Parameter(torch.ones(3)), "b": torch.nn.Parameter(torch.ones(2, 2))}
+small = Replicated(pair)
+pair["b"].grad += 1.0
+assert small.slices["b"] == slice(8, 12), "b begins at a multiple of 16 bytes"
+assert small.grad.tolist() == [0.0] * 8 + [1.0] * 4 + [0.0] * 4, "one vector is summed"
+
 # %% [markdown]
-# ### Rows that were touched
+# ### Sparse gradients of embedding tables
 #
-# A batch of 16,384 tokens looks up at most as many rows of a table that has 377,280. Autograd still writes a dense gradient, of which nearly all is zero. `announce` tells which rows are not. A row that is forgotten is not updated now, and its old gradient is added the next time it is named; so announce too many rather than too few. How many rows everyone sends must be known to *Python*, since it has to allocate the room; so counts travel between CPUs, where asking costs no waiting for a GPU. The batch knows its rows long before the gradient exists, and `exchange` may be called then; if nobody has, `scatter` does it. It is a collective, and Python waits in it for the slowest rank's Python: call it while the GPU is busy with the backward pass, on all ranks at the same place.
+# A batch of 16,384 tokens looks up at most as many rows of a table that has 377,280. Autograd still writes a dense gradient, of which nearly all is zero. `announce` tells which rows are not. A row that is forgotten is not updated now, and its old gradient is added the next time it is named; so announce too many rather than too few. How many rows everyone sends must be known to *Python*, since it has to allocate the room; so counts travel between CPUs, where asking costs no waiting for a GPU. The batch knows its rows long before the gradient exists, and `exchange` may be called then; if nobody has, `reduce` does it. It is a collective, and Python waits in it for the slowest rank's Python: call it while the GPU is busy with the backward pass, on all ranks at the same place.
 
 
 # %%
 #| export
-class Sparse(Sharded):
-    """A sharded table of which a batch touches few rows: only those rows' gradients travel.
+class ShardedSparse(Sharded):
+    """A sharded table of which a batch looks up few rows: only those rows' gradients travel.
 
     `announce` says which. `exchange` tells the owners, and may be called before the gradient is there.
     """
 
-    told: dist.Work | None = None
+    index_work: dist.Work | None = None
     values: Tensor | None = None
     announced = False
 
-    def __init__(self, parameter: Tensor):
-        super().__init__(parameter, tuple(parameter.shape[1:]))
-        self.touched = torch.zeros(len(self.whole), dtype=torch.bool)
+    def __init__(self, name: str, parameter: Tensor, unit: tuple[int, ...]):
+        super().__init__(name, parameter, unit)
+        self.touched = torch.zeros(len(self.full), dtype=torch.bool)
         gpu = parameter.device.type == "cuda" and self.world > 1
         self.cpu_group = dist.new_group(backend="gloo") if gpu else None
 
     def announce(self, ids: Tensor) -> None:
         """ids: rows that this rank's batch has looked up, on the CPU; any shape, any number of times."""
-        assert self.told is None, "announce before exchange"
+        assert self.index_work is None, "announce before exchange"
         self.touched[ids.flatten()] = self.announced = True
 
-    def insist(self, announced: bool) -> None:
-        """Refuse a gradient of unknown rows."""
+    def require_announced(self, announced: bool) -> None:
+        """Raise RuntimeError for a gradient of unknown rows."""
         if not announced:
             raise RuntimeError("a sparse table's gradient is due, and announce() was not called")
 
     def exchange(self) -> None:
-        """Tell every owner how many rows, and which, it will get from this rank; begun, like a sum. All ranks call it, or none."""
+        """Begin to tell every owner how many rows, and which, this rank will send. All ranks call it, or none."""
         if self.world == 1:  # nobody to tell, and nothing to count
-            return self.insist(self.announced)
-        device, ids = self.whole.device, self.touched.nonzero()[:, 0]
-        counts = torch.bincount(ids // len(self.own), minlength=self.world)
+            return self.require_announced(self.announced)
+        device, ids = self.full.device, self.touched.nonzero()[:, 0]
+        counts = torch.bincount(ids // len(self.shard), minlength=self.world)
         theirs = torch.zeros_like(counts)
         told = counts if self.announced else torch.full_like(counts, -1)
         dist.all_to_all_single(theirs, told, group=self.cpu_group)
-        self.insist(self.announced and bool(theirs.min() >= 0))  # all ranks stop, and none waits
+        self.require_announced(self.announced and bool(theirs.min() >= 0))  # all ranks stop
         self.values = None
         self.sent, self.received = counts.tolist(), theirs.tolist()
         ids = ids.pin_memory() if device.type == "cuda" else ids  # else Python waits for the copy
         self.ids = ids.to(device, non_blocking=True)
         self.rows = torch.empty(sum(self.received), dtype=torch.int64, device=device)
-        self.told = dist.all_to_all_single(
+        self.index_work = dist.all_to_all_single(
             self.rows, self.ids, self.received, self.sent, async_op=True
         )
 
-    def scatter(self) -> None:
-        if self.told is None:
+    def reduce(self) -> None:
+        if self.index_work is None:
             self.exchange()
         if self.world == 1:
             return
-        values = self.grads[self.ids]
+        values = self.full_grad[self.ids]
         self.values = values.new_empty(len(self.rows), *values.shape[1:])
         self.work = dist.all_to_all_single(
             self.values, values, self.received, self.sent, async_op=True
         )
 
     def wait(self) -> None:
-        """As ever; a gradient that has just arrived is added up, rank after rank, so that sums have one order."""
+        """As in Sharded; rows that have just arrived are added up, rank after rank, so that sums have one order."""
         super().wait()
-        if self.values is None or self.told is None:
+        if self.values is None or self.index_work is None:
             return
-        self.told.wait()
-        self.told = None
+        self.index_work.wait()
+        self.index_work = None
         self.grad.zero_()
-        local = self.rows - self.rank * len(self.own)
+        local = self.rows - self.rank * len(self.shard)
         for rows, values in zip(local.split(self.received), self.values.split(self.received)):
             self.grad[rows] += values  # a rank names a row once
 
     def clear(self) -> None:
-        """Forget the gradient: of one rank all, else of the rows that were touched."""
+        """Set the gradient to zero: on one rank all of it, else the rows that were touched."""
         if self.world == 1:
-            self.grads.zero_()
+            self.full_grad.zero_()
         else:
-            self.grads.index_fill_(0, self.ids, 0.0)
+            self.full_grad.index_fill_(0, self.ids, 0.0)
         self.touched.zero_()
         self.announced = False
 
@@ -304,13 +335,13 @@ class Sparse(Sharded):
 def bytes_sent(
     comm: str, numel: int, size: int, world: int, rows: float = 0.0, width: int = 1
 ) -> tuple[float, float]:
-    """Bytes that one rank sends for one update of a parameter: summing the gradient, and collecting the values.
+    """Bytes that one rank sends for one update of a parameter: reducing the gradient, and gathering the values.
 
     numel, size: elements, and bytes of one. rows, width: for a sparse table, the rows that a rank touches, and their length.
     """
     others = (world - 1) / world
     whole = others * numel * size
-    if comm == "sparse":
+    if comm == "sharded_sparse":
         return others * rows * (width * size + 8), whole  # 8 for the row's number
     return (2 * whole, 0.0) if comm == "replicated" else (whole, whole)
 
@@ -321,7 +352,7 @@ HEAD, VALUES, BIGRAM = 38_633_472, 193_167_360, 289_751_040
 even = sum(bytes_sent("sharded", STORED, 2, 8)) / 1e6
 as_before = sum(bytes_sent("replicated", MUON_WEIGHTS, 2, 8)) / 1e6
 dense = sum(bytes_sent("sharded", HEAD + VALUES, 2, 8)) / 1e6  # the embedding is still tied
-sums, gathers = bytes_sent("sparse", BIGRAM, 2, 8, rows=2 * 16_384, width=768)
+sums, gathers = bytes_sent("sharded_sparse", BIGRAM, 2, 8, rows=2 * 16_384, width=768)
 odd = even + dense + (sums + gathers) / 1e6
 assert sum(bytes_sent("sharded", 1000, 2, 8)) == sum(bytes_sent("replicated", 1000, 2, 8))
 assert 1.1 < even / as_before < 1.11 and gathers > 10 * sums and 0.11 < odd / 450 / 31 < 0.13
@@ -333,9 +364,9 @@ print(f"a step with tables, early on: {odd:.0f} MB, {odd / 450:.1f} ms")
 # %% [markdown]
 # A sharded update sends what an all-reduce sends, as promised. But padding travels, too: a tenth of what a step without tables sends is zeros. A step with tables (in the first third, where steps are shortest and head and embedding are one) sends 1.65 GB, more than half of it to collect tables: Adam moves rows that nobody has touched this time, so *gathering* a sparse table is dense. That would be an eighth of an average step, at the 450 GB/s of the data sheet. It is worth hiding, and that tables are updated in every second step only helps as well.
 #
-# ### Adam, on whatever share
+# ### The Adam step
 #
-# Adam cares for no shape, so one function serves a rank's rows of a table and the vector of small parameters alike. Rates may be numbers or vectors. It computes in float32 from whatever it is given and rounds once, at the end. Decay is the cautious one of [chapter 13](13_muon.py), except that a weight whose step is zero does not decay.
+# Adam works entry by entry, so one function serves a rank's rows of a table and the vector of small parameters alike. Rates may be numbers or vectors. It computes in float32 from whatever it is given and rounds once, at the end. Weight decay comes in two kinds. AdamW's takes $\eta\lambda w$ from every weight. The record's is the cautious one of [chapter 13](13_muon.py): $\eta^2\lambda w$, and only from weights that the step makes smaller anyway. (A weight whose step is zero does not decay.) For the first, PyTorch has a fused kernel, and we use it. The second is this:
 
 # %%
 #| default_exp optim.adam
@@ -345,21 +376,27 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from speedrun.lab.bounds import NonNegativeFloat, PositiveInt
+from speedrun.lab.bounds import Beta, NonNegativeFloat, PositiveFloat, PositiveInt
 
 Number = float | Tensor
 
 
 @dataclass(frozen=True)
-class SharingOptions:
-    """Whether ranks share the update, each doing its part, and what Adam is if they do."""
+class AdamConfig:
+    """Adam, for everything but the blocks' matrices, and for those unless optim.matrices says otherwise. The defaults are llm.c's AdamW."""
 
-    on: bool = False
-    """Chapter 20's optimizer, which does not clip. Off: PyTorch's AdamW, with chapter 12's or 13's rule beside it, on every rank."""
-    adam_every: PositiveInt = 2
-    """Steps from one update by Adam to the next."""
-    adam_decay: NonNegativeFloat = 0.005
-    """Decay of weights that a step makes smaller anyway, as a multiple of the rate's square."""
+    lr: PositiveFloat = 6e-4
+    """Peak learning rate."""
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
+    """Decay of the running mean of gradients and of their squares."""
+    eps: PositiveFloat = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: NonNegativeFloat = 0.1
+    """Decoupled decay of matrices and tables, as a multiple of the learning rate; if cautious, of its square."""
+    cautious: bool = False
+    """Decay a weight only where the step makes it smaller anyway."""
+    every: PositiveInt = 1
+    """Steps from one update to the next; gradients add up meanwhile."""
 
 
 # %%
@@ -367,29 +404,29 @@ class SharingOptions:
 def adam_step(
     p: Tensor,
     g: Tensor,
-    mean: Tensor,
-    square: Tensor,
-    rate: Number,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    lr: Number,
     betas: tuple[Number, Number],
-    fixes: tuple[Number, Number],
+    bias_corrections: tuple[Number, Number],
     eps: float,
     decay: Number,
     skip: Tensor | None = None,
 ) -> None:
-    """One step of Adam in place, computed in float32 whatever p and g are; decay where step and weight agree.
+    """One step of Adam with cautious decay, in place, in float32 whatever p and g are.
 
-    fixes: 1 − betaᵗ after t steps. decay: what such a weight loses, as a share, beside the step. skip: where not zero, nothing happens.
+    bias_corrections: 1 − betaᵗ after t steps. decay: the share that a decaying weight loses. skip: if not zero, nothing happens.
     """
     g = g.float()
     squared = g.square()
     if skip is not None:
-        g, squared = torch.where(skip > 0, mean, g), torch.where(skip > 0, square, squared)
-        rate, decay = rate * (1 - skip), decay * (1 - skip)
-    mean.add_((g - mean) * (1 - betas[0]))
-    square.add_((squared - square) * (1 - betas[1]))
-    step = rate * (mean / fixes[0]) / ((square / fixes[1]).sqrt() + eps)
-    whole = p.float()
-    p.copy_(whole - step - decay * whole * (step * whole > 0))
+        g, squared = torch.where(skip > 0, exp_avg, g), torch.where(skip > 0, exp_avg_sq, squared)
+        lr, decay = lr * (1 - skip), decay * (1 - skip)
+    exp_avg.add_((g - exp_avg) * (1 - betas[0]))
+    exp_avg_sq.add_((squared - exp_avg_sq) * (1 - betas[1]))
+    step = lr * (exp_avg / bias_corrections[0]) / ((exp_avg_sq / bias_corrections[1]).sqrt() + eps)
+    weight = p.float()
+    p.copy_(weight - step - decay * weight * (step * weight > 0))
 
 
 # %%
@@ -397,92 +434,91 @@ start = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
 start = start.to(tier.device)
 theirs, ours = torch.nn.Parameter(start.clone()), start.clone()
 reference = torch.optim.Adam([theirs], lr=0.01, betas=(0.75, 0.95), eps=1e-10)
-mean, square = torch.zeros_like(start), torch.zeros_like(start)
-for step in range(1, 6):
-    theirs.grad = torch.randn(6, 4, generator=torch.Generator().manual_seed(step)).to(tier.device)
+exp_avg, exp_avg_sq = torch.zeros_like(start), torch.zeros_like(start)
+for t in range(1, 6):
+    theirs.grad = torch.randn(6, 4, generator=torch.Generator().manual_seed(t)).to(tier.device)
     reference.step()
-    fixes = (1 - 0.75**step, 1 - 0.95**step)
-    adam_step(ours, theirs.grad, mean, square, 0.01, (0.75, 0.95), fixes, 1e-10, decay=0.0)
+    corrections = (1 - 0.75**t, 1 - 0.95**t)
+    moments = exp_avg, exp_avg_sq
+    adam_step(ours, theirs.grad, *moments, 0.01, (0.75, 0.95), corrections, 1e-10, decay=0.0)
 assert torch.allclose(theirs, ours, atol=1e-6)
 print("five steps of torch.optim.Adam and of ours agree")
 
 # %% [markdown]
 # ### The table
 #
-# What makes a table worth having is that it can be *checked*, before a single number is touched. A parameter that nobody updates would train nothing and raise no error; the model would be a little worse, and nobody would ever know.
+# What makes a table worth having is that it can be *checked*, before a single number is touched. A parameter that nobody updates would train nothing and raise no error; the model would be a little worse, and nobody would ever know. The table is the model's own, one `ParamSpec` a parameter ([chapter 21](21_model.py)): shape and initial values are in it, and which rule updates the parameter (`optim`), how the ranks share that (`comm`), and multiples of the rate and of the decay (`lr_mul`, `wd_mul`). The record's trainer has such a table, too.
+
+# %%
+from dataclasses import fields
+
+from speedrun.params import ParamSpec
+
+print(", ".join(column.name for column in fields(ParamSpec)))
 
 # %%
 #| default_exp optim.optimizer
 #| export
+import importlib
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import takewhile
 from types import FunctionType
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.utils import get_total_norm
+from torch.optim.adamw import adamw
 
-from speedrun.optim.muon import MuonOptions, even_rows, orthogonal, split, take_step
-from speedrun.optim.newton_schulz import fold
+from speedrun.lab.bounds import NonNegativeFloat
+from speedrun.optim.muon import MuonConfig, matrix_lr_mul, muon_state, muon_step, split_bf16
+from speedrun.optim.schedule import StepSettings
+from speedrun.params import ParamSpec
 
 
 # %%
 #| export
 @dataclass(frozen=True)
-class Entry:
-    """How one parameter is updated: a row of the optimizer's table."""
+class OptimConfig:
+    """The optimizer of all parameters. The defaults are llm.c's for GPT-2."""
 
-    name: str
-    rule: Literal["muon", "adam"]
-    comm: Literal["replicated", "sharded", "sparse"]
-    """replicated: every rank updates all of it. sharded: its own units. sparse: so, and only touched rows' gradients travel."""
-    rate: float | tuple[float, ...] = 1.0
-    """Multiple of the rule's rate; muon's factors for shapes are in here. muon: several, for the matrices in turn."""
-    decay: float = 1.0
-    """Multiple of the rule's decay."""
-    betas: tuple[float, float] = (0.9, 0.95)
-    """adam: what the running means keep of themselves."""
-    matrices: int = 1
-    """muon: matrices on top of each other in each slice of the bank."""
-    tied: str = ""
-    """The parameter that this one is the transpose of, until `untie`: its gradient is added there, its values come from there."""
+    adam: AdamConfig = field(default_factory=AdamConfig)
+    """Adam."""
+    muon: MuonConfig = field(default_factory=MuonConfig)
+    """Muon, if it updates the matrices."""
+    matrices: Literal["adam", "muon", "soap"] = "adam"
+    """What updates the blocks' matrices. muon: orthogonalised momentum. soap: Adam in the eigenbases of the gradient's covariances."""
+    matrix_lr: Annotated[NonNegativeFloat, "0: optim.adam.lr"] = 0.0
+    """Peak learning rate of the blocks' matrices; 0: optim.adam.lr."""
+    grad_clip: Annotated[NonNegativeFloat, "0 switches clipping off"] = 1.0
+    """Largest norm of the gradient of all parameters together; 0 switches clipping off."""
 
 
-@dataclass(frozen=True)
-class OptimizerOptions:
-    """Both rules' constants; the defaults are record 89's."""
+def assign_optimizers(specs: Iterable[ParamSpec], config: OptimConfig) -> tuple[ParamSpec, ...]:
+    """The model's table with the optimizer's columns filled in; the matrices come first, since they take longest."""
+    adam, found = "adam" if config.adam.cautious else "adamw", []
+    ratio = (config.matrix_lr or config.adam.lr) / config.adam.lr
+    for spec in specs:
+        optim: Any = config.matrices if spec.matrices and config.matrices != "adam" else adam
+        lr_mul: Any = matrix_lr_mul(spec, config.muon) if optim == "muon" else spec.lr_mul
+        lr_mul = ratio * lr_mul if spec.matrices and optim == adam else lr_mul
+        found.append(replace(spec, optim=optim, lr_mul=lr_mul))
+    return tuple(sorted(found, key=lambda spec: spec.optim not in MATRIX_RULES))
 
-    muon: MuonOptions = field(default_factory=MuonOptions)
-    """What muon is."""
-    iterations: int = 5
-    """muon: polynomials."""
-    nesterov: bool = True
-    """muon: mix the newest gradient in once more."""
-    eps: float = 1e-10
-    """adam: added to the root of the second moment."""
-    adam_decay: float = 0.005
-    """adam: decay of weights that the step makes smaller anyway, as a multiple of the rate's square."""
-    adam_every: int = 2
-    """Steps from one update by adam to the next; gradients add up meanwhile."""
-    guard: bool = True
-    """Leave out a step whose gradient is not finite."""
-    compile: bool = True
-    """On a GPU: fuse each update's elementwise work, and replay it as a CUDA graph."""
+
+MATRIX_RULES = ("muon", "soap")  # of whole matrices; all others work entry by entry
 
 
 # %%
 #| export
-TOGETHER = "replicated"  # the name under which all replicated parameters stand in an order
-
-
-def same_names(what: str, given: Iterable[str], wanted: Iterable[str], where: str) -> None:
-    """Refuse names that are missing, that are too many, or that stand there twice."""
+def check_names(what: str, given: Iterable[str], wanted: Iterable[str], where: str) -> None:
+    """Raise ValueError about names that are missing, that are too many, or that stand there twice."""
     counts, needed = Counter(list(given)), set(wanted)
     wrong = {
         "twice": sorted(name for name, count in counts.items() if count > 1),
@@ -494,493 +530,349 @@ def same_names(what: str, given: Iterable[str], wanted: Iterable[str], where: st
         raise ValueError(f"{what}: {'; '.join(said)}")
 
 
-def check_table(table: Sequence[Entry], parameters: Mapping[str, Tensor]) -> None:
-    """Refuse, with a ValueError that says which, rows that do not fit the parameters."""
-    same_names("the optimizer's table", (row.name for row in table), parameters, "the model")
-    rows = {row.name: row for row in table}
-    for row in table:
-        p, whole = parameters[row.name], rows.get(row.tied)
-        if row.rule == "muon" and (row.comm != "sharded" or p.ndim != 3):
-            raise ValueError(f"{row.name}: muon updates banks of three dimensions, sharded")
-        if row.rule == "adam" and not isinstance(row.rate, float):
-            raise ValueError(f"{row.name}: adam has one rate, a float, not {row.rate!r}")
-        if row.rule == "muon" and p.shape[1] % row.matrices:
-            raise ValueError(f"{row.name}: {p.shape[1]} rows are not {row.matrices} matrices")
-        if row.comm == "sparse" and p.ndim != 2:
-            raise ValueError(f"{row.name}: a sparse table has two dimensions, not {p.ndim}")
-        if row.tied and (whole is None or parameters[row.tied].shape != p.shape[::-1]):
-            raise ValueError(f"{row.name}: {row.tied} is no parameter of the transposed shape")
-        if row.tied and {row.comm, rows[row.tied].comm} != {"sharded"}:
-            raise ValueError(f"{row.name} and {row.tied}: what is tied has to be sharded")
-        if row.tied and "muon" in (row.rule, rows[row.tied].rule):
-            raise ValueError(f"{row.name} and {row.tied}: what is tied has to be adam's")
+def check_specs(specs: Sequence[ParamSpec], params: Mapping[str, Tensor]) -> None:
+    """Raise ValueError, which says where, if rows do not fit the parameters."""
+    check_names("the parameter table", (spec.name for spec in specs), params, "the model")
+    rows = {spec.name: spec for spec in specs}
+    for spec in specs:
+        p, other = params[spec.name], rows.get(spec.tied_to)
+        matrix = spec.optim in MATRIX_RULES
+        if matrix and (spec.comm != "sharded" or p.ndim != 3):
+            raise ValueError(f"{spec.name}: {spec.optim} updates sharded banks of three dimensions")
+        if matrix and p.shape[1] % max(1, spec.matrices):
+            raise ValueError(f"{spec.name}: {p.shape[1]} rows are not {spec.matrices} matrices")
+        if spec.optim != "muon" and not isinstance(spec.lr_mul, float):
+            raise ValueError(f"{spec.name}: {spec.optim} has one lr_mul, not {spec.lr_mul!r}")
+        if spec.comm == "sharded_sparse" and p.ndim != 2:
+            raise ValueError(f"{spec.name}: a sparse table has two dimensions, not {p.ndim}")
+        if spec.tied_to and (other is None or params[spec.tied_to].shape != p.shape[::-1]):
+            raise ValueError(f"{spec.name}: {spec.tied_to} has not the transposed shape")
+        if other and {spec.comm, other.comm} != {"sharded"}:
+            raise ValueError(f"{spec.name} and {spec.tied_to}: tied parameters have to be sharded")
+        if other and (spec.optim != other.optim or matrix):
+            raise ValueError(f"{spec.name} and {spec.tied_to}: both have to be adam's, or adamw's")
 
 
 # %%
-pair = {
+few = {
     "bank": torch.nn.Parameter(torch.ones(2, 4, 3)),
     "table": torch.nn.Parameter(torch.ones(5, 3)),
 }
-good = (Entry("bank", "muon", "sharded", matrices=2), Entry("table", "adam", "sparse"))
-check_table(good, pair)
-for wrong in (good[:1], (*good, good[0]), (good[0], Entry("tabel", "adam", "sparse"))):
+good = (
+    ParamSpec("bank", (2, 4, 3), optim="muon", comm="sharded", matrices=2),
+    ParamSpec("table", (5, 3), optim="adam", comm="sharded_sparse", wd_mul=1.0),
+)
+check_specs(good, few)
+for wrong in (good[:1], (*good, good[0]), (good[0], replace(good[1], name="tabel"))):
     try:
-        check_table(wrong, pair)
+        check_specs(wrong, few)
         raise AssertionError("accepted")
     except ValueError as error:
         print(error)
 
 # %% [markdown]
-# ### Numbers that change, work that does not
+# ### CUDA graphs: scalars in device memory
 #
-# Sharing divides the work, but not its launching: every rank launches every kernel itself, and for small matrices that takes longer than computing. From one step to the next nothing changes but a handful of numbers: rates, momentum, Adam's corrections. Keep those in a vector on the device, and the whole update of a parameter is a fixed list of kernels that can be recorded once, as a *CUDA graph*, and replayed with one launch. A graph remembers addresses and not names: it reads and writes the same memory each time. So parameters, gradients, state and these numbers never move; everything here is changed in place. The first call compiles, the second shows that the code is ready, the third is recorded. (On a CPU, as in this chapter, the work is just called.)
+# Sharing divides the work, but not its launching: every rank launches every kernel itself, and for small matrices that takes longer than computing. From one step to the next nothing changes but a handful of scalars: learning rates and momentum. Keep those in a vector on the device, and the whole update of a parameter is a fixed list of kernels that can be recorded once, as a *CUDA graph*, and replayed with one launch. A graph remembers addresses and not names: it reads and writes the same memory each time. So parameters, gradients, state and these scalars never move; everything here is changed in place. The first call compiles, the second shows that the code is ready, the third is recorded. (On a CPU, as in this chapter, nothing is recorded, and a scalar is a Python float.)
 
 
 # %%
 #| export
-class Numbers:
-    """What changes from step to step, as one vector on the device: one copy a step, and nothing is compiled anew."""
+class StepScalars:
+    """The step's learning rates and momentum: floats on a CPU, views of one vector on a GPU, which graphs read."""
 
-    def __init__(self, names: Sequence[str], device: torch.device, betas: Sequence[float] = ()):
-        self.names, self.device = [*names, *(f"fix {beta}" for beta in betas)], device
-        self.vector = torch.zeros(len(self.names), device=device)
-        self.told, self.fixes = self.vector[: len(names)], self.vector[len(names) :]
-        self.betas = torch.tensor(betas, dtype=torch.float64, device=device)
+    NAMES = ("lr", "matrix_lr", "momentum")
 
-    def __getitem__(self, name: str) -> Tensor:
-        return self.vector[self.names.index(name)]
+    def __init__(self, device: torch.device):
+        self.vector = torch.zeros(len(self.NAMES), device=device)
+        self.host = dict.fromkeys(self.NAMES, 0.0)
 
-    def fill(self, values: Mapping[str, float]) -> None:
-        """Set all but the fixes; Python does not wait for the device."""
-        fresh = torch.tensor([values[name] for name in self.names[: len(self.told)]])
-        fresh = fresh.pin_memory() if self.device.type == "cuda" else fresh
-        self.told.copy_(fresh, non_blocking=True)
+    def __getitem__(self, name: str) -> Any:
+        gpu = self.vector.is_cuda
+        return self.vector[self.NAMES.index(name)] if gpu else self.host[name]
 
-    def fix(self, updates: Tensor) -> None:
-        """Set each fix, 1 − betaᵗ after t updates; as after one if there was none. updates: t, float64, on the device."""
-        self.fixes.copy_(1 - self.betas ** updates.clamp(min=1))
+    def set(self, settings: StepSettings) -> None:
+        """Take a step's values; Python does not wait for the device."""
+        self.host = {name: getattr(settings, name) for name in self.NAMES}
+        if self.vector.is_cuda:
+            values = torch.tensor(list(self.host.values()))
+            self.vector.copy_(values.pin_memory(), non_blocking=True)
 
 
-class Replay:
-    """Work without arguments, called; or, with a stream, recorded in it at its third call and replayed from then on.
+def bias_correction(beta: float | Tensor, updates: Tensor) -> Tensor:
+    """1 − betaᵗ after t = updates (float64), as float32; before the first update as after it."""
+    return (1 - beta ** updates.clamp(min=1)).float()
+
+
+class GraphedCall:
+    """A function without arguments, called; or, with a stream, recorded in it at its third call and replayed from then on.
 
     Graphs that run at once need streams of their own: recorded in one, they share its scratch memory for products.
     """
 
     graph: Any = None
 
-    def __init__(self, work: Callable[[], None], stream: Any = None):
-        self.work, self.calls, self.stream = work, 0, stream
+    def __init__(self, function: Callable[[], None], stream: Any = None):
+        self.function, self.calls, self.stream = function, 0, stream
 
     def __call__(self) -> None:
         self.calls += 1
         if self.stream is None or self.calls < 3:
-            return self.work()
+            return self.function()
         if self.graph is None:
             self.graph = torch.cuda.CUDAGraph()
             # thread_local: else what NCCL's own thread asks the GPU meanwhile would break the recording
             with torch.cuda.graph(
                 self.graph, stream=self.stream, capture_error_mode="thread_local"
             ):
-                self.work()
+                self.function()
         self.graph.replay()
 
 
-def compiled(work: Callable, options: OptimizerOptions, device: torch.device) -> Callable:
-    """Work as it is, or fused for a GPU: a copy of it, since compiled code is kept by function, and shapes are many."""
-    if not options.compile or device.type != "cuda":
-        return work
-    own = FunctionType(work.__code__.replace(), work.__globals__, work.__name__, work.__defaults__)
+def compile_update(function: Callable, on: bool) -> Callable:
+    """The function, fused for a GPU if `on`: a copy of it, since compiled code is kept by function, and shapes are many."""
+    if not on:
+        return function
+    code, known = function.__code__.replace(), function.__globals__
+    own = FunctionType(code, known, function.__name__, function.__defaults__)
     return torch.compile(own, dynamic=False, fullgraph=True)
 
 
 # %%
-numbers = Numbers(["rate", "momentum"], torch.device("cpu"))
-rate = numbers["rate"]  # a view: read when the work is done
-numbers.fill({"rate": 0.25, "momentum": 0.9})
-assert rate.item() == 0.25
-done = []
-work = Replay(lambda: done.append(numbers["momentum"].item()))
-for momentum in (0.85, 0.9, 0.95):
-    numbers.fill({"rate": 0.25, "momentum": momentum})
-    work()
-assert torch.allclose(torch.tensor(done), torch.tensor([0.85, 0.9, 0.95]))
+scalars, seen = StepScalars(torch.device("cpu")), []
+call = GraphedCall(lambda: seen.append(scalars["momentum"]))
+for step, momentum in enumerate((0.85, 0.9, 0.95)):
+    scalars.set(StepSettings(step, lr=0.25, matrix_lr=0.02, momentum=momentum))
+    call()
+assert seen == [0.85, 0.9, 0.95] and scalars["lr"] == 0.25
 
-numbers, updates = Numbers([], torch.device("cpu"), [0.5, 0.95]), torch.zeros(()).double()
+updates = torch.zeros(()).double()
 for t in range(1, 1000):
     updates += 1
-    numbers.fix(updates)
-    assert torch.equal(numbers.vector, torch.tensor([1 - 0.5**t, 1 - 0.95**t])), "to the bit"
+    wanted = torch.tensor([1 - 0.5**t, 1 - 0.95**t])
+    got = torch.stack([bias_correction(0.5, updates), bias_correction(0.95, updates)])
+    assert torch.equal(got, wanted), "Python's, to the bit"
 
 # %% [markdown]
-# ### A part for every row
+# ### Communication × rule
 #
-# Now the pieces meet. A part is a share of a parameter with its state and its rule.
+# An update has two sides that know nothing of each other: how the ranks share it (replicated, sharded, sharded with sparse gradients), and the rule (Muon, Adam, AdamW, SOAP). So a parameter's state is a pair: a *comm* from above, and a *rule* with its moments, which updates whatever shard the comm has. Four rules and three comms are seven classes, and not twelve.
 
 
 # %%
 #| export
-class MuonPart(Sharded):
-    """A bank under Muon: this rank's matrices with their momentum, second moments and lost bits."""
+class AdamRule:
+    """Adam with cautious decay, on a shard of one parameter, or on the vector of many: then every constant is a vector, too."""
 
-    def __init__(self, row: Entry, parameter: Tensor, options: OptimizerOptions):
-        rounded = lost = None
-        if options.muon.weights != "float32" and parameter.dtype == torch.float32:
-            rounded, lost = split(parameter.data)
-            parameter.data = rounded
-        rows, cols = parameter.shape[1] // row.matrices, parameter.shape[2]
-        super().__init__(parameter, (rows, cols))
-        self.row, self.options, self.every = row, options, 1
-        self.state = {"momentum": torch.zeros_like(self.own, dtype=torch.float32)}
-        if options.muon.beta2:
-            one = self.own[:, :, :1] if rows >= cols else self.own[:, :1, :]
-            self.state["second"] = torch.zeros_like(one, dtype=torch.float32)
-        if options.muon.weights == "split":
-            none = torch.zeros_like(self.whole[: self.units], dtype=torch.int16)
-            lost = none if lost is None else lost.view(none.shape)
-            self.state["lost"] = self.mine(self.padded(lost)).clone()
-        turns = row.rate if isinstance(row.rate, tuple) else (row.rate,)
-        of_units = torch.tensor([turns[n % len(turns)] for n in range(len(self.whole))])
-        self.rates = self.mine(of_units[:, None, None].to(parameter.device))
-        self.share = compiled(muon_share, options, parameter.device)
+    graphable = True
 
-    def update(self, numbers: Numbers, skip: Tensor | None) -> None:
-        """One step of this rank's matrices."""
-        rates = [numbers[name] for name in ("muon", "momentum", "muon_decay")]
-        row, options = self.row, self.options
-        self.share(self.own, self.grad, self.state, self.rates, rates, skip, row.decay, options)
+    def __init__(self, specs: Sequence[ParamSpec], comm: Any, config: OptimConfig, fuse: bool):
+        self.comm, self.eps = comm, config.adam.eps
+        self.state = {
+            key: torch.zeros_like(comm.shard, dtype=torch.float32)
+            for key in ("exp_avg", "exp_avg_sq")
+        }
 
+        def column(values: list[float], dtype=torch.float32) -> Number:
+            if isinstance(comm, Sharded):
+                return values[0]
+            found = torch.zeros(len(comm.shard), dtype=dtype)
+            for part, value in zip(comm.views(found).values(), values):
+                part.fill_(value)
+            return found.to(comm.shard.device)
 
-# %%
-#| export
-def muon_share(
-    own: Tensor,
-    grad: Tensor,
-    state: dict[str, Tensor],
-    factors: Tensor,
-    rates: Sequence[Tensor],
-    skip: Tensor | None,
-    decay: float,
-    options: OptimizerOptions,
-) -> None:
-    """One step of matrices under Muon, in place. factors: of each matrix's rate. rates: muon, momentum, muon_decay."""
-    muon, (base, kept, plain) = options.muon, rates
-    ahead = fold(grad.float(), state["momentum"], kept, options.nesterov, skip)
-    update = orthogonal(ahead, options.iterations, muon)
-    if muon.beta2:
-        update = even_rows(update, state["second"], muon.beta2, skip)
-    rate = base * factors if skip is None else base * (1 - skip) * factors
-    squared = muon.decay_factor * decay * base
-    take_step(own, state.get("lost"), update, rate, muon.decay, decay * plain, squared)
+        self.lr_mul = column([spec.lr_mul for spec in specs])  # type: ignore[misc]
+        self.weight_decay = column([config.adam.weight_decay * spec.wd_mul for spec in specs])
+        betas = [[(spec.betas or config.adam.betas)[n] for spec in specs] for n in (0, 1)]
+        self.betas = (column(betas[0]), column(betas[1]))
+        self.betas64 = [column(values, torch.float64) for values in betas]
+        self.step = compile_update(adam_step, fuse)
+
+    def update(self, scalars: StepScalars, skip: Tensor, updates: Tensor) -> None:
+        """One step of the shard."""
+        lr = scalars["lr"] * self.lr_mul
+        decay = lr * lr * self.weight_decay
+        corrections = tuple(bias_correction(beta, updates) for beta in self.betas64)
+        own, numbers = (self.comm.shard, self.comm.grad), (self.eps, decay, skip)
+        self.step(*own, *self.state.values(), lr, self.betas, corrections, *numbers)
 
 
 # %%
 #| export
-def adam_rates(row: Entry, numbers: Numbers, options: OptimizerOptions) -> tuple[Tensor, Tensor]:
-    """A row's rate, and the share that a weight which decays loses in a step."""
-    assert isinstance(row.rate, float)  # check_table has refused several
-    rate = numbers["adam"] * row.rate
-    return rate, rate * rate * (options.adam_decay * row.decay)
+class AdamWRule:
+    """PyTorch's fused AdamW: decay of lr · weight_decay, of every weight."""
 
+    graphable = False  # the rate is an argument on the host
 
-def adam_state(own: Tensor) -> dict[str, Tensor]:
-    """Adam's two means, in float32."""
-    return {key: torch.zeros_like(own, dtype=torch.float32) for key in ("mean", "square")}
+    def __init__(self, specs: Sequence[ParamSpec], comm: Any, config: OptimConfig, fuse: bool):
+        self.state = {key: torch.zeros_like(comm.shard) for key in ("exp_avg", "exp_avg_sq")}
+        tensors = [comm.shard, comm.grad, *self.state.values()]
+        views = [list(comm.views(tensor).values()) for tensor in tensors]
+        self.config, groups = config.adam, dict[tuple, list[tuple[Tensor, ...]]]()
+        for spec, *own in zip(specs, *views):
+            numbers = spec.lr_mul, spec.wd_mul, spec.betas or config.adam.betas
+            groups.setdefault(numbers, []).append(tuple(own))
+        self.groups = {key: [list(some) for some in zip(*rows)] for key, rows in groups.items()}
 
-
-def adam_share(part: Any, numbers: Numbers, skip: Tensor | None) -> None:
-    """One step of this rank's rows under Adam."""
-    row, options = part.row, part.options
-    rate, decay = adam_rates(row, numbers, options)
-    fixes = (numbers[f"fix {row.betas[0]}"], numbers[f"fix {row.betas[1]}"])
-    mean, square = part.state["mean"], part.state["square"]
-    part.share(part.own, part.grad, mean, square, rate, row.betas, fixes, options.eps, decay, skip)
-
-
-class AdamPart(Sharded):
-    """A table under Adam: this rank's rows and their means."""
-
-    def __init__(self, row: Entry, parameter: Tensor, options: OptimizerOptions):
-        super().__init__(parameter, tuple(parameter.shape[1:]))
-        self.row, self.options, self.every = row, options, options.adam_every
-        self.state = adam_state(self.own)
-        self.share = compiled(adam_step, options, parameter.device)
-
-    update = adam_share
-
-
-class SparsePart(Sparse):
-    """A table under Adam of which a step touches few rows."""
-
-    def __init__(self, row: Entry, parameter: Tensor, options: OptimizerOptions):
-        super().__init__(parameter)
-        self.row, self.options, self.every = row, options, options.adam_every
-        self.state = adam_state(self.own)
-        self.share = compiled(adam_step, options, parameter.device)
-
-    update = adam_share
+    def update(self, scalars: StepScalars, skip: Tensor, updates: Tensor) -> None:
+        """One step of the shard."""
+        for (lr_mul, wd_mul, (beta1, beta2)), tensors in self.groups.items():
+            p, g, exp_avg, exp_avg_sq = tensors
+            done = list((updates - 1).float().repeat(len(p)).unbind())  # adamw counts on
+            rates: dict[str, Any] = {"lr": scalars.host["lr"] * lr_mul, "eps": self.config.eps}
+            rates |= {"weight_decay": self.config.weight_decay * wd_mul, "beta1": beta1}
+            rates |= {"beta2": beta2, "maximize": False, "amsgrad": False}
+            adamw(p, g, exp_avg, exp_avg_sq, [], done, fused=True, found_inf=skip, **rates)
 
 
 # %%
 #| export
-class SmallPart(Replicated):
-    """All replicated parameters of one dtype under Adam: one vector, with a vector of every constant."""
+class MuonRule:
+    """Muon, on the whole matrices that this rank has."""
 
-    def __init__(
-        self, rows: Sequence[Entry], tensors: dict[str, Tensor], options: OptimizerOptions
-    ):
-        super().__init__(tensors)
-        self.rows, self.options, self.every = rows, options, options.adam_every
-        self.state = adam_state(self.own)
+    def __init__(self, specs: Sequence[ParamSpec], comm: Any, config: OptimConfig, fuse: bool):
+        (spec,), muon = specs, config.muon
+        self.comm, self.config, self.graphable = comm, muon, bool(muon.ns_steps)
+        self.state = muon_state(comm.shard, muon)
+        self.weight_decay, self.lr_mul = muon.weight_decay * spec.wd_mul, spec.lr_mul
+        if isinstance(spec.lr_mul, tuple):  # for the matrices in turn
+            turns = [spec.lr_mul[n % len(spec.lr_mul)] for n in range(len(comm.full))]
+            column = torch.tensor(turns, device=comm.shard.device)[:, None, None]
+            self.lr_mul = comm.my_slice(column)  # type: ignore[assignment]
+        self.step = compile_update(muon_step, fuse and self.graphable)
 
-        def spread(values: Iterable[float]) -> Tensor:
-            found = torch.zeros(len(self.own))
-            for row, value in zip(rows, values):
-                found[self.slices[row.name]] = value
-            return found.to(self.own.device)
-
-        self.rate = spread(row.rate for row in rows if isinstance(row.rate, float))
-        self.decay = spread(row.decay * options.adam_decay for row in rows)
-        self.betas = tuple(spread(row.betas[n] for row in rows) for n in (0, 1))
-        self.share = compiled(adam_step, options, self.own.device)
-        self.which = [sorted({row.betas[n] for row in rows}) for n in (0, 1)]
-        self.index = [
-            spread(float(self.which[n].index(row.betas[n])) for row in rows).long() for n in (0, 1)
-        ]
-
-    def update(self, numbers: Numbers, skip: Tensor | None) -> None:
-        """One step of all of them."""
-        rate = numbers["adam"]
-        fixes = [
-            torch.stack([numbers[f"fix {beta}"] for beta in which])[index]
-            for which, index in zip(self.which, self.index)
-        ]
-        rates = rate * self.rate
-        decay = rates * rates * self.decay
-        mean, square = self.state["mean"], self.state["square"]
-        betas, eps = self.betas, self.options.eps
-        self.share(self.own, self.grad, mean, square, rates, betas, tuple(fixes), eps, decay, skip)
+    def update(self, scalars: StepScalars, skip: Tensor, updates: Tensor) -> None:
+        """One step of the shard."""
+        numbers = scalars["matrix_lr"], self.lr_mul, scalars["momentum"], self.weight_decay
+        self.step(self.comm.shard, self.comm.grad, self.state, *numbers, self.config, skip)
 
 
 # %%
-options = OptimizerOptions(muon=MuonOptions(weights="split", beta2=0.9), adam_every=1)
+#| export
+REPLICATED = "replicated"  # the name under which all replicated parameters stand in an order
+
+
+@dataclass
+class ParamState:
+    """How one parameter, or the vector of small ones, is shared by the ranks, and updated."""
+
+    specs: Sequence[ParamSpec]
+    comm: Any
+    rule: Any
+    every: int = 1
+    """Steps from one update to the next."""
+
+
+def build_state(
+    specs: Sequence[ParamSpec], params: Mapping[str, Tensor], config: OptimConfig, fuse: bool
+) -> ParamState:
+    """A parameter's comm and rule. Muon's parameters become bfloat16 here if the config says so."""
+    spec, p, mantissa = specs[0], params[specs[0].name], None
+    matrix = spec.optim in MATRIX_RULES
+    if spec.optim == "muon" and config.muon.param_dtype != "float32" and p.dtype == torch.float32:
+        p.data, mantissa = split_bf16(p.data)
+    unit = (p.shape[1] // spec.matrices, p.shape[2]) if matrix else tuple(p.shape[1:])
+    if spec.comm == REPLICATED:
+        comm: Any = Replicated({row.name: params[row.name] for row in specs})
+    else:
+        kind = ShardedSparse if spec.comm == "sharded_sparse" else Sharded
+        comm = kind(spec.name, p, unit)
+    rules: dict[str, Any] = {"adam": AdamRule, "adamw": AdamWRule, "muon": MuonRule}
+    if spec.optim == "soap":
+        rules["soap"] = importlib.import_module("speedrun.optim.soap").SoapRule
+    rule = rules[spec.optim](specs, comm, config, fuse)
+    if mantissa is not None and "mantissa" in rule.state:
+        rule.state["mantissa"].copy_(comm.shard_of(mantissa.view(comm.units, *unit)))
+    return ParamState(specs, comm, rule, 1 if matrix else config.adam.every)
+
+
+def build_states(
+    specs: Sequence[ParamSpec], params: Mapping[str, Tensor], config: OptimConfig, fuse: bool
+) -> dict[str, ParamState]:
+    """A state for each row, by its name, and one for the replicated rows of each rule and dtype."""
+    groups: dict[str, list[ParamSpec]] = {}
+    for spec in specs:
+        small = f"{REPLICATED} {spec.optim} {params[spec.name].dtype}"
+        groups.setdefault(small if spec.comm == REPLICATED else spec.name, []).append(spec)
+    return {name: build_state(rows, params, config, fuse) for name, rows in groups.items()}
+
+
+# %%
+mantissas = OptimConfig(muon=MuonConfig(param_dtype="bf16_mantissa", beta2=0.9))
 bank = torch.nn.Parameter(torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(0)))
-part = MuonPart(Entry("bank", "muon", "sharded", rate=(1.0, 2.0), matrices=1), bank, options)
-assert bank.dtype == torch.bfloat16 and part.state["lost"].dtype == torch.int16
-assert part.state["second"].shape == (2, 6, 1) and part.rates.flatten().tolist() == [1.0, 2.0]
-gates = {"a": torch.nn.Parameter(torch.ones(3)), "b": torch.nn.Parameter(torch.ones(2, 2))}
-rows_of = [Entry("a", "adam", "replicated", rate=5.0), Entry("b", "adam", "replicated")]
-small = SmallPart(rows_of, gates, options)
-assert small.rate[small.slices["a"]].tolist() == [5.0] * 3 and small.slices["b"] == slice(8, 12)
-gates["b"].grad += 1.0
-assert small.grad.tolist() == [0.0] * 8 + [1.0] * 4 + [0.0] * 4, "one vector is summed"
+row = ParamSpec("bank", (2, 6, 4), optim="muon", comm="sharded", matrices=1, lr_mul=(1.0, 2.0))
+rule = build_state([row], {"bank": bank}, mantissas, fuse=False).rule
+assert bank.dtype == torch.bfloat16 and rule.state["mantissa"].dtype == torch.int16
+assert rule.state["second_momentum_buffer"].shape == (2, 6, 1)
+assert rule.lr_mul.flatten().tolist() == [1.0, 2.0]
+small = {"a": torch.nn.Parameter(torch.ones(3)), "b": torch.nn.Parameter(torch.ones(2, 2))}
+rows = [ParamSpec("a", (3,), optim="adam", lr_mul=5.0), ParamSpec("b", (2, 2), optim="adam")]
+vector = build_state(rows, small, mantissas, fuse=False)
+assert vector.rule.lr_mul.tolist()[:9] == [5.0] * 3 + [0.0] * 5 + [1.0]
 
 # %% [markdown]
 # ### One step
 #
-# Scatter, wait, update, gather: the loop below is the whole schedule. Sums of Muon's banks begin first, if they stand first in the order: they read gradients and write elsewhere. Meanwhile each rank looks whether all its gradients are finite, and one small all-reduce tells everybody. If any is not, the step is left out: rates are zero, and moments stay. Nor does Adam count it: a mean of $t$ gradients is divided by $1-\beta^t$, and a gradient that was left out is not in the mean. Whether it was is known on the device alone, so the count is kept there. (What follows the number of the step, rates and momentum, goes on.) Only gradients that are due are looked at: a table's number that breaks in the first step of a pair is found in the second, and costs both. Python does not wait for the answer; `blame` asks later, and names the parameter. The price is one reading of every gradient that is due, before the first table's sum.
+# Reduce, wait, update, gather: the step below is the whole schedule. Sums of Muon's banks begin first, if they stand first in the order: they read gradients and write elsewhere. Meanwhile each rank checks whether all its gradients are finite, and one small all-reduce tells everybody. If any is not, the step is left out: rates are zero, and moments stay. Nor does Adam count it: a mean of $t$ gradients is divided by $1-\beta^t$, and a gradient that was left out is not in the mean. Whether it was is known on the device alone, so the count is kept there. (What follows the number of the step, rates and momentum, goes on.) Only gradients that are due are checked: a table's number that breaks in the first step of a pair is found in the second, and costs both. Python does not wait for the answer; `nonfinite_params` asks later, and names the parameter. The price is one reading of every gradient that is due, before the first table's sum.
 #
-# On a GPU each parameter has a *lane*, a stream of its own, in which it waits for its sum, is updated, begins to be gathered, and is cleared. Python only fills the lanes. Among several ranks all of Muon's parameters share one lane, and all of Adam's another. What runs when is then decided by what has arrived: small kernels of one bank fill the gaps that another leaves, and products run while tables travel. Two rules make that safe. A graph is recorded in the lane in which it will run, because libraries keep scratch memory by stream. And what was allocated in one stream and used in another is not freed before the first has waited for the second.
+# *Clipping* needs the norm of the whole gradient before anything is updated, and so ends the overlap: all sums have to be there. Each rank has the norm of its own shards, and one more all-reduce adds up the squares.
+#
+# On a GPU each parameter has a *stream* of its own, in which it waits for its sum, is updated, begins to be gathered, and is cleared. Python only fills the streams. Among several ranks all matrices share one stream, and everything else another. What runs when is then decided by what has arrived: small kernels of one bank fill the gaps that another leaves, and products run while tables travel. Two rules make that safe. A graph is recorded in the stream in which it will run, because libraries keep scratch memory by stream. And what was allocated in one stream and used in another is not freed before the first has waited for the second.
 
 
 # %%
 #| export
-def build_parts(
-    table: Sequence[Entry], parameters: Mapping[str, Tensor], options: OptimizerOptions
-) -> dict[str, Any]:
-    """Every part by its name in an order: one a row, and one for what is replicated, for each dtype."""
-    parts: dict[str, Any] = {}
-    kinds = {"muon": MuonPart, "sharded": AdamPart, "sparse": SparsePart}
-    for row in table:
-        if row.comm != TOGETHER:
-            kind = kinds[row.rule if row.rule == "muon" else row.comm]
-            parts[row.name] = kind(row, parameters[row.name], options)
-    small = [row for row in table if row.comm == TOGETHER]
-    for dtype in sorted({parameters[row.name].dtype for row in small}, key=str):
-        rows = [row for row in small if parameters[row.name].dtype == dtype]
-        tensors = {row.name: parameters[row.name] for row in rows}
-        parts[f"{TOGETHER} {dtype}".removesuffix(" torch.float32")] = SmallPart(
-            rows, tensors, options
-        )
-    return parts
-
-
-def lane_of(device: torch.device) -> Any:
-    """A stream of a GPU; None elsewhere."""
-    return torch.cuda.Stream(device) if device.type == "cuda" else None
-
-
-def lanes_of(parts: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """A lane for each part; among several ranks one for Muon's and one for Adam's, which is faster there."""
-    together = ranks()[1] > 1
-    kinds = {name: isinstance(part, MuonPart) if together else name for name, part in parts.items()}
-    lanes = {kind: lane_of(device) for kind in dict.fromkeys(kinds.values())}
-    return {name: lanes[kind] for name, kind in kinds.items()}
-
-
-TOLD = ("muon", "adam", "momentum", "muon_decay")  # what a step is told
-
-
 def addresses_of(p: Tensor) -> tuple[int, int]:
     """Where a parameter's value and gradient are stored."""
     return p.data_ptr(), 0 if p.grad is None else p.grad.data_ptr()
 
 
-def betas_in(table: Sequence[Entry]) -> list[float]:
-    """All betas of adam's rows."""
-    return sorted({beta for row in table if row.rule == "adam" for beta in row.betas})
+def new_stream(device: torch.device) -> Any:
+    """A stream of a GPU; None elsewhere."""
+    return torch.cuda.Stream(device) if device.type == "cuda" else None
 
 
-# %%
-#| export
-class BankOptimizer:
-    """Muon and Adam over a model's parameters, shared by all ranks, as a table says.
-
-    Parameters keep their shapes and become views of padded storage; their gradients are never None, and are
-    cleared here. All ranks start from the same values. Saved values are loaded afterwards: this rounds banks to
-    bfloat16, and copies what is tied. scatter_order, work_order: names of rows, and “replicated” for all that are; default: the table's.
-    """
-
-    def __init__(
-        self,
-        parameters: Mapping[str, Tensor],
-        table: Sequence[Entry],
-        options: OptimizerOptions = OptimizerOptions(),
-        scatter_order: Sequence[str] | None = None,
-        work_order: Sequence[str] | None = None,
-    ):
-        check_table(table, parameters)
-        self.table, self.options, self.parameters = table, options, parameters
-        names = [row.name for row in table if row.comm != TOGETHER]
-        names += [TOGETHER] if len(names) < len(table) else []
-        for what, order in (("scatter_order", scatter_order), ("work_order", work_order)):
-            same_names(what, names if order is None else order, names, "the table")
-        with torch.no_grad():
-            self.parts = build_parts(table, parameters, options)
-        self.scatter_order = self.spelled(names if scatter_order is None else scatter_order)
-        self.work_order = self.spelled(names if work_order is None else work_order)
-        self.tied = {row.name: row.tied for row in table if row.tied}
-        self.addresses = {name: addresses_of(p) for name, p in parameters.items()}
-        self.device = next(iter(parameters.values())).device
-        self.numbers = Numbers(TOLD, self.device, betas_in(table))
-        self.bad = {name: torch.zeros((), device=self.device) for name in self.parts}
-        self.skip = torch.zeros((), device=self.device) if options.guard else None
-        self.updates = torch.zeros((), dtype=torch.float64, device=self.device)  # by adam
-        self.pending = False  # whether gradients wait for adam
-        self.records = options.compile and self.device.type == "cuda"
-        if self.records and not options.iterations:
-            raise ValueError(
-                "the exact factor cannot be compiled: iterations=0 wants compile=False"
-            )
-        muon = [name for name, part in self.parts.items() if isinstance(part, MuonPart)]
-        self.lanes = lanes_of(self.parts, self.device)
-        # summed before the guard has looked: nothing is added to their gradients any more
-        self.early = list(takewhile(muon.__contains__, self.scatter_order))
-        self.looking = lane_of(self.device) if self.records else None
-        self.works = {
-            name: Replay(self.work_of(name), lane if self.records else None)
-            for name, lane in self.lanes.items()
-        }
-        self.looks: dict[tuple, tuple[Replay, Tensor]] = {}
-        self.add, self.copy = (
-            compiled(work, options, self.device) for work in (add_transposed, copy_transposed)
-        )
-        with torch.no_grad():
-            copy_tied(self, list(self.parts))
-
-    def tensors(self) -> dict[str, Tensor]:
-        return state_tensors(self)
-
-    def load(self, saved: Mapping[str, Tensor]) -> None:
-        load_state(self, saved)
-
-    def warm_up(self) -> None:
-        warm_up(self)
-
-    def blamed(self) -> list[str]:
-        return blame(self)
-
-    def spelled(self, order: Sequence[str]) -> list[str]:
-        """An order with “replicated” spelled out, dtype by dtype."""
-        small = [name for name in self.parts if name.split()[0] == TOGETHER]
-        return [part for name in order for part in (small if name == TOGETHER else [name])]
-
-    def work_of(self, name: str) -> Callable[[], None]:
-        return lambda: self.parts[name].update(self.numbers, self.skip)
-
-    @torch.no_grad()
-    def step(self, index: int, rates: Mapping[str, float]) -> None:
-        """Update what is due in step `index` (0, 1, …). rates: muon, adam, momentum, and muon_decay for plain decay."""
-        for name, p in self.parameters.items():
-            for what, now, then in zip(
-                ("value", "gradient"), addresses_of(p), self.addresses[name]
-            ):
-                if now != then:
-                    moved = f"the {what} of {name} is not in the optimizer's storage any more"
-                    fix = "leave zero_grad() out, step() clears gradients; and copy values in place"
-                    raise RuntimeError(f"{moved}: {fix}")
-        take_one_step(self, index, rates)
+def new_streams(states: Mapping[str, ParamState], device: torch.device) -> dict[str, Any]:
+    """A stream for each state; among several ranks one for the matrices and one for all else, which is faster there."""
+    shared = dist_info()[1] > 1
+    kinds = {
+        name: state.specs[0].optim in MATRIX_RULES if shared else name
+        for name, state in states.items()
+    }
+    streams = {kind: new_stream(device) for kind in dict.fromkeys(kinds.values())}
+    return {name: streams[kind] for name, kind in kinds.items()}
 
 
-# %%
-#| export
-def due_in(optimizer: BankOptimizer, index: int) -> list[str]:
-    """What is updated in a step: adam's parts in every adam_every-th only, and what is tied never."""
-    names = [name for name in optimizer.work_order if name not in optimizer.tied]
-    return [name for name in names if (index + 1) % optimizer.parts[name].every == 0]
+def expand_order(
+    states: Mapping[str, ParamState], what: str, order: Sequence[str] | None
+) -> list[str]:
+    """An order of rows as one of states: “replicated” spelled out, by rule and dtype. None: the table's."""
+    small = [name for name in states if name.split()[0] == REPLICATED]
+    names = [name for name in states if name not in small] + [REPLICATED] * bool(small)
+    chosen = names if order is None else list(order)
+    check_names(what, chosen, names, "the table")
+    return [state for name in chosen for state in (small if name == REPLICATED else [name])]
 
 
-def tell(optimizer: BankOptimizer, index: int, rates: Mapping[str, float]) -> None:
-    """Set the numbers of a step."""
-    optimizer.pending = (index + 1) % optimizer.options.adam_every != 0
-    same_names("rates", {"muon_decay", *rates}, TOLD, "what a step is told")
-    optimizer.numbers.fill({"muon_decay": 0.0, **rates})
-
-
-def count_update(optimizer: BankOptimizer) -> None:
-    """Count a step of adam, unless it is left out: only the device knows, so the count is kept there."""
-    if not optimizer.pending:
-        optimizer.updates += 1 if optimizer.skip is None else 1 - optimizer.skip
-        optimizer.numbers.fix(optimizer.updates)
-
-
-def take_one_step(optimizer: BankOptimizer, index: int, rates: Mapping[str, float]) -> None:
-    """`BankOptimizer.step`: begin Muon's sums, look, begin the others; then one after the other wait, update, gather, clear."""
-    parts, due = optimizer.parts, due_in(optimizer, index)
-    tell(optimizer, index, rates)
-    sums = [name for name in optimizer.scatter_order if name in due]
-    for name in optimizer.early:
-        parts[name].scatter()
-    watch(optimizer, due)
-    count_update(optimizer)
-    for name in sums[len(optimizer.early) :]:
-        parts[name].scatter()
-    for name in due:
-        with beside(optimizer.lanes[name]):
-            parts[name].wait()
-            optimizer.works[name]()
-            parts[name].gather()
-            parts[name].clear()
-    for name in due:
-        if (lane := optimizer.lanes[name]) is not None:
-            torch.cuda.current_stream().wait_stream(lane)
-        parts[name].wait()
-    copy_tied(optimizer, due)
-
-
-# %%
-#| export
 @contextmanager
-def beside(lane: Any) -> Iterator[None]:
-    """On a GPU: what is begun here runs in a lane (a stream) of its own, after all that was begun before."""
-    if lane is None:
+def on_stream(stream: Any) -> Iterator[None]:
+    """On a GPU: what is begun here runs in a stream of its own, after all that was begun before."""
+    if stream is None:
         yield
     else:
-        lane.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(lane):
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
             yield
 
 
+# %% [markdown]
+# #### Tied parameters
+#
+# In record 89 head and embedding are one matrix until two thirds of the training, stored twice because each is read in another order. Meanwhile the embedding's gradient is added to the head's, and the head's new values are copied back. When they part, the embedding inherits the head's weights, which it has, and its moments, which lie on other ranks and the other way round.
+
+
+# %%
+#| export
 def add_transposed(target: Tensor, source: Tensor) -> None:
     target.add_(source.mT)
 
@@ -989,204 +881,353 @@ def copy_transposed(target: Tensor, source: Tensor) -> None:
     target.copy_(source.mT)
 
 
-def add_tied(optimizer: BankOptimizer, due: Sequence[str]) -> None:
-    """Add the gradient of what is tied to that of what it is tied to."""
-    for name, whole in optimizer.tied.items():
-        if whole in due:
-            part, target = optimizer.parts[name], optimizer.parts[whole]
-            optimizer.add(target.grads[: target.units], part.grads[: part.units])
-            part.grads.zero_()
+class Ties:
+    """Parameters that are the transpose of another one, until they are untied. tied: name → the other's."""
 
+    def __init__(self, specs: Iterable[ParamSpec], states: Mapping[str, ParamState], fuse: bool):
+        self.states, self.tied = states, {spec.name: spec.tied_to for spec in specs if spec.tied_to}
+        self.add, self.copy = (compile_update(f, fuse) for f in (add_transposed, copy_transposed))
 
-def copy_tied(optimizer: BankOptimizer, due: Sequence[str]) -> None:
-    """What is tied is what it is tied to."""
-    for name, whole in optimizer.tied.items():
-        if whole in due:
-            part, target = optimizer.parts[name], optimizer.parts[whole]
-            optimizer.copy(part.whole[: part.units], target.whole[: target.units])
+    def pairs(self, due: Sequence[str]) -> Iterator[tuple[Any, Any]]:
+        """The comms of each tied parameter, and of the one that it is tied to, where that is due."""
+        for name, other in self.tied.items():
+            if other in due:
+                yield self.states[name].comm, self.states[other].comm
 
+    def add_grads(self, due: Sequence[str]) -> None:
+        """Add the gradient of each tied parameter to that of the other."""
+        for comm, other in self.pairs(due):
+            self.add(other.full_grad[: other.units], comm.full_grad[: comm.units])
+            comm.full_grad.zero_()
 
-def watch(optimizer: BankOptimizer, due: Sequence[str]) -> None:
-    """Add up what is tied, and look for gradients that are not finite on any rank."""
-    key = (tuple(due), tuple(optimizer.tied))
-    if key not in optimizer.looks:
-        broken = torch.zeros(len(due), device=optimizer.device)
-        looking = Replay(partial(look, optimizer, list(due), broken), optimizer.looking)
-        optimizer.looks[key] = looking, broken
-    looking, broken = optimizer.looks[key]
-    looking()
-    if optimizer.skip is None or not due:
-        return
-    if ranks()[1] > 1:
-        dist.all_reduce(broken)
-    optimizer.skip.copy_(broken.sum().clamp(max=1.0))
-    torch._foreach_add_([optimizer.bad[name] for name in due], list(broken.unbind()))
+    def copy_values(self, due: Sequence[str]) -> None:
+        """Give each tied parameter the other's values."""
+        for comm, other in self.pairs(due):
+            self.copy(comm.full[: comm.units], other.full[: other.units])
 
-
-def look(optimizer: BankOptimizer, due: list[str], broken: Tensor) -> None:
-    """Which of this rank's gradients are not finite."""
-    add_tied(optimizer, due)
-    if optimizer.skip is not None and due:
-        largest = torch._foreach_norm([optimizer.parts[name].grads for name in due], math.inf)
-        broken.copy_(~torch.isfinite(torch.stack([x.float() for x in largest])))
-
-
-def blame(optimizer: BankOptimizer) -> list[str]:
-    """Names of parts with gradients that were not finite; waits for the device."""
-    return [name for name, times in optimizer.bad.items() if times.item()]
-
-
-def warm_up(optimizer: BankOptimizer) -> None:
-    """Compile and record everything, with all that is tied tied and with all apart; nothing is updated."""
-    if optimizer.skip is None:
-        raise ValueError("warming up is a step that is left out, which only the guard can do")
-    optimizer.numbers.fill(dict.fromkeys(TOLD, 0.0))
-    optimizer.numbers.fixes.fill_(1.0)
-    now = optimizer.tied
-    for tied in (now, {}) if now else ({},):
-        optimizer.tied = tied
-        for index in [*range(optimizer.options.adam_every)] * 3:
-            watch(optimizer, due_in(optimizer, index))
-    optimizer.tied = now
-    optimizer.skip.fill_(1.0)
-    for name, work in optimizer.works.items():
-        for _ in range(3):
-            with beside(optimizer.lanes[name]):
-                work()
-    if optimizer.device.type == "cuda":
-        torch.cuda.synchronize()
-    optimizer.skip.zero_()
-    for total in optimizer.bad.values():
-        total.zero_()
+    def untie(self, name: str) -> None:
+        """Let a parameter train by itself from now on, with the transposed moments of what it was tied to."""
+        state, other = self.states[name], self.states[self.tied.pop(name)]
+        for key, own in state.rule.state.items():
+            moments = other.comm.full_of(other.rule.state[key]).mT.contiguous()
+            own.copy_(state.comm.shard_of(moments))
 
 
 # %%
-broken = {name: torch.nn.Parameter(p.detach().clone()) for name, p in pair.items()}
-optimizer = BankOptimizer(broken, good, OptimizerOptions(adam_every=1))
+#| export
+class FiniteCheck:
+    """Whether all gradients that are due are finite, on all ranks. skip: 1 in a step where they are not, else 0."""
+
+    def __init__(self, states: Mapping[str, ParamState], ties: Ties, graphs: bool):
+        self.ties, self.calls = ties, dict[tuple, tuple[GraphedCall, Tensor]]()
+        self.grads = {name: state.comm.full_grads() for name, state in states.items()}
+        self.device = next(iter(states.values())).comm.full.device
+        self.stream = new_stream(self.device) if graphs else None
+        self.skip = torch.zeros((), device=self.device)
+        parameters = [name for grads in self.grads.values() for name in grads]
+        self.counts = {name: torch.zeros((), device=self.device) for name in parameters}
+
+    def find(self, due: Sequence[str], flags: Tensor) -> None:
+        """Add the gradients of tied parameters, and flag this rank's gradients that are not finite."""
+        self.ties.add_grads(due)
+        grads = [grad for name in due for grad in self.grads[name].values()]
+        largest = torch._foreach_norm(grads, math.inf)
+        flags.copy_(~torch.isfinite(torch.stack([x.float() for x in largest])))
+
+    def __call__(self, due: Sequence[str]) -> None:
+        """Set `skip`, and count the parameters that it is due to. Python does not wait for the device."""
+        parameters = [parameter for name in due for parameter in self.grads[name]]
+        if not parameters:
+            return
+        key = (tuple(due), tuple(self.ties.tied))
+        if key not in self.calls:
+            flags = torch.zeros(len(parameters), device=self.device)
+            self.calls[key] = GraphedCall(partial(self.find, due, flags), self.stream), flags
+        find, flags = self.calls[key]
+        find()
+        if dist_info()[1] > 1:
+            dist.all_reduce(flags)
+        self.skip.copy_(flags.sum().clamp(max=1.0))
+        torch._foreach_add_([self.counts[name] for name in parameters], list(flags.unbind()))
+
+
+# %%
+#| export
+def grad_norm(states: Mapping[str, ParamState], params: Mapping[str, Tensor], due: Sequence[str]) -> Tensor:  # fmt: skip
+    """The norm of all gradients that are due, summed over ranks: of what each rank has, in the table's order. A collective."""
+    names = {spec.name for name in due for spec in states[name].specs}
+    if dist_info()[1] == 1:
+        return get_total_norm([p.grad for name, p in params.items() if name in names and p.grad is not None])  # fmt: skip
+    total = torch.zeros((), device=next(iter(params.values())).device)
+    sharded = [states[name].comm for name in due if isinstance(states[name].comm, Sharded)]
+    if sharded:
+        total += get_total_norm([comm.grad for comm in sharded]).square()
+    dist.all_reduce(total)  # of a fixed order of ranks, and the same on each
+    small = [states[name].comm.grad for name in due if name.split()[0] == REPLICATED]
+    return (total + get_total_norm(small).square()).sqrt() if small else total.sqrt()
+
+
+# %%
+#| export
+class MuonAdam:
+    """All parameters' updates, shared by all ranks, as their specs say (ZeRO-1; on one rank it is the same code).
+
+    A step has three phases: reduce gradients in scatter order, and check that they are finite; in work order wait, update
+    this rank's shard, start to gather; wait for all. Parameters keep their shapes and become views of padded storage;
+    gradients are never None, are summed over ranks, and are cleared here. All ranks start from the same values. Saved
+    values are loaded afterwards. scatter_order, work_order: names of rows, and “replicated” for all that are.
+    """
+
+    def __init__(
+        self,
+        params: Mapping[str, Tensor],
+        specs: Sequence[ParamSpec],
+        config: OptimConfig = OptimConfig(),
+        compile: bool = True,
+        scatter_order: Sequence[str] | None = None,
+        work_order: Sequence[str] | None = None,
+    ):
+        check_specs(specs, params)
+        self.params, self.specs, self.config = params, specs, config
+        self.device = next(iter(params.values())).device
+        self.use_graphs = compile and self.device.type == "cuda"
+        with torch.no_grad():
+            self.states = build_states(specs, params, config, self.use_graphs)
+        self.scatter_order = expand_order(self.states, "scatter_order", scatter_order)
+        self.work_order = expand_order(self.states, "work_order", work_order)
+        self.addresses = {name: addresses_of(p) for name, p in params.items()}
+        self.ties = Ties(specs, self.states, self.use_graphs)
+        self.check_finite = FiniteCheck(self.states, self.ties, self.use_graphs)
+        self.skip, self.scalars = self.check_finite.skip, StepScalars(self.device)
+        self.updates = torch.zeros((), dtype=torch.float64, device=self.device)  # by Adam
+        self.pending = False  # whether gradients wait for Adam's turn
+        self.streams = new_streams(self.states, self.device)
+        self.calls = {name: self.update_of(name) for name in self.states}
+        with torch.no_grad():
+            self.ties.copy_values(list(self.states))
+
+    def update_of(self, name: str) -> GraphedCall:
+        """A state's update as a call, on a stream of its own, which a graph may replace."""
+        rule = self.states[name].rule
+        update = partial(rule.update, self.scalars, self.skip, self.updates)
+        graphed = self.use_graphs and rule.graphable
+        return GraphedCall(update, self.streams[name] if graphed else None)
+
+    @torch.no_grad()
+    def step(self, settings: StepSettings) -> None:
+        """Update what is due in a step. Python does not wait for the device."""
+        self.check_addresses()
+        for name in list(self.ties.tied) if settings.untie else ():
+            self.ties.untie(name)
+        due = self.due_params(settings.step)
+        self.scalars.set(settings)
+        self.reduce(due)
+        self.clip(due)
+        for name in due:
+            comm = self.states[name].comm
+            with on_stream(self.streams[name]):
+                comm.wait()
+                self.calls[name]()
+                comm.gather()
+                comm.clear()
+        for name in due:
+            if (stream := self.streams[name]) is not None:
+                torch.cuda.current_stream().wait_stream(stream)
+            self.states[name].comm.wait()
+        self.ties.copy_values(due)
+
+    def due_params(self, step: int) -> list[str]:
+        """The states that are updated in a step: Adam's in every adam.every-th only, tied ones never."""
+        self.pending = (step + 1) % self.config.adam.every != 0
+        names = [name for name in self.work_order if name not in self.ties.tied]
+        return [name for name in names if (step + 1) % self.states[name].every == 0]
+
+    def reduce(self, due: Sequence[str]) -> None:
+        """Begin the matrices' sums, check, count Adam's updates, begin the other sums."""
+        sums = [name for name in self.scatter_order if name in due]
+        # nothing is added to the matrices' gradients any more
+        early = list(takewhile(lambda name: self.states[name].specs[0].optim in MATRIX_RULES, sums))
+        for name in early:
+            self.states[name].comm.reduce()
+        self.check_finite(due)
+        if not self.pending:  # only the device knows whether the step is left out
+            self.updates += 1 - self.skip
+        for name in sums[len(early) :]:
+            self.states[name].comm.reduce()
+
+    def clip(self, due: Sequence[str]) -> None:
+        """Scale all gradients that are due so that their norm is at most grad_clip."""
+        if not self.config.grad_clip or not due:
+            return
+        for name in due:
+            self.states[name].comm.wait()
+        norm = grad_norm(self.states, self.params, due)
+        finite = torch.isfinite(norm)
+        scale = self.config.grad_clip / (torch.where(finite, norm, 0.0) + 1e-6)
+        grads = [self.states[name].comm.grad for name in due]
+        torch._foreach_mul_(grads, scale.clamp(max=1.0))
+
+    def check_addresses(self) -> None:
+        """Raise RuntimeError where a value or a gradient is not in the optimizer's storage any more."""
+        for name, p in self.params.items():
+            pairs = zip(("value", "gradient"), addresses_of(p), self.addresses[name])
+            for what in (what for what, now, then in pairs if now != then):
+                moved = f"the {what} of {name} is not in the optimizer's storage any more"
+                fix = "leave zero_grad() out, step() clears gradients; and copy values in place"
+                raise RuntimeError(f"{moved}: {fix}")
+
+    def nonfinite_params(self) -> list[str]:
+        """Names of parameters whose gradient was not finite in some step; waits for the device."""
+        return [name for name, count in self.check_finite.counts.items() if count.item()]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The whole state, the same on every rank and for every world size. A collective."""
+        return optimizer_state(self)
+
+    def load_state_dict(self, saved: Mapping[str, Tensor]) -> None:
+        """Take back what `state_dict` gave, on however many ranks. ValueError for a state of something else."""
+        load_optimizer_state(self, saved)
+
+    @torch.no_grad()
+    def warm_up(self) -> None:
+        """Compile and record everything, with tied parameters tied and untied; nothing is updated."""
+        if self.device.type != "cuda":
+            return
+        pending, tied = self.pending, self.ties.tied
+        for self.ties.tied in (tied, {}) if tied else ({},):
+            for step in [*range(self.config.adam.every)] * 3:
+                self.check_finite(self.due_params(step))
+        self.pending, self.ties.tied = pending, tied
+        self.skip.fill_(1.0)
+        for name, call in self.calls.items():
+            for _ in range(3):
+                with on_stream(self.streams[name]):
+                    call()
+        torch.cuda.synchronize()
+        torch._foreach_zero_([self.skip, *self.check_finite.counts.values()])
+
+
+# %%
+broken = {name: torch.nn.Parameter(p.detach().clone()) for name, p in few.items()}
+optimizer = MuonAdam(broken, good, OptimConfig(grad_clip=0.0))
 for p in broken.values():
     p.grad += 1.0
 broken["table"].grad[3, 1] = math.nan
-optimizer.parts["table"].announce(torch.arange(len(broken["table"])))
-optimizer.step(0, {"muon": 0.02, "adam": 0.01, "momentum": 0.9})
+optimizer.states["table"].comm.announce(torch.arange(len(broken["table"])))
+optimizer.step(StepSettings(0, lr=0.01, matrix_lr=0.02, momentum=0.9))
 assert all(torch.equal(p, torch.ones_like(p)) for p in broken.values())
-assert blame(optimizer) == ["table"] and optimizer.updates == 0
-print(f"nothing has moved, and the gradient of {blame(optimizer)[0]} is to blame")
+assert optimizer.nonfinite_params() == ["table"] and optimizer.updates == 0
+print(f"nothing has moved; not finite was the gradient of {optimizer.nonfinite_params()[0]}")
+
+# %%
+started = {name: torch.nn.Parameter(p.detach().clone()) for name, p in few.items()}
+clipped = MuonAdam(
+    started, [replace(row, comm="sharded", optim="adamw", matrices=0) for row in good]
+)
+for p in started.values():
+    p.grad += 3.0
+length = torch.cat([p.grad.flatten() for p in started.values()]).norm()
+clipped.reduce(clipped.due_params(0))
+clipped.clip(clipped.due_params(0))
+after = torch.cat([p.grad.flatten() for p in started.values()]).norm()
+assert torch.isclose(after, torch.ones(())), "the largest norm that is allowed"
+print(f"a gradient of norm {length:.1f} is clipped to {after:.2f}")
 
 # %% [markdown]
-# ### Apart, and together again
+# ### Saving and loading state
 #
-# In record 89 head and embedding are one matrix until two thirds of the training, stored twice because each is read in another order. Meanwhile the embedding's gradient is added to the head's, and the head's new values are copied back. When they part, the embedding inherits the head's weights, which it has, and its moments, which lie on other ranks and the other way round.
-#
-# The state, too, must not depend on how many ranks there were. It is saved whole and unpadded; whoever loads it takes a share. It says whether the two have parted. Gradients that wait for Adam's next turn belong to it as well: their sum is saved, and goes to the first rank, since it does not matter who contributes it. (With several ranks it is then rounded in another order, so such a run goes on equal up to rounding, and not to the bit.)
+# The state must not depend on how many ranks there were. It is saved whole and unpadded; whoever loads it takes a shard. It says which parameters have been untied. Gradients that wait for Adam's next turn belong to it as well: their sum is saved, and goes to the first rank, since it does not matter who contributes it. (With several ranks it is then rounded in another order, so such a run goes on equal up to rounding, and not to the bit.)
 
 
 # %%
 #| export
-def untie(optimizer: BankOptimizer, name: str) -> None:
-    """Let a tied parameter train by itself from now on, with the transposed moments of what it was tied to."""
-    part, source = optimizer.parts[name], optimizer.parts[optimizer.tied.pop(name)]
-    for key, own in part.state.items():
-        moments = source.collect(source.state[key]).mT.contiguous()
-        own.copy_(part.mine(part.padded(moments)))
-
-
-def waiting(optimizer: BankOptimizer) -> dict[str, Tensor]:
-    """Gradients that wait for adam's turn, summed over ranks."""
-    found = {}
-    for name, part in optimizer.parts.items():
-        if optimizer.pending and part.every > 1:
-            total = part.grads.clone()
-            if ranks()[1] > 1:
-                dist.all_reduce(total)
-            places = part.slices if isinstance(part, Replicated) else {name: slice(part.units)}
-            found |= {f"{p}/waiting": total[here] for p, here in places.items()}
+def pending_grads(optimizer: MuonAdam) -> dict[str, Tensor]:
+    """Gradients that wait for Adam's turn, summed over ranks."""
+    found: dict[str, Tensor] = {}
+    for state in optimizer.states.values():
+        if optimizer.pending and state.every > 1:
+            for name, grad in state.comm.full_grads().items():
+                found[f"{name}/pending_grad"] = total = grad.clone()
+                if dist_info()[1] > 1:
+                    dist.all_reduce(total)
     return found
 
 
-def state_places(optimizer: BankOptimizer) -> dict[str, tuple[Any, Tensor, slice | None]]:
-    """For each tensor of the state: its part, what this rank has, and where in that it stands if there is more in it."""
-    found: dict[str, tuple[Any, Tensor, slice | None]] = {}
-    for name, part in optimizer.parts.items():
-        places = part.slices if isinstance(part, Replicated) else {name: None}
-        for key, own in part.state.items():
-            found |= {f"{p}/{key}": (part, own, here) for p, here in places.items()}
-    return found
+def state_places(optimizer: MuonAdam) -> dict[str, tuple[Any, Tensor]]:
+    """For each tensor of the state, by `parameter/key`: the comm, and what this rank has of it."""
+    return {
+        f"{name}/{key}": (state.comm, own)
+        for state in optimizer.states.values()
+        for key, tensor in state.rule.state.items()
+        for name, own in state.comm.views(tensor).items()
+    }
 
 
-def state_tensors(optimizer: BankOptimizer) -> dict[str, Tensor]:
-    """The whole state by `parameter/key`, the same on every rank and for every number of ranks. All ranks have to ask."""
+def optimizer_state(optimizer: MuonAdam) -> dict[str, Tensor]:
+    """The whole state by `parameter/key`, the same on every rank and for every world size. A collective."""
     facts = {"updates": int(optimizer.updates), "pending": int(optimizer.pending)}
-    tied = [row.name for row in optimizer.table if row.tied]
-    facts |= {f"{name} apart": int(name not in optimizer.tied) for name in tied}
+    tied = [spec.name for spec in optimizer.specs if spec.tied_to]
+    facts |= {f"{name} untied": int(name not in optimizer.ties.tied) for name in tied}
     found = {f"optimizer/{key}": torch.tensor(value) for key, value in facts.items()}
-    for label, (part, own, here) in state_places(optimizer).items():
-        found[label] = own[here].clone() if here else part.collect(own)
-    return found | waiting(optimizer)
+    places = state_places(optimizer).items()
+    return found | {k: comm.full_of(own) for k, (comm, own) in places} | pending_grads(optimizer)
 
 
 # %%
 #| export
-def load_state(optimizer: BankOptimizer, saved: Mapping[str, Tensor]) -> None:
-    """Take back what `state_tensors` gave, on however many ranks."""
-    refuse_other_state(optimizer, saved)
+def load_optimizer_state(optimizer: MuonAdam, saved: Mapping[str, Tensor]) -> None:
+    """Take back what `optimizer_state` gave, on however many ranks."""
+    check_state(optimizer, saved)
     optimizer.updates.copy_(saved["optimizer/updates"])
     optimizer.pending = bool(saved["optimizer/pending"])
-    tied = [row for row in optimizer.table if row.tied and not saved[f"optimizer/{row.name} apart"]]
-    optimizer.tied = {row.name: row.tied for row in tied}
-    for label, (part, own, here) in state_places(optimizer).items():
-        value = saved[label].to(own.device)
-        own[here or slice(None)].copy_(value if here else part.mine(part.padded(value)))
-    for name, part in optimizer.parts.items():
-        take_waiting(name, part, saved)
+    tied = {spec.name: spec.tied_to for spec in optimizer.specs if spec.tied_to}
+    optimizer.ties.tied = {k: v for k, v in tied.items() if not saved[f"optimizer/{k} untied"]}
+    for label, (comm, own) in state_places(optimizer).items():
+        own.copy_(comm.shard_of(saved[label].to(own.device)))
+    for state in optimizer.states.values():
+        state.comm.full_grad.zero_()
+        for name, grad in state.comm.full_grads().items():
+            if f"{name}/pending_grad" in saved and dist_info()[0] == 0:
+                grad.copy_(saved[f"{name}/pending_grad"])
+        if isinstance(state.comm, ShardedSparse):
+            state.comm.touched.copy_(state.comm.full_grad.any(1))
 
 
-def refuse_other_state(optimizer: BankOptimizer, saved: Mapping[str, Tensor]) -> None:
-    """Refuse a saved state of other parameters or other options."""
-    shapes: dict[str, tuple[int, ...]] = {f"optimizer/{key}": () for key in ("updates", "pending")}
-    shapes |= {f"optimizer/{row.name} apart": () for row in optimizer.table if row.tied}
-    for label, (part, own, here) in state_places(optimizer).items():
-        shapes[label] = (here.stop - here.start,) if here else (part.units, *own.shape[1:])
-        if saved.get("optimizer/pending", 0) and part.every > 1:
-            wait = f"{label.rsplit('/', 1)[0]}/waiting"
-            shapes[wait] = shapes[label][:1] + tuple(part.grads.shape[1:])
-    same_names("the saved state", saved, shapes, "this optimizer's state")
+def check_state(optimizer: MuonAdam, saved: Mapping[str, Tensor]) -> None:
+    """Raise ValueError about a saved state of other parameters or of another config."""
+    tied = [f"{spec.name} untied" for spec in optimizer.specs if spec.tied_to]
+    count = torch.tensor(0)
+    wanted = {f"optimizer/{key}": count for key in ("updates", "pending", *tied)}
+    for label, (comm, own) in state_places(optimizer).items():
+        units = (comm.units, *own.shape[1:]) if isinstance(comm, Sharded) else own.shape
+        wanted[label] = own.new_empty(units)
+    for state in optimizer.states.values():
+        if saved.get("optimizer/pending", 0) and state.every > 1:
+            grads = state.comm.full_grads().items()
+            wanted |= {f"{name}/pending_grad": grad for name, grad in grads}
+    check_names("the saved state", saved, wanted, "this optimizer's state")
     for label, tensor in saved.items():
-        if tuple(tensor.shape) != shapes[label]:
-            raise ValueError(f"{label}: saved as {tuple(tensor.shape)}, here {shapes[label]}")
-
-
-def take_waiting(name: str, part: Any, saved: Mapping[str, Tensor]) -> None:
-    """Put gradients that wait, if any, where the first rank's are; all others are zero."""
-    part.grads.zero_()
-    places = part.slices if isinstance(part, Replicated) else {name: slice(part.units)}
-    for p, here in places.items():
-        if f"{p}/waiting" in saved and ranks()[0] == 0:
-            part.grads[here].copy_(saved[f"{p}/waiting"])
-    if isinstance(part, Sparse):
-        part.touched.copy_(part.grads.any(1))
+        kinds = [f"{tuple(t.shape)} {str(t.dtype)[6:]}" for t in (tensor, wanted[label])]
+        if kinds[0] != kinds[1]:
+            raise ValueError(f"{label}: saved as {kinds[0]}, here {kinds[1]}")
 
 
 # %%
-tied = {"head": torch.nn.Parameter(torch.ones(3, 5)), "embed": torch.nn.Parameter(torch.ones(5, 3))}
-rows_of = (Entry("head", "adam", "sharded"), Entry("embed", "adam", "sharded", tied="head"))
-optimizer = BankOptimizer(tied, rows_of, OptimizerOptions(adam_every=1))
-rates = {"muon": 0.0, "adam": 0.01, "momentum": 0.0}
+both = {"head": torch.nn.Parameter(torch.ones(3, 5)), "embed": torch.nn.Parameter(torch.ones(5, 3))}
+adams: dict[str, Any] = {"optim": "adam", "comm": "sharded", "wd_mul": 1.0}
+rows = [ParamSpec("head", (3, 5), **adams), ParamSpec("embed", (5, 3), tied_to="head", **adams)]
+optimizer = MuonAdam(both, rows)
 for step in range(4):
-    if step == 2:
-        untie(optimizer, "embed")
-        assert torch.equal(
-            optimizer.parts["embed"].state["mean"], optimizer.parts["head"].state["mean"].mT
-        )
-    tied["head"].grad += torch.arange(15.0).view(3, 5)
-    tied["embed"].grad += 1.0
-    optimizer.step(step, rates)
-    assert torch.equal(tied["head"], tied["embed"].mT) == (step < 2)
-saved = state_tensors(optimizer)
-again = BankOptimizer(tied, rows_of, OptimizerOptions(adam_every=1))
-load_state(again, saved)
-assert all(torch.equal(tensor, saved[label]) for label, tensor in state_tensors(again).items())
-assert again.tied == {}, "apart they stay"
-print(f"tied for two steps, then apart; {len(saved)} tensors saved and taken back")
+    both["head"].grad += torch.arange(15.0).view(3, 5)
+    both["embed"].grad += 1.0
+    optimizer.step(StepSettings(step, lr=0.01, matrix_lr=0.0, momentum=0.0, untie=step >= 2))
+    assert torch.equal(both["head"], both["embed"].mT) == (step < 2)
+saved = optimizer.state_dict()
+again = MuonAdam(both, rows)
+again.load_state_dict(saved)
+assert all(torch.equal(tensor, saved[label]) for label, tensor in again.state_dict().items())
+assert again.ties.tied == {}, "untied they stay"
+print(f"tied for two steps, then untied; {len(saved)} tensors saved and taken back")
 
 # %% [markdown]
 # ## The measurement
@@ -1213,7 +1254,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from speedrun.config import TODAY
+from speedrun.optim.schedule import StepSettings
+from speedrun.params import ParamSpec
+from speedrun.presets import RECORD_MUON
 from speedrun.lab.errors import Problem
 from speedrun.lab.provenance import root, stamp
 
@@ -1223,34 +1266,31 @@ RANKS = (1, 2, 4, 8)
 # matrices' sums first, but tables' updates: their gathers take longest, and travel while matrices are updated
 SCATTER = ("qk", "mlp", "vo", "bigram", "values", "head", "embed", "replicated")
 WORK = ("bigram", "values", "head", "embed", "qk", "mlp", "vo", "replicated")
-RATES = {"muon": 0.02, "adam": 0.008, "momentum": 0.9}
 
 
-def record_shapes(scale: int = 1) -> dict[str, tuple[int, ...]]:
-    """Record 89's parameters in our banks, with every width divided by `scale`, and every vocabulary too."""
+def settings_at(step: int) -> StepSettings:
+    """The same rates in every step."""
+    return StepSettings(step, lr=0.008, matrix_lr=0.02, momentum=0.9)
+
+
+def record_specs(scale: int = 1) -> tuple[ParamSpec, ...]:
+    """Record 89's parameters in our banks, updated much as there; its small ones are lumped together. scale: divides widths and vocabularies."""
     d, words = 768 // scale, 50_304 // scale
-    small = {"gates": (12 * 60,), "scalars": (64,), "mudd": (2 * 64, d)}
-    tables = {"head": (d, words), "embed": (words, d), "values": (5 * words, d)}
-    banks = {"qk": (60, d // 3, d), "vo": (20, d, d), "mlp": (22, 4 * d, d)}
-    return banks | tables | {"bigram": (words * 15 // 2, d)} | small
-
-
-def record_table() -> tuple[Entry, ...]:
-    """Much as record 89 updates them; its small parameters are lumped together."""
-    slow: dict[str, Any] = {"betas": (0.9, 0.99)}
-    tables: dict[str, Any] = {"rate": 75.0, "decay": 5.0, "betas": (0.75, 0.95)}
-    words: dict[str, Any] = {"decay": 150.0, "betas": (0.5, 0.95)}
+    bank = partial(ParamSpec, optim="muon", comm="sharded", matrices=1, wd_mul=1.0)
+    adam: Any = partial(ParamSpec, optim="adam", comm="sharded", wd_mul=150.0, betas=(0.5, 0.95))
+    table = partial(adam, lr_mul=75.0, wd_mul=5.0, betas=(0.75, 0.95))
+    small: Any = partial(ParamSpec, optim="adam", wd_mul=1.0, betas=(0.9, 0.99))
     return (
-        Entry("qk", "muon", "sharded"),
-        Entry("vo", "muon", "sharded"),
-        Entry("mlp", "muon", "sharded", rate=(2.0, 4.0)),
-        Entry("head", "adam", "sharded", **words),
-        Entry("embed", "adam", "sharded", tied="head", **words),
-        Entry("values", "adam", "sharded", **tables),
-        Entry("bigram", "adam", "sparse", **tables),
-        Entry("gates", "adam", "replicated", **slow),
-        Entry("scalars", "adam", "replicated", rate=5.0, decay=0.0, **slow),
-        Entry("mudd", "adam", "replicated", rate=0.25, **slow),
+        bank("qk", (60, d // 3, d)),
+        bank("vo", (20, d, d)),
+        bank("mlp", (22, 4 * d, d), lr_mul=(2.0, 4.0)),
+        adam("head", (d, words)),
+        adam("embed", (words, d), tied_to="head"),
+        table("values", (5 * words, d)),
+        table("bigram", (words * 15 // 2, d), comm="sharded_sparse"),
+        small("gates", (12 * 60,)),
+        small("scalars", (64,), lr_mul=5.0, wd_mul=0.0),
+        small("mudd", (2 * 64, d), lr_mul=0.25),
     )
 
 
@@ -1259,10 +1299,10 @@ def record_table() -> tuple[Entry, ...]:
 def record_parameters(scale: int, device: str = "cpu") -> dict[str, nn.Parameter]:
     """Small random values of those shapes, bfloat16 but for the scalars and what splits its own bits."""
     draw, found = torch.Generator(device).manual_seed(0), dict[str, nn.Parameter]()
-    for name, shape in record_shapes(scale).items():
-        p = 0.02 * torch.randn(shape, generator=draw, device=device)
-        exact = name in ("scalars", "qk", "vo", "mlp")
-        found[name] = nn.Parameter(p if exact else p.bfloat16())
+    for spec in record_specs(scale):
+        p = 0.02 * torch.randn(spec.shape, generator=draw, device=device)
+        exact = spec.name == "scalars" or spec.optim == "muon"
+        found[spec.name] = nn.Parameter(p if exact else p.bfloat16())
     return found
 
 
@@ -1272,7 +1312,7 @@ def sent_by_machine() -> float:
     if not path.exists():
         raise Problem("bytes are counted in /proc/net/dev", "measure this on Linux")
     lines = path.read_text().splitlines()[2:]
-    return sum(int(line.split(":")[1].split()[8]) for line in lines) / ranks()[1]
+    return sum(int(line.split(":")[1].split()[8]) for line in lines) / dist_info()[1]
 
 
 def sent_by_gpu(index: int) -> float:
@@ -1289,57 +1329,58 @@ def sent_by_gpu(index: int) -> float:
     return 1024 * value.value.ullVal
 
 
-HALVES = {"scattered": "scatter", "gathered": "gather"}
+HALVES = {"scattered": "reduce", "gathered": "gather"}
 
 
-def counted(part: Any, begin: str, repeats: int = 5) -> float:
+def counted(comm: Any, begin: str, repeats: int = 5) -> float:
     """Bytes that a rank sends in one half of an exchange, less a barrier's; a median."""
-    gpu = part.own.device.type == "cuda"
+    device = comm.shard.device
+    gpu = device.type == "cuda"
 
     def settled() -> float:
         dist.barrier()
         if gpu:
             torch.cuda.synchronize()
         time.sleep(0.05)  # until stragglers are through
-        return sent_by_gpu(part.own.device.index) if gpu else sent_by_machine()
+        return sent_by_gpu(device.index) if gpu else sent_by_machine()
 
     found = []
     for _ in range(repeats):
         start, before = settled(), settled()
-        getattr(part, begin)()
-        part.wait()
+        getattr(comm, begin)()
+        comm.wait()
         found.append(settled() - before - (before - start))
     return statistics.median(found)
 
 
 # %% tags=["hide-input"]
 #| export measure.many_gpus
-def small_record(scale: int, device: str = "cpu", **options: Any) -> BankOptimizer:
+def small_record(scale: int, device: str = "cpu", compile: bool = True) -> MuonAdam:
     """Record 89's parameters and table at a fraction of its widths."""
-    chosen = OptimizerOptions(muon=TODAY, **options)
-    parameters = record_parameters(scale, device)
-    return BankOptimizer(parameters, record_table(), chosen, SCATTER, WORK)
+    adam = AdamConfig(eps=1e-10, weight_decay=0.005, cautious=True, every=2)
+    config = OptimConfig(adam, RECORD_MUON, "muon", grad_clip=0.0)
+    parameters, specs = record_parameters(scale, device), record_specs(scale)
+    return MuonAdam(parameters, specs, config, compile, SCATTER, WORK)
 
 
-def announce_some(optimizer: BankOptimizer, share: float, seed: int) -> Tensor:
+def announce_some(optimizer: MuonAdam, share: float, seed: int) -> Tensor:
     """Say that a share of the bigram table's rows was touched; which: (rows,) bool."""
-    table, draw = optimizer.parameters["bigram"], torch.Generator().manual_seed(seed)
+    table, draw = optimizer.params["bigram"], torch.Generator().manual_seed(seed)
     rows = torch.rand(len(table), generator=draw) < share
-    optimizer.parts["bigram"].announce(rows.nonzero())
+    optimizer.states["bigram"].comm.announce(rows.nonzero())
     return rows
 
 
 def wire_of_rank(device: str, scale: int = 8, touched: float = 0.2) -> dict:
     """Of each part: bytes that a rank sends, scattering and gathering, as counted (on CPUs: mean of the ranks) and by formula."""
-    optimizer, (rank, world), found = small_record(scale, device), ranks(), dict[str, dict]()
+    optimizer, (rank, world), found = small_record(scale, device), dist_info(), dict[str, dict]()
     announce_some(optimizer, touched, seed=rank)
-    kinds = {row.name: row.comm for row in record_table()}
-    for name, part in optimizer.parts.items():
-        whole, comm = getattr(part, "whole", part.own), kinds.get(name, TOGETHER)
-        size, rows = whole.element_size(), touched * len(whole) * (comm == "sparse")
-        formula = bytes_sent(comm, whole.numel(), size, world, rows, whole[0].numel())
-        found[name] = {"comm": comm, "bytes": whole.numel() * size, "formula": formula} | {
-            half: counted(part, begin) for half, begin in HALVES.items()
+    for name, state in optimizer.states.items():
+        full, kind = state.comm.full, state.specs[0].comm
+        size, rows = full.element_size(), touched * len(full) * (kind == "sharded_sparse")
+        formula = bytes_sent(kind, full.numel(), size, world, rows, full[0].numel())
+        found[name] = {"comm": kind, "bytes": full.numel() * size, "formula": formula} | {
+            half: counted(state.comm, begin) for half, begin in HALVES.items()
         }
     return found
 
@@ -1348,17 +1389,17 @@ def wire_of_rank(device: str, scale: int = 8, touched: float = 0.2) -> dict:
 #| export measure.many_gpus
 def steps_of_rank(device: str, scale: int = 48, steps: int = 4, micro: int = 4) -> dict:
     """Parameters after some steps with small integers for gradients, `micro` micro-batches shared by the ranks: a hash of each, and its length."""
-    optimizer, (rank, world) = small_record(scale, device), ranks()
+    optimizer, (rank, world) = small_record(scale, device), dist_info()
     for step in range(steps):
         for part in range(rank * micro // world, (rank + 1) * micro // world):
             rows = announce_some(optimizer, 0.2, seed=100 * step + part)
             draw = torch.Generator().manual_seed(100 * step + part)
-            for name, p in optimizer.parameters.items():
+            for name, p in optimizer.params.items():
                 g = torch.randint(-3, 4, p.shape, generator=draw)
                 assert p.grad is not None  # the optimizer's storage
                 p.grad += (g * rows[:, None] if name == "bigram" else g).to(p.grad)
-        optimizer.step(step, RATES)
-    found = {name: p.detach().cpu() for name, p in optimizer.parameters.items()}
+        optimizer.step(settings_at(step))
+    found = {name: p.detach().cpu() for name, p in optimizer.params.items()}
     bits = {name: p.view(torch.uint8).numpy().tobytes() for name, p in found.items()}
     hashes = {name: hashlib.sha256(some).hexdigest() for name, some in bits.items()}
     return {"hash": hashes, "length": {name: p.double().norm().item() for name, p in found.items()}}
@@ -1382,11 +1423,11 @@ def clocked(work: Callable[[], object], device: str) -> tuple[float, float]:
     return 1000 * (time.perf_counter() - begin), 1000 * (python - begin)
 
 
-def fill_gradients(optimizer: BankOptimizer, index: int, tokens: int = 32_768) -> None:
+def fill_gradients(optimizer: MuonAdam, index: int, tokens: int = 32_768) -> None:
     """Random gradients, the bigram table's in as many of its rows as a pair of record 89's micro-batches may touch."""
-    rank, world = ranks()
+    rank, world = dist_info()
     rows = announce_some(optimizer, tokens / 377_280, seed=index * world + rank)
-    for name, p in optimizer.parameters.items():
+    for name, p in optimizer.params.items():
         assert p.grad is not None  # the optimizer's storage
         p.grad.normal_(std=1e-3)
         if name == "bigram":
@@ -1401,15 +1442,15 @@ assert 10 < clocked(lambda: time.sleep(0.01), "cpu")[0] < 100
 
 # %% tags=["hide-input"]
 #| export measure.many_gpus
-def time_steps(optimizer: BankOptimizer, device: str, rounds: int = 17) -> dict[str, list]:
+def time_steps(optimizer: MuonAdam, device: str, rounds: int = 17) -> dict[str, list]:
     """Milliseconds of steps without tables (even) and with them (odd), and of Python in them."""
     took: dict[str, list] = {"even": [], "odd": [], "exchange": []}
     for index in range(2 * (rounds + 4)):
         fill_gradients(optimizer, index)
-        sparse, tables = optimizer.parts["bigram"], index % 2 == 1
-        if tables and ranks()[1] > 1:  # a trainer does this during the backward pass
+        sparse, tables = optimizer.states["bigram"].comm, index % 2 == 1
+        if tables and dist_info()[1] > 1:  # a trainer does this during the backward pass
             took["exchange"].append(clocked(sparse.exchange, device)[0])
-        done = clocked(partial(optimizer.step, index, RATES), device)
+        done = clocked(partial(optimizer.step, settings_at(index)), device)
         if index >= 8:
             took["odd" if tables else "even"].append(done)
     return took
@@ -1419,15 +1460,15 @@ def step_of_rank(device: str, scale: int = 0) -> dict:
     """Times of record 89's step, tied and apart; of each part's update alone, and of what is around the updates."""
     optimizer = small_record(scale or (1 if device == "cuda" else 48), device)
     begin = time.perf_counter()
-    warm_up(optimizer)
+    optimizer.warm_up()
     wait_for(device)
     found: dict[str, Any] = {"warm_up_s": time.perf_counter() - begin}
     found["tied"] = time_steps(optimizer, device)
-    untie(optimizer, "embed")
+    optimizer.ties.untie("embed")
     found["apart"] = time_steps(optimizer, device)
-    works: dict[str, Callable[[], None]] = dict(optimizer.works)
-    works["guard"] = lambda: watch(optimizer, list(optimizer.parts))
-    works |= {f"clear {name}": part.clear for name, part in optimizer.parts.items()}
+    works: dict[str, Callable[[], None]] = dict(optimizer.calls)
+    works["guard"] = lambda: optimizer.check_finite(list(optimizer.states))
+    works |= {f"clear {name}": state.comm.clear for name, state in optimizer.states.items()}
     with torch.no_grad():
         found["parts"] = {
             name: [clocked(work, device)[0] for _ in range(17)] for name, work in works.items()
@@ -1441,7 +1482,7 @@ def step_of_rank(device: str, scale: int = 0) -> dict:
 scale = tier.pick(cpu=48, gpu=1)  # 1: record 89's own widths
 brief = step_of_rank(tier.device, scale)
 assert len(brief["tied"]["even"]) == len(brief["apart"]["odd"]) == 17
-assert {"qk", "bigram", "replicated", "guard", "clear head"} <= set(brief["parts"])
+assert {"qk", "bigram", "guard", "clear head"} <= set(brief["parts"])
 took = {kind: statistics.median(ms for ms, _ in brief["tied"][kind]) for kind in ("even", "odd")}
 print(
     f"here, widths divided by {scale}: {took['even']:.1f} ms a step, {took['odd']:.1f} with tables"
@@ -1469,10 +1510,10 @@ def ceilings(device: str) -> dict[str, float]:
 #| export measure.many_gpus
 def stock_of_rank(device: str, scale: int = 0) -> dict:
     """Milliseconds of a step of PyTorch's own pair: Muon on every matrix, fused AdamW on all else, both in bfloat16."""
-    table = {row.name: row for row in record_table()}
-    matrices, rest = [], []
-    for name, p in record_parameters(scale or (1 if device == "cuda" else 48), device).items():
-        muon = table[name].rule == "muon"
+    scale = scale or (1 if device == "cuda" else 48)
+    parameters, matrices, rest = record_parameters(scale, device), [], []
+    for spec in record_specs(scale):
+        p, muon = parameters[spec.name], spec.optim == "muon"
         for one in p.detach().bfloat16() if muon else [p.detach()]:
             (matrices if muon else rest).append(nn.Parameter(one.clone()))
     pair: list[Any] = [torch.optim.Muon(matrices, lr=0.02, weight_decay=0.0, momentum=0.95)]
@@ -1493,13 +1534,14 @@ assert stock["matrices"] == 60 + 20 + 22 and len(stock["parts"]["AdamW"]) == 17
 
 # %% tags=["hide-input"]
 #| export measure.many_gpus
-def in_turn(optimizer: BankOptimizer) -> None:
-    """Make one lane of all, in which every transfer is waited for as soon as it has begun."""
-    optimizer.lanes = dict.fromkeys(optimizer.parts)
-    for part in optimizer.parts.values():
+def in_turn(optimizer: MuonAdam) -> None:
+    """Leave streams out, and wait for every transfer as soon as it has begun."""
+    optimizer.streams = dict.fromkeys(optimizer.states)
+    for state in optimizer.states.values():
         for name in HALVES.values():
-            begin = getattr(part, name)
-            setattr(part, name, lambda begin=begin, part=part: (begin(), part.wait()))
+            begin = getattr(state.comm, name)
+            wait = state.comm.wait
+            setattr(state.comm, name, lambda begin=begin, wait=wait: (begin(), wait()))
 
 
 def kind_of(kernel: str) -> str | None:
@@ -1542,7 +1584,7 @@ def trace_of_rank(device: str, scale: int = 0) -> dict:
     from torch.profiler import ProfilerActivity, profile
 
     optimizer = small_record(scale or (1 if device == "cuda" else 48), device)
-    warm_up(optimizer)
+    optimizer.warm_up()
     found = {}
     for way in ("overlapped", "in turn"):
         if way == "in turn":
@@ -1550,10 +1592,10 @@ def trace_of_rank(device: str, scale: int = 0) -> dict:
         for index in range(8):
             fill_gradients(optimizer, index)
             if index % 2:
-                optimizer.parts["bigram"].exchange()
+                optimizer.states["bigram"].comm.exchange()
             wait_for(device)
             with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
-                took = clocked(partial(optimizer.step, index, RATES), device)
+                took = clocked(partial(optimizer.step, settings_at(index)), device)
         events = [e for e in seen.events() if e.device_type == torch.autograd.DeviceType.CUDA]
         spans = [(e.name, e.time_range.start, e.time_range.end) for e in events]
         found[way] = {"lanes": stretches(spans), "ms": took[0]}
@@ -1575,7 +1617,7 @@ def one_rank(name: str, out: str, device: str) -> None:
         os.environ["TORCH_NCCL_HIGH_PRIORITY"] = "1"  # or transfers wait behind large kernels
     dist.init_process_group("nccl" if device == "cuda" else "gloo")
     result = WORKS[name](device)
-    if ranks()[0] == 0:
+    if dist_info()[0] == 0:
         Path(out).write_text(json.dumps(result))
     dist.destroy_process_group()
 
@@ -1749,7 +1791,7 @@ def muon_flops(count: int, rows: int, cols: int, symmetric: bool = True) -> int:
 
 def floors(at_best: dict[str, float]) -> dict[str, float]:
     """Milliseconds of one GPU's step without tables and with them, if nothing but arithmetic and memory took time."""
-    banks = list(record_shapes().values())[:3]
+    banks = [spec.shape for spec in record_specs()[:3]]
     products = sum(muon_flops(*bank) for bank in banks) / at_best["flops"]
     memory = 20 * sum(math.prod(bank) for bank in banks) / at_best["bytes"]
     tables = 24 * (HEAD + VALUES + BIGRAM) / at_best["bytes"]
@@ -1863,7 +1905,7 @@ tenths = {  # of a microsecond: in which of them something travels, or is comput
 travels, computes = tenths.values()
 idle = len(travels - computes) / 10
 sent = bytes_sent("sharded", HEAD + VALUES + MUON_WEIGHTS, 2, 2)
-rows = bytes_sent("sparse", BIGRAM, 2, 2, rows=2 * 16_384, width=768)
+rows = bytes_sent("sharded_sparse", BIGRAM, 2, 2, rows=2 * 16_384, width=768)
 link = (sum(sent) + sum(rows)) / min(rates["in turn"]) / 1e6
 assert f"{idle / 1000:.1f}" == "0.5" and 3.4 < link < 3.6
 slowest = odd / min(rates["in turn"])
@@ -1889,9 +1931,9 @@ print(f"one step of each, {measured_on(load_result('many_gpus', 'trace'))}")
 
 
 # %%
-def state_bytes(numel: int, rule: str) -> int:
-    """Optimizer state of a parameter: Adam's two means in float32; Muon's momentum and its lost bits."""
-    return numel * (8 if rule == "adam" else 4 + 2)
+def state_bytes(numel: int, optim: str) -> int:
+    """Optimizer state of a parameter: Adam's two moments in float32; Muon's momentum and its mantissa."""
+    return numel * (8 if optim == "adam" else 4 + 2)
 
 
 def busy_share(matrices: int, world: int) -> float:
@@ -1900,17 +1942,18 @@ def busy_share(matrices: int, world: int) -> float:
 
 
 tables = 2 * HEAD + VALUES + BIGRAM
-sizes = {name: math.prod(shape) for name, shape in record_shapes().items()}
+record_89 = {spec.name: spec for spec in record_specs()}
+sizes = {name: math.prod(spec.shape) for name, spec in record_89.items()}
 assert sum(sizes[name] for name in ("qk", "vo", "mlp")) == MUON_WEIGHTS
 assert (sizes["head"], sizes["values"], sizes["bigram"]) == (HEAD, VALUES, BIGRAM)
 assert busy_share(20, 16) == 5 / 8
 assert 1.1 < 2 * tables / 1e9 < 1.15
 whole = state_bytes(MUON_WEIGHTS, "muon") + state_bytes(tables, "adam")
-of_bank = {name: busy_share(record_shapes()[name][0], 8) for name in ("qk", "vo", "mlp")}
+of_bank = {name: busy_share(record_89[name].shape[0], 8) for name in ("qk", "vo", "mlp")}
 assert 4.9e9 < whole < 5.2e9 and [round(x, 2) for x in of_bank.values()] == [0.94, 0.83, 0.92]
 print(f"state: {whole / 1e9:.1f} GB on each GPU if replicated, {whole / 8e9:.2f} GB sharded")
 for name, share in of_bank.items():
-    print(f"{name:3}: {record_shapes()[name][0]} matrices on eight ranks, {share:.0%} busy")
+    print(f"{name:3}: {record_89[name].shape[0]} matrices on eight ranks, {share:.0%} busy")
 
 # %% [markdown]
 # The public ladder has the seconds. Sharing Muon's matrices took a step from 179 to 154 ms (record 6). Starting to gather while the next matrices are orthogonalised came with record 15. Record 24 replaced all all-reduces by their halves (and used another PyTorch). Record 36 laid the banks out so that they divide evenly; its author's comparison gives that 0.7 s. Record 57 began to interleave, Muon's sums first and Adam's gathers while Muon computes. Record 71 gained 0.75 s by its author's comparison; sending touched rows only was a part of that {cite}`moddednanogpt`. Officially:
@@ -1934,7 +1977,7 @@ of_arm = {arm: describe(run["val_loss"] for run in runs) for arm, runs in arms.i
 of_arm["AdamW"] = describe(
     run["val_loss"] for run in load_result("muon", "laptop")["data"]["arms"]["today"]
 )
-best_rest = {arm: runs[0]["config"]["optim"]["lr"] for arm, runs in arms.items()}
+best_rest = {arm: runs[0]["config"]["optim"]["adam"]["lr"] for arm, runs in arms.items()}
 assert len(load_result("training_loop", "sharing_rates")["data"]["arms"]) == 24 == 2 * 3 * 4
 for arm, sample in of_arm.items():
     print(f"{arm:8} {sample}")
@@ -2004,7 +2047,7 @@ print(f"best {best}: {times[best]:.0f} ms; worst {worst}: {times[worst]:.0f} ms"
 def worth_it(width: int, world: int) -> float:
     """Share of rows below which rows with their numbers are fewer bytes than the whole table."""
     dense, _ = bytes_sent("sharded", 1000 * width, 2, world)
-    row, _ = bytes_sent("sparse", 1000 * width, 2, world, rows=1, width=width)
+    row, _ = bytes_sent("sharded_sparse", 1000 * width, 2, world, rows=1, width=width)
     return dense / (1000 * row)
 
 

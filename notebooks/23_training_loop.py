@@ -99,8 +99,7 @@ import tyro
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from speedrun.config import Config, check_config, config_from_json, fields_of, preset
-from speedrun.config import read_command, switches_of, vary
+from speedrun.config import Config, check_config, config_from_json, fields_of, vary
 from speedrun.data.loader import Batch, Loader, Position, Shards, validation_batches
 from speedrun.data.tokenizer import decode_bytes
 from speedrun.lab.errors import Problem, quoted, run_main, visible
@@ -108,11 +107,10 @@ from speedrun.lab.files import claim, new_folder
 from speedrun.lab.hardware import Machine, setup
 from speedrun.lab.provenance import commit, module_file, module_hashes, root, stamp
 from speedrun.lab.runlog import RunLog, format_line, parse_line
-from speedrun.optim.adamw import make_adamw
-from speedrun.optim.muon import Muon, rate_factor
-from speedrun.optim.newton_schulz import MatrixOptimizer, MatrixOptions
-from speedrun.optim.schedule import between, learning_rate
-from speedrun.model.gpt import GPT, model_flops_per_token
+from speedrun.model.gpt import GPT, flops_per_token
+from speedrun.optim.optimizer import MuonAdam, assign_optimizers
+from speedrun.optim.schedule import StepSettings, step_settings
+from speedrun.presets import preset, read_command
 
 
 @dataclass(frozen=True)
@@ -322,136 +320,30 @@ print([f"{duration:.0f} ms" for duration in naps])
 # %% [markdown]
 # ### One step
 #
-# The model first. The package's, or for the historic rung the plain one of chapter 03; both take the same shape.
+# The model first, and then the optimizer, [chapter 20's](20_many_gpus.py). It wants a table that says of each parameter how it is updated. The model has one already; what the run decides is filled in: the rule for the blocks' matrices, and the multiples of its rate.
 
 
 # %%
 #| export
-def build_model(
-    config: Config, vocab_size: int, device: torch.device
-) -> tuple[nn.Module, dict[str, bool]]:
-    """The model of a run on its device, and which of its parameters decay."""
-    if config.architecture == "gpt":
-        model = GPT(config.model, vocab_size, config.seed, switches_of(config))
-        return model.to(device), model.decays()
-    from speedrun.history import build_rung
-
-    rung, decays = build_rung(config, vocab_size)
-    return rung.to(device), decays
+def build_optimizer(config: Config, model: GPT) -> MuonAdam:
+    """The optimizer of a run. The model's parameters become views of its storage."""
+    specs = assign_optimizers(model.specs, config.optim)
+    return MuonAdam(dict(model.named_parameters()), specs, config.optim, config.compile)
 
 
 # %%
-from speedrun.config import at_cpu_size
+from collections import Counter
 
-names, sizes = {}, {}
-for rung in ("record", "baseline"):
-    model, decays = build_model(at_cpu_size(preset(rung)), 288, ranks.device)
-    names[rung] = dict(model.named_parameters())
-    sizes[rung] = sum(p.numel() for p in model.parameters())
-    assert set(decays) == set(names[rung])
-assert sizes["record"] == sizes["baseline"]
-print({rung: f"{len(names[rung])} tensors, {sizes[rung]:,} numbers" for rung in names})
+from speedrun.presets import at_cpu_size
 
-# %% [markdown]
-# Then who updates what. All parameters are AdamW's, unless the run names another rule for the matrices of the blocks ([chapters 12](12_newton_schulz.py) and [13](13_muon.py)). Then there are two optimizers on one schedule: the second one's rate is a fixed share of the first one's.
-
-
-# %%
-#| export
-def matrix_optimizer(
-    config: Config, banks: list[tuple[Tensor, int]], rate: float
-) -> torch.optim.Optimizer:
-    """Muon or SOAP for banks of matrices, as the run says."""
-    if config.matrix.rule == "muon":
-        return Muon(banks, config.matrix, config.muon, rate, config.optim.weight_decay)
-    from speedrun.optim.soap import soap_update
-
-    return MatrixOptimizer(banks, soap_update, rate, config.optim.weight_decay)
-
-
-def make_optimizers(config: Config, model: nn.Module, decays: dict[str, bool]) -> list[Any]:
-    """AdamW for all parameters; or for most, and then the rule that the run names for the banks of matrices; or one that is shared."""
-    chosen, optim = config.matrix, config.optim
-    named: dict[str, Tensor] = dict(model.named_parameters())
-    rates = {row.name: row.rate for row in model.table} if isinstance(model, GPT) else {}
-    if config.sharing.on:
-        return [shared_optimizer(config, model)]
-    if chosen == MatrixOptions():
-        return [make_adamw(named, decays, optim, rates)]
-    assert isinstance(model, GPT)  # check_config has refused all others
-    rate, matrices = chosen.lr or optim.lr, model.matrices()
-    banks = {name: named.pop(name) for name in matrices}
-    first = make_adamw(named, {name: decays[name] for name in named}, optim, rates)
-    if chosen.rule == "adamw":
-        alone = dataclasses.replace(optim, lr=rate)
-        second: Any = make_adamw(banks, {name: decays[name] for name in banks}, alone)
-    else:
-        pairs = [(bank, matrices[name]) for name, bank in banks.items()]
-        second = matrix_optimizer(config, pairs, rate)
-    for group in second.param_groups:
-        group["share"] = rate / optim.lr
-    return [first, second]
-
-
-# %%
 laptop = at_cpu_size(preset("cpu"))
-model, decays = build_model(laptop, 288, ranks.device)
-for rule, owned in {"muon": (12, 4), "soap": (12, 4), "adamw": (12, 4)}.items():
-    two = make_optimizers(vary(laptop, {"matrix.rule": rule, "matrix.lr": 0.02}), model, decays)
-    assert tuple(sum(len(g["params"]) for g in one.param_groups) for one in two) == owned
-    assert {g["share"] for g in two[1].param_groups} == {0.02 / laptop.optim.lr}
-(one,) = make_optimizers(laptop, model, decays)
-assert sum(len(g["params"]) for g in one.param_groups) == 16
-
-# %% [markdown]
-# With `sharing.on` there is one optimizer for everything and for all ranks, [chapter 20's](20_many_gpus.py). It wants a list of parameters with what is done to them. The model has one already, and what is missing follows from it: banks are Muon's; what else decays is an embedding, large, and shared out; the rest is small. It does not clip, and its Adam decays by `sharing.adam_decay` and not by `optim.weight_decay`; 150 is record 89's multiple for embedding and head.
-
-
-# %%
-#| export
-def optimizer_table(config: Config, model: GPT) -> list[Any]:
-    """How each parameter is updated when ranks share the work; what Muon updates comes first, since it takes longest."""
-    from speedrun.optim.optimizer import Entry
-
-    found, betas = [], config.optim.betas
-    for row in model.table:
-        if row.matrices:
-            shape = row.shape[1] // row.matrices, row.shape[2]
-            factor = rate_factor(*shape, config.matrix, config.muon)
-            decay = 1 / factor if config.muon.decay == "plain" else 1.0  # which has no factor in it
-            found.append(Entry(row.name, "muon", "sharded", factor, decay, matrices=row.matrices))
-        else:
-            large = row.decay  # tables of embeddings do, gains and biases do not
-            comm: Any = "sharded" if large else "replicated"
-            known: dict[str, Any] = {"rate": row.rate, "betas": betas, "tied": row.tied}
-            found.append(Entry(row.name, "adam", comm, decay=150.0 * large, **known))
-    return sorted(found, key=lambda entry: entry.rule == "adam")
-
-
-def shared_optimizer(config: Config, model: nn.Module) -> Any:
-    """One optimizer for all ranks, as the run says."""
-    from speedrun.optim.optimizer import BankOptimizer, OptimizerOptions
-
-    assert isinstance(model, GPT)  # check_config has refused all others
-    matrix, sharing = config.matrix, config.sharing
-    options = OptimizerOptions(
-        muon=config.muon,
-        iterations=matrix.iterations,
-        nesterov=matrix.nesterov,
-        eps=config.optim.eps,
-        adam_decay=sharing.adam_decay,
-        adam_every=sharing.adam_every,
-        compile=config.compile,
-    )
-    return BankOptimizer(dict(model.named_parameters()), optimizer_table(config, model), options)
-
-
-# %%
-shared = vary(laptop, {"matrix.rule": "muon", "sharing.on": True})
-(one,) = make_optimizers(shared, model, decays)
-assert [row.name for row in one.table[:4]] == list(model.matrices()) and len(one.table) == 16
-assert {row.comm for row in one.table[4:6]} == {"sharded"}, "two tables of embeddings"
-print({part: tuple(one.parts[part].own.shape) for part in one.parts})
+for matrices in ("adam", "muon", "soap"):
+    model = GPT(laptop.model, 288).to(ranks.device)
+    optimizer = build_optimizer(vary(laptop, {"optim.matrices": matrices}), model)
+    assert len(optimizer.specs) == len(list(model.parameters())) == 16
+    counts = Counter(spec.optim for spec in optimizer.specs)
+    assert counts == ({"adamw": 16} if matrices == "adam" else {matrices: 4, "adamw": 12})
+    print(f"optim.matrices={matrices}: {dict(counts)}, in {len(optimizer.states)} updates")
 
 # %% [markdown]
 # A step is `grad_shards` micro-batches, of which a rank reads its share in equal parts. Their losses are means over equally many tokens, so the gradient of the whole batch is the mean of the parts' gradients. Dividing each loss by the number of parts of the whole step before going backward, and *summing* over parts and ranks, gives exactly that, however they are dealt out.
@@ -459,6 +351,13 @@ print({part: tuple(one.parts[part].own.shape) for part in one.parts})
 
 # %%
 #| export
+def forward_loss(forward, batch: Batch, device: torch.device, precision: str) -> Tensor:
+    """The model's mean loss on a batch, nats a token."""
+    inputs, targets = (tensor.to(device, non_blocking=True) for tensor in batch[:2])
+    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+        return forward(inputs, targets)
+
+
 def accumulate(
     forward, batches: Iterable[Batch], grad_shards: int, device: torch.device, precision: str
 ) -> Tensor:
@@ -468,33 +367,31 @@ def accumulate(
     """
     total = torch.zeros((), device=device)
     for batch in batches:
-        inputs, targets = (tensor.to(device, non_blocking=True) for tensor in batch[:2])
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-            loss = forward(inputs, targets) / grad_shards
+        loss = forward_loss(forward, batch, device, precision) / grad_shards
         loss.backward()
         total += loss.detach()
     return total
 
 
-def sum_over_ranks(tensors: list[Tensor], world: int) -> None:
-    """Add up each tensor over all ranks, in place."""
+def all_reduce_sum(tensor: Tensor, world: int) -> Tensor:
+    """The tensor, added up over all ranks, in place."""
     if world > 1:
-        for handle in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
-            handle.wait()
+        dist.all_reduce(tensor)
+    return tensor
 
 
 # %%
-from speedrun.data.loader import DataOptions
+from speedrun.data.loader import DataConfig
 from speedrun.data.shards import data_folder
 from speedrun.data.sources import build_embedded
-from speedrun.model.gpt import GPTOptions
+from speedrun.model.gpt import GPTConfig
 
 if not (data_folder("data/embedded") / "manifest.json").exists():
     build_embedded(root() / "data" / "embedded", root() / "data" / "wheels")
 gradients = {}
 for parts in (1, 2, 4, 8):
-    loader = Loader(DataOptions(seq_len=64, step_tokens=1024, grad_shards=parts))
-    model = GPT(GPTOptions(2, 2, 32, 64), 288).double()
+    loader = Loader(DataConfig(seq_len=64, step_tokens=1024, grad_shards=parts))
+    model = GPT(GPTConfig(2, 2, 32, 64), 288).double()
     accumulate(model, loader.next(), parts, ranks.device, "float32")
     gradients[parts] = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
 worst = max(
@@ -506,84 +403,33 @@ print(f"1,024 tokens in 1, 2, 4 or 8 parts: the gradients differ by {worst:.0e} 
 # %% [markdown]
 # This is double precision. In single precision a sum in another order differs in the seventh digit, and in bfloat16 much sooner: after some hundred steps runs on one and on two GPUs differ in the second decimal of their loss. Nobody is wrong. The README says how much.
 #
-# ### A number that is not one
+# ### Non-finite gradients
 #
-# An infinite gradient makes its weight NaN, and a step later every loss, gradient and weight is NaN. A NaN gradient needs only one step, because clipping divides all gradients by their common length. By the time somebody looks, the culprit cannot be told from its victims. So a step whose gradient is not finite *updates nothing*, and at its next log line or checkpoint the run ends and says what broke. The fused AdamW takes a flag for that, made for loss scaling, which costs no waiting. What is broken then stays in the state in which it broke, and can
-# be named.
+# An infinite gradient makes its weight NaN, and a step later every loss, gradient and weight is NaN. A NaN gradient needs only one step, because clipping divides all gradients by their common norm. By the time somebody looks, the culprit cannot be told from its victims. So the optimizer *leaves out* a step whose gradient is not finite, counts it by parameter, and does not wait to find out; at its next log line or checkpoint the run ends and says what broke.
 
 
 # %%
 #| export
-def gradients_of(model: nn.Module) -> list[Tensor]:
-    """The gradients of all parameters, in the parameters' order."""
-    return [p.grad for p in model.parameters() if p.grad is not None]
+def settings_of(run: "Run", step: int) -> StepSettings:
+    """What the optimizer is told in a step."""
+    config, optim = run.config, run.config.optim
+    peaks = optim.adam.lr, optim.matrix_lr or optim.adam.lr
+    return step_settings(step, config.steps, config.schedule, peaks, optim.muon.momentum)
 
 
-def rates_of(run: "Run") -> dict[str, float]:
-    """This step's rates of Adam and Muon, the momentum that Muon keeps, and its plain decay."""
-    config, steps, muon = run.config, run.config.steps, run.config.muon
-    rate = learning_rate(run.step, steps, config.optim, config.schedule)
-    high = config.matrix.momentum
-    momentum = between(run.step, steps, (muon.low_momentum or high, high), muon.momentum_steps)
-    share = (config.matrix.lr or config.optim.lr) / config.optim.lr
-    decay = config.optim.weight_decay
-    return {"adam": rate, "muon": rate * share, "momentum": momentum, "muon_decay": decay}
-
-
-def update(run: "Run") -> Tensor:
-    """Clip, set the rate, step. Returns the gradient's length; where that is not finite, nothing is updated."""
-    optim, parameters = run.config.optim, list(run.model.parameters())
-    total = nn.utils.get_total_norm(gradients_of(run.model))
-    finite = torch.isfinite(total)
-    length = torch.where(finite, total, 0.0)  # a broken gradient is not scaled: it stays what it is
-    nn.utils.clip_grads_with_norm_(parameters, optim.grad_clip or math.inf, length)
-    rates, broken = rates_of(run), (~finite).float()
-    for optimizer in run.optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = rates["adam"] * group.get("share", 1.0)
-            group["momentum"] = rates["momentum"]
-        optimizer.found_inf, optimizer.grad_scale = broken, None
-        optimizer.step()
-    run.skipped += broken
-    return total
-
-
-def update_shared(run: "Run") -> None:
-    """The step of an optimizer that sums, guards and clears by itself, and does not clip."""
-    (optimizer,) = run.optimizers
-    if optimizer.tied and run.step >= run.config.head.split_at * run.config.steps:
-        from speedrun.optim.optimizer import untie
-
-        for name in list(optimizer.tied):
-            untie(optimizer, name)
-    optimizer.step(run.step, rates_of(run))
-    run.skipped += optimizer.skip
-
-
-# %%
-#| export
-def not_finite(model: nn.Module) -> tuple[list[str], list[str]]:
-    """Names of parameters, and of gradients, that hold a number that is none."""
-    named = list(model.named_parameters())
+def nonfinite_error(run: "Run", loss: float = 0.0) -> Problem:
+    """What to say about a loss, or steps left out, that are not finite: which parameter, what still happened, the way on."""
+    named, gradients = run.model.named_parameters(), run.optimizer.nonfinite_params()
     weights = [name for name, p in named if not torch.isfinite(p).all()]
-    grads = [name for name, p in named if p.grad is not None and not torch.isfinite(p.grad).all()]
-    return weights, grads
-
-
-def broken(run: "Run", loss: float = 0.0) -> Problem:
-    """What to say about a loss, or steps left out, that are not finite: who is to blame, what still happened, the way on."""
-    weights, gradients = not_finite(run.model)
-    if run.config.sharing.on:  # then they are cleared by now
-        gradients += run.optimizers[0].blamed()
     if weights:
         what = f"parameter {', '.join(weights)} is not finite; nothing has been updated since"
     elif gradients:
         what = f"the gradient of {', '.join(gradients)} is not finite; that step was left out"
-    elif run.skipped:
-        what = f"{int(run.skipped)} steps had a gradient that is not finite; they were left out, the others taken"
+    elif run.nonfinite_steps:
+        what = f"{int(run.nonfinite_steps)} steps had a gradient that is not finite; they were left out, the others taken"
     else:
         what = f"the loss is {loss}, with weights and gradients that are finite"
-    fix = "a lower --optim.lr, or a longer --optim.warmup-steps"
+    fix = "a lower --optim.adam.lr, or a longer --schedule.warmup-steps"
     if saved := checkpoints(run.folder):
         back = f"--resume {quoted(run.folder)} goes back to {saved[-1].name}"
         fix = f"{back}; or begin again with {fix}"
@@ -591,25 +437,20 @@ def broken(run: "Run", loss: float = 0.0) -> Problem:
 
 
 # %% [markdown]
-# The flag is an undocumented courtesy of PyTorch's, so it gets a test of its own. One tensor's gradient is NaN, the other's is fine; neither may move, and the next good step must.
+# One tensor's gradient is NaN, the others' are fine; none may move, and the next good step must move all.
 
 # %%
-from types import SimpleNamespace
-
-from speedrun.optim.adamw import AdamWOptions
-
-pair = nn.ParameterDict({"good": torch.ones(4), "bad": torch.ones(4)})
-optimizer = make_adamw(dict(pair), {"good": False, "bad": False}, AdamWOptions())
-stage = SimpleNamespace(
-    config=preset("cpu"), model=pair, optimizers=[optimizer], step=0, skipped=torch.zeros(())
-)
-pair["good"].grad, pair["bad"].grad = torch.ones(4), torch.tensor([1.0, math.nan, 1.0, 1.0])
-update(stage)
-assert all(torch.equal(tensor, torch.ones(4)) for tensor in pair.values()) and stage.skipped == 1
-assert not_finite(pair) == ([], ["bad"])
-pair["bad"].grad = torch.ones(4)
-update(stage)
-assert all((tensor < 1).all() for tensor in pair.values()) and stage.skipped == 1
+model = GPT(laptop.model, 288)
+optimizer = build_optimizer(laptop, model)
+before = {name: p.detach().clone() for name, p in model.named_parameters()}
+for bad in (math.nan, 1.0):
+    for p in model.parameters():
+        p.grad.fill_(1.0)
+    model.mlp_up.grad[0, 3, 1] = bad
+    optimizer.step(StepSettings(0, lr=1e-3, matrix_lr=1e-3, momentum=0.0))
+    moved = [name for name, p in model.named_parameters() if not torch.equal(p, before[name])]
+    assert len(moved) == (0 if math.isnan(bad) else 16)
+assert optimizer.nonfinite_params() == ["mlp_up"]
 print("one NaN, nothing moved; no NaN, everything did")
 
 # %% [markdown]
@@ -788,22 +629,22 @@ except Problem as problem:
 class Run:
     """Everything that changes while training, and what it needs.
 
-    optimizers: of torch.optim.Optimizer, or the one that all ranks share. skipped: how many steps had a gradient that was not finite.
+    nonfinite_steps: how many steps had a gradient that was not finite, and were left out.
     saved: the checkpoint that was last written or read.
     """
 
     config: Config
     folder: Path
     ranks: Ranks
-    model: nn.Module
+    model: GPT
     forward: Any
-    optimizers: list[Any]
+    optimizer: MuonAdam
     loader: Loader
     validation: Shards
     clock: Clock
     log: Any
     heart: Heartbeat
-    skipped: Tensor
+    nonfinite_steps: Tensor
     interrupts: Interrupts
     step: int = 0
     stop_at: int | None = None
@@ -813,18 +654,12 @@ class Run:
 # %%
 #| export
 def train_step(run: Run) -> Tensor:
-    """One step: read, forward and backward, sum over ranks, update. Returns this rank's part of the loss."""
+    """One step: read, forward and backward, update. Returns this rank's part of the loss."""
     batches, device, precision = run.loader.next(), run.ranks.device, run.config.precision
-    shared = run.config.sharing.on
-    if not shared:
-        run.model.zero_grad()
     parts, beating = len(batches) * run.ranks.world, run.heart.over(batches)
     loss = accumulate(run.forward, beating, parts, device, precision)
-    if shared:
-        update_shared(run)
-    else:
-        sum_over_ranks(gradients_of(run.model), run.ranks.world)
-        update(run)
+    run.optimizer.step(settings_of(run, run.step))
+    run.nonfinite_steps += run.optimizer.skip
     run.step += 1
     return loss
 
@@ -854,7 +689,7 @@ class SilentLog:
 
 # %%
 #| export
-def compiled(model: nn.Module) -> Any:
+def compile_model(model: nn.Module) -> Any:
     """The model under torch.compile, without the fusion that breaks gradients of a bank's slices (pytorch#193061)."""
     safe: dict[str, Any] = {"triton.mix_order_reduction": False}
     return torch.compile(model, dynamic=False, fullgraph=True, options=safe)
@@ -878,9 +713,10 @@ def assemble(config: Config, folder: Path, echo=print) -> Run:
     loader = Loader(config.data, ranks.rank, ranks.world, pin=device.type == "cuda")
     validation = Shards(config.data.path, "val")
     heart.phase("build")
-    model, decays = build_model(config, loader.shards.manifest.vocab_size, device)
-    forward = compiled(model) if config.compile else model
-    optimizers = make_optimizers(config, model, decays)
+    vocab_size = loader.shards.manifest.vocab_size
+    model = GPT(config.model, vocab_size, config.seed).to(device)
+    forward = compile_model(model) if config.compile else model
+    optimizer = build_optimizer(config, model)
     log = open_log(config, folder, echo) if ranks.rank == 0 else SilentLog()
     parts = (
         loader,
@@ -891,7 +727,7 @@ def assemble(config: Config, folder: Path, echo=print) -> Run:
         torch.zeros((), device=device),
         Interrupts(),
     )
-    return Run(config, folder, ranks, model, forward, optimizers, *parts)
+    return Run(config, folder, ranks, model, forward, optimizer, *parts)
 
 
 # %%
@@ -924,7 +760,7 @@ def open_log(config: Config, folder: Path, echo) -> RunLog:
 # %%
 brief = {"steps": 40, "compile": False, "val_every": 20, "val_tokens": 8192, "log_every": 10}
 brief |= {"device": "cpu"}  # a GPU adds in another order each time: no two runs there are equal
-brief = vary(preset("cpu"), brief | {"optim.warmup_steps": 5})
+brief = vary(preset("cpu"), brief | {"schedule.warmup_steps": 5})
 run = assemble(brief, scratch / "step", echo=None)
 before = run.model.mlp_up.detach().clone()
 loss = train_step(run)
@@ -953,7 +789,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -965,61 +801,6 @@ from torch import Tensor
 from speedrun.lab.errors import Problem, quoted, visible
 from speedrun.lab.files import atomic_write, file_sha256, sync
 
-
-Optimizers = Sequence[Any]  # of torch.optim.Optimizer, or chapter 20's alone
-
-
-def is_shared(optimizers: Optimizers) -> bool:
-    """Whether it is the one that all ranks share."""
-    return not isinstance(optimizers[0], torch.optim.Optimizer)
-
-
-def states_by_parameter(optimizers: Optimizers) -> dict[Tensor, dict[str, Tensor]]:
-    """Each parameter's own state, from whichever optimizer it belongs to."""
-    groups = [(optimizer, group) for optimizer in optimizers for group in optimizer.param_groups]
-    return {p: optimizer.state[p] for optimizer, group in groups for p in group["params"]}
-
-
-def optimizer_tensors(
-    optimizers: Optimizers, parameters: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """The state of optimizers as named tensors, `parameter/moment`. If it is shared, all ranks have to ask."""
-    if is_shared(optimizers):
-        return optimizers[0].tensors()
-    states = states_by_parameter(optimizers)
-    moments = {name: states[p].items() for name, p in parameters.items()}
-    return {f"{name}/{key}": value for name, items in moments.items() for key, value in items}
-
-
-def restore_optimizers(
-    optimizers: Optimizers, parameters: Mapping[str, Tensor], saved: dict
-) -> None:
-    """Put named tensors back as the state of optimizers, on each parameter's device."""
-    if is_shared(optimizers):
-        return optimizers[0].load(saved)
-    for optimizer in optimizers:
-        optimizer.state.clear()
-    states = states_by_parameter(optimizers)
-    for label, value in saved.items():
-        name, key = label.rsplit("/", 1)
-        states[parameters[name]][key] = value.to(parameters[name].device)
-
-
-# %%
-named = dict(run.model.named_parameters())
-saved = {label: value.clone() for label, value in optimizer_tensors(run.optimizers, named).items()}
-assert {"mlp_up/exp_avg", "mlp_up/exp_avg_sq", "mlp_up/step"} <= set(saved) and len(
-    saved
-) == 3 * len(named)
-train_step(run)
-assert not torch.equal(
-    saved["mlp_up/exp_avg"], optimizer_tensors(run.optimizers, named)["mlp_up/exp_avg"]
-)
-restore_optimizers(run.optimizers, named, saved)
-assert all(
-    torch.equal(saved[label], value)
-    for label, value in optimizer_tensors(run.optimizers, named).items()
-)
 
 # %%
 #| export
@@ -1233,21 +1014,6 @@ def put_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
             p.copy_(weights[name])
 
 
-def blank_moments(run: Run) -> dict[str, Tensor]:
-    """What the optimizers' state looks like (names, shapes, dtypes), from a step with gradients of zero."""
-    named = dict(run.model.named_parameters())
-    if not run.config.sharing.on:
-        for p in named.values():
-            p.grad = torch.zeros_like(p)
-        for optimizer in run.optimizers:
-            optimizer.found_inf, optimizer.grad_scale = torch.zeros_like(run.skipped), None
-            optimizer.step()
-        run.model.zero_grad()
-    return optimizer_tensors(run.optimizers, named)
-
-
-# %%
-#| export train
 def facts_of(run: Run) -> dict:
     """What a checkpoint says about its run beside the tensors."""
     manifest = run.loader.shards.manifest
@@ -1302,12 +1068,10 @@ def resume(run: Run) -> None:
     broken = [name for name, t in tensors if not torch.isfinite(t.float()).all()]
     if broken:
         raise damaged(path, f"{', '.join(broken)} is not finite")
-    if not run.config.sharing.on:
-        check_tensors(path, moments, blank_moments(run) if facts["step"] else {})
     put_weights(run.model, weights)
     try:
-        restore_optimizers(run.optimizers, named, moments)
-    except ValueError as error:  # of the shared one, which checks for itself
+        run.optimizer.load_state_dict(moments)
+    except ValueError as error:
         raise damaged(path, error) from None
     run.step, run.loader.position = facts["step"], Position(*facts["position"])
     run.clock.elapsed_ms, run.saved = facts["train_time_ms"], path
@@ -1329,12 +1093,12 @@ def keep(run: Run, patience_s: float = 0.0) -> Path | None:
 
     Raises Problem on every rank if a number is broken: such a state is not worth going back to.
     """
-    if run.skipped.item():
-        raise broken(run)
+    if run.nonfinite_steps.item():
+        raise nonfinite_error(run)
     if run.saved and run.saved.name == f"step-{run.step:07d}":  # nothing has happened since
         return run.saved
     named, end = dict(run.model.named_parameters()), time.monotonic() + patience_s
-    moments = optimizer_tensors(run.optimizers, named)
+    moments = run.optimizer.state_dict()
     if run.ranks.rank != 0:
         return None
     run.heart.phase("checkpoint", run.step)
@@ -1359,6 +1123,7 @@ def try_to_save(run: Run, named: dict, moments: dict) -> OSError | None:
 
 
 # %%
+train_step(run)
 run.folder = Path("/dev/null")  # no folder can be made there
 assert keep(run) is None and (scratch / "step" / "log.txt").read_text().startswith(
     "no checkpoint at step 2"
@@ -1383,13 +1148,10 @@ def evaluate(run: Run, batches) -> float:
     """Mean loss, nats a token, over validation micro-batches that are dealt out to the ranks."""
     device, sums = run.ranks.device, torch.zeros(2, dtype=torch.float64, device=run.ranks.device)
     for batch in batches:
-        inputs, targets = batch.inputs.to(device), batch.targets.to(device)
-        with torch.autocast(
-            device.type, torch.bfloat16, enabled=run.config.precision == "bfloat16"
-        ):
-            sums += torch.stack([run.forward(inputs, targets).double(), torch.ones_like(sums[0])])
+        loss = forward_loss(run.forward, batch, device, run.config.precision)
+        sums += torch.stack([loss.double(), torch.ones_like(sums[0])])
         run.heart.beat()
-    sum_over_ranks([sums], run.ranks.world)
+    all_reduce_sum(sums, run.ranks.world)
     return (sums[0] / sums[1]).item()
 
 
@@ -1415,31 +1177,27 @@ def warm_up(run: Run) -> float:
     begin = time.perf_counter()
     named, step, position = dict(run.model.named_parameters()), run.step, run.loader.position
     weights = {name: p.detach().clone() for name, p in named.items()}
-    moments = {label: t.clone() for label, t in optimizer_tensors(run.optimizers, named).items()}
-    if run.config.sharing.on:
-        run.optimizers[0].warm_up()
+    moments = run.optimizer.state_dict()
+    run.optimizer.warm_up()
     for _ in range(run.config.warmup):
         train_step(run)
         run.heart.beat()
     evaluate(run, itertools.islice(held_out(run, run.config.val_tokens), 1))
     put_weights(run.model, weights)
-    restore_optimizers(run.optimizers, named, moments)
-    if not run.config.sharing.on:
-        run.model.zero_grad()
-    run.step, run.loader.position, run.skipped = step, position, torch.zeros_like(run.skipped)
+    run.optimizer.load_state_dict(moments)
+    run.step, run.loader.position = step, position
+    run.nonfinite_steps.zero_()
     run.clock.wait()
     return time.perf_counter() - begin
 
 
 # %%
 before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
-at, moments = run.loader.position, optimizer_tensors(run.optimizers, named)
+at, moments = run.loader.position, run.optimizer.state_dict()
 moments = {label: tensor.clone() for label, tensor in moments.items()}
 seconds = warm_up(run)
 assert all(torch.equal(p, before[name]) for name, p in run.model.named_parameters())
-assert all(
-    torch.equal(t, moments[label]) for label, t in optimizer_tensors(run.optimizers, named).items()
-)
+assert all(torch.equal(t, moments[label]) for label, t in run.optimizer.state_dict().items())
 assert run.step == 2 and run.loader.position == at
 print(f"{run.config.warmup} steps were taken and taken back, in {seconds:.1f} s")
 
@@ -1452,15 +1210,14 @@ print(f"{run.config.warmup} steps were taken and taken back, in {seconds:.1f} s"
 # %%
 #| export train
 def log_step(run: Run, loss: Tensor, marks: Marks) -> None:
-    """Log the last step's training loss, as the mean over all ranks. A number that is none ends the run here."""
-    together = torch.stack([loss, run.skipped])
-    sum_over_ranks([together], run.ranks.world)
-    mean, skipped = together.tolist()
-    if skipped or not math.isfinite(mean):
-        raise broken(run, mean)
+    """Log the last step's training loss, as the mean over all ranks. Raises Problem if the loss or a step that was left out was not finite."""
+    together = all_reduce_sum(torch.stack([loss, run.nonfinite_steps]), run.ranks.world)
+    mean, left_out = together.tolist()
+    if left_out or not math.isfinite(mean):
+        raise nonfinite_error(run, mean)
     run.log.line(format_line(run.step, run.config.steps, run.clock.ms, train_loss=mean))
     steps_ms = [round(ms, 3) for ms in marks.drain()]
-    rate = learning_rate(run.step - 1, run.config.steps, run.config.optim, run.config.schedule)
+    rate = settings_of(run, run.step - 1).lr
     where = {"epoch": run.loader.position.epoch, "train_time_ms": run.clock.ms}
     run.log.record("step", step=run.step, train_loss=mean, lr=rate, steps_ms=steps_ms, **where)
 
@@ -1485,7 +1242,7 @@ def validate(run: Run) -> float:
     state = gpu_state(run.ranks.device)
     loss, ms = evaluate(run, held_out(run, run.config.val_tokens)), run.clock.ms
     if not math.isfinite(loss):
-        raise broken(run, loss)
+        raise nonfinite_error(run, loss)
     run.log.line(format_line(run.step, run.config.steps, ms, val_loss=loss))
     average = ms / max(run.step, 1)
     run.log.record(
@@ -1576,17 +1333,14 @@ def describe_run(run: Run, command: str) -> dict:
         "device": str(run.ranks.device),
         "parameters": sum(p.numel() for p in run.model.parameters()),
         "bytes_per_token": bytes_per_token(run.validation, config.val_tokens),
-        "flops_per_token": model_flops_per_token(
-            config.model, manifest.vocab_size, config.data.seq_len, switches_of(config)
-        ),
+        "flops_per_token": flops_per_token(config.model, manifest.vocab_size, config.data.seq_len),
     }
 
 
 # %%
 facts = describe_run(run, "…")
-assert (
-    "class Run" in facts["modules"]["speedrun.train"]["source"]
-    and facts["parameters"] == sizes["record"]
+assert "class Run" in facts["modules"]["speedrun.train"]["source"] and facts["parameters"] == sum(
+    math.prod(spec.shape) for spec in run.model.specs
 )
 assert facts["data"]["tokenizer"] == "bytes" and 1.1 < facts["bytes_per_token"] < 1.3
 print(f"{len(facts['modules'])} modules with their source, {len(json.dumps(facts)) / 1e3:.0f} kB")
@@ -1889,7 +1643,7 @@ assert run_config(later) == brief, "a resumed run has its own settings, whatever
 moved = dataclasses.replace(later, config=vary(later.config, {"data.path": "/elsewhere"}))
 assert run_config(moved) == vary(brief, {"data.path": "/elsewhere"})
 try:
-    run_config(dataclasses.replace(later, config=vary(later.config, {"optim.lr": 1.0})))
+    run_config(dataclasses.replace(later, config=vary(later.config, {"optim.adam.lr": 1.0})))
     raise AssertionError("ignored in silence")
 except Problem as problem:
     print(problem)
@@ -2002,12 +1756,13 @@ import tempfile
 import time
 from pathlib import Path
 
-from speedrun.config import Config, preset, vary
+from speedrun.config import Config, vary
 from speedrun.lab.provenance import stamp
 from speedrun.lab.results import load_result
-from speedrun.measure.runs import corpus_of, laptop_bench, train_arms, train_many
+from speedrun.measure.runs import corpus_of, cpu_base, train_arms, train_many
+from speedrun.presets import preset
 
-NAMES = ("cpu", "gpu", "sharing_rates", "sharing")
+NAMES = ("cpu", "gpu", "adam_rates", "adam")
 PRESET_OF = {"cpu": "cpu", "gpu": "small"}
 
 
@@ -2027,8 +1782,7 @@ def pieces_of(run: Run) -> dict:
     return {
         "reading": lambda: batches.append(run.loader.next()),
         "forward and backward": model,
-        "sum over ranks": lambda: sum_over_ranks(gradients_of(run.model), run.ranks.world),
-        "clip and update": lambda: update(run),
+        "clip and update": lambda: run.optimizer.step(settings_of(run, run.step)),
         "heartbeat and mark": heartbeat_and_mark,
     }
 
@@ -2039,7 +1793,6 @@ def time_pieces(run: Run, repeats: int) -> dict[str, float]:
     """Milliseconds of each piece of a step, waiting for the device after each (medians)."""
     pieces, seen = pieces_of(run), {}
     for _ in range(repeats):
-        run.model.zero_grad()
         for name, piece in pieces.items():
             begin = time.perf_counter()
             piece()
@@ -2081,27 +1834,33 @@ EVERY = (1, 2)  # steps from one update by Adam to the next
 GRID = [(every, rate, other) for every in EVERY for rate in (0.008, 0.016, 0.032) for other in (0.002, 0.004, 0.008, 0.016)]  # fmt: skip
 
 
-def sharing_run(every: int, rate: float, other: float) -> Config:
-    """The laptop's run of 600 steps under today's Muon, with one optimizer for all ranks."""
-    sharing = {"sharing.on": True, "sharing.adam_every": every}
-    return vary(laptop_bench(), {"matrix.lr": rate, "optim.lr": other} | sharing)
+def adam_run(every: int, rate: float, other: float) -> Config:
+    """The laptop's run of 600 steps under today's Muon, with the record's Adam: cautious decay, no clipping."""
+    adam = {"optim.adam.cautious": True, "optim.adam.weight_decay": 0.75, "optim.adam.every": every}
+    rates = {"optim.matrix_lr": rate, "optim.adam.lr": other, "optim.grad_clip": 0.0}
+    return vary(cpu_base(), adam | rates)
 
 
-def sharing_arms(name: str) -> dict[str, Config]:
-    """All points of the grid; or, for Adam in every step and in every second, the best of them."""
-    points = {" ".join(f"{n:g}" for n in point): sharing_run(*point) for point in GRID}
-    if name == "sharing_rates":
+def adam_arms(name: str) -> dict[str, Config]:
+    """adam_rates: all points of the grid. adam: AdamW, and Adam in every step at the best of them, each clipped and not; and in every second."""
+    points = {" ".join(f"{n:g}" for n in point): adam_run(*point) for point in GRID}
+    if name == "adam_rates":
         return points
-    arms = load_result("training_loop", "sharing_rates")["data"]["arms"]
+    arms = load_result("training_loop", "adam_rates")["data"]["arms"]
     loss = {point: runs[0]["val_loss"] for point, runs in arms.items()}
-    best = {
-        n: min((p for p in loss if p.split()[0] == str(n)), key=loss.__getitem__) for n in EVERY
+    best = {n: points[min((p for p in points if p.startswith(f"{n} ")), key=loss.__getitem__)] for n in EVERY}  # fmt: skip
+    clipped, free = {"optim.grad_clip": 1.0}, {"optim.grad_clip": 0.0}
+    return {
+        "AdamW, clipped": vary(cpu_base(), clipped),
+        "AdamW": vary(cpu_base(), free),
+        "every step, clipped": vary(best[1], clipped),
+        "every step": best[1],
+        "every second step": best[2],
     }
-    return {f"every {n}": points[point] for n, point in best.items()}
 
 
 # %%
-assert len(GRID) == len(sharing_arms("sharing_rates")) == 24
+assert len(GRID) == len(adam_arms("adam_rates")) == 24
 
 
 # %% tags=["hide-input"]
@@ -2109,12 +1868,12 @@ assert len(GRID) == len(sharing_arms("sharing_rates")) == 24
 def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
     """Time the pieces of a step of a preset on this machine. Arguments: a data folder, if not the preset's.
 
-    sharing_rates, sharing: the laptop's run with one optimizer for all ranks, on a grid of rates, and at the best with nine seeds.
+    adam_rates, adam: the laptop's run with the record's Adam on a grid of rates, and AdamW and it at the best, clipped and not, with nine seeds.
     """
     modules = ["speedrun.measure.training_loop"]
-    if name.startswith("sharing"):
-        seeds, corpus = 9 if name == "sharing" else 1, corpus_of(preset("cpu"))
-        arms = train_arms(sharing_arms(name), seeds, train_many)
+    if name.startswith("adam"):
+        seeds, corpus = 9 if name == "adam" else 1, corpus_of(preset("cpu"))
+        arms = train_arms(adam_arms(name), seeds, train_many)
         return {"arms": arms}, stamp(command, modules, seeds, range(seeds), corpus)
     config = vary(preset(PRESET_OF[name]), {"data.path": arguments[0]} if arguments else {})
     with tempfile.TemporaryDirectory() as folder:

@@ -128,8 +128,9 @@ import tyro
 from annotated_types import Ge, Gt
 
 from speedrun.checkpoint import checkpoints
-from speedrun.config import Config, as_arguments, check_config, largest_divisor, read_command
-from speedrun.config import switches_of
+from speedrun.config import Config, check_config, largest_divisor
+from speedrun.presets import as_arguments, read_command
+
 from speedrun.data.shards import data_folder, load_manifest
 from speedrun.data.sources import FINEWEB_SHARDS, SHARD_TOKENS, build_embedded, fetch_fineweb
 from speedrun.lab.bounds import check_ranges
@@ -139,7 +140,7 @@ from speedrun.lab.doctor import gpu_problem
 from speedrun.lab.hardware import Machine, look, setup
 from speedrun.lab.provenance import root
 from speedrun.lab.results import load_result, result_names
-from speedrun.model.gpt import model_flops_per_token
+from speedrun.model.gpt import flops_per_token
 from speedrun.train import (
     Interrupts,
     TrainCommand,
@@ -332,7 +333,7 @@ def make_plan(config: Config, machine: Machine, gpus: int, runs: list[dict]) -> 
     )
     shards, download = missing_shards(config) if fineweb else (0, 0.0)
     tokens = config.last_step * config.data.step_tokens
-    per_token = model_flops_per_token(config.model, vocab, config.data.seq_len, switches_of(config))
+    per_token = flops_per_token(config.model, vocab, config.data.seq_len)
     work = tokens * per_token
     alike = sorted(
         runs, key=lambda run: run.get("preset") != config.preset
@@ -345,7 +346,7 @@ def make_plan(config: Config, machine: Machine, gpus: int, runs: list[dict]) -> 
 
 
 # %% tags=["demonstration"]
-from speedrun.config import preset
+from speedrun.presets import preset
 
 record, small = (
     make_plan(preset("record"), eight, 0, known),
@@ -1285,7 +1286,8 @@ print(f"{len(html) / 1e6:.1f} MB of page, and no address in it that has to answe
 import shlex
 from pathlib import Path
 
-from speedrun.config import as_arguments, config_from_json
+from speedrun.config import config_from_json
+from speedrun.presets import as_arguments
 from speedrun.lab.errors import Problem
 
 NAMES = ()  # any name: python scripts/measure.py speedrun NAME RUN_FOLDER …

@@ -115,7 +115,7 @@ from speedrun.data.tokenizer import Tokenizer, get_tokenizer
 from speedrun.lab.bounds import check_ranges
 from speedrun.lab.errors import Problem, check_words, explained, run_main
 from speedrun.lab.hardware import setup
-from speedrun.train import build_model
+from speedrun.model.gpt import GPT
 
 
 # %%
@@ -139,7 +139,7 @@ def load_trained(folder: Path, device: str = "cpu") -> Trained:
     tokenizer = get_tokenizer(facts["tokenizer"])
     if facts["vocab_size"] != tokenizer.vocab_size:
         raise damaged(path, f"a vocabulary of {facts['vocab_size']} is not the tokenizer's")
-    model, _ = build_model(check_config(config), facts["vocab_size"], torch.device(device))
+    model = GPT(check_config(config).model, facts["vocab_size"]).to(device)
     weights = {k: w.float() if w.dtype == torch.bfloat16 else w for k, w in weights.items()}
     check_tensors(path, weights, dict(model.named_parameters()))
     model.load_state_dict(weights)
@@ -154,7 +154,8 @@ def load_trained(folder: Path, device: str = "cpu") -> Trained:
 import tempfile
 from pathlib import Path
 
-from speedrun.config import preset, vary
+from speedrun.config import vary
+from speedrun.presets import preset
 from speedrun.train import train
 
 scratch = Path(tempfile.mkdtemp())
@@ -357,7 +358,8 @@ from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from speedrun.config import preset, vary
+from speedrun.config import vary
+from speedrun.presets import preset
 from speedrun.data.shards import load_manifest
 from speedrun.lab.provenance import stamp
 from speedrun.lab.runlog import read_metrics, series

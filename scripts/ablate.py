@@ -2,8 +2,8 @@
 
     python scripts/ablate.py OUT.json --arm NAME FIELD=VALUE … [--arm …] [--seeds 3] [--control 9] [FLAG …]
 
-Each arm is the base with its fields changed: --arm "no QK-norm" block.qk_norm=False. Further flags make the base, as for speedrun.train
-(--preset cpu --steps 600 --block.qk-norm). The base is trained --control times, each arm --seeds times, with the same first seeds and the
+Each arm is the base with its fields changed: --arm "no QK-norm" model.block.qk_norm=False. Further flags make the base, as for speedrun.train
+(--preset cpu --steps 600 --model.block.qk-norm). The base is trained --control times, each arm --seeds times, with the same first seeds and the
 same data; on the GPUs of this machine, or on its cores. OUT.json is written as soon as an arm is done, with its stamp; what is in it already is kept, if the code and the base are the same.
 """
 
@@ -20,9 +20,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from speedrun.presets import read_command
 from tqdm import tqdm
 
-from speedrun.config import Config, check_config, config_from_json, fields_of, read_command, vary
+from speedrun.config import Config, check_config, config_from_json, fields_of, vary
 from speedrun.lab.files import atomic_write
 from speedrun.lab.hardware import look, setup
 from speedrun.lab.provenance import stamp
@@ -38,7 +39,9 @@ def changes_in(words: list[str]) -> dict[str, Any]:
     for word in words:
         name, equals, text = word.partition("=")
         if not equals:
-            raise Problem(f"“{word}” is no FIELD=VALUE", "--arm NAME block.qk_norm=False, say")
+            raise Problem(
+                f"“{word}” is no FIELD=VALUE", "--arm NAME model.block.qk_norm=False, say"
+            )
         try:
             found[name] = ast.literal_eval(text)
         except (ValueError, SyntaxError):

@@ -2,7 +2,7 @@
 
     python scripts/run_speedrun.py [--preset NAME] [--gpus N] [--data DIR] [--target LOSS] [--out DIR] [--yes] [FLAG …]
 
-Further flags go to speedrun.train (--steps 100, --optim.lr 1e-3, …). The preset is chosen for the machine if none is named.
+Further flags go to speedrun.train (--steps 100, --optim.adam.lr 1e-3, …). The preset is chosen for the machine if none is named.
 """
 
 from speedrun.lab.errors import prepare_command
@@ -31,7 +31,7 @@ from papermill.clientwrap import PapermillNotebookClient
 from papermill.engines import NBClientEngine, papermill_engines
 
 from speedrun.checkpoint import checkpoints
-from speedrun.config import Config, read_command
+from speedrun.config import Config
 from speedrun.lab.errors import Problem, explained, quoted, run_main
 from speedrun.lab.files import claim, new_folder
 from speedrun.lab.hardware import setup
@@ -49,6 +49,7 @@ from speedrun.launch import (
     process_of,
     pulses,
 )
+from speedrun.presets import read_command
 from speedrun.report import write_html
 from speedrun.train import refuse_old_run, settled
 
@@ -60,9 +61,7 @@ def read_arguments(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--preset",
-        default="",
-        help="smoke, cpu, small, record or baseline (default: what fits the machine)",
+        "--preset", default="", help="name of a preset (default: what fits the machine)"
     )
     parser.add_argument("--gpus", type=int, default=0, help="ranks to start (default: one per GPU)")
     parser.add_argument("--data", default="", help="data folder (default: the preset's)")

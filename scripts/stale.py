@@ -26,7 +26,9 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from speedrun.config import RAMPS, Config, at_cpu_size, config_from_json, fields_of, vary
+from migrate import STEPS, in_older_names
+
+from speedrun.config import Config, config_from_json, fields_of, vary
 from speedrun.data.shards import data_folder
 from speedrun.lab import provenance
 from speedrun.lab.errors import Problem, run_main, visible
@@ -40,6 +42,7 @@ from speedrun.lab.provenance import (
     root,
 )
 from speedrun.lab.results import freshness
+from speedrun.presets import RAMPS, at_cpu_size
 
 GPU_WORDS = (
     "cuda",
@@ -58,16 +61,27 @@ TINY: dict[str, Any] = {"model.width": 32, "model.heads": 2, "model.layers": 7, 
 TINY |= {"data.seq_len": 32, "data.step_tokens": 256, "data.grad_shards": 2, "val_tokens": 256}
 TINY |= {"val_every": 5, "log_every": 1, "seed": 0, "compile": False, "device": "cpu"}
 TINY |= {"wandb": "", "warmup": 0, "checkpoint_every": 0, "backend": "auto"}
-ARITHMETIC = ("precision", "muon.weights", "muon.products", "muon.gram")  # a CPU can do it, too
+ARITHMETIC = ("precision", "optim.muon.param_dtype", "optim.muon.ns_dtype")  # a CPU can do it, too
 TRAIN = """
-import contextlib, functools, importlib, json, sys, tempfile, threading
+import contextlib, dataclasses, functools, importlib, json, sys, tempfile, threading, typing
 from pathlib import Path
 import speedrun
 tree, wanted, answers = sys.argv[1:]
 assert Path(speedrun.__file__).resolve().is_relative_to(Path(tree).resolve()), speedrun.__file__
 import torch
-from speedrun.config import config_from_json
+from speedrun.config import Config, config_from_json
 from speedrun.train import train
+def known(run, off, kind=Config, prefix=""):  # without what this code does not know, and is off
+    kinds, found = typing.get_type_hints(kind), {}
+    for name, value in run.items():
+        if name not in kinds:
+            if value != off[name] and name != "preset":
+                raise ValueError(f"{prefix}{name}={value!r}: not in this code")
+        elif dataclasses.is_dataclass(kinds[name]):
+            found[name] = known(value, off[name], kinds[name], f"{prefix}{name}.")
+        else:
+            found[name] = value
+    return found
 pure = []
 with contextlib.suppress(ImportError, AttributeError):  # old code may not have it
     provenance = importlib.import_module("speedrun.lab.provenance")
@@ -89,7 +103,7 @@ def trained(run):
     forget()
     entered.clear()
     with tempfile.TemporaryDirectory() as folder:
-        train(config_from_json(run), Path(folder), echo=None)
+        train(config_from_json(known(run, off)), Path(folder), echo=None)
         lines = (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     records = [r for r in map(json.loads, lines) if r["kind"] in ("step", "val")]
     losses = [[r["step"], r["val_loss" if r["kind"] == "val" else "train_loss"]] for r in records]
@@ -97,7 +111,8 @@ def trained(run):
 threading.setprofile(note)
 sys.setprofile(note)
 with open(answers, "w", encoding="utf-8") as file:
-    for run in json.loads(Path(wanted).read_text(encoding="utf-8")):
+    off, *runs = json.loads(Path(wanted).read_text(encoding="utf-8"))
+    for run in runs:
         try:
             told = trained(run)
         except Exception as error:
@@ -332,8 +347,14 @@ def same_statements(start: tuple[str, ...], commit: str) -> int:
 
 
 @functools.cache
-def part_of_training() -> frozenset[str]:
-    return frozenset(module_hashes(["speedrun.train", "speedrun.history"]))
+def part_of_training(commit: str) -> frozenset[str]:
+    """The modules that training imports, at a commit or today."""
+    found, queue = set(), ["speedrun.train", "speedrun.history"]
+    while queue:
+        if (name := queue.pop()) not in found and (source := source_at(commit, name)):
+            found.add(name)
+            queue += provenance.imported_names(source)
+    return frozenset(found | set(module_hashes(["speedrun.train", "speedrun.history"])))
 
 
 def objection(modules: dict[str, str], start: tuple[str, ...], commit: str) -> str | None:
@@ -348,29 +369,10 @@ def objection(modules: dict[str, str], start: tuple[str, ...], commit: str) -> s
             return f"{name} is a kernel"
         if name.startswith("speedrun.measure."):
             continue  # it chose the runs, whose configs are in the result
-        apart = name not in part_of_training() and changed[name] and source_at(commit, name)
+        apart = name not in part_of_training(commit) and changed[name] and source_at(commit, name)
         if apart and (name in used or not then):
             return f"{name} is not part of training: the proof would not run it"
     return None
-
-
-def leaves(part: dict, prefix: str = "") -> dict:
-    """All values of a saved config with their dotted names."""
-    flat: dict = {}
-    for name, value in part.items():
-        nested = isinstance(value, dict)
-        flat |= leaves(value, f"{prefix}{name}.") if nested else {prefix + name: value}
-    return flat
-
-
-def with_values(part: dict, values: dict, prefix: str = "") -> dict:
-    """A saved config with other values for the fields that it has; values: by dotted name, more than it has or fewer."""
-    return {
-        name: with_values(value, values, f"{prefix}{name}.")
-        if isinstance(value, dict)
-        else values.get(prefix + name, value)
-        for name, value in part.items()
-    }
 
 
 def tiny(saved: dict, data: Path) -> Config:
@@ -381,15 +383,9 @@ def tiny(saved: dict, data: Path) -> Config:
     return vary(at_cpu_size(whole), sizes | {name: own[name] for name in ARITHMETIC})
 
 
-def shrunk(saved: dict, small: Config) -> dict:
-    """`small`, which is the run of a saved config in other sizes, with the fields that this was saved with and no others."""
-    wanted = fields_of(small)
-    changed = with_values(saved, json.loads(json.dumps(wanted)))
-    old_names = sorted(leaves(saved).keys() - wanted.keys())
-    if old_names and config_from_json(changed) != small:
-        what = f"a run that was saved with {visible(', '.join(old_names))} cannot be made small"
-        raise Problem(what, "measure it again")
-    return changed
+def names_at(commit: str) -> int:
+    """How many changes of names came after a commit."""
+    return sum(not source_at(commit, step.since) for step in STEPS)
 
 
 def way(run: Config) -> str:
@@ -431,22 +427,22 @@ def about_gpus(modules: dict[str, str], commit: str, gpus: int) -> dict[str, str
     return {name: where for name, where in about.items() if where}
 
 
-def train_all(trees: list[Path], runs: list[dict]) -> list[list[dict]]:
-    """Train all runs with the code in each tree, in one process a tree, all at once.
+def train_all(trees: dict[Path, list[dict]]) -> list[list[dict]]:
+    """Train runs with the code in each tree, in one process a tree, all at once. trees: to each what is off there, and its runs.
 
     Returns for each tree and run {"losses": [[step, loss], …], "entered": modules of which a function was called} or {"error": …}.
     """
     with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
         folder, started = Path(name), []
-        (folder / "runs").write_text(json.dumps(runs), encoding="utf-8")
-        for n, tree in enumerate(trees):
+        for n, (tree, runs) in enumerate(trees.items()):
+            (folder / f"{n}.runs").write_text(json.dumps(runs), encoding="utf-8")
             environment = os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
             command = [
                 sys.executable,
                 "-c",
                 TRAIN,
                 str(tree),
-                *(str(folder / f) for f in ("runs", f"{n}")),
+                *(str(folder / f) for f in (f"{n}.runs", f"{n}")),
             ]
             said = stack.enter_context(open(folder / f"{n}.said", "w"))
             process = subprocess.Popen(command, env=environment, cwd=tree, stdout=said, stderr=said)
@@ -454,7 +450,7 @@ def train_all(trees: list[Path], runs: list[dict]) -> list[list[dict]]:
             started.append(process)
         for process in started:
             process.wait()
-        return [answers(folder / f"{n}", len(runs)) for n in range(len(trees))]
+        return [answers(folder / f"{n}", len(runs) - 1) for n, runs in enumerate(trees.values())]
 
 
 def answers(path: Path, count: int) -> list[dict]:
@@ -509,11 +505,8 @@ def prove(results: dict[Path, dict]):
             yield path, f"not proved: {why_not}"
         else:
             try:
-                small = [(saved, tiny(saved, data)) for saved in configs]
-                groups[commit][path] = (
-                    modules,
-                    {way(run): shrunk(saved, run) for saved, run in small},
-                )
+                small = [tiny(saved, data) for saved in configs]
+                groups[commit][path] = (modules, {way(run): run for run in small})
             except Problem as problem:
                 yield path, f"not proved: {problem.what}"
     for commit, members in groups.items():
@@ -532,7 +525,7 @@ def prove_without_runs(path: Path, result: dict, modules: dict[str, str], commit
 
 def prove_group(results: dict[Path, dict], commit: str, members: dict[Path, tuple]):
     """`prove` for the results that a commit's code is known to be good for."""
-    runs: dict[str, dict] = {}
+    runs: dict[str, Config] = {}
     for _, own in members.values():
         runs = own | runs  # the first of each way
     today = {path: module_hashes(results[path]["stamp"]["modules"]) for path in members}
@@ -541,7 +534,10 @@ def prove_group(results: dict[Path, dict], commit: str, members: dict[Path, tupl
     )
     began = time.monotonic()
     with checked_out(commit) as then:
-        before, after = train_all([then, root()], list(runs.values()))
+        each = [Config(), *runs.values()]  # the first: everything off
+        names = {then: names_at(commit), root(): 0}
+        trees = {tree: [in_older_names(run, n) for run in each] for tree, n in names.items()}
+        before, after = train_all(trees)
     print(f"… in {time.monotonic() - began:.0f} s")
     pairs = dict(zip(runs, zip(before, after)))
     for path, (modules, own) in members.items():

@@ -8,7 +8,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,45 +19,6 @@ from torch import Tensor
 
 from speedrun.lab.errors import Problem, quoted, visible
 from speedrun.lab.files import atomic_write, file_sha256, sync
-
-
-Optimizers = Sequence[Any]  # of torch.optim.Optimizer, or chapter 20's alone
-
-
-def is_shared(optimizers: Optimizers) -> bool:
-    """Whether it is the one that all ranks share."""
-    return not isinstance(optimizers[0], torch.optim.Optimizer)
-
-
-def states_by_parameter(optimizers: Optimizers) -> dict[Tensor, dict[str, Tensor]]:
-    """Each parameter's own state, from whichever optimizer it belongs to."""
-    groups = [(optimizer, group) for optimizer in optimizers for group in optimizer.param_groups]
-    return {p: optimizer.state[p] for optimizer, group in groups for p in group["params"]}
-
-
-def optimizer_tensors(
-    optimizers: Optimizers, parameters: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """The state of optimizers as named tensors, `parameter/moment`. If it is shared, all ranks have to ask."""
-    if is_shared(optimizers):
-        return optimizers[0].tensors()
-    states = states_by_parameter(optimizers)
-    moments = {name: states[p].items() for name, p in parameters.items()}
-    return {f"{name}/{key}": value for name, items in moments.items() for key, value in items}
-
-
-def restore_optimizers(
-    optimizers: Optimizers, parameters: Mapping[str, Tensor], saved: dict
-) -> None:
-    """Put named tensors back as the state of optimizers, on each parameter's device."""
-    if is_shared(optimizers):
-        return optimizers[0].load(saved)
-    for optimizer in optimizers:
-        optimizer.state.clear()
-    states = states_by_parameter(optimizers)
-    for label, value in saved.items():
-        name, key = label.rsplit("/", 1)
-        states[parameters[name]][key] = value.to(parameters[name].device)
 
 
 KEPT = 2

@@ -5,7 +5,6 @@ from speedrun.lab.bounds import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
-    as_flags,
     check_ranges,
     check_value,
 )
@@ -14,39 +13,15 @@ from speedrun.lab.bounds import (
 # %% The code
 import dataclasses
 import difflib
-import importlib
-import math
 import reprlib
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, get_type_hints
 
-from speedrun.data.loader import DataOptions, check_options
-from speedrun.lab.errors import Problem, check_words, visible
-from speedrun.optim.adamw import AdamWOptions
-from speedrun.model.embedding import EmbeddingOptions
-from speedrun.model.gpt import GPTOptions, Switches
-from speedrun.model.head import HeadOptions
-from speedrun.model.mlp import BlockOptions
-from speedrun.model.plan import PlanOptions
-from speedrun.model.rotary import RotaryOptions
-from speedrun.optim.adam import SharingOptions
-from speedrun.optim.muon import MuonOptions
-from speedrun.optim.newton_schulz import MatrixOptions
-from speedrun.optim.schedule import ScheduleOptions
-
-PresetName = Literal[
-    "smoke",
-    "cpu",
-    "small",
-    "record",
-    "baseline",
-    "record2",
-    "record5",
-    "record8",
-    "record9",
-    "record11",
-]
+from speedrun.data.loader import DataConfig, check_options
+from speedrun.lab.errors import Problem, visible
+from speedrun.model.gpt import GPTConfig
+from speedrun.optim.optimizer import OptimConfig
+from speedrun.optim.schedule import ScheduleConfig
 
 
 # %% Every number has bounds
@@ -54,33 +29,15 @@ PresetName = Literal[
 class Config:
     """One training run. Every command takes these as flags: --model.layers 4 --steps 100."""
 
-    preset: PresetName = "record"
-    """Defaults of all other fields. smoke: 40 s; cpu, small: minutes; record; baseline, record2, 5, 8, 9, 11: of old."""
-    architecture: Literal["gpt", "baseline"] = "gpt"
-    """gpt: the package's model. baseline: the plain GPT-2 of chapter 03."""
-    model: GPTOptions = field(default_factory=GPTOptions)
-    """The shape of the model."""
-    block: BlockOptions = field(default_factory=BlockOptions)
-    """What a layer is made of."""
-    rotary: RotaryOptions = field(default_factory=RotaryOptions)
-    """How attention learns where tokens are."""
-    embedding: EmbeddingOptions = field(default_factory=EmbeddingOptions)
-    """What a token brings into the model."""
-    plan: PlanOptions = field(default_factory=PlanOptions)
-    """How the stream runs through the layers."""
-    head: HeadOptions = field(default_factory=HeadOptions)
-    """From the last vectors to the loss."""
-    optim: AdamWOptions = field(default_factory=AdamWOptions)
-    """The optimizer, and where its rate begins and ends."""
-    matrix: MatrixOptions = field(default_factory=MatrixOptions)
-    """Another rule for the matrices of the blocks."""
-    muon: MuonOptions = field(default_factory=MuonOptions)
-    """What has become of Muon, if that is the rule."""
-    sharing: SharingOptions = field(default_factory=SharingOptions)
-    """Whether ranks share the update."""
-    schedule: ScheduleOptions = field(default_factory=ScheduleOptions)
-    """How the rate gets from its peak to its end."""
-    data: DataOptions = field(default_factory=DataOptions)
+    preset: str = "record1"
+    """The run that all other fields are taken from; a name that is not known is answered with those that are."""
+    model: GPTConfig = field(default_factory=GPTConfig)
+    """The model."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """The optimizer."""
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    """What changes from step to step."""
+    data: DataConfig = field(default_factory=DataConfig)
     """What a step reads."""
     steps: PositiveInt = 19_560
     """Optimizer steps; the schedule ends with the last."""
@@ -132,136 +89,42 @@ def largest_divisor(number: int, limit: int) -> int:
     return next(n for n in range(min(limit, number), 0, -1) if number % n == 0)
 
 
-def switches_of(config: Config) -> Switches:
-    """The model's techniques, as the model takes them."""
-    return Switches(config.block, config.rotary, config.embedding, config.plan, config.head)
-
-
-def check_layers(config: Config) -> None:
-    """Refuse to connect layers where there is one."""
-    usual, fields = fields_of(Config()), fields_of(config)
+def check_model(model: GPTConfig) -> None:
+    """Raise Problem for heads that cannot share the width or be turned, and for connections between layers where there is one."""
+    size, rest = divmod(model.width, model.heads)
+    if rest:
+        what = f"a width of {model.width} cannot be shared by {model.heads} heads"
+        raise Problem(what, f"--model.heads {largest_divisor(model.width, model.heads)}")
+    if model.rotary.positions != "learned" and size % 4:
+        what = f"heads of {size} numbers cannot be taken in pairs to turn, and half of those"
+        raise Problem(what, "a --model.width of 4 times --model.heads, or a multiple")
+    usual, fields = fields_of(GPTConfig(), "model."), fields_of(model, "model.")
     names = ("embedding.values", "plan.skips", "plan.backout", "plan.without")
-    wants = [name for name in names if fields[name] != usual[name]]
-    if wants and config.model.layers < 2:
+    wants = [n for n in (f"model.{name}" for name in names) if fields[n] != usual[n]]
+    if wants and model.layers < 2:
         what = f"{', '.join(wants)}: this is between layers, and model.layers is 1"
         raise Problem(what, "--model.layers 2, or more")
 
 
-def check_rules(config: Config) -> None:
-    """Refuse optimizers that the run's model or its numbers do not fit."""
-    muon, rule = config.muon, config.matrix.rule
-    if muon.weights != "float32" and config.precision == "float32":
-        what = f"muon.weights={muon.weights} in a model that computes in float32"
-        raise Problem(what, "--muon.weights float32, or 16 bits for --precision as well")
-    if config.sharing.on and (config.architecture, rule) != ("gpt", "muon"):
-        what = f"sharing.on with matrix.rule={rule} and architecture={config.architecture}"
-        raise Problem(what, "--matrix.rule muon and --architecture gpt: it updates banks by Muon")
-    if config.sharing.on and config.compile and not config.matrix.iterations:
-        what = "matrix.iterations=0 with sharing.on: the exact factor cannot be compiled"
-        raise Problem(what, "--matrix.iterations 5, or --no-compile")
-    if config.head.tied == "split" and not config.sharing.on:
-        what = "head.tied=split: two matrices are kept equal by the optimizer that ranks share"
-        raise Problem(what, "--sharing.on, or --head.tied tied")
-    if config.architecture == "baseline" and switches_of(config) != Switches():
-        what = "architecture=baseline is GPT-2, and has no switches"
-        raise Problem(what, "--architecture gpt for what --block changes")
-    if config.architecture == "baseline" and config.matrix != MatrixOptions():
-        fix = "--architecture gpt: the plain one has no banks for --matrix.rule to update"
-        raise Problem("there are no banks of matrices", fix)
-
-
 def check_config(config: Config, world: int = 1) -> Config:
     """The config itself, after checking what can be known beforehand. world: ranks that will share it."""
-    model, data = config.model, config.data
     check_ranges(config)
-    micro = check_options(data, world)
+    micro, data, context = check_options(config.data, world), config.data, config.model.context
     if data.mode == "documents":
         what = "data.mode=documents: this model's attention cannot keep documents apart"
         raise Problem(what, "--data.mode stream")
-    if data.seq_len > model.context:
-        what = f"rows of {data.seq_len} tokens (data.seq_len) do not fit {model.context} positions (model.context)"
-        raise Problem(what, f"--data.seq-len {model.context}, or --model.context {data.seq_len}")
-    if model.width % model.heads:
-        what = f"a width of {model.width} cannot be shared by {model.heads} heads"
-        raise Problem(what, f"--model.heads {largest_divisor(model.width, model.heads)}")
-    if config.rotary.positions != "learned" and model.width // model.heads % 4:
-        what = f"heads of {model.width // model.heads} numbers cannot be taken in pairs to turn, and half of those"
-        raise Problem(what, "a --model.width of 4 times --model.heads, or a multiple")
-    check_rules(config)
-    check_layers(config)
+    if data.seq_len > context:
+        what = f"rows of {data.seq_len} tokens (data.seq_len) do not fit {context} positions (model.context)"
+        raise Problem(what, f"--data.seq-len {context}, or --model.context {data.seq_len}")
+    check_model(config.model)
+    dtype = config.optim.muon.param_dtype
+    if dtype != "float32" and config.precision == "float32":
+        what = f"optim.muon.param_dtype={dtype} in a model that computes in float32"
+        raise Problem(what, "--optim.muon.param-dtype float32, or 16 bits for --precision as well")
     if config.val_tokens < world * micro:
         what = f"val_tokens={config.val_tokens} are less than a micro-batch of {micro} for each of {world} ranks"
         raise Problem(what, f"--val-tokens {world * micro} or more")
     return config
-
-
-# %% Five runs
-EMBEDDED = DataOptions(path="data/embedded", seq_len=128, step_tokens=1024, grad_shards=2)
-FINEWEB = DataOptions(path="data/fineweb10B")
-SAVED_EVERY = 1000  # steps of a run that takes hours on few GPUs
-LAPTOP = Config(
-    preset="cpu",
-    model=GPTOptions(layers=2, heads=2, width=128, context=128, init_std=0.05),
-    optim=AdamWOptions(lr=2e-3, warmup_steps=100),
-    data=EMBEDDED,
-    steps=8000,
-    precision="float32",
-    compile=False,
-    val_every=1000,
-    val_tokens=262_144,
-    log_every=50,
-    target=1.55,
-)
-SMOKE: dict[str, Any] = {
-    "preset": "smoke",
-    "steps": 600,
-    "compile": False,
-    "val_every": 200,
-    "val_tokens": 65_536,
-}
-TODAY = MuonOptions(
-    polynomials="polar_express",
-    products="float16",
-    gram=True,
-    beta2=0.9,
-    decay="cautious",
-    low_momentum=0.85,
-    wide_factor=4.0,
-    weights="split",
-)
-PRESETS = {
-    "smoke": dataclasses.replace(LAPTOP, **SMOKE, target=2.75),
-    "cpu": LAPTOP,
-    "small": Config(
-        preset="small",
-        model=GPTOptions(layers=8, heads=8, width=512, init_std=0.025),
-        optim=AdamWOptions(lr=4e-3, warmup_steps=100),
-        matrix=MatrixOptions(rule="muon", lr=0.016),
-        muon=TODAY,
-        schedule=ScheduleOptions(shape="trapezoid"),
-        data=dataclasses.replace(FINEWEB, step_tokens=65_536, pass_tokens=32_768),
-        steps=1520,
-        val_every=190,
-        val_tokens=4_194_304,
-        log_every=20,
-        target=4.0,
-    ),
-    "record": Config(preset="record", data=FINEWEB, checkpoint_every=SAVED_EVERY),
-}
-HISTORY = ("baseline", "record2", "record5", "record8", "record9", "record11")
-
-
-# %% The rungs of history
-def preset(name: str) -> Config:
-    """A run by its name: one of the presets, or a rung of history."""
-    if name in PRESETS:
-        return PRESETS[name]
-    if name in HISTORY:
-        return importlib.import_module("speedrun.history").RUNGS[name]
-    names = [*PRESETS, *HISTORY]
-    near = difflib.get_close_matches(name, names, 1)
-    hint = f"did you mean {near[0]}? " if near else ""
-    raise Problem(f"there is no preset “{name}”", f"{hint}Known are {', '.join(names)}")
 
 
 # %% Varying
@@ -292,72 +155,26 @@ def vary(config: Any, changes: dict[str, Any], prefix: str = "") -> Any:
     return config
 
 
-# %% Any run, on a laptop
-MODEL_SIZES = [f"model.{name}" for name in ("layers", "heads", "width", "context", "init_std")]
-DATA_SIZES = [
-    "data.path",
-    "data.seq_len",
-    "data.step_tokens",
-    "data.grad_shards",
-    "data.pass_tokens",
-]
-NUMBERS = ("precision", "muon.weights", "muon.products", "muon.gram")
-SIZES = (*MODEL_SIZES, *DATA_SIZES, *NUMBERS)
-RAMPS = ("optim.warmup_steps", "muon.momentum_steps")  # steps in which something rises or falls
-
-
-def scaled(count: int, whole: int, steps: int) -> int:
-    """A count of steps out of `whole` as one out of `steps`: at least three if there are any, and at most a quarter."""
-    return min(max(round(count * steps / whole), 3), max(1, steps // 4)) if count else 0
-
-
-def at_cpu_size(config: Config, steps: int = 20) -> Config:
-    """The same decisions at the cpu preset's widths, vocabulary and lengths, with all of the schedule in a few steps."""
-    laptop, own = fields_of(preset("cpu")), fields_of(config)
-    changes = {name: laptop[name] for name in SIZES}
-    changes |= {"steps": steps, "max_steps": 0, "val_every": steps, "val_tokens": 16_384}
-    for name in RAMPS:
-        if isinstance(own[name], tuple):
-            changes[name] = tuple(scaled(count, config.steps, steps) for count in own[name])
-        else:
-            changes[name] = scaled(own[name], config.steps, steps)
-    return vary(config, changes)
-
-
 # %% Saved, and said
-# dotted name → what a run saved before the field existed has for it
-ABSENT: dict[str, Any] = {"matrix": MatrixOptions(), "schedule": ScheduleOptions()}
-ABSENT |= {"muon": MuonOptions(), "data.pass_tokens": 0, "sharing": SharingOptions()}
-ABSENT |= {"block": BlockOptions(), "rotary": RotaryOptions(), "head": HeadOptions()}
-ABSENT |= {"embedding": EmbeddingOptions(), "plan": PlanOptions()}
-ABSENT |= {"muon.products": MuonOptions().products, "muon.gram": False}
+ALWAYS = ("preset", "model", "optim", "schedule", "data", "steps", "seed")  # in every saved run
 OTHER_CODE = (
     "check out the commit that its log names; if the file was changed, use another checkpoint"
 )
 
 
-def absent_values(saved: Any, kind: type, prefix: str) -> dict[str, Any]:
-    """What stands for the fields that a saved group lacks. Refuses a group with others, and what is no group."""
+def config_from_json(saved: Any, kind: Any = Config, prefix: str = "") -> Any:
+    """Rebuild a config from its `dataclasses.asdict` form after a trip through JSON; Problem for anything else."""
     if not isinstance(saved, dict):
         what = f"the saved {prefix[:-1] or 'config'} is no group of fields: {reprlib.repr(saved)}"
         raise Problem(what, OTHER_CODE)
-    names = [item.name for item in dataclasses.fields(kind)]
-    unknown = sorted(map(str, set(saved) - set(names)))
+    kinds, values = get_type_hints(kind), dict[str, Any]()
+    lost = [name for name in ALWAYS if kind is Config and name not in saved]
+    if lost:
+        raise Problem(f"the saved run lacks {', '.join(lost)}", OTHER_CODE)
+    unknown = sorted(map(str, set(saved) - set(kinds)))
     if unknown:
         what = f"the saved run has fields that today's {kind.__name__} lacks: {visible(', '.join(unknown))}"
         raise Problem(what, OTHER_CODE)
-    later = {name: prefix + name for name in names if name not in saved}
-    lost = [name for name in later.values() if name not in ABSENT]
-    if lost:
-        what = f"the saved run lacks fields of today's {kind.__name__}: {', '.join(lost)}"
-        raise Problem(what, OTHER_CODE)
-    return {name: ABSENT[full] for name, full in later.items()}
-
-
-def config_from_json(saved: Any, kind: Any = Config, prefix: str = "") -> Any:
-    """Rebuild a config from its `dataclasses.asdict` form after a trip through JSON; Problem for anything else."""
-    values = absent_values(saved, kind, prefix)
-    kinds = get_type_hints(kind)
     for name, value in saved.items():
         if dataclasses.is_dataclass(kinds[name]):
             value = config_from_json(value, kinds[name], f"{prefix}{name}.")
@@ -368,49 +185,3 @@ def config_from_json(saved: Any, kind: Any = Config, prefix: str = "") -> Any:
     except Problem as problem:
         raise Problem(f"the saved {problem.what}", OTHER_CODE) from None
     return config
-
-
-def preset_in(arguments: list[str], default: str) -> str:
-    """The value of --preset among command-line arguments, wherever it stands; the last one counts."""
-    found = default
-    for argument, following in zip(arguments, [*arguments[1:], default]):
-        if argument == "--preset":
-            found = following
-        elif argument.startswith("--preset="):
-            found = argument.split("=", 1)[1]
-    return found
-
-
-def check_switches(arguments: list[str], command: Any) -> None:
-    """Refuse a switch with a value, --compile=False: tyro would only say that it does not know “False”."""
-    known = [name for name, value in fields_of(command).items() if isinstance(value, bool)]
-    for argument, following in zip(arguments, [*arguments[1:], ""]):
-        given, equals, value = argument.partition("=")
-        for name in known:
-            both = [as_flags(name.rpartition("config.")[2], on)[0] for on in (True, False)]
-            if given.replace("_", "-") in both and (
-                equals or following.lower() in ("true", "false")
-            ):
-                what = f"{given} takes no value, and was given “{value or following}”"
-                raise Problem(what, " or ".join(both))
-
-
-def read_command(
-    make: Callable[[Config], Any], arguments: list[str], default: str, prog: str
-) -> Any:
-    """A command, which `make` builds around a run, with its fields set from arguments; --preset names the run."""
-    import tyro
-
-    check_words(arguments)
-    command = make(preset(preset_in(arguments, default)))
-    check_switches(arguments, command)
-    return tyro.cli(type(command), args=arguments, default=command, prog=prog)
-
-
-def as_arguments(config: Config) -> list[str]:
-    """The command-line arguments that `read_command` turns into this config."""
-    arguments, defaults = ["--preset", config.preset], fields_of(preset(config.preset))
-    for name, value in fields_of(config).items():
-        if value != defaults[name]:
-            arguments += as_flags(name, value)
-    return arguments

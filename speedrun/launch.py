@@ -31,8 +31,9 @@ import tyro
 from annotated_types import Ge, Gt
 
 from speedrun.checkpoint import checkpoints
-from speedrun.config import Config, as_arguments, check_config, largest_divisor, read_command
-from speedrun.config import switches_of
+from speedrun.config import Config, check_config, largest_divisor
+from speedrun.presets import as_arguments, read_command
+
 from speedrun.data.shards import data_folder, load_manifest
 from speedrun.data.sources import FINEWEB_SHARDS, SHARD_TOKENS, build_embedded, fetch_fineweb
 from speedrun.lab.bounds import check_ranges
@@ -42,7 +43,7 @@ from speedrun.lab.doctor import gpu_problem
 from speedrun.lab.hardware import Machine, look, setup
 from speedrun.lab.provenance import root
 from speedrun.lab.results import load_result, result_names
-from speedrun.model.gpt import model_flops_per_token
+from speedrun.model.gpt import flops_per_token
 from speedrun.train import (
     Interrupts,
     TrainCommand,
@@ -185,7 +186,7 @@ def make_plan(config: Config, machine: Machine, gpus: int, runs: list[dict]) -> 
     )
     shards, download = missing_shards(config) if fineweb else (0, 0.0)
     tokens = config.last_step * config.data.step_tokens
-    per_token = model_flops_per_token(config.model, vocab, config.data.seq_len, switches_of(config))
+    per_token = flops_per_token(config.model, vocab, config.data.seq_len)
     work = tokens * per_token
     alike = sorted(
         runs, key=lambda run: run.get("preset") != config.preset

@@ -29,7 +29,7 @@ from speedrun.data.tokenizer import Tokenizer, get_tokenizer
 from speedrun.lab.bounds import check_ranges
 from speedrun.lab.errors import Problem, check_words, explained, run_main
 from speedrun.lab.hardware import setup
-from speedrun.train import build_model
+from speedrun.model.gpt import GPT
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def load_trained(folder: Path, device: str = "cpu") -> Trained:
     tokenizer = get_tokenizer(facts["tokenizer"])
     if facts["vocab_size"] != tokenizer.vocab_size:
         raise damaged(path, f"a vocabulary of {facts['vocab_size']} is not the tokenizer's")
-    model, _ = build_model(check_config(config), facts["vocab_size"], torch.device(device))
+    model = GPT(check_config(config).model, facts["vocab_size"]).to(device)
     weights = {k: w.float() if w.dtype == torch.bfloat16 else w for k, w in weights.items()}
     check_tensors(path, weights, dict(model.named_parameters()))
     model.load_state_dict(weights)

@@ -8,8 +8,6 @@ from speedrun.checkpoint import (
     latest_checkpoint,
     load_checkpoint,
     load_facts,
-    optimizer_tensors,
-    restore_optimizers,
     save_checkpoint,
 )
 
@@ -48,8 +46,7 @@ import tyro
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from speedrun.config import Config, check_config, config_from_json, fields_of, preset
-from speedrun.config import read_command, switches_of, vary
+from speedrun.config import Config, check_config, config_from_json, fields_of, vary
 from speedrun.data.loader import Batch, Loader, Position, Shards, validation_batches
 from speedrun.data.tokenizer import decode_bytes
 from speedrun.lab.errors import Problem, quoted, run_main, visible
@@ -57,11 +54,10 @@ from speedrun.lab.files import claim, new_folder
 from speedrun.lab.hardware import Machine, setup
 from speedrun.lab.provenance import commit, module_file, module_hashes, root, stamp
 from speedrun.lab.runlog import RunLog, format_line, parse_line
-from speedrun.optim.adamw import make_adamw
-from speedrun.optim.muon import Muon, rate_factor
-from speedrun.optim.newton_schulz import MatrixOptimizer, MatrixOptions
-from speedrun.optim.schedule import between, learning_rate
-from speedrun.model.gpt import GPT, model_flops_per_token
+from speedrun.model.gpt import GPT, flops_per_token
+from speedrun.optim.optimizer import MuonAdam, assign_optimizers
+from speedrun.optim.schedule import StepSettings, step_settings
+from speedrun.presets import preset, read_command
 
 
 @dataclass(frozen=True)
@@ -201,89 +197,17 @@ class Marks:
 
 
 # %% One step
-def build_model(
-    config: Config, vocab_size: int, device: torch.device
-) -> tuple[nn.Module, dict[str, bool]]:
-    """The model of a run on its device, and which of its parameters decay."""
-    if config.architecture == "gpt":
-        model = GPT(config.model, vocab_size, config.seed, switches_of(config))
-        return model.to(device), model.decays()
-    from speedrun.history import build_rung
-
-    rung, decays = build_rung(config, vocab_size)
-    return rung.to(device), decays
+def build_optimizer(config: Config, model: GPT) -> MuonAdam:
+    """The optimizer of a run. The model's parameters become views of its storage."""
+    specs = assign_optimizers(model.specs, config.optim)
+    return MuonAdam(dict(model.named_parameters()), specs, config.optim, config.compile)
 
 
-def matrix_optimizer(
-    config: Config, banks: list[tuple[Tensor, int]], rate: float
-) -> torch.optim.Optimizer:
-    """Muon or SOAP for banks of matrices, as the run says."""
-    if config.matrix.rule == "muon":
-        return Muon(banks, config.matrix, config.muon, rate, config.optim.weight_decay)
-    from speedrun.optim.soap import soap_update
-
-    return MatrixOptimizer(banks, soap_update, rate, config.optim.weight_decay)
-
-
-def make_optimizers(config: Config, model: nn.Module, decays: dict[str, bool]) -> list[Any]:
-    """AdamW for all parameters; or for most, and then the rule that the run names for the banks of matrices; or one that is shared."""
-    chosen, optim = config.matrix, config.optim
-    named: dict[str, Tensor] = dict(model.named_parameters())
-    rates = {row.name: row.rate for row in model.table} if isinstance(model, GPT) else {}
-    if config.sharing.on:
-        return [shared_optimizer(config, model)]
-    if chosen == MatrixOptions():
-        return [make_adamw(named, decays, optim, rates)]
-    assert isinstance(model, GPT)  # check_config has refused all others
-    rate, matrices = chosen.lr or optim.lr, model.matrices()
-    banks = {name: named.pop(name) for name in matrices}
-    first = make_adamw(named, {name: decays[name] for name in named}, optim, rates)
-    if chosen.rule == "adamw":
-        alone = dataclasses.replace(optim, lr=rate)
-        second: Any = make_adamw(banks, {name: decays[name] for name in banks}, alone)
-    else:
-        pairs = [(bank, matrices[name]) for name, bank in banks.items()]
-        second = matrix_optimizer(config, pairs, rate)
-    for group in second.param_groups:
-        group["share"] = rate / optim.lr
-    return [first, second]
-
-
-def optimizer_table(config: Config, model: GPT) -> list[Any]:
-    """How each parameter is updated when ranks share the work; what Muon updates comes first, since it takes longest."""
-    from speedrun.optim.optimizer import Entry
-
-    found, betas = [], config.optim.betas
-    for row in model.table:
-        if row.matrices:
-            shape = row.shape[1] // row.matrices, row.shape[2]
-            factor = rate_factor(*shape, config.matrix, config.muon)
-            decay = 1 / factor if config.muon.decay == "plain" else 1.0  # which has no factor in it
-            found.append(Entry(row.name, "muon", "sharded", factor, decay, matrices=row.matrices))
-        else:
-            large = row.decay  # tables of embeddings do, gains and biases do not
-            comm: Any = "sharded" if large else "replicated"
-            known: dict[str, Any] = {"rate": row.rate, "betas": betas, "tied": row.tied}
-            found.append(Entry(row.name, "adam", comm, decay=150.0 * large, **known))
-    return sorted(found, key=lambda entry: entry.rule == "adam")
-
-
-def shared_optimizer(config: Config, model: nn.Module) -> Any:
-    """One optimizer for all ranks, as the run says."""
-    from speedrun.optim.optimizer import BankOptimizer, OptimizerOptions
-
-    assert isinstance(model, GPT)  # check_config has refused all others
-    matrix, sharing = config.matrix, config.sharing
-    options = OptimizerOptions(
-        muon=config.muon,
-        iterations=matrix.iterations,
-        nesterov=matrix.nesterov,
-        eps=config.optim.eps,
-        adam_decay=sharing.adam_decay,
-        adam_every=sharing.adam_every,
-        compile=config.compile,
-    )
-    return BankOptimizer(dict(model.named_parameters()), optimizer_table(config, model), options)
+def forward_loss(forward, batch: Batch, device: torch.device, precision: str) -> Tensor:
+    """The model's mean loss on a batch, nats a token."""
+    inputs, targets = (tensor.to(device, non_blocking=True) for tensor in batch[:2])
+    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+        return forward(inputs, targets)
 
 
 def accumulate(
@@ -295,90 +219,40 @@ def accumulate(
     """
     total = torch.zeros((), device=device)
     for batch in batches:
-        inputs, targets = (tensor.to(device, non_blocking=True) for tensor in batch[:2])
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-            loss = forward(inputs, targets) / grad_shards
+        loss = forward_loss(forward, batch, device, precision) / grad_shards
         loss.backward()
         total += loss.detach()
     return total
 
 
-def sum_over_ranks(tensors: list[Tensor], world: int) -> None:
-    """Add up each tensor over all ranks, in place."""
+def all_reduce_sum(tensor: Tensor, world: int) -> Tensor:
+    """The tensor, added up over all ranks, in place."""
     if world > 1:
-        for handle in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
-            handle.wait()
+        dist.all_reduce(tensor)
+    return tensor
 
 
-# %% A number that is not one
-def gradients_of(model: nn.Module) -> list[Tensor]:
-    """The gradients of all parameters, in the parameters' order."""
-    return [p.grad for p in model.parameters() if p.grad is not None]
+# %% Non-finite gradients
+def settings_of(run: "Run", step: int) -> StepSettings:
+    """What the optimizer is told in a step."""
+    config, optim = run.config, run.config.optim
+    peaks = optim.adam.lr, optim.matrix_lr or optim.adam.lr
+    return step_settings(step, config.steps, config.schedule, peaks, optim.muon.momentum)
 
 
-def rates_of(run: "Run") -> dict[str, float]:
-    """This step's rates of Adam and Muon, the momentum that Muon keeps, and its plain decay."""
-    config, steps, muon = run.config, run.config.steps, run.config.muon
-    rate = learning_rate(run.step, steps, config.optim, config.schedule)
-    high = config.matrix.momentum
-    momentum = between(run.step, steps, (muon.low_momentum or high, high), muon.momentum_steps)
-    share = (config.matrix.lr or config.optim.lr) / config.optim.lr
-    decay = config.optim.weight_decay
-    return {"adam": rate, "muon": rate * share, "momentum": momentum, "muon_decay": decay}
-
-
-def update(run: "Run") -> Tensor:
-    """Clip, set the rate, step. Returns the gradient's length; where that is not finite, nothing is updated."""
-    optim, parameters = run.config.optim, list(run.model.parameters())
-    total = nn.utils.get_total_norm(gradients_of(run.model))
-    finite = torch.isfinite(total)
-    length = torch.where(finite, total, 0.0)  # a broken gradient is not scaled: it stays what it is
-    nn.utils.clip_grads_with_norm_(parameters, optim.grad_clip or math.inf, length)
-    rates, broken = rates_of(run), (~finite).float()
-    for optimizer in run.optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = rates["adam"] * group.get("share", 1.0)
-            group["momentum"] = rates["momentum"]
-        optimizer.found_inf, optimizer.grad_scale = broken, None
-        optimizer.step()
-    run.skipped += broken
-    return total
-
-
-def update_shared(run: "Run") -> None:
-    """The step of an optimizer that sums, guards and clears by itself, and does not clip."""
-    (optimizer,) = run.optimizers
-    if optimizer.tied and run.step >= run.config.head.split_at * run.config.steps:
-        from speedrun.optim.optimizer import untie
-
-        for name in list(optimizer.tied):
-            untie(optimizer, name)
-    optimizer.step(run.step, rates_of(run))
-    run.skipped += optimizer.skip
-
-
-def not_finite(model: nn.Module) -> tuple[list[str], list[str]]:
-    """Names of parameters, and of gradients, that hold a number that is none."""
-    named = list(model.named_parameters())
+def nonfinite_error(run: "Run", loss: float = 0.0) -> Problem:
+    """What to say about a loss, or steps left out, that are not finite: which parameter, what still happened, the way on."""
+    named, gradients = run.model.named_parameters(), run.optimizer.nonfinite_params()
     weights = [name for name, p in named if not torch.isfinite(p).all()]
-    grads = [name for name, p in named if p.grad is not None and not torch.isfinite(p.grad).all()]
-    return weights, grads
-
-
-def broken(run: "Run", loss: float = 0.0) -> Problem:
-    """What to say about a loss, or steps left out, that are not finite: who is to blame, what still happened, the way on."""
-    weights, gradients = not_finite(run.model)
-    if run.config.sharing.on:  # then they are cleared by now
-        gradients += run.optimizers[0].blamed()
     if weights:
         what = f"parameter {', '.join(weights)} is not finite; nothing has been updated since"
     elif gradients:
         what = f"the gradient of {', '.join(gradients)} is not finite; that step was left out"
-    elif run.skipped:
-        what = f"{int(run.skipped)} steps had a gradient that is not finite; they were left out, the others taken"
+    elif run.nonfinite_steps:
+        what = f"{int(run.nonfinite_steps)} steps had a gradient that is not finite; they were left out, the others taken"
     else:
         what = f"the loss is {loss}, with weights and gradients that are finite"
-    fix = "a lower --optim.lr, or a longer --optim.warmup-steps"
+    fix = "a lower --optim.adam.lr, or a longer --schedule.warmup-steps"
     if saved := checkpoints(run.folder):
         back = f"--resume {quoted(run.folder)} goes back to {saved[-1].name}"
         fix = f"{back}; or begin again with {fix}"
@@ -483,22 +357,22 @@ def agree_on_stop(
 class Run:
     """Everything that changes while training, and what it needs.
 
-    optimizers: of torch.optim.Optimizer, or the one that all ranks share. skipped: how many steps had a gradient that was not finite.
+    nonfinite_steps: how many steps had a gradient that was not finite, and were left out.
     saved: the checkpoint that was last written or read.
     """
 
     config: Config
     folder: Path
     ranks: Ranks
-    model: nn.Module
+    model: GPT
     forward: Any
-    optimizers: list[Any]
+    optimizer: MuonAdam
     loader: Loader
     validation: Shards
     clock: Clock
     log: Any
     heart: Heartbeat
-    skipped: Tensor
+    nonfinite_steps: Tensor
     interrupts: Interrupts
     step: int = 0
     stop_at: int | None = None
@@ -506,18 +380,12 @@ class Run:
 
 
 def train_step(run: Run) -> Tensor:
-    """One step: read, forward and backward, sum over ranks, update. Returns this rank's part of the loss."""
+    """One step: read, forward and backward, update. Returns this rank's part of the loss."""
     batches, device, precision = run.loader.next(), run.ranks.device, run.config.precision
-    shared = run.config.sharing.on
-    if not shared:
-        run.model.zero_grad()
     parts, beating = len(batches) * run.ranks.world, run.heart.over(batches)
     loss = accumulate(run.forward, beating, parts, device, precision)
-    if shared:
-        update_shared(run)
-    else:
-        sum_over_ranks(gradients_of(run.model), run.ranks.world)
-        update(run)
+    run.optimizer.step(settings_of(run, run.step))
+    run.nonfinite_steps += run.optimizer.skip
     run.step += 1
     return loss
 
@@ -535,7 +403,7 @@ class SilentLog:
         return []
 
 
-def compiled(model: nn.Module) -> Any:
+def compile_model(model: nn.Module) -> Any:
     """The model under torch.compile, without the fusion that breaks gradients of a bank's slices (pytorch#193061)."""
     safe: dict[str, Any] = {"triton.mix_order_reduction": False}
     return torch.compile(model, dynamic=False, fullgraph=True, options=safe)
@@ -551,9 +419,10 @@ def assemble(config: Config, folder: Path, echo=print) -> Run:
     loader = Loader(config.data, ranks.rank, ranks.world, pin=device.type == "cuda")
     validation = Shards(config.data.path, "val")
     heart.phase("build")
-    model, decays = build_model(config, loader.shards.manifest.vocab_size, device)
-    forward = compiled(model) if config.compile else model
-    optimizers = make_optimizers(config, model, decays)
+    vocab_size = loader.shards.manifest.vocab_size
+    model = GPT(config.model, vocab_size, config.seed).to(device)
+    forward = compile_model(model) if config.compile else model
+    optimizer = build_optimizer(config, model)
     log = open_log(config, folder, echo) if ranks.rank == 0 else SilentLog()
     parts = (
         loader,
@@ -564,7 +433,7 @@ def assemble(config: Config, folder: Path, echo=print) -> Run:
         torch.zeros((), device=device),
         Interrupts(),
     )
-    return Run(config, folder, ranks, model, forward, optimizers, *parts)
+    return Run(config, folder, ranks, model, forward, optimizer, *parts)
 
 
 def open_log(config: Config, folder: Path, echo) -> RunLog:
@@ -598,19 +467,6 @@ def put_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.copy_(weights[name])
-
-
-def blank_moments(run: Run) -> dict[str, Tensor]:
-    """What the optimizers' state looks like (names, shapes, dtypes), from a step with gradients of zero."""
-    named = dict(run.model.named_parameters())
-    if not run.config.sharing.on:
-        for p in named.values():
-            p.grad = torch.zeros_like(p)
-        for optimizer in run.optimizers:
-            optimizer.found_inf, optimizer.grad_scale = torch.zeros_like(run.skipped), None
-            optimizer.step()
-        run.model.zero_grad()
-    return optimizer_tensors(run.optimizers, named)
 
 
 def facts_of(run: Run) -> dict:
@@ -665,12 +521,10 @@ def resume(run: Run) -> None:
     broken = [name for name, t in tensors if not torch.isfinite(t.float()).all()]
     if broken:
         raise damaged(path, f"{', '.join(broken)} is not finite")
-    if not run.config.sharing.on:
-        check_tensors(path, moments, blank_moments(run) if facts["step"] else {})
     put_weights(run.model, weights)
     try:
-        restore_optimizers(run.optimizers, named, moments)
-    except ValueError as error:  # of the shared one, which checks for itself
+        run.optimizer.load_state_dict(moments)
+    except ValueError as error:
         raise damaged(path, error) from None
     run.step, run.loader.position = facts["step"], Position(*facts["position"])
     run.clock.elapsed_ms, run.saved = facts["train_time_ms"], path
@@ -690,12 +544,12 @@ def keep(run: Run, patience_s: float = 0.0) -> Path | None:
 
     Raises Problem on every rank if a number is broken: such a state is not worth going back to.
     """
-    if run.skipped.item():
-        raise broken(run)
+    if run.nonfinite_steps.item():
+        raise nonfinite_error(run)
     if run.saved and run.saved.name == f"step-{run.step:07d}":  # nothing has happened since
         return run.saved
     named, end = dict(run.model.named_parameters()), time.monotonic() + patience_s
-    moments = optimizer_tensors(run.optimizers, named)
+    moments = run.optimizer.state_dict()
     if run.ranks.rank != 0:
         return None
     run.heart.phase("checkpoint", run.step)
@@ -725,13 +579,10 @@ def evaluate(run: Run, batches) -> float:
     """Mean loss, nats a token, over validation micro-batches that are dealt out to the ranks."""
     device, sums = run.ranks.device, torch.zeros(2, dtype=torch.float64, device=run.ranks.device)
     for batch in batches:
-        inputs, targets = batch.inputs.to(device), batch.targets.to(device)
-        with torch.autocast(
-            device.type, torch.bfloat16, enabled=run.config.precision == "bfloat16"
-        ):
-            sums += torch.stack([run.forward(inputs, targets).double(), torch.ones_like(sums[0])])
+        loss = forward_loss(run.forward, batch, device, run.config.precision)
+        sums += torch.stack([loss.double(), torch.ones_like(sums[0])])
         run.heart.beat()
-    sum_over_ranks([sums], run.ranks.world)
+    all_reduce_sum(sums, run.ranks.world)
     return (sums[0] / sums[1]).item()
 
 
@@ -747,33 +598,30 @@ def warm_up(run: Run) -> float:
     begin = time.perf_counter()
     named, step, position = dict(run.model.named_parameters()), run.step, run.loader.position
     weights = {name: p.detach().clone() for name, p in named.items()}
-    moments = {label: t.clone() for label, t in optimizer_tensors(run.optimizers, named).items()}
-    if run.config.sharing.on:
-        run.optimizers[0].warm_up()
+    moments = run.optimizer.state_dict()
+    run.optimizer.warm_up()
     for _ in range(run.config.warmup):
         train_step(run)
         run.heart.beat()
     evaluate(run, itertools.islice(held_out(run, run.config.val_tokens), 1))
     put_weights(run.model, weights)
-    restore_optimizers(run.optimizers, named, moments)
-    if not run.config.sharing.on:
-        run.model.zero_grad()
-    run.step, run.loader.position, run.skipped = step, position, torch.zeros_like(run.skipped)
+    run.optimizer.load_state_dict(moments)
+    run.step, run.loader.position = step, position
+    run.nonfinite_steps.zero_()
     run.clock.wait()
     return time.perf_counter() - begin
 
 
 # %% Writing it down
 def log_step(run: Run, loss: Tensor, marks: Marks) -> None:
-    """Log the last step's training loss, as the mean over all ranks. A number that is none ends the run here."""
-    together = torch.stack([loss, run.skipped])
-    sum_over_ranks([together], run.ranks.world)
-    mean, skipped = together.tolist()
-    if skipped or not math.isfinite(mean):
-        raise broken(run, mean)
+    """Log the last step's training loss, as the mean over all ranks. Raises Problem if the loss or a step that was left out was not finite."""
+    together = all_reduce_sum(torch.stack([loss, run.nonfinite_steps]), run.ranks.world)
+    mean, left_out = together.tolist()
+    if left_out or not math.isfinite(mean):
+        raise nonfinite_error(run, mean)
     run.log.line(format_line(run.step, run.config.steps, run.clock.ms, train_loss=mean))
     steps_ms = [round(ms, 3) for ms in marks.drain()]
-    rate = learning_rate(run.step - 1, run.config.steps, run.config.optim, run.config.schedule)
+    rate = settings_of(run, run.step - 1).lr
     where = {"epoch": run.loader.position.epoch, "train_time_ms": run.clock.ms}
     run.log.record("step", step=run.step, train_loss=mean, lr=rate, steps_ms=steps_ms, **where)
 
@@ -796,7 +644,7 @@ def validate(run: Run) -> float:
     state = gpu_state(run.ranks.device)
     loss, ms = evaluate(run, held_out(run, run.config.val_tokens)), run.clock.ms
     if not math.isfinite(loss):
-        raise broken(run, loss)
+        raise nonfinite_error(run, loss)
     run.log.line(format_line(run.step, run.config.steps, ms, val_loss=loss))
     average = ms / max(run.step, 1)
     run.log.record(
@@ -872,9 +720,7 @@ def describe_run(run: Run, command: str) -> dict:
         "device": str(run.ranks.device),
         "parameters": sum(p.numel() for p in run.model.parameters()),
         "bytes_per_token": bytes_per_token(run.validation, config.val_tokens),
-        "flops_per_token": model_flops_per_token(
-            config.model, manifest.vocab_size, config.data.seq_len, switches_of(config)
-        ),
+        "flops_per_token": flops_per_token(config.model, manifest.vocab_size, config.data.seq_len),
     }
 
 

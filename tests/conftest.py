@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from speedrun.presets import preset
 from vocabulary import offline_vocabulary
 
-from speedrun.config import preset, vary
+from speedrun.config import vary
 from speedrun.data.shards import data_folder
 from speedrun.data.sources import build_embedded
 from speedrun.lab.hardware import setup
@@ -62,6 +63,6 @@ def brief(embedded):
         "val_every": 6,
         "val_tokens": 4096,
         "log_every": 3,
-        "optim.warmup_steps": 3,
+        "schedule.warmup_steps": 3,
     }
     return vary(preset("cpu"), changes | {"data.path": str(embedded)})

@@ -1,4 +1,4 @@
-"""Some steps of the bank optimizer on one of several ranks; started by test_optimizer.py.
+"""Some steps of the optimizer on one of several ranks; started by test_optimizer.py.
 
     torchrun … optimizer_ranks.py DEVICE SCENARIO OUT [SAVED STEP]
 
@@ -16,19 +16,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from speedrun.config import TODAY
 from speedrun.measure import many_gpus
-from speedrun.optim.distributed import ranks
-from speedrun.optim.optimizer import (
-    BankOptimizer,
-    Entry,
-    OptimizerOptions,
-    blame,
-    load_state,
-    state_tensors,
-    untie,
-    warm_up,
-)
+from speedrun.optim.adam import AdamConfig
+from speedrun.optim.comm import dist_info
+from speedrun.optim.optimizer import MuonAdam, OptimConfig
+from speedrun.optim.schedule import StepSettings
+from speedrun.params import ParamSpec
+from speedrun.presets import RECORD_MUON
 
 MICRO = 4
 SHAPES = {
@@ -41,20 +35,44 @@ SHAPES = {
     "gates": (7,),
     "scalars": (5,),
 }
-TABLE = (
-    Entry("qk", "muon", "sharded", matrices=2),
-    Entry("mlp", "muon", "sharded", rate=(2.0, 4.0)),
-    Entry("head", "adam", "sharded", decay=150.0, betas=(0.5, 0.95)),
-    Entry("embed", "adam", "sharded", decay=150.0, betas=(0.5, 0.95), tied="head"),
-    Entry("values", "adam", "sharded", rate=75.0, decay=5.0, betas=(0.75, 0.95)),
-    Entry("bigram", "adam", "sparse", rate=75.0, decay=5.0, betas=(0.75, 0.95)),
-    Entry("gates", "adam", "replicated", betas=(0.9, 0.99)),
-    Entry("scalars", "adam", "replicated", rate=5.0, decay=0.0, betas=(0.9, 0.99)),
-)
+KINDS: dict[str, dict] = {
+    "qk": {"optim": "muon", "comm": "sharded", "matrices": 2, "wd_mul": 1.0},
+    "mlp": {"optim": "muon", "comm": "sharded", "matrices": 1, "lr_mul": (2.0, 4.0), "wd_mul": 1.0},
+    "head": {"optim": "adam", "comm": "sharded", "wd_mul": 150.0, "betas": (0.5, 0.95)},
+    "values": {
+        "optim": "adam",
+        "comm": "sharded",
+        "lr_mul": 75.0,
+        "wd_mul": 5.0,
+        "betas": (0.75, 0.95),
+    },
+    "gates": {"optim": "adam", "wd_mul": 1.0, "betas": (0.9, 0.99)},
+    "scalars": {"optim": "adam", "lr_mul": 5.0, "betas": (0.9, 0.99)},
+}
+KINDS["embed"] = KINDS["head"] | {"tied_to": "head"}
+KINDS["bigram"] = KINDS["values"] | {"comm": "sharded_sparse"}
+TABLE = tuple(ParamSpec(name, shape, **KINDS[name]) for name, shape in SHAPES.items())
 BF16 = ("head", "embed", "values", "bigram", "gates")
 SCATTER = ("values", "bigram", "head", "replicated", "mlp", "qk", "embed")
 WORK = ("replicated", "qk", "head", "embed", "bigram", "values", "mlp")
-RATES = {"muon": 0.02, "adam": 0.008, "momentum": 0.9}
+ADAM = AdamConfig(eps=1e-10, weight_decay=0.005, cautious=True, every=2)
+CONFIG = OptimConfig(adam=ADAM, muon=RECORD_MUON, matrices="muon", grad_clip=0.0)
+CLIP = 30.0  # four micro-batches of normal numbers are longer than this in every step of all rows
+
+
+def adamw_table(table: tuple[ParamSpec, ...] = TABLE) -> tuple[ParamSpec, ...]:
+    """The same rows under AdamW, the banks as well; some with the optimizer's own betas."""
+    found = []
+    for row in table:
+        rate = row.lr_mul if isinstance(row.lr_mul, float) else 1.0
+        betas = None if row.name in ("values", "gates") else row.betas
+        found.append(replace(row, optim="adamw", lr_mul=rate, betas=betas))
+    return tuple(found)
+
+
+def settings_at(step: int, **others) -> StepSettings:
+    """The same rates in every step, but for what is said."""
+    return StepSettings(step, **{"lr": 0.008, "matrix_lr": 0.02, "momentum": 0.9, **others})
 
 
 def model(device: str = "cpu") -> dict[str, torch.Tensor]:
@@ -84,61 +102,82 @@ def copies(named: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().cpu().clone() for name, tensor in named.items()}
 
 
+def digest(tensors: dict[str, torch.Tensor]) -> str:
+    """A hash of all bits."""
+    found = sha256()
+    for tensor in tensors.values():
+        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return found.hexdigest()
+
+
+def of_all_ranks(mine: str) -> list[str]:
+    """What each rank says, by rank."""
+    found = [mine] * dist_info()[1]
+    dist.all_gather_object(found, mine)
+    return found
+
+
+def build(scenario: str, parameters: dict[str, torch.Tensor]) -> MuonAdam:
+    """A scenario's optimizer, named by its words: float32, adamw, clipped."""
+    muon = replace(RECORD_MUON, ns_dtype="bfloat16")
+    if "float32" in scenario:
+        muon = replace(RECORD_MUON, param_dtype="float32")
+        for p in parameters.values():
+            p.data = p.data.float()
+    clip = CLIP if "clipped" in scenario else 0.0
+    table = adamw_table() if "adamw" in scenario else TABLE
+    return MuonAdam(
+        parameters, table, replace(CONFIG, muon=muon, grad_clip=clip), True, SCATTER, WORK
+    )
+
+
 def run_steps(scenario: str, device: str, saved: dict | None) -> dict:
     """All that a scenario leaves behind."""
     if scenario.startswith("record"):
         return record_steps(scenario, device)
-    (rank, world), parameters = ranks(), model(device)
+    (rank, world), parameters = dist_info(), model(device)
     kind = "integers" if "integers" in scenario else "normal"
-    options = OptimizerOptions(muon=replace(TODAY, products="bfloat16"))
-    if "float32" in scenario:
-        options = OptimizerOptions(muon=replace(TODAY, weights="float32"))
-        for p in parameters.values():
-            p.data = p.data.float()
-    optimizer = BankOptimizer(parameters, TABLE, options, SCATTER, WORK)
+    optimizer = build(scenario, parameters)
+    sparse = optimizer.states["bigram"].comm
     out = {"start": copies(parameters), "at": {}}
     if device == "cuda":
-        warm_up(optimizer)  # then what follows are replayed graphs
+        optimizer.warm_up()  # then what follows are replayed graphs
     if saved:
         for name, p in parameters.items():
             p.data.copy_(saved["parameters"][name])
-        load_state(optimizer, saved["state"])
+        optimizer.load_state_dict(saved["state"])
     for step in range(saved["step"] if saved else 0, 6):
-        if step == 3 and not saved:
-            untie(optimizer, "embed")
-        whole = {"parameters": copies(parameters), "state": copies(state_tensors(optimizer))}
-        out["at"][step] = {"step": step, **whole}
+        now = {"parameters": copies(parameters), "state": copies(optimizer.state_dict())}
+        out["at"][step] = {"step": step, **now}
         for micro in range(rank * MICRO // world, (rank + 1) * MICRO // world):
             for name, p in parameters.items():
                 p.grad += gradient(name, step, micro, kind).to(p)
-            rows = gradient("bigram", step, micro, kind).any(1).nonzero()
-            optimizer.parts["bigram"].announce(rows)
+            sparse.announce(gradient("bigram", step, micro, kind).any(1).nonzero())
         if "silent" in scenario and step == 5 and rank == 0:
-            optimizer.parts["bigram"].announced = False
+            sparse.announced = False
         if "nan" in scenario and step == 5 and rank == world - 1:
             parameters["values"].grad[3, 2] = float("nan")
-        optimizer.step(step, RATES)
+        optimizer.step(settings_at(step, untie=step >= 3))
     left = {name: p.grad.abs().max().item() for name, p in parameters.items()}
-    now = {"parameters": copies(parameters), "state": copies(state_tensors(optimizer))}
-    out |= {**now, "left": left}
-    return out | {"blame": blame(optimizer)}
+    now = {"parameters": copies(parameters), "state": copies(optimizer.state_dict())}
+    out |= {**now, "left": left, "nonfinite": optimizer.nonfinite_params()}
+    return out | {"digests": of_all_ranks(digest(everything(now)))}
 
 
 def record_steps(scenario: str, device: str) -> dict:
-    """Hashes of record 89's parameters (on a CPU a 48th of the widths) after four steps, in lanes or one transfer after the other."""
-    optimizer, found = many_gpus.small_record(1 if device == "cuda" else 48, device), {}
+    """Hashes of record 89's parameters (on a CPU a 48th of the widths) after four steps, on streams or one transfer after the other."""
+    optimizer = many_gpus.small_record(1 if device == "cuda" else 48, device)
     if device == "cuda":
-        warm_up(optimizer)
+        optimizer.warm_up()
     if "in-turn" in scenario:
         many_gpus.in_turn(optimizer)
     for index in range(4):
-        torch.manual_seed(10 * index + ranks()[0])
+        torch.manual_seed(10 * index + dist_info()[0])
         many_gpus.fill_gradients(optimizer, index)
-        optimizer.step(index, many_gpus.RATES)
-    for name, p in optimizer.parameters.items():
-        found[name] = sha256(p.detach().cpu().view(torch.uint8).numpy().tobytes()).hexdigest()
-    left = {name: part.grads.abs().max().item() for name, part in optimizer.parts.items()}
-    return {"hashes": found, "left": left}
+        optimizer.step(many_gpus.settings_at(index))
+    hashes = {name: digest({name: p}) for name, p in optimizer.params.items()}
+    left = {name: s.comm.full_grad.abs().max().item() for name, s in optimizer.states.items()}
+    return {"hashes": hashes, "left": left}
 
 
 def everything(result: dict) -> dict[str, torch.Tensor]:

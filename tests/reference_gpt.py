@@ -14,18 +14,18 @@ def layer_norm(x, gain, bias):
     return gain * centred / torch.sqrt((centred * centred).sum() / len(x) + 1e-5) + bias
 
 
-def reference(weights, options, switches, inputs, targets):
+def reference(weights, config, inputs, targets):
     """The mean loss of rows of tokens. weights: by the names of the package's table."""
     losses = []
     for row, wanted in zip(inputs.tolist(), targets.tolist()):
-        logits = logits_of(weights, options, switches, row)
+        logits = logits_of(weights, config, row)
         for scores, target in zip(logits, wanted):
             losses.append(torch.logsumexp(scores, 0) - scores[target])
     return sum(losses) / len(losses)
 
 
-def logits_of(w, options, switches, tokens):
-    block = switches.block
+def logits_of(w, config, tokens):
+    block = config.block
 
     def norm(x, name, layer=None):
         if block.norm == "rms":
@@ -37,36 +37,26 @@ def logits_of(w, options, switches, tokens):
         y = w[name][layer] @ x
         return y + w[f"{name}_bias"][layer] if block.biases else y
 
-    last = options.layers - 1
+    last = config.layers - 1
     deaf = {"attention": last // 2 + 1 + last % 2, "both": last // 2 + 1 + last % 2}.get(
-        switches.plan.without, -1
+        config.plan.without, -1
     )
-    dull = 0 if switches.plan.without in ("mlp", "both") else -1
+    dull = 0 if config.plan.without in ("mlp", "both") else -1
     rank = {"attention": lambda n: n - (n > deaf >= 0), "mlp": lambda n: n - (n > dull >= 0)}
-    stream = begun(w, switches, tokens)
+    stream = begun(w, config, tokens)
     start, outputs, first = list(stream), [], None
-    for layer in range(options.layers):
-        stream = entering(w, switches.plan, options.layers, layer, stream, start, outputs)
+    for layer in range(config.layers):
+        stream = entering(w, config.plan, config.layers, layer, stream, start, outputs)
         if layer != deaf:
             at = rank["attention"](layer)
             normed = [norm(x, "attention_norm", at) for x in stream]
             qkv = [linear(x, "attention_qkv", at) for x in normed]
-            wide = 2 * options.width
+            wide = 2 * config.width
             first = [x[wide:] for x in qkv] if first is None else first
             for i, x in enumerate(qkv):
-                v = values(
-                    w,
-                    switches.embedding,
-                    options,
-                    layer,
-                    deaf,
-                    x[wide:],
-                    first[i],
-                    normed[i],
-                    tokens[i],
-                )
+                v = values(w, config, layer, deaf, x[wide:], first[i], normed[i], tokens[i])
                 qkv[i] = torch.cat([x[:wide], v])
-            mixed = attention(qkv, options.heads, switches)
+            mixed = attention(qkv, config.heads, config)
             stream = [x + linear(y, "attention_out", at) for x, y in zip(stream, mixed)]
         for i, x in enumerate(stream):
             if layer != dull:
@@ -74,28 +64,28 @@ def logits_of(w, options, switches, tokens):
                 hidden = linear(norm(x, "mlp_norm", at), "mlp_up", at)
                 stream[i] = x + linear(bend(hidden, block.activation), "mlp_down", at)
         outputs.append(list(stream))
-    if switches.plan.backout:
-        middle = {2: 0, 3: 1, 4: 2, 5: 3, 6: 4, 7: 4, 8: 5}[options.layers]
+    if config.plan.backout:
+        middle = {2: 0, 3: 1, 4: 2, 5: 3, 6: 4, 7: 4, 8: 5}[config.layers]
         stream = [x - w["backout_weight"][0] * y for x, y in zip(stream, outputs[middle])]
-    head = w["token_embedding"] if switches.head.tied == "tied" else w["head"].T
-    return [bounded(head @ norm(x, "final_norm"), switches.head.cap) for x in stream]
+    head = w["token_embedding"] if config.head.tied == "tied" else w["head"].T
+    return [bounded(head @ norm(x, "final_norm"), config.head.cap) for x in stream]
 
 
 def logistic(z):
     return 1 / (1 + torch.exp(-z))
 
 
-def begun(w, switches, tokens):
+def begun(w, config, tokens):
     """The vectors with which the first layer begins."""
     looked_up = [w["token_embedding"][t] for t in tokens]
     stream = list(looked_up)
-    if switches.embedding.smear:
+    if config.embedding.smear:
         for i in range(1, len(tokens)):
             share = w["smear_weight"][0] * logistic((w["smear_gate"] * looked_up[i][:12]).sum())
             stream[i] = looked_up[i] + share * looked_up[i - 1]
-    if switches.rotary.positions == "learned":
+    if config.rotary.positions == "learned":
         stream = [x + w["position_embedding"][i] for i, x in enumerate(stream)]
-    return [root_mean_square(x) for x in stream] if switches.embedding.norm else stream
+    return [root_mean_square(x) for x in stream] if config.embedding.norm else stream
 
 
 def entering(w, plan, layers, layer, stream, start, outputs):
@@ -154,11 +144,12 @@ def table_of_layer(kind, layers, layer):
     return None
 
 
-def values(w, embedding, options, layer, deaf, own, first, normed, token):
+def values(w, config, layer, deaf, own, first, normed, token):
     """A token's values in a layer: its own, end to end, and what is mixed in."""
+    embedding = config.embedding
     wanted = [
-        None if n == deaf else table_of_layer(embedding.values, options.layers, n)
-        for n in range(options.layers)
+        None if n == deaf else table_of_layer(embedding.values, config.layers, n)
+        for n in range(config.layers)
     ]
     if wanted[layer] is None:
         return own
@@ -168,9 +159,9 @@ def values(w, embedding, options, layer, deaf, own, first, normed, token):
     else:
         words = len(w["value_embedding"]) // len(used)
         other = w["value_embedding"][used.index(wanted[layer]) * words + token]
-    at = [n for n in range(options.layers) if wanted[n] is not None].index(layer)
+    at = [n for n in range(config.layers) if wanted[n] is not None].index(layer)
     if embedding.value_mix == "gates":
-        size = len(own) // options.heads
+        size = len(own) // config.heads
         gates = [2 * logistic((row * normed[:12]).sum()) for row in w["value_gate"][at]]
         return torch.cat(
             [
@@ -223,7 +214,7 @@ def turned(x, position, rotary):
     return out
 
 
-def attention(qkv, heads, switches):
+def attention(qkv, heads, config):
     """Of every token its queries, keys and values, end to end; gives what its heads gather, end to end."""
     width = len(qkv[0]) // 3
     size = width // heads
@@ -234,10 +225,10 @@ def attention(qkv, heads, switches):
             here = slice(head * size, (head + 1) * size)
             q = qkv[now][:width][here]
             keys = [past[width : 2 * width][here] for past in qkv[: now + 1]]
-            if switches.block.qk_norm:
+            if config.block.qk_norm:
                 q, keys = root_mean_square(q), [root_mean_square(k) for k in keys]
-            q = turned(q, now, switches.rotary)
-            keys = [turned(k, then, switches.rotary) for then, k in enumerate(keys)]
+            q = turned(q, now, config.rotary)
+            keys = [turned(k, then, config.rotary) for then, k in enumerate(keys)]
             scores = torch.stack([q @ k for k in keys]) / math.sqrt(size)
             shares = torch.exp(scores - scores.max())
             shares = shares / shares.sum()

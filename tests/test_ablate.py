@@ -19,7 +19,7 @@ def ablate(out: Path, data: Path, *more: str) -> subprocess.CompletedProcess:
 @pytest.fixture(scope="module")
 def ablated(tmp_path_factory, embedded):
     out = tmp_path_factory.mktemp("ablated") / "x" / "norms.json"
-    arm = ("--arm", "plain norms", "block.norm=rms", "block.biases=False")
+    arm = ("--arm", "plain norms", "model.block.norm=rms", "model.block.biases=False")
     done = ablate(out, embedded, *arm, "--seeds", "2", "--control", "3")
     assert done.returncode == 0, done.stderr[-3000:]
     return out, done.stdout
@@ -34,8 +34,8 @@ class TestAblate:
             "control": [0, 1, 2],
             "plain norms": [0, 1],
         }
-        assert arms["plain norms"][0]["config"]["block"]["norm"] == "rms"
-        assert arms["plain norms"][0]["config"]["block"]["biases"] is False
+        assert arms["plain norms"][0]["config"]["model"]["block"]["norm"] == "rms"
+        assert arms["plain norms"][0]["config"]["model"]["block"]["biases"] is False
         assert (
             result["stamp"]["corpus"]["sha256"]
             and "speedrun.model.mlp" in result["stamp"]["modules"]
@@ -45,13 +45,13 @@ class TestAblate:
     def test_what_is_there_is_not_trained_again(self, ablated, embedded):
         out, said = ablated
         before = out.stat().st_mtime_ns
-        arm = ("--arm", "plain norms", "block.norm=rms", "block.biases=False")
+        arm = ("--arm", "plain norms", "model.block.norm=rms", "model.block.biases=False")
         again = ablate(out, embedded, *arm, "--seeds", "2", "--control", "3")
         assert again.stdout == said and out.stat().st_mtime_ns == before
 
     def test_another_base_is_not_mixed_in(self, ablated, embedded):
         out, _ = ablated
-        other = ablate(out, embedded, "--control", "3", "--optim.lr", "0.003")
+        other = ablate(out, embedded, "--control", "3", "--optim.adam.lr", "0.003")
         assert other.returncode == 1 and "another base" in other.stderr and str(out) in other.stderr
 
     def test_a_file_that_is_something_else_is_kept(self, tmp_path, embedded):
@@ -68,9 +68,9 @@ class TestAblate:
     @pytest.mark.parametrize(
         "words, said",
         [
-            (["a", "block.nrm=rms"], "did you mean block.norm"),
-            (["a", "block.norm=ms"], "layer or rms"),
-            (["a", "block.norm"], "no FIELD=VALUE"),
+            (["a", "block.nrm=rms"], "did you mean model.block.norm"),
+            (["a", "model.block.norm=ms"], "layer or rms"),
+            (["a", "model.block.norm"], "no FIELD=VALUE"),
             (["control", "seed=3"], "two arms are called"),
         ],
     )
@@ -84,9 +84,10 @@ class TestAblate:
 
 class TestWhoTrainsWhat:
     def runs(self):
-        from speedrun.config import preset, vary
+        from speedrun.config import vary
+        from speedrun.presets import preset
 
-        wide, rms = ({}, {"block.norm": "rms"})
+        wide, rms = ({}, {"model.block.norm": "rms"})
         both = [vary(preset("cpu"), changes) for changes in (wide, rms)]
         return [vary(run, {"seed": seed}) for run in both for seed in range(3)]
 
@@ -107,8 +108,8 @@ class TestWhoTrainsWhat:
         from speedrun.measure.runs import seen_by_model
 
         run = self.runs()[0]
-        assert seen_by_model(run) == seen_by_model(vary(run, {"optim.lr": 0.1, "steps": 7}))
-        assert seen_by_model(run) != seen_by_model(vary(run, {"plan.x0": True}))
+        assert seen_by_model(run) == seen_by_model(vary(run, {"optim.adam.lr": 0.1, "steps": 7}))
+        assert seen_by_model(run) != seen_by_model(vary(run, {"model.plan.x0": True}))
 
 
 def test_weights_over_a_run_are_kept_to_five_digits():

@@ -5,7 +5,6 @@ import json
 import math
 import subprocess
 import sys
-from types import SimpleNamespace
 from typing import Annotated, get_args, get_origin, get_type_hints
 
 import pytest
@@ -14,26 +13,17 @@ from annotated_types import Interval
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from speedrun.config import (
-    HISTORY,
-    PRESETS,
-    Config,
-    as_arguments,
-    at_cpu_size,
-    check_config,
-    config_from_json,
-    fields_of,
-    preset,
-    read_command,
-    vary,
-)
-from speedrun.data.loader import DataOptions, check_options
+from speedrun.config import Config, check_config, config_from_json, fields_of, vary
+from speedrun.data.loader import DataConfig, check_options
 from speedrun.lab.bounds import check_ranges
 from speedrun.lab.errors import Problem
 from speedrun.launch import LaunchCommand
-from speedrun.train import TrainCommand, build_model, make_optimizers, update, update_shared
+from speedrun.model.gpt import GPT
+from speedrun.optim.schedule import StepSettings
+from speedrun.presets import as_arguments, at_cpu_size, known_presets, preset, read_command
+from speedrun.train import TrainCommand, build_optimizer
 
-NAMES = [*PRESETS, *HISTORY]
+NAMES = [*known_presets()]
 
 
 def kinds_of(group: type, prefix: str = "") -> dict:
@@ -50,13 +40,11 @@ NUMBERS = [name for name, value in fields_of(Config()).items() if type(value) in
 TUPLES = [name for name, value in fields_of(Config()).items() if type(value) is tuple]
 
 
-def put(config: Config, name: str, value) -> Config:
+def put(config, name: str, value):
     """A config with one field set, whatever the value is: `vary` would refuse."""
-    group, _, last = name.rpartition(".")
-    if not group:
-        return dataclasses.replace(config, **{name: value})
-    changed = dataclasses.replace(getattr(config, group), **{last: value})
-    return dataclasses.replace(config, **{group: changed})
+    group, _, rest = name.partition(".")
+    value = put(getattr(config, group), rest, value) if rest else value
+    return dataclasses.replace(config, **{group: value})
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -66,25 +54,36 @@ class TestPresets:
         assert run.preset == name
         for world in (1, 2, 4, 8):
             if run.data.grad_shards % world == 0:
-                assert check_config(run, world) is run
+                assert check_config(run, world) == run
             else:
                 with pytest.raises(Problem, match="grad_shards"):
                     check_config(run, world)
 
     def test_json_and_arguments_lead_back(self, name):
         run = vary(
-            preset(name), {"seed": 3, "optim.lr": 0.125, "compile": False, "data.path": "a b"}
+            preset(name), {"seed": 3, "optim.adam.lr": 0.125, "compile": False, "data.path": "a b"}
         )
         assert config_from_json(json.loads(json.dumps(dataclasses.asdict(run)))) == run
         assert read_command(TrainCommand, as_arguments(run), "cpu", "x").config == run
 
     def test_cpu_size_keeps_the_decisions(self, name):
         run, small = preset(name), at_cpu_size(preset(name))
-        assert small.architecture == run.architecture
-        assert vary(small.optim, {"warmup_steps": run.optim.warmup_steps}) == run.optim
-        assert (
-            small.model.width == PRESETS["cpu"].model.width and small.data.path == "data/embedded"
-        )
+        sizes = {"muon.param_dtype": "float32", "muon.ns_dtype": "bfloat16"}
+        assert small.optim == vary(run.optim, sizes)
+        ramps = {name: getattr(run.schedule, name) for name in ("warmup_steps", "momentum_ramp")}
+        assert vary(small.schedule, ramps) == run.schedule
+        assert small.model.block == run.model.block and small.model.plan == run.model.plan
+        assert small.model.width == preset("cpu").model.width
+        assert small.data.path == "data/embedded"
+
+    def test_it_says_all_that_it_turns_on(self, name):
+        """What a run is, is what its rows say, from GPT-2 on."""
+        rows, parent = [], name
+        while parent:
+            parent, changes = known_presets()[parent]
+            rows.append(changes)
+        told = {field: value for row in reversed(rows) for field, value in row.items()}
+        assert fields_of(preset(name)) == fields_of(Config()) | told | {"preset": name}
 
 
 class TestVarying:
@@ -100,7 +99,7 @@ class TestVarying:
             ({"compile": 1}, "must be of type bool"),
             ({"steps": True}, "must be of type int"),
             ({"precision": "bf16"}, "must be float32 or bfloat16"),
-            ({"optim.betas": (0.9,)}, "must be 2 values"),
+            ({"optim.adam.betas": (0.9,)}, "must be 2 values"),
             ({"seed": -1}, "must be at least 0"),
             ({"optim": 3}, "no field"),
         ],
@@ -111,14 +110,14 @@ class TestVarying:
         assert words in str(caught.value)
 
     def test_an_int_may_stand_for_a_float(self):
-        assert vary(Config(), {"optim.lr": 1}).optim.lr == 1
+        assert vary(Config(), {"optim.adam.lr": 1}).optim.adam.lr == 1
 
 
 class TestBounds:
     """Every number of a run lies between bounds, which stand on its field."""
 
     def test_every_number_has_two(self):
-        assert len(NUMBERS) > 40 and TUPLES == ["optim.betas", "muon.momentum_steps"]
+        assert len(NUMBERS) > 40 and TUPLES == ["optim.adam.betas", "schedule.momentum_ramp"]
         for name in (*NUMBERS, *TUPLES):
             for kind in get_args(KINDS[name]) if name in TUPLES else [KINDS[name]]:
                 assert get_origin(kind) is Annotated, name
@@ -142,7 +141,7 @@ class TestBounds:
                 check_config(put(Config(), name, value))
             assert caught.value.what.startswith(f"{name}=") and "must be" in caught.value.what
         flags = caught.value.fix.split(",")[0].split()
-        advised = read_command(TrainCommand, flags, "record", "x").config
+        advised = read_command(TrainCommand, flags, "record1", "x").config
         check_config(advised)
         assert f"--{name.replace('_', '-')}" == flags[0]
         assert fields_of(advised)[name] == fields_of(Config())[name]
@@ -151,15 +150,15 @@ class TestBounds:
         "name, value, words",
         [
             ("optim.grad_clip", -1.0, "0 switches clipping off"),
-            ("optim.lr", 0.0, "at least 1e-20"),
-            ("optim.lr", 1e-320, "at least 1e-20"),
-            ("optim.betas", (0.9, 1.0), "less than 1"),
-            ("optim.final_lr", 1.01, "at most 1"),
-            ("schedule.cooldown", 0.0, "more than 0"),
+            ("optim.adam.lr", 0.0, "at least 1e-20"),
+            ("optim.adam.lr", 1e-320, "at least 1e-20"),
+            ("optim.adam.betas", (0.9, 1.0), "less than 1"),
+            ("schedule.final_lr_frac", 1.01, "at most 1"),
+            ("schedule.cooldown_frac", 0.0, "more than 0"),
             ("model.layers", 0, "at least 1"),
             ("model.width", 8, "at least 12"),  # gates read twelve numbers
             ("seed", 2**63, "at most"),
-            ("optim.betas", (0.9, 0.95, 0.99), "2 values"),
+            ("optim.adam.betas", (0.9, 0.95, 0.99), "2 values"),
             ("precision", "bf16", "float32 or bfloat16"),
         ],
     )
@@ -168,21 +167,30 @@ class TestBounds:
             check_config(put(Config(), name, value))
 
     def test_ends_that_mean_something_are_inside(self):
-        ends = {"optim.grad_clip": 0.0, "matrix.lr": 0.0, "matrix.iterations": 0, "max_steps": 0}
-        ends |= {"schedule.cooldown": 1.0, "optim.final_lr": 1.0, "seed": 2**63 - 1}
-        ends |= {"optim.weight_decay": 0.0, "optim.betas": (0.0, 0.0), "checkpoint_every": 0}
+        ends = {
+            "optim.grad_clip": 0.0,
+            "optim.matrix_lr": 0.0,
+            "optim.muon.ns_steps": 0,
+            "max_steps": 0,
+        }
+        ends |= {"schedule.cooldown_frac": 1.0, "schedule.final_lr_frac": 1.0, "seed": 2**63 - 1}
+        ends |= {
+            "optim.adam.weight_decay": 0.0,
+            "optim.adam.betas": (0.0, 0.0),
+            "checkpoint_every": 0,
+        }
         check_ranges(vary(Config(), ends))
 
     @pytest.mark.parametrize("name", ["seq_len", "step_tokens", "grad_shards", "max_document"])
     def test_the_loader_checks_its_own(self, name):
         with pytest.raises(Problem, match=f"data.{name}=0 is not allowed"):
-            check_options(dataclasses.replace(DataOptions(), **{name: 0}))
+            check_options(dataclasses.replace(DataConfig(), **{name: 0}))
 
 
 SMALL = {"model.layers": (1, 5), "model.heads": (1, 4), "model.width": (1, 40)}
 SMALL |= {"model.context": (1, 16), "data.seq_len": (1, 16), "data.step_tokens": (1, 64)}
-SMALL |= {"data.grad_shards": (1, 4), "val_tokens": (1, 64), "head.multiple": (1, 300)}
-SMALL |= {"matrix.iterations": (0, 7)}
+SMALL |= {"data.grad_shards": (1, 4), "val_tokens": (1, 64), "model.head.multiple": (1, 300)}
+SMALL |= {"optim.muon.ns_steps": (0, 7)}
 FIXED = {"preset", "device", "backend", "compile", "wandb", "data.path"}
 DRAWS = {
     name: st.integers(*SMALL[name]) if name in SMALL else st.from_type(kind)
@@ -194,15 +202,13 @@ TINY |= {"data.seq_len": 8, "data.step_tokens": 16, "data.grad_shards": 2, "val_
 
 
 def one_step(run: Config, vocab: int = 31) -> None:
-    """Build a run's model and optimizers, and take a step with them."""
-    model, decays = build_model(run, vocab, torch.device("cpu"))
-    optimizers = make_optimizers(run, model, decays)
+    """Build a run's model and optimizer, and take a step with them."""
+    model = GPT(run.model, vocab)
+    optimizer = build_optimizer(run, model)
     tokens = torch.arange(run.data.seq_len + 1)[None] % vocab
     with torch.autocast("cpu", torch.bfloat16, enabled=run.precision == "bfloat16"):
         model(tokens[:, :-1], tokens[:, 1:]).backward()
-    live = SimpleNamespace(config=run, model=model, optimizers=optimizers, step=0)
-    live.skipped = torch.zeros(())
-    (update_shared if run.sharing.on else update)(live)
+    optimizer.step(StepSettings(0, lr=1e-3, matrix_lr=1e-3, momentum=0.9))
 
 
 def test_what_is_accepted_can_be_built_and_takes_a_step():
@@ -229,21 +235,18 @@ def test_what_is_accepted_can_be_built_and_takes_a_step():
 @pytest.mark.parametrize(
     "changes",
     [
-        {"model.width": 12, "embedding.smear": True},
-        {"model.width": 12, "plan.skips": "gated"},
-        {"model.width": 12, "embedding.values": "outer", "embedding.value_mix": "gates"},
+        {"model.width": 12, "model.embedding.smear": True},
+        {"model.width": 12, "model.plan.skips": "gated"},
+        {
+            "model.width": 12,
+            "model.embedding.values": "outer",
+            "model.embedding.value_mix": "gates",
+        },
         {"seed": 2**63 - 1},
     ],
 )
 def test_the_smallest_and_the_largest_take_a_step(changes):
     one_step(check_config(vary(preset("smoke"), TINY | changes)))
-
-
-def test_what_no_graph_can_hold_is_refused_before_it_is_tried():
-    shared = {"sharing.on": True, "matrix.rule": "muon", "matrix.iterations": 0}
-    with pytest.raises(Problem, match="the exact factor cannot be compiled"):
-        check_config(vary(preset("small"), shared))
-    check_config(vary(preset("small"), shared | {"compile": False}))
 
 
 SAVED = json.loads(json.dumps(dataclasses.asdict(preset("smoke"))))
@@ -304,7 +307,7 @@ class TestSavedRuns:
             ({"seed": 1.0}, "seed=1.0 .* of type int"),
             ({"compile": 1}, "compile=1 .* of type bool"),
             ({"optim": "x"}, "saved optim is no group of fields: 'x'"),
-            ({"optim": {**SAVED["optim"], "betas": [math.nan, 2]}}, r"optim.betas=\(nan, 2\)"),
+            ({"optim": {"adam": {"betas": [math.nan, 2]}}}, r"optim.adam.betas=\(nan, 2\)"),
         ],
     )
     def test_the_field_and_its_value_are_named(self, changes, words):
@@ -350,7 +353,7 @@ class TestCommands:
             (["--compile", "False"], "--compile or --no-compile"),
             (["--steps", "3", "--compile", "true"], "--compile or --no-compile"),
             (["--no-compile=1"], "--compile or --no-compile"),
-            (["--block.qk_norm=True"], "--block.qk-norm or --block.no-qk-norm"),
+            (["--model.block.qk_norm=True"], "--model.block.qk-norm or --model.block.no-qk-norm"),
             (["--yes", "true"], "--yes or --no-yes"),
         ],
     )
@@ -371,7 +374,7 @@ class TestCommands:
         said = capsys.readouterr()
         assert caught.value.code == 2 and "--help" in said.out + said.err
 
-    @pytest.mark.parametrize("flags", [["--optim.grad-clip", "-1"], ["--optim.eps", "nan"]])
+    @pytest.mark.parametrize("flags", [["--optim.grad-clip", "-1"], ["--optim.adam.eps", "nan"]])
     def test_numbers_out_of_bounds_are_problems(self, flags, tmp_path):
         command = [sys.executable, "-m", "speedrun.train", "--preset", "smoke", *flags]
         done = subprocess.run(

@@ -30,7 +30,7 @@ from speedrun.data import shards as shards_module
 from speedrun.data import sources
 from speedrun.data.__main__ import main
 from speedrun.data.loader import (
-    DataOptions,
+    DataConfig,
     Loader,
     Position,
     Shards,
@@ -301,7 +301,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def read_all(folder: Path, mode: str = "stream") -> None:
     """Read a data folder as training does: some steps, and validation."""
-    loader = Loader(DataOptions(str(folder), mode, seq_len=2, step_tokens=16, max_document=30))
+    loader = Loader(DataConfig(str(folder), mode, seq_len=2, step_tokens=16, max_document=30))
     for _ in range(40):
         loader.next()
     held_out = Shards(folder, "val")
@@ -559,7 +559,7 @@ class TestLoader:
     )
     def test_the_stream_is_the_shards_in_order(self, tmp_path, sizes, rows, seq_len, shards):
         folder = corpus(tmp_path / "_".join(map(str, sizes)), sizes)
-        options = DataOptions(
+        options = DataConfig(
             str(folder), seq_len=seq_len, step_tokens=rows * seq_len * shards, grad_shards=shards
         )
         whole = np.concatenate(
@@ -587,7 +587,7 @@ class TestLoader:
     )
     def test_every_number_of_ranks_reads_the_same(self, tmp_path, mode, sizes, cap):
         folder = corpus(tmp_path / "_".join(map(str, sizes)), sizes, documents=40)
-        options = DataOptions(str(folder), mode, seq_len=2, step_tokens=16, max_document=cap)
+        options = DataConfig(str(folder), mode, seq_len=2, step_tokens=16, max_document=cap)
         streams = []
         for world in (1, 2, 4, 8):
             loaders = [Loader(options, rank, world) for rank in range(world)]
@@ -625,7 +625,7 @@ class TestLoader:
     def test_positions_resume(self, tmp_path):
         folder = corpus(tmp_path, [300, 250], documents=40)
         for mode in ("stream", "documents"):
-            options = DataOptions(str(folder), mode, seq_len=2, step_tokens=16, max_document=30)
+            options = DataConfig(str(folder), mode, seq_len=2, step_tokens=16, max_document=30)
             loader = Loader(options)
             for _ in range(20):
                 loader.next()
@@ -637,7 +637,7 @@ class TestLoader:
                 )
 
     def test_an_epoch_is_stated(self):
-        options = DataOptions(seq_len=2, step_tokens=8, grad_shards=1)
+        options = DataConfig(seq_len=2, step_tokens=8, grad_shards=1)
         at, epochs = Position(), []
         for _ in range(7):
             _, at = next_slice(20, options, at)
@@ -646,7 +646,7 @@ class TestLoader:
 
     def test_validation_is_shared_without_overlap(self, tmp_path):
         folder = corpus(tmp_path, [1000], split="val")
-        options = DataOptions(str(folder), seq_len=4, step_tokens=64)
+        options = DataConfig(str(folder), seq_len=4, step_tokens=64)
         shards = Shards(folder, "val")
         alone = [batch.inputs for batch in validation_batches(shards, options, 900)]
         for world in (2, 4, 8):

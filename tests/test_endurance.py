@@ -32,12 +32,12 @@ from zygote import ROOT, as_command
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="fork, and /proc")
 SCALE = float(os.environ.get("ENDURANCE", "1"))
 SIZES = "--model.layers 2 --model.heads 2 --model.width 32 --model.context 32 --data.seq-len 32 --data.step-tokens 256"
-SMALL = ["--preset", "smoke", *SIZES.split(), "--warmup", "1", "--optim.warmup-steps", "5"]
+SMALL = ["--preset", "smoke", *SIZES.split(), "--warmup", "1", "--schedule.warmup-steps", "5"]
 SIXTY = "--steps 60 --val-every 30 --val-tokens 2048 --log-every 1 --checkpoint-every 5"
 BRIEF = [*SMALL, *SIXTY.split()]
 MILLION = "--steps 1000000 --val-every 1000000 --val-tokens 2048 --log-every 5"
 ENDLESS = [*SMALL, *MILLION.split()]
-SHARED = ["--matrix.rule", "muon", "--matrix.lr", "0.016", "--sharing.on"]
+SHARED = ["--optim.matrices", "muon", "--optim.matrix-lr", "0.016", "--optim.adam.every", "2"]
 GONE_S = 15.0  # until then every process of a killed tree must have ended
 MARK = "SPEEDRUN_ENDURANCE"
 ROWS: list[str] = []

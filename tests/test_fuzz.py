@@ -59,7 +59,7 @@ from zygote import Said, call, run_command
 
 HEADER, TRAIN_TOKENS, VOCABULARY = 1024, 800, 288
 SIZES = "--model.layers 2 --model.heads 2 --model.width 16 --model.context 16 --data.seq-len 16 --data.step-tokens 512"
-TIMES = "--val-every 6 --val-tokens 512 --log-every 1 --warmup 0 --optim.warmup-steps 2 --checkpoint-every 2"
+TIMES = "--val-every 6 --val-tokens 512 --log-every 1 --warmup 0 --schedule.warmup-steps 2 --checkpoint-every 2"
 TINY = ["--preset", "smoke", *SIZES.split(), *TIMES.split()]
 SEED = int(os.environ.get("FUZZ_SEED", "1"))
 VERDICTS = (
@@ -170,11 +170,11 @@ def trained(m: Material, *flags: str) -> Said:
 
 def read_by_documents(m: Material) -> Said:
     """What a run in the documents mode would read, and then the validation text."""
-    from speedrun.data.loader import DataOptions, Loader, Shards, validation_batches
+    from speedrun.data.loader import DataConfig, Loader, Shards, validation_batches
     from speedrun.lab.errors import run_main
 
     def read() -> None:
-        options = DataOptions(path=str(m.work / "data"), mode="documents", step_tokens=256, grad_shards=2, max_document=64)  # fmt: skip
+        options = DataConfig(path=str(m.work / "data"), mode="documents", step_tokens=256, grad_shards=2, max_document=64)  # fmt: skip
         loader = Loader(options)
         for _ in range(5):
             for batch in loader.next():
@@ -638,8 +638,9 @@ def checkpoint_sample(rng: random.Random, m: Material) -> dict:
 # %% Configs
 def config(rng: random.Random, m: Material) -> dict:
     """A saved config with one or two values that are not its own, rebuilt and checked."""
-    from speedrun.config import check_config, config_from_json, preset
+    from speedrun.config import check_config, config_from_json
     from speedrun.lab.errors import run_main
+    from speedrun.presets import preset
 
     usual = json.loads(json.dumps(dataclasses.asdict(preset(rng.choice(("smoke", "small", "record11"))))))  # fmt: skip
     tree: Any = copy.deepcopy(usual)
@@ -675,7 +676,8 @@ def wrong_number(value: str, usual: Any = 0.0) -> bool:
 
 def flag_pairs(rng: random.Random, count: int, leave: tuple[str, ...] = ()) -> tuple[list[str], set[str], bool]:  # fmt: skip
     """Random flags of a run, the fields that they set, and whether each value may be accepted."""
-    from speedrun.config import fields_of, preset
+    from speedrun.config import fields_of
+    from speedrun.presets import preset
 
     fields = {name: value for name, value in fields_of(preset("smoke")).items() if name not in leave}  # fmt: skip
     words, names, right = [], set(rng.sample(sorted(fields), count)), True
@@ -712,7 +714,7 @@ def launch(rng: random.Random, m: Material) -> dict:
     """Odd flags to the plan of a launch."""
     words, _, right = flag_pairs(rng, rng.choice((0, 1, 1, 2)))
     if rng.random() < 0.7:
-        words = ["--preset", rng.choice(["smoke", "cpu", "small", "record", "baseline", "record11", *VALUES]), *words]  # fmt: skip
+        words = ["--preset", rng.choice(["smoke", "cpu", "small", "record", "record1", "record11", *VALUES]), *words]  # fmt: skip
     if rng.random() < 0.4:
         gpus = rng.choice(VALUES)
         words += ["--gpus", gpus]
@@ -804,7 +806,7 @@ def work_through(home: str, counts: dict[str, int], worker: int, workers: int, s
                 *TINY,
                 "--steps",
                 "1",
-                "--matrix.rule",
+                "--optim.matrices",
                 "muon",
                 "--data.path",
                 str(base / "data"),

@@ -12,9 +12,10 @@ import jupytext
 import nbformat
 import psutil
 import pytest
+from speedrun.presets import preset
 
-from speedrun.config import preset, vary
-from speedrun.data.loader import DataOptions
+from speedrun.config import vary
+from speedrun.data.loader import DataConfig
 from speedrun.lab.errors import Problem
 from speedrun.lab.hardware import GPU, Machine
 from speedrun.launch import (
@@ -289,7 +290,7 @@ class TestPlanning:
         assert len(said) == 1 and "driver is too old" in said[0]
 
     def test_ranks_that_do_not_divide_a_step_are_refused_before_anything_starts(self):
-        run = replace(preset("record"), data=DataOptions(path="data/fineweb10B"))
+        run = replace(preset("record"), data=DataConfig(path="data/fineweb10B"))
         with pytest.raises(Problem, match="3 ranks cannot share 8 micro-batches"):
             make_plan(run, replace(BARE, gpus=(CARD,) * 3), 3, [])
         plan = make_plan(run, replace(BARE, gpus=(CARD,) * 3), 0, [])
@@ -334,7 +335,7 @@ class TestTheRunScript:
 
     def test_a_run_that_fails_keeps_its_notebook_and_says_where(self, tmp_path, embedded):
         live = self.script(
-            tmp_path / "run", "--preset", "smoke", "--steps", "60", "--optim.lr", "1e9"
+            tmp_path / "run", "--preset", "smoke", "--steps", "60", "--optim.adam.lr", "1e9"
         )
         said = live.communicate(timeout=280)[0]
         assert live.returncode == 1 and "not finite" in said and "speedrun.html" in said

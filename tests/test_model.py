@@ -1,126 +1,167 @@
 """The two models against each other, against Hugging Face's GPT-2, and against formulas."""
 
-import dataclasses
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
-from speedrun.model.baseline import (
-    GPT2,
-    GPT2Options,
-    decays_by_shape,
-    flops_per_token,
-    parameter_count,
-)
-from speedrun.model.gpt import (
-    GPT,
-    GPTOptions,
-    banks_from_blocks,
-    model_flops_per_token,
-    parameter_table,
-)
-from speedrun.optim.adamw import AdamWOptions, make_adamw
+from speedrun.model.baseline import GPT2, decay_groups, parameter_count
+from speedrun.model.gpt import GPT, GPTConfig, check_heads, flops_per_token, param_specs
+from speedrun.model.rotary import RotaryConfig
+from speedrun.optim.adam import AdamConfig
+from speedrun.optim.optimizer import MuonAdam, OptimConfig, assign_optimizers
+from speedrun.optim.schedule import StepSettings
 
 SHAPES = [
-    GPTOptions(layers=1, heads=1, width=8, context=4),
-    GPTOptions(layers=3, heads=4, width=48, context=33),
-    GPTOptions(layers=5, heads=2, width=32, context=16),
+    GPTConfig(layers=1, heads=1, width=8, context=4),
+    GPTConfig(layers=3, heads=4, width=48, context=33),
+    GPTConfig(layers=5, heads=2, width=32, context=16),
 ]
+BANKS = {
+    "attention_norm_gain": "norm_1.weight",
+    "attention_norm_bias": "norm_1.bias",
+    "attention_qkv": "attention.qkv.weight",
+    "attention_qkv_bias": "attention.qkv.bias",
+    "attention_out": "attention.out.weight",
+    "attention_out_bias": "attention.out.bias",
+    "mlp_norm_gain": "norm_2.weight",
+    "mlp_norm_bias": "norm_2.bias",
+    "mlp_up": "mlp.up.weight",
+    "mlp_up_bias": "mlp.up.bias",
+    "mlp_down": "mlp.down.weight",
+    "mlp_down_bias": "mlp.down.bias",
+}
+OTHERS = {
+    "token_embedding": "tokens.weight",
+    "position_embedding": "positions.weight",
+    "final_norm_gain": "norm.weight",
+    "final_norm_bias": "norm.bias",
+}
 
 
-def both(options: GPTOptions, vocab: int = 61) -> tuple[GPT2, GPT]:
+def banked_names(plain: dict[str, torch.Tensor], layers: int) -> dict[str, torch.Tensor]:
+    """The plain model's tensors as the package's: each layer's in banks."""
+    found = {name: plain[other] for name, other in OTHERS.items()}
+    for name, other in BANKS.items():
+        found[name] = torch.stack([plain[f"blocks.{layer}.{other}"] for layer in range(layers)])
+    return found
+
+
+def both(config: GPTConfig, vocab: int = 61) -> tuple[GPT2, GPT]:
     """The plain and the banked model with the same noisy weights, in float64."""
     torch.manual_seed(3)
-    plain = GPT2(GPT2Options(**dataclasses.asdict(options)), vocab).double()
+    plain = GPT2(config, vocab).double()
     with torch.no_grad():
         for p in plain.parameters():
             p.add_(0.3 * torch.randn_like(p))
-    banked = GPT(options, vocab).double()
-    banked.load_state_dict(banks_from_blocks(plain.state_dict(), options.layers))
+    banked = GPT(config, vocab).double()
+    banked.load_state_dict(banked_names(plain.state_dict(), config.layers))
     return plain, banked
 
 
-@pytest.mark.parametrize("options", SHAPES)
+def optimizer_of(model: GPT, config: OptimConfig) -> MuonAdam:
+    """The package's optimizer of a model."""
+    specs = assign_optimizers(model.specs, config)
+    return MuonAdam(dict(model.named_parameters()), specs, config, compile=False)
+
+
+@pytest.mark.parametrize("config", SHAPES)
 class TestBankedModel:
-    def test_loss_and_every_gradient_equal_the_baselines(self, options):
-        plain, banked = both(options)
-        tokens = torch.randint(61, (3, options.context + 1))
+    def test_loss_and_every_gradient_equal_the_baselines(self, config):
+        plain, banked = both(config)
+        tokens = torch.randint(61, (3, config.context + 1))
         losses = [model(tokens[:, :-1], tokens[:, 1:]) for model in (plain, banked)]
         for loss in losses:
             loss.backward()
         assert losses[0].item() == pytest.approx(losses[1].item(), abs=1e-12)
-        wanted = banks_from_blocks(
-            {name: p.grad for name, p in plain.named_parameters()}, options.layers
-        )
+        grads = {name: p.grad for name, p in plain.named_parameters()}
+        wanted = banked_names(grads, config.layers)
+        assert set(wanted) == {name for name, _ in banked.named_parameters()}
         for name, p in banked.named_parameters():
             assert torch.allclose(p.grad, wanted[name], rtol=1e-10, atol=1e-13), name
 
-    def test_ten_optimizer_steps_equal_the_baselines(self, options):
-        plain, banked = both(options)
-        sets = [(plain, decays_by_shape(plain)), (banked, banked.decays())]
-        optimizers = [
-            make_adamw(dict(m.named_parameters()), d, AdamWOptions(lr=0.01)) for m, d in sets
-        ]
+    @pytest.mark.parametrize("clip", [0.0, 1.0])
+    def test_ten_optimizer_steps_equal_the_baselines(self, config, clip):
+        plain, banked = both(config)
+        reference = torch.optim.AdamW(decay_groups(plain), 0.01, (0.9, 0.95), 1e-8, fused=True)
+        own = optimizer_of(banked, OptimConfig(AdamConfig(lr=0.01), grad_clip=clip))
         for step in range(10):
-            tokens = torch.randint(
-                61, (2, options.context + 1), generator=torch.Generator().manual_seed(step)
-            )
-            for (model, _), optimizer in zip(sets, optimizers):
-                optimizer.zero_grad()
+            draw = torch.Generator().manual_seed(step)
+            tokens = torch.randint(61, (2, config.context + 1), generator=draw)
+            reference.zero_grad()
+            for model in (plain, banked):
                 model(tokens[:, :-1], tokens[:, 1:]).backward()
-                optimizer.step()
-        wanted = banks_from_blocks(plain.state_dict(), options.layers)
+            if clip:
+                torch.nn.utils.clip_grad_norm_(plain.parameters(), clip)
+            reference.step()
+            own.step(StepSettings(step, 0.01, 0.01, 0.95))
+        wanted = banked_names(plain.state_dict(), config.layers)
         for name, p in banked.named_parameters():
             assert torch.allclose(p, wanted[name], rtol=1e-8, atol=1e-10), name
 
-    def test_counts_follow_the_formulas(self, options):
-        numbers = sum(math.prod(row.shape) for row in parameter_table(options, 61))
-        shape = GPT2Options(**dataclasses.asdict(options))
-        assert (
-            numbers
-            == parameter_count(shape, 61)
-            == sum(p.numel() for p in GPT(options, 61).parameters())
-        )
-        assert model_flops_per_token(options, 61, 16) == flops_per_token(shape, 61, 16)
+    def test_counts_follow_the_formulas(self, config):
+        specs, d = param_specs(config, 61), config.width
+        numbers = sum(math.prod(row.shape) for row in specs)
+        assert numbers == parameter_count(config, 61)
+        assert numbers == sum(p.numel() for p in GPT(config, 61).parameters())
+        weights = config.layers * 12 * d**2 + 61 * d
+        attention = config.layers * 12 * 16 * d * 0.5  # the half that causality leaves
+        assert flops_per_token(config, 61, 16) == 6.0 * weights + attention
 
-    def test_shorter_rows_and_no_targets(self, options):
-        model = GPT(options, 61)
+    def test_every_row_says_its_matrices_shape(self, config):
+        """What Muon's rate goes by, sqrt(rows / cols) of a tall matrix, is told by the row."""
+        for row in param_specs(config, 61):
+            if row.matrices:
+                rows, cols = row.shape[1] // row.matrices, row.shape[2]
+                assert row.shape_scale == math.sqrt(max(1.0, rows / cols)), row.name
+            assert row.layers == (tuple(range(config.layers)) if row.name in BANKS else ())
+
+    def test_shorter_rows_and_no_targets(self, config):
+        model = GPT(config, 61)
         tokens = torch.randint(61, (2, 3))
         assert model(tokens).shape == (2, 3, 61)
 
     @pytest.mark.parametrize("kind", ["gpt", "baseline"])
-    def test_one_graph(self, options, kind):
-        model = (
-            GPT(options, 61)
-            if kind == "gpt"
-            else GPT2(GPT2Options(**dataclasses.asdict(options)), 61)
-        )
+    def test_one_graph(self, config, kind):
+        model = GPT(config, 61) if kind == "gpt" else GPT2(config, 61)
         torch._dynamo.reset()  # it keeps eight versions of a function at most
         compiled = torch.compile(model, fullgraph=True, backend="eager")
-        tokens = torch.randint(61, (2, options.context + 1))
+        tokens = torch.randint(61, (2, config.context + 1))
         assert torch.allclose(
             compiled(tokens[:, :-1], tokens[:, 1:]), model(tokens[:, :-1], tokens[:, 1:])
         )
 
 
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"heads": 3}, "width 16 is not a multiple of heads 3"),
+        ({"heads": 16, "rotary": RotaryConfig(positions="rotary")}, "needs a multiple of 2"),
+        ({"heads": 8, "rotary": RotaryConfig(positions="half")}, "needs a multiple of 4"),
+    ],
+)
+def test_heads_that_do_not_fit(change, said):
+    config = replace(GPTConfig(2, 2, 16, 8), **change)
+    for refuse in (check_heads, lambda config: GPT(config, 61)):
+        with pytest.raises(ValueError, match=said):
+            refuse(config)
+
+
 class TestInitialValues:
     def test_they_depend_on_seed_and_name_only(self):
-        small, deep = (
-            GPT(GPTOptions(2, 2, 16, 8), 61, seed=5),
-            GPT(GPTOptions(2, 2, 16, 8), 61, seed=5),
-        )
-        assert all(torch.equal(a, b) for a, b in zip(small.parameters(), deep.parameters()))
-        other = GPT(GPTOptions(2, 2, 16, 8), 61, seed=6)
-        assert not torch.equal(small.mlp_up, other.mlp_up)
-        wider = GPT(GPTOptions(2, 2, 16, 8), 99, seed=5)
-        assert torch.equal(small.mlp_up, wider.mlp_up), (
-            "another vocabulary changes the embedding alone"
-        )
+        config = GPTConfig(2, 2, 16, 8)
+        one, same = GPT(config, 61, seed=5), GPT(config, 61, seed=5)
+        assert all(torch.equal(a, b) for a, b in zip(one.parameters(), same.parameters()))
+        other = GPT(config, 61, seed=6)
+        assert not torch.equal(one.mlp_up, other.mlp_up)
+        wider = GPT(config, 99, seed=5)
+        assert torch.equal(one.mlp_up, wider.mlp_up), "another vocabulary changes embeddings alone"
+        assert not torch.equal(one.mlp_up, one.mlp_down.mT * math.sqrt(4)), "nor are two alike"
 
     def test_the_first_loss_is_as_predicted(self):
-        options = GPTOptions(layers=2, heads=2, width=128, context=64, init_std=0.05)
-        model = GPT(options, 288)
+        config = GPTConfig(layers=2, heads=2, width=128, context=64, init_std=0.05)
+        model = GPT(config, 288)
         tokens = torch.randint(288, (64, 65))
         expected = math.log(288) + 0.05**2 * 128 / 2
         assert model(tokens[:, :-1], tokens[:, 1:]).item() == pytest.approx(expected, abs=0.05)
@@ -140,7 +181,7 @@ class TestHuggingFace:
         )
         theirs, ours = (
             GPT2LMHeadModel(config).double(),
-            GPT2(GPT2Options(layers, heads, width, 32), 77).double(),
+            GPT2(GPTConfig(layers, heads, width, 32), 77).double(),
         )
         renamed = {
             "wte": "tokens",
@@ -169,24 +210,25 @@ class TestHuggingFace:
 
 class TestOptimizer:
     def test_only_what_should_decay_decays(self):
-        model = GPT(GPTOptions(1, 1, 8, 4), 9)
+        """Matrices and tables, as in the plain model those tensors that have two dimensions."""
+        model = GPT(GPTConfig(1, 1, 8, 4), 9)
+        optimizer = optimizer_of(model, OptimConfig(AdamConfig(lr=0.1, weight_decay=0.5)))
         with torch.no_grad():
             for p in model.parameters():
                 p.fill_(1.0)
-                p.grad = torch.zeros_like(p)
-        make_adamw(
-            dict(model.named_parameters()), model.decays(), AdamWOptions(lr=0.1, weight_decay=0.5)
-        ).step()
+        optimizer.step(StepSettings(0, 0.1, 0.1, 0.95))
+        decays = {"token_embedding", "position_embedding"}
+        decays |= {"attention_qkv", "attention_out", "mlp_up", "mlp_down"}
+        plain = GPT2(model.config, 9).named_parameters()
+        names = {other: name for name, other in (OTHERS | BANKS).items()}
+        by_shape = {names[n.removeprefix("blocks.0.")] for n, p in plain if p.ndim > 1}
+        assert by_shape == decays
         for name, p in model.named_parameters():
-            assert torch.allclose(p, torch.full_like(p, 0.95 if model.decays()[name] else 1.0)), (
-                name
-            )
+            wanted = torch.full_like(p, 0.95 if name in decays else 1.0)
+            assert torch.allclose(p, wanted), name
 
     def test_every_tensor_is_in_the_table(self):
-        model = GPT(GPTOptions(1, 1, 8, 4), 9)
-        with pytest.raises(ValueError, match="only one names token_embedding"):
-            make_adamw(
-                dict(model.named_parameters()),
-                {k: v for k, v in model.decays().items() if k != "token_embedding"},
-                AdamWOptions(),
-            )
+        model = GPT(GPTConfig(1, 1, 8, 4), 9)
+        rows = [row for row in model.specs if row.name != "token_embedding"]
+        with pytest.raises(ValueError, match="the parameter table: missing: token_embedding"):
+            MuonAdam(dict(model.named_parameters()), rows)

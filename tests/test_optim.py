@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
@@ -10,23 +9,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from speedrun.checkpoint import latest_checkpoint, load_checkpoint
-from speedrun.config import TODAY, check_config, preset, vary
+from speedrun.config import Config, check_config, fields_of, vary
 from speedrun.lab.errors import Problem
-from speedrun.optim.muon import Muon
-from speedrun.optim.newton_schulz import (
-    QUINTIC,
-    MatrixOptimizer,
-    MatrixOptions,
-    cut,
-    muon_update,
-    newton_schulz,
-    orthogonal_factor,
-)
-from speedrun.optim.soap import SoapOptions, adam_in, eigenbasis, follow, soap_update
-from speedrun.train import make_optimizers, train
+from speedrun.optim.muon import MuonConfig, join_bf16, muon_state, muon_step
+from speedrun.optim.newton_schulz import QUINTIC, nesterov_momentum, newton_schulz, polar_factor
+from speedrun.optim.optimizer import MuonAdam, OptimConfig
+from speedrun.optim.schedule import StepSettings, learning_rate
+from speedrun.optim.soap import SoapConfig, adam_in, eigenbasis, follow, soap_state, soap_update
+from speedrun.params import ParamSpec
+from speedrun.presets import RECORD_MUON, preset
+from speedrun.train import build_optimizer, train
 
-MUON = MatrixOptions(rule="muon")
-RULES = {"muon": partial(muon_update, options=MUON), "soap": soap_update}
+RULES = ("muon", "soap")
+RECORD_BF16 = replace(RECORD_MUON, ns_dtype="bfloat16")
 
 
 def random(*shape: int, seed: int = 0, dtype=torch.float64) -> torch.Tensor:
@@ -64,10 +59,23 @@ class TestNewtonSchulz:
     @pytest.mark.parametrize("rank", [1, 3])
     def test_directions_without_a_gradient_stay_without(self, rank):
         g = random(2, 16, rank) @ random(2, rank, 24, seed=1)
-        exact = orthogonal_factor(g)
+        exact = polar_factor(g)
         assert torch.linalg.matrix_rank(exact, atol=1e-6).tolist() == [rank, rank]
         flat = newton_schulz(g, dtype=torch.float64)
         assert (torch.linalg.svdvals(flat)[:, rank:] < 1e-6).all()
+
+
+def bank_optimizer(
+    bank: torch.nn.Parameter, matrices: int = 1, optim: str = "muon", **config
+) -> MuonAdam:
+    """The optimizer of one bank."""
+    row = ParamSpec("bank", tuple(bank.shape), matrices=matrices, optim=optim, comm="sharded")
+    config = OptimConfig(**({"grad_clip": 0.0, "matrices": optim} | config))
+    return MuonAdam({"bank": bank}, [replace(row, wd_mul=1.0)], config)
+
+
+def rule_state(optimizer: MuonAdam) -> dict[str, torch.Tensor]:
+    return optimizer.states["bank"].rule.state
 
 
 class TestMuon:
@@ -79,33 +87,60 @@ class TestMuon:
         ours = torch.nn.Parameter(start[None].clone())
         constants = {"lr": 0.02, "weight_decay": 0.1}
         reference = torch.optim.Muon([theirs], momentum=0.9, nesterov=nesterov, **constants)
-        options = replace(MUON, momentum=0.9, nesterov=nesterov)
-        own = MatrixOptimizer([(ours, 1)], partial(muon_update, options=options), **constants)
+        muon = MuonConfig(nesterov=nesterov, weight_decay=0.1)
+        row = ParamSpec("bank", (1, *shape), matrices=1, optim="muon", comm="sharded", wd_mul=1.0)
+        row = replace(row, lr_mul=math.sqrt(max(1, shape[0] / shape[1])))
+        own = MuonAdam({"bank": ours}, [row], OptimConfig(muon=muon, grad_clip=0.0))
         for step in range(6):
             theirs.grad = random(*shape, seed=step + 1, dtype=torch.float32)
-            ours.grad = theirs.grad[None].clone()
+            ours.grad += theirs.grad
             reference.step()
-            own.step()
+            own.step(StepSettings(step, 0.0, 0.02, 0.9))
         moved = (theirs - start).norm()
         assert (theirs - ours[0]).norm() < 0.02 * moved
 
     def test_a_bank_is_many_matrices_and_not_one(self):
         bank, g = torch.nn.Parameter(torch.zeros(2, 24, 8)), random(2, 24, 8, dtype=torch.float32)
-        optimizer = MatrixOptimizer([(bank, 3)], RULES["muon"], lr=1.0, weight_decay=0.0)
-        bank.grad = g
-        optimizer.step()
-        for matrix, gradient in zip(cut(bank.detach(), 3), cut(g, 3)):
-            wanted = -muon_update(gradient[None], {}, None, MUON)[0].float()
-            assert torch.allclose(matrix, wanted, atol=0.02)
+        optimizer = bank_optimizer(bank, 3)
+        bank.grad += g
+        optimizer.step(StepSettings(0, 0.0, 1.0, 0.95))
+        for matrix, gradient in zip(bank.detach().view(6, 8, 8), g.view(6, 8, 8)):
+            one = torch.zeros(1, 8, 8)
+            state = muon_state(one, MuonConfig())
+            muon_step(one, gradient[None], state, 1.0, 1.0, 0.95, 0.0, MuonConfig())
+            assert one.norm() > 1 and torch.allclose(matrix, one[0], atol=0.02)
 
-    def test_a_mean_and_a_sum_of_gradients_lead_the_same_way(self):
-        summed, state = torch.zeros(1, 16, 16, dtype=torch.float64), {}
-        exact = replace(MUON, iterations=0)
+    @pytest.mark.parametrize("nesterov", [True, False])
+    def test_a_mean_and_a_sum_of_gradients_lead_the_same_way(self, nesterov):
+        summed, buffer = torch.zeros(1, 16, 16).double(), torch.zeros(1, 16, 16).double()
         for seed in range(5):
             g = random(1, 16, 16, seed=seed)
-            ours = muon_update(g, state, None, exact)
+            ours = polar_factor(nesterov_momentum(g, buffer, 0.95, nesterov, None))
             summed = 0.95 * summed + g
-            assert torch.allclose(ours, orthogonal_factor(g + 0.95 * summed), atol=1e-9)
+            wanted = g + 0.95 * summed if nesterov else summed
+            assert torch.allclose(ours, polar_factor(wanted), atol=1e-9)
+
+    def test_without_iterations_a_step_is_the_exact_factor(self):
+        bank, g = torch.nn.Parameter(torch.zeros(3, 12, 8)), random(3, 12, 8, dtype=torch.float32)
+        optimizer = bank_optimizer(bank, muon=MuonConfig(ns_steps=0))
+        bank.grad += g
+        optimizer.step(StepSettings(0, 0.0, 1.0, 0.95))
+        assert torch.allclose(bank, -polar_factor(g), atol=1e-5)
+
+    @pytest.mark.parametrize("change", [{}, {"beta2": 0.9}, {"cautious": True}])
+    def test_a_skipped_step_changes_nothing(self, change):
+        muon = MuonConfig(weight_decay=0.1, **change)
+        p, g = random(2, 8, 6, dtype=torch.float32), random(2, 8, 6, seed=1, dtype=torch.float32)
+        state, moved = muon_state(p, muon), p.clone()
+        muon_step(moved, g, state, 0.1, 1.0, 0.9, 0.1, muon)
+        assert not torch.equal(moved, p) and all(t.any() for t in state.values())
+        after, kept = moved.clone(), {key: t.clone() for key, t in state.items()}
+        muon_step(moved, g * math.nan, state, 0.1, 1.0, 0.9, 0.1, muon, torch.ones(()))
+        assert torch.equal(moved, after)
+        assert all(torch.equal(t, kept[key]) for key, t in state.items())
+        again, fresh = p.clone(), muon_state(p, muon)
+        muon_step(again, g, fresh, 0.1, 1.0, 0.9, 0.1, muon, torch.zeros(()))
+        assert torch.allclose(again, after, atol=1e-3)
 
 
 class TestSoap:
@@ -119,17 +154,43 @@ class TestSoap:
         for gradient in g:
             p.grad = gradient.clone()
             adam.step()
-            ours = ours - adam_in(bases, gradient, state, SoapOptions())
+            ours = ours - adam_in(bases, gradient, state, SoapConfig())
         assert torch.allclose(p, ours, atol=1e-9)
 
     def test_it_turns_with_the_gradient(self):
-        left, right, states = rotation(8, 1), rotation(8, 2), ({}, {})
-        options = SoapOptions(every=3)
+        left, right = rotation(8, 1), rotation(8, 2)
+        states = [soap_state(torch.zeros(2, 8, 8).double()) for _ in range(2)]
+        config = SoapConfig(every=3)
         for seed in range(9):
             g = random(2, 8, 8, seed=seed)
-            plain = soap_update(g, states[0], None, options)
-            turned = soap_update(left @ g @ right, states[1], None, options)
+            plain = soap_update(g, states[0], None, config)
+            turned = soap_update(left @ g @ right, states[1], None, config)
             assert torch.allclose(turned, left @ plain @ right, atol=1e-4)
+
+    def test_its_first_step_only_takes_the_bases(self):
+        g = random(2, 8, 6)
+        state = soap_state(torch.zeros_like(g))
+        assert state["step"].eq(-1).all() and not soap_update(g, state, None).any()
+        assert state["step"].eq(0).all() and not state["exp_avg"].any()
+        for side, pair in (("left", g @ g.mT), ("right", g.mT @ g)):
+            basis = state[f"{side}_basis"]
+            diagonal = basis.mT @ pair @ basis
+            off = diagonal - torch.diag_embed(diagonal.diagonal(dim1=-2, dim2=-1))
+            assert off.abs().max() < 1e-9 and torch.allclose(state[side], 0.05 * pair)
+        assert soap_update(g, state, None).any()
+
+    def test_the_bank_decays_and_follows_the_update(self):
+        bank = torch.nn.Parameter(random(2, 12, 4, dtype=torch.float32))
+        optimizer = bank_optimizer(bank, 3, "soap")  # decays like AdamW, by optim.adam
+        state, p = soap_state(torch.zeros(6, 4, 4)), bank.detach().clone().view(6, 4, 4)
+        for step in range(12):
+            g = random(2, 12, 4, seed=step, dtype=torch.float32)
+            bank.grad += g
+            optimizer.step(StepSettings(step, 0.0, 0.01, 0.95))
+            update = soap_update(g.view(6, 4, 4), state, None)
+            p = p * (1 - 0.01 * 0.1) - 0.01 * update
+        assert torch.allclose(bank, p.view(2, 12, 4), atol=1e-6)
+        assert all(torch.equal(t, state[key]) for key, t in rule_state(optimizer).items())
 
     def test_orthogonal_iteration_arrives(self):
         x = random(2, 12, 30)
@@ -143,108 +204,144 @@ class TestSoap:
 
 @pytest.mark.parametrize("rule", RULES)
 class TestEitherRule:
-    def test_a_broken_gradient_changes_nothing(self, rule):
+    def test_nonfinite_gradient_changes_nothing(self, rule):
         bank = torch.nn.Parameter(random(2, 12, 4, dtype=torch.float32))
-        optimizer = MatrixOptimizer([(bank, 3)], RULES[rule], lr=0.1, weight_decay=0.1)
-        optimizer.found_inf = torch.zeros(())
+        muon = MuonConfig(weight_decay=0.1)
+        optimizer = bank_optimizer(bank, 3, rule, muon=muon, grad_clip=1.0)
         for seed in range(3):
-            bank.grad = random(2, 12, 4, seed=seed, dtype=torch.float32)
-            optimizer.step()
+            bank.grad += random(2, 12, 4, seed=seed, dtype=torch.float32)
+            optimizer.step(StepSettings(seed, 0.0, 0.1, 0.95))
         weights = bank.detach().clone()
-        state = {name: value.clone() for name, value in optimizer.state[bank].items()}
-        bank.grad, optimizer.found_inf = torch.full_like(bank, math.nan), torch.ones(())
-        optimizer.step()
+        state = {name: value.clone() for name, value in rule_state(optimizer).items()}
+        bank.grad += math.nan
+        optimizer.step(StepSettings(3, 0.0, 0.1, 0.95))
         assert torch.equal(bank, weights) and bank.isfinite().all()
-        assert all(torch.equal(value, state[name]) for name, value in optimizer.state[bank].items())
+        assert all(torch.equal(t, state[key]) for key, t in rule_state(optimizer).items())
+        assert optimizer.nonfinite_params() == ["bank"] and not bank.grad.any()
+        bank.grad += 1.0
+        optimizer.step(StepSettings(4, 0.0, 0.1, 0.95))
+        assert not torch.equal(bank, weights) and bank.isfinite().all()
 
     def test_resuming_is_exact(self, rule, brief, tmp_path):
-        run = vary(brief, {"matrix.rule": rule, "matrix.lr": 0.01})
+        run = vary(brief, {"optim.matrices": rule, "optim.matrix_lr": 0.01})
         whole = train(run, tmp_path / "whole", echo=None)
         train(vary(run, {"max_steps": 7}), tmp_path / "cut", echo=None)
         moments = load_checkpoint(latest_checkpoint(tmp_path / "cut"))[1]
         assert any(name.startswith("mlp_up/") for name in moments)
         resumed = train(run, tmp_path / "cut", again=True, echo=None)
-        for (name, a), (_, b) in zip(
-            whole.model.named_parameters(), resumed.model.named_parameters()
-        ):
-            assert torch.equal(a, b), name
+        assert_same_end(whole, resumed)
 
-    def test_the_plain_architecture_refuses_it(self, rule):
-        run = vary(preset("baseline"), {"matrix.rule": rule})
-        with pytest.raises(Problem, match="no banks of matrices"):
-            check_config(run)
+    def test_its_state_goes_to_another_optimizer_bit_by_bit(self, rule):
+        start = random(2, 12, 4, dtype=torch.float32)
+        (one, first), (other, second) = (
+            (bank, bank_optimizer(bank, 3, rule))
+            for bank in (torch.nn.Parameter(start.clone()) for _ in range(2))
+        )
+        for seed in range(3):
+            one.grad += random(2, 12, 4, seed=seed, dtype=torch.float32)
+            first.step(StepSettings(seed, 0.0, 0.1, 0.95))
+        saved = first.state_dict()
+        second.load_state_dict(saved)
+        other.data.copy_(one)
+        assert all(torch.equal(t, saved[key]) for key, t in second.state_dict().items())
+        for bank, optimizer in ((one, first), (other, second)):
+            bank.grad += random(2, 12, 4, seed=9, dtype=torch.float32)
+            optimizer.step(StepSettings(3, 0.0, 0.1, 0.95))
+        assert torch.equal(one, other)
 
 
-class TestToday:
+def assert_same_end(whole, resumed) -> None:
+    """Two runs have the same weights and the same state, to the bit."""
+    for (name, a), (_, b) in zip(whole.model.named_parameters(), resumed.model.named_parameters()):
+        assert torch.equal(a, b), name
+    states = [run.optimizer.state_dict() for run in (whole, resumed)]
+    assert list(states[0]) == list(states[1])
+    for name, tensor in states[0].items():
+        assert torch.equal(tensor, states[1][name]), name
+
+
+def with_record(brief: Config) -> Config:
+    """A run under Muon as it is today, with a bfloat16 that a CPU multiplies fast."""
+    changes = fields_of(RECORD_BF16, "optim.muon.") | {"schedule.momentum_min": 0.85}
+    changes |= {"optim.matrices": "muon", "optim.matrix_lr": 0.01, "precision": "bfloat16"}
+    return vary(brief, changes | {"schedule.momentum_ramp": (4, 2)})
+
+
+class TestRecordMuon:
     """Muon as it runs today, in the trainer."""
 
-    def today(self, brief):
-        run = replace(brief, muon=replace(TODAY, products="bfloat16", momentum_steps=(4, 2)))
-        changes = {"matrix.rule": "muon", "matrix.lr": 0.01, "precision": "bfloat16"}
-        return vary(run, changes)
-
     def test_resuming_is_exact_with_bits_kept_aside(self, brief, tmp_path):
-        run = self.today(brief)
+        run = with_record(brief)
         whole = train(run, tmp_path / "whole", echo=None)
         train(vary(run, {"max_steps": 7}), tmp_path / "cut", echo=None)
         moments = load_checkpoint(latest_checkpoint(tmp_path / "cut"))[1]
-        assert {"mlp_up/lost", "mlp_up/second", "mlp_up/momentum"} <= set(moments)
+        keys = ("mantissa", "second_momentum_buffer", "momentum_buffer")
+        assert {f"mlp_up/{key}" for key in keys} <= set(moments)
         resumed = train(run, tmp_path / "cut", again=True, echo=None)
+        assert_same_end(whole, resumed)
         assert whole.model.mlp_up.dtype == torch.bfloat16
-        for (name, a), (_, b) in zip(
-            whole.model.named_parameters(), resumed.model.named_parameters()
-        ):
-            assert torch.equal(a, b), name
-        for bank in (whole.model.mlp_up, resumed.model.mlp_up):
-            lost = (
-                (whole if bank is whole.model.mlp_up else resumed).optimizers[1].state[bank]["lost"]
-            )
-            assert lost.any()
+        for live in (whole, resumed):
+            assert live.optimizer.states["mlp_up"].rule.state["mantissa"].any()
+
+    def test_mantissas_begin_with_what_rounding_took(self, brief, tmp_path):
+        """The first weights are float32's, to the bit: of matrices that are sharded by matrix and of a bank in one."""
+        run = with_record(brief)
+        for matrices in (1, 3):
+            start = 0.1 * random(2, 12, 4, dtype=torch.float32)
+            bank = torch.nn.Parameter(start.clone())
+            optimizer = bank_optimizer(bank, matrices, muon=run.optim.muon)
+            mantissa = rule_state(optimizer)["mantissa"].view(bank.shape)
+            assert torch.equal(join_bf16(bank.detach(), mantissa), start)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_its_state_dict_keeps_every_bit(self, dtype):
-        options, start = replace(TODAY, products="bfloat16"), random(2, 12, 4).to(dtype)
+        start = random(2, 12, 4).to(dtype)
 
-        def optimizer() -> Muon:
+        def optimizer() -> tuple[torch.nn.Parameter, MuonAdam]:
             bank = torch.nn.Parameter(start.clone())
-            return Muon([(bank, 3)], MUON, options, lr=0.01, weight_decay=0.0)
+            return bank, bank_optimizer(bank, 3, muon=RECORD_BF16)
 
-        first, second = optimizer(), optimizer()
-        (bank,), (other,) = (one.param_groups[0]["params"] for one in (first, second))
+        (bank, first), (_, second) = optimizer(), optimizer()
         for seed in range(3):
-            bank.grad = random(2, 12, 4, seed=seed).to(bank.dtype)
-            first.step()
+            bank.grad += random(2, 12, 4, seed=seed).to(bank.dtype)
+            first.step(StepSettings(seed, 0.0, 0.01, 0.95))
         second.load_state_dict(first.state_dict())
-        assert second.state[other]["lost"].dtype == torch.int16 and bank.dtype == torch.bfloat16
-        for key, value in first.state[bank].items():
-            assert torch.equal(value, second.state[other][key]), key
+        state = rule_state(second)
+        assert state["mantissa"].dtype == torch.int16 and bank.dtype == torch.bfloat16
+        assert state["mantissa"].any()
+        for key, value in rule_state(first).items():
+            assert torch.equal(value, state[key]), key
 
     def test_in_double_precision(self):
         bank = torch.nn.Parameter(random(2, 12, 4))
-        options = replace(TODAY, weights="float32")
-        optimizer = Muon([(bank, 3)], MUON, options, lr=0.01, weight_decay=0.0)
-        bank.grad = random(2, 12, 4, seed=1)
-        optimizer.step()
+        optimizer = bank_optimizer(bank, 3, muon=replace(RECORD_MUON, param_dtype="float32"))
+        start = bank.detach().clone()
+        bank.grad += random(2, 12, 4, seed=1)
+        optimizer.step(StepSettings(0, 0.0, 0.01, 0.95))
         assert bank.dtype == torch.float64 and bank.isfinite().all()
+        assert not torch.equal(bank, start)
 
     def test_momentum_takes_its_ramps(self, brief, tmp_path):
-        run = train(self.today(brief), tmp_path, echo=None)
+        run = train(with_record(brief), tmp_path, echo=None)
         last = run.config.steps - 1
         wanted = 0.85 + 0.1 * min(1.0, (run.config.steps - last) / 2)
-        assert run.optimizers[1].param_groups[0]["momentum"] == pytest.approx(wanted)
+        assert run.optimizer.scalars["momentum"] == pytest.approx(wanted)
 
     def test_what_was_trained_can_be_sampled(self, brief, tmp_path):
         from speedrun.sample import main
 
-        train(self.today(brief), tmp_path / "run", echo=None)
+        train(with_record(brief), tmp_path / "run", echo=None)
         assert main([str(tmp_path / "run"), "--prompt", "def ", "--tokens", "5"]) == 0
 
     @pytest.mark.parametrize(
         "changes, said",
         [
-            ({"muon.weights": "split"}, "computes in float32"),
-            ({"muon.beta2": 1.0}, "must be less than 1"),
-            ({"muon.low_momentum": -0.1}, "must be at least 0"),
+            ({"optim.muon.param_dtype": "bf16_mantissa"}, "computes in float32"),
+            ({"optim.muon.param_dtype": "bfloat16"}, "computes in float32"),
+            ({"optim.muon.beta2": 1.0}, "must be less than 1"),
+            ({"optim.muon.momentum": 1.0}, "must be less than 1"),
+            ({"optim.muon.weight_decay": -0.1}, "must be at least 0"),
+            ({"schedule.momentum_min": -0.1}, "must be at least 0"),
         ],
     )
     def test_refusals(self, changes, said):
@@ -252,15 +349,15 @@ class TestToday:
             check_config(vary(preset("cpu"), changes))
 
 
-@pytest.mark.parametrize("halves", [False, True])
-def test_runs_that_share_a_process_end_as_they_would_alone(halves, brief, tmp_path):
+@pytest.mark.parametrize("record", [False, True])
+def test_runs_that_share_a_process_end_as_they_would_alone(record, brief, tmp_path):
     """On a GPU, comparisons train one run after the other with one compiled model."""
     from speedrun.lab.runlog import read_metrics, series
     from speedrun.measure.runs import retrain
     from speedrun.train import assemble
 
-    first = TestToday().today(brief) if halves else brief
-    second = vary(first, {"matrix.rule": "muon", "muon.weights": "float32", "seed": 3})
+    first = with_record(brief) if record else brief
+    second = vary(first, {"optim.matrices": "muon", "optim.muon.param_dtype": "float32", "seed": 3})
     live = assemble(first, tmp_path / "live", echo=None)
     for n, run in enumerate((first, second, first)):
         train(run, tmp_path / f"alone{n}", echo=None)
@@ -273,7 +370,9 @@ def test_weights_that_mix_are_told_over_the_run(brief, tmp_path):
     from speedrun.measure.runs import retrain
     from speedrun.train import assemble
 
-    run = vary(brief, {"plan.x0": True, "plan.backout": True, "plan.residual": 1.5})
+    run = vary(
+        brief, {"model.plan.x0": True, "model.plan.backout": True, "model.plan.residual": 1.5}
+    )
     live = assemble(run, tmp_path, echo=None)
     told = retrain(live, run)["learned"]
     assert set(told) == {"stream_weight", "x0_weight", "backout_weight"}
@@ -282,22 +381,43 @@ def test_weights_that_mix_are_told_over_the_run(brief, tmp_path):
     assert step == run.steps and last == live.model.x0_weight.tolist() != [0.0] * run.model.layers
 
 
-class TestTwoOptimizers:
+class TestRatesOfTheMatrices:
     def test_adamw_with_a_rate_of_its_own_is_adamw(self, brief, tmp_path):
-        """The same rate said twice, in two optimizers, trains the same bits as one optimizer."""
+        """The same rate said twice trains the same bits."""
         one = train(brief, tmp_path / "one", echo=None)
-        twice = train(vary(brief, {"matrix.lr": brief.optim.lr}), tmp_path / "two", echo=None)
-        assert len(one.optimizers) == 1 and len(twice.optimizers) == 2
-        for (name, a), (_, b) in zip(one.model.named_parameters(), twice.model.named_parameters()):
-            assert torch.equal(a, b), name
+        again = vary(brief, {"optim.matrix_lr": brief.optim.adam.lr})
+        assert_same_end(one, train(again, tmp_path / "two", echo=None))
 
-    def test_rates_keep_their_ratio_through_the_schedule(self, brief, tmp_path):
-        run = train(vary(brief, {"matrix.rule": "muon", "matrix.lr": 0.02}), tmp_path, echo=None)
-        first, second = (optimizer.param_groups[0]["lr"] for optimizer in run.optimizers)
-        assert second / first == pytest.approx(0.02 / brief.optim.lr)
-        assert (
-            make_optimizers(brief, run.model, run.model.decays())[0].param_groups[0]["lr"] > first
-        )
+    @pytest.mark.parametrize("matrices", ["muon", "soap"])
+    def test_rates_keep_their_ratio_through_the_schedule(self, matrices, brief, tmp_path):
+        changes = {"optim.matrices": matrices, "optim.matrix_lr": 0.02}
+        run = train(vary(brief, changes), tmp_path, echo=None)
+        first, second = (run.optimizer.scalars[name] for name in ("lr", "matrix_lr"))
+        assert second / first == pytest.approx(0.02 / brief.optim.adam.lr)
+        last = run.config.steps - 1
+        peak = brief.optim.adam.lr
+        assert first == learning_rate(last, run.config.steps, peak, brief.schedule) < peak
+
+    def test_adams_matrices_have_a_multiple_of_the_rate(self, brief, tmp_path):
+        from speedrun.train import assemble
+
+        changes = {"optim.matrix_lr": 3 * brief.optim.adam.lr}
+        live = assemble(vary(brief, changes), tmp_path, echo=None)
+        found = {spec.name: spec.lr_mul for spec in live.optimizer.specs}
+        banks = {"attention_qkv", "attention_out", "mlp_up", "mlp_down"}
+        assert found == {name: pytest.approx(3.0 if name in banks else 1.0) for name in found}
+
+    def test_a_second_optimizer_of_a_model_takes_its_storage_over(self, brief, tmp_path):
+        """Comparisons build one after the other over one model; the first one says that it is out."""
+        from speedrun.train import assemble
+
+        live = assemble(brief, tmp_path, echo=None)
+        before = {name: p.detach().clone() for name, p in live.model.named_parameters()}
+        second = build_optimizer(brief, live.model)
+        assert all(torch.equal(p, before[n]) for n, p in live.model.named_parameters())
+        second.step(StepSettings(0, 1e-3, 1e-3, 0.95))
+        with pytest.raises(RuntimeError, match="is not in the optimizer's storage any more"):
+            live.optimizer.step(StepSettings(0, 1e-3, 1e-3, 0.95))
 
 
 @pytest.mark.slow
@@ -305,7 +425,7 @@ def test_the_three_winners_keep_their_order_for_sixty_steps(tmp_path, embedded):
     from speedrun.lab.runlog import read_metrics, series
     from speedrun.measure.newton_schulz import grid, losses_of_grid, short, winners
 
-    brief, losses = {"steps": 60, "optim.warmup_steps": 10, "val_every": 60}, {}
+    brief, losses = {"steps": 60, "schedule.warmup_steps": 10, "val_every": 60}, {}
     for rule, run in winners(losses_of_grid(), grid(short())).items():
         train(vary(run, brief | {"val_tokens": 32_768}), tmp_path / rule, echo=None)
         losses[rule] = series(read_metrics(tmp_path / rule / "metrics.jsonl"), "val")[-1][

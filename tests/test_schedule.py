@@ -7,112 +7,172 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from speedrun.config import ABSENT, PRESETS, check_config, preset, vary
+from speedrun.config import check_config, vary
 from speedrun.lab.errors import Problem
 from speedrun.lab.runlog import read_metrics, series
-from speedrun.optim.adamw import AdamWOptions
 from speedrun.optim.schedule import (
     Schedule,
-    ScheduleOptions,
+    ScheduleConfig,
     Stage,
     borders,
     learning_rate,
     loss_weights_at,
     momentum_at,
+    ramp,
     rate_at,
     schedule_table,
     settings_at,
     stage_at,
+    step_settings,
     tokens_before,
     turning_points,
 )
+from speedrun.presets import PRESETS, known_presets, preset
 from speedrun.train import train
 
-COSINE = ScheduleOptions()
-PEAKS = st.builds(
-    AdamWOptions,
-    lr=st.floats(1e-5, 1.0),
+COSINE = ScheduleConfig()
+PEAKS = st.floats(1e-5, 1.0)
+ENDS = st.builds(
+    ScheduleConfig,
     warmup_steps=st.integers(0, 50),
-    final_lr=st.floats(0.0, 1.0),
+    final_lr_frac=st.floats(0.0, 1.0),
+    cooldown_frac=st.floats(0.01, 1.0),
 )
 FALLS = st.floats(0.01, 1.0)
 
 
-def rates(steps: int, optim: AdamWOptions, schedule: ScheduleOptions) -> list[float]:
-    return [learning_rate(step, steps, optim, schedule) for step in range(steps)]
+def rates(steps: int, peak: float, schedule: ScheduleConfig) -> list[float]:
+    return [learning_rate(step, steps, peak, schedule) for step in range(steps)]
 
 
-def llm_c(step: int, steps: int, o: AdamWOptions) -> float:
+def llm_c(step: int, steps: int, peak: float, s: ScheduleConfig) -> float:
     """What the trainer did before it had a choice, expression for expression."""
-    if step < o.warmup_steps:
-        return o.lr * (step + 1) / o.warmup_steps
-    progress = (step - o.warmup_steps) / max(1, steps - o.warmup_steps)
+    if step < s.warmup_steps:
+        return peak * (step + 1) / s.warmup_steps
+    progress = (step - s.warmup_steps) / max(1, steps - s.warmup_steps)
     cosine = 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
-    return o.lr * (o.final_lr + (1 - o.final_lr) * cosine)
+    return peak * (s.final_lr_frac + (1 - s.final_lr_frac) * cosine)
 
 
 class TestLearningRate:
-    @given(st.integers(1, 300), PEAKS)
-    def test_the_cosine_is_llm_cs_to_the_last_bit(self, steps, optim):
-        assert rates(steps, optim, COSINE) == [llm_c(n, steps, optim) for n in range(steps)]
+    @given(st.integers(1, 300), PEAKS, ENDS)
+    def test_the_cosine_is_llm_cs_to_the_last_bit(self, steps, peak, ends):
+        wanted = [llm_c(n, steps, peak, ends) for n in range(steps)]
+        assert rates(steps, peak, ends) == wanted
 
-    @given(st.integers(1, 300), PEAKS, FALLS)
-    def test_the_trapezoid_climbs_stays_and_falls(self, steps, optim, share):
-        schedule = ScheduleOptions("trapezoid", share)
-        found, climb = rates(steps, optim, schedule), min(optim.warmup_steps, steps)
-        begin = max(climb, steps - round(share * steps))
+    @given(st.integers(1, 300), PEAKS, ENDS)
+    def test_the_trapezoid_climbs_stays_and_falls(self, steps, peak, ends):
+        schedule = replace(ends, shape="trapezoid")
+        found, climb = rates(steps, peak, schedule), min(schedule.warmup_steps, steps)
+        begin = max(climb, steps - round(schedule.cooldown_frac * steps))
         assert found[:climb] == sorted(found[:climb])
-        assert found[climb:begin] == [optim.lr] * (begin - climb)
+        assert found[climb:begin] == [peak] * (begin - climb)
         falls = found[begin:]
         assert all(a >= b * (1 - 1e-12) for a, b in zip(falls, falls[1:])), "but for rounding"
-        least = optim.lr * optim.final_lr
-        assert all(least * (1 - 1e-12) <= rate <= optim.lr * (1 + 1e-12) for rate in found[begin:])
+        least = peak * schedule.final_lr_frac
+        assert all(least * (1 - 1e-12) <= rate <= peak * (1 + 1e-12) for rate in found[begin:])
 
-    @given(st.integers(2, 300), PEAKS, FALLS)
-    def test_the_fall_is_a_line_to_the_end(self, steps, optim, share):
-        schedule = ScheduleOptions("trapezoid", share)
-        begin = max(optim.warmup_steps, steps - round(share * steps))
+    @given(st.integers(2, 300), PEAKS, ENDS)
+    def test_the_fall_is_a_line_to_the_end(self, steps, peak, ends):
+        schedule = replace(ends, shape="trapezoid")
+        begin = max(schedule.warmup_steps, steps - round(schedule.cooldown_frac * steps))
         assume(begin < steps)
-        down = [learning_rate(step, steps, optim, schedule) for step in range(begin, steps + 3)]
-        slope = optim.lr * (1 - optim.final_lr) / (steps - begin)
+        down = [learning_rate(step, steps, peak, schedule) for step in range(begin, steps + 3)]
+        slope = peak * (1 - schedule.final_lr_frac) / (steps - begin)
         for n, rate in enumerate(down):
-            wanted = optim.lr - slope * min(n, steps - begin)
+            wanted = peak - slope * min(n, steps - begin)
             assert rate == pytest.approx(wanted, abs=1e-12)
 
     @pytest.mark.parametrize("shape", ["cosine", "trapezoid"])
     def test_a_run_shorter_than_its_warm_up_still_moves(self, shape):
-        optim = AdamWOptions(warmup_steps=700)
-        assert all(0 < rate < optim.lr for rate in rates(5, optim, ScheduleOptions(shape)))
-        assert learning_rate(5, 5, optim, ScheduleOptions(shape)) > 0
+        schedule = ScheduleConfig(warmup_steps=700, shape=shape)
+        assert all(0 < rate < 6e-4 for rate in rates(5, 6e-4, schedule))
+        assert learning_rate(5, 5, 6e-4, schedule) > 0
 
     def test_a_longer_run_begins_alike_under_the_trapezoid_only(self):
-        optim, held = AdamWOptions(warmup_steps=10), ScheduleOptions("trapezoid", 0.5)
-        assert rates(100, optim, held)[:51] == rates(300, optim, held)[:51]
-        assert rates(100, optim, COSINE)[12:] != rates(300, optim, COSINE)[12:100]
+        cosine = ScheduleConfig(warmup_steps=10)
+        held = replace(cosine, shape="trapezoid", cooldown_frac=0.5)
+        assert rates(100, 6e-4, held)[:51] == rates(300, 6e-4, held)[:51]
+        assert rates(100, 6e-4, cosine)[12:] != rates(300, 6e-4, cosine)[12:100]
+
+
+class TestStepSettings:
+    @given(st.integers(1, 200), st.integers(0, 60), st.integers(0, 60), st.floats(0.0, 0.99))
+    def test_momentum_takes_a_line_up_and_a_line_down(self, steps, rising, falling, low):
+        for step in range(steps):
+            found = ramp(step, steps, (low, 0.99), (rising, falling))
+            up = low + (0.99 - low) * step / rising if step < rising else 0.99
+            down = low + (0.99 - low) * (steps - step) / falling if falling else 0.99
+            assert found == pytest.approx(min(up, down, 0.99), abs=1e-12)
+
+    @given(st.integers(1, 200), ENDS, PEAKS, PEAKS, st.sampled_from(["cosine", "trapezoid"]))
+    def test_both_rates_are_on_one_schedule(self, steps, ends, peak, matrices, shape):
+        schedule = replace(ends, shape=shape)
+        for step in range(steps):
+            found = step_settings(step, steps, schedule, (peak, matrices), 0.95)
+            assert found.step == step and found.momentum == 0.95
+            assert found.lr == learning_rate(step, steps, peak, schedule)
+            other = learning_rate(step, steps, matrices, schedule)
+            assert found.matrix_lr == pytest.approx(other, rel=1e-12)
+
+    @given(st.integers(1, 200), PEAKS)
+    def test_one_rate_for_both_is_the_same_number(self, steps, peak):
+        for step in range(steps):
+            found = step_settings(step, steps, COSINE, (peak, peak), 0.95)
+            assert found.lr == found.matrix_lr
+
+    def test_without_a_lowest_momentum_it_stays(self):
+        still = ScheduleConfig(momentum_ramp=(10, 5))
+        lines = replace(still, momentum_min=0.85)
+        moments = [step_settings(n, 40, still, (1.0, 1.0), 0.95).momentum for n in range(40)]
+        assert moments == [0.95] * 40
+        moments = [step_settings(n, 40, lines, (1.0, 1.0), 0.95).momentum for n in range(40)]
+        assert moments[0] == 0.85 and moments[5] == pytest.approx(0.9)
+        assert moments[10:36] == [0.95] * 26 and moments[39] == pytest.approx(0.87)
+
+    @given(st.integers(1, 200), st.floats(0.01, 1.0))
+    def test_matrices_part_after_their_share_of_the_steps(self, steps, share):
+        schedule = ScheduleConfig(untie_at=share)
+        found = [step_settings(n, steps, schedule, (1.0, 1.0), 0.9).untie for n in range(steps)]
+        tied = min(steps, math.ceil(share * steps))
+        assert found == [False] * tied + [True] * (steps - tied)
 
 
 class TestInARun:
     def test_which_presets_have_changed(self):
-        assert preset("small").schedule == ScheduleOptions("trapezoid")  # with chapter 13's Muon
-        for name in set(PRESETS) - {"small"}:
-            assert preset(name).schedule == ABSENT["schedule"] == COSINE
+        small = ScheduleConfig(warmup_steps=100, shape="trapezoid", momentum_min=0.85)
+        assert preset("small").schedule == small  # with chapter 13's Muon
+        for name in ("cpu", "smoke"):
+            assert preset(name).schedule == ScheduleConfig(warmup_steps=100)
+        for name in ("record", "record1"):
+            assert preset(name).schedule == COSINE
+        assert set(PRESETS) == {"cpu", "smoke", "small", "record"}
+        history = set(known_presets()) - set(PRESETS) - {"record1"}
+        assert history and {preset(name).schedule.shape for name in history} == {"trapezoid"}
 
     @pytest.mark.parametrize("share", [0.0, -0.5, 1.5, math.nan, math.inf])
-    def test_nonsense_is_refused(self, share):
-        with pytest.raises(Problem, match="schedule.cooldown=.* must be"):
-            check_config(vary(preset("cpu"), {"schedule.cooldown": share}))
+    @pytest.mark.parametrize("name", ["cooldown_frac", "untie_at"])
+    def test_nonsense_is_refused(self, name, share):
+        with pytest.raises(Problem, match=f"schedule.{name}=.* must be"):
+            check_config(vary(preset("cpu"), {f"schedule.{name}": share}))
+
+    @pytest.mark.parametrize("share", [-0.1, 1.1, math.nan])
+    def test_a_final_rate_that_is_no_share_of_the_peak_is_refused(self, share):
+        with pytest.raises(Problem, match="schedule.final_lr_frac=.* must be"):
+            check_config(vary(preset("cpu"), {"schedule.final_lr_frac": share}))
 
     @pytest.mark.parametrize("share", [1e-9, 0.6, 1.0])
-    def test_any_share_is_accepted(self, share):
-        check_config(vary(preset("cpu"), {"schedule.cooldown": share}))
+    @pytest.mark.parametrize("name", ["cooldown_frac", "untie_at", "final_lr_frac"])
+    def test_any_share_is_accepted(self, name, share):
+        check_config(vary(preset("cpu"), {f"schedule.{name}": share}))
 
     def test_the_trainer_follows_it(self, brief, tmp_path):
-        changes = {"schedule.shape": "trapezoid", "schedule.cooldown": 0.5, "log_every": 1}
+        changes = {"schedule.shape": "trapezoid", "schedule.cooldown_frac": 0.5, "log_every": 1}
         run = vary(brief, changes)
         train(run, tmp_path, echo=None)
         logged = [row["lr"] for row in series(read_metrics(tmp_path / "metrics.jsonl"), "step")]
-        assert logged == rates(run.steps, run.optim, run.schedule)
-        assert logged.count(run.optim.lr) > 3
+        assert logged == rates(run.steps, run.optim.adam.lr, run.schedule)
+        assert logged.count(run.optim.adam.lr) > 3
 
 
 @st.composite

@@ -10,12 +10,13 @@ import sys
 from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
 
+import migrate
 import pytest
 import stale
 
-from speedrun.config import RAMPS, Config, check_config, config_from_json, fields_of, preset, vary
-from speedrun.lab.errors import Problem
+from speedrun.config import Config, check_config, fields_of, vary
 from speedrun.lab.provenance import module_hashes, root
+from speedrun.presets import RAMPS, preset
 
 DATA = Path("/data")
 OLD = "import torch\n\n\ndef f(x):\n    return x + 1\n\n\nclass A:\n    def g(self):\n        torch.cuda.synchronize()\n"
@@ -99,13 +100,18 @@ class TestTinyRuns:
         def way(changes: dict) -> str:
             return stale.way(stale.tiny(as_saved(vary(preset("small"), changes)), DATA))
 
-        same = ({"optim.lr": 0.1}, {"seed": 7}, {"optim.betas": (0.8, 0.99)}, {"steps": 1000})
-        other: tuple[dict, ...] = (
-            {"optim.weight_decay": 0.0},
-            {"muon.gram": False},
-            {"matrix.iterations": 6},
+        same = (
+            {"optim.adam.lr": 0.1},
+            {"seed": 7},
+            {"optim.adam.betas": (0.8, 0.99)},
+            {"steps": 1000},
         )
-        other += ({"sharing.adam_every": 1}, {"optim.warmup_steps": 0}, {"data.pass_tokens": 0})
+        other: tuple[dict, ...] = (
+            {"optim.adam.weight_decay": 0.0},
+            {"optim.muon.ns_dtype": "bfloat16"},
+            {"optim.muon.ns_steps": 6},
+        )
+        other += ({"optim.adam.every": 2}, {"schedule.warmup_steps": 0}, {"data.pass_tokens": 0})
         assert {way(changes) for changes in same} == {way({})}
         assert len({way({}), *map(way, other)}) == 1 + len(other)
 
@@ -114,32 +120,20 @@ class TestTinyRuns:
         for path, result in stale.all_results().items():
             for saved in stale.configs_in(result["data"]):
                 run = stale.tiny(saved, DATA)
-                if (key := (stale.way(run), *sorted(stale.leaves(saved)))) not in seen:
+                if (key := stale.way(run)) not in seen:
                     seen.add(key)
-                    small = stale.shrunk(saved, run)
-                    assert stale.leaves(small).keys() == stale.leaves(saved).keys(), path
-                    again = check_config(config_from_json(small))
-                    assert again.steps == 20 and again.optim.warmup_steps <= 5, path
-                    assert not again.muon.low_momentum or max(again.muon.momentum_steps) <= 5
+                    assert check_config(run).steps == 20 and run.schedule.warmup_steps <= 5, path
+                    assert not run.schedule.momentum_min or max(run.schedule.momentum_ramp) <= 5
+                    for steps in range(len(migrate.STEPS) + 1):
+                        older = migrate.in_older_names(run, steps)
+                        assert migrate.todays(older) == run, path
 
     def test_arithmetic_and_schedule_stay(self):
         own = preset("small")
         small = stale.tiny(as_saved(own), DATA)
-        assert small.precision == "bfloat16" and small.schedule == own.schedule
-        assert vary(small.muon, {"momentum_steps": own.muon.momentum_steps}) == own.muon
-        assert small.optim.warmup_steps == 3 and small.muon.momentum_steps == (4, 3)
-
-    def test_a_size_under_an_old_name_is_refused(self, monkeypatch):
-        def with_old_names(saved):
-            renamed = {"layers" if n == "n_layers" else n: v for n, v in saved["model"].items()}
-            return config_from_json(saved | {"model": renamed})
-
-        monkeypatch.setattr(stale, "config_from_json", with_old_names)
-        saved = as_saved(preset("small"))
-        assert stale.shrunk(saved, stale.tiny(saved, DATA))["model"]["layers"] == 7
-        saved["model"]["n_layers"] = saved["model"].pop("layers")
-        with pytest.raises(Problem, match="saved with model.n_layers cannot be made small"):
-            stale.shrunk(saved, stale.tiny(saved, DATA))
+        assert small.precision == "bfloat16"
+        assert small.optim == own.optim
+        assert small.schedule.warmup_steps == 3 and small.schedule.momentum_ramp == (4, 3)
 
 
 OTHERWISE = {  # whole numbers about steps that do not shrink with a run, and why
@@ -151,7 +145,8 @@ OTHERWISE = {  # whole numbers about steps that do not shrink with a run, and wh
     "warmup": "undone, and not part of the schedule",
     "data.step_tokens": "tokens",
     "data.grad_shards": "micro-batches",
-    "sharing.adam_every": "a period: a small run has many",
+    "optim.adam.every": "a period: a small run has many",
+    "optim.muon.ns_steps": "iterations of a polynomial",
 }
 
 
@@ -254,9 +249,9 @@ ALONE = {  # what is changed, alone: file, old, new, and the results that train 
     "momentum": ("optim/schedule.py", "min(1.0, up, down)", "min(0.99, up, down)", {"small"}),
     "its end": ("optim/schedule.py", "(steps - step) /", "(steps - 1 - step) /", {"small"}),
     "decay": (
-        "optim/adamw.py",
-        "options.weight_decay if decay",
-        "0.99 * options.weight_decay if decay",
+        "optim/optimizer.py",
+        "self.config.weight_decay * wd_mul",
+        "0.99 * self.config.weight_decay * wd_mul",
         {"record", "small"},
     ),
     "cautious decay": (
@@ -287,12 +282,11 @@ class TestProof:
             assert ("proof" in results[name]) == (name not in differ)
 
     def test_a_new_switch_that_is_off_is_the_same_behaviour_and_proofs_chain(self, project):
-        mlp, config = project / "speedrun/model/mlp.py", project / "speedrun/config.py"
+        mlp = project / "speedrun/model/mlp.py"
         edit(
             mlp, "    fan_in: bool = False\n", "    fan_in: bool = False\n    twice: bool = False\n"
         )
         edit(mlp, '    return linear(hidden, weights, "mlp_down")', '    hidden = 2 * hidden if options.twice else hidden\n    return linear(hidden, weights, "mlp_down")')  # fmt: skip
-        edit(config, '"muon.gram": False}', '"muon.gram": False, "block.twice": False}')
         said, results = prove(project)
         assert said == {"record": SAME, "small": SAME}
         proof = results["record"]["proof"]
@@ -310,8 +304,8 @@ class TestProof:
     def test_a_new_module_about_gpus_counts_where_a_run_enters_it(self, project, called):
         (project / "speedrun/fast.py").write_text("def nothing():\n    return 'cuda'\n")
         add = "\n    nothing()" if called else ""
-        edit(project / "speedrun/train.py", "from speedrun.optim.muon import Muon, rate_factor\n", "from speedrun.fast import nothing\nfrom speedrun.optim.muon import Muon, rate_factor\n")  # fmt: skip
-        edit(project / "speedrun/train.py", "    rates, broken = rates_of(run), (~finite).float()\n", f"    rates, broken = rates_of(run), (~finite).float(){add}\n")  # fmt: skip
+        edit(project / "speedrun/train.py", "from speedrun.lab.hardware import Machine, setup\n", "from speedrun.fast import nothing\nfrom speedrun.lab.hardware import Machine, setup\n")  # fmt: skip
+        edit(project / "speedrun/train.py", "    run.step += 1\n", f"    run.step += 1{add}\n")  # fmt: skip
         said, _ = prove(project)
         refused = "not proved: speedrun.fast: “nothing” has changed and is about GPUs"
         assert said == {"record": refused if called else SAME, "small": SAME}

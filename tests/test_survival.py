@@ -17,10 +17,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from speedrun.checkpoint import checkpoints, latest_checkpoint, load_checkpoint
-from speedrun.config import as_arguments, vary
+from speedrun.config import vary
 from speedrun.lab.errors import Problem
 from speedrun.lab.runlog import RunLog, read_metrics, series
 from speedrun.launch import Patience, Silence, pulses, run_ranks
+from speedrun.presets import as_arguments
 from speedrun.train import (
     Heartbeat,
     Interrupts,
@@ -218,8 +219,8 @@ class TestClocks:
         assert run.heart.count - before == 8
 
     def test_patience_is_an_option(self):
-        from speedrun.config import preset, read_command
         from speedrun.launch import LaunchCommand, TrainCommand
+        from speedrun.presets import preset, read_command
 
         make = lambda config: LaunchCommand(TrainCommand(config))  # noqa: E731
         command = read_command(make, ["--patience.train", "7200"], "cpu", "launch")
@@ -368,9 +369,9 @@ class TestDamage:
         [
             ("optimizer", lambda t: t | {"mlp_up/exp_avg": torch.zeros(3)}),
             ("optimizer", lambda t: t | {"token_embedding/exp_avg_sq": torch.zeros(1)}),
-            ("optimizer", lambda t: t | {"mlp_up/step": torch.zeros(2)}),
+            ("optimizer", lambda t: t | {"optimizer/updates": torch.zeros(2)}),
             ("optimizer", lambda t: t | {"mlp_up/exp_avg": t["mlp_up/exp_avg"].double()}),
-            ("optimizer", lambda t: {k: v for k, v in t.items() if k != "mlp_up/step"}),
+            ("optimizer", lambda t: {k: v for k, v in t.items() if k != "mlp_up/exp_avg"}),
             ("optimizer", lambda t: t | {"mlp_up/other": torch.zeros(1)}),
             ("optimizer", lambda t: t | {"nobody/exp_avg": torch.zeros(1)}),
             ("model", lambda t: t | {"mlp_up": torch.zeros(1)}),

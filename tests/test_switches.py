@@ -7,72 +7,79 @@ import torch
 from reference_gpt import angle_of, reference
 from torch.nn.functional import cross_entropy
 
-from speedrun.config import at_cpu_size, check_config, preset, switches_of, vary
+from speedrun.config import Config, check_config, fields_of, vary
 from speedrun.lab.errors import Problem
 from speedrun.lab.runlog import read_metrics, series
-from speedrun.model.embedding import EmbeddingOptions
-from speedrun.model.gpt import GPT, GPTOptions, Switches, parameter_table
-from speedrun.model.head import HeadOptions
-from speedrun.model.mlp import BlockOptions
-from speedrun.model.plan import PlanOptions
-from speedrun.model.rotary import RotaryOptions
-from speedrun.train import assemble, train, train_step
+from speedrun.model.embedding import EmbeddingConfig
+from speedrun.model.gpt import GPT, GPTConfig, param_specs
+from speedrun.model.head import HeadConfig
+from speedrun.model.mlp import BlockConfig
+from speedrun.model.plan import PlanConfig
+from speedrun.model.rotary import RotaryConfig
+from speedrun.presets import at_cpu_size, preset
+from speedrun.train import assemble, settings_of, train, train_step
 
-SHAPE = GPTOptions(layers=4, heads=2, width=16, context=8)
+SHAPE = GPTConfig(layers=4, heads=2, width=16, context=8)
 ON = {
-    "block.norm": "rms",
-    "block.biases": False,
-    "block.qk_norm": True,
-    "block.activation": "relu2",
-    "block.zero_out": True,
-    "block.fan_in": True,
-    "rotary.positions": "half",
-    "rotary.base": 1024.0,
-    "rotary.pairs": "neighbours",
-    "embedding.norm": True,
-    "embedding.std": 0.5,
-    "embedding.rate": 0.5,
-    "embedding.smear": True,
-    "embedding.values": "ends",
-    "embedding.value_mix": "gates",
-    "embedding.value_std": 0.02,
-    "embedding.value_rate": 2.0,
-    "plan.x0": True,
-    "plan.residual": 1.1,
-    "plan.skips": "gated",
-    "plan.backout": True,
-    "plan.without": "both",
-    "plan.rate": 0.5,
-    "head.tied": "untied",
-    "head.std": 0.01,
-    "head.rate": 0.5,
-    "head.multiple": 8,
-    "head.cap": "sigmoid23",
+    "model.block.norm": "rms",
+    "model.block.biases": False,
+    "model.block.qk_norm": True,
+    "model.block.activation": "relu2",
+    "model.block.zero_out": True,
+    "model.block.fan_in": True,
+    "model.rotary.positions": "half",
+    "model.rotary.base": 1024.0,
+    "model.rotary.pairs": "neighbours",
+    "model.embedding.norm": True,
+    "model.embedding.std": 0.5,
+    "model.embedding.rate": 0.5,
+    "model.embedding.smear": True,
+    "model.embedding.values": "ends",
+    "model.embedding.value_mix": "gates",
+    "model.embedding.value_std": 0.02,
+    "model.embedding.value_rate": 2.0,
+    "model.plan.x0": True,
+    "model.plan.residual": 1.1,
+    "model.plan.skips": "gated",
+    "model.plan.backout": True,
+    "model.plan.without": "both",
+    "model.plan.rate": 0.5,
+    "model.head.tied": "untied",
+    "model.head.std": 0.01,
+    "model.head.rate": 0.5,
+    "model.head.multiple": 8,
+    "model.head.cap": "sigmoid23",
 }
-ALSO = {"head.split_at"}  # in TestTheSplitHead
-GROUPS: dict[str, type] = {"block": BlockOptions, "rotary": RotaryOptions, "head": HeadOptions}
-GROUPS |= {"embedding": EmbeddingOptions, "plan": PlanOptions}
-TURN = {"rotary.positions": "rotary"}
+GROUPS: dict[str, type] = {"block": BlockConfig, "rotary": RotaryConfig, "head": HeadConfig}
+GROUPS |= {"embedding": EmbeddingConfig, "plan": PlanConfig}
+TURN = {"model.rotary.positions": "rotary"}
 WAYS: dict[str, dict] = {"none": {}} | {name: {name: value} for name, value in ON.items()}
-WAYS |= {cap: {"head.cap": cap} for cap in ("tanh30", "tanh15", "sigmoid30")}
-WAYS |= {kind: {"embedding.values": kind} for kind in ("first", "all", "mirror", "outer")}
-WAYS |= {mix: {"embedding.values": "mirror", "embedding.value_mix": mix} for mix in ("free", "gates")}  # fmt: skip
-WAYS |= {kind: {"plan.skips": kind, "plan.x0": True} for kind in ("unet", "sigmoid", "one")}
-WAYS |= {f"no {part}": {"plan.without": part} for part in ("attention", "mlp")}
-WAYS |= {"rotary": TURN, "neighbours": TURN | {"rotary.pairs": "neighbours"}, "all": ON}
+WAYS |= {cap: {"model.head.cap": cap} for cap in ("tanh30", "tanh15", "sigmoid30")}
+WAYS |= {kind: {"model.embedding.values": kind} for kind in ("first", "all", "mirror", "outer")}
+WAYS |= {mix: {"model.embedding.values": "mirror", "model.embedding.value_mix": mix} for mix in ("free", "gates")}  # fmt: skip
+WAYS |= {
+    kind: {"model.plan.skips": kind, "model.plan.x0": True} for kind in ("unet", "sigmoid", "one")
+}
+WAYS |= {f"no {part}": {"model.plan.without": part} for part in ("attention", "mlp")}
+WAYS |= {"rotary": TURN, "neighbours": TURN | {"model.rotary.pairs": "neighbours"}, "all": ON}
 
 
-def model_with(changes: dict, shape: GPTOptions = SHAPE) -> GPT:
+def config_with(changes: dict) -> GPTConfig:
+    """The small model's config with some switches on."""
+    return vary(Config(model=SHAPE), changes).model
+
+
+def model_with(changes: dict) -> GPT:
     """A model with some switches on, and noisy weights, in float64."""
     torch.manual_seed(5)
-    model = GPT(shape, 19, switches=switches_of(vary(preset("record"), changes))).double()
+    model = GPT(config_with(changes), 19).double()
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.3 * torch.randn_like(p))
     model.vocab_size = len(model.token_embedding)  # logits of padding as well
-    if (rotary := model.switches.rotary).positions != "learned":
+    if (rotary := model.config.rotary).positions != "learned":
         half = model.cos.shape[1]
-        angles = [[angle_of(n, j, half, rotary) for j in range(half)] for n in range(shape.context)]
+        angles = [[angle_of(n, j, half, rotary) for j in range(half)] for n in range(SHAPE.context)]
         exact = torch.tensor(angles, dtype=torch.float64)
         assert torch.allclose(model.cos, exact.cos(), atol=1e-6)
         model.cos.copy_(exact.cos())
@@ -81,10 +88,18 @@ def model_with(changes: dict, shape: GPTOptions = SHAPE) -> GPT:
 
 
 def test_every_switch_is_tested():
-    fields = {f"{name}.{f.name}" for name, kind in GROUPS.items() for f in dataclasses.fields(kind)}
-    assert fields == set(ON) | ALSO and set(GROUPS) == {
-        f.name for f in dataclasses.fields(Switches)
+    fields = {
+        f"model.{name}.{f.name}" for name, kind in GROUPS.items() for f in dataclasses.fields(kind)
     }
+    assert fields == set(ON)
+    sizes = {"layers", "heads", "width", "context", "init_std"}
+    assert {f.name for f in dataclasses.fields(GPTConfig)} == sizes | set(GROUPS)
+
+
+def test_every_switch_is_off_in_the_small_model():
+    """So that each way differs from “none” in what it says alone."""
+    flat = fields_of(SHAPE, "model.")
+    assert [name for name, value in ON.items() if flat[name] == value] == []
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -97,7 +112,7 @@ class TestEverySwitch:
         loss.backward()
         assert model(inputs, targets).item() == pytest.approx(loss.item(), abs=1e-6), "in float32"
         copies = {n: p.detach().clone().requires_grad_() for n, p in model.named_parameters()}
-        other = reference(copies, SHAPE, model.switches, inputs, targets)
+        other = reference(copies, model.config, inputs, targets)
         other.backward()
         assert loss.item() == pytest.approx(other.item(), abs=1e-12)
         for name, p in model.named_parameters():
@@ -112,7 +127,7 @@ class TestEverySwitch:
 
     def test_it_learns(self, way, embedded, tmp_path):
         base = vary(at_cpu_size(preset("cpu")), {"data.path": str(embedded), "warmup": 0})
-        muon = {"matrix.rule": "muon", "matrix.lr": 0.02, "optim.warmup_steps": 0}
+        muon = {"optim.matrices": "muon", "optim.matrix_lr": 0.02, "schedule.warmup_steps": 0}
         train(vary(base, WAYS[way] | muon | {"log_every": 19}), tmp_path, echo=None)
         records = read_metrics(tmp_path / "metrics.jsonl")
         val = [record["val_loss"] for record in series(records, "val")]
@@ -121,60 +136,98 @@ class TestEverySwitch:
 
 class TestWhatIsOffIsNotThere:
     def test_no_parameter_is_left_of_what_is_off(self):
-        bare = {name: value for name, value in ON.items() if name.split(".")[0] not in ("embedding", "plan")}  # fmt: skip
-        names = {row.name for row in parameter_table(SHAPE, 19, switches_of(vary(preset("record"), bare)))}  # fmt: skip
+        bare = {name: value for name, value in ON.items() if name.split(".")[1] not in ("embedding", "plan")}  # fmt: skip
+        names = {row.name for row in param_specs(config_with(bare), 19)}
         banks = {"attention_qkv", "attention_out", "mlp_up", "mlp_down"}
         assert names == {"token_embedding", "head"} | banks
 
     def test_a_part_that_a_layer_lacks_has_no_slice(self):
         def sizes(changes):
-            table = parameter_table(SHAPE, 19, switches_of(vary(preset("record"), changes)))
-            return {row.name: row.shape[0] for row in table}
+            return {row.name: row.shape[0] for row in param_specs(config_with(changes), 19)}
 
-        whole, without = sizes({}), sizes({"plan.without": "both"})
+        whole, without = sizes({}), sizes({"model.plan.without": "both"})
         parts = ("attention", "mlp")
         assert without == {n: size - (n.split("_")[0] in parts) for n, size in whole.items()}
 
+    def test_a_bank_says_which_layers_have_a_slice(self):
+        """The second layer of the later half has no attention, the first no MLP."""
+        for row in param_specs(config_with({"model.plan.without": "both"}), 19):
+            part = row.name.split("_")[0]
+            wanted = {"attention": (0, 1, 2), "mlp": (1, 2, 3)}.get(part, ())
+            assert row.layers == wanted and (not wanted or row.shape[0] == 3), row.name
+
     def test_one_layer_has_nothing_to_connect(self):
         with pytest.raises(Problem, match="model.layers is 1"):
-            check_config(vary(preset("cpu"), {"model.layers": 1, "plan.backout": True}))
-        check_config(vary(preset("cpu"), {"model.layers": 1, "plan.x0": True}))
+            check_config(vary(preset("cpu"), {"model.layers": 1, "model.plan.backout": True}))
+        check_config(vary(preset("cpu"), {"model.layers": 1, "model.plan.x0": True}))
+
+
+CAUTIOUS = {"optim.adam.cautious": True, "optim.adam.every": 2, "optim.grad_clip": 0.0}
+CAUTIOUS |= {"optim.adam.weight_decay": 0.005}
 
 
 class TestTheSplitHead:
-    def test_two_matrices_are_one_until_they_part(self, embedded, tmp_path):
+    @pytest.mark.parametrize("matrices", ["adam", "muon"])
+    @pytest.mark.parametrize("cautious", [False, True])
+    def test_two_matrices_are_one_until_they_part(self, cautious, matrices, embedded, tmp_path):
         run = vary(
             at_cpu_size(preset("cpu"), 12),
-            {"data.path": str(embedded), "head.tied": "split", "head.split_at": 0.5}
-            | {"matrix.rule": "muon", "matrix.lr": 0.02, "sharing.on": True, "warmup": 0},
+            {"data.path": str(embedded), "model.head.tied": "split", "schedule.untie_at": 0.5}
+            | {"optim.matrices": matrices, "optim.matrix_lr": 0.02, "warmup": 0}
+            | (CAUTIOUS if cautious else {}),
         )
-        live = assemble(run, tmp_path, echo=None)
+        live = assemble(check_config(run), tmp_path, echo=None)
         model, same = live.model, []
         for _ in range(run.steps):
+            before = model.head.detach().clone()
             train_step(live)
             same.append(torch.equal(model.token_embedding, model.head.mT))
-        assert (
-            same == [True] * 7 + [False] * 5
-        )  # adam's first step in the second half is the eighth
-        assert not live.optimizers[0].tied
+            assert torch.equal(model.head, before) == (cautious and live.step % 2 == 1)
+        # adam's first step in the second half is the eighth if it is every other one
+        assert same == [True] * (7 if cautious else 6) + [False] * (5 if cautious else 6)
+        assert not live.optimizer.ties.tied
 
-    def test_it_needs_the_optimizer_that_unties(self):
-        with pytest.raises(Problem, match="kept equal by the optimizer"):
-            check_config(vary(preset("small"), {"head.tied": "split"}))
+    @pytest.mark.parametrize("share, last", [(0.25, True), (1.0, False)])
+    def test_when_they_part_is_a_share_of_the_steps(self, share, last, embedded, tmp_path):
+        changes = {"data.path": str(embedded), "model.head.tied": "split", "warmup": 0}
+        run = vary(at_cpu_size(preset("cpu"), 8), changes | {"schedule.untie_at": share})
+        live = assemble(run, tmp_path, echo=None)
+        apart = []
+        for _ in range(run.steps):
+            train_step(live)
+            apart.append(not live.optimizer.ties.tied)
+        assert apart == [step >= share * run.steps for step in range(run.steps)]
+        assert apart[-1] == last
 
 
-def test_rates_of_their_own(embedded, tmp_path):
+RATES: dict = {
+    "model.head.tied": "untied",
+    "model.head.std": 0.01,
+    "model.head.rate": 0.25,
+    "model.plan.x0": True,
+    "model.plan.rate": 2.0,
+    "model.embedding.values": "ends",
+    "model.embedding.rate": 0.5,
+    "model.embedding.value_rate": 4.0,
+    "optim.adam.weight_decay": 0.0,
+}
+
+
+@pytest.mark.parametrize("matrix_lr", [0.0, 0.006])
+@pytest.mark.parametrize("cautious", [False, True])
+def test_rates_of_their_own(cautious, matrix_lr, embedded, tmp_path):
+    """Adam's first step is as long as its rate, whatever the gradient: where there is one."""
     run = vary(at_cpu_size(preset("cpu")), {"data.path": str(embedded), "warmup": 0})
-    own: dict = {"head.tied": "untied", "head.rate": 0.25, "plan.x0": True, "plan.rate": 2.0}
-    own |= {"embedding.values": "ends", "embedding.rate": 0.5, "embedding.value_rate": 4.0}
-    live = assemble(vary(run, own), tmp_path, echo=None)
-    for _ in range(3):
-        train_step(live)
-    (adamw,) = live.optimizers
-    names = {id(p): name for name, p in live.model.named_parameters()}
-    rates = {names[id(p)]: group["lr"] for group in adamw.param_groups for p in group["params"]}
-    whole = rates["mlp_up"]
-    assert whole > 0 and rates["head"] == 0.25 * whole and rates["token_embedding"] == 0.5 * whole
-    assert rates["value_embedding"] == 4 * whole
-    mixing = ("stream_weight", "x0_weight", "value_mix")
-    assert {rates[name] for name in mixing} == {2 * whole}
+    changes = RATES | {"optim.adam.cautious": cautious, "optim.matrix_lr": matrix_lr}
+    live = assemble(vary(run, changes), tmp_path, echo=None)
+    before = {name: p.detach().clone() for name, p in live.model.named_parameters()}
+    train_step(live)
+    whole, named = settings_of(live, 0).lr, live.model.named_parameters()
+    rates = {name: (p - before[name]).abs().max().item() / whole for name, p in named}
+    wanted = dict.fromkeys(rates, 1.0) | {"head": 0.25, "token_embedding": 0.5}
+    wanted |= {"value_embedding": 4.0}
+    wanted |= dict.fromkeys(("stream_weight", "x0_weight", "value_mix"), 2.0)
+    if matrix_lr:
+        ratio = matrix_lr / run.optim.adam.lr
+        wanted |= dict.fromkeys(("attention_qkv", "attention_out", "mlp_up", "mlp_down"), ratio)
+    assert rates == pytest.approx(wanted, rel=0.01)

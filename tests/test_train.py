@@ -14,12 +14,27 @@ import pytest
 import torch
 
 from speedrun.checkpoint import checkpoints, latest_checkpoint, load_checkpoint, save_checkpoint
-from speedrun.config import HISTORY, PRESETS, as_arguments, at_cpu_size, check_config, preset, vary
+from speedrun.config import vary
 from speedrun.lab.errors import Problem
 from speedrun.lab.runlog import read_log, read_metrics, series
 from speedrun.launch import run_ranks
-from speedrun.model.gpt import GPT
+from speedrun.presets import as_arguments, at_cpu_size, known_presets, preset
 from speedrun.train import train
+
+
+def state_dict_from_gpt2(state: dict, layers: int) -> dict:
+    """Tensors of chapter 03's GPT2, by name, as the banked model's."""
+    parts = {"attention_qkv": "attention.qkv", "attention_out": "attention.out"}
+    parts |= {"mlp_up": "mlp.up", "mlp_down": "mlp.down"}
+    parts |= {"attention_norm": "norm_1", "mlp_norm": "norm_2"}
+    found = {"token_embedding": "tokens.weight", "position_embedding": "positions.weight"}
+    found |= {"final_norm_gain": "norm.weight", "final_norm_bias": "norm.bias"}
+    banks = {name: state[other] for name, other in found.items()}
+    for bank, part in parts.items():
+        for kind, suffix in (("weight", "_gain" if "norm" in bank else ""), ("bias", "_bias")):
+            stacked = [state[f"blocks.{n}.{part}.{kind}"] for n in range(layers)]
+            banks[bank + suffix] = torch.stack(stacked)
+    return banks
 
 
 def curve(folder: Path, kind: str = "val") -> list[float]:
@@ -49,8 +64,8 @@ def command(config, folder: Path, *flags: str) -> list[str]:
 # Rates are so high that decay, and the end of a schedule, move losses by more than another machine does. With one thread or two, with
 # SSE, AVX2 or AVX-512 these curves differ by 1.4e-6 at most; with Newton–Schulz in bfloat16 it would be 5e-3, hence the exact factor.
 GOLDEN: dict[str, tuple[str, dict]] = {
-    "adamw": ("record", {"optim.lr": 8e-3, "optim.weight_decay": 1.0}),
-    "muon": ("small", {"optim.lr": 4e-3, "matrix.lr": 0.05, "matrix.iterations": 0}),
+    "adamw": ("record", {"optim.adam.lr": 8e-3, "optim.adam.weight_decay": 1.0}),
+    "muon": ("small", {"optim.adam.lr": 4e-3, "optim.matrix_lr": 0.05, "optim.muon.ns_steps": 0}),
 }
 
 
@@ -76,43 +91,40 @@ def late(share: float, first: int, last: int = 20):
 
 
 def less_decay(real):
-    def build(*arguments):
-        optimizer = real(*arguments)
-        for group in optimizer.param_groups:
-            group["weight_decay"] *= 0.98
-        return optimizer
-
-    return build
+    return lambda *tensors, weight_decay, **rest: real(*tensors, weight_decay=0.98 * weight_decay, **rest)  # fmt: skip
 
 
 CHANGES: dict = {  # which curve sees it, what is changed, and how
-    "cosine": ("adamw", "speedrun.train.learning_rate", late(0.998, 10)),
-    "decay": ("adamw", "speedrun.train.make_adamw", less_decay),
-    "cooldown": ("muon", "speedrun.train.learning_rate", late(0.998, 10)),
+    "cosine": ("adamw", "speedrun.optim.schedule.learning_rate", late(0.998, 10)),
+    "decay": ("adamw", "speedrun.optim.optimizer.adamw", less_decay),
+    "cooldown": ("muon", "speedrun.optim.schedule.learning_rate", late(0.998, 10)),
     "its begin": (
         "muon",
-        "speedrun.optim.schedule.cooled",
+        "speedrun.optim.schedule.linear_cooldown",
         lambda real: lambda peak, floor, step, begin, end: real(peak, floor, step, begin + 1, end),
     ),
-    "momentum after its ramp": ("muon", "speedrun.train.between", late(0.998, 6, 15)),
-    "momentum at the end": ("muon", "speedrun.train.between", late(0.98, 18)),
+    "momentum after its ramp": ("muon", "speedrun.optim.schedule.ramp", late(0.998, 6, 15)),
+    "momentum at the end": ("muon", "speedrun.optim.schedule.ramp", late(0.98, 18)),
     "cautious decay": (
         "muon",
-        "speedrun.optim.muon.cautious",
+        "speedrun.optim.muon.cautious_decay",
         lambda real: lambda p, update, decay: real(p, update, decay * 0.95),
     ),
 }
 
 
 class TestOneRank:
-    @pytest.mark.parametrize("name", [*PRESETS, *HISTORY])
+    @pytest.mark.parametrize("name", [*known_presets()])
     def test_every_preset_learns_at_cpu_size(self, name, tmp_path, embedded):
         run = vary(
-            at_cpu_size(preset(name)), {"compile": False, "optim.warmup_steps": 3, "optim.lr": 4e-3}
+            at_cpu_size(preset(name)),
+            {"compile": False, "schedule.warmup_steps": 3, "optim.adam.lr": 4e-3},
         )
         train(run, tmp_path, echo=None)
         first, *_, last = curve(tmp_path)
-        expects_the_same_again = 0.3 if run.rotary.positions == "learned" else 1.3  # chapter 08
+        expects_the_same_again = (
+            0.3 if run.model.rotary.positions == "learned" else 1.3
+        )  # chapter 08
         assert abs(first - math.log(288)) < expects_the_same_again and last < 4.5
 
     def test_the_same_run_is_the_same_run(self, brief, tmp_path):
@@ -134,25 +146,28 @@ class TestOneRank:
         monkeypatch.setattr(where, changed(pkgutil.resolve_name(where)))
         assert golden_run(name, embedded, tmp_path) != known_curve(name)
 
-    def test_the_baseline_and_the_banked_model_train_alike(self, brief, tmp_path):
-        from speedrun.history import build_rung
-        from speedrun.model.gpt import banks_from_blocks
-        from speedrun.train import assemble, run_loop
+    def test_chapter_03s_gpt2_and_the_banked_model_train_alike(self, brief, tmp_path):
+        from speedrun.data.loader import Loader
+        from speedrun.model.baseline import GPT2, decay_groups
+        from speedrun.train import accumulate, assemble, run_loop, settings_of
 
         torch.manual_seed(0)
-        plain, _ = build_rung(brief, 288)
-        runs = {}
-        for name in ("gpt", "baseline"):
-            run = assemble(vary(brief, {"architecture": name}), tmp_path / name, echo=None)
-            state = (
-                plain.state_dict()
-                if name == "baseline"
-                else banks_from_blocks(plain.state_dict(), brief.model.layers)
-            )
-            run.model.load_state_dict(state)
-            run_loop(run)
-            runs[name] = curve(tmp_path / name)
-        assert runs["gpt"] == pytest.approx(runs["baseline"], abs=1e-4)
+        plain = GPT2(brief.model, 288)
+        run = assemble(brief, tmp_path, echo=None)
+        run.model.load_state_dict(state_dict_from_gpt2(plain.state_dict(), brief.model.layers))
+        adamw = torch.optim.AdamW(decay_groups(plain), betas=brief.optim.adam.betas, fused=True)
+        loader, losses = Loader(brief.data), []
+        for step in range(brief.steps):
+            batches = loader.next()
+            losses += [accumulate(plain, batches, len(batches), run.ranks.device, "float32").item()]
+            torch.nn.utils.clip_grad_norm_(plain.parameters(), brief.optim.grad_clip)
+            for group in adamw.param_groups:
+                group["lr"] = settings_of(run, step).lr
+            adamw.step()
+            adamw.zero_grad()
+        run_loop(run)
+        every = brief.log_every
+        assert curve(tmp_path, "step") == pytest.approx(losses[every - 1 :: every], abs=1e-4)
 
     def test_the_last_step_is_logged_even_if_its_turn_has_not_come(self, brief, tmp_path):
         train(vary(brief, {"log_every": 50}), tmp_path, echo=None)
@@ -390,7 +405,7 @@ sys.exit(status)
         assert [path.name for path in first.parent.iterdir()] == [first.name], "no rest"
 
     @pytest.mark.parametrize("value", [math.nan, math.inf])
-    def test_the_broken_parameter_is_named(self, brief, tmp_path, value):
+    def test_the_nonfinite_parameter_is_named(self, brief, tmp_path, value):
         from speedrun.train import assemble, run_loop, train_step
 
         run = assemble(brief, tmp_path, echo=None)
@@ -416,10 +431,14 @@ sys.exit(status)
     def test_a_rate_that_explodes_stops_the_run(self, brief, tmp_path):
         train(vary(brief, {"max_steps": 3}), tmp_path, echo=None)
         done = subprocess.run(
-            command(vary(brief, {"optim.lr": 1e9}), tmp_path / "x"), capture_output=True, text=True
+            command(vary(brief, {"optim.adam.lr": 1e9}), tmp_path / "x"),
+            capture_output=True,
+            text=True,
         )
         assert (
-            done.returncode == 1 and "is not finite" in done.stderr and "--optim.lr" in done.stderr
+            done.returncode == 1
+            and "is not finite" in done.stderr
+            and "--optim.adam.lr" in done.stderr
         )
 
 
@@ -473,49 +492,22 @@ class TestTwoRanks:
 
 
 @pytest.fixture
-def shared(brief):
-    """The same run with one optimizer for all ranks."""
-    return vary(brief, {"matrix.rule": "muon", "matrix.lr": 0.01, "sharing.on": True})
+def every_other(brief):
+    """The same run under Muon, and an Adam that steps every other time, decays cautiously and does not clip."""
+    adam = {"optim.adam.cautious": True, "optim.adam.every": 2, "optim.grad_clip": 0.0}
+    return vary(brief, adam | {"optim.matrices": "muon", "optim.matrix_lr": 0.01})
 
 
-class TestSharing:
-    def test_one_rank_trains_as_without(self, shared, tmp_path):
-        """Up to rounding, where nothing decays, nothing is clipped and Adam takes every step."""
-        plain = {"optim.weight_decay": 0.0, "optim.grad_clip": 0.0, "sharing.adam_every": 1}
-        run = vary(shared, plain | {"sharing.adam_decay": 0.0})
-        train(run, tmp_path / "shared", echo=None)
-        train(vary(run, {"sharing.on": False}), tmp_path / "alone", echo=None)
-        assert curve(tmp_path / "shared") == pytest.approx(curve(tmp_path / "alone"), abs=2e-3)
-        one, two = weights(tmp_path / "alone"), weights(tmp_path / "shared")
-        for name in one:
-            assert (one[name] - two[name]).norm() <= 0.03 * one[name].norm() + 1e-6, name
-
-    @pytest.mark.parametrize("kind", ["plain", "cautious"])
-    def test_matrices_decay_as_without(self, shared, kind, tmp_path):
-        """Plain decay has no shape factor in it, the others have it once."""
-        from speedrun.train import optimizer_table
-
-        run = vary(shared, {"muon.decay": kind, "muon.wide_factor": 4.0})
-        model = GPT(run.model, 288)
-        rows = {row.name: row for row in optimizer_table(run, model) if row.rule == "muon"}
-        assert {name: row.rate for name, row in rows.items()} == {
-            "attention_qkv": 1.0,
-            "attention_out": 1.0,
-            "mlp_up": 2.0,
-            "mlp_down": 4.0,
-        }
-        for row in rows.values():
-            assert row.decay == (1 / row.rate if kind == "plain" else 1.0)
-
-    def test_two_ranks_train_as_one(self, shared, tmp_path):
-        train(shared, tmp_path / "one", echo=None)
-        rank = ["-m", "speedrun.train", "--out", str(tmp_path / "two"), *as_arguments(shared)]
+class TestAdamEveryOtherStep:
+    def test_two_ranks_train_as_one(self, every_other, tmp_path):
+        train(every_other, tmp_path / "one", echo=None)
+        rank = ["-m", "speedrun.train", "--out", str(tmp_path / "two"), *as_arguments(every_other)]
         run_ranks(rank, 2, tmp_path / "two")
         assert curve(tmp_path / "two") == pytest.approx(curve(tmp_path / "one"), abs=1e-3)
         saved = load_checkpoint(latest_checkpoint(tmp_path / "two"))
         assert saved[1].keys() == load_checkpoint(latest_checkpoint(tmp_path / "one"))[1].keys()
         # what two ranks have saved, one goes on from, and the other way round
-        longer = vary(shared, {"max_steps": 7})
+        longer = vary(every_other, {"max_steps": 7})
         train(longer, tmp_path / "seven", echo=None)
         rank = ["-m", "speedrun.train", "--resume", str(tmp_path / "seven"), "--max-steps", "0"]
         run_ranks(rank, 2, tmp_path / "seven")
@@ -524,18 +516,18 @@ class TestSharing:
 
     @pytest.mark.parametrize("stop", [5, 6])
     def test_resuming_is_exact_in_the_middle_of_a_pair_of_steps_as_well(
-        self, shared, tmp_path, stop
+        self, every_other, tmp_path, stop
     ):
-        train(shared, tmp_path / "whole", echo=None)
-        train(vary(shared, {"max_steps": stop}), tmp_path / "broken", echo=None)
-        train(shared, tmp_path / "broken", again=True, echo=None)
+        train(every_other, tmp_path / "whole", echo=None)
+        train(vary(every_other, {"max_steps": stop}), tmp_path / "broken", echo=None)
+        train(every_other, tmp_path / "broken", again=True, echo=None)
         whole, broken = weights(tmp_path / "whole"), weights(tmp_path / "broken")
         assert all(torch.equal(whole[name], broken[name]) for name in whole)
 
-    def test_the_broken_gradient_is_named(self, shared, tmp_path):
+    def test_the_nonfinite_gradient_is_named(self, every_other, tmp_path):
         from speedrun.train import assemble, run_loop, train_step
 
-        run = assemble(shared, tmp_path, echo=None)
+        run = assemble(every_other, tmp_path, echo=None)
 
         def poisoned(run):
             if run.step == 3:
@@ -546,16 +538,12 @@ class TestSharing:
             run_loop(run, step=poisoned)
         assert all(torch.isfinite(p).all() for p in run.model.parameters())
 
-    def test_it_wants_banks_under_muon(self, brief):
-        with pytest.raises(Problem, match="sharing.on with matrix.rule=adamw"):
-            check_config(vary(brief, {"sharing.on": True}))
-
 
 @pytest.mark.slow
 class TestCompiled:
     @pytest.mark.parametrize("name", ["cpu", "record"])
     def test_inductor_trains_what_eager_trains(self, name, embedded, tmp_path):
-        brief = {"optim.warmup_steps": 3, "log_every": 2, "compile": True}
+        brief = {"schedule.warmup_steps": 3, "log_every": 2, "compile": True}
         run = vary(at_cpu_size(preset(name), 10), brief)
         train(run, tmp_path / "compiled", echo=None)
         train(vary(run, {"compile": False}), tmp_path / "eager", echo=None)

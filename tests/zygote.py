@@ -129,7 +129,8 @@ def preload(*examples: tuple[str, list[str]]) -> None:
     torch.set_num_threads(1)
     for name in COMMANDS:
         importlib.import_module(name)
-    from speedrun.config import read_command
+    from speedrun.presets import read_command
+
     from speedrun.data.tokenizer import get_tokenizer
     from speedrun.lab import provenance
     from speedrun.launch import LaunchCommand

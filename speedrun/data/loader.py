@@ -19,7 +19,7 @@ from speedrun.lab.errors import Problem
 
 
 @dataclass(frozen=True)
-class DataOptions:
+class DataConfig:
     """What a step reads. The vocabulary is not here: it stands in the data folder's manifest."""
 
     path: str = "data/embedded"
@@ -38,7 +38,7 @@ class DataOptions:
     """Stream mode: a rank's micro-batches are joined up to this many tokens for a pass of the model; 0: never."""
 
 
-def check_options(options: DataOptions, world: int = 1) -> int:
+def check_options(options: DataConfig, world: int = 1) -> int:
     """Tokens a micro-batch, after checking that everything divides."""
     check_ranges(options, "data.")
     shards, tokens = options.grad_shards, options.step_tokens
@@ -115,7 +115,7 @@ class Batch(NamedTuple):
     cu_seqlens: torch.Tensor | None = None
 
 
-def next_slice(total: int, options: DataOptions, at: Position) -> tuple[int, Position]:
+def next_slice(total: int, options: DataConfig, at: Position) -> tuple[int, Position]:
     """Stream mode: where a step's tokens start, and the position after it; too short a rest begins a new epoch."""
     if options.step_tokens + 1 > total:
         what = f"a step reads {options.step_tokens + 1:,} tokens (data.step_tokens), the training shards hold {total:,}"
@@ -159,7 +159,7 @@ def document_batch(tokens: np.ndarray, slices: list[tuple[int, int]]) -> Batch:
     )
 
 
-def plan_step(shards: Shards, options: DataOptions, at: Position) -> tuple[list, int, Position]:
+def plan_step(shards: Shards, options: DataConfig, at: Position) -> tuple[list, int, Position]:
     """Documents mode: slices for each micro-batch of the next step, the shard they are in, and the position after it."""
     need = options.step_tokens // options.grad_shards + 1
     for _ in range(len(shards.files) + 1):
@@ -186,7 +186,7 @@ class Loader:
     rank, world: this rank's number, and how many share a step. pin: page-locked memory, for copies to a GPU.
     """
 
-    def __init__(self, options: DataOptions, rank: int = 0, world: int = 1, pin: bool = False):
+    def __init__(self, options: DataConfig, rank: int = 0, world: int = 1, pin: bool = False):
         self.micro, self.options, self.pin = check_options(options, world), options, pin
         self.shards, self.position = Shards(options.path, "train"), Position()
         share = options.grad_shards // world
@@ -224,7 +224,7 @@ def next_documents(loader: Loader) -> list[Batch]:
 
 
 def validation_batches(
-    shards: Shards, options: DataOptions, tokens: int, rank: int = 0, world: int = 1
+    shards: Shards, options: DataConfig, tokens: int, rank: int = 0, world: int = 1
 ) -> Iterator[Batch]:
     """This rank's share of the first `tokens` validation tokens, as micro-batches like those of training."""
     micro, there = check_options(options, world), min(tokens, shards.total - 1)

@@ -50,7 +50,7 @@ def unmet(value: Any, kind: Any) -> list[str]:
 
 
 def as_flags(name: str, value: Any) -> list[str]:
-    """A field and its value as command-line arguments: --optim.betas 0.9 0.95, --no-compile."""
+    """A field and its value as command-line arguments: --optim.adam.betas 0.9 0.95, --no-compile."""
     *groups, last = name.replace("_", "-").split(".")
     if isinstance(value, bool):
         return ["--" + ".".join([*groups, last if value else f"no-{last}"])]

@@ -1,8 +1,7 @@
 # Tangled from notebooks/03_baseline.py: edit the notebook, then run "make tangle". Edits made here are lost.
 
 
-from speedrun.model.baseline import GPT2, GPT2Options, decays_by_shape, flops_per_token
-from speedrun.optim.adamw import AdamWOptions, make_adamw
+from speedrun.model.baseline import GPT2, decay_groups
 
 
 # %% The measurement
@@ -14,6 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from speedrun.lab.errors import Problem
 from speedrun.lab.provenance import stamp
+from speedrun.model import gpt
 
 NAMES = ("step",)
 KINDS = {  # kind → what its kernels are called; the first that matches counts
@@ -59,9 +59,9 @@ FORMS = {"float32": (False, False), "bf16": (True, False), "bf16, compiled": (Tr
 def make_step(tokens: torch.Tensor, bf16: bool, compiled: bool):
     """A training step of the 124M model on one batch of rows, (rows, 1025) int64."""
     torch.manual_seed(0)
-    model = GPT2(GPT2Options(), 50_257).to(tokens.device)
+    model = GPT2(gpt.GPTConfig(), 50_257).to(tokens.device)
     forward = torch.compile(model) if compiled else model
-    optimizer = make_adamw(dict(model.named_parameters()), decays_by_shape(model), AdamWOptions())
+    optimizer = torch.optim.AdamW(decay_groups(model), lr=6e-4, betas=(0.9, 0.95), fused=True)
 
     def step() -> None:
         with torch.autocast(tokens.device.type, torch.bfloat16, enabled=bf16):
@@ -86,6 +86,6 @@ def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
     for form, (bf16, compiled) in FORMS.items():
         forms[form] = profile_step(make_step(tokens, bf16, compiled), device)
         torch.cuda.empty_cache()
-    flops = flops_per_token(GPT2Options(), 50_257, 1024) * rows * 1024
+    flops = gpt.flops_per_token(gpt.GPTConfig(), 50_257, 1024) * rows * 1024
     data = {"forms": forms, "tokens": rows * 1024, "flops": flops}
     return data, stamp(command, ["speedrun.measure.baseline"], n=3)

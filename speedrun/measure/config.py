@@ -1,8 +1,9 @@
 # Tangled from notebooks/22_config.py: edit the notebook, then run "make tangle". Edits made here are lost.
 
 
-from speedrun.config import preset, vary
+from speedrun.config import vary
 from speedrun.measure.runs import corpus_of, train_many
+from speedrun.presets import preset
 
 
 # %% Were the choices right?
@@ -17,8 +18,8 @@ ARMS: dict[str, dict[str, Any]] = {
     "as it is": {},
     "deviation 0.02, GPT-2's": {"model.init_std": 0.02},
     "deviation 0.10": {"model.init_std": 0.10},
-    "half the rate": {"optim.lr": 1e-3},
-    "twice the rate": {"optim.lr": 4e-3},
+    "half the rate": {"optim.adam.lr": 1e-3},
+    "twice the rate": {"optim.adam.lr": 4e-3},
     "half the batch": {"data.step_tokens": 512, "steps": 18_000},
     "twice the batch": {"data.step_tokens": 2048, "steps": 4500},
     "rows of 32": {"data.seq_len": 32, "model.context": 32},

@@ -11,13 +11,13 @@ from speedrun.measure.runs import best_of, corpus_of, train_arms, train_many
 NAMES = ("laptop",)
 ARMS: dict[str, dict[str, Any]] = {
     "tied, no cap": {},
-    "untied, zeros": {"head.tied": "untied"},
-    "untied, drawn at 0.05": {"head.tied": "untied", "head.std": 0.05},
-    "untied, a quarter of the rate": {"head.tied": "untied", "head.rate": 0.25},
-    "untied, four times the rate": {"head.tied": "untied", "head.rate": 4.0},
-    "30 tanh(z/30)": {"head.cap": "tanh30"},
-    "15 tanh(z/15)": {"head.cap": "tanh15"},
-    "23 σ((z+5)/7.5)": {"head.cap": "sigmoid23"},
+    "untied, zeros": {"model.head.tied": "untied"},
+    "untied, drawn at 0.05": {"model.head.tied": "untied", "model.head.std": 0.05},
+    "untied, a quarter of the rate": {"model.head.tied": "untied", "model.head.rate": 0.25},
+    "untied, four times the rate": {"model.head.tied": "untied", "model.head.rate": 4.0},
+    "30 tanh(z/30)": {"model.head.cap": "tanh30"},
+    "15 tanh(z/15)": {"model.head.cap": "tanh15"},
+    "23 σ((z+5)/7.5)": {"model.head.cap": "sigmoid23"},
 }
 
 

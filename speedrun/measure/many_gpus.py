@@ -1,16 +1,9 @@
 # Tangled from notebooks/20_many_gpus.py: edit the notebook, then run "make tangle". Edits made here are lost.
 
 
-from speedrun.optim.distributed import bytes_sent, ranks
-from speedrun.optim.optimizer import (
-    BankOptimizer,
-    Entry,
-    OptimizerOptions,
-    TOGETHER,
-    untie,
-    warm_up,
-    watch,
-)
+from speedrun.optim.adam import AdamConfig
+from speedrun.optim.comm import bytes_sent, dist_info
+from speedrun.optim.optimizer import MuonAdam, OptimConfig
 
 
 # %% The measurement
@@ -31,7 +24,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from speedrun.config import TODAY
+from speedrun.optim.schedule import StepSettings
+from speedrun.params import ParamSpec
+from speedrun.presets import RECORD_MUON
 from speedrun.lab.errors import Problem
 from speedrun.lab.provenance import root, stamp
 
@@ -41,44 +36,41 @@ RANKS = (1, 2, 4, 8)
 # matrices' sums first, but tables' updates: their gathers take longest, and travel while matrices are updated
 SCATTER = ("qk", "mlp", "vo", "bigram", "values", "head", "embed", "replicated")
 WORK = ("bigram", "values", "head", "embed", "qk", "mlp", "vo", "replicated")
-RATES = {"muon": 0.02, "adam": 0.008, "momentum": 0.9}
 
 
-def record_shapes(scale: int = 1) -> dict[str, tuple[int, ...]]:
-    """Record 89's parameters in our banks, with every width divided by `scale`, and every vocabulary too."""
+def settings_at(step: int) -> StepSettings:
+    """The same rates in every step."""
+    return StepSettings(step, lr=0.008, matrix_lr=0.02, momentum=0.9)
+
+
+def record_specs(scale: int = 1) -> tuple[ParamSpec, ...]:
+    """Record 89's parameters in our banks, updated much as there; its small ones are lumped together. scale: divides widths and vocabularies."""
     d, words = 768 // scale, 50_304 // scale
-    small = {"gates": (12 * 60,), "scalars": (64,), "mudd": (2 * 64, d)}
-    tables = {"head": (d, words), "embed": (words, d), "values": (5 * words, d)}
-    banks = {"qk": (60, d // 3, d), "vo": (20, d, d), "mlp": (22, 4 * d, d)}
-    return banks | tables | {"bigram": (words * 15 // 2, d)} | small
-
-
-def record_table() -> tuple[Entry, ...]:
-    """Much as record 89 updates them; its small parameters are lumped together."""
-    slow: dict[str, Any] = {"betas": (0.9, 0.99)}
-    tables: dict[str, Any] = {"rate": 75.0, "decay": 5.0, "betas": (0.75, 0.95)}
-    words: dict[str, Any] = {"decay": 150.0, "betas": (0.5, 0.95)}
+    bank = partial(ParamSpec, optim="muon", comm="sharded", matrices=1, wd_mul=1.0)
+    adam: Any = partial(ParamSpec, optim="adam", comm="sharded", wd_mul=150.0, betas=(0.5, 0.95))
+    table = partial(adam, lr_mul=75.0, wd_mul=5.0, betas=(0.75, 0.95))
+    small: Any = partial(ParamSpec, optim="adam", wd_mul=1.0, betas=(0.9, 0.99))
     return (
-        Entry("qk", "muon", "sharded"),
-        Entry("vo", "muon", "sharded"),
-        Entry("mlp", "muon", "sharded", rate=(2.0, 4.0)),
-        Entry("head", "adam", "sharded", **words),
-        Entry("embed", "adam", "sharded", tied="head", **words),
-        Entry("values", "adam", "sharded", **tables),
-        Entry("bigram", "adam", "sparse", **tables),
-        Entry("gates", "adam", "replicated", **slow),
-        Entry("scalars", "adam", "replicated", rate=5.0, decay=0.0, **slow),
-        Entry("mudd", "adam", "replicated", rate=0.25, **slow),
+        bank("qk", (60, d // 3, d)),
+        bank("vo", (20, d, d)),
+        bank("mlp", (22, 4 * d, d), lr_mul=(2.0, 4.0)),
+        adam("head", (d, words)),
+        adam("embed", (words, d), tied_to="head"),
+        table("values", (5 * words, d)),
+        table("bigram", (words * 15 // 2, d), comm="sharded_sparse"),
+        small("gates", (12 * 60,)),
+        small("scalars", (64,), lr_mul=5.0, wd_mul=0.0),
+        small("mudd", (2 * 64, d), lr_mul=0.25),
     )
 
 
 def record_parameters(scale: int, device: str = "cpu") -> dict[str, nn.Parameter]:
     """Small random values of those shapes, bfloat16 but for the scalars and what splits its own bits."""
     draw, found = torch.Generator(device).manual_seed(0), dict[str, nn.Parameter]()
-    for name, shape in record_shapes(scale).items():
-        p = 0.02 * torch.randn(shape, generator=draw, device=device)
-        exact = name in ("scalars", "qk", "vo", "mlp")
-        found[name] = nn.Parameter(p if exact else p.bfloat16())
+    for spec in record_specs(scale):
+        p = 0.02 * torch.randn(spec.shape, generator=draw, device=device)
+        exact = spec.name == "scalars" or spec.optim == "muon"
+        found[spec.name] = nn.Parameter(p if exact else p.bfloat16())
     return found
 
 
@@ -88,7 +80,7 @@ def sent_by_machine() -> float:
     if not path.exists():
         raise Problem("bytes are counted in /proc/net/dev", "measure this on Linux")
     lines = path.read_text().splitlines()[2:]
-    return sum(int(line.split(":")[1].split()[8]) for line in lines) / ranks()[1]
+    return sum(int(line.split(":")[1].split()[8]) for line in lines) / dist_info()[1]
 
 
 def sent_by_gpu(index: int) -> float:
@@ -105,72 +97,73 @@ def sent_by_gpu(index: int) -> float:
     return 1024 * value.value.ullVal
 
 
-HALVES = {"scattered": "scatter", "gathered": "gather"}
+HALVES = {"scattered": "reduce", "gathered": "gather"}
 
 
-def counted(part: Any, begin: str, repeats: int = 5) -> float:
+def counted(comm: Any, begin: str, repeats: int = 5) -> float:
     """Bytes that a rank sends in one half of an exchange, less a barrier's; a median."""
-    gpu = part.own.device.type == "cuda"
+    device = comm.shard.device
+    gpu = device.type == "cuda"
 
     def settled() -> float:
         dist.barrier()
         if gpu:
             torch.cuda.synchronize()
         time.sleep(0.05)  # until stragglers are through
-        return sent_by_gpu(part.own.device.index) if gpu else sent_by_machine()
+        return sent_by_gpu(device.index) if gpu else sent_by_machine()
 
     found = []
     for _ in range(repeats):
         start, before = settled(), settled()
-        getattr(part, begin)()
-        part.wait()
+        getattr(comm, begin)()
+        comm.wait()
         found.append(settled() - before - (before - start))
     return statistics.median(found)
 
 
-def small_record(scale: int, device: str = "cpu", **options: Any) -> BankOptimizer:
+def small_record(scale: int, device: str = "cpu", compile: bool = True) -> MuonAdam:
     """Record 89's parameters and table at a fraction of its widths."""
-    chosen = OptimizerOptions(muon=TODAY, **options)
-    parameters = record_parameters(scale, device)
-    return BankOptimizer(parameters, record_table(), chosen, SCATTER, WORK)
+    adam = AdamConfig(eps=1e-10, weight_decay=0.005, cautious=True, every=2)
+    config = OptimConfig(adam, RECORD_MUON, "muon", grad_clip=0.0)
+    parameters, specs = record_parameters(scale, device), record_specs(scale)
+    return MuonAdam(parameters, specs, config, compile, SCATTER, WORK)
 
 
-def announce_some(optimizer: BankOptimizer, share: float, seed: int) -> Tensor:
+def announce_some(optimizer: MuonAdam, share: float, seed: int) -> Tensor:
     """Say that a share of the bigram table's rows was touched; which: (rows,) bool."""
-    table, draw = optimizer.parameters["bigram"], torch.Generator().manual_seed(seed)
+    table, draw = optimizer.params["bigram"], torch.Generator().manual_seed(seed)
     rows = torch.rand(len(table), generator=draw) < share
-    optimizer.parts["bigram"].announce(rows.nonzero())
+    optimizer.states["bigram"].comm.announce(rows.nonzero())
     return rows
 
 
 def wire_of_rank(device: str, scale: int = 8, touched: float = 0.2) -> dict:
     """Of each part: bytes that a rank sends, scattering and gathering, as counted (on CPUs: mean of the ranks) and by formula."""
-    optimizer, (rank, world), found = small_record(scale, device), ranks(), dict[str, dict]()
+    optimizer, (rank, world), found = small_record(scale, device), dist_info(), dict[str, dict]()
     announce_some(optimizer, touched, seed=rank)
-    kinds = {row.name: row.comm for row in record_table()}
-    for name, part in optimizer.parts.items():
-        whole, comm = getattr(part, "whole", part.own), kinds.get(name, TOGETHER)
-        size, rows = whole.element_size(), touched * len(whole) * (comm == "sparse")
-        formula = bytes_sent(comm, whole.numel(), size, world, rows, whole[0].numel())
-        found[name] = {"comm": comm, "bytes": whole.numel() * size, "formula": formula} | {
-            half: counted(part, begin) for half, begin in HALVES.items()
+    for name, state in optimizer.states.items():
+        full, kind = state.comm.full, state.specs[0].comm
+        size, rows = full.element_size(), touched * len(full) * (kind == "sharded_sparse")
+        formula = bytes_sent(kind, full.numel(), size, world, rows, full[0].numel())
+        found[name] = {"comm": kind, "bytes": full.numel() * size, "formula": formula} | {
+            half: counted(state.comm, begin) for half, begin in HALVES.items()
         }
     return found
 
 
 def steps_of_rank(device: str, scale: int = 48, steps: int = 4, micro: int = 4) -> dict:
     """Parameters after some steps with small integers for gradients, `micro` micro-batches shared by the ranks: a hash of each, and its length."""
-    optimizer, (rank, world) = small_record(scale, device), ranks()
+    optimizer, (rank, world) = small_record(scale, device), dist_info()
     for step in range(steps):
         for part in range(rank * micro // world, (rank + 1) * micro // world):
             rows = announce_some(optimizer, 0.2, seed=100 * step + part)
             draw = torch.Generator().manual_seed(100 * step + part)
-            for name, p in optimizer.parameters.items():
+            for name, p in optimizer.params.items():
                 g = torch.randint(-3, 4, p.shape, generator=draw)
                 assert p.grad is not None  # the optimizer's storage
                 p.grad += (g * rows[:, None] if name == "bigram" else g).to(p.grad)
-        optimizer.step(step, RATES)
-    found = {name: p.detach().cpu() for name, p in optimizer.parameters.items()}
+        optimizer.step(settings_at(step))
+    found = {name: p.detach().cpu() for name, p in optimizer.params.items()}
     bits = {name: p.view(torch.uint8).numpy().tobytes() for name, p in found.items()}
     hashes = {name: hashlib.sha256(some).hexdigest() for name, some in bits.items()}
     return {"hash": hashes, "length": {name: p.double().norm().item() for name, p in found.items()}}
@@ -192,11 +185,11 @@ def clocked(work: Callable[[], object], device: str) -> tuple[float, float]:
     return 1000 * (time.perf_counter() - begin), 1000 * (python - begin)
 
 
-def fill_gradients(optimizer: BankOptimizer, index: int, tokens: int = 32_768) -> None:
+def fill_gradients(optimizer: MuonAdam, index: int, tokens: int = 32_768) -> None:
     """Random gradients, the bigram table's in as many of its rows as a pair of record 89's micro-batches may touch."""
-    rank, world = ranks()
+    rank, world = dist_info()
     rows = announce_some(optimizer, tokens / 377_280, seed=index * world + rank)
-    for name, p in optimizer.parameters.items():
+    for name, p in optimizer.params.items():
         assert p.grad is not None  # the optimizer's storage
         p.grad.normal_(std=1e-3)
         if name == "bigram":
@@ -205,15 +198,15 @@ def fill_gradients(optimizer: BankOptimizer, index: int, tokens: int = 32_768) -
         dist.barrier()
 
 
-def time_steps(optimizer: BankOptimizer, device: str, rounds: int = 17) -> dict[str, list]:
+def time_steps(optimizer: MuonAdam, device: str, rounds: int = 17) -> dict[str, list]:
     """Milliseconds of steps without tables (even) and with them (odd), and of Python in them."""
     took: dict[str, list] = {"even": [], "odd": [], "exchange": []}
     for index in range(2 * (rounds + 4)):
         fill_gradients(optimizer, index)
-        sparse, tables = optimizer.parts["bigram"], index % 2 == 1
-        if tables and ranks()[1] > 1:  # a trainer does this during the backward pass
+        sparse, tables = optimizer.states["bigram"].comm, index % 2 == 1
+        if tables and dist_info()[1] > 1:  # a trainer does this during the backward pass
             took["exchange"].append(clocked(sparse.exchange, device)[0])
-        done = clocked(partial(optimizer.step, index, RATES), device)
+        done = clocked(partial(optimizer.step, settings_at(index)), device)
         if index >= 8:
             took["odd" if tables else "even"].append(done)
     return took
@@ -223,15 +216,15 @@ def step_of_rank(device: str, scale: int = 0) -> dict:
     """Times of record 89's step, tied and apart; of each part's update alone, and of what is around the updates."""
     optimizer = small_record(scale or (1 if device == "cuda" else 48), device)
     begin = time.perf_counter()
-    warm_up(optimizer)
+    optimizer.warm_up()
     wait_for(device)
     found: dict[str, Any] = {"warm_up_s": time.perf_counter() - begin}
     found["tied"] = time_steps(optimizer, device)
-    untie(optimizer, "embed")
+    optimizer.ties.untie("embed")
     found["apart"] = time_steps(optimizer, device)
-    works: dict[str, Callable[[], None]] = dict(optimizer.works)
-    works["guard"] = lambda: watch(optimizer, list(optimizer.parts))
-    works |= {f"clear {name}": part.clear for name, part in optimizer.parts.items()}
+    works: dict[str, Callable[[], None]] = dict(optimizer.calls)
+    works["guard"] = lambda: optimizer.check_finite(list(optimizer.states))
+    works |= {f"clear {name}": state.comm.clear for name, state in optimizer.states.items()}
     with torch.no_grad():
         found["parts"] = {
             name: [clocked(work, device)[0] for _ in range(17)] for name, work in works.items()
@@ -258,10 +251,10 @@ def ceilings(device: str) -> dict[str, float]:
 
 def stock_of_rank(device: str, scale: int = 0) -> dict:
     """Milliseconds of a step of PyTorch's own pair: Muon on every matrix, fused AdamW on all else, both in bfloat16."""
-    table = {row.name: row for row in record_table()}
-    matrices, rest = [], []
-    for name, p in record_parameters(scale or (1 if device == "cuda" else 48), device).items():
-        muon = table[name].rule == "muon"
+    scale = scale or (1 if device == "cuda" else 48)
+    parameters, matrices, rest = record_parameters(scale, device), [], []
+    for spec in record_specs(scale):
+        p, muon = parameters[spec.name], spec.optim == "muon"
         for one in p.detach().bfloat16() if muon else [p.detach()]:
             (matrices if muon else rest).append(nn.Parameter(one.clone()))
     pair: list[Any] = [torch.optim.Muon(matrices, lr=0.02, weight_decay=0.0, momentum=0.95)]
@@ -275,13 +268,14 @@ def stock_of_rank(device: str, scale: int = 0) -> dict:
     return {"parts": took, "matrices": len(matrices), "ceilings": ceilings(device)}
 
 
-def in_turn(optimizer: BankOptimizer) -> None:
-    """Make one lane of all, in which every transfer is waited for as soon as it has begun."""
-    optimizer.lanes = dict.fromkeys(optimizer.parts)
-    for part in optimizer.parts.values():
+def in_turn(optimizer: MuonAdam) -> None:
+    """Leave streams out, and wait for every transfer as soon as it has begun."""
+    optimizer.streams = dict.fromkeys(optimizer.states)
+    for state in optimizer.states.values():
         for name in HALVES.values():
-            begin = getattr(part, name)
-            setattr(part, name, lambda begin=begin, part=part: (begin(), part.wait()))
+            begin = getattr(state.comm, name)
+            wait = state.comm.wait
+            setattr(state.comm, name, lambda begin=begin, wait=wait: (begin(), wait()))
 
 
 def kind_of(kernel: str) -> str | None:
@@ -314,7 +308,7 @@ def trace_of_rank(device: str, scale: int = 0) -> dict:
     from torch.profiler import ProfilerActivity, profile
 
     optimizer = small_record(scale or (1 if device == "cuda" else 48), device)
-    warm_up(optimizer)
+    optimizer.warm_up()
     found = {}
     for way in ("overlapped", "in turn"):
         if way == "in turn":
@@ -322,10 +316,10 @@ def trace_of_rank(device: str, scale: int = 0) -> dict:
         for index in range(8):
             fill_gradients(optimizer, index)
             if index % 2:
-                optimizer.parts["bigram"].exchange()
+                optimizer.states["bigram"].comm.exchange()
             wait_for(device)
             with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
-                took = clocked(partial(optimizer.step, index, RATES), device)
+                took = clocked(partial(optimizer.step, settings_at(index)), device)
         events = [e for e in seen.events() if e.device_type == torch.autograd.DeviceType.CUDA]
         spans = [(e.name, e.time_range.start, e.time_range.end) for e in events]
         found[way] = {"lanes": stretches(spans), "ms": took[0]}
@@ -345,7 +339,7 @@ def one_rank(name: str, out: str, device: str) -> None:
         os.environ["TORCH_NCCL_HIGH_PRIORITY"] = "1"  # or transfers wait behind large kernels
     dist.init_process_group("nccl" if device == "cuda" else "gloo")
     result = WORKS[name](device)
-    if ranks()[0] == 0:
+    if dist_info()[0] == 0:
         Path(out).write_text(json.dumps(result))
     dist.destroy_process_group()
 

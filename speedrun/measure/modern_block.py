@@ -17,48 +17,60 @@ from torch.nn import functional as F
 from speedrun.config import Config, vary
 from speedrun.lab.hardware import look
 from speedrun.lab.provenance import stamp
-from speedrun.measure.runs import (
-    best_of,
-    corpus_of,
-    laptop_bench,
-    step_times,
-    train_arms,
-    train_many,
-)
+from speedrun.measure.runs import best_of, corpus_of, cpu_base, step_times, train_arms, train_many
 
 NAMES = ("rates", "without", "alone", "other_rates", "long", "inside", "pace")
-GPT2: dict[str, Any] = {"block.norm": "layer", "block.biases": True, "block.qk_norm": False}
-GPT2 |= {"block.activation": "gelu", "block.zero_out": False, "block.fan_in": False}
-MODERN: dict[str, Any] = {"block.norm": "rms", "block.biases": False, "block.qk_norm": True}
-MODERN |= {"block.activation": "relu2", "block.zero_out": True, "block.fan_in": True}
+GPT2: dict[str, Any] = {
+    "model.block.norm": "layer",
+    "model.block.biases": True,
+    "model.block.qk_norm": False,
+}
+GPT2 |= {
+    "model.block.activation": "gelu",
+    "model.block.zero_out": False,
+    "model.block.fan_in": False,
+}
+MODERN: dict[str, Any] = {
+    "model.block.norm": "rms",
+    "model.block.biases": False,
+    "model.block.qk_norm": True,
+}
+MODERN |= {
+    "model.block.activation": "relu2",
+    "model.block.zero_out": True,
+    "model.block.fan_in": True,
+}
 CHANGES = {
-    "plain norms": "block.norm",
-    "no biases": "block.biases",
-    "QK-norm": "block.qk_norm",
-    "ReLU²": "block.activation",
-    "zeros": "block.zero_out",
-    "scale by width": "block.fan_in",
+    "plain norms": "model.block.norm",
+    "no biases": "model.block.biases",
+    "QK-norm": "model.block.qk_norm",
+    "ReLU²": "model.block.activation",
+    "zeros": "model.block.zero_out",
+    "scale by width": "model.block.fan_in",
 }
 GRID = [(rate, other) for rate in (0.002, 0.004, 0.008, 0.016) for other in (0.004, 0.008, 0.016)]
 
 
-LONG: dict[str, Any] = {"steps": 2000, "muon.momentum_steps": (460, 80)}
+LONG: dict[str, Any] = {"steps": 2000, "schedule.momentum_ramp": (460, 80)}
 
 
 def at_others_rates() -> dict[str, Config]:
     """What lacks one change at the rates of GPT-2's block, and what has one alone at those of the modern block."""
     old, new = (
-        {"matrix.lr": run.matrix.lr, "optim.lr": run.optim.lr} for run in (laptop_bench(), tuned())
+        {"optim.matrix_lr": run.optim.matrix_lr, "optim.adam.lr": run.optim.adam.lr}
+        for run in (cpu_base(), tuned())
     )
     without = {f"without {arm}": vary(run, old) for arm, run in arms_of("without").items()}
-    alone = {"GPT-2": laptop_bench()} | arms_of("alone")
+    alone = {"GPT-2": cpu_base()} | arms_of("alone")
     return without | {f"alone {arm}": vary(run, new) for arm, run in alone.items()}
 
 
 def points() -> dict[str, Config]:
     """The modern block at every point of the grid."""
-    modern = vary(laptop_bench(), MODERN)
-    return {f"{r:g} {o:g}": vary(modern, {"matrix.lr": r, "optim.lr": o}) for r, o in GRID}
+    modern = vary(cpu_base(), MODERN)
+    return {
+        f"{r:g} {o:g}": vary(modern, {"optim.matrix_lr": r, "optim.adam.lr": o}) for r, o in GRID
+    }
 
 
 def tuned() -> Config:
@@ -71,14 +83,14 @@ def arms_of(name: str) -> dict[str, Config]:
     if name == "rates":
         return points()
     if name == "alone":
-        return {change: vary(laptop_bench(), {key: MODERN[key]}) for change, key in CHANGES.items()}
+        return {change: vary(cpu_base(), {key: MODERN[key]}) for change, key in CHANGES.items()}
     modern = tuned()
     if name == "pace":
-        return {"GPT-2": laptop_bench(), "modern": modern} | arms_of("alone")
+        return {"GPT-2": cpu_base(), "modern": modern} | arms_of("alone")
     if name == "other_rates":
         return at_others_rates()
     if name == "long":
-        some = {"GPT-2": laptop_bench()} | arms_of("without")
+        some = {"GPT-2": cpu_base()} | arms_of("without")
         kept = ("GPT-2", "modern", "zeros", "QK-norm", "ReLU²")
         return {arm: vary(some[arm], LONG) for arm in kept}
     without = {change: vary(modern, {key: GPT2[key]}) for change, key in CHANGES.items()}
@@ -118,9 +130,11 @@ def inside() -> dict[str, list[dict]]:
     """`look_inside` with and without QK-norm, at the tuned rate of the matrices and at twice that; three seeds each."""
     arms = {}
     for times in (1, 2):
-        faster = vary(tuned(), {"matrix.lr": times * tuned().matrix.lr})
+        faster = vary(tuned(), {"optim.matrix_lr": times * tuned().optim.matrix_lr})
         for norm in (True, False):
-            arms[f"{'with' if norm else 'without'} {times}"] = vary(faster, {"block.qk_norm": norm})
+            arms[f"{'with' if norm else 'without'} {times}"] = vary(
+                faster, {"model.block.qk_norm": norm}
+            )
     runs = [vary(run, {"seed": seed}) for run in arms.values() for seed in range(3)]
     with ProcessPoolExecutor(look().cores, get_context("spawn")) as pool:
         found = list(pool.map(look_inside, runs))
@@ -134,7 +148,7 @@ def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
     """
     seeds = {"without": 9, "alone": 5, "inside": 3, "other_rates": 3, "long": 3}.get(name, 1)
     modules = ["speedrun.measure.modern_block", "speedrun.train"]
-    facts = stamp(command, modules, seeds, range(seeds), corpus_of(laptop_bench()))
+    facts = stamp(command, modules, seeds, range(seeds), corpus_of(cpu_base()))
     if name == "inside":
         return {"arms": inside()}, facts
     arms = arms_of(name)

@@ -1,22 +1,22 @@
 # Tangled from notebooks/13_muon.py: edit the notebook, then run "make tangle". Edits made here are lost.
 
 
-from speedrun.optim.muon import MuonOptions
+from speedrun.optim.muon import MuonConfig
 
 
 # %% The measurement
-import dataclasses
 from typing import Any
 
-from speedrun.config import Config, preset, vary
+from speedrun.config import Config, fields_of, vary
 from speedrun.lab.provenance import stamp
 from speedrun.lab.results import load_result
+from speedrun.presets import preset
 from speedrun.measure.runs import (
     SHORT,
-    bench,
+    gpu_base,
     corpus_of,
     step_times,
-    today,
+    with_record_muon,
     train_arms,
     train_many,
     train_on_gpus,
@@ -34,27 +34,36 @@ NAMES = (
 CORPUS = ("rates", "parts")  # on a GPU, with a data folder
 RATES = tuple(0.004 * 2**n for n in range(5))
 OTHERS = (0.002, 0.004, 0.008)
-PARTS: dict[str, dict[str, Any]] = {
-    "record 4's quintic": {"muon.polynomials": "quintic"},
-    "three polynomials": {"matrix.iterations": 3},
-    "no NorMuon": {"muon.beta2": 0.0},
-    "momentum held": {"muon.low_momentum": 0.0},
-    "no decay": {"muon.decay": "none"},
-    "decay of all": {"muon.decay": "squared"},
-    "plain decay": {"muon.decay": "plain"},
-    "no wide factor": {"muon.wide_factor": 1.0},
-    "no factors": {"muon.wide_factor": 1.0, "matrix.shape_factor": False},
+PLAIN_DECAY = {
+    "optim.muon.weight_decay": 0.1,
+    "optim.muon.decay_with_lr": False,
+    "optim.muon.cautious": False,
 }
+PARTS: dict[str, dict[str, Any]] = {
+    "record 4's quintic": {"optim.muon.orthogonalizer": "quintic"},
+    "three polynomials": {"optim.muon.ns_steps": 3},
+    "no NorMuon": {"optim.muon.beta2": 0.0},
+    "momentum held": {"schedule.momentum_min": 0.0},
+    "no decay": {"optim.muon.weight_decay": 0.0},
+    "decay of all": {"optim.muon.cautious": False},
+    "plain decay": PLAIN_DECAY,
+    "no wide factor": {"optim.muon.down_lr_mul": 1.0},
+    "no factors": {"optim.muon.down_lr_mul": 1.0, "optim.muon.scale_by_shape": False},
+}
+RECORD_4 = fields_of(MuonConfig(weight_decay=0.1), "optim.muon.") | {"schedule.momentum_min": 0.0}
 WEIGHTS = {
-    "float32 weights": {"muon.weights": "float32"},
-    "bfloat16 weights": {"muon.weights": "bfloat16"},
+    "float32 weights": {"optim.muon.param_dtype": "float32"},
+    "bfloat16 weights": {"optim.muon.param_dtype": "bfloat16"},
 }
 
 
 def rates(base: Config) -> dict[str, Config]:
     """Today's Muon at every rate of the matrices and of the rest."""
     points = [(rate, other) for rate in RATES for other in OTHERS]
-    return {f"{r:g} {o:g}": vary(today(base), {"matrix.lr": r, "optim.lr": o}) for r, o in points}
+    return {
+        f"{r:g} {o:g}": vary(with_record_muon(base), {"optim.matrix_lr": r, "optim.adam.lr": o})
+        for r, o in points
+    }
 
 
 def tuned(name: str, base: Config) -> Config:
@@ -69,13 +78,18 @@ def arms_of(name: str, base: Config) -> dict[str, Config]:
     if name == "laptop_weights":
         half = vary(whole, {"precision": "bfloat16"})
         return {
-            kind: vary(half, {"muon.weights": kind}) for kind in ("split", "bfloat16", "float32")
+            name: vary(half, {"optim.muon.param_dtype": dtype})
+            for name, dtype in {
+                "split": "bf16_mantissa",
+                "bfloat16": "bfloat16",
+                "float32": "float32",
+            }.items()
         }
     if name == "laptop_pace":
-        plain = dataclasses.replace(whole, muon=MuonOptions())
-        return {"AdamW": vary(plain, {"matrix.rule": "adamw"}), "record 4": plain, "today": whole}
+        adamw = vary(whole, RECORD_4 | {"optim.matrices": "adam"})
+        return {"AdamW": adamw, "record 4": vary(whole, RECORD_4), "today": whole}
     if name == "laptop_record_4":
-        return {"record 4": dataclasses.replace(whole, muon=MuonOptions())}
+        return {"record 4": vary(whole, RECORD_4)}
     parts = PARTS if name.startswith("laptop") else PARTS | WEIGHTS
     return {"today": whole} | {part: vary(whole, change) for part, change in parts.items()}
 
@@ -87,7 +101,7 @@ def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
     12's Muon at today's rates, nine times; the rest: all three times.
     """
     laptop = name.startswith("laptop")
-    base = vary(preset("cpu"), SHORT) if laptop else bench(arguments[0])
+    base = vary(preset("cpu"), SHORT) if laptop else gpu_base(arguments[0])
     base = vary(base, {"steps": 2000}) if "long" in name else base
     seeds = {"laptop": 9, "laptop_record_4": 9, "parts": 9}.get(name, 1)
     seeds = 3 if name in ("laptop_long", "laptop_weights") else seeds
@@ -97,7 +111,7 @@ def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
     if name.endswith("rates"):
         points = rates(base)
         if "long" in name:  # around the best of the short runs
-            points = {at: run for at, run in points.items() if run.matrix.lr in RATES[1:3]}
+            points = {at: run for at, run in points.items() if run.optim.matrix_lr in RATES[1:3]}
         return {"arms": train_arms(points, 1, many)}, facts
     arms = arms_of(name, base)
     if name == "laptop_pace":

@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 
-from speedrun.config import Config, preset, vary
+from speedrun.config import Config, vary
+from speedrun.presets import preset
 from speedrun.lab.provenance import stamp
 from speedrun.lab.results import load_result
 from speedrun.measure.runs import (
     SHORT,
-    bench,
+    gpu_base,
     corpus_of,
     step_times,
     train_arms,
@@ -23,30 +24,33 @@ from speedrun.measure.runs import (
 )
 
 NAMES = ("grid", "low", "winners", "pace", "clock", "parts", "long")
-RULES = ("adamw", "soap", "muon")
+RULES = {"adamw": "adam", "soap": "soap", "muon": "muon"}
 GRIDS = tuple(f"corpus_{rule}" for rule in RULES)
 CORPUS = (*GRIDS, "corpus_winners")  # on GPUs, with a data folder
-KEYS = ("matrix.rule", "matrix.lr", "optim.lr")
+KEYS = ("optim.matrices", "optim.matrix_lr", "optim.adam.lr")
 RATES = tuple(0.00025 * 2**n for n in range(10))
 OTHERS = (0.002, 0.004, 0.008, 0.016)
 PARTS: dict[str, dict[str, Any]] = {
-    "exact factor": {"matrix.iterations": 0},
-    "three iterations": {"matrix.iterations": 3},
-    "no Nesterov": {"matrix.nesterov": False},
-    "no momentum": {"matrix.momentum": 0.0, "matrix.nesterov": False},
-    "no shape factor": {"matrix.shape_factor": False},
+    "exact factor": {"optim.muon.ns_steps": 0},
+    "three iterations": {"optim.muon.ns_steps": 3},
+    "no Nesterov": {"optim.muon.nesterov": False},
+    "no momentum": {"optim.muon.momentum": 0.0, "optim.muon.nesterov": False},
+    "no shape factor": {"optim.muon.scale_by_shape": False},
 }
 
 
 def grid(base: Config, rates=RATES, others=OTHERS) -> dict[str, Config]:
     """A run under every rule at every rate of the matrices and every rate of the rest, by its three numbers."""
     points = [(rule, rate, other) for rule in RULES for rate in rates for other in others]
-    return {f"{p[0]} {p[1]:g} {p[2]:g}": vary(base, dict(zip(KEYS, p))) for p in points}
+    return {
+        f"{rule} {rate:g} {other:g}": vary(base, dict(zip(KEYS, (RULES[rule], rate, other))))
+        for rule, rate, other in points
+    }
 
 
 def short() -> Config:
     """The laptop's run, made short."""
-    return vary(preset("cpu"), SHORT)
+    return vary(preset("cpu"), SHORT | {"optim.muon.weight_decay": 0.1})
 
 
 def losses_of_grid(names=("grid", "low")) -> dict[str, float]:
@@ -63,9 +67,9 @@ def winners(loss: dict[str, float], points: dict[str, Config]) -> dict[str, Conf
 
 def corpus_arms(name: str, data: str) -> dict[str, Config]:
     """The arms of a measurement on a GPU, by the name that they have on a CPU."""
-    points = grid(bench(data), RATES[:8], OTHERS[1:3])
+    points = grid(gpu_base(data), RATES[:8], OTHERS[1:3])
     if name in RULES:
-        return {point: run for point, run in points.items() if run.matrix.rule == name}
+        return {point: run for point, run in points.items() if run.optim.matrices == RULES[name]}
     return winners(losses_of_grid(GRIDS), points)
 
 

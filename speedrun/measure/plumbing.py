@@ -14,18 +14,20 @@ from speedrun.lab.provenance import stamp
 from speedrun.measure.runs import best_of, corpus_of, retrain
 
 NAMES = ("heads",)
-HEADS: dict[str, dict[str, Any]] = {"one matrix": {}, "two matrices": {"head.tied": "untied"}}
+HEADS: dict[str, dict[str, Any]] = {"one matrix": {}, "two matrices": {"model.head.tied": "untied"}}
 ONE_WIRE: dict[str, dict[str, Any]] = {
     "": {},
-    ", x0": {"plan.x0": True},
-    ", backout": {"plan.backout": True},
+    ", x0": {"model.plan.x0": True},
+    ", backout": {"model.plan.backout": True},
 }
 
 
 def arms_of() -> dict[str, Config]:
     """With one matrix for embedding and head, and with two: no wire, x0, backout; four layers, chapter 05's block and rates."""
-    shape = {"model.layers": 4, "rotary.positions": "half", "rotary.base": 1024.0}
-    base = vary(best_of("modern_block", "rates"), shape | {"embedding.norm": True, "device": "cpu"})
+    shape = {"model.layers": 4, "model.rotary.positions": "half", "model.rotary.base": 1024.0}
+    base = vary(
+        best_of("modern_block", "rates"), shape | {"model.embedding.norm": True, "device": "cpu"}
+    )
     return {
         head + wire: vary(base, of_head | of_wire)
         for head, of_head in HEADS.items()

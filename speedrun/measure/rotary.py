@@ -19,9 +19,9 @@ from speedrun.measure.runs import best_of, corpus_of, train_arms, train_many
 
 NAMES = ("positions", "long", "beyond")
 ARMS: dict[str, dict[str, Any]] = {
-    "rotary 10000": {"rotary.positions": "rotary"},
-    "rotary 1024": {"rotary.positions": "rotary", "rotary.base": 1024.0},
-    "half 1024": {"rotary.positions": "half", "rotary.base": 1024.0},
+    "rotary 10000": {"model.rotary.positions": "rotary"},
+    "rotary 1024": {"model.rotary.positions": "rotary", "model.rotary.base": 1024.0},
+    "half 1024": {"model.rotary.positions": "half", "model.rotary.base": 1024.0},
 }
 
 
@@ -29,14 +29,15 @@ def arms_of(name: str) -> dict[str, Config]:
     """Three ways to turn; the modern block else, at its tuned rates. Chapter 05 has it with learned positions."""
     modern = best_of("modern_block", "rates")
     modern = vary(
-        modern, {"steps": 2000, "muon.momentum_steps": (460, 80)} if name == "long" else {}
+        modern, {"steps": 2000, "schedule.momentum_ramp": (460, 80)} if name == "long" else {}
     )
     return {arm: vary(modern, change) for arm, change in ARMS.items()}
 
 
 def loss_by_position(run: Config) -> dict[str, list[float]]:
     """Train a run; then the mean loss of each position in validation rows of twice the length, and of the same tokens in rows of its own."""
-    from speedrun.train import assemble, build_model, held_out, train_step
+    from speedrun.model.gpt import GPT
+    from speedrun.train import assemble, held_out, train_step
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
@@ -45,9 +46,7 @@ def loss_by_position(run: Config) -> dict[str, list[float]]:
             train_step(live)
         twice = 2 * run.data.seq_len
         live.config = vary(run, {"data.seq_len": twice, "model.context": twice})
-        longer, _ = build_model(
-            live.config, live.loader.shards.manifest.vocab_size, live.ranks.device
-        )
+        longer = GPT(live.config.model, live.model.vocab_size).to(live.ranks.device)
         longer.load_state_dict(live.model.state_dict())
         found: dict[str, list[Tensor]] = {"twice": [], "own": []}
         with torch.no_grad():

@@ -1,7 +1,8 @@
 # Tangled from notebooks/22_config.py: edit the notebook, then run "make tangle". Edits made here are lost.
 
 
-from speedrun.config import Config, TODAY, config_from_json, preset, switches_of, vary
+from speedrun.config import Config, config_from_json, fields_of, vary
+from speedrun.presets import RECORD_MUON, preset
 
 
 # %% Were the choices right?
@@ -23,8 +24,7 @@ from speedrun.lab.errors import Problem
 from speedrun.lab.hardware import look
 from speedrun.lab.results import load_result
 from speedrun.lab.runlog import read_metrics, series
-from speedrun.optim.muon import MuonOptions
-from speedrun.optim.newton_schulz import MatrixOptions
+from speedrun.optim.muon import MuonConfig
 
 if TYPE_CHECKING:
     from speedrun.train import Run
@@ -72,13 +72,14 @@ def corpus_of(run: Config) -> dict[str, str]:
 SHORT: dict[str, Any] = {"steps": 600, "val_tokens": 131_072}  # what a laptop's comparisons run
 
 
-def today(base: Config) -> Config:
-    """A run under Muon as it runs today; momentum's ramps are as long a share of it as of the record's."""
+def with_record_muon(base: Config) -> Config:
+    """A run under Muon as it is today; momentum's ramps are as long a share of it as of the record's."""
     rises, falls = round(0.23 * base.steps), round(0.04 * base.steps)
-    changes: dict[str, Any] = {"matrix.rule": "muon", "muon.momentum_steps": (rises, falls)}
+    changes = fields_of(RECORD_MUON, "optim.muon.") | {"optim.matrices": "muon"}
+    changes |= {"schedule.momentum_min": 0.85, "schedule.momentum_ramp": (rises, falls)}
     if base.precision == "float32":  # on a CPU
-        changes |= {"muon.weights": "float32", "muon.products": "bfloat16", "muon.gram": False}
-    return vary(dataclasses.replace(base, muon=TODAY), changes)
+        changes |= {"optim.muon.param_dtype": "float32", "optim.muon.ns_dtype": "bfloat16"}
+    return vary(base, changes)
 
 
 def best_of(slug: str, name: str) -> Config:
@@ -88,19 +89,22 @@ def best_of(slug: str, name: str) -> Config:
     return config_from_json(best["config"])
 
 
-def laptop_bench() -> Config:
+def cpu_base() -> Config:
     """The run in which ideas are compared on a laptop: the cpu preset's model under today's Muon, at chapter 13's rates."""
-    return vary(today(vary(preset("cpu"), SHORT)), {"matrix.lr": 0.016, "optim.lr": 0.004})
+    return vary(
+        with_record_muon(vary(preset("cpu"), SHORT)),
+        {"optim.matrix_lr": 0.016, "optim.adam.lr": 0.004},
+    )
 
 
-def bench(data: str) -> Config:
+def gpu_base(data: str) -> Config:
     """The run in which ideas are compared on a GPU: 30 million parameters, 400 steps of 32,768 tokens."""
     sizes = {"model.layers": 6, "model.heads": 6, "model.width": 384, "model.init_std": 0.03}
     reads = {"data.path": data, "data.step_tokens": 32_768, "data.grad_shards": 1}
-    lasts: dict[str, Any] = {"steps": 400, "optim.warmup_steps": 40, "val_tokens": 1_048_576}
-    lasts |= {"schedule.shape": "trapezoid"}
-    plain = dataclasses.replace(preset("small"), matrix=MatrixOptions(), muon=MuonOptions())
-    return vary(plain, sizes | reads | lasts)
+    lasts: dict[str, Any] = {"steps": 400, "schedule.warmup_steps": 40, "val_tokens": 1_048_576}
+    adamw = {"optim.matrices": "adam", "optim.matrix_lr": 0.0, "schedule.momentum_min": 0.0}
+    adamw |= fields_of(MuonConfig(weight_decay=0.1), "optim.muon.")  # should an arm have it
+    return vary(preset("small"), sizes | reads | lasts | adamw)
 
 
 def restart(live: "Run", config: Config) -> None:
@@ -108,17 +112,17 @@ def restart(live: "Run", config: Config) -> None:
     import torch
 
     from speedrun.data.loader import Position
-    from speedrun.model.gpt import begin
-    from speedrun.train import make_optimizers, warm_up
+    from speedrun.model.gpt import init_weights
+    from speedrun.train import build_optimizer, warm_up
 
-    model: Any = live.model
-    for row in model.table:  # an optimizer may have given it another dtype
-        weights = model.get_parameter(row.name)
-        weights.data = torch.empty(row.shape, device=weights.device)
-    begin(model, config.seed)
+    model = live.model
+    for spec in model.specs:  # an optimizer may have given it another dtype
+        weights = model.get_parameter(spec.name)
+        weights.data, weights.grad = torch.empty(spec.shape, device=weights.device), None
+    init_weights(model, config.seed)
     live.config, live.step, live.loader.position = config, 0, Position()
-    live.optimizers = make_optimizers(config, model, model.decays())
-    live.skipped.zero_()
+    live.optimizer = build_optimizer(config, model)
+    live.nonfinite_steps.zero_()
     live.clock.elapsed_ms = 0.0
     warm_up(live)
 
@@ -129,7 +133,7 @@ def train_watched(live: "Run") -> dict[str, list]:
 
     model: Any = live.model
     steps, every = live.config.steps, -(-live.config.steps // 32)
-    few = {row.name: model.get_parameter(row.name) for row in model.table if row.mixes}
+    few = {spec.name: model.get_parameter(spec.name) for spec in model.specs if spec.is_scalar}
     learned: dict[str, list] = {name: [] for name in few}
     for step in range(steps + 1):
         for name, values in few.items():
@@ -150,7 +154,7 @@ def retrain(live: "Run", config: Config, alone: AbstractContextManager[Any] | No
         learned = train_watched(live)
         live.clock.stop()
     done: dict[str, Any] = {"val_loss": evaluate(live, held_out(live, config.val_tokens))}
-    done |= {"seconds": live.clock.elapsed_ms / 1000, "skipped": live.skipped.item()}
+    done |= {"seconds": live.clock.elapsed_ms / 1000, "skipped": live.nonfinite_steps.item()}
     done |= {"learned": learned} if learned else {}
     return done | {"config": dataclasses.asdict(config)}
 
@@ -160,8 +164,8 @@ HERE: dict[str, Any] = {}  # a process's GPU
 
 def seen_by_model(config: Config) -> str:
     """All that decides what is compiled for a run."""
-    parts = (config.model, switches_of(config), config.data, config.precision, config.compile)
-    return repr((*parts, config.muon.weights))
+    parts = (config.model, config.data, config.precision, config.compile)
+    return repr((*parts, config.optim.muon.param_dtype))
 
 
 def train_alike(runs: Sequence[Config]) -> list[dict]:

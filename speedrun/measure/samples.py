@@ -18,7 +18,8 @@ from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from speedrun.config import preset, vary
+from speedrun.config import vary
+from speedrun.presets import preset
 from speedrun.data.shards import load_manifest
 from speedrun.lab.provenance import stamp
 from speedrun.lab.runlog import read_metrics, series

@@ -4,21 +4,29 @@
 # %% The measurement
 from typing import Any
 
-from speedrun.config import Config, preset, vary
+from speedrun.config import Config, vary
+from speedrun.presets import preset
 from speedrun.lab.provenance import stamp
 from speedrun.measure.runs import corpus_of, train_many
 
 NAMES = ("shapes",)
 SEEDS = (0, 1, 2)
 SHARES = (0.2, 0.4, 0.6, 0.8, 1.0)
-MUON: dict[str, Any] = {"matrix.rule": "muon", "matrix.lr": 0.016, "optim.lr": 0.008, "steps": 1000}
+MUON: dict[str, Any] = {
+    "optim.matrices": "muon",
+    "optim.matrix_lr": 0.016,
+    "optim.adam.lr": 0.008,
+    "steps": 1000,
+}
 
 
 def arms() -> dict[str, Config]:
     """The cosine, and the trapezoid by the share of steps in which it falls."""
     base = vary(preset("cpu"), MUON)
     falls = {"schedule.shape": "trapezoid"}
-    shapes = {f"{share:g}": vary(base, falls | {"schedule.cooldown": share}) for share in SHARES}
+    shapes = {
+        f"{share:g}": vary(base, falls | {"schedule.cooldown_frac": share}) for share in SHARES
+    }
     return {"cosine": base} | shapes
 
 

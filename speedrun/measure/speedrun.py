@@ -8,7 +8,8 @@ from speedrun.report import quantile, read_run
 import shlex
 from pathlib import Path
 
-from speedrun.config import as_arguments, config_from_json
+from speedrun.config import config_from_json
+from speedrun.presets import as_arguments
 from speedrun.lab.errors import Problem
 
 NAMES = ()  # any name: python scripts/measure.py speedrun NAME RUN_FOLDER …

@@ -1,17 +1,7 @@
 # Tangled from notebooks/23_training_loop.py: edit the notebook, then run "make tangle". Edits made here are lost.
 
 
-from speedrun.train import (
-    Marks,
-    Run,
-    accumulate,
-    assemble,
-    gradients_of,
-    sum_over_ranks,
-    train_step,
-    update,
-    warm_up,
-)
+from speedrun.train import Marks, Run, accumulate, assemble, settings_of, train_step, warm_up
 
 
 # %% The measurement
@@ -21,12 +11,13 @@ import tempfile
 import time
 from pathlib import Path
 
-from speedrun.config import Config, preset, vary
+from speedrun.config import Config, vary
 from speedrun.lab.provenance import stamp
 from speedrun.lab.results import load_result
-from speedrun.measure.runs import corpus_of, laptop_bench, train_arms, train_many
+from speedrun.measure.runs import corpus_of, cpu_base, train_arms, train_many
+from speedrun.presets import preset
 
-NAMES = ("cpu", "gpu", "sharing_rates", "sharing")
+NAMES = ("cpu", "gpu", "adam_rates", "adam")
 PRESET_OF = {"cpu": "cpu", "gpu": "small"}
 
 
@@ -46,8 +37,7 @@ def pieces_of(run: Run) -> dict:
     return {
         "reading": lambda: batches.append(run.loader.next()),
         "forward and backward": model,
-        "sum over ranks": lambda: sum_over_ranks(gradients_of(run.model), run.ranks.world),
-        "clip and update": lambda: update(run),
+        "clip and update": lambda: run.optimizer.step(settings_of(run, run.step)),
         "heartbeat and mark": heartbeat_and_mark,
     }
 
@@ -56,7 +46,6 @@ def time_pieces(run: Run, repeats: int) -> dict[str, float]:
     """Milliseconds of each piece of a step, waiting for the device after each (medians)."""
     pieces, seen = pieces_of(run), {}
     for _ in range(repeats):
-        run.model.zero_grad()
         for name, piece in pieces.items():
             begin = time.perf_counter()
             piece()
@@ -94,34 +83,40 @@ EVERY = (1, 2)  # steps from one update by Adam to the next
 GRID = [(every, rate, other) for every in EVERY for rate in (0.008, 0.016, 0.032) for other in (0.002, 0.004, 0.008, 0.016)]  # fmt: skip
 
 
-def sharing_run(every: int, rate: float, other: float) -> Config:
-    """The laptop's run of 600 steps under today's Muon, with one optimizer for all ranks."""
-    sharing = {"sharing.on": True, "sharing.adam_every": every}
-    return vary(laptop_bench(), {"matrix.lr": rate, "optim.lr": other} | sharing)
+def adam_run(every: int, rate: float, other: float) -> Config:
+    """The laptop's run of 600 steps under today's Muon, with the record's Adam: cautious decay, no clipping."""
+    adam = {"optim.adam.cautious": True, "optim.adam.weight_decay": 0.75, "optim.adam.every": every}
+    rates = {"optim.matrix_lr": rate, "optim.adam.lr": other, "optim.grad_clip": 0.0}
+    return vary(cpu_base(), adam | rates)
 
 
-def sharing_arms(name: str) -> dict[str, Config]:
-    """All points of the grid; or, for Adam in every step and in every second, the best of them."""
-    points = {" ".join(f"{n:g}" for n in point): sharing_run(*point) for point in GRID}
-    if name == "sharing_rates":
+def adam_arms(name: str) -> dict[str, Config]:
+    """adam_rates: all points of the grid. adam: AdamW, and Adam in every step at the best of them, each clipped and not; and in every second."""
+    points = {" ".join(f"{n:g}" for n in point): adam_run(*point) for point in GRID}
+    if name == "adam_rates":
         return points
-    arms = load_result("training_loop", "sharing_rates")["data"]["arms"]
+    arms = load_result("training_loop", "adam_rates")["data"]["arms"]
     loss = {point: runs[0]["val_loss"] for point, runs in arms.items()}
-    best = {
-        n: min((p for p in loss if p.split()[0] == str(n)), key=loss.__getitem__) for n in EVERY
+    best = {n: points[min((p for p in points if p.startswith(f"{n} ")), key=loss.__getitem__)] for n in EVERY}  # fmt: skip
+    clipped, free = {"optim.grad_clip": 1.0}, {"optim.grad_clip": 0.0}
+    return {
+        "AdamW, clipped": vary(cpu_base(), clipped),
+        "AdamW": vary(cpu_base(), free),
+        "every step, clipped": vary(best[1], clipped),
+        "every step": best[1],
+        "every second step": best[2],
     }
-    return {f"every {n}": points[point] for n, point in best.items()}
 
 
 def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
     """Time the pieces of a step of a preset on this machine. Arguments: a data folder, if not the preset's.
 
-    sharing_rates, sharing: the laptop's run with one optimizer for all ranks, on a grid of rates, and at the best with nine seeds.
+    adam_rates, adam: the laptop's run with the record's Adam on a grid of rates, and AdamW and it at the best, clipped and not, with nine seeds.
     """
     modules = ["speedrun.measure.training_loop"]
-    if name.startswith("sharing"):
-        seeds, corpus = 9 if name == "sharing" else 1, corpus_of(preset("cpu"))
-        arms = train_arms(sharing_arms(name), seeds, train_many)
+    if name.startswith("adam"):
+        seeds, corpus = 9 if name == "adam" else 1, corpus_of(preset("cpu"))
+        arms = train_arms(adam_arms(name), seeds, train_many)
         return {"arms": arms}, stamp(command, modules, seeds, range(seeds), corpus)
     config = vary(preset(PRESET_OF[name]), {"data.path": arguments[0]} if arguments else {})
     with tempfile.TemporaryDirectory() as folder:

@@ -3,37 +3,19 @@
 
 # %% The code
 import math
-from dataclasses import dataclass
-from typing import Annotated
+from typing import Any
 
 import torch
-from annotated_types import Interval
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from speedrun.lab.bounds import PositiveFloat, PositiveInt
-
-
-@dataclass(frozen=True)
-class GPT2Options:
-    """The shape of a GPT-2. The defaults are the 124M model; the vocabulary comes from the data."""
-
-    layers: Annotated[int, Interval(ge=1, le=1024)] = 12
-    """Blocks."""
-    heads: PositiveInt = 12
-    """Attention heads; they share the width evenly."""
-    width: Annotated[int, Interval(ge=1, le=2**16)] = 768
-    """Length of the residual stream's vectors."""
-    context: Annotated[int, Interval(ge=1, le=2**20)] = 1024
-    """Longest row of tokens: the number of learned positions."""
-    init_std: PositiveFloat = 0.02
-    """Standard deviation of the initial weights; GPT-2's 0.02 suits a width of 768."""
+from speedrun.model.gpt import GPTConfig
 
 
 class Attention(nn.Module):
     """Causal self-attention, (batch, tokens, width) → the same."""
 
-    def __init__(self, options: GPT2Options):
+    def __init__(self, options: GPTConfig):
         super().__init__()
         self.heads = options.heads
         self.qkv = nn.Linear(options.width, 3 * options.width)
@@ -50,7 +32,7 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """Two linear layers with a GELU between them, (…, width) → the same."""
 
-    def __init__(self, options: GPT2Options):
+    def __init__(self, options: GPTConfig):
         super().__init__()
         self.up = nn.Linear(options.width, 4 * options.width)
         self.down = nn.Linear(4 * options.width, options.width)
@@ -62,7 +44,7 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """One layer: attention and perceptron, each on a normed copy of the stream, each added to it."""
 
-    def __init__(self, options: GPT2Options):
+    def __init__(self, options: GPTConfig):
         super().__init__()
         self.norm_1, self.norm_2 = nn.LayerNorm(options.width), nn.LayerNorm(options.width)
         self.attention, self.mlp = Attention(options), MLP(options)
@@ -72,7 +54,7 @@ class Block(nn.Module):
         return x + self.mlp(self.norm_2(x))
 
 
-def init_gpt2(model: nn.Module, options: GPT2Options) -> None:
+def init_gpt2(model: nn.Module, options: GPTConfig) -> None:
     """Normal weights of `init_std`, biases zero; smaller by sqrt(2 · layers) where a matrix adds to the stream."""
     for name, weight in model.named_parameters():
         if name.endswith("bias"):
@@ -87,7 +69,7 @@ def init_gpt2(model: nn.Module, options: GPT2Options) -> None:
 class GPT2(nn.Module):
     """GPT-2, embedding and head tied. `model(inputs)`: logits (batch, tokens, vocab); with targets the mean loss."""
 
-    def __init__(self, options: GPT2Options, vocab_size: int):
+    def __init__(self, options: GPTConfig, vocab_size: int):
         super().__init__()
         self.tokens = nn.Embedding(vocab_size, options.width)
         self.positions = nn.Embedding(options.context, options.width)
@@ -111,25 +93,15 @@ def gpt2_forward(model: GPT2, inputs: Tensor, targets: Tensor | None) -> Tensor:
 
 
 # %% Three numbers that must come out
-def parameter_count(options: GPT2Options, vocab_size: int) -> int:
+def parameter_count(options: GPTConfig, vocab_size: int) -> int:
     """Parameters by formula: embeddings, then per block 12 width² of matrices and 13 width of biases and norms."""
     d = options.width
     return (vocab_size + options.context) * d + options.layers * (12 * d * d + 13 * d) + 2 * d
 
 
-def flops_per_token(
-    options: GPT2Options, vocab_size: int, seq_len: int, causal: bool = True
-) -> float:
-    """FLOPs of a token, forward and backward: 6 a weight that multiplies, 12 · seq_len · width a layer for attention.
-
-    causal: count half of attention, as a kernel does that skips what the mask hides.
-    """
-    weights = options.layers * 12 * options.width**2 + vocab_size * options.width
-    attention = options.layers * 12 * seq_len * options.width
-    return 6.0 * weights + attention * (0.5 if causal else 1.0)
-
-
 # %% The optimizer
-def decays_by_shape(model: nn.Module) -> dict[str, bool]:
-    """llm.c's rule: tensors of two or more dimensions decay."""
-    return {name: parameter.ndim >= 2 for name, parameter in model.named_parameters()}
+def decay_groups(model: nn.Module, weight_decay: float = 0.1) -> list[dict[str, Any]]:
+    """Groups for an optimizer of torch's: tensors of two or more dimensions decay (llm.c's rule), all others do not."""
+    parameters = list(model.parameters())
+    large, small = ([p for p in parameters if (p.ndim >= 2) == yes] for yes in (True, False))
+    return [{"params": large, "weight_decay": weight_decay}, {"params": small, "weight_decay": 0.0}]

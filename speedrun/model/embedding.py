@@ -17,7 +17,7 @@ Value = int | Literal["first"] | None
 
 
 @dataclass(frozen=True)
-class EmbeddingOptions:
+class EmbeddingConfig:
     """What a token brings into the model. The defaults are GPT-2's."""
 
     norm: bool = False
@@ -25,7 +25,7 @@ class EmbeddingOptions:
     std: NonNegativeFloat = 0.0
     """Deviation of the first vectors; 0: model.init_std."""
     rate: PositiveFloat = 1.0
-    """The embedding's rate as a multiple of optim.lr."""
+    """The embedding's rate as a multiple of optim.adam.lr."""
     smear: bool = False
     """Each token's vector gets a little of the one before, through a gate."""
     values: Literal["none", "first", "all", "mirror", "outer", "ends"] = "none"
@@ -35,7 +35,7 @@ class EmbeddingOptions:
     value_std: NonNegativeFloat = 0.01
     """Deviation of the tables' first entries; record 70's is 0.01, record 14's was 1."""
     value_rate: PositiveFloat = 1.0
-    """The tables' rate as a multiple of optim.lr."""
+    """The tables' rate as a multiple of optim.adam.lr."""
 
 
 def values_by_layer(layers: int, kind: str) -> list[Value]:

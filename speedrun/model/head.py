@@ -10,23 +10,21 @@ from annotated_types import Interval
 from torch import Tensor
 from torch.nn import functional as F
 
-from speedrun.lab.bounds import NonNegativeFloat, PositiveFloat, Share
+from speedrun.lab.bounds import NonNegativeFloat, PositiveFloat
 
 Cap = Literal["none", "tanh30", "tanh15", "sigmoid30", "sigmoid23"]
 
 
 @dataclass(frozen=True)
-class HeadOptions:
+class HeadConfig:
     """From the last vectors to the loss. The defaults are GPT-2's."""
 
     tied: Literal["tied", "untied", "split"] = "tied"
-    """tied: the embedding is the head. untied: two matrices. split: two that are kept equal until split_at."""
-    split_at: Share = 2 / 3
-    """split: the share of the steps after which the two matrices train apart; needs sharing.on."""
+    """tied: the embedding is the head. untied: two matrices. split: two that are kept equal until schedule.untie_at."""
     std: NonNegativeFloat = 0.0
     """untied: deviation of the head's first weights; 0: zeros."""
     rate: PositiveFloat = 1.0
-    """untied: the head's rate as a multiple of optim.lr."""
+    """untied: the head's rate as a multiple of optim.adam.lr."""
     multiple: Annotated[int, Interval(ge=1, le=2**16)] = 1
     """The vocabulary is padded to a multiple of this, by rows that no token uses."""
     cap: Cap = "none"

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 
 @dataclass(frozen=True)
-class BlockOptions:
+class BlockConfig:
     """What a layer is made of. The defaults are GPT-2's."""
 
     norm: Literal["layer", "rms"] = "layer"
@@ -54,18 +54,18 @@ def activate(z: Tensor, kind: str) -> Tensor:
     return F.relu(z).square() if kind == "relu2" else F.gelu(z, approximate="tanh")
 
 
-def mlp(x: Tensor, weights: Mapping[str, Tensor], options: BlockOptions) -> Tensor:
+def mlp(x: Tensor, weights: Mapping[str, Tensor], options: BlockConfig) -> Tensor:
     """Two matrices with a nonlinearity between, (…, width) → the same. up: (4 · width, width), down: (width, 4 · width)."""
     hidden = activate(linear(x, weights, "mlp_up"), options.activation)
     return linear(hidden, weights, "mlp_down")
 
 
-# %% Beginning
-def initial(
-    options: BlockOptions, init_std: float, layers: int, columns: int, adds: bool
+# %% Initialisation
+def linear_init(
+    config: BlockConfig, init_std: float, layers: int, columns: int, adds: bool
 ) -> dict[str, Any]:
-    """How a matrix of so many columns begins, as fields of its row in the table. adds: it writes to the stream."""
-    std = 0.5 / math.sqrt(columns) if options.fan_in else init_std
+    """How a matrix of so many columns is initialised, as columns of its ParamSpec. adds: it writes to the residual stream."""
+    std = 0.5 / math.sqrt(columns) if config.fan_in else init_std
     if adds:
-        std = 0.0 if options.zero_out else std / math.sqrt(2 * layers)
-    return {"std": std, "uniform": options.fan_in and std > 0}
+        std = 0.0 if config.zero_out else std / math.sqrt(2 * layers)
+    return {"init_std": std, "init_uniform": config.fan_in and std > 0}

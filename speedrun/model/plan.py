@@ -1,22 +1,24 @@
 # Tangled from notebooks/07_plumbing.py: edit the notebook, then run "make tangle". Edits made here are lost.
 
 
-from speedrun.model.embedding import EmbeddingOptions, READS, Value, gate, values_by_layer
+from speedrun.model.embedding import EmbeddingConfig, READS, Value, gate, values_by_layer
 
 
 # %% The plan
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from speedrun.lab.bounds import NonNegativeFloat, PositiveFloat
+from speedrun.params import ParamSpec
 
 
 @dataclass(frozen=True)
-class PlanOptions:
+class PlanConfig:
     """How the stream runs through the layers. The defaults are GPT-2's."""
 
     x0: bool = False
@@ -30,7 +32,7 @@ class PlanOptions:
     without: Literal["nothing", "attention", "mlp", "both"] = "nothing"
     """attention: the second layer of the later half has none. mlp: the first has none."""
     rate: PositiveFloat = 1.0
-    """The rate of all weights that mix, as a multiple of optim.lr."""
+    """The rate of all weights that mix, as a multiple of optim.adam.lr."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ def skip_pairs(layers: int, kind: str) -> dict[int, int]:
 
 
 def make_plan(
-    layers: int, options: PlanOptions, embedding: EmbeddingOptions
+    layers: int, options: PlanConfig, embedding: EmbeddingConfig
 ) -> tuple[LayerSpec, ...]:
     """One row for each layer."""
     skips, values = skip_pairs(layers, options.skips), values_by_layer(layers, embedding.values)
@@ -73,33 +75,31 @@ def tables_of(plan: Sequence[LayerSpec]) -> int:
     return len({spec.value for spec in plan if isinstance(spec.value, int)})
 
 
-def mixing_rows(
-    plan: Sequence[LayerSpec], heads: int, options: PlanOptions, embedding: EmbeddingOptions
-) -> list[dict[str, Any]]:
-    """All weights that mix, as fields of their rows in the table."""
+def scalar_specs(
+    plan: Sequence[LayerSpec], heads: int, config: PlanConfig, embedding: EmbeddingConfig
+) -> list[ParamSpec]:
+    """All weights by which vectors are mixed."""
     skipping = tuple(n for n, spec in enumerate(plan) if spec.skip is not None)
     valued = tuple(n for n, spec in enumerate(plan) if spec.value is not None)
-    everyone, rows = tuple(range(len(plan))), list[dict[str, Any]]()
-    if embedding.smear:
-        rows += [{"name": "smear_weight", "shape": (1,)}, {"name": "smear_gate", "shape": (READS,)}]
-    if options.x0:
-        kind: dict[str, Any] = {"shape": (len(plan),), "owners": everyone}
-        rows += [{"name": "stream_weight", "mean": options.residual} | kind]
-        rows += [{"name": "x0_weight"} | kind]
+    everyone = tuple(range(len(plan)))
+    row: Any = partial(ParamSpec, lr_mul=config.rate, is_scalar=True)
+    specs = [row("smear_weight", (1,)), row("smear_gate", (READS,))] if embedding.smear else []
+    if config.x0:
+        specs.append(row("stream_weight", (len(plan),), everyone, init_mean=config.residual))
+        specs.append(row("x0_weight", (len(plan),), everyone))
     if skipping:
-        kind = {"shape": (len(skipping),), "owners": skipping}
-        rows += [{"name": "skip_weight", "mean": 1.0 if options.skips == "unet" else -1.5} | kind]
-    if options.skips == "gated":
-        rows += [{"name": "skip_gate", "shape": (1, READS), "owners": skipping}]
+        mean = 1.0 if config.skips == "unet" else -1.5
+        specs.append(row("skip_weight", (len(skipping),), skipping, init_mean=mean))
+    if config.skips == "gated":
+        specs.append(row("skip_gate", (1, READS), skipping))
     if valued and embedding.value_mix == "gates":
-        shape: tuple[int, ...] = (len(valued), heads, READS)
-        rows += [{"name": "value_gate", "shape": shape, "owners": valued}]
+        specs.append(row("value_gate", (len(valued), heads, READS), valued))
     elif valued:
         shape = (len(valued),) if embedding.value_mix == "share" else (len(valued), 2)
-        rows += [{"name": "value_mix", "shape": shape, "mean": 0.5, "owners": valued}]
-    if options.backout:
-        rows += [{"name": "backout_weight", "shape": (1,), "mean": 0.5}]
-    return [{"rate": options.rate, "mixes": True} | row for row in rows]
+        specs.append(row("value_mix", shape, valued, init_mean=0.5))
+    if config.backout:
+        specs.append(row("backout_weight", (1,), init_mean=0.5))
+    return specs
 
 
 def enter(

@@ -12,7 +12,7 @@ from speedrun.lab.bounds import PositiveFloat
 
 
 @dataclass(frozen=True)
-class RotaryOptions:
+class RotaryConfig:
     """How attention learns where tokens are. The defaults are GPT-2's."""
 
     positions: Literal["learned", "rotary", "half"] = "learned"
@@ -23,7 +23,7 @@ class RotaryOptions:
     """Which numbers are a pair: one of the first half with one of the second, or two that stand side by side."""
 
 
-def frequencies(head_dim: int, options: RotaryOptions) -> Tensor:
+def frequencies(head_dim: int, options: RotaryConfig) -> Tensor:
     """Radians a token of each pair, (head_dim / 2,), float32, falling; half: the second half of them zeros."""
     if options.positions == "half":
         turning = (1 / options.base) ** torch.linspace(0, 1, head_dim // 4)
@@ -31,7 +31,7 @@ def frequencies(head_dim: int, options: RotaryOptions) -> Tensor:
     return options.base ** -(torch.arange(head_dim // 2) / (head_dim // 2))
 
 
-def rotation_tables(tokens: int, head_dim: int, options: RotaryOptions) -> tuple[Tensor, Tensor]:
+def rotation_tables(tokens: int, head_dim: int, options: RotaryConfig) -> tuple[Tensor, Tensor]:
     """Cosine and sine of every position's angle for every pair, (tokens, head_dim / 2) each, float32."""
     angles = torch.outer(torch.arange(tokens).float(), frequencies(head_dim, options))
     return angles.cos(), angles.sin()

@@ -2,17 +2,18 @@
 
 
 # %% The best polynomials
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from annotated_types import Interval
 from torch import Tensor
 
-from speedrun.lab.bounds import Beta, NonNegativeFloat, NonNegativeInt, PositiveFloat
-from speedrun.optim.newton_schulz import MatrixOptimizer, MatrixOptions
-from speedrun.optim.newton_schulz import fold, newton_schulz, orthogonal_factor, through
+from speedrun.lab.bounds import Beta, NonNegativeFloat, PositiveFloat
+from speedrun.optim.newton_schulz import apply_odd_polynomials, nesterov_momentum
+from speedrun.optim.newton_schulz import newton_schulz, polar_factor
+from speedrun.params import ParamSpec
 
 
 POLAR_EXPRESS = (
@@ -38,17 +39,19 @@ def polar_express(
     last = POLAR_EXPRESS[-1:] * max(0, iterations - len(POLAR_EXPRESS))
     polynomials = (*POLAR_EXPRESS[:iterations], *last)
     if not gram:
-        return through(x, polynomials)
-    return through_gram(x, polynomials, 3 if max(x.shape[-2:]) > 1.5 * min(x.shape[-2:]) else 1)
+        return apply_odd_polynomials(x, polynomials)
+    return gram_newton_schulz(
+        x, polynomials, 3 if max(x.shape[-2:]) > 1.5 * min(x.shape[-2:]) else 1
+    )
 
 
 # %% The small square
-def through_gram(
+def gram_newton_schulz(
     x: Tensor, polynomials: Sequence[tuple[float, float, float]], restart: int = 3
 ) -> Tensor:
-    """`through`, for x (matrices, rows, cols), with products of the short side's square alone, but for two a restart and two.
+    """Same result as `apply_odd_polynomials` for x, (matrices, rows, cols), computed on the small Gram matrix of its short side.
 
-    restart: after every so many polynomials x is multiplied out, and its square computed anew.
+    Only two products with x itself for each restart. restart: after so many polynomials x is multiplied out, and the Gram matrix computed anew.
     """
     tall, restart = x.shape[-2] > x.shape[-1], max(1, restart)
     for begin in range(0, len(polynomials), restart):
@@ -66,158 +69,147 @@ def through_gram(
 
 
 # %% Rows of one length
-def even_rows(update: Tensor, second: Tensor, beta2: float, skip: Tensor | None) -> Tensor:
-    """NorMuon: rows of update, (matrices, rows, cols), divided by the root of their mean square, at the matrix's old length.
+def normuon_normalize(
+    update: Tensor, second_momentum: Tensor, beta2: float, skip: Tensor | None
+) -> Tensor:
+    """NorMuon: divide each row of update, (matrices, rows, cols), by the RMS of its running second moment, then rescale the matrix to its old norm.
 
-    second: the running mean squares, (matrices, rows, 1), folded in place; of columns, (matrices, 1, cols), where these are more.
+    second_momentum: (matrices, rows, 1), updated in place; of columns, (matrices, 1, cols), where these are more. skip: if not zero it stays.
     """
     u = update.float()
-    square = u.square().mean(-1 if second.shape[-1] == 1 else -2, keepdim=True).to(second.dtype)
+    square = u.square().mean(-1 if second_momentum.shape[-1] == 1 else -2, keepdim=True)
+    square = square.to(second_momentum.dtype)
     if skip is not None:
-        square = torch.where(skip > 0, second, square)
-    second.lerp_(square, 1 - beta2)
-    even = u * second.clamp_min(1e-10).rsqrt()
+        square = torch.where(skip > 0, second_momentum, square)
+    second_momentum.lerp_(square, 1 - beta2)
+    even = u * second_momentum.clamp_min(1e-10).rsqrt()
     length, now = (torch.linalg.matrix_norm(x, keepdim=True) for x in (u, even))
     return even * (length / now.clamp_min(1e-10))
 
 
 # %% Decay that agrees
-def cautious(p: Tensor, update: Tensor, decay: float | Tensor) -> Tensor:
+def cautious_decay(p: Tensor, update: Tensor, decay: float | Tensor) -> Tensor:
     """The update with decay · p added where both have one sign, so where the step makes a weight smaller anyway."""
     return update + decay * p * (update * p >= 0)
 
 
 # %% Sixteen bits beside sixteen bits
-def split(whole: Tensor) -> tuple[Tensor, Tensor]:
-    """float32 as the nearest bfloat16 and what is missing, int16: `join` gives back every bit."""
+def split_bf16(whole: Tensor) -> tuple[Tensor, Tensor]:
+    """float32 as the nearest bfloat16, and a mantissa, int16, with which `join_bf16` gives back every bit."""
     bits = whole.view(torch.int32)
     high = (bits + 0x8000) >> 16
     return high.to(torch.int16).view(torch.bfloat16), (bits - (high << 16)).to(torch.int16)
 
 
-def join(rounded: Tensor, lost: Tensor) -> Tensor:
-    """The float32 that `split` took apart."""
-    return ((rounded.view(torch.int16).to(torch.int32) << 16) + lost).view(torch.float32)
+def join_bf16(rounded: Tensor, mantissa: Tensor) -> Tensor:
+    """The float32 that `split_bf16` took apart."""
+    return ((rounded.view(torch.int16).to(torch.int32) << 16) + mantissa).view(torch.float32)
 
 
-# %% All of it, in the optimizer
+# %% The Muon step
 @dataclass(frozen=True)
-class MuonOptions:
-    """What later records made of Muon. The defaults change nothing: they are record 4's."""
+class MuonConfig:
+    """Muon. With the defaults it is record 4's; what later records made of it is off."""
 
-    polynomials: Literal["quintic", "polar_express"] = "quintic"
-    """quintic: the same one again and again. polar_express: each the best for what the last one left."""
-    products: Literal["bfloat16", "float16"] = "bfloat16"
-    """polar_express: the numbers that are multiplied."""
-    gram: bool = False
-    """polar_express: multiply squares of the short side instead of the matrix, as far as that is cheaper."""
+    momentum: Beta = 0.95
+    """Coefficient of the gradients' average; with schedule.momentum_min its highest value."""
+    nesterov: bool = True
+    """Mix the newest gradient in once more."""
+    ns_steps: Annotated[int, Interval(ge=0, le=100)] = 5
+    """Newton–Schulz iterations; 0: the exact polar factor, from a singular value decomposition."""
+    orthogonalizer: Literal["quintic", "polar_express"] = "quintic"
+    """quintic: one polynomial again and again. polar_express: each the best for what the last one left."""
+    ns_dtype: Literal["bfloat16", "float16"] = "bfloat16"
+    """polar_express: what is multiplied. float16: by way of the Gram matrix, which is cheaper."""
     beta2: Beta = 0.0
-    """NorMuon: what the rows' mean squares keep of themselves in a step; 0: rows stay as long as they are."""
-    decay: Literal["plain", "squared", "cautious", "none"] = "plain"
-    """plain: rate · optim.weight_decay. squared: rate² · decay_factor. cautious: that, where the step makes a weight smaller anyway."""
-    decay_factor: NonNegativeFloat = 1.2
-    """squared, cautious: decay of a step as a multiple of the rate's square."""
-    low_momentum: Beta = 0.0
-    """Momentum in the first step and after the last, on a line to matrix.momentum and back; 0: no lines."""
-    momentum_steps: tuple[NonNegativeInt, NonNegativeInt] = (300, 50)
-    """Steps in which momentum rises at the beginning, and falls at the end."""
-    wide_factor: PositiveFloat = 1.0
-    """The rate of a matrix of fewer rows than columns is larger by this."""
-    weights: Literal["float32", "bfloat16", "split"] = "float32"
-    """What the matrices are in the model. split: bfloat16, and the optimizer keeps what rounding took."""
+    """NorMuon: decay of the rows' second moment; 0: off."""
+    weight_decay: NonNegativeFloat = 0.0
+    """Decay, as a multiple of the learning rate; with decay_with_lr, of its square."""
+    decay_with_lr: bool = False
+    """Decay a weight by weight_decay · rate², the rate with the matrix's own factor, and not by weight_decay · rate without it."""
+    cautious: bool = False
+    """Decay a weight only where the step makes it smaller anyway."""
+    scale_by_shape: bool = True
+    """The rate of a matrix of more rows than columns is larger by sqrt(rows / cols)."""
+    down_lr_mul: PositiveFloat = 1.0
+    """Multiple of the rate of mlp_down, the wide matrix."""
+    param_dtype: Literal["float32", "bfloat16", "bf16_mantissa"] = "float32"
+    """What the matrices are in the model. bf16_mantissa: bfloat16, and the optimizer keeps what rounding took."""
 
 
-def take_step(
+def matrix_lr_mul(spec: ParamSpec, config: MuonConfig) -> float | tuple[float, ...]:
+    """The multiples of Muon's rate for the matrices of a row: the row's own, if it has several, or its factor for the shape."""
+    if isinstance(spec.lr_mul, tuple):
+        return spec.lr_mul
+    scale = spec.shape_scale if config.scale_by_shape else 1.0
+    return spec.lr_mul * (config.down_lr_mul if spec.name == "mlp_down" else scale)
+
+
+def apply_update(
     p: Tensor,
-    lost: Tensor | None,
+    mantissa: Tensor | None,
     update: Tensor,
-    rate: float | Tensor,
-    kind: str,
-    plain: float | Tensor,
-    squared: float | Tensor,
+    lr: float | Tensor,
+    decay: float | Tensor,
+    cautious: bool,
 ) -> None:
-    """p ← p − rate · (update + decay · p), in place and in float32, whatever p is. lost: what p's rounding took, or None.
-
-    kind: how p decays. plain: the decay of that kind. squared: of the other kinds, a multiple of the rate.
-    """
-    whole = p if p.dtype != torch.bfloat16 else p.float() if lost is None else join(p, lost)
-    if kind == "plain":
-        whole.mul_(1 - rate * plain).sub_(rate * update)
-    elif kind == "cautious":
-        whole.sub_(rate * cautious(whole, update.float(), squared))
+    """p ← p − lr · (update + decay · p), in place and in float32, whatever p is. mantissa: what p's rounding took, or None."""
+    whole = p if p.dtype != torch.bfloat16 else p.float()
+    whole = whole if mantissa is None else join_bf16(p, mantissa)
+    if cautious:
+        whole.sub_(lr * cautious_decay(whole, update.float(), decay))
     else:
-        whole.mul_(1 - rate * squared * (kind == "squared")).sub_(rate * update)
+        whole.mul_(1 - lr * decay).sub_(lr * update)
     if p.dtype == torch.bfloat16:
-        rounded, missing = split(whole)
+        rounded, missing = split_bf16(whole)
         p.copy_(rounded)
-        if lost is not None:
-            lost.copy_(missing)
+        if mantissa is not None:
+            mantissa.copy_(missing)
 
 
-def orthogonal(g: Tensor, iterations: int, options: MuonOptions) -> Tensor:
-    """Nearly the orthogonal factor of matrices, as the options say; without iterations the exact one."""
-    if not iterations:
-        return orthogonal_factor(g)
-    if options.polynomials == "polar_express":
-        return polar_express(g, iterations, getattr(torch, options.products), options.gram)
-    return newton_schulz(g, iterations)
+def orthogonalize(g: Tensor, config: MuonConfig) -> Tensor:
+    """Nearly the polar factor of each matrix in g, (matrices, rows, cols), as the config says; with ns_steps=0 exactly."""
+    if not config.ns_steps:
+        return polar_factor(g)
+    if config.orthogonalizer == "polar_express":
+        dtype, gram = getattr(torch, config.ns_dtype), config.ns_dtype == "float16"
+        return polar_express(g, config.ns_steps, dtype, gram)
+    return newton_schulz(g, config.ns_steps)
 
 
-def rate_factor(rows: int, cols: int, matrix: MatrixOptions, options: MuonOptions) -> float:
-    """What the rate of a matrix of this shape is multiplied by."""
-    tall = math.sqrt(rows / cols) if matrix.shape_factor and rows > cols else 1.0
-    return options.wide_factor if rows < cols else tall
+def muon_state(p: Tensor, config: MuonConfig) -> dict[str, Tensor]:
+    """Muon's state for matrices p, (matrices, rows, cols): momentum and, for NorMuon, second moments in float32; the mantissa in int16."""
+    state = {"momentum_buffer": torch.zeros_like(p, dtype=torch.float32)}
+    if config.beta2:
+        one = p[:, :, :1] if p.shape[1] >= p.shape[2] else p[:, :1, :]
+        state["second_momentum_buffer"] = torch.zeros_like(one, dtype=torch.float32)
+    if config.param_dtype == "bf16_mantissa":
+        state["mantissa"] = torch.zeros_like(p, dtype=torch.int16)
+    return state
 
 
-class Muon(MatrixOptimizer):
-    """Banks of matrices under Muon, old or new. Parameters change their dtype if the options say so.
+def muon_step(
+    p: Tensor,
+    g: Tensor,
+    state: dict[str, Tensor],
+    lr: float | Tensor,
+    lr_mul: float | Tensor,
+    momentum: float | Tensor,
+    weight_decay: float,
+    config: MuonConfig,
+    skip: Tensor | None = None,
+) -> None:
+    """One step of matrices p with gradient g, (matrices, rows, cols), in place. lr_mul: of all, or (matrices, 1, 1).
 
-    The state of a bank: momentum (matrices, rows, cols), float32; second, for NorMuon; lost (as the bank), for split weights.
+    skip: device flag; if it is not zero nothing changes, without host sync.
     """
-
-    def __init__(
-        self,
-        banks: list[tuple[Tensor, int]],
-        matrix: MatrixOptions,
-        options: MuonOptions,
-        lr: float,
-        weight_decay: float,
-    ):
-        super().__init__(banks, None, lr, weight_decay)
-        self.matrix, self.options = matrix, options
-        for group in self.param_groups:
-            (bank,) = group["params"]
-            rows, cols = bank.shape[1] // group["matrices"], bank.shape[2]
-            group["factor"] = rate_factor(rows, cols, matrix, options)
-            group["momentum"] = matrix.momentum
-            if options.weights != "float32":
-                bank.data, lost = split(bank.data.float())
-                if options.weights == "split":
-                    self.state[bank]["lost"] = lost
-
-    def load_state_dict(self, state_dict: dict) -> None:
-        """As ever, but state keeps its dtypes: PyTorch would give it the parameters'."""
-        super().load_state_dict(state_dict)
-        order = [p for group in self.param_groups for p in group["params"]]
-        for n, kept in state_dict["state"].items():
-            device = order[n].device
-            self.state[order[n]] = {key: value.to(device).clone() for key, value in kept.items()}
-
-    def direction(self, g: Tensor, group: dict) -> Tensor:
-        (bank,), g = group["params"], g if g.dtype == torch.float64 else g.float()
-        state, skip = self.state[bank], self.found_inf
-        if "momentum" not in state:
-            state["momentum"] = torch.zeros_like(g)
-        ahead = fold(g, state["momentum"], group["momentum"], self.matrix.nesterov, skip)
-        update = orthogonal(ahead, self.matrix.iterations, self.options)
-        if self.options.beta2:
-            if "second" not in state:
-                by_row = g.shape[1] >= g.shape[2]
-                state["second"] = torch.zeros_like(g[:, :, :1] if by_row else g[:, :1, :])
-            update = even_rows(update, state["second"], self.options.beta2, skip)
-        return update * group["factor"]
-
-    def move(self, bank: Tensor, update: Tensor, rate: float | Tensor, group: dict) -> None:
-        decay = group["weight_decay"], self.options.decay_factor * rate * group["factor"]
-        lost = self.state[bank].get("lost")
-        take_step(bank.data, lost, update, rate, self.options.decay, *decay)
+    buffer = state["momentum_buffer"]
+    update = nesterov_momentum(g.float(), buffer, momentum, config.nesterov, skip)
+    update = orthogonalize(update, config)
+    if config.beta2:
+        second = state["second_momentum_buffer"]
+        update = normuon_normalize(update, second, config.beta2, skip)
+    update = (update * lr_mul).to(update.dtype)
+    lr = lr if skip is None else lr * (1 - skip)
+    decay = weight_decay * lr * lr_mul if config.decay_with_lr else weight_decay
+    apply_update(p, state.get("mantissa"), update, lr, decay, config.cautious)

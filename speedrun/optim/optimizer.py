@@ -1,76 +1,67 @@
 # Tangled from notebooks/20_many_gpus.py: edit the notebook, then run "make tangle". Edits made here are lost.
 
 
-from speedrun.optim.adam import adam_step
-from speedrun.optim.distributed import Replicated, Sharded, Sparse, ranks
+from speedrun.optim.adam import AdamConfig, Number, adam_step
+from speedrun.optim.comm import Replicated, Sharded, ShardedSparse, dist_info
 
 
 # %% The table
+import importlib
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import takewhile
 from types import FunctionType
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.utils import get_total_norm
+from torch.optim.adamw import adamw
 
-from speedrun.optim.muon import MuonOptions, even_rows, orthogonal, split, take_step
-from speedrun.optim.newton_schulz import fold
-
-
-@dataclass(frozen=True)
-class Entry:
-    """How one parameter is updated: a row of the optimizer's table."""
-
-    name: str
-    rule: Literal["muon", "adam"]
-    comm: Literal["replicated", "sharded", "sparse"]
-    """replicated: every rank updates all of it. sharded: its own units. sparse: so, and only touched rows' gradients travel."""
-    rate: float | tuple[float, ...] = 1.0
-    """Multiple of the rule's rate; muon's factors for shapes are in here. muon: several, for the matrices in turn."""
-    decay: float = 1.0
-    """Multiple of the rule's decay."""
-    betas: tuple[float, float] = (0.9, 0.95)
-    """adam: what the running means keep of themselves."""
-    matrices: int = 1
-    """muon: matrices on top of each other in each slice of the bank."""
-    tied: str = ""
-    """The parameter that this one is the transpose of, until `untie`: its gradient is added there, its values come from there."""
+from speedrun.lab.bounds import NonNegativeFloat
+from speedrun.optim.muon import MuonConfig, matrix_lr_mul, muon_state, muon_step, split_bf16
+from speedrun.optim.schedule import StepSettings
+from speedrun.params import ParamSpec
 
 
 @dataclass(frozen=True)
-class OptimizerOptions:
-    """Both rules' constants; the defaults are record 89's."""
+class OptimConfig:
+    """The optimizer of all parameters. The defaults are llm.c's for GPT-2."""
 
-    muon: MuonOptions = field(default_factory=MuonOptions)
-    """What muon is."""
-    iterations: int = 5
-    """muon: polynomials."""
-    nesterov: bool = True
-    """muon: mix the newest gradient in once more."""
-    eps: float = 1e-10
-    """adam: added to the root of the second moment."""
-    adam_decay: float = 0.005
-    """adam: decay of weights that the step makes smaller anyway, as a multiple of the rate's square."""
-    adam_every: int = 2
-    """Steps from one update by adam to the next; gradients add up meanwhile."""
-    guard: bool = True
-    """Leave out a step whose gradient is not finite."""
-    compile: bool = True
-    """On a GPU: fuse each update's elementwise work, and replay it as a CUDA graph."""
+    adam: AdamConfig = field(default_factory=AdamConfig)
+    """Adam."""
+    muon: MuonConfig = field(default_factory=MuonConfig)
+    """Muon, if it updates the matrices."""
+    matrices: Literal["adam", "muon", "soap"] = "adam"
+    """What updates the blocks' matrices. muon: orthogonalised momentum. soap: Adam in the eigenbases of the gradient's covariances."""
+    matrix_lr: Annotated[NonNegativeFloat, "0: optim.adam.lr"] = 0.0
+    """Peak learning rate of the blocks' matrices; 0: optim.adam.lr."""
+    grad_clip: Annotated[NonNegativeFloat, "0 switches clipping off"] = 1.0
+    """Largest norm of the gradient of all parameters together; 0 switches clipping off."""
 
 
-TOGETHER = "replicated"  # the name under which all replicated parameters stand in an order
+def assign_optimizers(specs: Iterable[ParamSpec], config: OptimConfig) -> tuple[ParamSpec, ...]:
+    """The model's table with the optimizer's columns filled in; the matrices come first, since they take longest."""
+    adam, found = "adam" if config.adam.cautious else "adamw", []
+    ratio = (config.matrix_lr or config.adam.lr) / config.adam.lr
+    for spec in specs:
+        optim: Any = config.matrices if spec.matrices and config.matrices != "adam" else adam
+        lr_mul: Any = matrix_lr_mul(spec, config.muon) if optim == "muon" else spec.lr_mul
+        lr_mul = ratio * lr_mul if spec.matrices and optim == adam else lr_mul
+        found.append(replace(spec, optim=optim, lr_mul=lr_mul))
+    return tuple(sorted(found, key=lambda spec: spec.optim not in MATRIX_RULES))
 
 
-def same_names(what: str, given: Iterable[str], wanted: Iterable[str], where: str) -> None:
-    """Refuse names that are missing, that are too many, or that stand there twice."""
+MATRIX_RULES = ("muon", "soap")  # of whole matrices; all others work entry by entry
+
+
+def check_names(what: str, given: Iterable[str], wanted: Iterable[str], where: str) -> None:
+    """Raise ValueError about names that are missing, that are too many, or that stand there twice."""
     counts, needed = Counter(list(given)), set(wanted)
     wrong = {
         "twice": sorted(name for name, count in counts.items() if count > 1),
@@ -82,413 +73,266 @@ def same_names(what: str, given: Iterable[str], wanted: Iterable[str], where: st
         raise ValueError(f"{what}: {'; '.join(said)}")
 
 
-def check_table(table: Sequence[Entry], parameters: Mapping[str, Tensor]) -> None:
-    """Refuse, with a ValueError that says which, rows that do not fit the parameters."""
-    same_names("the optimizer's table", (row.name for row in table), parameters, "the model")
-    rows = {row.name: row for row in table}
-    for row in table:
-        p, whole = parameters[row.name], rows.get(row.tied)
-        if row.rule == "muon" and (row.comm != "sharded" or p.ndim != 3):
-            raise ValueError(f"{row.name}: muon updates banks of three dimensions, sharded")
-        if row.rule == "adam" and not isinstance(row.rate, float):
-            raise ValueError(f"{row.name}: adam has one rate, a float, not {row.rate!r}")
-        if row.rule == "muon" and p.shape[1] % row.matrices:
-            raise ValueError(f"{row.name}: {p.shape[1]} rows are not {row.matrices} matrices")
-        if row.comm == "sparse" and p.ndim != 2:
-            raise ValueError(f"{row.name}: a sparse table has two dimensions, not {p.ndim}")
-        if row.tied and (whole is None or parameters[row.tied].shape != p.shape[::-1]):
-            raise ValueError(f"{row.name}: {row.tied} is no parameter of the transposed shape")
-        if row.tied and {row.comm, rows[row.tied].comm} != {"sharded"}:
-            raise ValueError(f"{row.name} and {row.tied}: what is tied has to be sharded")
-        if row.tied and "muon" in (row.rule, rows[row.tied].rule):
-            raise ValueError(f"{row.name} and {row.tied}: what is tied has to be adam's")
+def check_specs(specs: Sequence[ParamSpec], params: Mapping[str, Tensor]) -> None:
+    """Raise ValueError, which says where, if rows do not fit the parameters."""
+    check_names("the parameter table", (spec.name for spec in specs), params, "the model")
+    rows = {spec.name: spec for spec in specs}
+    for spec in specs:
+        p, other = params[spec.name], rows.get(spec.tied_to)
+        matrix = spec.optim in MATRIX_RULES
+        if matrix and (spec.comm != "sharded" or p.ndim != 3):
+            raise ValueError(f"{spec.name}: {spec.optim} updates sharded banks of three dimensions")
+        if matrix and p.shape[1] % max(1, spec.matrices):
+            raise ValueError(f"{spec.name}: {p.shape[1]} rows are not {spec.matrices} matrices")
+        if spec.optim != "muon" and not isinstance(spec.lr_mul, float):
+            raise ValueError(f"{spec.name}: {spec.optim} has one lr_mul, not {spec.lr_mul!r}")
+        if spec.comm == "sharded_sparse" and p.ndim != 2:
+            raise ValueError(f"{spec.name}: a sparse table has two dimensions, not {p.ndim}")
+        if spec.tied_to and (other is None or params[spec.tied_to].shape != p.shape[::-1]):
+            raise ValueError(f"{spec.name}: {spec.tied_to} has not the transposed shape")
+        if other and {spec.comm, other.comm} != {"sharded"}:
+            raise ValueError(f"{spec.name} and {spec.tied_to}: tied parameters have to be sharded")
+        if other and (spec.optim != other.optim or matrix):
+            raise ValueError(f"{spec.name} and {spec.tied_to}: both have to be adam's, or adamw's")
 
 
-# %% Numbers that change, work that does not
-class Numbers:
-    """What changes from step to step, as one vector on the device: one copy a step, and nothing is compiled anew."""
+# %% CUDA graphs: scalars in device memory
+class StepScalars:
+    """The step's learning rates and momentum: floats on a CPU, views of one vector on a GPU, which graphs read."""
 
-    def __init__(self, names: Sequence[str], device: torch.device, betas: Sequence[float] = ()):
-        self.names, self.device = [*names, *(f"fix {beta}" for beta in betas)], device
-        self.vector = torch.zeros(len(self.names), device=device)
-        self.told, self.fixes = self.vector[: len(names)], self.vector[len(names) :]
-        self.betas = torch.tensor(betas, dtype=torch.float64, device=device)
+    NAMES = ("lr", "matrix_lr", "momentum")
 
-    def __getitem__(self, name: str) -> Tensor:
-        return self.vector[self.names.index(name)]
+    def __init__(self, device: torch.device):
+        self.vector = torch.zeros(len(self.NAMES), device=device)
+        self.host = dict.fromkeys(self.NAMES, 0.0)
 
-    def fill(self, values: Mapping[str, float]) -> None:
-        """Set all but the fixes; Python does not wait for the device."""
-        fresh = torch.tensor([values[name] for name in self.names[: len(self.told)]])
-        fresh = fresh.pin_memory() if self.device.type == "cuda" else fresh
-        self.told.copy_(fresh, non_blocking=True)
+    def __getitem__(self, name: str) -> Any:
+        gpu = self.vector.is_cuda
+        return self.vector[self.NAMES.index(name)] if gpu else self.host[name]
 
-    def fix(self, updates: Tensor) -> None:
-        """Set each fix, 1 − betaᵗ after t updates; as after one if there was none. updates: t, float64, on the device."""
-        self.fixes.copy_(1 - self.betas ** updates.clamp(min=1))
+    def set(self, settings: StepSettings) -> None:
+        """Take a step's values; Python does not wait for the device."""
+        self.host = {name: getattr(settings, name) for name in self.NAMES}
+        if self.vector.is_cuda:
+            values = torch.tensor(list(self.host.values()))
+            self.vector.copy_(values.pin_memory(), non_blocking=True)
 
 
-class Replay:
-    """Work without arguments, called; or, with a stream, recorded in it at its third call and replayed from then on.
+def bias_correction(beta: float | Tensor, updates: Tensor) -> Tensor:
+    """1 − betaᵗ after t = updates (float64), as float32; before the first update as after it."""
+    return (1 - beta ** updates.clamp(min=1)).float()
+
+
+class GraphedCall:
+    """A function without arguments, called; or, with a stream, recorded in it at its third call and replayed from then on.
 
     Graphs that run at once need streams of their own: recorded in one, they share its scratch memory for products.
     """
 
     graph: Any = None
 
-    def __init__(self, work: Callable[[], None], stream: Any = None):
-        self.work, self.calls, self.stream = work, 0, stream
+    def __init__(self, function: Callable[[], None], stream: Any = None):
+        self.function, self.calls, self.stream = function, 0, stream
 
     def __call__(self) -> None:
         self.calls += 1
         if self.stream is None or self.calls < 3:
-            return self.work()
+            return self.function()
         if self.graph is None:
             self.graph = torch.cuda.CUDAGraph()
             # thread_local: else what NCCL's own thread asks the GPU meanwhile would break the recording
             with torch.cuda.graph(
                 self.graph, stream=self.stream, capture_error_mode="thread_local"
             ):
-                self.work()
+                self.function()
         self.graph.replay()
 
 
-def compiled(work: Callable, options: OptimizerOptions, device: torch.device) -> Callable:
-    """Work as it is, or fused for a GPU: a copy of it, since compiled code is kept by function, and shapes are many."""
-    if not options.compile or device.type != "cuda":
-        return work
-    own = FunctionType(work.__code__.replace(), work.__globals__, work.__name__, work.__defaults__)
+def compile_update(function: Callable, on: bool) -> Callable:
+    """The function, fused for a GPU if `on`: a copy of it, since compiled code is kept by function, and shapes are many."""
+    if not on:
+        return function
+    code, known = function.__code__.replace(), function.__globals__
+    own = FunctionType(code, known, function.__name__, function.__defaults__)
     return torch.compile(own, dynamic=False, fullgraph=True)
 
 
-# %% A part for every row
-class MuonPart(Sharded):
-    """A bank under Muon: this rank's matrices with their momentum, second moments and lost bits."""
+# %% Communication × rule
+class AdamRule:
+    """Adam with cautious decay, on a shard of one parameter, or on the vector of many: then every constant is a vector, too."""
 
-    def __init__(self, row: Entry, parameter: Tensor, options: OptimizerOptions):
-        rounded = lost = None
-        if options.muon.weights != "float32" and parameter.dtype == torch.float32:
-            rounded, lost = split(parameter.data)
-            parameter.data = rounded
-        rows, cols = parameter.shape[1] // row.matrices, parameter.shape[2]
-        super().__init__(parameter, (rows, cols))
-        self.row, self.options, self.every = row, options, 1
-        self.state = {"momentum": torch.zeros_like(self.own, dtype=torch.float32)}
-        if options.muon.beta2:
-            one = self.own[:, :, :1] if rows >= cols else self.own[:, :1, :]
-            self.state["second"] = torch.zeros_like(one, dtype=torch.float32)
-        if options.muon.weights == "split":
-            none = torch.zeros_like(self.whole[: self.units], dtype=torch.int16)
-            lost = none if lost is None else lost.view(none.shape)
-            self.state["lost"] = self.mine(self.padded(lost)).clone()
-        turns = row.rate if isinstance(row.rate, tuple) else (row.rate,)
-        of_units = torch.tensor([turns[n % len(turns)] for n in range(len(self.whole))])
-        self.rates = self.mine(of_units[:, None, None].to(parameter.device))
-        self.share = compiled(muon_share, options, parameter.device)
+    graphable = True
 
-    def update(self, numbers: Numbers, skip: Tensor | None) -> None:
-        """One step of this rank's matrices."""
-        rates = [numbers[name] for name in ("muon", "momentum", "muon_decay")]
-        row, options = self.row, self.options
-        self.share(self.own, self.grad, self.state, self.rates, rates, skip, row.decay, options)
+    def __init__(self, specs: Sequence[ParamSpec], comm: Any, config: OptimConfig, fuse: bool):
+        self.comm, self.eps = comm, config.adam.eps
+        self.state = {
+            key: torch.zeros_like(comm.shard, dtype=torch.float32)
+            for key in ("exp_avg", "exp_avg_sq")
+        }
 
+        def column(values: list[float], dtype=torch.float32) -> Number:
+            if isinstance(comm, Sharded):
+                return values[0]
+            found = torch.zeros(len(comm.shard), dtype=dtype)
+            for part, value in zip(comm.views(found).values(), values):
+                part.fill_(value)
+            return found.to(comm.shard.device)
 
-def muon_share(
-    own: Tensor,
-    grad: Tensor,
-    state: dict[str, Tensor],
-    factors: Tensor,
-    rates: Sequence[Tensor],
-    skip: Tensor | None,
-    decay: float,
-    options: OptimizerOptions,
-) -> None:
-    """One step of matrices under Muon, in place. factors: of each matrix's rate. rates: muon, momentum, muon_decay."""
-    muon, (base, kept, plain) = options.muon, rates
-    ahead = fold(grad.float(), state["momentum"], kept, options.nesterov, skip)
-    update = orthogonal(ahead, options.iterations, muon)
-    if muon.beta2:
-        update = even_rows(update, state["second"], muon.beta2, skip)
-    rate = base * factors if skip is None else base * (1 - skip) * factors
-    squared = muon.decay_factor * decay * base
-    take_step(own, state.get("lost"), update, rate, muon.decay, decay * plain, squared)
+        self.lr_mul = column([spec.lr_mul for spec in specs])  # type: ignore[misc]
+        self.weight_decay = column([config.adam.weight_decay * spec.wd_mul for spec in specs])
+        betas = [[(spec.betas or config.adam.betas)[n] for spec in specs] for n in (0, 1)]
+        self.betas = (column(betas[0]), column(betas[1]))
+        self.betas64 = [column(values, torch.float64) for values in betas]
+        self.step = compile_update(adam_step, fuse)
+
+    def update(self, scalars: StepScalars, skip: Tensor, updates: Tensor) -> None:
+        """One step of the shard."""
+        lr = scalars["lr"] * self.lr_mul
+        decay = lr * lr * self.weight_decay
+        corrections = tuple(bias_correction(beta, updates) for beta in self.betas64)
+        own, numbers = (self.comm.shard, self.comm.grad), (self.eps, decay, skip)
+        self.step(*own, *self.state.values(), lr, self.betas, corrections, *numbers)
 
 
-def adam_rates(row: Entry, numbers: Numbers, options: OptimizerOptions) -> tuple[Tensor, Tensor]:
-    """A row's rate, and the share that a weight which decays loses in a step."""
-    assert isinstance(row.rate, float)  # check_table has refused several
-    rate = numbers["adam"] * row.rate
-    return rate, rate * rate * (options.adam_decay * row.decay)
+class AdamWRule:
+    """PyTorch's fused AdamW: decay of lr · weight_decay, of every weight."""
+
+    graphable = False  # the rate is an argument on the host
+
+    def __init__(self, specs: Sequence[ParamSpec], comm: Any, config: OptimConfig, fuse: bool):
+        self.state = {key: torch.zeros_like(comm.shard) for key in ("exp_avg", "exp_avg_sq")}
+        tensors = [comm.shard, comm.grad, *self.state.values()]
+        views = [list(comm.views(tensor).values()) for tensor in tensors]
+        self.config, groups = config.adam, dict[tuple, list[tuple[Tensor, ...]]]()
+        for spec, *own in zip(specs, *views):
+            numbers = spec.lr_mul, spec.wd_mul, spec.betas or config.adam.betas
+            groups.setdefault(numbers, []).append(tuple(own))
+        self.groups = {key: [list(some) for some in zip(*rows)] for key, rows in groups.items()}
+
+    def update(self, scalars: StepScalars, skip: Tensor, updates: Tensor) -> None:
+        """One step of the shard."""
+        for (lr_mul, wd_mul, (beta1, beta2)), tensors in self.groups.items():
+            p, g, exp_avg, exp_avg_sq = tensors
+            done = list((updates - 1).float().repeat(len(p)).unbind())  # adamw counts on
+            rates: dict[str, Any] = {"lr": scalars.host["lr"] * lr_mul, "eps": self.config.eps}
+            rates |= {"weight_decay": self.config.weight_decay * wd_mul, "beta1": beta1}
+            rates |= {"beta2": beta2, "maximize": False, "amsgrad": False}
+            adamw(p, g, exp_avg, exp_avg_sq, [], done, fused=True, found_inf=skip, **rates)
 
 
-def adam_state(own: Tensor) -> dict[str, Tensor]:
-    """Adam's two means, in float32."""
-    return {key: torch.zeros_like(own, dtype=torch.float32) for key in ("mean", "square")}
+class MuonRule:
+    """Muon, on the whole matrices that this rank has."""
+
+    def __init__(self, specs: Sequence[ParamSpec], comm: Any, config: OptimConfig, fuse: bool):
+        (spec,), muon = specs, config.muon
+        self.comm, self.config, self.graphable = comm, muon, bool(muon.ns_steps)
+        self.state = muon_state(comm.shard, muon)
+        self.weight_decay, self.lr_mul = muon.weight_decay * spec.wd_mul, spec.lr_mul
+        if isinstance(spec.lr_mul, tuple):  # for the matrices in turn
+            turns = [spec.lr_mul[n % len(spec.lr_mul)] for n in range(len(comm.full))]
+            column = torch.tensor(turns, device=comm.shard.device)[:, None, None]
+            self.lr_mul = comm.my_slice(column)  # type: ignore[assignment]
+        self.step = compile_update(muon_step, fuse and self.graphable)
+
+    def update(self, scalars: StepScalars, skip: Tensor, updates: Tensor) -> None:
+        """One step of the shard."""
+        numbers = scalars["matrix_lr"], self.lr_mul, scalars["momentum"], self.weight_decay
+        self.step(self.comm.shard, self.comm.grad, self.state, *numbers, self.config, skip)
 
 
-def adam_share(part: Any, numbers: Numbers, skip: Tensor | None) -> None:
-    """One step of this rank's rows under Adam."""
-    row, options = part.row, part.options
-    rate, decay = adam_rates(row, numbers, options)
-    fixes = (numbers[f"fix {row.betas[0]}"], numbers[f"fix {row.betas[1]}"])
-    mean, square = part.state["mean"], part.state["square"]
-    part.share(part.own, part.grad, mean, square, rate, row.betas, fixes, options.eps, decay, skip)
+REPLICATED = "replicated"  # the name under which all replicated parameters stand in an order
 
 
-class AdamPart(Sharded):
-    """A table under Adam: this rank's rows and their means."""
+@dataclass
+class ParamState:
+    """How one parameter, or the vector of small ones, is shared by the ranks, and updated."""
 
-    def __init__(self, row: Entry, parameter: Tensor, options: OptimizerOptions):
-        super().__init__(parameter, tuple(parameter.shape[1:]))
-        self.row, self.options, self.every = row, options, options.adam_every
-        self.state = adam_state(self.own)
-        self.share = compiled(adam_step, options, parameter.device)
-
-    update = adam_share
-
-
-class SparsePart(Sparse):
-    """A table under Adam of which a step touches few rows."""
-
-    def __init__(self, row: Entry, parameter: Tensor, options: OptimizerOptions):
-        super().__init__(parameter)
-        self.row, self.options, self.every = row, options, options.adam_every
-        self.state = adam_state(self.own)
-        self.share = compiled(adam_step, options, parameter.device)
-
-    update = adam_share
+    specs: Sequence[ParamSpec]
+    comm: Any
+    rule: Any
+    every: int = 1
+    """Steps from one update to the next."""
 
 
-class SmallPart(Replicated):
-    """All replicated parameters of one dtype under Adam: one vector, with a vector of every constant."""
+def build_state(
+    specs: Sequence[ParamSpec], params: Mapping[str, Tensor], config: OptimConfig, fuse: bool
+) -> ParamState:
+    """A parameter's comm and rule. Muon's parameters become bfloat16 here if the config says so."""
+    spec, p, mantissa = specs[0], params[specs[0].name], None
+    matrix = spec.optim in MATRIX_RULES
+    if spec.optim == "muon" and config.muon.param_dtype != "float32" and p.dtype == torch.float32:
+        p.data, mantissa = split_bf16(p.data)
+    unit = (p.shape[1] // spec.matrices, p.shape[2]) if matrix else tuple(p.shape[1:])
+    if spec.comm == REPLICATED:
+        comm: Any = Replicated({row.name: params[row.name] for row in specs})
+    else:
+        kind = ShardedSparse if spec.comm == "sharded_sparse" else Sharded
+        comm = kind(spec.name, p, unit)
+    rules: dict[str, Any] = {"adam": AdamRule, "adamw": AdamWRule, "muon": MuonRule}
+    if spec.optim == "soap":
+        rules["soap"] = importlib.import_module("speedrun.optim.soap").SoapRule
+    rule = rules[spec.optim](specs, comm, config, fuse)
+    if mantissa is not None and "mantissa" in rule.state:
+        rule.state["mantissa"].copy_(comm.shard_of(mantissa.view(comm.units, *unit)))
+    return ParamState(specs, comm, rule, 1 if matrix else config.adam.every)
 
-    def __init__(
-        self, rows: Sequence[Entry], tensors: dict[str, Tensor], options: OptimizerOptions
-    ):
-        super().__init__(tensors)
-        self.rows, self.options, self.every = rows, options, options.adam_every
-        self.state = adam_state(self.own)
 
-        def spread(values: Iterable[float]) -> Tensor:
-            found = torch.zeros(len(self.own))
-            for row, value in zip(rows, values):
-                found[self.slices[row.name]] = value
-            return found.to(self.own.device)
-
-        self.rate = spread(row.rate for row in rows if isinstance(row.rate, float))
-        self.decay = spread(row.decay * options.adam_decay for row in rows)
-        self.betas = tuple(spread(row.betas[n] for row in rows) for n in (0, 1))
-        self.share = compiled(adam_step, options, self.own.device)
-        self.which = [sorted({row.betas[n] for row in rows}) for n in (0, 1)]
-        self.index = [
-            spread(float(self.which[n].index(row.betas[n])) for row in rows).long() for n in (0, 1)
-        ]
-
-    def update(self, numbers: Numbers, skip: Tensor | None) -> None:
-        """One step of all of them."""
-        rate = numbers["adam"]
-        fixes = [
-            torch.stack([numbers[f"fix {beta}"] for beta in which])[index]
-            for which, index in zip(self.which, self.index)
-        ]
-        rates = rate * self.rate
-        decay = rates * rates * self.decay
-        mean, square = self.state["mean"], self.state["square"]
-        betas, eps = self.betas, self.options.eps
-        self.share(self.own, self.grad, mean, square, rates, betas, tuple(fixes), eps, decay, skip)
+def build_states(
+    specs: Sequence[ParamSpec], params: Mapping[str, Tensor], config: OptimConfig, fuse: bool
+) -> dict[str, ParamState]:
+    """A state for each row, by its name, and one for the replicated rows of each rule and dtype."""
+    groups: dict[str, list[ParamSpec]] = {}
+    for spec in specs:
+        small = f"{REPLICATED} {spec.optim} {params[spec.name].dtype}"
+        groups.setdefault(small if spec.comm == REPLICATED else spec.name, []).append(spec)
+    return {name: build_state(rows, params, config, fuse) for name, rows in groups.items()}
 
 
 # %% One step
-def build_parts(
-    table: Sequence[Entry], parameters: Mapping[str, Tensor], options: OptimizerOptions
-) -> dict[str, Any]:
-    """Every part by its name in an order: one a row, and one for what is replicated, for each dtype."""
-    parts: dict[str, Any] = {}
-    kinds = {"muon": MuonPart, "sharded": AdamPart, "sparse": SparsePart}
-    for row in table:
-        if row.comm != TOGETHER:
-            kind = kinds[row.rule if row.rule == "muon" else row.comm]
-            parts[row.name] = kind(row, parameters[row.name], options)
-    small = [row for row in table if row.comm == TOGETHER]
-    for dtype in sorted({parameters[row.name].dtype for row in small}, key=str):
-        rows = [row for row in small if parameters[row.name].dtype == dtype]
-        tensors = {row.name: parameters[row.name] for row in rows}
-        parts[f"{TOGETHER} {dtype}".removesuffix(" torch.float32")] = SmallPart(
-            rows, tensors, options
-        )
-    return parts
-
-
-def lane_of(device: torch.device) -> Any:
-    """A stream of a GPU; None elsewhere."""
-    return torch.cuda.Stream(device) if device.type == "cuda" else None
-
-
-def lanes_of(parts: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """A lane for each part; among several ranks one for Muon's and one for Adam's, which is faster there."""
-    together = ranks()[1] > 1
-    kinds = {name: isinstance(part, MuonPart) if together else name for name, part in parts.items()}
-    lanes = {kind: lane_of(device) for kind in dict.fromkeys(kinds.values())}
-    return {name: lanes[kind] for name, kind in kinds.items()}
-
-
-TOLD = ("muon", "adam", "momentum", "muon_decay")  # what a step is told
-
-
 def addresses_of(p: Tensor) -> tuple[int, int]:
     """Where a parameter's value and gradient are stored."""
     return p.data_ptr(), 0 if p.grad is None else p.grad.data_ptr()
 
 
-def betas_in(table: Sequence[Entry]) -> list[float]:
-    """All betas of adam's rows."""
-    return sorted({beta for row in table if row.rule == "adam" for beta in row.betas})
+def new_stream(device: torch.device) -> Any:
+    """A stream of a GPU; None elsewhere."""
+    return torch.cuda.Stream(device) if device.type == "cuda" else None
 
 
-class BankOptimizer:
-    """Muon and Adam over a model's parameters, shared by all ranks, as a table says.
-
-    Parameters keep their shapes and become views of padded storage; their gradients are never None, and are
-    cleared here. All ranks start from the same values. Saved values are loaded afterwards: this rounds banks to
-    bfloat16, and copies what is tied. scatter_order, work_order: names of rows, and “replicated” for all that are; default: the table's.
-    """
-
-    def __init__(
-        self,
-        parameters: Mapping[str, Tensor],
-        table: Sequence[Entry],
-        options: OptimizerOptions = OptimizerOptions(),
-        scatter_order: Sequence[str] | None = None,
-        work_order: Sequence[str] | None = None,
-    ):
-        check_table(table, parameters)
-        self.table, self.options, self.parameters = table, options, parameters
-        names = [row.name for row in table if row.comm != TOGETHER]
-        names += [TOGETHER] if len(names) < len(table) else []
-        for what, order in (("scatter_order", scatter_order), ("work_order", work_order)):
-            same_names(what, names if order is None else order, names, "the table")
-        with torch.no_grad():
-            self.parts = build_parts(table, parameters, options)
-        self.scatter_order = self.spelled(names if scatter_order is None else scatter_order)
-        self.work_order = self.spelled(names if work_order is None else work_order)
-        self.tied = {row.name: row.tied for row in table if row.tied}
-        self.addresses = {name: addresses_of(p) for name, p in parameters.items()}
-        self.device = next(iter(parameters.values())).device
-        self.numbers = Numbers(TOLD, self.device, betas_in(table))
-        self.bad = {name: torch.zeros((), device=self.device) for name in self.parts}
-        self.skip = torch.zeros((), device=self.device) if options.guard else None
-        self.updates = torch.zeros((), dtype=torch.float64, device=self.device)  # by adam
-        self.pending = False  # whether gradients wait for adam
-        self.records = options.compile and self.device.type == "cuda"
-        if self.records and not options.iterations:
-            raise ValueError(
-                "the exact factor cannot be compiled: iterations=0 wants compile=False"
-            )
-        muon = [name for name, part in self.parts.items() if isinstance(part, MuonPart)]
-        self.lanes = lanes_of(self.parts, self.device)
-        # summed before the guard has looked: nothing is added to their gradients any more
-        self.early = list(takewhile(muon.__contains__, self.scatter_order))
-        self.looking = lane_of(self.device) if self.records else None
-        self.works = {
-            name: Replay(self.work_of(name), lane if self.records else None)
-            for name, lane in self.lanes.items()
-        }
-        self.looks: dict[tuple, tuple[Replay, Tensor]] = {}
-        self.add, self.copy = (
-            compiled(work, options, self.device) for work in (add_transposed, copy_transposed)
-        )
-        with torch.no_grad():
-            copy_tied(self, list(self.parts))
-
-    def tensors(self) -> dict[str, Tensor]:
-        return state_tensors(self)
-
-    def load(self, saved: Mapping[str, Tensor]) -> None:
-        load_state(self, saved)
-
-    def warm_up(self) -> None:
-        warm_up(self)
-
-    def blamed(self) -> list[str]:
-        return blame(self)
-
-    def spelled(self, order: Sequence[str]) -> list[str]:
-        """An order with “replicated” spelled out, dtype by dtype."""
-        small = [name for name in self.parts if name.split()[0] == TOGETHER]
-        return [part for name in order for part in (small if name == TOGETHER else [name])]
-
-    def work_of(self, name: str) -> Callable[[], None]:
-        return lambda: self.parts[name].update(self.numbers, self.skip)
-
-    @torch.no_grad()
-    def step(self, index: int, rates: Mapping[str, float]) -> None:
-        """Update what is due in step `index` (0, 1, …). rates: muon, adam, momentum, and muon_decay for plain decay."""
-        for name, p in self.parameters.items():
-            for what, now, then in zip(
-                ("value", "gradient"), addresses_of(p), self.addresses[name]
-            ):
-                if now != then:
-                    moved = f"the {what} of {name} is not in the optimizer's storage any more"
-                    fix = "leave zero_grad() out, step() clears gradients; and copy values in place"
-                    raise RuntimeError(f"{moved}: {fix}")
-        take_one_step(self, index, rates)
+def new_streams(states: Mapping[str, ParamState], device: torch.device) -> dict[str, Any]:
+    """A stream for each state; among several ranks one for the matrices and one for all else, which is faster there."""
+    shared = dist_info()[1] > 1
+    kinds = {
+        name: state.specs[0].optim in MATRIX_RULES if shared else name
+        for name, state in states.items()
+    }
+    streams = {kind: new_stream(device) for kind in dict.fromkeys(kinds.values())}
+    return {name: streams[kind] for name, kind in kinds.items()}
 
 
-def due_in(optimizer: BankOptimizer, index: int) -> list[str]:
-    """What is updated in a step: adam's parts in every adam_every-th only, and what is tied never."""
-    names = [name for name in optimizer.work_order if name not in optimizer.tied]
-    return [name for name in names if (index + 1) % optimizer.parts[name].every == 0]
-
-
-def tell(optimizer: BankOptimizer, index: int, rates: Mapping[str, float]) -> None:
-    """Set the numbers of a step."""
-    optimizer.pending = (index + 1) % optimizer.options.adam_every != 0
-    same_names("rates", {"muon_decay", *rates}, TOLD, "what a step is told")
-    optimizer.numbers.fill({"muon_decay": 0.0, **rates})
-
-
-def count_update(optimizer: BankOptimizer) -> None:
-    """Count a step of adam, unless it is left out: only the device knows, so the count is kept there."""
-    if not optimizer.pending:
-        optimizer.updates += 1 if optimizer.skip is None else 1 - optimizer.skip
-        optimizer.numbers.fix(optimizer.updates)
-
-
-def take_one_step(optimizer: BankOptimizer, index: int, rates: Mapping[str, float]) -> None:
-    """`BankOptimizer.step`: begin Muon's sums, look, begin the others; then one after the other wait, update, gather, clear."""
-    parts, due = optimizer.parts, due_in(optimizer, index)
-    tell(optimizer, index, rates)
-    sums = [name for name in optimizer.scatter_order if name in due]
-    for name in optimizer.early:
-        parts[name].scatter()
-    watch(optimizer, due)
-    count_update(optimizer)
-    for name in sums[len(optimizer.early) :]:
-        parts[name].scatter()
-    for name in due:
-        with beside(optimizer.lanes[name]):
-            parts[name].wait()
-            optimizer.works[name]()
-            parts[name].gather()
-            parts[name].clear()
-    for name in due:
-        if (lane := optimizer.lanes[name]) is not None:
-            torch.cuda.current_stream().wait_stream(lane)
-        parts[name].wait()
-    copy_tied(optimizer, due)
+def expand_order(
+    states: Mapping[str, ParamState], what: str, order: Sequence[str] | None
+) -> list[str]:
+    """An order of rows as one of states: “replicated” spelled out, by rule and dtype. None: the table's."""
+    small = [name for name in states if name.split()[0] == REPLICATED]
+    names = [name for name in states if name not in small] + [REPLICATED] * bool(small)
+    chosen = names if order is None else list(order)
+    check_names(what, chosen, names, "the table")
+    return [state for name in chosen for state in (small if name == REPLICATED else [name])]
 
 
 @contextmanager
-def beside(lane: Any) -> Iterator[None]:
-    """On a GPU: what is begun here runs in a lane (a stream) of its own, after all that was begun before."""
-    if lane is None:
+def on_stream(stream: Any) -> Iterator[None]:
+    """On a GPU: what is begun here runs in a stream of its own, after all that was begun before."""
+    if stream is None:
         yield
     else:
-        lane.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(lane):
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
             yield
 
 
+# %% Tied parameters
 def add_transposed(target: Tensor, source: Tensor) -> None:
     target.add_(source.mT)
 
@@ -497,155 +341,291 @@ def copy_transposed(target: Tensor, source: Tensor) -> None:
     target.copy_(source.mT)
 
 
-def add_tied(optimizer: BankOptimizer, due: Sequence[str]) -> None:
-    """Add the gradient of what is tied to that of what it is tied to."""
-    for name, whole in optimizer.tied.items():
-        if whole in due:
-            part, target = optimizer.parts[name], optimizer.parts[whole]
-            optimizer.add(target.grads[: target.units], part.grads[: part.units])
-            part.grads.zero_()
+class Ties:
+    """Parameters that are the transpose of another one, until they are untied. tied: name → the other's."""
+
+    def __init__(self, specs: Iterable[ParamSpec], states: Mapping[str, ParamState], fuse: bool):
+        self.states, self.tied = states, {spec.name: spec.tied_to for spec in specs if spec.tied_to}
+        self.add, self.copy = (compile_update(f, fuse) for f in (add_transposed, copy_transposed))
+
+    def pairs(self, due: Sequence[str]) -> Iterator[tuple[Any, Any]]:
+        """The comms of each tied parameter, and of the one that it is tied to, where that is due."""
+        for name, other in self.tied.items():
+            if other in due:
+                yield self.states[name].comm, self.states[other].comm
+
+    def add_grads(self, due: Sequence[str]) -> None:
+        """Add the gradient of each tied parameter to that of the other."""
+        for comm, other in self.pairs(due):
+            self.add(other.full_grad[: other.units], comm.full_grad[: comm.units])
+            comm.full_grad.zero_()
+
+    def copy_values(self, due: Sequence[str]) -> None:
+        """Give each tied parameter the other's values."""
+        for comm, other in self.pairs(due):
+            self.copy(comm.full[: comm.units], other.full[: other.units])
+
+    def untie(self, name: str) -> None:
+        """Let a parameter train by itself from now on, with the transposed moments of what it was tied to."""
+        state, other = self.states[name], self.states[self.tied.pop(name)]
+        for key, own in state.rule.state.items():
+            moments = other.comm.full_of(other.rule.state[key]).mT.contiguous()
+            own.copy_(state.comm.shard_of(moments))
 
 
-def copy_tied(optimizer: BankOptimizer, due: Sequence[str]) -> None:
-    """What is tied is what it is tied to."""
-    for name, whole in optimizer.tied.items():
-        if whole in due:
-            part, target = optimizer.parts[name], optimizer.parts[whole]
-            optimizer.copy(part.whole[: part.units], target.whole[: target.units])
+class FiniteCheck:
+    """Whether all gradients that are due are finite, on all ranks. skip: 1 in a step where they are not, else 0."""
+
+    def __init__(self, states: Mapping[str, ParamState], ties: Ties, graphs: bool):
+        self.ties, self.calls = ties, dict[tuple, tuple[GraphedCall, Tensor]]()
+        self.grads = {name: state.comm.full_grads() for name, state in states.items()}
+        self.device = next(iter(states.values())).comm.full.device
+        self.stream = new_stream(self.device) if graphs else None
+        self.skip = torch.zeros((), device=self.device)
+        parameters = [name for grads in self.grads.values() for name in grads]
+        self.counts = {name: torch.zeros((), device=self.device) for name in parameters}
+
+    def find(self, due: Sequence[str], flags: Tensor) -> None:
+        """Add the gradients of tied parameters, and flag this rank's gradients that are not finite."""
+        self.ties.add_grads(due)
+        grads = [grad for name in due for grad in self.grads[name].values()]
+        largest = torch._foreach_norm(grads, math.inf)
+        flags.copy_(~torch.isfinite(torch.stack([x.float() for x in largest])))
+
+    def __call__(self, due: Sequence[str]) -> None:
+        """Set `skip`, and count the parameters that it is due to. Python does not wait for the device."""
+        parameters = [parameter for name in due for parameter in self.grads[name]]
+        if not parameters:
+            return
+        key = (tuple(due), tuple(self.ties.tied))
+        if key not in self.calls:
+            flags = torch.zeros(len(parameters), device=self.device)
+            self.calls[key] = GraphedCall(partial(self.find, due, flags), self.stream), flags
+        find, flags = self.calls[key]
+        find()
+        if dist_info()[1] > 1:
+            dist.all_reduce(flags)
+        self.skip.copy_(flags.sum().clamp(max=1.0))
+        torch._foreach_add_([self.counts[name] for name in parameters], list(flags.unbind()))
 
 
-def watch(optimizer: BankOptimizer, due: Sequence[str]) -> None:
-    """Add up what is tied, and look for gradients that are not finite on any rank."""
-    key = (tuple(due), tuple(optimizer.tied))
-    if key not in optimizer.looks:
-        broken = torch.zeros(len(due), device=optimizer.device)
-        looking = Replay(partial(look, optimizer, list(due), broken), optimizer.looking)
-        optimizer.looks[key] = looking, broken
-    looking, broken = optimizer.looks[key]
-    looking()
-    if optimizer.skip is None or not due:
-        return
-    if ranks()[1] > 1:
-        dist.all_reduce(broken)
-    optimizer.skip.copy_(broken.sum().clamp(max=1.0))
-    torch._foreach_add_([optimizer.bad[name] for name in due], list(broken.unbind()))
+def grad_norm(states: Mapping[str, ParamState], params: Mapping[str, Tensor], due: Sequence[str]) -> Tensor:  # fmt: skip
+    """The norm of all gradients that are due, summed over ranks: of what each rank has, in the table's order. A collective."""
+    names = {spec.name for name in due for spec in states[name].specs}
+    if dist_info()[1] == 1:
+        return get_total_norm([p.grad for name, p in params.items() if name in names and p.grad is not None])  # fmt: skip
+    total = torch.zeros((), device=next(iter(params.values())).device)
+    sharded = [states[name].comm for name in due if isinstance(states[name].comm, Sharded)]
+    if sharded:
+        total += get_total_norm([comm.grad for comm in sharded]).square()
+    dist.all_reduce(total)  # of a fixed order of ranks, and the same on each
+    small = [states[name].comm.grad for name in due if name.split()[0] == REPLICATED]
+    return (total + get_total_norm(small).square()).sqrt() if small else total.sqrt()
 
 
-def look(optimizer: BankOptimizer, due: list[str], broken: Tensor) -> None:
-    """Which of this rank's gradients are not finite."""
-    add_tied(optimizer, due)
-    if optimizer.skip is not None and due:
-        largest = torch._foreach_norm([optimizer.parts[name].grads for name in due], math.inf)
-        broken.copy_(~torch.isfinite(torch.stack([x.float() for x in largest])))
+class MuonAdam:
+    """All parameters' updates, shared by all ranks, as their specs say (ZeRO-1; on one rank it is the same code).
 
+    A step has three phases: reduce gradients in scatter order, and check that they are finite; in work order wait, update
+    this rank's shard, start to gather; wait for all. Parameters keep their shapes and become views of padded storage;
+    gradients are never None, are summed over ranks, and are cleared here. All ranks start from the same values. Saved
+    values are loaded afterwards. scatter_order, work_order: names of rows, and “replicated” for all that are.
+    """
 
-def blame(optimizer: BankOptimizer) -> list[str]:
-    """Names of parts with gradients that were not finite; waits for the device."""
-    return [name for name, times in optimizer.bad.items() if times.item()]
+    def __init__(
+        self,
+        params: Mapping[str, Tensor],
+        specs: Sequence[ParamSpec],
+        config: OptimConfig = OptimConfig(),
+        compile: bool = True,
+        scatter_order: Sequence[str] | None = None,
+        work_order: Sequence[str] | None = None,
+    ):
+        check_specs(specs, params)
+        self.params, self.specs, self.config = params, specs, config
+        self.device = next(iter(params.values())).device
+        self.use_graphs = compile and self.device.type == "cuda"
+        with torch.no_grad():
+            self.states = build_states(specs, params, config, self.use_graphs)
+        self.scatter_order = expand_order(self.states, "scatter_order", scatter_order)
+        self.work_order = expand_order(self.states, "work_order", work_order)
+        self.addresses = {name: addresses_of(p) for name, p in params.items()}
+        self.ties = Ties(specs, self.states, self.use_graphs)
+        self.check_finite = FiniteCheck(self.states, self.ties, self.use_graphs)
+        self.skip, self.scalars = self.check_finite.skip, StepScalars(self.device)
+        self.updates = torch.zeros((), dtype=torch.float64, device=self.device)  # by Adam
+        self.pending = False  # whether gradients wait for Adam's turn
+        self.streams = new_streams(self.states, self.device)
+        self.calls = {name: self.update_of(name) for name in self.states}
+        with torch.no_grad():
+            self.ties.copy_values(list(self.states))
 
+    def update_of(self, name: str) -> GraphedCall:
+        """A state's update as a call, on a stream of its own, which a graph may replace."""
+        rule = self.states[name].rule
+        update = partial(rule.update, self.scalars, self.skip, self.updates)
+        graphed = self.use_graphs and rule.graphable
+        return GraphedCall(update, self.streams[name] if graphed else None)
 
-def warm_up(optimizer: BankOptimizer) -> None:
-    """Compile and record everything, with all that is tied tied and with all apart; nothing is updated."""
-    if optimizer.skip is None:
-        raise ValueError("warming up is a step that is left out, which only the guard can do")
-    optimizer.numbers.fill(dict.fromkeys(TOLD, 0.0))
-    optimizer.numbers.fixes.fill_(1.0)
-    now = optimizer.tied
-    for tied in (now, {}) if now else ({},):
-        optimizer.tied = tied
-        for index in [*range(optimizer.options.adam_every)] * 3:
-            watch(optimizer, due_in(optimizer, index))
-    optimizer.tied = now
-    optimizer.skip.fill_(1.0)
-    for name, work in optimizer.works.items():
-        for _ in range(3):
-            with beside(optimizer.lanes[name]):
-                work()
-    if optimizer.device.type == "cuda":
+    @torch.no_grad()
+    def step(self, settings: StepSettings) -> None:
+        """Update what is due in a step. Python does not wait for the device."""
+        self.check_addresses()
+        for name in list(self.ties.tied) if settings.untie else ():
+            self.ties.untie(name)
+        due = self.due_params(settings.step)
+        self.scalars.set(settings)
+        self.reduce(due)
+        self.clip(due)
+        for name in due:
+            comm = self.states[name].comm
+            with on_stream(self.streams[name]):
+                comm.wait()
+                self.calls[name]()
+                comm.gather()
+                comm.clear()
+        for name in due:
+            if (stream := self.streams[name]) is not None:
+                torch.cuda.current_stream().wait_stream(stream)
+            self.states[name].comm.wait()
+        self.ties.copy_values(due)
+
+    def due_params(self, step: int) -> list[str]:
+        """The states that are updated in a step: Adam's in every adam.every-th only, tied ones never."""
+        self.pending = (step + 1) % self.config.adam.every != 0
+        names = [name for name in self.work_order if name not in self.ties.tied]
+        return [name for name in names if (step + 1) % self.states[name].every == 0]
+
+    def reduce(self, due: Sequence[str]) -> None:
+        """Begin the matrices' sums, check, count Adam's updates, begin the other sums."""
+        sums = [name for name in self.scatter_order if name in due]
+        # nothing is added to the matrices' gradients any more
+        early = list(takewhile(lambda name: self.states[name].specs[0].optim in MATRIX_RULES, sums))
+        for name in early:
+            self.states[name].comm.reduce()
+        self.check_finite(due)
+        if not self.pending:  # only the device knows whether the step is left out
+            self.updates += 1 - self.skip
+        for name in sums[len(early) :]:
+            self.states[name].comm.reduce()
+
+    def clip(self, due: Sequence[str]) -> None:
+        """Scale all gradients that are due so that their norm is at most grad_clip."""
+        if not self.config.grad_clip or not due:
+            return
+        for name in due:
+            self.states[name].comm.wait()
+        norm = grad_norm(self.states, self.params, due)
+        finite = torch.isfinite(norm)
+        scale = self.config.grad_clip / (torch.where(finite, norm, 0.0) + 1e-6)
+        grads = [self.states[name].comm.grad for name in due]
+        torch._foreach_mul_(grads, scale.clamp(max=1.0))
+
+    def check_addresses(self) -> None:
+        """Raise RuntimeError where a value or a gradient is not in the optimizer's storage any more."""
+        for name, p in self.params.items():
+            pairs = zip(("value", "gradient"), addresses_of(p), self.addresses[name])
+            for what in (what for what, now, then in pairs if now != then):
+                moved = f"the {what} of {name} is not in the optimizer's storage any more"
+                fix = "leave zero_grad() out, step() clears gradients; and copy values in place"
+                raise RuntimeError(f"{moved}: {fix}")
+
+    def nonfinite_params(self) -> list[str]:
+        """Names of parameters whose gradient was not finite in some step; waits for the device."""
+        return [name for name, count in self.check_finite.counts.items() if count.item()]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The whole state, the same on every rank and for every world size. A collective."""
+        return optimizer_state(self)
+
+    def load_state_dict(self, saved: Mapping[str, Tensor]) -> None:
+        """Take back what `state_dict` gave, on however many ranks. ValueError for a state of something else."""
+        load_optimizer_state(self, saved)
+
+    @torch.no_grad()
+    def warm_up(self) -> None:
+        """Compile and record everything, with tied parameters tied and untied; nothing is updated."""
+        if self.device.type != "cuda":
+            return
+        pending, tied = self.pending, self.ties.tied
+        for self.ties.tied in (tied, {}) if tied else ({},):
+            for step in [*range(self.config.adam.every)] * 3:
+                self.check_finite(self.due_params(step))
+        self.pending, self.ties.tied = pending, tied
+        self.skip.fill_(1.0)
+        for name, call in self.calls.items():
+            for _ in range(3):
+                with on_stream(self.streams[name]):
+                    call()
         torch.cuda.synchronize()
-    optimizer.skip.zero_()
-    for total in optimizer.bad.values():
-        total.zero_()
+        torch._foreach_zero_([self.skip, *self.check_finite.counts.values()])
 
 
-# %% Apart, and together again
-def untie(optimizer: BankOptimizer, name: str) -> None:
-    """Let a tied parameter train by itself from now on, with the transposed moments of what it was tied to."""
-    part, source = optimizer.parts[name], optimizer.parts[optimizer.tied.pop(name)]
-    for key, own in part.state.items():
-        moments = source.collect(source.state[key]).mT.contiguous()
-        own.copy_(part.mine(part.padded(moments)))
-
-
-def waiting(optimizer: BankOptimizer) -> dict[str, Tensor]:
-    """Gradients that wait for adam's turn, summed over ranks."""
-    found = {}
-    for name, part in optimizer.parts.items():
-        if optimizer.pending and part.every > 1:
-            total = part.grads.clone()
-            if ranks()[1] > 1:
-                dist.all_reduce(total)
-            places = part.slices if isinstance(part, Replicated) else {name: slice(part.units)}
-            found |= {f"{p}/waiting": total[here] for p, here in places.items()}
+# %% Saving and loading state
+def pending_grads(optimizer: MuonAdam) -> dict[str, Tensor]:
+    """Gradients that wait for Adam's turn, summed over ranks."""
+    found: dict[str, Tensor] = {}
+    for state in optimizer.states.values():
+        if optimizer.pending and state.every > 1:
+            for name, grad in state.comm.full_grads().items():
+                found[f"{name}/pending_grad"] = total = grad.clone()
+                if dist_info()[1] > 1:
+                    dist.all_reduce(total)
     return found
 
 
-def state_places(optimizer: BankOptimizer) -> dict[str, tuple[Any, Tensor, slice | None]]:
-    """For each tensor of the state: its part, what this rank has, and where in that it stands if there is more in it."""
-    found: dict[str, tuple[Any, Tensor, slice | None]] = {}
-    for name, part in optimizer.parts.items():
-        places = part.slices if isinstance(part, Replicated) else {name: None}
-        for key, own in part.state.items():
-            found |= {f"{p}/{key}": (part, own, here) for p, here in places.items()}
-    return found
+def state_places(optimizer: MuonAdam) -> dict[str, tuple[Any, Tensor]]:
+    """For each tensor of the state, by `parameter/key`: the comm, and what this rank has of it."""
+    return {
+        f"{name}/{key}": (state.comm, own)
+        for state in optimizer.states.values()
+        for key, tensor in state.rule.state.items()
+        for name, own in state.comm.views(tensor).items()
+    }
 
 
-def state_tensors(optimizer: BankOptimizer) -> dict[str, Tensor]:
-    """The whole state by `parameter/key`, the same on every rank and for every number of ranks. All ranks have to ask."""
+def optimizer_state(optimizer: MuonAdam) -> dict[str, Tensor]:
+    """The whole state by `parameter/key`, the same on every rank and for every world size. A collective."""
     facts = {"updates": int(optimizer.updates), "pending": int(optimizer.pending)}
-    tied = [row.name for row in optimizer.table if row.tied]
-    facts |= {f"{name} apart": int(name not in optimizer.tied) for name in tied}
+    tied = [spec.name for spec in optimizer.specs if spec.tied_to]
+    facts |= {f"{name} untied": int(name not in optimizer.ties.tied) for name in tied}
     found = {f"optimizer/{key}": torch.tensor(value) for key, value in facts.items()}
-    for label, (part, own, here) in state_places(optimizer).items():
-        found[label] = own[here].clone() if here else part.collect(own)
-    return found | waiting(optimizer)
+    places = state_places(optimizer).items()
+    return found | {k: comm.full_of(own) for k, (comm, own) in places} | pending_grads(optimizer)
 
 
-def load_state(optimizer: BankOptimizer, saved: Mapping[str, Tensor]) -> None:
-    """Take back what `state_tensors` gave, on however many ranks."""
-    refuse_other_state(optimizer, saved)
+def load_optimizer_state(optimizer: MuonAdam, saved: Mapping[str, Tensor]) -> None:
+    """Take back what `optimizer_state` gave, on however many ranks."""
+    check_state(optimizer, saved)
     optimizer.updates.copy_(saved["optimizer/updates"])
     optimizer.pending = bool(saved["optimizer/pending"])
-    tied = [row for row in optimizer.table if row.tied and not saved[f"optimizer/{row.name} apart"]]
-    optimizer.tied = {row.name: row.tied for row in tied}
-    for label, (part, own, here) in state_places(optimizer).items():
-        value = saved[label].to(own.device)
-        own[here or slice(None)].copy_(value if here else part.mine(part.padded(value)))
-    for name, part in optimizer.parts.items():
-        take_waiting(name, part, saved)
+    tied = {spec.name: spec.tied_to for spec in optimizer.specs if spec.tied_to}
+    optimizer.ties.tied = {k: v for k, v in tied.items() if not saved[f"optimizer/{k} untied"]}
+    for label, (comm, own) in state_places(optimizer).items():
+        own.copy_(comm.shard_of(saved[label].to(own.device)))
+    for state in optimizer.states.values():
+        state.comm.full_grad.zero_()
+        for name, grad in state.comm.full_grads().items():
+            if f"{name}/pending_grad" in saved and dist_info()[0] == 0:
+                grad.copy_(saved[f"{name}/pending_grad"])
+        if isinstance(state.comm, ShardedSparse):
+            state.comm.touched.copy_(state.comm.full_grad.any(1))
 
 
-def refuse_other_state(optimizer: BankOptimizer, saved: Mapping[str, Tensor]) -> None:
-    """Refuse a saved state of other parameters or other options."""
-    shapes: dict[str, tuple[int, ...]] = {f"optimizer/{key}": () for key in ("updates", "pending")}
-    shapes |= {f"optimizer/{row.name} apart": () for row in optimizer.table if row.tied}
-    for label, (part, own, here) in state_places(optimizer).items():
-        shapes[label] = (here.stop - here.start,) if here else (part.units, *own.shape[1:])
-        if saved.get("optimizer/pending", 0) and part.every > 1:
-            wait = f"{label.rsplit('/', 1)[0]}/waiting"
-            shapes[wait] = shapes[label][:1] + tuple(part.grads.shape[1:])
-    same_names("the saved state", saved, shapes, "this optimizer's state")
+def check_state(optimizer: MuonAdam, saved: Mapping[str, Tensor]) -> None:
+    """Raise ValueError about a saved state of other parameters or of another config."""
+    tied = [f"{spec.name} untied" for spec in optimizer.specs if spec.tied_to]
+    count = torch.tensor(0)
+    wanted = {f"optimizer/{key}": count for key in ("updates", "pending", *tied)}
+    for label, (comm, own) in state_places(optimizer).items():
+        units = (comm.units, *own.shape[1:]) if isinstance(comm, Sharded) else own.shape
+        wanted[label] = own.new_empty(units)
+    for state in optimizer.states.values():
+        if saved.get("optimizer/pending", 0) and state.every > 1:
+            grads = state.comm.full_grads().items()
+            wanted |= {f"{name}/pending_grad": grad for name, grad in grads}
+    check_names("the saved state", saved, wanted, "this optimizer's state")
     for label, tensor in saved.items():
-        if tuple(tensor.shape) != shapes[label]:
-            raise ValueError(f"{label}: saved as {tuple(tensor.shape)}, here {shapes[label]}")
-
-
-def take_waiting(name: str, part: Any, saved: Mapping[str, Tensor]) -> None:
-    """Put gradients that wait, if any, where the first rank's are; all others are zero."""
-    part.grads.zero_()
-    places = part.slices if isinstance(part, Replicated) else {name: slice(part.units)}
-    for p, here in places.items():
-        if f"{p}/waiting" in saved and ranks()[0] == 0:
-            part.grads[here].copy_(saved[f"{p}/waiting"])
-    if isinstance(part, Sparse):
-        part.touched.copy_(part.grads.any(1))
+        kinds = [f"{tuple(t.shape)} {str(t.dtype)[6:]}" for t in (tensor, wanted[label])]
+        if kinds[0] != kinds[1]:
+            raise ValueError(f"{label}: saved as {kinds[0]}, here {kinds[1]}")

@@ -6,33 +6,34 @@ import math
 from bisect import bisect_right
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Literal, NamedTuple, Protocol
+from typing import Annotated, Literal, NamedTuple
 
-from speedrun.lab.bounds import Share
+from annotated_types import Interval
+
+from speedrun.lab.bounds import Beta, NonNegativeInt, Share
 
 
 @dataclass(frozen=True)
-class ScheduleOptions:
-    """How the learning rate comes down."""
+class ScheduleConfig:
+    """What changes from step to step. The defaults are llm.c's."""
 
+    warmup_steps: NonNegativeInt = 700
+    """Steps in which the learning rate climbs to its peak."""
     shape: Literal["cosine", "trapezoid"] = "cosine"
-    """cosine: from the end of the warm-up on. trapezoid: held, then along a line."""
-    cooldown: Share = 0.6
-    """trapezoid: the share of the steps in which the rate falls."""
+    """The learning rate after the warm-up. cosine: falls at once. trapezoid: held, then along a line."""
+    cooldown_frac: Share = 0.6
+    """trapezoid: the share of the steps in which the learning rate falls."""
+    final_lr_frac: Annotated[float, Interval(ge=0, le=1)] = 0.0
+    """Learning rate at the end, as a share of the peak."""
+    momentum_min: Annotated[Beta, "0: momentum stays as it is"] = 0.0
+    """Muon's momentum in the first step and after the last, on a line to optim.muon.momentum and back; 0: no lines."""
+    momentum_ramp: tuple[NonNegativeInt, NonNegativeInt] = (300, 50)
+    """Steps in which momentum rises at the beginning, and falls at the end."""
+    untie_at: Share = 2 / 3
+    """Share of the steps after which embed and head train apart, if model.head.tied is split."""
 
 
-class Peak(Protocol):
-    """What `learning_rate` asks of an optimizer's options."""
-
-    @property
-    def lr(self) -> float: ...
-    @property
-    def warmup_steps(self) -> int: ...
-    @property
-    def final_lr(self) -> float: ...
-
-
-def cooled(peak: float, floor: float, step: int, begin: int, end: int) -> float:
+def linear_cooldown(peak: float, floor: float, step: int, begin: int, end: int) -> float:
     """`peak` until step `begin`, then a line that is at `floor` in step `end` and stays there."""
     if step <= begin or step >= end:
         return floor if step >= end else peak
@@ -40,17 +41,49 @@ def cooled(peak: float, floor: float, step: int, begin: int, end: int) -> float:
     return (1 - t) * peak + t * floor
 
 
-def learning_rate(step: int, steps: int, optim: Peak, schedule: ScheduleOptions) -> float:
-    """The rate of a step (0 … steps − 1): a line up, then the schedule's shape down to final_lr · lr."""
-    warmup = optim.warmup_steps
+def learning_rate(step: int, steps: int, peak: float, schedule: ScheduleConfig) -> float:
+    """The rate of a step (0 … steps − 1): a line up, then the schedule's shape down to final_lr_frac · peak."""
+    warmup, final = schedule.warmup_steps, schedule.final_lr_frac
     if step < warmup:
-        return optim.lr * (step + 1) / warmup
+        return peak * (step + 1) / warmup
     if schedule.shape == "trapezoid":
-        begin = max(warmup, steps - round(schedule.cooldown * steps))
-        return optim.lr * cooled(1.0, optim.final_lr, step, begin, steps)
+        begin = max(warmup, steps - round(schedule.cooldown_frac * steps))
+        return peak * linear_cooldown(1.0, final, step, begin, steps)
     progress = (step - warmup) / max(1, steps - warmup)
     cosine = 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
-    return optim.lr * (optim.final_lr + (1 - optim.final_lr) * cosine)
+    return peak * (final + (1 - final) * cosine)
+
+
+def ramp(step: int, steps: int, ends: tuple[float, float], ramps: tuple[int, int]) -> float:
+    """A line from ends[0] up to ends[1] over the first ramps[0] steps, and a line back over the last ramps[1]."""
+    (low, high), (rising, falling) = ends, ramps
+    up = step / rising if rising else 1.0
+    down = (steps - step) / falling if falling else 1.0
+    return low + (high - low) * min(1.0, up, down)
+
+
+class StepSettings(NamedTuple):
+    """What changes from step to step, for the optimizer."""
+
+    step: int
+    lr: float
+    """Learning rate of all but the blocks' matrices."""
+    matrix_lr: float
+    momentum: float
+    untie: bool = False
+    """Whether tied parameters train apart from this step on."""
+
+
+def step_settings(
+    step: int, steps: int, schedule: ScheduleConfig, peaks: tuple[float, float], momentum: float
+) -> StepSettings:
+    """The settings of a step (0 … steps − 1). peaks: learning rates of all, and of the matrices. momentum: its highest value."""
+    lr = learning_rate(step, steps, peaks[0], schedule)
+    ends = (schedule.momentum_min or momentum, momentum)
+    now = ramp(step, steps, ends, schedule.momentum_ramp)
+    return StepSettings(
+        step, lr, lr * (peaks[1] / peaks[0]), now, step >= schedule.untie_at * steps
+    )
 
 
 # %% Training as a list of stages
@@ -151,23 +184,17 @@ def stage_at(schedule: Schedule, step: int) -> tuple[Stage, float]:
 def rate_at(schedule: Schedule, step: int) -> float:
     """The learning rate of a step, as a multiple of the base rate."""
     stage, _ = stage_at(schedule, step)
-    return cooled(stage.rate, schedule.floor, step, fall_begins(schedule), schedule.scheduled)
+    return linear_cooldown(
+        stage.rate, schedule.floor, step, fall_begins(schedule), schedule.scheduled
+    )
 
 
 # %% Momentum
-def between(step: int, steps: int, ends: tuple[float, float], ramps: tuple[int, int]) -> float:
-    """A line from ends[0] up to ends[1] over the first ramps[0] steps, and a line back over the last ramps[1]."""
-    (low, high), (rising, falling) = ends, ramps
-    up = step / rising if rising else 1.0
-    down = (steps - step) / falling if falling else 1.0
-    return low + (high - low) * min(1.0, up, down)
-
-
 def momentum_at(schedule: Schedule, step: int) -> float:
     """Momentum of a step: a line up in the first steps, a line down in the last."""
     stage_at(schedule, step)  # refuses a step that there is not
     steps = schedule.scheduled + schedule.extension
-    return between(step, steps, schedule.momentum, schedule.momentum_steps)
+    return ramp(step, steps, schedule.momentum, schedule.momentum_steps)
 
 
 # %% What the model is asked, and how far it sees

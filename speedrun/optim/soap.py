@@ -2,14 +2,18 @@
 
 
 # %% SOAP, from the other side
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from speedrun.params import ParamSpec
+
 
 @dataclass(frozen=True)
-class SoapOptions:
+class SoapConfig:
     """SOAP's constants, its authors' defaults."""
 
     betas: tuple[float, float] = (0.95, 0.95)
@@ -20,14 +24,14 @@ class SoapOptions:
     """Steps between two looks at the eigenbases."""
 
 
-def adam_in(basis: tuple[Tensor, Tensor], g: Tensor, state: dict, options: SoapOptions) -> Tensor:
+def adam_in(basis: tuple[Tensor, Tensor], g: Tensor, state: dict, options: SoapConfig) -> Tensor:
     """One step of Adam on matrices (n, rows, cols), taken in another pair of bases and turned back."""
     (left, right), (beta1, beta2) = basis, options.betas
     turned = left.mT @ g @ right
     state["exp_avg"].lerp_(turned, 1 - beta1)
     state["exp_avg_sq"].lerp_(turned.square(), 1 - beta2)
     state["step"] += 1
-    done = state["step"].item()
+    done = state["step"].max().item()
     mean = state["exp_avg"] / (1 - beta1**done)
     root = (state["exp_avg_sq"] / (1 - beta2**done)).sqrt()
     return left @ (mean / (root + options.eps)) @ right.mT
@@ -58,22 +62,47 @@ def turn(state: dict) -> None:
         old.copy_(new)
 
 
+def soap_state(like: Tensor) -> dict[str, Tensor]:
+    """SOAP's state for matrices, (matrices, rows, cols). step: how many were taken; -1 before the first gradient was seen."""
+    n, *sides = like.shape
+    state = {"exp_avg": torch.zeros_like(like), "exp_avg_sq": torch.zeros_like(like)}
+    for side, size in zip(("left", "right"), sides):
+        state |= {key: like.new_zeros(n, size, size) for key in (side, f"{side}_basis")}
+    return state | {"step": like.new_full((n, 1, 1), -1.0)}
+
+
 def soap_update(
-    g: Tensor, state: dict, skip: Tensor | None, options: SoapOptions = SoapOptions()
+    g: Tensor, state: dict, skip: Tensor | None, options: SoapConfig = SoapConfig()
 ) -> Tensor:
-    """The update at rate 1 of matrices with gradient g, (matrices, rows, cols). The first step only looks."""
+    """The update at rate 1 of matrices with gradient g, (matrices, rows, cols). The first step only takes the bases."""
     if skip is not None and skip.item():
         return torch.zeros_like(g)
     pairs, beta2 = {"left": g @ g.mT, "right": g.mT @ g}, options.betas[1]
-    if not state:
-        state |= {side: (1 - beta2) * pair for side, pair in pairs.items()}
-        state |= {f"{side}_basis": eigenbasis(pair) for side, pair in pairs.items()}
-        state |= {"exp_avg": torch.zeros_like(g), "exp_avg_sq": torch.zeros_like(g)}
-        state["step"] = torch.zeros(())
+    if state["step"].max() < 0:
+        for side, pair in pairs.items():
+            state[side].copy_((1 - beta2) * pair)
+            state[f"{side}_basis"].copy_(eigenbasis(pair))
+        state["step"].zero_()
         return torch.zeros_like(g)
     update = adam_in((state["left_basis"], state["right_basis"]), g, state, options)
     for side, pair in pairs.items():
         state[side].lerp_(pair, 1 - beta2)
-    if state["step"].item() % options.every == 0:
+    if state["step"].max().item() % options.every == 0:
         turn(state)
     return update
+
+
+class SoapRule:
+    """SOAP as a rule of the trainer's optimizer (chapter 20), on the whole matrices that this rank has."""
+
+    graphable = False  # it asks the device
+
+    def __init__(self, specs: Sequence[ParamSpec], comm: Any, config: Any, fuse: bool):
+        self.comm, self.state = comm, soap_state(comm.shard)
+        self.weight_decay = config.adam.weight_decay * specs[0].wd_mul
+
+    def update(self, scalars: Any, skip: Tensor, updates: Tensor) -> None:
+        """One step of the shard."""
+        update = soap_update(self.comm.grad, self.state, skip)
+        lr = scalars["matrix_lr"] * (1 - skip)
+        self.comm.shard.mul_(1 - lr * self.weight_decay).sub_(lr * update)

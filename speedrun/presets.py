@@ -1,0 +1,181 @@
+# Tangled from notebooks/22_config.py: edit the notebook, then run "make tangle". Edits made here are lost.
+
+
+from speedrun.config import Config, fields_of, vary
+from speedrun.lab.bounds import as_flags
+
+
+# %% Presets are data
+import difflib
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+from speedrun.lab.errors import Problem, check_words
+from speedrun.optim.muon import MuonConfig
+
+RECORD_MUON = MuonConfig(
+    orthogonalizer="polar_express",
+    ns_dtype="float16",
+    beta2=0.9,
+    weight_decay=1.2,
+    decay_with_lr=True,
+    cautious=True,
+    down_lr_mul=4.0,
+    param_dtype="bf16_mantissa",
+)
+"""Muon as it is today: records 38, 39, 43, 48 and 57, and a Gram Newton–Schulz that no record has yet."""
+
+
+Changes = dict[str, Any]
+FINEWEB = "data/fineweb10B"
+PRESETS: dict[str, tuple[str, Changes]] = {  # name → the run that it starts from, what it changes
+    "cpu": (
+        "",
+        {
+            "model.layers": 2,
+            "model.heads": 2,
+            "model.width": 128,
+            "model.context": 128,
+            "model.init_std": 0.05,
+            "optim.adam.lr": 2e-3,
+            "schedule.warmup_steps": 100,
+            "data.path": "data/embedded",
+            "data.seq_len": 128,
+            "data.step_tokens": 1024,
+            "data.grad_shards": 2,
+            "steps": 8000,
+            "precision": "float32",
+            "compile": False,
+            "val_every": 1000,
+            "val_tokens": 262_144,
+            "log_every": 50,
+            "target": 1.55,
+        },
+    ),
+    "smoke": ("cpu", {"steps": 600, "val_every": 200, "val_tokens": 65_536, "target": 2.75}),
+    "small": (
+        "",
+        {
+            "model.layers": 8,
+            "model.heads": 8,
+            "model.width": 512,
+            "model.init_std": 0.025,
+            "optim.adam.lr": 4e-3,
+            "optim.matrices": "muon",
+            "optim.matrix_lr": 0.016,
+            **fields_of(RECORD_MUON, "optim.muon."),
+            "schedule.warmup_steps": 100,
+            "schedule.shape": "trapezoid",
+            "schedule.momentum_min": 0.85,
+            "data.path": FINEWEB,
+            "data.step_tokens": 65_536,
+            "data.pass_tokens": 32_768,
+            "steps": 1520,
+            "val_every": 190,
+            "val_tokens": 4_194_304,
+            "log_every": 20,
+            "target": 4.0,
+        },
+    ),
+    "record": ("record1", {}),
+}
+
+
+# %% The runs of history
+def known_presets() -> dict[str, tuple[str, Changes]]:
+    """All presets, those of history included."""
+    return PRESETS | importlib.import_module("speedrun.history").HISTORY
+
+
+def preset(name: str) -> Config:
+    """A run by its name. Raises Problem, with the names that there are, for any other."""
+    known = PRESETS if name in PRESETS else known_presets()
+    if name not in known:
+        near = difflib.get_close_matches(name, known, 1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise Problem(f"there is no preset “{name}”", f"{hint}Known are {', '.join(known)}")
+    parent, changes = known[name]
+    return vary(preset(parent) if parent else Config(), {"preset": name} | changes)
+
+
+# %% Any run, on a laptop
+MODEL_SIZES = [f"model.{name}" for name in ("layers", "heads", "width", "context", "init_std")]
+DATA_SIZES = [
+    "data.path",
+    "data.seq_len",
+    "data.step_tokens",
+    "data.grad_shards",
+    "data.pass_tokens",
+]
+NUMBERS = ("precision", "optim.muon.param_dtype", "optim.muon.ns_dtype")
+SIZES = (*MODEL_SIZES, *DATA_SIZES, *NUMBERS)
+RAMPS = (
+    "schedule.warmup_steps",
+    "schedule.momentum_ramp",
+)  # steps in which something rises or falls
+
+
+def scaled(count: int, whole: int, steps: int) -> int:
+    """A count of steps out of `whole` as one out of `steps`: at least three if there are any, and at most a quarter."""
+    return min(max(round(count * steps / whole), 3), max(1, steps // 4)) if count else 0
+
+
+def at_cpu_size(config: Config, steps: int = 20) -> Config:
+    """The same decisions at the cpu preset's widths, vocabulary and lengths, with all of the schedule in a few steps."""
+    laptop, own = fields_of(preset("cpu")), fields_of(config)
+    changes = {name: laptop[name] for name in SIZES}
+    changes |= {"steps": steps, "max_steps": 0, "val_every": steps, "val_tokens": 16_384}
+    for name in RAMPS:
+        if isinstance(own[name], tuple):
+            changes[name] = tuple(scaled(count, config.steps, steps) for count in own[name])
+        else:
+            changes[name] = scaled(own[name], config.steps, steps)
+    return vary(config, changes)
+
+
+# %% Saved, and said
+def preset_in(arguments: list[str], default: str) -> str:
+    """The value of --preset among command-line arguments, wherever it stands; the last one counts."""
+    found = default
+    for argument, following in zip(arguments, [*arguments[1:], default]):
+        if argument == "--preset":
+            found = following
+        elif argument.startswith("--preset="):
+            found = argument.split("=", 1)[1]
+    return found
+
+
+def check_switches(arguments: list[str], command: Any) -> None:
+    """Refuse a switch with a value, --compile=False: tyro would only say that it does not know “False”."""
+    known = [name for name, value in fields_of(command).items() if isinstance(value, bool)]
+    for argument, following in zip(arguments, [*arguments[1:], ""]):
+        given, equals, value = argument.partition("=")
+        for name in known:
+            both = [as_flags(name.rpartition("config.")[2], on)[0] for on in (True, False)]
+            if given.replace("_", "-") in both and (
+                equals or following.lower() in ("true", "false")
+            ):
+                what = f"{given} takes no value, and was given “{value or following}”"
+                raise Problem(what, " or ".join(both))
+
+
+def read_command(
+    make: Callable[[Config], Any], arguments: list[str], default: str, prog: str
+) -> Any:
+    """A command, which `make` builds around a run, with its fields set from arguments; --preset names the run."""
+    import tyro
+
+    check_words(arguments)
+    command = make(preset(preset_in(arguments, default)))
+    check_switches(arguments, command)
+    return tyro.cli(type(command), args=arguments, default=command, prog=prog)
+
+
+def as_arguments(config: Config) -> list[str]:
+    """The command-line arguments that `read_command` turns into this config."""
+    arguments, defaults = ["--preset", config.preset], fields_of(preset(config.preset))
+    for name, value in fields_of(config).items():
+        if value != defaults[name]:
+            arguments += as_flags(name, value)
+    return arguments
