@@ -37,8 +37,8 @@ tier = choose_tier()
 #
 # ## The idea
 #
-# GPT-2 {cite}`radford2019` is a stack of twelve equal blocks on a stream of vectors. A token is a row of an embedding matrix, to which a learned vector for its position is added. Each block adds two corrections: what attention gathers from earlier tokens
-# {cite}`vaswani2017`, and what a two-layer perceptron makes of the result. At the end the embedding matrix is used once more, transposed, to score every token of the vocabulary {cite}`press2017`. In symbols, with $x$ the stream, $E$ the embedding and $\mathrm{LN}$ a layer norm,
+# GPT-2 {cite}`radford2019` is a stack of twelve equal blocks on the *residual stream*, which has one vector for each token. A token is a row of an embedding matrix, to which a learned vector for its position is added. Each block adds two corrections: what attention gathers from earlier tokens
+# {cite}`vaswani2017`, and what a two-layer perceptron (MLP) makes of the result. At the end the embedding matrix is used once more, transposed, to score every token of the vocabulary {cite}`press2017`. In symbols, with $x$ the residual stream, $E$ the embedding and $\mathrm{LN}$ a layer norm,
 #
 # $$
 # \begin{aligned}
@@ -65,7 +65,11 @@ from torch.nn import functional as F
 from speedrun.model.gpt import GPTConfig
 
 # %% [markdown]
-# Attention first. One matrix makes queries, keys and values; each of the twelve heads sees 64 of the 768 numbers; a token may look at itself and at what came before it.
+# The shape of the model is a `GPTConfig`. [Chapter 21](21_model.py) builds the package's own model from all of it. GPT-2 reads five of its fields, `layers`, `heads`, `width`, `context` and `init_std`, and their defaults are those of the 124M model.
+#
+# ### Attention
+#
+# One matrix makes queries, keys and values for all heads, each of which works with 64 of the 768 numbers. A token may look at itself and at what came before it.
 
 
 # %%
@@ -111,7 +115,9 @@ assert torch.allclose(by_hand, y, atol=1e-12)
 print("causal, and equal to four heads written out by hand to 1e-12")
 
 # %% [markdown]
-# The perceptron widens by four, bends with a GELU (GPT-2 used the approximation with a tanh, and so must anything that wants GPT-2's numbers), and narrows again:
+# ### MLP and block
+#
+# The MLP widens the vector by four, applies a GELU, and narrows it again. (GPT-2 used the approximation of the GELU with a tanh, and so must anything that wants GPT-2's numbers.)
 
 
 # %%
@@ -129,7 +135,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: attention and perceptron, each on a normed copy of the stream, each added to it."""
+    """One layer, (batch, tokens, width) → the same: attention and MLP, each on a normed copy of the stream, each added to it."""
 
     def __init__(self, options: GPTConfig):
         super().__init__()
@@ -152,10 +158,12 @@ with torch.no_grad():
     )
 
 # %% [markdown]
+# ### The model
+#
 # The model holds the blocks between two uses of one embedding matrix. It returns logits, or, where targets are given, their mean cross-entropy in nats per token.
 #
-# Initial values matter more than they look. Weights are normal with a deviation of 0.02; what *adds* to the stream starts smaller by $\sqrt{2L}$, because there are $2L$ such terms and their
-# variances add up. Chapter 05 will set those matrices to zero and gain from it.
+# Initial values matter more than they look. Weights are drawn from a normal distribution with a standard deviation of 0.02. Matrices whose output is *added* to the stream start smaller by $\sqrt{2L}$, because there are $2L$ such terms and their
+# variances add up. [Chapter 05](05_modern_block.py) will set those matrices to zero and gain from it.
 
 
 # %%
@@ -190,7 +198,7 @@ class GPT2(nn.Module):
 # %%
 #| export
 def gpt2_forward(model: GPT2, inputs: Tensor, targets: Tensor | None) -> Tensor:
-    """Embed, run the blocks, score. inputs and targets: (batch, tokens) int64."""
+    """Logits, (batch, tokens, vocab), or with targets their mean cross-entropy in nats. inputs and targets: (batch, tokens) int64."""
     x = model.tokens(inputs) + model.positions.weight[: inputs.shape[1]]
     for block in model.blocks:
         x = block(x)
@@ -212,7 +220,7 @@ print(
 )
 
 # %% [markdown]
-# ### Three numbers that must come out
+# ### Three checks: parameters, FLOPs, the first loss
 #
 # **The parameters.** GPT-2 "124M" has 124,439,808 of them, which can be counted by hand and has been published often enough:
 
@@ -235,7 +243,7 @@ print(f"{counted:,} parameters, of which {VOCAB * 768 / counted:.0%} are the emb
 
 # %% [markdown]
 # **The arithmetic.** A matrix of $N$ weights costs $2N$ FLOPs per token forward, as much again for the gradient of its input, and as much again for the gradient of itself: $6N$. The embedding is looked up on the way in, which is free, and multiplied on the way out, which is not, so it
-# counts once. Attention adds two products, of queries with keys and of probabilities with values, $2 \cdot 2\,T d$ per layer and token and three times that with the backward pass if the mask is ignored; half of it if a kernel skips what the mask hides:
+# counts once. Attention adds two products, of queries with keys and of probabilities with values. In rows of $T$ tokens, at a width of $d$, they are $2 \cdot 2\,T d$ FLOPs per layer and token, and three times that with the backward pass. A kernel that skips what the mask hides does half of it:
 
 
 # %%
@@ -318,7 +326,7 @@ print(
 # %% [markdown]
 # No bug, and a useful habit. The first line of a log can be predicted to a per cent, and when it cannot, nothing after it is worth reading.
 #
-# ### A second opinion
+# ### The same logits as Hugging Face's GPT-2
 #
 # One check is still missing, and it is the one that matters most. All of the above could be right in a model that is *not* GPT-2. So give the same weights to an implementation that we did not write, Hugging Face's, and compare logits. (It stores linear layers transposed, as OpenAI did.)
 
@@ -353,12 +361,20 @@ print(f"largest difference of any logit: {difference:.0e}")
 # %% [markdown]
 # ### The optimizer
 #
-# Record 1 trains with AdamW {cite}`loshchilov2019`. Its learning rate climbs for 700 steps to $6\cdot10^{-4}$ and falls along half a cosine to zero at the last step; matrices decay towards zero, biases and norms do not; gradients longer than 1 are shortened to 1. A step reads 512 rows of 1,024 tokens; 19,560 steps make the 10.26 billion.
-# These numbers are the GPT-3 paper's {cite}`brown2020`, except that the rate there stops at a tenth of its peak; they were taken over, not tuned for this run. Remember that when chapter 12 finds better ones.
-
-
-# %% [markdown]
-# What the rate does between its ends is a choice of its own, and [chapter 14](14_schedule.py) has the function for it. Its defaults are llm.c's:
+# Record 1 trains with AdamW {cite}`loshchilov2019`. It keeps two running means for every weight $w$ with gradient $g$, the *first moment* $m$ of the gradient and the *second moment* $v$ of its square. With the learning rate $\eta$ and a weight decay of $\lambda$, a step is
+#
+# $$
+# m \leftarrow \beta_1 m + (1-\beta_1)\,g, \qquad
+# v \leftarrow \beta_2 v + (1-\beta_2)\,g^2, \qquad
+# w \leftarrow w - \eta\lambda w - \eta\,\frac{\hat m}{\sqrt{\hat v} + \epsilon} .
+# $$
+#
+# Both moments start at zero and are too small at first. The hats stand for the *bias correction* that mends it, $\hat m = m/(1-\beta_1^t)$ and $\hat v = v/(1-\beta_2^t)$ in step $t$. The mean gradient of each weight is thus divided by its own usual size, whatever its neighbours do. That is where [chapter 12](12_newton_schulz.py) will begin.
+#
+# Record 1's learning rate climbs for 700 steps to $6\cdot10^{-4}$ and falls along half a cosine to zero at the last step. A gradient whose norm, over all parameters together, is more than 1 is scaled down to a norm of 1 (*clipping*). A step reads 512 rows of 1,024 tokens, so 19,560 steps make the 10.26 billion.
+# These numbers are the GPT-3 paper's {cite}`brown2020`, except that the learning rate there stops at a tenth of its peak. They were taken over and not tuned for this run. Remember that when chapter 12 finds better ones.
+#
+# What the learning rate does between its ends is a choice of its own, and [chapter 14](14_schedule.py) has the function for it. Its defaults are llm.c's:
 
 # %%
 from speedrun.optim.schedule import ScheduleConfig, learning_rate
@@ -372,13 +388,13 @@ assert math.isclose(rates[700 + 18_860 // 2], 3e-4), "half-way down after half o
 print("rate at", ", ".join(f"step {i:,}: {rates[i]:.1e}" for i in (0, 350, 700, 10_130, 19_559)))
 
 # %% [markdown]
-# Which parameters decay is a property of the parameter. For this model the rule is llm.c's: what has two dimensions decays. PyTorch's optimizers take *groups* of parameters, each with constants of its own. The *fused* form of AdamW updates all tensors in a handful of kernels.
+# Not every parameter decays. llm.c's rule, which this model follows, is that what has two dimensions does: matrices and embeddings decay, biases and norms do not. PyTorch's optimizers take *parameter groups* for that, each with constants of its own. In its *fused* form PyTorch's AdamW updates all tensors in a handful of kernels. This chapter uses it as it is; the trainer's optimizer, which calls the same kernels, is [chapter 20](20_many_gpus.py)'s.
 
 
 # %%
 #| export model.baseline
 def decay_groups(model: nn.Module, weight_decay: float = 0.1) -> list[dict[str, Any]]:
-    """Groups for an optimizer of torch's: tensors of two or more dimensions decay (llm.c's rule), all others do not."""
+    """Parameter groups for an optimizer of torch's: tensors of two or more dimensions decay (llm.c's rule), all others do not."""
     parameters = list(model.parameters())
     large, small = ([p for p in parameters if (p.ndim >= 2) == yes] for yes in (True, False))
     return [{"params": large, "weight_decay": weight_decay}, {"params": small, "weight_decay": 0.0}]
@@ -392,10 +408,22 @@ decaying, resting = (sum(p.numel() for p in group["params"]) for group in optimi
 assert decaying == (vocab + 128) * 64 + 3 * 12 * 64**2 and resting == 3 * 13 * 64 + 2 * 64
 print(f"{decaying:,} numbers decay, {resting:,} do not")
 
+w, m, v = torch.tensor(0.5, dtype=torch.float64), 0.0, 0.0
+weight = nn.Parameter(w.clone())
+theirs = torch.optim.AdamW([weight], lr=0.01, betas=BETAS, eps=1e-8, weight_decay=0.1)
+for t, g in enumerate((3.0, -1.0, 0.5), start=1):
+    weight.grad = torch.tensor(g, dtype=torch.float64)
+    theirs.step()
+    m, v = 0.9 * m + 0.1 * g, 0.95 * v + 0.05 * g * g
+    step = (m / (1 - 0.9**t)) / (math.sqrt(v / (1 - 0.95**t)) + 1e-8)
+    w = w - 0.01 * 0.1 * w - 0.01 * step
+assert torch.allclose(weight, w, atol=1e-12)
+print("three steps by the formula are three of PyTorch's")
+
 # %% [markdown]
-# ### A hundred and twenty steps of it
+# ### A training run of 120 steps
 #
-# Everything together, small, on the embedded text: two layers, rows of 64 bytes. (A narrow model wants larger weights and a larger rate; the vocabulary is chapter 02's 288.) The loop is ten lines, and in its essence it will not change until the end of the book.
+# Here is everything together, on a small scale: two layers, and rows of 64 tokens of the embedded text. (A narrow model wants larger weights and a larger learning rate. The vocabulary is [chapter 02](02_data.py)'s 288.) The loop is ten lines, and in its essence it will not change until the end of the book.
 
 # %%
 from speedrun.data.loader import DataConfig, Loader
@@ -519,7 +547,7 @@ assert 0.4 < sum(parts.values()) / times["wall"] < 2.5
 print({kind: f"{ms:.1f} ms" for kind, ms in sorted(parts.items(), key=lambda item: -item[1])})
 
 # %% [markdown]
-# The profile to believe takes a large GPU and the real size: 124 million parameters, 32 rows of 1,024 tokens, in three forms. In 32-bit floats, as PyTorch starts out. In bf16 where matrices are multiplied. And compiled, which fuses what lies between the matrices.
+# The profile to believe takes a large GPU and the real size: 124 million parameters and 32 rows of 1,024 tokens. It is taken of three forms of the step. The first computes in 32-bit floats, as PyTorch does by default. The second multiplies matrices in bf16, and the third is compiled as well, which fuses the operations between the products.
 
 # %% tags=["hide-input"]
 #| export measure.baseline
@@ -572,6 +600,7 @@ reached = {form: flops / (times["wall"] / 1000) / 989e12 for form, times in form
 speedup = {form: forms["float32"]["wall"] / times["wall"] for form, times in forms.items()}
 compiled = forms["bf16, compiled"]
 between = 1 - (compiled["matrix products"] + compiled["attention"]) / compiled["wall"]
+assert flops == flops_per_token(GPTConfig(), VOCAB, 1024) * result["data"]["tokens"]
 assert reached["float32"] < reached["bf16"] < reached["bf16, compiled"]
 assert abs(reached["bf16, compiled"] - utilisation) < 0.06 and 0.3 < between < 0.5
 for form, times in forms.items():
@@ -631,7 +660,7 @@ print({kind: f"{ms:.1f} ms" for kind, ms in rest.items()}, f"waiting {waiting:.0
 #
 # ## Record 2: half the tokens
 #
-# Record 2, nine days after record 1, was a port of this program to PyTorch by Keller Jordan. By his recollection it replaced the learned positions by rotary ones (chapter 06), tripled the learning rate to 0.0018, shortened the warm-up to 250 steps, and let the rate fall along a line at the end. It needed half the tokens:
+# Record 2, nine days after record 1, was a port of this program to PyTorch by Keller Jordan. By his recollection it replaced the learned positions by rotary ones ([chapter 06](06_rotary.py)), tripled the learning rate to 0.0018, shortened the warm-up to 250 steps, and let the rate fall along a line at the end. It needed half the tokens:
 
 # %%
 tokens_of = {number: float(ladder[number]["total_train_tokens"]) for number in ("1", "2")}
@@ -643,7 +672,7 @@ print(
 )
 
 # %% [markdown]
-# One port with four changes halved the tokens. That is what an untuned baseline looks like, and it is the reason why this book compares every optimizer with a *tuned* AdamW (chapter 12) and not with this one. It is also a warning about reading the ladder as a sum. A record's gain is measured against whatever
+# One port with four changes halved the tokens. That is what an untuned baseline looks like, and it is the reason why this book compares every optimizer with a *tuned* AdamW ([chapter 12](12_newton_schulz.py)) and not with this one. It is also a warning about reading the ladder as a sum. A record's gain is measured against whatever
 # stood there before, and what stood there first had never been pushed.
 #
 # ## Exercises

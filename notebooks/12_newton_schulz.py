@@ -20,11 +20,11 @@
 #
 # ## The problem
 #
-# AdamW sees a matrix as a bag of numbers. Each is divided by the size that it usually has, and no number knows its neighbours. But a matrix acts as a whole, and its gradient has a shape that the bag does not show. Here is a small GPT after sixty steps. (It keeps its matrices in *banks*: a bank stacks the same matrix of all layers into one parameter, [chapter 21](21_model.py).) The running mean of the gradient of one matrix, that of the keys in layer 0, is what an optimizer follows there.
+# AdamW sees a matrix as a bag of numbers. The mean gradient of each is divided by its usual size, and no number knows its neighbours. But a matrix acts as a whole, and its gradient has a shape that the bag does not show. Here is a small GPT after sixty steps of AdamW. (It keeps its matrices in *banks*: a bank stacks the same matrix of all layers into one parameter, [chapter 21](21_model.py).) We look at the matrix that makes the keys of layer 0, and at the running mean of its gradient, which the optimizer follows.
 #
-# Any matrix is a sum $G = \sum_i \sigma_i\, u_i v_i^\top$, its *singular value decomposition*, or $U\Sigma V^\top$. The $u_i$ have length 1 and are perpendicular to one another, and so are the $v_i$. The *singular values* $\sigma_1 \ge \sigma_2 \ge \dots \ge 0$ say how much of each term there is. A *direction* of a matrix is such a pair $u_i, v_i$: it sends $v_i$ to $\sigma_i u_i$. The matrix's *length* is $\lVert G\rVert_F = (\sum_i \sigma_i^2)^{1/2}$, which is the root of its entries' summed squares. Its *spectral length* is $\sigma_1$.
+# Any matrix is a sum $G = \sum_i \sigma_i\, u_i v_i^\top$, its *singular value decomposition*, or $U\Sigma V^\top$. The $u_i$ have length 1 and are perpendicular to one another, and so are the $v_i$. The *singular values* $\sigma_1 \ge \sigma_2 \ge \dots \ge 0$ say how much of each term there is. A *direction* of a matrix is such a pair $u_i, v_i$: it sends $v_i$ to $\sigma_i u_i$. The matrix's *Frobenius norm*, or length, is $\lVert G\rVert_F = (\sum_i \sigma_i^2)^{1/2}$, which is the root of its entries' summed squares. Its *spectral norm* is $\sigma_1$.
 #
-# So that mean has 128 directions. How many of them does it use? And how many does AdamW's step, which divides the mean entry by entry?
+# So that mean has 128 directions. How many of them does it use? And how many does AdamW's step use, which divides the mean entry by entry?
 
 # %%
 from speedrun.lab.tier import choose_tier
@@ -46,10 +46,11 @@ scratch = Path(tempfile.mkdtemp())
 BRIEF = {"steps": 60, "schedule.warmup_steps": 10, "val_every": 60, "val_tokens": 32_768}
 BRIEF |= {"device": tier.device}
 model_run = train(vary(preset("cpu"), BRIEF), scratch / "look", echo=None)
-moments = model_run.optimizer.state_dict()
-bank = "attention_qkv"  # (2, 384, 128): in each layer Q, K and V
-followed = moments[f"{bank}/exp_avg"].view(6, 128, 128)[1].double()
-divisor = moments[f"{bank}/exp_avg_sq"].view(6, 128, 128)[1].double().sqrt() + 1e-8
+state = model_run.optimizer.state_dict()  # tensors, by parameter and what they are
+moments = {name: state[f"attention_qkv/{name}"] for name in ("exp_avg", "exp_avg_sq")}
+assert moments["exp_avg"].shape == (2, 384, 128), "in each of two layers Q, K and V"
+keys = {name: moment.view(2, 3, 128, 128)[0, 1].double() for name, moment in moments.items()}
+followed, divisor = keys["exp_avg"], keys["exp_avg_sq"].sqrt() + 1e-8
 adams_step = followed / divisor
 
 
@@ -62,13 +63,14 @@ def directions(matrix: torch.Tensor) -> int:
 
 sigma = torch.linalg.svdvals(followed)
 assert directions(followed) < 16 and directions(adams_step) < 40 and sigma[0] > 30 * sigma[64]
-assert torch.allclose(sigma.square().sum().sqrt(), followed.norm()), "the length, both ways"
+assert torch.allclose(sigma.square().sum().sqrt(), followed.norm()), "the Frobenius norm, both ways"
 print(f"90% of the mean's squared length lies in {directions(followed)} of 128 directions")
 print(f"of AdamW's step, in {directions(adams_step)}")
 print(f"the largest singular value is {sigma[0] / sigma[64]:.0f} times the median one")
 counts = []
-for spec in (spec for spec in model_run.model.specs if spec.matrices):
-    mean = moments[f"{spec.name}/exp_avg"].double()
+banks = [spec for spec in model_run.model.specs if spec.matrices]  # rows of the model's table
+for spec in banks:
+    mean = state[f"{spec.name}/exp_avg"].double()
     counts += map(directions, mean.view(-1, mean.shape[1] // spec.matrices, mean.shape[2]))
 counts.sort()
 assert len(counts) == 12 and counts[6] < directions(followed) <= counts[-1] < 64
@@ -76,7 +78,7 @@ median = (counts[5] + counts[6]) / 2
 print(f"all 12 matrices: {counts[0]} at least, median {median:g}, {counts[-1]} at most")
 
 # %% [markdown]
-# Either way a step moves the weights in a few directions and leaves most of the others nearly where they are. (Directions that share 10% of the squared length can still be many. What is meant is that they hardly move. Of most other matrices the means use even fewer.) Are those noise? Or are they what is rare, and therefore slow to learn? Training will tell whether it pays to lift them, though not which of them carried the signal.
+# Either way a step moves the weights in a few directions and leaves most of the others nearly where they are. (Directions that share 10% of the squared length can still be many. What is meant is that they hardly move. Of most other matrices the means use even fewer.) Are the others noise? Or are they what is rare, and therefore slow to learn? Training will tell whether it pays to lift them, though not which of them carried the signal.
 #
 # ```{admonition} Prediction
 # Muon replaces that mean by the matrix which has the same directions, *all of them equally long*. It does so with five iterations of three matrix products each, in every matrix, at every step. Record 4 trains matrices of width 768 on 524,288 tokens a step; the laptop's run, width 128 on 1,024. **By which share does a step get dearer, in FLOPs, for each of the two?** (Forward and backward a matrix costs
@@ -85,23 +87,23 @@ print(f"all 12 matrices: {counts[0]} at least, median {median:g}, {counts[-1]} a
 #
 # ## The idea
 #
-# Let $G$ be the gradient of a matrix of weights $W$. A step $\Delta$ changes the loss by about $\langle G, \Delta\rangle = \sum_{ij} G_{ij}\Delta_{ij}$. The best step is the one that makes this most negative *without being too long*, and everything depends on what “long” means. Three rulers, three optimizers {cite}`bernstein2024`:
+# Let $G$ be the gradient of a matrix of weights $W$. A step $\Delta$ changes the loss by about $\langle G, \Delta\rangle = \sum_{ij} G_{ij}\Delta_{ij}$. The best step is the one that makes this most negative *without being too long*, and everything depends on the norm that says what “long” means. Three norms, three optimizers {cite}`bernstein2024`:
 #
-# | a step is as long as | the best step of length 1 | known as |
+# | norm of a step | the best step of norm 1 | known as |
 # | --- | --- | --- |
-# | the root of its summed squares | $-G / \lVert G\rVert_F$ | gradient descent |
-# | its largest entry | $-\operatorname{sign}(G)$ | Adam, without its memory |
-# | its largest singular value | $-UV^\top$, where $G = U\Sigma V^\top$ | Muon, without its momentum |
+# | Frobenius: the root of its summed squares | $-G / \lVert G\rVert_F$ | normalised gradient descent |
+# | maximum: its largest entry | $-\operatorname{sign}(G)$ | Adam, without its memory |
+# | spectral: its largest singular value | $-UV^\top$, where $G = U\Sigma V^\top$ | Muon, without its momentum |
 #
 # The last line needs a proof. Write $\langle G,\Delta\rangle = \sum_i \sigma_i\, u_i^\top \Delta v_i$. If no singular value of $\Delta$ exceeds 1, then $\lVert\Delta v_i\rVert \le 1$. Since $u_i$ has length 1, $u_i^\top\Delta v_i$ is at least $-1$, and the sum at least $-\sum_i\sigma_i$. And $\Delta = -UV^\top$ gets exactly that, with every term at its bound.
 #
-# Why this ruler? Because of what a matrix is for. It multiplies: $\lVert \Delta x\rVert \le \sigma_{\max}(\Delta)\,\lVert x\rVert$. A step of spectral length $\eta$ changes the output of the layer, for no input whatsoever, by more than $\eta$ times the input's length. That is the promise one wants from a learning rate. Under that promise, $UV^\top$ goes as far as it may in *every* direction at once.
+# Why this norm? Because of what a matrix is for. It multiplies: $\lVert \Delta x\rVert \le \sigma_{\max}(\Delta)\,\lVert x\rVert$. A step of spectral norm $\eta$ changes the output of the layer, for no input whatsoever, by more than $\eta$ times the input's length. That is the promise one wants from a learning rate. Under that promise, $UV^\top$ goes as far as it may in *every* direction at once.
 #
 # ## The code
 #
-# ### What we want: the orthogonal factor
+# ### The polar factor
 #
-# The singular value decomposition gives it directly.
+# $UV^\top$ is called the *polar factor* of $G$, or its orthogonal factor. The singular value decomposition gives it directly.
 
 # %%
 #| default_exp optim.newton_schulz
@@ -115,7 +117,10 @@ from torch import Tensor
 # %%
 #| export
 def polar_factor(g: Tensor) -> Tensor:
-    """U Vᵀ of each matrix U S Vᵀ in g, (…, rows, cols), without the directions in which it is zero."""
+    """The polar factor U Vᵀ of each matrix g = U S Vᵀ, (…, rows, cols) → the same shape and dtype.
+
+    Directions with a singular value of zero, up to rounding, are left out.
+    """
     u, s, vt = torch.linalg.svd(g, full_matrices=False)
     kept = s > s[..., :1] * torch.finfo(g.dtype).eps * max(g.shape[-2:])
     return (u * kept[..., None, :]) @ vt
@@ -131,7 +136,7 @@ generator = torch.Generator().manual_seed(0)
 shaken = u + 0.01 * torch.randn(128, 128, dtype=torch.float64, generator=generator).to(u)
 rivals = {"gradient": g, "its sign": g.sign(), "AdamW's": adams_step, "UVᵀ, shaken": shaken}
 for name, rival in rivals.items():
-    gain = (g * rival).sum() / torch.linalg.matrix_norm(rival, ord=2)  # at spectral length 1
+    gain = (g * rival).sum() / torch.linalg.matrix_norm(rival, ord=2)  # at spectral norm 1
     assert gain < nuclear
     print(f"{name:11} gains {gain / nuclear:.0%} of what UVᵀ gains")
 signs = torch.optim.Adam([p := torch.zeros(3, requires_grad=True)], lr=1.0)
@@ -144,7 +149,7 @@ assert torch.allclose(p, torch.tensor([-1.0, 1.0, -1.0]), atol=1e-4), (
 # %% [markdown]
 # That is the update, and nobody computes it so. An SVD is many small dependent steps in float32 or better. What a GPU does fast is large matrix products in bf16, and a handful of those is enough.
 #
-# ### Polynomials do not care for bases
+# ### Newton–Schulz: odd polynomials of singular values
 #
 # A product such as $XX^\top X$ has the singular vectors of $X$ and the cubes of its singular values, since the inner $U^\top U$ and $V^\top V$ are identities. So any odd polynomial can be applied to all singular values at once without knowing one of them:
 #
@@ -152,7 +157,7 @@ assert torch.allclose(p, torch.tensor([-1.0, 1.0, -1.0]), atol=1e-4), (
 # X \mapsto aX + b\,(XX^\top)X + c\,(XX^\top)^2X \qquad\text{does}\qquad \sigma_i \mapsto p(\sigma_i) = a\sigma_i + b\sigma_i^3 + c\sigma_i^5 .
 # $$
 #
-# Find a $p$ that, applied again and again, drives everything in $(0, 1]$ to 1, divide $G$ by its length $\lVert G\rVert_F$, which no $\sigma_i$ exceeds, and iterate. The classic choice is Newton–Schulz, $p(\sigma) = \tfrac32\sigma - \tfrac12\sigma^3$ {cite}`bjorck1971`. It converges to 1, and takes its time: a small value grows by a factor of 1.5 an iteration, and small values are the point. Keller Jordan's quintic grows them by 3.44:
+# Find a $p$ that, applied again and again, drives everything in $(0, 1]$ to 1, divide $G$ by its Frobenius norm, which no $\sigma_i$ exceeds, and iterate. The classic choice is Newton–Schulz, $p(\sigma) = \tfrac32\sigma - \tfrac12\sigma^3$ {cite}`bjorck1971`. It converges to 1, and takes its time: a small value grows by a factor of 1.5 an iteration, and small values are the point. Keller Jordan's quintic makes them grow by 3.44:
 
 # %%
 #| export
@@ -160,7 +165,10 @@ QUINTIC = (3.4445, -4.7750, 2.0315)
 
 
 def apply_odd_polynomials(x: Tensor, polynomials: Sequence[tuple[float, float, float]]) -> Tensor:
-    """x, (…, rows, cols), after its singular values went through odd quintics (a, b, c), one after the other."""
+    """x ← a x + b (x xᵀ) x + c (x xᵀ)² x for each (a, b, c): x, (…, rows, cols) → the same shape and dtype.
+
+    Singular values go through a σ + b σ³ + c σ⁵, one polynomial after the other; singular vectors stay.
+    """
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
     for a, b, c in polynomials:
@@ -175,10 +183,10 @@ def newton_schulz(
     coefficients: tuple[float, float, float] = QUINTIC,
     dtype: torch.dtype = torch.bfloat16,
 ) -> Tensor:
-    """Nearly the orthogonal factor of each matrix in g, (…, rows, cols) → the same, in `dtype`.
+    """Nearly the polar factor of each matrix in g, (…, rows, cols) → the same shape, in `dtype`.
 
-    Singular vectors stay; singular values, divided by the matrix's length, go through the polynomial
-    `iterations` times. Zeros stay zeros. Coefficients: Keller Jordan's of record 4.
+    Singular values, divided by the matrix's Frobenius norm, go through the polynomial `iterations`
+    times; singular vectors stay, and so do zeros. Coefficients: Keller Jordan's of record 4.
     """
     x = g.to(dtype)
     x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
@@ -207,7 +215,7 @@ assert torch.allclose(got, iterated(exact, 5).sort(-1, descending=True).values, 
 print("the singular values went through the polynomial, five times, and nobody looked at them")
 
 # %% [markdown]
-# The tall and the wide form are one another's transpose, and the code turns a tall matrix so that the squares which it multiplies are the small ones. A bank of matrices goes through in one call. The result does not depend on the scale of what it is given, as long as its length is far above the 1e-7 that guards the division: a loss that was scaled, by the same factor in every step, need not be unscaled for these matrices. (Clipping is another matter, as we shall see.)
+# The polar factor of a transpose is the transpose of the polar factor. So the code transposes a tall matrix, and the *Gram matrix* $XX^\top$ is always the smaller of the two. A bank of matrices goes through in one call. The result does not depend on the scale of what it is given, as long as its norm is far above the 1e-7 that guards the division: a loss that was scaled, by the same factor in every step, need not be unscaled for these matrices. (Clipping is another matter, as we shall see.)
 
 # %%
 wide = torch.randn(3, 64, 128, dtype=torch.float64, generator=generator)
@@ -219,13 +227,13 @@ assert torch.allclose(newton_schulz(wide, dtype=torch.float64), one_by_one)
 flat = newton_schulz(wide)
 assert torch.equal(flat, newton_schulz(1024 * wide)), "a power of two: the same bits"
 assert (flat - newton_schulz(1000 * wide)).norm() < 0.05 * flat.norm(), "else bf16's rounding"
-assert newton_schulz(1e-12 * wide).norm() < 0.1 * flat.norm(), "shorter than what guards it"
+assert newton_schulz(1e-12 * wide).norm() < 0.1 * flat.norm(), "below what guards the division"
 assert not newton_schulz(torch.zeros(4, 8)).any(), "no gradient, no step"
 
 # %% [markdown]
-# ### Not quite orthogonal, on purpose
+# ### The quintic: a steep slope instead of convergence
 #
-# Steepness at zero and settling at one are traded against each other. The quintic (2.9, −3.3, 1.4) has $p(1)=1$ and $p'(1)=0$, and settles. In five iterations it lifts to 0.68 what is above 1/277; Keller Jordan's, which is steeper, what is above 1/664. Its price is that it does not settle: its fixed point, 0.87, repels, and the values swing between 0.68 and 1.20.
+# A steep slope at zero and convergence to one are traded against each other. The quintic (2.9, −3.3, 1.4) has $p(1)=1$ and $p'(1)=0$, and converges. In five iterations it lifts to 0.68 what is above 1/277. Keller Jordan's is steeper and does so with what is above 1/664. Its price is that it does not converge: its fixed point, 0.87, repels, and the values swing between 0.68 and 1.20.
 
 # %%
 grid_of_sigma = torch.logspace(-5, 0, 200_001, dtype=torch.float64)
@@ -250,10 +258,10 @@ assert f"{1 / settled:.0f}" == "277" and settling.max() < 1.15
 assert (iterated(grid_of_sigma[grid_of_sigma > settled], 30, SETTLES) - 1).abs().max() < 1e-4
 fixed = math.sqrt((4.7750 - math.sqrt(4.7750**2 - 4 * 2.0315 * 2.4445)) / (2 * 2.0315))
 assert math.isclose(p(fixed), fixed) and f"{fixed:.2f}" == "0.87" and slope(fixed) < -1
-print(f"the one that settles lifts what is above 1/{1 / settled:.0f} as far")
+print(f"the one that converges lifts what is above 1/{1 / settled:.0f} as far")
 
 # %% [markdown]
-# A comment in Keller Jordan's code, which PyTorch copied into a private function of its own Muon, says that the result is “something like” $US'V^\top$ with $S'$ uniform over 0.5 to 1.5, and that this does not hurt. The range is narrower: but for rounding, no input at all ends above 1.21. Whether it hurts that the singular values are not all 1 is asked below, by training with the exact factor.
+# A comment in Keller Jordan's code, which PyTorch copied into a private function of its own Muon, says that the result is “something like” $US'V^\top$ with $S'$ uniform over 0.5 to 1.5, and that this does not hurt. The range is narrower: but for rounding, no input at all ends above 1.21. Whether it hurts that the singular values are not all 1 is asked below, by training with the exact polar factor.
 #
 # What about bf16, whose numbers have eight significant bits? The distance from $UV^\top$ that the polynomial leaves is larger than what rounding adds:
 
@@ -288,7 +296,7 @@ for times in (0, 1, 3, 5):
     lower.semilogy(range(1, 129), iterated(start, times).sort(descending=True).values, color=shade)
 upper.axhspan(floor, top, color="0.93", zorder=0)
 upper.axvline(lifted, color="0.5", ls=":")
-upper.set_xlabel("singular value, as a share of the matrix's length")
+upper.set_xlabel("singular value, as a share of the Frobenius norm")
 upper.legend(title="iterations", loc="upper left")
 lower.axhspan(floor, top, color="0.93", zorder=0)
 lower.set_xlabel("rank of the singular value (colours as above)")
@@ -301,9 +309,9 @@ lower.set_title(f"{reached} of a real mean's 128 singular values reach {floor:.2
 plt.show()
 
 # %% [markdown]
-# ### Muon
+# ### Muon: momentum, then orthogonalisation
 #
-# Momentum first, then orthogonalise: the noise is averaged away before what is small is lifted. (The other order is not measured here.) Nesterov's variant mixes the newest gradient in once more. And a matrix with more rows than columns gets a factor: an orthogonal step sends an input to an output of the same length; spread over more entries, each is smaller by $\sqrt{\text{cols}/\text{rows}}$, and the factor gives that back. Rows are outputs here, so only the MLP's first matrix has a factor, of 2. This scaling is record 8's; record 4 multiplied by the root of the larger dimension. (`skip` is the trainer's flag for a gradient that is not finite, [chapter 23](23_training_loop.py).)
+# The order matters: the noise is averaged away before what is small is lifted. (The other order is not measured here.) Nesterov's variant mixes the newest gradient in once more. Last comes the *shape factor*, `shape_scale` in the code. An orthogonal step sends an input to an output of the same length. Where a matrix has more rows than columns that length is spread over more entries, each of them smaller by $\sqrt{\text{cols}/\text{rows}}$, and the factor gives that back. Rows are outputs here, so only the MLP's first matrix has a factor, of 2. This scaling is record 8's; record 4 multiplied by the root of the larger dimension. (`skip` is the trainer's flag for a gradient that is not finite, [chapter 23](23_training_loop.py).)
 
 
 # %%
@@ -311,9 +319,9 @@ plt.show()
 def nesterov_momentum(
     g: Tensor, buffer: Tensor, momentum: float | Tensor, nesterov: bool, skip: Tensor | None
 ) -> Tensor:
-    """Update the momentum buffer, in place: an average of gradients. Returns it, or with `nesterov` g mixed into it again.
+    """buffer ← momentum · buffer + (1 − momentum) · g, in place; all of one shape. Returns the buffer, or with `nesterov` the same average of it and g.
 
-    momentum: the coefficient of the average. skip: device flag; if it is not zero the buffer stays as it is, without host sync.
+    skip: device flag, shape (); if it is not zero the buffer stays as it is, without host sync.
     """
     if skip is not None:
         g = torch.where(skip > 0, buffer, g)  # the average of the buffer and itself
@@ -321,9 +329,13 @@ def nesterov_momentum(
     return g.lerp(buffer, momentum) if nesterov else buffer
 
 
+# %% [markdown]
+# With that Muon's whole update is three lines. (The one with which the trainer runs has all that later records added. It is [chapter 13](13_muon.py)'s `muon_step`.)
+
+
 # %%
 def muon_update(g: Tensor, buffer: Tensor, ns_steps: int = 5, skip: Tensor | None = None) -> Tensor:
-    """Record 4's Muon at a rate of 1, for matrices with gradient g, (matrices, rows, cols). ns_steps=0: the exact factor."""
+    """Muon's update at a learning rate of 1, for matrices with gradient g, (matrices, rows, cols). ns_steps=0: with the exact polar factor."""
     update = nesterov_momentum(g, buffer, 0.95, True, skip)
     update = newton_schulz(update, ns_steps) if ns_steps else polar_factor(update)
     return update * math.sqrt(max(1.0, g.shape[-2] / g.shape[-1]))
@@ -340,8 +352,8 @@ assert floor - 0.02 < values.min() and values.max() < 1.22, (
 kept = buffer.clone()
 muon_update(gradient * math.nan, buffer, skip=torch.ones(()))
 assert torch.equal(buffer, kept), "a gradient that is not finite leaves no trace"
-taller = {spec.name: spec.shape_scale for spec in model_run.model.specs if spec.matrices}
-assert taller == dict.fromkeys(taller, 1.0) | {"mlp_up": 2.0}
+scales = {spec.name: spec.shape_scale for spec in banks}
+assert scales == dict.fromkeys(scales, 1.0) | {"mlp_up": 2.0}
 
 # %%
 spiked, summed = torch.zeros(1, 64, 64), torch.zeros(1, 64, 64)
@@ -357,10 +369,10 @@ owned = (update * polar_factor(spike)).sum() / update.norm() ** 2
 assert owned > 0.9
 assert preset("cpu").optim.grad_clip > 0
 print("twenty steps after a gradient of 100 times the size")
-print(f"the update's cosine with that gradient's own factor is {owned:.2f}")
+print(f"the update's cosine with that gradient's own polar factor is {owned:.2f}")
 
 # %% [markdown]
-# That is the case for clipping where spikes occur: the momentum is averaged *before* the scale is removed. (The laptop's preset clips.) The cell shows a second thing on the way. Records 3 to 14 kept the momentum as a plain sum, $B \leftarrow \mu B + G$; since record 15 it is a mean, $B \leftarrow \mu B + (1-\mu)G$. At a constant $\mu$ the two differ by a factor, and the orthogonal factor has no scale. PyTorch has a Muon, too, for single matrices. Are ten of its steps ten of ours? (The trainer's own, for banks and with all that later records added, is [chapter 13](13_muon.py)'s.)
+# That is the case for clipping where spikes occur: the momentum is averaged *before* the scale is removed. (The laptop's preset clips.) The cell shows a second thing on the way. Records 3 to 14 kept the momentum as a plain sum, $B \leftarrow \mu B + G$; since record 15 it is a mean, $B \leftarrow \mu B + (1-\mu)G$. At a constant $\mu$ the two differ by a constant multiple, and the polar factor has no scale. PyTorch has a Muon, too, for single matrices. Are ten of its steps ten of ours?
 
 # %%
 rows, cols = tier.pick(cpu=(96, 64), gpu=(3072, 768))
@@ -380,9 +392,9 @@ print(
 )
 
 # %% [markdown]
-# ### SOAP, from the other side
+# ### SOAP: Adam in Shampoo's eigenbases
 #
-# There is an older road to the same place. Shampoo {cite}`gupta2018` multiplies the gradient by inverse roots of its two covariances, $GG^\top$ and $G^\top G$, summed over time. SOAP's authors {cite}`vyas2025` noticed that a variant of this is Adafactor, Adam's thriftier cousin, in the eigenbases of the two covariances, and put Adam itself there: turn the gradient into the eigenbases, let Adam divide, and turn the result back.
+# There is an older road to the same place. Shampoo {cite}`gupta2018` multiplies the gradient by inverse roots of its two covariances, $GG^\top$ and $G^\top G$, summed over time. SOAP's authors {cite}`vyas2025` noticed that a variant of this is Adafactor, Adam's thriftier cousin, in the eigenbases of the two covariances, and put Adam itself there: rotate the gradient into the eigenbases, let Adam divide, and rotate the result back.
 
 # %%
 #| default_exp optim.soap
@@ -410,7 +422,10 @@ class SoapConfig:
 
 
 def adam_in(basis: tuple[Tensor, Tensor], g: Tensor, state: dict, options: SoapConfig) -> Tensor:
-    """One step of Adam on matrices (n, rows, cols), taken in another pair of bases and turned back."""
+    """Adam's update L (m̂ / (√v̂ + eps)) Rᵀ of matrices with gradient g, (matrices, rows, cols); m and v are the moments of Lᵀ g R.
+
+    basis: L, (matrices, rows, rows), and R, (matrices, cols, cols). The moments in `state` change in place.
+    """
     (left, right), (beta1, beta2) = basis, options.betas
     turned = left.mT @ g @ right
     state["exp_avg"].lerp_(turned, 1 - beta1)
@@ -425,7 +440,7 @@ def adam_in(basis: tuple[Tensor, Tensor], g: Tensor, state: dict, options: SoapC
 # %%
 #| export
 def eigenbasis(covariance: Tensor) -> Tensor:
-    """Eigenvectors of symmetric matrices (n, d, d) as columns, the largest eigenvalue first."""
+    """Eigenvectors of symmetric matrices, (matrices, d, d), as columns; the largest eigenvalue first."""
     return torch.linalg.eigh(covariance)[1].flip(-1)
 
 
@@ -468,7 +483,10 @@ def turn(state: dict) -> None:
 # %%
 #| export
 def soap_state(like: Tensor) -> dict[str, Tensor]:
-    """SOAP's state for matrices, (matrices, rows, cols). step: how many were taken; -1 before the first gradient was seen."""
+    """SOAP's state for matrices of the shape of `like`, (matrices, rows, cols): moments, covariances, eigenbases.
+
+    step, (matrices, 1, 1): how many were taken; -1 before the first gradient was seen.
+    """
     n, *sides = like.shape
     state = {"exp_avg": torch.zeros_like(like), "exp_avg_sq": torch.zeros_like(like)}
     for side, size in zip(("left", "right"), sides):
@@ -479,7 +497,10 @@ def soap_state(like: Tensor) -> dict[str, Tensor]:
 def soap_update(
     g: Tensor, state: dict, skip: Tensor | None, options: SoapConfig = SoapConfig()
 ) -> Tensor:
-    """The update at rate 1 of matrices with gradient g, (matrices, rows, cols). The first step only takes the bases."""
+    """SOAP's update at a learning rate of 1 for matrices with gradient g, (matrices, rows, cols). The first one only takes the bases, and is zero.
+
+    skip: as elsewhere, but the host waits for it.
+    """
     if skip is not None and skip.item():
         return torch.zeros_like(g)
     pairs, beta2 = {"left": g @ g.mT, "right": g.mT @ g}, options.betas[1]
@@ -497,10 +518,14 @@ def soap_update(
     return update
 
 
+# %% [markdown]
+# How does such a function become part of the trainer? The optimizer of [chapter 20](20_many_gpus.py) has one *rule object* for each parameter (small ones share one). A rule has `state`, which holds the tensors that it remembers, and `update`, which takes one step of those weights that this GPU is to update (`comm.shard`, with their gradient `comm.grad`).
+
+
 # %%
 #| export
 class SoapRule:
-    """SOAP as a rule of the trainer's optimizer (chapter 20), on the whole matrices that this rank has."""
+    """SOAP as a rule of chapter 20's optimizer, on the whole matrices that this rank updates, (matrices, rows, cols)."""
 
     graphable = False  # it asks the device
 
@@ -509,14 +534,34 @@ class SoapRule:
         self.weight_decay = config.adam.weight_decay * specs[0].wd_mul
 
     def update(self, scalars: Any, skip: Tensor, updates: Tensor) -> None:
-        """One step of the shard."""
+        """One step: p ← p − lr · (update + weight_decay · p), unless skip is 1. scalars: numbers of this step, by name."""
         update = soap_update(self.comm.grad, self.state, skip)
         lr = scalars["matrix_lr"] * (1 - skip)
         self.comm.shard.mul_(1 - lr * self.weight_decay).sub_(lr * update)
 
 
+# %%
+from types import SimpleNamespace
+
+from speedrun.optim.optimizer import OptimConfig
+
+spec = next(spec for spec in banks if spec.name == "mlp_up")
+own = torch.randn(2, 8, 4, generator=torch.Generator().manual_seed(1)).double()
+held = SimpleNamespace(shard=torch.ones_like(own), grad=own)
+rule = SoapRule([spec], held, OptimConfig(), fuse=False)
+go, leave_out = own.new_zeros(()), own.new_ones(())
+rule.update({"matrix_lr": 0.1}, leave_out, updates=go)
+assert (held.shard == 1).all() and (rule.state["step"] == -1).all(), "a step that is left out"
+for _ in range(2):  # the first one takes the bases, and decays
+    before = held.shard.clone()
+    rule.update({"matrix_lr": 0.1}, go, updates=go)
+    step = (before * (1 - 0.1 * OptimConfig().adam.weight_decay) - held.shard) / 0.1
+assert (rule.state["step"] == 1).all()
+assert torch.allclose(step, polar_factor(held.grad), atol=1e-3)
+print("SOAP's first step is the polar factor of the gradient")
+
 # %% [markdown]
-# How do the three relate? Ask each for one step without any memory. Adam's is the sign of every entry. SOAP's eigenbases of $GG^\top$ and $G^\top G$ are $U$ and $V$; there the gradient is $\Sigma$, a diagonal; Adam makes it the identity; turned back it is $UV^\top$. *SOAP without memory is Muon without momentum* (where no two positive singular values are equal, and up to rounding). The two differ in what they average over time, and in the bill.
+# That first step is no accident. How do the three relate? Ask each for one step without any memory. Adam's is the sign of every entry. SOAP's eigenbases of $GG^\top$ and $G^\top G$ are $U$ and $V$, and in them the gradient is the diagonal matrix $\Sigma$. Adam makes it the identity, and that, rotated back, is $UV^\top$. *SOAP without memory is Muon without momentum* (where no two positive singular values are equal, and up to rounding). The two differ in what they average over time, and in their cost.
 
 # %%
 low_rank = wide[:, :, :20] @ wide[:, :20, :64]
@@ -530,13 +575,13 @@ q, r = (
 )
 assert torch.allclose(polar_factor(q @ g @ r), q @ polar_factor(g) @ r, atol=1e-8)
 assert not torch.allclose((q @ g @ r).sign(), q @ g.sign() @ r, atol=0.1)
-print("turn the gradient and Muon's step turns along; Adam's does not: it depends on the basis")
+print("rotate the gradient and Muon's step rotates along; Adam's does not: it depends on the basis")
 
 # %% [markdown]
 # ## The measurement
 #
-# A comparison of optimizers is a comparison of tunings. So each rule is given the same grid: ten rates for the matrices, four for everything else (embeddings, gains and biases, which AdamW trains in every case), the same warm-up, decay and clipping. Each point trains the laptop's model for 600 steps. Then the three winners run with nine seeds, and once more for 2,000 steps with three, because a short run may mislead, as [chapter 22](22_config.py) will show. The rates are
-# those of 600 steps in all cases; betas and weight decay are the defaults, tuned for none of the rules. Muon's parts are taken away one at a time, at its best rates.
+# A comparison of optimizers is a comparison of tunings. So each rule is given the same grid: ten learning rates for the matrices and four for everything else (embeddings, gains and biases, which AdamW trains in every case). Warm-up, decay and clipping are the same for all. Each point trains the laptop's model for 600 steps. Then the three winners run with nine seeds, and once more for 2,000 steps with three, because a short run may mislead, as [chapter 22](22_config.py) will show. The rates are
+# those of 600 steps in all cases. Betas and weight decay are the defaults, tuned for none of the rules. Muon's parts are taken away one at a time, at its best rates.
 
 # %% tags=["hide-input"]
 #| default_exp measure.newton_schulz
@@ -767,7 +812,7 @@ assert SoapConfig().betas[0] == MuonConfig().momentum == 0.95
 # %% [markdown]
 # ### On a GPU
 #
-# The same three rules on a GPU: 30 million parameters, 400 steps of 32,768 tokens of English that is not FineWeb, one grid of sixteen points a rule (eight rates of the matrices, two of the rest), then the winners: Muon with nine seeds, the others with the first three of them.
+# On a GPU the same three rules train 30 million parameters for 400 steps of 32,768 tokens, on English that is not FineWeb. Each rule has a grid of sixteen points, with eight learning rates of the matrices and two of the rest. Then the winners run again, Muon with nine seeds, the others with the first three of them.
 
 # %%
 there = {
@@ -802,9 +847,9 @@ print(
 # %% [markdown]
 # The lead over AdamW is half a nat here, too, after so short a run. SOAP, which led by steps on the laptop, is 0.04 behind, and takes 1.8 times as long. But the grid decides who is ahead as much as the seeds do. For all three the better rate of the rest is the higher of two, so a larger grid might help each. At SOAP's best rate of the matrices, doubling it gained more than SOAP is behind. Muon's rate of the matrices is at the edge as well. By steps, then, the two are not told apart here; by the clock they are.
 #
-# ### The bill
+# ### The FLOPs of orthogonalisation
 #
-# Now the prediction. An iteration multiplies an $m \times n$ matrix, $m \le n$, three times: $X X^\top$ and the last product cost $2m^2n$ FLOPs each, the square of the small matrix $2m^3$. Forward and backward through the same matrix, with $B$ tokens in a step, cost $6mnB$. For a square matrix and five iterations the ratio is $30m^3/6m^2B = 5m/B$: it does not depend on anything but the width and the batch.
+# Now the prediction. An iteration multiplies an $m \times n$ matrix, $m \le n$, three times: $X X^\top$ and the last product cost $2m^2n$ FLOPs each, the square of the Gram matrix $2m^3$. Forward and backward through the same matrix, with $B$ tokens in a step, cost $6mnB$. For a square matrix and five iterations the ratio is $30m^3/6m^2B = 5m/B$: it does not depend on anything but the width and the batch.
 
 # %%
 from torch.utils.flop_counter import FlopCounterMode
@@ -821,10 +866,10 @@ def newton_schulz_flops(rows: int, cols: int, iterations: int = 5) -> int:
 def dearer(shape: GPTConfig, vocab_size: int, seq_len: int, step_tokens: int) -> float:
     """FLOPs of orthogonalising all matrices of the blocks, as a share of a training step's."""
     total = 0
-    for row in param_specs(shape, vocab_size):
-        if row.matrices:
-            slices, rows, cols = row.shape
-            total += slices * row.matrices * newton_schulz_flops(rows // row.matrices, cols)
+    for spec in param_specs(shape, vocab_size):
+        if spec.matrices:
+            layers, rows, cols = spec.shape
+            total += layers * spec.matrices * newton_schulz_flops(rows // spec.matrices, cols)
     return total / (step_tokens * flops_per_token(shape, vocab_size, seq_len))
 
 
@@ -860,11 +905,11 @@ print(f"if each of eight GPUs does all of it: {8 * shares['record 4']:.1%} of it
 print(f"ms a step: {ms_of['5']} in record 5, {ms_of['6']} in record 6, {ms_of['7']} in record 7")
 
 # %% [markdown]
-# Under half a per cent for the record, nearly half of a step for the laptop. (The one-line answer, $5m/B$, gives 0.7% and 62%. It is for a model of square matrices; wide ones are cheaper, and attention and the head are paid for and not orthogonalised.)
+# It is under half a per cent for the record, and nearly half of a step for the laptop. (The one-line answer, $5m/B$, gives 0.7% and 62%. It is for a model of square matrices; wide ones are cheaper, and attention and the head are paid for and not orthogonalised.)
 #
 # But the 0.4% counts each matrix once for 524,288 tokens. In records 3 to 5 each of eight GPUs orthogonalised all matrices and trained on an eighth of the tokens: about 3% of a GPU's FLOPs. The clock charged more. When record 6 shared the matrices out, a step fell from 179 to 154 ms. So Muon is nearly free *where the batch is large and the work is shared*: at record 7 a step takes 142 ms with Muon, 139 with Adam. On the laptop's clock the price is smaller than in FLOPs, because much of a small model's step is not multiplying at all, and also, where the CPU multiplies bf16 faster, because Newton–Schulz runs in bf16 and the model in float32. SOAP pays with products by square matrices of both sizes, the larger included, and with a QR decomposition at every tenth step.
 #
-# ### Which part does it?
+# ### Ablations: which part does it?
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Change of the final loss when one part of Muon is taken away, three seeds each, against Muon as it is"}}
 parts = load_result("newton_schulz", "parts")["data"]["arms"]
@@ -902,7 +947,7 @@ for part in order:
 print(f"three iterations lift what is above 1/{reach_of_three:.0f}")
 
 # %% [markdown]
-# With three seeds the exact factor differs from the polynomial's rough one by less than 0.005: that the singular values are *of one order* is what counts, and exact equality is not. With three iterations most small ones stay small, and the whole step is shorter; together that costs more than a tenth of a nat. Without momentum a quarter of a nat is lost, at rates tuned with it. That fits the guess that much of what is small in a single gradient is noise, which a mean takes away; it does not prove it, since no momentum costs any optimizer something. And the exact factor, which also lifts the last directions that the polynomial leaves low, gains nothing by it. (No arm was tuned anew. These are costs at Muon's best rates, and not the worth of its parts.)
+# With three seeds the exact polar factor differs from the polynomial's rough one by less than 0.005: that the singular values are *of one order* is what counts, and exact equality is not. With three iterations most small ones stay small, and the whole step is shorter; together that costs more than a tenth of a nat. Without momentum a quarter of a nat is lost, at rates tuned with it. That fits the guess that much of what is small in a single gradient is noise, which a mean takes away; it does not prove it, since no momentum costs any optimizer something. And the exact polar factor, which also lifts the last directions that the polynomial leaves low, gains nothing by it. (No arm was tuned anew. These are costs at Muon's best rates, and not the worth of its parts.)
 #
 # ## What it buys
 #
@@ -922,11 +967,11 @@ print(
 # %% [markdown]
 # ## When it fails
 #
-# Orthogonalising is right for what *multiplies* a stream whose directions all matter. An embedding is looked up, not multiplied: its inputs are single tokens, never mixtures. The spectral ruler bounds the step for mixtures that do not occur, and it does not treat tokens alike: the lengths of the rows of $UV^\top$ depend on which other tokens were in the batch. (Rows without a gradient stay at zero.) For lookups “long” should mean the longest row: exercise 2. The head does multiply; that it, too, is left to Adam is the contest's practice and not a consequence of this argument. Gains and biases have no singular values worth the name. So Muon is always half of an optimizer, and the other half is AdamW.
+# Orthogonalising is right for what *multiplies* a stream whose directions all matter. An embedding is looked up, not multiplied: its inputs are single tokens, never mixtures. The spectral norm bounds the step for mixtures that do not occur, and it does not treat tokens alike: the lengths of the rows of $UV^\top$ depend on which other tokens were in the batch. (Rows without a gradient stay at zero.) For lookups the norm should be the length of the longest row, as in exercise 2. The head does multiply; that it, too, is left to Adam is the contest's practice and not a consequence of this argument. Gains and biases have no singular values worth the name. So Muon is always half of an optimizer, and the other half is AdamW.
 #
-# It needs whole matrices. AdamW can be cut anywhere: a GPU that holds a thousandth of the weights can update that thousandth. A matrix has to be in one place to be multiplied by itself, which is why sharing the work among eight GPUs takes a chapter.
+# Muon needs whole matrices, and so does SOAP. Adam and its kin work entry by entry and can be cut anywhere: a GPU that holds a thousandth of the weights can update that thousandth. A matrix has to be in one place to be multiplied by itself. That is why the optimizer of [chapter 20](20_many_gpus.py) combines two things for each parameter: a rule, such as Muon or Adam, and a way of sharing the parameter among the GPUs, which never cuts a matrix of Muon's in two.
 #
-# And it is deaf to the gradient's size. Where a matrix has nothing left to learn and its gradient is noise, Adam's step shrinks to about a quarter, because the mean of noise is that much smaller than its root mean square. Muon goes on moving by a full step in every direction. Only the schedule makes its steps smaller, so it depends on the schedule more than Adam does ([chapter 14](14_schedule.py)).
+# And Muon is deaf to the gradient's size. Where a matrix has nothing left to learn and its gradient is noise, Adam's step shrinks to about a quarter, because the mean of noise is that much smaller than its root mean square. Muon goes on moving by a full step in every direction. Only the schedule makes its steps smaller, so it depends on the schedule more than Adam does ([chapter 14](14_schedule.py)).
 
 # %%
 seen = torch.zeros(50, 16, dtype=torch.float64)
@@ -956,7 +1001,7 @@ print(f"of noise alone Adam's step is {expected:.2f} times its full size, Muon's
 #
 # ## Exercises
 #
-# 1. How many iterations does a polynomial need? Write `iterations_needed(coefficients, smallest, floor)`: the number of times that the quintic has to be applied until `smallest` is at least `floor`. Here `smallest` is a singular value after the division by the length, so at most 1. Compare Newton and Schulz's cubic with Keller Jordan's quintic.
+# 1. How many iterations does a polynomial need? Write `iterations_needed(coefficients, smallest, floor)`: the number of times that the quintic has to be applied until `smallest` is at least `floor`. Here `smallest` is a singular value after the division by the Frobenius norm, so at most 1. Compare Newton and Schulz's cubic with Keller Jordan's quintic.
 
 
 # %% tags=["solution"]
@@ -985,7 +1030,7 @@ assert cubic > 5, (
 print(f"to lift 1/600: quintic 5, cubic {cubic}")
 
 # %% [markdown]
-# 2. The three rulers of this chapter are the beginning of a family. For an embedding, “long” should mean the length of the longest *row*: no token may move by more than 1. Write `steepest_by_rows(g)`, the step $\Delta$ of length 1 by that ruler which makes $\langle G, \Delta\rangle$ most negative (mind the sign; a row without a gradient stays at zero), and see that it treats a frequent and a rare token alike.
+# 2. The three norms of this chapter are the beginning of a family. For an embedding the norm should be the length of the longest *row*: no token may move by more than 1. Write `steepest_by_rows(g)`, the step $\Delta$ of norm 1 which makes $\langle G, \Delta\rangle$ most negative (mind the sign; a row without a gradient stays at zero), and see that it treats a frequent and a rare token alike.
 
 
 # %% tags=["solution"]
@@ -1015,4 +1060,4 @@ shutil.rmtree(scratch)
 # %% [markdown]
 # ## Since then
 #
-# Record 38 replaced the quintic by five different ones, each the best for what the last has left over (Polar Express). Record 41 rescales the result row by row or column by column (NorMuon), record 43 lets weights decay only where the step agrees, record 57 keeps the weights in bf16 with their lost bits beside them. These four are in [chapter 13](13_muon.py). Record 6 shares the matrices among the GPUs, record 15 overlaps the gathering, record 24 scatters gradients and gathers weights. The idea has not been replaced.
+# Record 38 replaced the quintic by five different ones, each the best for what the last has left over (Polar Express). Record 41 normalises the result row by row or column by column (NorMuon). Record 43 lets weights decay only where the step makes them smaller anyway (cautious weight decay), and record 57 keeps them in bf16, with the rest of their mantissa in the optimizer. These four are in [chapter 13](13_muon.py). Record 6 shares the matrices among the GPUs, record 15 overlaps the gathering with other work, and record 24 scatters gradients and gathers weights. The idea has not been replaced.

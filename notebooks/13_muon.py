@@ -15,12 +15,12 @@
 #
 # ```{admonition} Cost box
 # About half a minute on two CPU cores; within three minutes on one GPU. The comparisons are 105 short trainings on a CPU and four on one H100, and are committed.
-# Records 38 and 42 to 43: \@varunneal. Record 41: \@li_zichong. Record 48: \@ChrisJMcCormick. Record 50: \@roeeshenberg. Record 57: \@classiclarryd, \@YouJiacheng, \@ChrisJMcCormick. Polar Express {cite}`amsel2025`, NorMuon {cite}`li2025`, cautious decay {cite}`chen2025`, the way by the Gram matrix {cite}`zhang2026`.
+# Records 38 and 42 to 43: \@varunneal. Record 41: \@li_zichong. Record 48: \@ChrisJMcCormick. Record 50: \@roeeshenberg. Record 57: \@classiclarryd, \@YouJiacheng, \@ChrisJMcCormick. Polar Express {cite}`amsel2025`, NorMuon {cite}`li2025`, cautious weight decay {cite}`chen2025`, Gram Newton–Schulz {cite}`zhang2026`.
 # ```
 #
 # ## The problem
 #
-# For nearly a year the polynomial of record 4 stayed. Then four records changed four things about Muon. What is there to change? Here is a small GPT after sixty steps of [chapter 12](12_newton_schulz.py)'s Muon, with the momentum that it follows.
+# For nearly a year the polynomial of record 4 stayed. Then four records changed four things about Muon. What is there to change? Here is a small GPT after sixty steps of [chapter 12](12_newton_schulz.py)'s Muon, with the momentum from which its updates are made.
 
 # %%
 from speedrun.lab.tier import choose_tier
@@ -48,13 +48,14 @@ MUON = {
     "device": tier.device,
 }
 run = train(vary(preset("cpu"), BRIEF | MUON), scratch / "look", echo=None)
+state = run.optimizer.state_dict()  # tensors of (matrices, rows, cols), by parameter and name
 banks = [spec.name for spec in run.model.specs if spec.matrices]
-momenta = {name: run.optimizer.states[name].rule.state["momentum_buffer"] for name in banks}
+momenta = {name: state[f"{name}/momentum_buffer"] for name in banks}
 
 
 # %%
 def share_below(momentum: torch.Tensor, floor: float) -> float:
-    """The share of singular values that are below `floor` times their matrix's length."""
+    """The share of singular values that are below `floor` times their matrix's Frobenius norm."""
     length = torch.linalg.matrix_norm(momentum)[:, None]
     return (torch.linalg.svdvals(momentum) < floor * length).float().mean().item()
 
@@ -65,51 +66,51 @@ low, high = lengths.quantile(lengths.new_tensor([0.05, 0.95]), dim=1)
 uneven, usual = (lengths.amax(1) / lengths.amin(1)).max(), (high / low).max()
 unreached = share_below(momenta["attention_qkv"], 1 / 664)
 weights = run.model.mlp_up.detach().bfloat16()
-late = 0.1 * 0.016 * 2 * up.view(weights.shape)  # a tenth of the rate, and its factor
+late = 0.1 * 0.016 * 2 * up.view(weights.shape)  # a tenth of the rate, and its scale of 2
 moved = ((weights.float() - late).bfloat16() != weights).float().mean()
 assert 0.25 < unreached < 0.4 and 4 < uneven < 6 and 1.7 < usual < 2.5 and 0.4 < moved < 0.5
-print(f"{unreached:.0%} of the directions of Q, K and V are too short for five iterations")
+print(f"{unreached:.0%} of the singular values of Q, K and V are too small for five iterations")
 print(f"one neuron's step is {uneven:.1f} times as long as another's")
 print(f"without a twentieth at either end, {usual:.1f} times")
 print(f"at a tenth of the rate {moved:.0%} of the weights move, if they are kept in bfloat16")
 
 # %% [markdown]
-# Three numbers that hurt. The polynomial leaves a third of the directions of Q, K and V behind. *Orthogonal* promised to treat all directions alike, and yet the steps of two neurons of one layer differ up to fivefold, and twofold in the middle nine tenths. And weights of sixteen bits are cheaper to send from GPU to GPU, but more than half of these would not notice a step at a tenth of the peak rate. (The record's rate ends at 0.15 of its base.) The fourth thing is not in sight after sixty steps: weights that do not decay grow. When record 43 let the contest's matrices decay, their mean square fell below a fifth of what it had been.
+# Three numbers that hurt. The polynomial leaves a third of the directions of Q, K and V behind. *Orthogonal* promised to treat all directions alike, and yet the steps of two neurons of one layer differ up to fivefold, and twofold in the middle nine tenths. Weights in bfloat16 are cheaper to send from GPU to GPU, but more than half of these would not notice a step at a tenth of the peak rate. (The record's rate ends at 0.15 of its base.) The fourth thing is not in sight after sixty steps: weights that do not decay grow. When record 43 let the contest's matrices decay, their mean square fell below a fifth of what it had been.
 #
 # ```{admonition} Prediction
-# Four mends: better polynomials, rows of equal length, a decay that knows when to hold, and sixteen lost bits kept aside. In the contest they were worth 10 steps of 1,680, 15 of 2,330, 40 of 2,285, and (the bits) no steps at all but part of a second. **Order the four by what they will be worth in a run of 600 steps on a laptop. Then say which of them three seeds will be able to tell from nothing,** if the loss of one configuration has a standard deviation of 0.007 nats from seed to seed, and arms share their seeds.
+# Four mends: better polynomials, rows of equal norm, weight decay that knows when to hold, and sixteen bits of mantissa kept aside. In the contest they were worth 10 steps of 1,680, 15 of 2,330, 40 of 2,285, and (the mantissa) no steps at all but part of a second. **Order the four by what they will be worth in a run of 600 steps on a laptop. Then say which of them three seeds will be able to tell from nothing,** if the loss of one configuration has a standard deviation of 0.007 nats from seed to seed, and arms share their seeds.
 # ```
 #
 # ## The idea
 #
-# **Polynomials.** Iterating *one* polynomial is a waste. The first iteration sees singular values anywhere between a thousandth and one, and should lift the small ones at any price. The last one sees them between 0.4 and 1.6, as we shall see, and should flatten. So look for the odd quintic which, on an interval $[l, u]$, strays least from one:
+# **Polar Express.** Iterating *one* polynomial is a waste. The first iteration sees singular values anywhere between a thousandth and one, and should lift the small ones at any price. The last one gets them between 0.4 and 1.6, as we shall see, and should flatten. So look for the *minimax* polynomial: the odd quintic which, on an interval $[l, u]$, strays least from one,
 #
 # $$ \min_{a,b,c}\ \max_{\sigma\in[l,u]} \bigl|1 - (a\sigma + b\sigma^3 + c\sigma^5)\bigr| . $$
 #
 # With three coefficients the largest error $E$ of the best one is reached four times, with alternating sign: at both ends and at two points between (Chebyshev's alternation). After it all singular values lie in $[1-E, 1+E]$, which is the next interval, and so on. No other choice of as many odd quintics, one after the other, ends closer to one in the worst case: to be greedy is optimal here. That is Amsel and others' theorem.
 #
-# **Rows.** If $U$ has orthonormal columns, $U^\top U = I$, little is said about its rows: none is longer than 1, and their squared lengths sum to the number of columns. Each row of the MLP's first matrix is one neuron. NorMuon brings rows to about one length: it keeps a running mean of each row's mean square and divides by its root. In the record the matrix then gets back the length that it had.
+# **NorMuon.** If $U$ has orthonormal columns, $U^\top U = I$, little is said about its rows: none is longer than 1, and their squared lengths sum to the number of columns. Each row of the MLP's first matrix is one neuron. NorMuon *normalises* the rows: it keeps a second moment for each row, a running mean of its mean square, and divides the row by the root. In the record the matrix then gets back the Frobenius norm that it had.
 #
-# **Decay.** A step $u$ and a decay $\lambda w$ are both subtracted from the weight $w$. Where $u$ and $w$ have the same sign, the step makes the weight smaller anyway, and decay hurries it; where they differ, the gradient asks for a weight of *larger* size and decay works against it. Cautious decay leaves it out there. With a rate of $\eta$ the record's step is
+# **Cautious weight decay.** A step $u$ and a decay $\lambda w$ are both subtracted from the weight $w$. Where $u$ and $w$ have the same sign, the step makes the weight smaller anyway, and decay hurries it. Where they differ, the gradient asks for a weight of *larger* size and decay works against it. Cautious decay leaves it out there. With a learning rate of $\eta$ the record's step is
 #
 # $$ w \leftarrow w - \eta\,\bigl(u + 1.2\,\eta\,w\,[uw \ge 0]\bigr) , $$
 #
 # where the bracket is 1 if the condition holds and else 0. Decay is a multiple of the rate's *square*, so it fades faster than the step as the rate falls.
 #
-# **Bits.** A float32 is a bfloat16 with sixteen more bits of mantissa behind it. Keep the front half in the model, where the products want it, and the back half with the optimizer. Nothing is lost, and nothing is kept twice.
+# **Mantissa buffers.** A float32 is a bfloat16 with sixteen more bits of mantissa behind it. Keep the front half in the model, where the products want it, and the back half with the optimizer. Nothing is lost, and nothing is kept twice.
 #
 # ## The code
 #
-# ### The best polynomials
+# ### Polar Express: minimax polynomials
 #
-# The record's coefficients look as if somebody had tuned them. They follow from the problem above, for $l = 1/1000$. One quintic is soon found: guess the two inner points, solve four linear equations for $a, b, c$ and $E$, move the points to where the polynomial really turns, repeat.
+# The record's coefficients look as if somebody had tuned them. They follow from the problem above, for $l = 1/1000$. One quintic is soon found: guess the two inner points, solve four linear equations for $a, b, c$ and $E$, move the points to where the polynomial really turns, and repeat. (This is Remez's exchange algorithm.)
 
 # %%
 import numpy as np
 
 
 def best_quintic(low: float, high: float) -> tuple[float, float, float, float]:
-    """(a, b, c, E): the odd quintic that strays least from 1 on [low, high], and by how much (Remez's exchange)."""
+    """(a, b, c, E): the odd quintic that strays least from 1 on [low, high], and by how much."""
     inner = np.array([(3 * low + high) / 4, (low + 3 * high) / 4])
     for _ in range(100):
         at = np.array([low, *inner, high])
@@ -133,7 +134,7 @@ for _ in range(2000):
 print(f"on [0.1, 1] the best quintic strays by {error:.3f}, at four points, with alternating sign")
 
 # %% [markdown]
-# Two margins make it fit for real arithmetic. Rounding may push a singular value above the interval's end, where a quintic explodes; so each polynomial but the last is stretched by 2%. And the best quintic for $[1/1000, 1]$ rises to 1.99 and then dips to 0.008 at its second turn: large singular values would become small differences of large terms, and rounding would drown them. So each is made for an interval of at most 50 to 1, and scaled so that both ends of the *real* interval come out equally far from one.
+# Two margins make it fit for real arithmetic. Rounding may push a singular value above the interval's end, where a quintic explodes; so each polynomial but the last is stretched by 2%. Moreover the best quintic for $[1/1000, 1]$ rises to 1.99 and then dips to 0.008 at its second turn: large singular values would become small differences of large terms, and rounding would drown them. So each is made for an interval of at most 50 to 1, and scaled so that both ends of the *real* interval come out equally far from one.
 
 # %%
 #| default_exp optim.muon
@@ -165,11 +166,11 @@ POLAR_EXPRESS = (
 def polar_express(
     g: Tensor, iterations: int = 5, dtype: torch.dtype = torch.bfloat16, gram: bool = False
 ) -> Tensor:
-    """Nearly the orthogonal factor of each matrix in g, (…, rows, cols) → the same, in `dtype`.
+    """Nearly the polar factor of each matrix in g, (…, rows, cols) → the same shape, in `dtype`.
 
-    The polynomials are Amsel and others' for singular values above 1/1000 of the matrix's length, with record 38's margins.
-    gram: by way of the Gram matrix, restarted once for long matrices and after every polynomial for others; for g of
-    three dimensions.
+    The polynomials are Amsel and others' for singular values above 1/1000 of the Frobenius norm, with record 38's margins.
+    gram: by way of the Gram matrix, for g of three dimensions; restarted once for long matrices, and after every
+    polynomial for others.
     """
     x = g.float() if dtype == torch.float16 else g.to(dtype)  # a small gradient is none in float16
     x = (x / (1.02 * torch.linalg.matrix_norm(x, keepdim=True) + 1e-6)).to(dtype)
@@ -214,7 +215,7 @@ print(f"fifteen numbers, the largest difference {off:.0e}")
 print("intervals: " + ", ".join(f"[{low:.3f}, {high:.2f}]" for low, high in [*found, interval]))
 
 # %% [markdown]
-# So the fifteen numbers are computed. What is chosen is the thousandth, the number of polynomials and the two margins. Whoever wants four iterations, or singular values down to 1/10,000, can have theirs. Here are both maps:
+# So the fifteen numbers are computed. What is chosen is the thousandth, the number of polynomials and the margins. Here are both maps:
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Singular value after five polynomials against the singular value before, on a logarithmic axis: record 4's quintic five times, and the five quintics of Polar Express"}}
 import matplotlib.pyplot as plt
@@ -230,7 +231,7 @@ def mapped(sigma: np.ndarray, polynomials: Sequence[tuple[float, float, float]])
     return sigma
 
 
-floor, before = 1.02e-3, np.logspace(-5, 0, 100_001)  # as a share of the matrix's length
+floor, before = 1.02e-3, np.logspace(-5, 0, 100_001)  # as a share of the Frobenius norm
 ends = {"one quintic, five times": mapped(before, [QUINTIC] * 5)}
 ends["five best quintics"] = mapped(before / 1.02, POLAR_EXPRESS)
 figure_style()
@@ -238,12 +239,12 @@ fig, axis = plt.subplots(figsize=(5.6, 3.4))
 for label, values in ends.items():
     axis.semilogx(before, values, lw=1, label=label, zorder=3 if label.startswith("one") else 2)
 axis.axvline(floor, color="0.5", ls=":")
-axis.set_xlabel("singular value, as a share of the matrix's length")
+axis.set_xlabel("singular value, as a share of the Frobenius norm")
 axis.set_ylabel("singular value after")
 axis.legend(loc="upper left")
 quintic, best = ([v[before > floor].min(), v[before > floor].max()] for v in ends.values())
 axis.set_title(
-    f"above a thousandth of the length all end at {best[0]:.2f} to {best[1]:.2f},\n"
+    f"above a thousandth of the norm all end at {best[0]:.2f} to {best[1]:.2f},\n"
     f"with the one quintic at {quintic[0]:.2f} to {quintic[1]:.2f}"
 )
 plt.show()
@@ -256,14 +257,14 @@ assert 1.9 < steeper < 2.1
 print(f"the smallest grow {steeper:.1f} times as much as with the quintic")
 
 # %% [markdown]
-# Above the dotted line everything ends within 14% of one. Below it things are better, too, but not good: the smallest singular values grow twice as much as with the quintic, and stay small. What does that do to the momenta from above?
+# Above the dotted line everything ends within 14% of one. Below it the smallest singular values grow twice as much as with the quintic, and stay small all the same. What does that do to the momenta?
 
 # %%
 exact = {name: polar_factor(m) for name, m in momenta.items()}
 
 
 def distance(update: torch.Tensor, name: str) -> float:
-    """How far an update is from the orthogonal factor, as a share of the factor's length."""
+    """How far an update is from the polar factor, as a share of the factor's Frobenius norm."""
     return ((update.double() - exact[name]).norm() / exact[name].norm()).item()
 
 
@@ -285,15 +286,15 @@ assert share > 0.9
 print(f"Q, K, V: {share:.0%} of the squared error is in the directions below the floor")
 
 # %% [markdown]
-# Every bank is nearer to its factor. What is left in Q, K and V is nearly all in the quarter of their directions that is below the floor. The update has also become longer, by about a tenth, at the same rate.
+# Every bank is nearer to its polar factor. What is left in Q, K and V is nearly all in the quarter of their directions that is below the floor. The update has also become longer, by about a tenth, at the same rate.
 #
-# ### The small square
+# ### Gram Newton–Schulz
 #
-# Chapter 12's iteration multiplies the long matrix twice each time. It need not. All that it ever does to $X$ is to multiply it from the left by polynomials in $XX^\top$. So five iterations are $X \mapsto QX$ with one square matrix $Q$, and $Q$ can be had from the small square $G = XX^\top$ alone. With $P = a + bG + cG^2$:
+# Chapter 12's iteration multiplies the long matrix twice each time. It need not. All that it ever does to $X$ is to multiply it from the left by polynomials in $XX^\top$. So five iterations are $X \mapsto QX$ with one square matrix $Q$, and $Q$ can be had from the small Gram matrix $G = XX^\top$ alone. With $P = aI + bG + cG^2$:
 #
 # $$ Q \leftarrow PQ, \qquad G \leftarrow PGP, \qquad\text{and at the end}\quad X \leftarrow QX . $$
 #
-# Everything here is a polynomial in the first $G$, so the order of factors does not matter. There is a catch, and it is a good lesson. $G$ holds the *squares* of the singular values. What is a thousandth in $X$ is a millionth in $G$, below the rounding of its large entries, and comes out of it as noise, possibly negative; the polynomials are steep near zero and do not forgive. Zhang and others {cite}`zhang2026` *restart*: after some polynomials they multiply $X$ out, where the small ones have grown meanwhile, and compute $G$ anew. That makes four long products instead of ten. They also multiply in float16, which has three bits more than bfloat16 and costs a GPU the same. Its range is small, but once the matrix has been divided by its length nothing here grows out of it, and what falls below it is too small to matter. No record has this yet; `RECORD_MUON`, below, does.
+# Everything here is a polynomial in the first $G$, so the order of factors does not matter. There is a catch: $G$ holds the *squares* of the singular values. What is a thousandth in $X$ is a millionth in $G$, below the rounding of its large entries, and comes out of it as noise, possibly negative; the polynomials are steep near zero and do not forgive. Zhang and others {cite}`zhang2026` *restart*: after some polynomials they multiply $X$ out, where the small ones have grown meanwhile, and compute $G$ anew. With one restart that makes four long products instead of ten. They also multiply in float16, which has three bits more than bfloat16 and costs a GPU the same. Its range is small, but once the matrix has been divided by its norm nothing here grows out of it, and what falls below it is too small to matter. No record has this yet; `RECORD_MUON`, below, does.
 
 
 # %%
@@ -301,9 +302,10 @@ print(f"Q, K, V: {share:.0%} of the squared error is in the directions below the
 def gram_newton_schulz(
     x: Tensor, polynomials: Sequence[tuple[float, float, float]], restart: int = 3
 ) -> Tensor:
-    """Same result as `apply_odd_polynomials` for x, (matrices, rows, cols), computed on the small Gram matrix of its short side.
+    """The result of `apply_odd_polynomials` for x, (matrices, rows, cols), computed on the Gram matrix of its short side.
 
-    Only two products with x itself for each restart. restart: after so many polynomials x is multiplied out, and the Gram matrix computed anew.
+    restart: after so many polynomials x is multiplied out, and the Gram matrix computed anew; each time takes two
+    products with x itself. Shape and dtype stay.
     """
     tall, restart = x.shape[-2] > x.shape[-1], max(1, restart)
     for begin in range(0, len(polynomials), restart):
@@ -321,19 +323,20 @@ def gram_newton_schulz(
 
 
 # %%
+from torch.utils.flop_counter import FlopCounterMode
+
+
 def gram_flops(m: int, n: int, iterations: int = 5, restarts: int = 1) -> int:
-    """FLOPs of `gram_newton_schulz` for an m × n matrix, m ≤ n: two long products a part, the rest of them of squares."""
+    """FLOPs of `gram_newton_schulz` for an m × n matrix, m ≤ n: two long products a part, the others m × m."""
     parts = restarts + 1
-    squares = iterations + (iterations - parts) + 2 * (iterations - parts)
+    squares = iterations + 3 * (iterations - parts)
     return parts * 4 * m * m * n + squares * 2 * m**3
 
 
 def plain_flops(m: int, n: int, iterations: int = 5) -> int:
-    """FLOPs of `through`."""
+    """FLOPs of `apply_odd_polynomials`."""
     return iterations * (4 * m * m * n + 2 * m**3)
 
-
-from torch.utils.flop_counter import FlopCounterMode
 
 with FlopCounterMode(display=False) as counter:
     gram_newton_schulz(torch.randn(1, 24, 96), POLAR_EXPRESS)
@@ -344,7 +347,7 @@ assert gram_flops(768, 768, restarts=4) == plain_flops(768, 768), "a restart aft
 print(f"a matrix of 768 × 3,072: {saving:.0%} fewer FLOPs; a square one would need more")
 
 # %% [markdown]
-# Now the errors. A matrix with singular values from one to a ten-thousandth, by eight ways, each against the same polynomials in float64:
+# Now the errors. One matrix, with singular values from one to a ten-thousandth, goes through the polynomials in eight ways, each compared with float64:
 
 # %%
 generator = torch.Generator().manual_seed(0)
@@ -381,9 +384,11 @@ for way, error in off.items():
 print(f"bfloat16, if nothing but the matrix itself were rounded: off by {entry:.3f}")
 
 # %% [markdown]
-# Without a restart (after 5 of 5) the Gram form is ruined, in float16 too. With one after three polynomials it is a little more exact than the plain form in the same numbers, for a third less work at this shape. Restarts after two and four take two long products more and make it better still. And float16 errs an eighth as much as bfloat16, in either form, for its three more bits. Rounding the matrix to bfloat16 already makes half of the plain form's error, before the first product: it adds noise to all directions, and the polynomials lift what is small, noise included. (When to restart is a matter of the spectrum. Zhang and others restart once, after two.) A square matrix gets a restart after each polynomial, and that is the plain form.
+# Without a restart (after 5 of 5) the Gram form is ruined, in float16 too. With one after three polynomials it is a little more exact than the plain form in the same numbers, for a third less work at this shape. Restarts after two and four take two long products more and make it better still. And float16 errs an eighth as much as bfloat16, in either form, for its three more bits. Rounding the matrix to bfloat16 already makes half of the plain form's error, before the first product: it adds noise to all directions, and the polynomials lift what is small, noise included. (Zhang and others restart once, after two.) A square matrix gets a restart after each polynomial, and that is the plain form.
 #
-# ### Rows of one length
+# ### NorMuon: normalising rows
+#
+# Which side is “rows”? The longer one. In the MLP's matrices that is the neurons' side: the second matrix has its neurons as columns, and there columns are normalised. Square matrices take rows.
 
 
 # %%
@@ -391,9 +396,10 @@ print(f"bfloat16, if nothing but the matrix itself were rounded: off by {entry:.
 def normuon_normalize(
     update: Tensor, second_momentum: Tensor, beta2: float, skip: Tensor | None
 ) -> Tensor:
-    """NorMuon: divide each row of update, (matrices, rows, cols), by the RMS of its running second moment, then rescale the matrix to its old norm.
+    """NorMuon: divide each row of update, (matrices, rows, cols), by the root of its second moment, then give the matrix its old Frobenius norm.
 
-    second_momentum: (matrices, rows, 1), updated in place; of columns, (matrices, 1, cols), where these are more. skip: if not zero it stays.
+    second_momentum ← beta2 · second_momentum + (1 − beta2) · mean(row²), (matrices, rows, 1), in place; of columns,
+    (matrices, 1, cols), where these are more. skip: device flag; if not zero it stays. Returns float32.
     """
     u = update.float()
     square = u.square().mean(-1 if second_momentum.shape[-1] == 1 else -2, keepdim=True)
@@ -417,11 +423,11 @@ perfect = exact["mlp_up"].cpu()
 eye = torch.eye(128).expand(2, 128, 128)
 assert torch.allclose(perfect.mT @ perfect, eye, atol=1e-4) and spread(perfect) > 4
 second = torch.zeros(2, 512, 1)
-evened = normuon_normalize(perfect, second, beta2=0.9, skip=None)
-assert spread(evened) < 1.001
-assert torch.allclose(torch.linalg.matrix_norm(evened), torch.linalg.matrix_norm(perfect))
-tilted = torch.linalg.svdvals(evened)
-assert tilted.min() < 0.85 and tilted.max() > 1.15, "what is even in rows is not orthogonal"
+normed = normuon_normalize(perfect, second, beta2=0.9, skip=None)
+assert spread(normed) < 1.001
+assert torch.allclose(torch.linalg.matrix_norm(normed), torch.linalg.matrix_norm(perfect))
+tilted = torch.linalg.svdvals(normed)
+assert tilted.min() < 0.85 and tilted.max() > 1.15, "no longer orthogonal"
 chance = spread(rotation(512, 128)[None])
 assert 1.2 < chance < 1.6
 hadamard = torch.ones(1, 1)
@@ -429,23 +435,22 @@ for _ in range(9):
     hadamard = torch.cat([torch.cat([hadamard, hadamard]), torch.cat([hadamard, -hadamard])], 1)
 both = hadamard[None, :, :128] / math.sqrt(512)
 assert torch.allclose(both.mT @ both, eye[:1], atol=1e-6) and spread(both) < 1.0001
-print(f"the exact factor: rows up to {spread(perfect):.1f} times as long as others")
+print(f"the polar factor: rows up to {spread(perfect):.1f} times as long as others")
 print(f"orthonormal columns at random: {chance:.1f} times")
-print(f"evened: {spread(evened):.3f}; singular values now {tilted.min():.2f} to {tilted.max():.2f}")
+print(f"normalised: {spread(normed):.3f} times")
+print(f"singular values are {tilted.min():.2f} to {tilted.max():.2f} then")
 
 # %% [markdown]
-# The first assertion is the point. The columns of this matrix are orthonormal, as far as float32 goes, and the steps of its neurons differ nearly fivefold; by chance it would be less than twofold. A better polynomial cannot mend that, because nothing is wrong with the polynomial. The last line is the price: scaling the rows once spoils the columns. (Both *can* be had: the first columns of a Hadamard matrix are orthonormal, with rows of one length. But that takes more than one scaling.) The record takes even rows and columns that are roughly orthonormal.
+# The first assertion is the point. The columns of this matrix are orthonormal, and yet the steps of its neurons differ nearly fivefold. By chance it would be less than twofold. A better polynomial cannot mend that, because nothing is wrong with the polynomial. The last line is the price: scaling the rows once spoils the columns. (Both *can* be had: the first columns of a Hadamard matrix are orthonormal, with rows of one length. But that takes more than one scaling.) The record takes rows of one norm and columns that are roughly orthonormal.
 #
-# In the first step the running mean is of this step alone, and rows come out equal. Later each row is divided by what it *usually* is. The mean starts at zero and needs no correction for that: a factor common to all rows goes when the matrix gets its length back.
-#
-# Which side is “rows”? The longer one. In the MLP's matrices that is the neurons' side: the second matrix has its neurons as columns, and there columns are evened. Square matrices take rows.
+# In the first step the second moment is of this step alone, and rows come out equal. Later each row is divided by what it *usually* is. The moment starts at zero and needs no bias correction: a constant common to all rows goes when the matrix gets its norm back.
 
-# %% tags=["hide-input"] mystnb={"image": {"alt": "Lengths of the 512 rows of an update of the MLP's first matrix, sorted: from the quintic, from the exact factor, and evened by NorMuon"}}
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Norms of the 512 rows of an update of the MLP's first matrix, sorted: from the quintic, of the exact polar factor, and normalised by NorMuon"}}
 fig, axis = plt.subplots(figsize=(5.6, 3.4))
-for label, update in (("quintic", up), ("exact factor", perfect), ("evened", evened)):
+for label, update in (("quintic", up), ("exact polar factor", perfect), ("NorMuon", normed)):
     axis.plot(update[0].norm(dim=1).sort().values.cpu(), label=label)
 axis.set_xlabel("512 neurons of a layer, sorted for each line by itself")
-axis.set_ylabel("length of a neuron's step")
+axis.set_ylabel("norm of a neuron's step")
 axis.set_ylim(0)
 axis.legend(loc="upper left")
 ordered = perfect[0].norm(dim=1).sort().values
@@ -459,7 +464,7 @@ axis.set_title(
 plt.show()
 
 # %% [markdown]
-# ### Decay that agrees
+# ### Cautious weight decay
 #
 # Two things are new: where a weight decays, and by how much as the rate falls.
 
@@ -467,7 +472,7 @@ plt.show()
 # %%
 #| export
 def cautious_decay(p: Tensor, update: Tensor, decay: float | Tensor) -> Tensor:
-    """The update with decay · p added where both have one sign, so where the step makes a weight smaller anyway."""
+    """update + decay · p · [update · p ≥ 0], all of one shape: decay only where the step makes a weight smaller anyway."""
     return update + decay * p * (update * p >= 0)
 
 
@@ -489,54 +494,54 @@ shares = [factor * early / (0.1 * peak) for factor in (1, 2, 4)]  # for attentio
 assert [f"{share:.2f}" for share in shares] == ["0.19", "0.38", "0.77"]
 
 # %% [markdown]
-# ### Sixteen bits beside sixteen bits
+# ### bfloat16 weights with a 16-bit mantissa buffer
 #
-# The front half should be the *nearest* bfloat16, since the model multiplies with it. Cutting the bits in two would give the one nearer to zero. Add half a unit of the sixteenth bit first, and the cut rounds; the back half becomes a signed correction, and joining is one addition. (A number exactly between two goes away from zero here and to the even one in PyTorch; joining does not care. A few NaNs are zeros or infinities in the front half alone. The record cuts.)
+# The front half should be the *nearest* bfloat16, since the model multiplies with it. Truncation would give the one nearer to zero. Add half a unit of the sixteenth bit first, and truncation rounds. The back half, the *mantissa* in the code, becomes a signed correction, and joining is one addition. (A number exactly between two goes away from zero here and to the even one in PyTorch. Joining does not care. A few NaNs are zeros or infinities in the front half alone. The record truncates.)
 
 
 # %%
 #| export
 def split_bf16(whole: Tensor) -> tuple[Tensor, Tensor]:
-    """float32 as the nearest bfloat16, and a mantissa, int16, with which `join_bf16` gives back every bit."""
+    """float32 of any shape → the nearest bfloat16, and the rest of the mantissa, int16, with which `join_bf16` gives back every bit."""
     bits = whole.view(torch.int32)
     high = (bits + 0x8000) >> 16
     return high.to(torch.int16).view(torch.bfloat16), (bits - (high << 16)).to(torch.int16)
 
 
 def join_bf16(rounded: Tensor, mantissa: Tensor) -> Tensor:
-    """The float32 that `split_bf16` took apart."""
+    """The float32 that `split_bf16` took apart, bit by bit: rounded · 2¹⁶ + mantissa, on integers."""
     return ((rounded.view(torch.int16).to(torch.int32) << 16) + mantissa).view(torch.float32)
 
 
 # %%
 everything = torch.randint(-(2**31), 2**31, (1_000_000,), dtype=torch.int64, generator=generator)
 floats = everything.to(torch.int32).view(torch.float32)  # a million bit patterns, NaNs among them
-rounded, lost = split_bf16(floats)
-assert torch.equal(join_bf16(rounded, lost).view(torch.int32), floats.view(torch.int32))
+rounded, mantissa = split_bf16(floats)
+assert torch.equal(join_bf16(rounded, mantissa).view(torch.int32), floats.view(torch.int32))
 plain = torch.randn(100_000, generator=generator)
 tie = plain.view(torch.int32) & 0xFFFF == 0x8000
 assert torch.equal(split_bf16(plain)[0][~tie], plain.bfloat16()[~tie])
 cut_short = (plain.view(torch.int32) >> 16 << 16).view(torch.float32)
 shrunk = 1 - (cut_short.abs() / plain.abs()).mean().item()
 assert 0.002 < shrunk < 0.004
-print(f"every bit of a million patterns came back; cutting would shrink weights by {shrunk:.2%}")
+print("every bit of a million patterns came back")
+print(f"truncation would shrink weights by {shrunk:.2%}")
 
 weight, exactly, crumbs = torch.tensor([1.0]), 1.0, torch.full((), 1e-4)
-half, missing = split_bf16(weight)
+half, mantissa = split_bf16(weight)
 blunt = weight.bfloat16()
 for _ in range(100):
-    half, missing = split_bf16(join_bf16(half, missing) - crumbs)
+    half, mantissa = split_bf16(join_bf16(half, mantissa) - crumbs)
     blunt = (blunt.float() - crumbs).bfloat16()
     exactly -= 1e-4
-assert blunt.item() == 1.0 and abs(join_bf16(half, missing).item() - exactly) < 1e-5
-print(
-    f"a hundred steps of 0.0001 from 1: bfloat16 {blunt.item()}, split {join_bf16(half, missing).item():.4f}"
-)
+kept = join_bf16(half, mantissa).item()
+assert blunt.item() == 1.0 and abs(kept - exactly) < 1e-5
+print(f"a hundred steps of 0.0001 from 1: bfloat16 {blunt.item()}, with its mantissa {kept:.4f}")
 
 # %% [markdown]
 # ### The Muon step
 #
-# Every mend is an option, and with all of them off this is record 4's Muon. Two more are there. Momentum that starts low and ends low is the schedule's ([chapter 14](14_schedule.py) has the reasons). And the MLP's two matrices have factors of their own. The tall one, `mlp_up`, has had $\sqrt{\text{rows}/\text{cols}}=2$ since record 8 (records 27 to 41 stored it wide, and lost it). The wide one, `mlp_down`, has had a factor of 4 since record 48. It came by accident, with another way to store the matrices, and the run was found not to mind.
+# Every mend is an option of `MuonConfig`, and with all of them off this is record 4's Muon. There are two more. Momentum that starts low and ends low is the schedule's ([chapter 14](14_schedule.py) has the reasons). And the MLP's two matrices have multiples of the learning rate of their own. The tall one, `mlp_up`, has had $\sqrt{\text{rows}/\text{cols}}=2$ since record 8 (records 27 to 41 stored it wide, and lost it). The wide one, `mlp_down`, has had 4 since record 48. It came by accident, with another way to store the matrices, and the run was found not to mind. [Chapter 20](20_many_gpus.py)'s rule for Muon keeps `muon_state` and calls `muon_step`; a `ParamSpec` is a parameter's row in the model's table ([chapter 21](21_model.py)).
 
 
 # %%
@@ -560,7 +565,7 @@ class MuonConfig:
     weight_decay: NonNegativeFloat = 0.0
     """Decay, as a multiple of the learning rate; with decay_with_lr, of its square."""
     decay_with_lr: bool = False
-    """Decay a weight by weight_decay · rate², the rate with the matrix's own factor, and not by weight_decay · rate without it."""
+    """Decay a weight by weight_decay · rate², times the matrix's own multiple of the rate; and not by weight_decay · rate."""
     cautious: bool = False
     """Decay a weight only where the step makes it smaller anyway."""
     scale_by_shape: bool = True
@@ -568,11 +573,11 @@ class MuonConfig:
     down_lr_mul: PositiveFloat = 1.0
     """Multiple of the rate of mlp_down, the wide matrix."""
     param_dtype: Literal["float32", "bfloat16", "bf16_mantissa"] = "float32"
-    """What the matrices are in the model. bf16_mantissa: bfloat16, and the optimizer keeps what rounding took."""
+    """What the matrices are in the model. bf16_mantissa: bfloat16, and the optimizer keeps the other 16 bits of the mantissa."""
 
 
 def matrix_lr_mul(spec: ParamSpec, config: MuonConfig) -> float | tuple[float, ...]:
-    """The multiples of Muon's rate for the matrices of a row: the row's own, if it has several, or its factor for the shape."""
+    """Multiple of Muon's learning rate for a parameter, or several, for a slice's matrices in turn: the spec's, with the scale for its shape."""
     if isinstance(spec.lr_mul, tuple):
         return spec.lr_mul
     scale = spec.shape_scale if config.scale_by_shape else 1.0
@@ -589,7 +594,10 @@ def apply_update(
     decay: float | Tensor,
     cautious: bool,
 ) -> None:
-    """p ← p − lr · (update + decay · p), in place and in float32, whatever p is. mantissa: what p's rounding took, or None."""
+    """p ← p − lr · (update + decay · p), in place, computed in float32; cautious: decay only where update · p ≥ 0.
+
+    p: float32 or bfloat16. mantissa: int16, the other bits of p, which change with it, or None; then p is rounded.
+    """
     whole = p if p.dtype != torch.bfloat16 else p.float()
     whole = whole if mantissa is None else join_bf16(p, mantissa)
     if cautious:
@@ -606,7 +614,10 @@ def apply_update(
 # %%
 #| export
 def orthogonalize(g: Tensor, config: MuonConfig) -> Tensor:
-    """Nearly the polar factor of each matrix in g, (matrices, rows, cols), as the config says; with ns_steps=0 exactly."""
+    """Nearly the polar factor of each matrix in g, (matrices, rows, cols), by the config's polynomials; with ns_steps=0 the exact one.
+
+    In the dtype in which the polynomials multiply.
+    """
     if not config.ns_steps:
         return polar_factor(g)
     if config.orthogonalizer == "polar_express":
@@ -616,7 +627,9 @@ def orthogonalize(g: Tensor, config: MuonConfig) -> Tensor:
 
 
 def muon_state(p: Tensor, config: MuonConfig) -> dict[str, Tensor]:
-    """Muon's state for matrices p, (matrices, rows, cols): momentum and, for NorMuon, second moments in float32; the mantissa in int16."""
+    """Muon's state for matrices p, (matrices, rows, cols): momentum_buffer of that shape, float32; if they are used,
+    second_momentum_buffer, (matrices, rows, 1) or (matrices, 1, cols), float32, and mantissa, int16.
+    """
     state = {"momentum_buffer": torch.zeros_like(p, dtype=torch.float32)}
     if config.beta2:
         one = p[:, :, :1] if p.shape[1] >= p.shape[2] else p[:, :1, :]
@@ -639,9 +652,10 @@ def muon_step(
     config: MuonConfig,
     skip: Tensor | None = None,
 ) -> None:
-    """One step of matrices p with gradient g, (matrices, rows, cols), in place. lr_mul: of all, or (matrices, 1, 1).
+    """p ← p − lr · (lr_mul · O + d · p) for matrices p with gradient g, (matrices, rows, cols), in place, with their state.
 
-    skip: device flag; if it is not zero nothing changes, without host sync.
+    O: the normalised, orthogonalised momentum. d: weight_decay, or with decay_with_lr weight_decay · lr · lr_mul.
+    lr_mul: one for all, or (matrices, 1, 1). skip: device flag; if it is not zero nothing changes, without host sync.
     """
     buffer = state["momentum_buffer"]
     update = nesterov_momentum(g.float(), buffer, momentum, config.nesterov, skip)
@@ -674,6 +688,12 @@ for step in range(5):
     update = newton_schulz(nesterov_momentum(g, buffer, 0.95, True, None))
     old.mul_(1 - 0.02 * 0.1).sub_(0.02 * update)
 assert torch.equal(steps_of(MuonConfig(weight_decay=0.1)), old), "all off: record 4's, bit for bit"
+specs = [spec for spec in run.model.specs if spec.matrices]
+multiples = {spec.name: matrix_lr_mul(spec, RECORD_MUON) for spec in specs}
+assert multiples == dict.fromkeys(multiples, 1.0) | {"mlp_up": 2.0, "mlp_down": 4.0}
+
+# %% [markdown]
+# With everything on, one step is written out by hand, for weights in float32 and for bfloat16 with a mantissa buffer.
 
 # %%
 from dataclasses import replace
@@ -698,9 +718,9 @@ assert torch.equal(after["bf16_mantissa"], after["float32"]), "the mantissa lose
 # %% [markdown]
 # ## The measurement
 #
-# The laptop's model on the embedded text. First the rates are tuned for today's Muon, on a grid of fifteen points, each run once; a comparison at yesterday's rates would measure yesterday's tuning. Then each part is taken away at these rates, with paired seeds: for 600 steps (nine seeds of the whole, three of each part), and for 2,000 (three of each). No arm is tuned anew.
+# This is the laptop's model on the embedded text. First the learning rates are tuned for today's Muon, on a grid of fifteen points, each run once. A comparison at yesterday's rates would measure yesterday's tuning. Then each part is taken away at these rates, with paired seeds: for 600 steps (nine seeds of the whole, three of each part), and for 2,000 (three of each). No arm is tuned anew.
 #
-# Today's Muon is here: Polar Express, five polynomials; NorMuon, 0.9; cautious decay, 1.2 times the rate squared; momentum from 0.85 to 0.95 over 23% of the steps and back over the last 4%, the shares of record 89; factors of 2 and 4 for the MLP's two matrices; weights in float32, since this model computes in it. *Momentum held* is 0.95 throughout. *Decay of all* is the same decay without caution, *plain decay* chapter 12's. *Three polynomials* are the first three of the five, and not the best three.
+# Today's Muon is `RECORD_MUON` with two exceptions: its weights are in float32, since this model computes in it, and it multiplies in bfloat16. So there are five polynomials of Polar Express, NorMuon with 0.9, cautious decay of 1.2 times the rate squared, and multiples of 2 and 4 for the MLP's two matrices. Momentum rises from 0.85 to 0.95 over 23% of the steps and falls back over the last 4%, the shares of record 89. *Momentum held* is 0.95 throughout. *Decay of all* is the same decay without caution, *plain decay* chapter 12's. *Wide factor* is the multiple of 4, and *factors* are both. *Three polynomials* are the first three of the five, and not the best three.
 
 # %% tags=["hide-input"]
 #| default_exp measure.muon
@@ -895,8 +915,9 @@ assert all(around[f"0.008 {o}"] < around[f"0.016 {o}"] for o in ("0.002", "0.004
 assert best_long == "0.008 0.004" and 0.003 < same_seed - around[best_long] < 0.005
 assert 0.01 < long_whole.mean - long_12.mean < 0.012 and 0.05 < p_long < 0.2
 print(f"2,000 steps, other rates: {', '.join(f'{at} {loss:.3f}' for at, loss in around.items())}")
+print("change of the loss in 600 and in 2,000 steps, three seeds each:")
 for arm in order:
-    print(f"without: {arm:20} {means['laptop'][arm]:+.3f} {means['laptop_long'][arm]:+.3f}")
+    print(f"  {arm:20} {means['laptop'][arm]:+.3f} {means['laptop_long'][arm]:+.3f}")
 short_, long_ = means["laptop"], means["laptop_long"]
 assert 0.015 < short_["no NorMuon"] < 0.02 and 0.01 < long_["no NorMuon"] < 0.015
 assert short_["no factors"] > 0.04 and long_["no factors"] < 0
@@ -926,43 +947,39 @@ assert 0.03 < together < 0.035 and -0.01 < singly < 0
 print(f"first seed: five parts singly {singly:+.3f}, all at once {together:+.3f}")
 
 # %% [markdown]
-# After 600 steps today's Muon ends five hundredths of a nat below chapter 12's, far beyond doubt at nine seeds each. Half of that is not Muon's. The rest has half the rate here, and chapter 12's grid could not tell the two rates apart: two single runs, less than a thousandth from each other. Nine seeds can. At today's rates chapter 12's Muon ends 0.025 above today's, and that is what the parts are worth together. The other half is the rate of the embeddings, and the luck of one seed in a grid.
+# After 600 steps today's Muon ends five hundredths of a nat below chapter 12's, far beyond doubt at nine seeds each. Half of that is not Muon's. Embeddings, gains and biases have half the learning rate here, and chapter 12's grid could not tell the two rates apart: its two single runs are less than a thousandth from each other. Nine seeds can. At today's rates chapter 12's Muon ends 0.025 above today's, and that is what the parts are worth together. The other half is that rate, and the luck of one seed in a grid.
 #
-# After 2,000 steps, at the rates of 600, today's ends a hundredth *above*, though three seeds do not settle that. Half the rate for the matrices mends it: in one run, today's Muon then ends 0.004 below chapter 12's with the same seed. That is the best of six rates against chapter 12's at the rates of 600 steps, so it is no lead. What there was, was a lead in a short race.
+# After 2,000 steps, at the rates of 600, today's ends a hundredth *above*, though three seeds do not settle that. Half the rate for the matrices mends it: in one run, today's Muon then ends 0.004 below chapter 12's with the same seed. That is the best of six rates against chapter 12's at the rates of 600 steps, so it is no lead.
 #
-# Now the parts. Two cautions first. The 2,000 steps ran at the rates of 600, and by single runs at half of it the matrices' rate is too high there (lower ones were not tried). So in the second column a part that makes steps longer looks worse than it is. And parts do not add up. Chapter 12's Muon is today's without five of them: the quintic, no NorMuon, momentum held, plain decay, no wide factor. With the first seed, taking them away one at a time lowers the loss, in sum, by less than a hundredth. Taking away all at once raises it by three. What one part does, another can do in its absence.
+# Now the parts. Two cautions first. The 2,000 steps ran at the rates of 600, and by single runs at half of it the matrices' rate is too high there (lower ones were not tried). So in the second column a part that makes steps longer looks worse than it is. And parts do not add up. Chapter 12's Muon is today's without five of them: it has the quintic, no NorMuon, held momentum, plain decay and no wide factor. With the first seed, taking them away one at a time lowers the loss, in sum, by less than a hundredth. Taking away all at once raises it by three. What one part does, another can do in its absence.
 #
 # - **NorMuon** is missed at both lengths, in all six pairs. It is the one part of which that can be said.
-# - **The polynomials** are worth nothing here, as the exact factor was worth nothing in chapter 12. Record 4's quintic does as well or a little better in five of six pairs, with steps that are a tenth shorter. Even the first three of the five do: no worse in the long run, and better in two of three pairs in the short one, where three *quintics* cost more than a tenth of a nat in chapter 12. In the contest Polar Express is worth ten steps of 1,680. Near the end a step is worth a ten-thousandth there, so that is a thousandth, and three seeds cannot see it.
-# - **Decay** needs time. Without any, a short run loses nothing and a long one a hundredth. But in the long run plain decay does better than the cautious one, and so does decay of all weights. At this peak rate the cautious one takes a fifth of what the plain one takes from attention, two fifths and three quarters from the MLP's two matrices (its rate has their factor in it), and where signs are random it leaves out half of that. The record's constant is for the record's length and rates.
+# - **The polynomials** are worth nothing here, as the exact polar factor was worth nothing in chapter 12. Record 4's quintic does as well or a little better in five of six pairs, with steps that are a tenth shorter. Even the first three of the five do: no worse in the long run, and better in two of three pairs in the short one, where three *quintics* cost more than a tenth of a nat in chapter 12. In the contest Polar Express is worth ten steps of 1,680. Near the end a step is worth a ten-thousandth there, so that is a thousandth, and three seeds cannot see it.
+# - **Decay** needs time. Without any, a short run loses nothing and a long one a hundredth. But in the long run plain decay does better than the cautious one, and so does decay of all weights. At this peak rate the cautious one takes a fifth of what the plain one takes from attention, and two fifths and three quarters from the MLP's two matrices (it contains their multiple of the rate). Where signs are random it leaves out half of that. The record's constant is for the record's length and rates.
 # - **Momentum's ramps**, rise and fall together, cost a hundredth in the short run and gain one in the long.
-# - **The factors** help a great deal at first. In the long run they do not; but there the rate is too high and without factors the MLP's is lower, so this does not tell whether they hurt or the rate does. (An arm without a factor also decays less.)
+# - **The factors** of the MLP's rates help a great deal at first. In the long run they do not; but there the rate is too high and without factors the MLP's is lower, so this does not tell whether they hurt or the rate does. (An arm without a factor also decays less.)
 
 # %%
-halves = {
-    kind: describe(losses["laptop_weights"][kind]) for kind in ("float32", "split", "bfloat16")
-}
-blunted = [
-    b - w for b, w in zip(losses["laptop_weights"]["bfloat16"], losses["laptop_weights"]["split"])
-]
-kept = [
-    w - f for w, f in zip(losses["laptop_weights"]["split"], losses["laptop_weights"]["float32"])
-]
+ARMS = {"float32": "float32", "bf16 with mantissa": "split", "bf16 alone": "bfloat16"}
+of_weights = {label: losses["laptop_weights"][arm] for label, arm in ARMS.items()}
+whole_32, with_mantissa, alone = of_weights.values()
+blunted = [b - w for b, w in zip(alone, with_mantissa)]
+kept = [w - f for w, f in zip(with_mantissa, whole_32)]
 p_bits = ttest_1samp(blunted, 0).pvalue
 assert min(blunted) > 0.015 and p_bits < 0.005 and max(map(abs, kept)) < 0.004
-for kind, sample in halves.items():
-    print(f"weights in {kind:9} {sample}")
-print(f"the kept bits: p = {p_bits:.3f} for three pairs")
+for label, sample in of_weights.items():
+    print(f"weights in {label:18} {describe(sample)}")
+print(f"the mantissa: p = {p_bits:.3f} for three pairs")
 
 # %% [markdown]
-# Sixteen bits alone cost nearly two hundredths of a nat, in each of three pairs. With the other sixteen kept aside, the run is back within a few thousandths of one with float32 weights. (All three multiply in bfloat16.) It is not the products that need the precision but the *sum* of many small steps.
+# bfloat16 weights alone cost nearly two hundredths of a nat, in each of three pairs. With the mantissa buffer the run is back within a few thousandths of one with float32 weights. (All three multiply in bfloat16.) It is not the products that need the precision but the *sum* of many small steps.
 #
-# So the answer to the prediction: NorMuon and the kept bits (once the weights have sixteen; whoever keeps float32 weights gains nothing by them) are worth nearly two hundredths each, decay nothing in 600 steps, the polynomials nothing. Three seeds tell the kept bits from nothing. NorMuon they nearly do, and the six pairs of both lengths do. A part that a record adopts has been shown to pay *in that record*: at its length, its rates, its model. Take the parts from it, but measure them where you train.
+# So the answer to the prediction: NorMuon and the mantissa are worth nearly two hundredths each, and decay and the polynomials are worth nothing in 600 steps. (The mantissa is worth that where weights are in bfloat16; whoever keeps float32 weights gains nothing by it.) Three seeds tell the mantissa from nothing. For NorMuon they nearly do, and the six pairs of both lengths do. A part that a record adopts has been shown to pay *in that record*: at its length, its rates, its model. Take the parts from it, but measure them where you train.
 
 # %% [markdown]
 # ### On a GPU, by the clock
 #
-# All of it together, then, where you would train: `small`, 51 million parameters, 100 million tokens, on one H100, against AdamW for everything. There everything of `RECORD_MUON` is on, float16 and the Gram form included.
+# All of it together, then, where you would train: `small`, 51 million parameters, 100 million tokens, on one H100, against AdamW for everything. There all of `RECORD_MUON` is on.
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Validation loss of the small preset under AdamW and under today's Muon, against steps and against seconds of training on one H100"}}
 ends, curves = {}, {}
@@ -1017,7 +1034,7 @@ print(f"AdamW {ends['AdamW']}, Muon {ends['Muon']}: {gap:.3f} lower, p = {p_gpu:
 print(measured_on(result))
 
 # %% [markdown]
-# Muon takes 4% longer for a step and ends 0.18 nats lower. Where AdamW ends it has been after seven tenths of the steps, and there its rate has fallen by half: a run that was to end there would be lower. Both rules read the same text in the same order, on the same schedule. Each was tuned in runs of half the length, one a point, factors of two apart: AdamW at five points, Muon at six. Muon's best, 0.016 for the matrices and 0.004 for the rest, has a worse neighbour on each of its four sides. Of AdamW's best, 0.002 and 0.004, two of four neighbours were tried, and half of both; all were worse. Half the matrices' rate and twice the rest's were not; on a smaller model [chapter 12](12_newton_schulz.py)'s grid prefers both, by a hundredth. (These eleven runs are not kept.) The text is English of several kinds and *not* FineWeb.
+# Muon takes 4% longer for a step and ends 0.18 nats lower. Where AdamW ends it has been after seven tenths of the steps, and there its rate has fallen by half: a run that was to end there would be lower. Both rules read the same text in the same order, on the same schedule. Each was tuned in runs of half the length, one a point, factors of two apart: AdamW at five points, Muon at six. Muon's best, 0.016 for the matrices and 0.004 for the rest, has a worse neighbour on each of its four sides. Of AdamW's best, 0.002 and 0.004, two of four neighbours were tried, and half of both; all were worse. Half the matrices' rate and twice the rest's were not tried. On a smaller model [chapter 12](12_newton_schulz.py)'s grid prefers both, by a hundredth. (These eleven runs are not kept.) The text is English of several kinds and *not* FineWeb.
 
 # %% [markdown]
 # ## What it buys
@@ -1032,7 +1049,7 @@ from speedrun.lab.results import public_table
 ladder = {row["record"]: row for row in public_table("records") if row["contributors"]}
 steps_at = {n: int(row["steps"]) for n, row in ladder.items() if row["steps"]}
 WHAT = {38: "Polar Express", 41: "NorMuon", 42: "rates", 43: "cautious decay"}
-WHAT |= {50: "Adam's decay", 57: "the kept bits"}
+WHAT |= {50: "Adam's decay", 57: "mantissa"}
 by_record = {}
 for n, what in WHAT.items():
     by_record[n] = steps_at[str(n)] - steps_at[str(n - 1)]
@@ -1046,13 +1063,13 @@ stayed = date.fromisoformat(ladder["38"]["date"]) - date.fromisoformat(ladder["4
 assert 345 < stayed.days < 365
 
 # %% [markdown]
-# Official times are taken on different days, so a few tenths of a second mean nothing. On one machine, before and after, the author of records 38, 42 and 43 measured 1.0, 3.3 and 2.2 s. Record 42 halved the rate and doubled it for the MLP's first matrix; record 50 gave cautious decay to Adam's parameters, too. Weights of sixteen bits are half the bytes to gather, and need no casting.
+# Official times are taken on different days, so a few tenths of a second mean nothing. On one machine, before and after, the author of records 38, 42 and 43 measured 1.0, 3.3 and 2.2 s. Record 42 halved the rate and doubled it for the MLP's first matrix; record 50 gave cautious decay to Adam's parameters, too. bfloat16 weights are half the bytes to gather, and need no casting.
 #
 # These are records, not ablations. Of record 43's 40 steps its author gives 10 to 15 to the decay's fall with the rate. (With decay the loss was higher than without for most of that run, too, and lower only at its end.) Record 42 also kept the rate flat in the extension and lengthened the fall; record 38 also raised the rate; record 57's second is shared with an optimizer whose two rules take turns, and it took 15 steps more.
 #
 # ## What it costs, and when it fails
 #
-# In arithmetic next to nothing. NorMuon reads the update a few times more, the kept bits are two bytes a weight to read and to write beside the model's two, and a cautious decay is a comparison.
+# In arithmetic it costs next to nothing. NorMuon reads the update a few times more, and cautious decay is a comparison. The mantissa is two bytes a weight to read and to write, beside the model's two.
 
 # %%
 ms = {
@@ -1073,12 +1090,12 @@ print(f"attention: rows of an update differ by a factor of {square:.2f} at most"
 # %% [markdown]
 # The Gram form is not in these times: on a CPU float16 is slow, and squares of 128 save nothing.
 #
-# When does it fail? Where there is nothing to mend. Rows of a square orthogonal matrix are all of length 1, and those of attention's updates differ only as far as some directions stay short. So NorMuon does little there: it has something to do where one side is longer than the other. And evening assumes that a neuron whose step is short *should* move more. A neuron that hardly ever fires, whose gradient is mostly noise, is moved as far as any other.
+# When does it fail? Where there is nothing to mend. Rows of a square orthogonal matrix are all of length 1, and those of attention's updates differ only as far as some directions stay short. So NorMuon does little there: it has something to do where one side is longer than the other. And normalising rows assumes that a neuron whose step is short *should* move more. A neuron that hardly ever fires, whose gradient is mostly noise, is moved as far as any other.
 
 # %% [markdown]
 # ## What did not work
 #
-# Without the kept bits record 57 was clearly worse, as here. Adam's moments in bfloat16 cost 0.0009 (record 56). A momentum that is damped whenever the attention window changes did not help (record 31's trials), nor did orthogonalising each head's share of all four attention matrices by itself (record 48's). And the Gram form without a restart, above, did not even fail politely.
+# Without the mantissa record 57 was clearly worse, as here. Adam's moments in bfloat16 cost 0.0009 (record 56). A momentum that is damped whenever the attention window changes did not help (record 31's trials), nor did orthogonalising each head's share of all four attention matrices by itself (record 48's).
 #
 # ## Exercises
 #
@@ -1145,4 +1162,4 @@ shutil.rmtree(scratch)
 # %% [markdown]
 # ## Since then
 #
-# Record 48 stores all matrices the other way round, and evens rows where records 41 to 47 evened columns. Record 78 shortens NorMuon's memory from 0.95 to 0.9. Record 80 orthogonalises queries and keys by pairs of heads, which gives it 60 matrices of 256 × 768 where there were 20 square ones. Record 89 runs all of it but the Gram form and rounding; it multiplies in bfloat16, and cuts. Unmerged since: two momenta of different length mixed, six polynomials with a composite error of one per cent, and a decay half as strong again (PR 349, which its author has replaced by PR 360).
+# Record 48 stores all matrices the other way round, and normalises rows where records 41 to 47 normalised columns. Record 78 shortens NorMuon's memory from 0.95 to 0.9. Record 80 orthogonalises queries and keys by pairs of heads, which gives it 60 matrices of 256 × 768 where there were 20 square ones. Record 89 runs all of it but the Gram form and rounding; it multiplies in bfloat16, and truncates. Unmerged since: two momenta of different length mixed, six polynomials with a composite error of one per cent, and a decay half as strong again (PR 349, which its author has replaced by PR 360).

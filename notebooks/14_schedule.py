@@ -406,9 +406,9 @@ assert abs(lengths[89][1] / lengths[89][0] / 524_288 - 0.5) < 0.01, "half the ba
 #
 # ## The code
 #
-# ### The trainer's rate
+# ### The trainer's learning rate
 #
-# First what this book's trainer uses: a warm-up, one of the two shapes down, and momentum that may start and end lower.
+# First what this book's trainer uses: a warm-up, one of the two shapes down, and momentum that may start and end lower. `step_settings` hands the optimizer all of it for one step; the matrices' rate is a fixed multiple of the other.
 
 # %%
 #| default_exp optim.schedule
@@ -441,7 +441,7 @@ class ScheduleConfig:
     momentum_ramp: tuple[NonNegativeInt, NonNegativeInt] = (300, 50)
     """Steps in which momentum rises at the beginning, and falls at the end."""
     untie_at: Share = 2 / 3
-    """Share of the steps after which embed and head train apart, if model.head.tied is split."""
+    """Share of the steps after which embedding and head train apart, if model.head.tied is split."""
 
 
 # %%
@@ -670,9 +670,9 @@ for words, nonsense in {
         print(error)
 
 # %% [markdown]
-# ### The rate is a saw
+# ### Learning rate by stage
 #
-# The fall begins after 40% of the scheduled steps and mixes the stage's rate with the floor; the stage's rate jumps after 33% and 67%. So it jumps once before the fall begins and once in its midst:
+# The fall begins after 40% of the scheduled steps and mixes the stage's rate with the floor; the stage's rate jumps after 33% and 67%. So it jumps once before the fall begins and once in its midst, and is a saw:
 
 
 # %%
@@ -739,7 +739,7 @@ print({m: f"{age[m]:.1f} steps old; Nesterov's form {fresh[m]:.1f}" for m in age
 # %% [markdown]
 # In its first 250 steps record 89 goes from a loss of 10.8 to 4.5. The loss falls fastest there, so presumably the gradient turns fastest, too; news that is nineteen steps old describes a place that the model has left. Later it turns slowly, and a threefold smaller variance is worth the delay. (Nesterov's form, which Muon takes, mixes the newest gradient in once more. It is fresher by a factor of $m$, 4.8 and 18 steps, and its variance falls fourfold.) In the last fifty steps what is still in the mean when the run ends is never used; that is the likely reason for the fall. The rise came with record 9, over 500 steps; record 13 made them 300; the fall came with record 39. Record 9's list of parts puts the rise at 0.013 nats (3.2972 to 3.2844, single runs).
 #
-# ### What the model is asked, and how far it sees
+# ### Windows and loss weights by stage
 
 
 # %%

@@ -35,7 +35,7 @@ from speedrun.model import gpt
 from speedrun.model.baseline import GPT2
 
 with torch.device("meta"):
-    plain = GPT2(gpt.GPTConfig(), 50_257)
+    plain = GPT2(gpt.GPTConfig(), 50_257)  # the config is below; its defaults are GPT-2's
 shapes = [tuple(parameter.shape) for parameter in plain.parameters()]
 matrices = [shape for shape in shapes if len(shape) == 2][2:]  # without the two embeddings
 assert len(shapes) == 148 and len(matrices) == 48 and len(set(matrices)) == 4
@@ -47,7 +47,7 @@ print(sorted(set(matrices)))
 # %% [markdown]
 # Forty-eight matrices, four shapes. Whoever wrote the model as a list of blocks threw that regularity away, and the rest of the program has to find it again. llm.c, record 1, never lost it: C has no lists of blocks, so it keeps sixteen tensors, each with a first dimension for the layers. The ports to PyTorch unpacked them.
 #
-# Take one customer, an optimizer that works on whole matrices and is shared by eight GPUs (chapter 20; Muon of chapter 12 replaces a gradient by a matrix whose singular values are all near 1, which does not split well). Each GPU takes some of the matrices, in rounds of eight. The two matrices of the MLP make two groups of twelve, and the second round of each is half empty:
+# Take one customer, an optimizer that works on whole matrices and whose work eight GPUs share ([chapter 20](20_many_gpus.py); Muon of [chapter 12](12_newton_schulz.py) replaces a gradient by a matrix whose singular values are all near 1, which does not split well). Each GPU takes some of the matrices, in rounds of eight. The two matrices of the MLP make two groups of twelve, and the second round of each is half empty:
 
 
 # %%
@@ -63,21 +63,30 @@ print(f"two groups of 12: {separate[0]} rounds, {separate[1]:.0%} busy")
 print(f"one group of 24: {together[0]} rounds, {together[1]:.0%} busy")
 
 # %% [markdown]
-# A quarter of the machine idles for want of bookkeeping. Record 27 stored both matrices of the MLP with one shape, so that 24 of them fill three rounds, and re-arranged weights at every step to get there; record 61 stored them together for good. Whoever never separates them has one step left, a transposition.
+# A quarter of the machine idles for want of bookkeeping. Record 27 stored both matrices of the MLP with one shape, so that 24 of them fill three rounds, and re-arranged weights at every step to get there; record 61 stored them together for good.
 #
 # ```{admonition} Prediction
-# Stack the equal matrices of all layers into one tensor, a **bank** with one slice a layer, and the 148 tensors become 16. The forward pass then takes slices. Gradients flow back through the slicing, and there lies a trap. A layer can take its slice as `bank[i]`, or all layers can share one `bank.unbind()`. For twelve layers,
-# **how many times the bank's size does autograd write to assemble its gradient, in each case**: once, twelve times, or more?
+# Stack the equal matrices of all layers into one tensor, a **bank** with one slice a layer, and the 148 tensors become 16. The forward pass then takes slices. Gradients flow back through the slicing, and there lies a trap. A layer can take its slice as `bank[i]`, or all layers can share one `bank.unbind()`. For twelve layers, **how many times the bank's size does autograd write to assemble its gradient, in each case**: once, twelve times, or more?
 # ```
 #
 # ## The idea
 #
-# Keep the mathematics of chapter 03 and change where the weights live. Everything that the optimizer, the checkpoint and the communication need to know about a parameter is said once, in a table with one row per parameter. The forward pass is a function of
-# the banks.
+# Keep the mathematics of chapter 03 and change where the weights live. Everything that the optimizer, the checkpoint and the communication need to know about a parameter is said once, in a table with one row per parameter. The forward pass is a function of the banks.
 #
 # ## The code
 #
-# First the row of that table. It says a parameter's name and shape, how it starts (a mean and a standard deviation, normal or uniform; gains are ones, that is mean 1 and deviation 0), and whether it is multiplied with the residual stream, which is what costs FLOPs. Of a bank it says which layer each slice belongs to, and of a bank of matrices how many are stacked in a slice: the queries', keys' and values' are three. An optimizer that works on whole matrices must not take them for one. The other columns are the optimizer's, who fills in the first two: which rule updates the parameter, on which rank, with which multiples of the learning rate and of the weight decay. The record's trainer has a `param_table` with such columns since record 61, and its names are ours.
+# First the row of that table, a `ParamSpec`. Its columns come in two groups. The model's own say what a parameter is: its name and shape; how it starts (a mean and a standard deviation, normal or uniform; gains are ones, that is mean 1 and deviation 0); and whether every token is multiplied with it, which is what costs FLOPs (`is_matmul`). Of a bank they say which layer each slice belongs to (`layers`), and of a bank of matrices how many are stacked in a slice (`matrices`): queries', keys' and values' are three, and an optimizer that works on whole matrices must not take them for one.
+#
+# The other columns are for the optimizer:
+#
+# - `optim` is the rule that turns a gradient into a step: [AdamW](03_baseline.py), Adam with a decay of another kind, [Muon](13_muon.py) or [SOAP](12_newton_schulz.py). The model leaves it open; the run's config decides, and `assign_optimizers` of [chapter 20](20_many_gpus.py) fills it in.
+# - `comm` is how several GPUs share the update. *Replicated*: each does all of it. *Sharded*: each updates its own slices and sends them to the others. *Sharded, sparse*: so, for a table of which a batch looks up only a few rows.
+# - `lr_mul` and `wd_mul` are multiples of the rule's learning rate and of its weight decay. An embedding may want a larger rate than everything else, and a bias is not decayed at all (0).
+# - `shape_scale` is one more multiple of Muon's rate, for a tall matrix: $\sqrt{\text{rows}/\text{cols}}$.
+# - `betas` are Adam's two decay rates where a parameter needs its own.
+# - `tied_to` names the parameter whose transpose this one is, until both go their own ways.
+#
+# The record's trainer has had such a `param_table` since record 61, and our names are its names.
 
 # %%
 #| default_exp params
@@ -105,17 +114,17 @@ class ParamSpec:
     is_scalar: bool = False
     """One weight, or a few, by which vectors are mixed."""
     optim: Literal["adamw", "adam", "muon", "soap"] = "adamw"
-    """adamw: every weight decays. adam: the cautious one, only weights that the step makes smaller anyway."""
+    """The update rule. adamw: every weight decays. adam: only weights that the step makes smaller anyway. muon, soap: on whole matrices."""
     comm: Literal["replicated", "sharded", "sharded_sparse"] = "replicated"
-    """replicated: all-reduce, every rank updates all. sharded: reduce-scatter, update own units, all-gather. sharded_sparse: so, but only gradients of rows looked up are sent."""
+    """replicated: all-reduce, every rank updates all. sharded: reduce-scatter, update the own shard, all-gather. sharded_sparse: the same, but only gradients of rows looked up are sent."""
     lr_mul: float | tuple[float, ...] = 1.0
-    """Multiple of the rule's learning rate; muon: may be several, for a slice's matrices in turn."""
+    """Multiple of the rule's learning rate; muon: may be several, for a bank's matrices in turn."""
     shape_scale: float = 1.0
-    """muon: sqrt(rows / cols) where a matrix is tall, another multiple unless it is switched off."""
+    """muon: one more multiple, sqrt(rows / cols) of a tall matrix; ignored without optim.muon.scale_by_shape."""
     wd_mul: float = 0.0
-    """Multiple of the rule's weight decay."""
+    """Multiple of the rule's weight decay; 0: no decay."""
     betas: tuple[float, float] | None = None
-    """adam, adamw: decay of the moments; None: the optimizer's."""
+    """adam, adamw: decay of the two moments; None: the config's."""
     tied_to: str = ""
     """The parameter that this one is the transpose of until they are untied."""
 
@@ -123,9 +132,10 @@ class ParamSpec:
 # %%
 qkv = ParamSpec("attention_qkv", (12, 2304, 768), layers=tuple(range(12)), matrices=3)
 assert len(qkv.layers) == qkv.shape[0] and qkv.wd_mul == 0.0
+assert qkv.shape[1] == qkv.matrices * 768, "queries, keys and values: three square matrices a layer"
 
 # %% [markdown]
-# The shape of the model is what it was. What it is made of is a matter of options, which stand in the chapters that explain them, so far [a modern block](05_modern_block.py), [rotary positions](06_rotary.py), [plumbing](07_plumbing.py) and [logits and loss](08_logits.py). All off, it is GPT-2.
+# What the table lists follows from the model's config: five numbers that say its shape, and five groups of options, each a config of its own from the chapter that explains it: `block` ([a modern block](05_modern_block.py)), `rotary` ([rotary positions](06_rotary.py)), `embedding` and `plan` ([plumbing](07_plumbing.py)), and `head` ([logits and loss](08_logits.py)). A command line reaches into the groups, as in `--model.block.norm rms`. With the defaults it is GPT-2.
 
 # %%
 #| default_exp model.gpt
@@ -177,7 +187,7 @@ class GPTConfig:
 
 
 # %% [markdown]
-# And the table, in the order in which the forward pass comes to the parameters:
+# `param_specs` makes the table, in the order in which the forward pass comes to the parameters. `optim` stays at its default, for the optimizer to fill in:
 
 
 # %%
@@ -200,6 +210,9 @@ def norm_specs(name: str, shape: tuple[int, ...], layers: tuple[int, ...] = ()) 
     return [gain, ParamSpec(f"{name}_bias", shape, layers)]
 
 
+LARGE: dict[str, Any] = {"comm": "sharded", "wd_mul": 1.0}  # all but gains, biases and scalars
+
+
 def layer_specs(config: GPTConfig, plan: Sequence[LayerSpec]) -> list[ParamSpec]:
     """The banks of attention and MLP, in the order in which a layer comes to them."""
     d, block, specs = config.width, config.block, list[ParamSpec]()
@@ -218,9 +231,6 @@ def layer_specs(config: GPTConfig, plan: Sequence[LayerSpec]) -> list[ParamSpec]
         if block.biases:
             specs.append(ParamSpec(f"{name}_bias", (n, high), layers))
     return specs
-
-
-LARGE: dict[str, Any] = {"comm": "sharded", "wd_mul": 1.0}  # all but gains, biases and scalars
 
 
 def plan_of(config: GPTConfig) -> tuple[LayerSpec, ...]:
@@ -263,13 +273,11 @@ assert decaying == sum(math.prod(shape) for shape in shapes if len(shape) == 2)
 print(f"{len(table)} tensors, {sum(numbers.values()):,} parameters: the same model")
 
 # %% [markdown]
-# The rule "what has two dimensions decays" can no longer be read off a shape, since a bank of biases is two-dimensional. llm.c has the same trouble, and names its six decaying tensors by number. That is the kind of accident the table exists to prevent: a property that used to follow from
-# something else is now said.
+# The rule "what has two dimensions decays" can no longer be read off a shape, since a bank of biases is two-dimensional. llm.c has the same trouble, and names its six decaying tensors by number. That is the kind of accident the table exists to prevent: a property that used to follow from something else is now said (`wd_mul`).
 #
-# ### Beginning
+# ### Initialisation
 #
-# Initial values should depend on the seed and on nothing else. Not on the order of the rows: else adding a parameter in some later chapter would change all the others, and every comparison across that chapter would compare two random draws as well. Not on the device, and not on the number of ranks. Each row therefore draws from
-# a generator of its own, seeded by a hash of the seed and the row's name.
+# Initial values should depend on the seed and on nothing else. Not on the order of the rows: else adding a parameter in some later chapter would change all the others, and every comparison across that chapter would compare two random draws as well. Not on the device, and not on the number of ranks. Each row therefore draws from a generator of its own, seeded by a hash of the seed and the row's name. Only where one parameter is tied to another do both start alike, transposed.
 
 
 # %%
@@ -288,7 +296,7 @@ def init_parameter(spec: ParamSpec, seed: int) -> Tensor:
 
 @torch.no_grad()
 def init_weights(model, seed: int) -> None:
-    """Give a model the initial values of a seed, on whatever device it is."""
+    """Give a model, in place and on whatever device it is, the initial values of a seed; tied parameters start equal, transposed."""
     for spec in model.specs:
         model.get_parameter(spec.name).copy_(init_parameter(spec, seed))
     for spec in model.specs:
@@ -362,7 +370,7 @@ print(
 #
 # ### The forward pass
 #
-# The layers are those of chapter 03, as functions of their weights. Those come as a dictionary of names, since what a layer has is a matter of switches; what is not in it is not computed. The perceptron and the norms are chapter 05's. Which parts a layer has, and what it hears, is a row of chapter 07's plan.
+# The layers are those of chapter 03, as functions of their weights. Those come as a dictionary by name, since the config decides what a layer has; what is not in it is not computed. MLP and norms are [chapter 05](05_modern_block.py)'s. Which parts a layer has, and what is added to its input, is a row of [chapter 07](07_plumbing.py)'s plan.
 
 
 # %%
@@ -444,7 +452,7 @@ def gpt_forward(self, inputs: Tensor, targets: Tensor | None = None) -> Tensor:
 
 
 # %% [markdown]
-# And a thin class collects them. It keeps the table, because everybody else will ask for it.
+# And a thin class collects them: it registers a parameter for each row of the table, and keeps the table as `model.specs`, because optimizer and checkpoint will ask for it.
 
 
 # %%
@@ -495,10 +503,9 @@ assert torch.equal(compiled(inputs, targets), model(inputs, targets))
 print("captured whole, and equal")
 
 # %% [markdown]
-# ### The same model
+# ### Equivalence with GPT-2
 #
-# "The same GPT-2" is a strong claim, and cheap to test: give both models the same weights in double precision, and compare the loss and *every gradient*. A gradient is a far more sensitive witness than a loss, since each of its numbers can be wrong on its own. The weights get some noise first, so that no zero
-# bias and no unit gain can hide a term that was forgotten.
+# "The same GPT-2" is a strong claim, and cheap to test: give both models the same weights in double precision, and compare the loss and *every gradient*. A gradient is a far more sensitive witness than a loss, since each of its numbers can be wrong on its own. The weights get some noise first, so that no zero bias and no unit gain can hide a term that was forgotten. `state_dict_from_gpt2` stacks the tensors of chapter 03's blocks into banks; it serves for weights and gradients alike.
 
 # %%
 from torch import Tensor
@@ -537,8 +544,8 @@ print("every tensor starts as chapter 03's does")
 
 # %%
 torch.manual_seed(0)
-reference = GPT2(GPTConfig(layers=3, heads=4, width=64, context=32), 288).double()
-banked = GPT(GPTConfig(layers=3, heads=4, width=64, context=32), 288).double()
+reference = GPT2(GPTConfig(**shape), 288).double()
+banked = GPT(GPTConfig(**shape), 288).double()
 with torch.no_grad():
     for parameter in reference.parameters():
         parameter.add_(0.2 * torch.randn_like(parameter))
@@ -560,13 +567,13 @@ print(
 # %% [markdown]
 # ## The measurement
 #
-# With a table, questions about the model become sums over its rows. The one that every later chapter comes back to: where are the parameters, and where is the work?
+# With a table, questions about the model become sums over its rows. The one that every later chapter comes back to: where are the parameters, and where is the work? `flops_per_token` counts six FLOPs for each weight that `is_matmul` marks, two of them forward and four backward, and attention's own products, which have no weights:
 
 
 # %%
 #| export
 def flops_per_token(config: GPTConfig, vocab_size: int, seq_len: int) -> float:
-    """FLOPs of a token, forward and backward: 6 a weight that multiplies, 6 · seq_len · width a layer for attention.
+    """FLOPs of a token, forward and backward: 6 for each weight of a matrix product, 6 · seq_len · width for each attention layer.
 
     Attention counts what causality leaves: on average a token sees half of the row.
     """
@@ -624,12 +631,11 @@ plt.show()
 # %% [markdown]
 # *Computed from the parameter table: GPT-2 124M, rows of 1,024 tokens.*
 #
-# The MLP is the largest part of the work, and the head, a single matrix, comes next with 29 per cent. Attention itself, the part that everybody draws, is seven per cent at this length. Size alone does not explain where the records went. Eight-bit floats came to the head first (record 19), one matrix with one pair of scales, and to the larger MLP only 65 records later (84, 89), when there was machinery for
-# a scale per layer. For the attention matrices they were tried and not merged. And the loss, which reads what the head writes, was fused four times over.
+# The MLP is the largest part of the work, and the head, a single matrix, comes next with 29 per cent. Attention itself, the part that everybody draws, is seven per cent at this length. Size alone does not explain where the records went. Eight-bit floats came to the head first (record 19), one matrix with one pair of scales, and to the larger MLP only 65 records later (84, 89), when there was machinery for a scale per layer. For the attention matrices they were tried and not merged. And the loss, which reads what the head writes, was fused four times over.
 #
 # ## What it buys, and what it costs
 #
-# Nothing yet, in seconds. That is worth saying plainly: with AdamW on one GPU, 16 tensors are as good as 148. What a bank buys is the chapters that follow. A checkpoint has sixteen names that mean something. A bank of equal matrices is dealt out to eight GPUs by slicing it, padded where eight does not divide. And where an optimizer needs fifteen matrix products per gradient and step, as Muon does (chapter 12), a bank makes each of them one call where a list makes twelve:
+# Nothing yet, in seconds. That is worth saying plainly: with AdamW on one GPU, 16 tensors are as good as 148. What a bank buys is the chapters that follow. A checkpoint has sixteen names that mean something. A bank of equal matrices is sharded over eight GPUs by slicing it, padded where eight does not divide. And where an optimizer needs fifteen matrix products per gradient and step, as Muon does, a bank makes each of them one call where a list makes twelve:
 
 
 # %%
@@ -669,8 +675,7 @@ print(f"once a step on eight GPUs: {stack_gb:.2f} GB against {demand_gb:.2f} on 
 print(f"eight micro-batches on one GPU: {8 * stack_gb:.1f} GB against {demand_gb:.2f}")
 
 # %% [markdown]
-# In the contest, where each GPU has one micro-batch a step, the bank costs half of stacking on demand. On a single GPU that works through eight it costs four times as much, 1.6 ms of a step that takes more than a second. The bank is chosen for its one name per thing and not for these bytes. And a bank is rigid. All layers have the same shapes, so a model that drops the attention of
-# one layer (as the record's does) must leave a hole, or keep a list of which layer owns which slice. Chapter 07 makes that list.
+# In the contest, where each GPU has one micro-batch a step, the bank costs half of stacking on demand. On a single GPU that works through eight it costs four times as much, 1.6 ms of a step that takes more than a second. The bank is chosen for its one name per thing and not for these bytes. And a bank is rigid. All layers have the same shapes, so a model that drops the attention of one layer (as the record's does) must leave a hole, or keep a list of which layer owns which slice. Chapter 07 makes that list.
 #
 # ## What does not work
 #
@@ -692,8 +697,7 @@ assert views[0].grad.data_ptr() != kept.data_ptr()
 print("after the first zero_grad they are elsewhere, and nobody says so")
 
 # %% [markdown]
-# The optimizer would go on reading a bank that nobody writes. A failure that is silent disqualifies a design, however gentle. Here the bank is the parameter, and the slices are made in
-# the forward pass, where autograd can see them.
+# The optimizer would go on reading a bank that nobody writes. A failure that is silent disqualifies a design, however gentle. Here the bank is the parameter, and the slices are made in the forward pass, where autograd can see them. (Chapter 20's optimizer does keep gradients as views, of what it sends to other GPUs. It looks at their addresses in every step, and raises an error if one has moved.)
 #
 # ## Exercises
 #

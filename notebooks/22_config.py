@@ -14,7 +14,7 @@
 # # One table of runs
 #
 # ```{admonition} Cost box
-# Any machine: about ten seconds; there is nothing for a GPU to do. The historic recipe is record 1's (Andrej Karpathy and the contributors of llm.c).
+# Any machine: about twenty seconds; there is nothing for a GPU to do. The historic recipes are those of record 1 (Andrej Karpathy and the contributors of llm.c), record 2 (\@kellerjordan0), records 5, 8 and 9 (\@Grad62304977, \@kellerjordan0) and record 11 (\@brendanh0gan).
 # ```
 #
 # ## The problem
@@ -34,12 +34,12 @@ assert 2**25 == 33_554_432
 
 # %% [markdown]
 # ```{admonition} Prediction
-# This chapter defines five ways to run the trainer, from a minute on a laptop to llm.c's forty-five minutes on eight H100s. A run has more than thirty fields. **In how many fields do the laptop's run and the record's differ?** And in how many do record 1's, llm.c's forty-five minutes, and record 11's, seven?
+# This chapter defines nine ways to run the trainer, from a minute on a laptop to record 1: llm.c's recipe, forty-five minutes on eight H100s. A run has more than eighty fields. **In how many of them does the laptop's run differ from record 1?** And in how many does record 11, which took seven minutes?
 # ```
 #
 # ## The idea
 #
-# A run is a **value**. It is made of small frozen dataclasses, each exported by the chapter that explains its fields: what the data loader reads ([chapter 02](02_data.py)), the optimizer ([03](03_baseline.py)) its matrices ([12](12_newton_schulz.py), [13](13_muon.py)) and its schedule ([14](14_schedule.py)), the shape of the model ([21](21_model.py)). This chapter puts them side by side and adds what belongs to the run as a whole. Being a value,
+# A run is a **value**. It is made of small frozen dataclasses, each exported by the chapter that explains its fields. There are four groups: the model, its shape ([chapter 21](21_model.py)) and in it the block ([05](05_modern_block.py)), rotary positions ([06](06_rotary.py)), embedding and plan ([07](07_plumbing.py)), and head ([08](08_logits.py)); the optimizer ([20](20_many_gpus.py)), and in it Adam and [Muon](13_muon.py); the schedule ([14](14_schedule.py)); and what the data loader reads ([02](02_data.py)). This chapter puts them side by side and adds what belongs to the run as a whole. Being a value,
 # it can be printed, compared, saved in the log, and varied: *this run, but with that field changed* is an expression, and an ablation is a list of such expressions.
 #
 # Three rules keep it honest. A module reads only its own options, so that one can tell from a signature what a function depends on. A field that is off leaves nothing behind in the compiled program, so that turning a technique off measures its absence and not the presence of an `if`. (The chapter of each technique asserts it.) And the vocabulary is *not* here: it is a property of the text and stands in the
@@ -189,7 +189,7 @@ for group, nonsense in {
 
 
 # %% [markdown]
-# The run itself has numbers, too:
+# A run has its four groups, and fields of its own:
 
 
 # %%
@@ -386,11 +386,11 @@ for nonsense in (*mistakes, {"layers": 3}, {"optim.adam.betas": ("a", "b")}):
 # %% [markdown]
 # ### Presets are data
 #
-# A preset is a name, another run that it starts from, and what it changes: a row of data. Whatever it does not say is GPT-2. So to know what a run has turned on, read its rows.
+# A preset is a name, another run that it starts from, and what it changes: a row of data. Whatever it does not say is GPT-2 as llm.c trains it. So to know what a run has turned on, read its rows.
 #
-# `small` is a run for one GPU and a coffee, `cpu` for a laptop and five minutes, `smoke` for [the page](24_speedrun.py) on which this book trains while you read. The targets of the small runs, 1.55 and 2.75 on the embedded text and 4.0 on FineWeb, are a little above what they reach. `record` is, for now, record 1: llm.c's recipe on the banked model. The fastest recipe that these chapters can name is `record11`, seven minutes on eight H100s in the public history; `record` will overtake it as chapters arrive. It takes hours on one GPU, and so do the historic runs below: these save a checkpoint every thousand steps, off the clock, so that a power cut costs minutes.
+# `small` is a run for one GPU and a coffee, `cpu` for a laptop and five minutes, `smoke` for [the page](24_speedrun.py) on which this book trains while you read. The targets of the small runs, 1.55 and 2.75 on the embedded text and 4.0 on FineWeb, are a little above what they reach. `record` is, for now, record 1: llm.c's recipe on the banked model. The fastest recipe that these chapters can name is `record11`, seven minutes on eight H100s in the public history; `record` will overtake it as chapters arrive. All historic runs, `record` among them, take one to six hours on one such GPU, and save a checkpoint every thousand steps, off the clock, so that a power cut costs minutes.
 #
-# The laptop's run is not the record's made small. Its batches are small because what a short run lacks is *steps*: 1,024 tokens and eight thousand updates, where the record takes half a million tokens and twenty thousand. Its rows are short, its rate is three times the record's. It does not compile, since it would spend a good part of its five minutes on that. And its initial deviation is 0.05: GPT-2's 0.02 belongs to a width of 768, and the usual rule lets it fall with the root of the width. Those are arguments, and arguments are cheap; the end of this chapter measures them.
+# The laptop's run is not record 1 made small. Its batches are small because what a short run lacks is *steps*: 1,024 tokens and eight thousand updates, where record 1 takes half a million tokens and twenty thousand. Its rows are short, its rate is three times as high. It does not compile, since it would spend a good part of its five minutes on that. And its initial deviation is 0.05: GPT-2's 0.02 belongs to a width of 768, and the usual rule lets it fall with the root of the width. Those are arguments, and arguments are cheap; the end of this chapter measures them.
 
 # %%
 #| default_exp presets
@@ -474,7 +474,7 @@ PRESETS: dict[str, tuple[str, Changes]] = {  # name → the run that it starts f
 # %% [markdown]
 # ### The runs of history
 #
-# The configurations of historic records, as far as the package has their techniques, are data too, in a module of their own that is read only when one of them is asked for. The record must not carry its ancestors around. Record 2 is GPT-2 with [rotary positions](06_rotary.py), norms without parameters and no biases, at a tuned rate of AdamW. Record 5 has Muon and the rest of [a modern block](05_modern_block.py); its $0.1 \cdot 0.0036 \sqrt{\max(\text{rows}, \text{cols})}$ is a rate of 0.01 for square matrices of 768 and twice that for wide and tall ones. Records 8, 9 and 11 brought [a head of its own and a cap](08_logits.py), and [the plumbing](07_plumbing.py). Each of their parameters of Adam's has a rate of its own, which is said as a multiple of one: record 8's embedding trained at 0.3, its head at 0.002. All read FineWeb in rows of 1,024; initial values that no record names are this package's.
+# The configurations of historic records, as far as the package has their techniques, are data too, in a module of their own, which is read only when a run starts from one of them (as `record` does for now). Each names only what differs from the one that it starts from. Record 2 is GPT-2 with [rotary positions](06_rotary.py), norms without parameters and no biases, at a tuned rate of AdamW. Record 5 has Muon and the rest of [a modern block](05_modern_block.py); its $0.1 \cdot 0.0036 \sqrt{\max(\text{rows}, \text{cols})}$ is a rate of 0.01 for square matrices of 768 and twice that for wide and tall ones. Records 8, 9 and 11 brought [a head of its own and a cap](08_logits.py), and [the plumbing](07_plumbing.py). Each of the parameters that Adam updates there has a rate of its own, which is said as a multiple of `optim.adam.lr`: record 8's embedding trained at 0.3, its head at 0.002. All read FineWeb in rows of 1,024; initial values that no record names are this package's.
 
 # %%
 #| default_exp history
@@ -584,17 +584,27 @@ def preset(name: str) -> Config:
 import math
 import sys
 
+from speedrun.lab.results import public_table
+from speedrun.model.gpt import param_specs
+from speedrun.optim.optimizer import assign_optimizers
+
 sys.modules.pop("speedrun.history", None)
 assert preset("cpu").model.layers == 2 and "speedrun.history" not in sys.modules
 assert preset("record1") == vary(Config(), {"data.path": FINEWEB, "checkpoint_every": 1000})
 assert "speedrun.history" in sys.modules
 for name in known_presets():
     assert check_config(preset(name)).preset == name
+targets = {name: preset(name).target for name in ("cpu", "smoke", "small")}
+assert targets == {"cpu": 1.55, "smoke": 2.75, "small": 4.0}
 for name in PRESETS:
     model = preset(name).model
     assert abs(0.02 * math.sqrt(768 / model.width) - model.init_std) < 0.002
-from speedrun.model.gpt import param_specs
-from speedrun.optim.optimizer import assign_optimizers
+rows = {f"record{row['record']}": row for row in public_table("records") if row["contributors"]}
+hours = {}  # on one GPU instead of eight
+for name in known_presets().keys() - PRESETS.keys():
+    assert preset(name).steps == int(rows[name]["steps"])
+    hours[name] = 8 * float(rows[name]["record_time_s"]) / 3600
+assert round(hours["record1"], 1) == max(hours.values()) == 6 and round(min(hours.values())) == 1
 
 five = preset("record5")
 for spec in assign_optimizers(param_specs(five.model, 50_257), five.optim):
@@ -609,9 +619,9 @@ except Problem as problem:
     print(problem)
 
 # %% [markdown]
-# ### Any run, on a laptop
+# ### Shrinking a run to CPU size
 #
-# Every switch has to work at a size at which a laptop can try it. `at_cpu_size` keeps the decisions of a run and shrinks its dimensions, to single precision. A count of steps is a dimension, too. Left as it is, the record's warm-up of 700 steps would hold all of the twenty, and a changed cosine or a changed decay would change nothing that anybody sees. So warm-ups and ramps shrink with the run, to between three of its steps and a quarter of them, and twenty steps pass through everything: up, along, and down. Tests train twenty steps of *any* configuration; so does the check that a refactoring has not changed what a run computes.
+# Every switch has to work at a size at which a laptop can try it. `at_cpu_size` keeps the decisions of a run and shrinks its dimensions, in single precision. A count of steps is a dimension, too. Left as it is, record 1's warm-up of 700 steps would outlast all of the twenty, and a changed cosine or a changed decay would change nothing that anybody sees. So warm-ups and ramps shrink with the run, to between three of its steps and a quarter of them, and twenty steps pass through everything: up, along, and down. Tests train twenty steps of *any* configuration; so does the check that a refactoring has not changed what a run computes.
 
 # %%
 #| export presets
@@ -684,9 +694,9 @@ for name in ("cpu", "small", "record1", "record2"):
 assert firsts["cpu"] == firsts["small"] == firsts["record1"] != firsts["record2"]
 
 # %% [markdown]
-# ### Saved, and said
+# ### JSON and the command line
 #
-# A log holds a run as JSON, and a checkpoint has to become a run again. A field that today's code does not know is an error and not a shrug: the run was something that this program cannot be. A field that the *saved* run lacks is the more dangerous case, because today's default fills it without a word. That is right under one rule, which every chapter that adds a field keeps: **a default is off**. Then a run that was saved before the field existed is the run with its default.
+# A log holds a run as JSON, and a checkpoint has to become a run again. A field that today's code does not know is an error and not a shrug: the run was something that this program cannot be. A field that the *saved* run lacks is the more dangerous case, because today's default fills it without a word. That is right under one rule, which every chapter that adds a field keeps: **a new field's default is off**. Then a run that was saved before the field existed is the run with its default. (What every run has had from the beginning must be there.)
 
 
 # %%
@@ -861,7 +871,7 @@ for kind, home in homes.items():
     assert fields and all(is_docstring((body + [None])[n + 1]) for n in fields), kind
     explained += len(fields)
 groups = len(homes) - 1  # each is a field of another, and explained there
-assert explained - groups == len(fields_of(Config())) > 30
+assert explained - groups == len(fields_of(Config())) > 80
 print(f"{explained - groups} fields, each with its sentence of help")
 
 # %% [markdown]
@@ -878,12 +888,18 @@ differs = {
     for name, row in table.items()
 }
 assert fields_of(preset("record")) | {"preset": "record1"} == record
-assert len(differs["smoke"]) >= len(differs["cpu"]) > 8
-assert 0.2 < len(differs["cpu"]) / (len(record) - 1) < 0.35, "about a quarter"
+assert len(known_presets()) - 1 == 9, "nine ways to run the trainer, and record"
+share = {name: len(keys) / (len(record) - 1) for name, keys in differs.items()}
+assert 0.2 < share["cpu"] < 0.28 and 0.3 < share["record11"] < 0.37, "a quarter, and a third"
+moved = {name: set(keys) for name, keys in differs.items()}
+assert not [key for key in moved["record11"] if key.startswith("data.")]
+assert not moved["record11"] & {"model.layers", "model.width", "model.context"}
+both = moved["cpu"] & moved["record11"]
+assert both == {"model.heads", "optim.adam.lr", "schedule.warmup_steps", "steps"}
 print({name: f"{len(keys)} of {len(record) - 1} fields" for name, keys in differs.items()})
 
 # %% [markdown]
-# The fields in which any of these runs differs from record 1, with what differs set in bold. All other fields are equal in all of them.
+# So the answers are about a quarter of all fields, and about a third. (`record` differs from record 1 in its name alone, for now.) These are the fields in which any of the runs differs from record 1, with what differs set in bold. All other fields are equal in all of them.
 
 # %% tags=["hide-input"]
 from IPython.display import HTML
@@ -902,7 +918,7 @@ HTML(
 )
 
 # %% [markdown]
-# About a quarter of all fields differs between the laptop's run and record 1. Most are sizes, lengths and budgets, and a few are choices that a size forces: rate, warm-up, deviation, precision, compiling. None is a *technique*. That is what makes the small run worth anything: what a later chapter switches on is on in both. Watch the columns of the records: every technique that one of them adopts adds a row to this table. `small` is ahead of them in one respect. It trains under [chapter 13](13_muon.py)'s Muon, which has been measured at that size and not yet at the record's.
+# What differs on the laptop is mostly sizes, lengths and budgets, and a few choices that a size forces: rate, warm-up, deviation, precision, compiling. None is a *technique*. Record 11 is the opposite. It reads the same batches as record 1, its model is as deep and as wide, and nearly all that it changes are techniques and their rates. Only four fields differ in both: heads, rate, warm-up and steps. That is what makes the small run worth anything: a technique can be switched on in it as in the large one. `small` is ahead of the records in one respect. It trains under [chapter 13](13_muon.py)'s Muon, which has been measured at that size and not yet at theirs.
 
 # %% [markdown]
 # ### Were the choices right?
@@ -977,7 +993,7 @@ def corpus_of(run: Config) -> dict[str, str]:
 
 
 # %% [markdown]
-# A GPU trains one of these in seconds, and would spend more of them on compiling. So there a process assembles a run once and trains others with its compiled model, as long as they differ in nothing that the model can see. `bench` is the run for such comparisons: half the layers and half the width of the record's, a sixteenth of its batch.
+# A GPU trains one of these in seconds, and would spend more of them on compiling. So there a process assembles a run once and trains others with its compiled model, as long as they differ in nothing that the model can see. `gpu_base` is the run for such comparisons: half the layers and half the width of record 1, a sixteenth of its batch.
 
 
 # %% tags=["hide-input"]
@@ -1023,7 +1039,7 @@ def gpu_base(data: str) -> Config:
 # %% tags=["hide-input"]
 #| export measure.runs
 def restart(live: "Run", config: Config) -> None:
-    """Put an assembled run back to its first step, with another config: one that differs in optimizers, schedule and seed alone."""
+    """Put an assembled run back to its first step, with another config: one that differs in optimizer, schedule and seed alone."""
     import torch
 
     from speedrun.data.loader import Position
@@ -1306,7 +1322,7 @@ print(measured_on(short))
 #
 # ## What it costs, and when it fails
 #
-# It costs ceremony. A new switch needs a field with bounds, a docstring, a default, and a reason to be in one class and not in another; upstream it would be a line. And a frozen value has no room for what is found out while running, so the learning rate of a step is a function of the config and the step, and lives elsewhere.
+# It costs ceremony. A new switch needs a field with bounds, a docstring, a default that is off, and a reason to be in one class and not in another; upstream it would be a line. And a frozen value has no room for what is found out while running, so the learning rate of a step is a function of the config and the step, and lives elsewhere ([chapter 14](14_schedule.py)).
 #
 # A value also cannot say what is *not* in it. Two runs with equal configs can still differ through the code (so the log keeps a hash and the source of every module), through the library versions (so the log keeps those), and through the order in which a GPU adds numbers, which nobody pays to keep. And a default is a
 # decision that nobody made. When a field's default changes, every run that relied on it changes in silence. The log therefore stores the whole value, never the arguments that led to it.

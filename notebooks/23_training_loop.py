@@ -50,7 +50,7 @@ print(f"records 22 to 27 gained {', '.join(f'{gain:.1f}' for gain in gains)} s")
 # - **Not counted:** building the model, compiling, warming up, validating, saving. For these the clock is stopped, after waiting for the GPU, and started again.
 # - Warm-up may run real steps, but must leave no trace: weights, optimizer and data stream are put back.
 #
-# The loop that keeps this contract fits on half a page. What surrounds it, so that a run survives a signal, a full disk and a number that is none, is most of this chapter; the answer to the prediction comes at its end.
+# The loop that keeps this contract fits on half a page. What surrounds it, so that a run survives a signal, a full disk and a NaN, is most of this chapter; the answer to the prediction comes at its end.
 #
 # ```{admonition} Prediction
 # Python hands work to a GPU and goes on without waiting. **If you read a clock in Python after a step and forget to wait for the GPU, what do you measure?** And in the other direction: a loop that asks for the loss after every step has to wait for the GPU every time. Where a step takes about 100 ms, is that a disaster, a nuisance or nothing?
@@ -58,9 +58,9 @@ print(f"records 22 to 27 gained {', '.join(f'{gain:.1f}' for gain in gains)} s")
 #
 # ## The code
 #
-# ### Who am I
+# ### Rank, world size and device
 #
-# A *rank* is one of the processes that train together, one per GPU. It needs to know its number, how many there are, and its device. `torchrun`, PyTorch's starter of ranks, tells it in environment variables; without them there is one rank. A variable that a batch system left behind must not be believed: with `RANK=1` and nothing else, a single process once trained to the end, saved nothing (saving is rank 0's work) and reported success. On GPUs ranks talk through NVIDIA's library NCCL, on CPUs through gloo, which can also let several ranks share one GPU: useless for speed, precious for testing.
+# A *rank* is one of the processes that train together, one per GPU. It needs to know its own number (also called its rank), how many there are (the *world size*), and its device. `torchrun`, PyTorch's starter of ranks, tells it in environment variables; without them there is one rank. A variable that a batch system left behind must not be believed: with `RANK=1` and nothing else, a single process once trained to the end, saved nothing (saving is rank 0's work) and reported success. On GPUs ranks talk through NVIDIA's library NCCL, on CPUs through gloo, which can also let several ranks share one GPU: useless for speed, precious for testing.
 
 # %%
 #| default_exp train
@@ -320,7 +320,7 @@ print([f"{duration:.0f} ms" for duration in naps])
 # %% [markdown]
 # ### One step
 #
-# The model first, and then the optimizer, [chapter 20's](20_many_gpus.py). It wants a table that says of each parameter how it is updated. The model has one already; what the run decides is filled in: the rule for the blocks' matrices, and the multiples of its rate.
+# The model first, and then the optimizer, [chapter 20's](20_many_gpus.py). It wants a table that says of each parameter how it is updated. The model has one already; what the run decides is filled in: by which rule each is updated (the blocks' matrices may have one of their own), and the matrices' learning rates as multiples of the rule's.
 
 
 # %%
@@ -346,7 +346,7 @@ for matrices in ("adam", "muon", "soap"):
     print(f"optim.matrices={matrices}: {dict(counts)}, in {len(optimizer.states)} updates")
 
 # %% [markdown]
-# A step is `grad_shards` micro-batches, of which a rank reads its share in equal parts. Their losses are means over equally many tokens, so the gradient of the whole batch is the mean of the parts' gradients. Dividing each loss by the number of parts of the whole step before going backward, and *summing* over parts and ranks, gives exactly that, however they are dealt out.
+# A step is `grad_shards` micro-batches, of which a rank reads its share in equal parts. Their losses are means over equally many tokens, so the gradient of the whole batch is the mean of the parts' gradients. Dividing each loss by the number of parts of the whole step before going backward, and *summing* over parts and ranks, gives exactly that, however they are dealt out. (The first of these sums is `accumulate`'s, the second the optimizer's.)
 
 
 # %%
@@ -405,7 +405,7 @@ print(f"1,024 tokens in 1, 2, 4 or 8 parts: the gradients differ by {worst:.0e} 
 #
 # ### Non-finite gradients
 #
-# An infinite gradient makes its weight NaN, and a step later every loss, gradient and weight is NaN. A NaN gradient needs only one step, because clipping divides all gradients by their common norm. By the time somebody looks, the culprit cannot be told from its victims. So the optimizer *leaves out* a step whose gradient is not finite, counts it by parameter, and does not wait to find out; at its next log line or checkpoint the run ends and says what broke.
+# An infinite gradient makes its weight NaN, and a step later every loss, gradient and weight is NaN. A NaN gradient needs only one step, because clipping divides all gradients by their common norm. By the time somebody looks, the culprit cannot be told from its victims. So the optimizer *leaves out* a step whose gradient is not finite on any one rank, and counts by parameter how often that happened. Python does not wait to find out: `train_step` adds up on the device how many steps were left out, and at its next log line or checkpoint the run ends and says what broke.
 
 
 # %%
@@ -426,7 +426,7 @@ def nonfinite_error(run: "Run", loss: float = 0.0) -> Problem:
     elif gradients:
         what = f"the gradient of {', '.join(gradients)} is not finite; that step was left out"
     elif run.nonfinite_steps:
-        what = f"{int(run.nonfinite_steps)} steps had a gradient that is not finite; they were left out, the others taken"
+        what = f"in {int(run.nonfinite_steps)} steps the gradient's norm was not finite; they were left out, the others taken"
     else:
         what = f"the loss is {loss}, with weights and gradients that are finite"
     fix = "a lower --optim.adam.lr, or a longer --schedule.warmup-steps"
@@ -454,7 +454,7 @@ assert optimizer.nonfinite_params() == ["mlp_up"]
 print("one NaN, nothing moved; no NaN, everything did")
 
 # %% [markdown]
-# ### Signs of life
+# ### Heartbeats
 #
 # Whoever watches a run from outside, and [chapter 24](24_speedrun.py) will, must be able to tell a rank that thinks from a rank that hangs. A ten-minute compilation is not a hang; five minutes without a micro-batch are. So each rank keeps a small file that says in which phase and at which step it is, with a number that grows
 # whenever something happened. The file has its full length from the start and is written over in place: that needs no room on a disk which is full by now. And it tells no time. A clock may jump (a laptop wakes up, a network sets it right), so it is the watcher who measures, with a clock of its own, since when the number has not changed.
@@ -520,7 +520,7 @@ assert heart.path.stat().st_size == size, "written over in place"
 # ### Stopping
 #
 # Ctrl-C should save. With several ranks that is harder than it sounds. The signal reaches them at slightly different moments, and a rank that stops before step 500 while another enters it leaves that one waiting for a sum that never comes. Nor may a rank that was asked to stop wait until the others have been: they would wait for *its* gradients. So
-# it writes down at which step it is, and goes on training. Once all have written, all stop one step after the largest of the numbers. Nobody can be past it, since no step ends without everybody.
+# it writes down at which step it is, and goes on training. Once all have written, all stop one step after the largest of the numbers. Nobody can be past it, since no step ends without everybody. (But for `optim.adam.every`: a step that updates nothing sums nothing, so then they stop that many steps after it.)
 
 
 # %%
@@ -555,11 +555,11 @@ class Interrupts:
 # %%
 #| export
 def agree_on_stop(
-    folder: Path, ranks: Ranks, step: int, since: float, patience_s: float = 20.0
+    folder: Path, ranks: Ranks, step: int, since: float, every: int = 1, patience_s: float = 20.0
 ) -> int | None:
     """The step before which all ranks stop; None while some have not been asked. Never waits: ask again next step.
 
-    since: when this rank was asked (time.monotonic). A slot is written over in place, which works on a full disk, too.
+    since: when this rank was asked (time.monotonic). every: steps from one at which all ranks meet to the next. A slot is written over in place, which works on a full disk, too.
     """
     if ranks.world == 1:
         return step
@@ -570,7 +570,7 @@ def agree_on_stop(
         with contextlib.suppress(OSError), open(slots[ranks.rank], "r+") as slot:
             slot.write(f"{step:{SLOT}d}")
     if all(told):
-        return max(map(int, told)) + 1
+        return max(map(int, told)) + every
     if time.monotonic() - since > patience_s:
         found = sum(map(bool, told))
         what = f"rank {ranks.rank} was asked to stop, but only {found} of {ranks.world} ranks were"
@@ -649,6 +649,15 @@ class Run:
     step: int = 0
     stop_at: int | None = None
     saved: Path | None = None
+
+
+# %% [markdown]
+# A step has four parts:
+#
+# 1. Read this rank's micro-batches.
+# 2. Go forward and backward through each; gradients add up.
+# 3. Ask the schedule for the step's learning rates and momentum ([chapter 14](14_schedule.py)).
+# 4. Let the optimizer take its step: it sums gradients over ranks, checks that they are finite, clips them, updates this rank's share of the parameters, gathers what the other ranks have updated, and sets gradients to zero ([chapter 20](20_many_gpus.py)).
 
 
 # %%
@@ -775,7 +784,7 @@ print(f"one step: loss {loss.item():.3f}, position {run.loader.position}")
 # %% [markdown]
 # ### Checkpoints
 #
-# A checkpoint is a folder: weights and optimizer state as *safetensors*, a format that holds numbers and cannot hold code, and a JSON file with the rest. It is written under another name, waited for until the disk has it, and renamed when it is complete: a process that is killed, or a power cut, leaves it whole or not at all. If there is no room, the run goes on and says so; an older
+# A checkpoint is a folder: weights and optimizer state as *safetensors*, a format that holds numbers and cannot hold code, and a JSON file with the rest. All ranks gather the optimizer's state, and rank 0 writes. The folder is written under another name, waited for until the disk has it, and renamed when it is complete: a process that is killed, or a power cut, leaves it whole or not at all. If there is no room, the run goes on and says so; an older
 # checkpoint is deleted only once the next one stands, and only under a name that the trainer itself makes (a copy called `step-0000020-good` is somebody's, and stays).
 #
 # It may come back from anywhere: another disk, another user, another program. So nothing in it is believed. Each tensor file's SHA-256 stands in the JSON file, names, shapes and dtypes are compared before a number is copied (a moment of a wrong shape once made the fused AdamW write past the end of its memory), and the facts must be of their types and agree with the folder's name.
@@ -1002,7 +1011,7 @@ for file, content in (
     state.write_text(whole_state)
 
 # %% [markdown]
-# Going back restores weights, moments, the position in the data and the clock. It refuses a folder of other data, on which "the same run" would be a lie, and a checkpoint whose settings are not those that the folder's log began with. To know which moments there should be, the optimizers take one step with gradients of zero, before everything is put back.
+# Going back restores weights, moments, the position in the data and the clock. It refuses a folder of other data, on which "the same run" would be a lie, and a checkpoint whose settings are not those that the folder's log began with. The optimizer's state is named by `parameter/key` and is whole, the same for any number of ranks: each takes its own share of it, and refuses a state of other parameters or of other settings.
 
 
 # %%
@@ -1136,7 +1145,7 @@ assert run.step == 2 and load_checkpoint(kept)[2]["position"] == list(run.loader
 print((scratch / "step" / "log.txt").read_text().replace(str(scratch), "runs"))
 
 # %% [markdown]
-# ### Validating, and warming up without a trace
+# ### Validation, and warm-up without a trace
 #
 # The validation loss is the mean over a fixed number of tokens. Each rank takes its share of the micro-batches, and two numbers are summed over the ranks.
 
@@ -1167,7 +1176,7 @@ by_hand = [run.model(batch.inputs, batch.targets).item() for batch in held_out(r
 assert len(by_hand) == 16 and abs(evaluate(run, held_out(run, 8192)) - sum(by_hand) / 16) < 1e-5
 
 # %% [markdown]
-# The first step compiles, allocates and tunes. So a few real steps and a validation batch are run before the clock starts, and then undone: weights and moments are put back, the data stream is set to where it was.
+# The first step compiles, allocates and tunes. So a few real steps and a validation batch are run before the clock starts, and then undone: weights and the optimizer's state are put back, the data stream is set to where it was. (On a GPU the optimizer before them compiles and records all of its updates, those of later steps as well, and updates nothing.)
 
 
 # %%
@@ -1202,9 +1211,9 @@ assert run.step == 2 and run.loader.position == at
 print(f"{run.config.warmup} steps were taken and taken back, in {seconds:.1f} s")
 
 # %% [markdown]
-# ### Writing it down
+# ### Logging
 #
-# Two kinds of lines, each with its record: a training loss every now and then, a validation loss rarely. The former is also where a number that is not one is found out. Nowhere else on the clock does the loop look at the device.
+# Two kinds of lines, each with its record: a training loss every now and then, a validation loss rarely. The former is also where a NaN is found out. Nowhere else on the clock does the loop look at the device.
 
 
 # %%
@@ -1260,6 +1269,14 @@ def validate(run: Run) -> float:
 
 # %%
 #| export train
+def choose_stop(run: Run) -> None:
+    """Agree with the other ranks on the step before which all stop, if this one was asked to."""
+    if run.interrupts.signal and run.stop_at is None:
+        run.clock.wait()  # else this rank may be many steps ahead of its GPU
+        every, since = run.config.optim.adam.every, run.interrupts.since
+        run.stop_at = agree_on_stop(run.folder, run.ranks, run.step, since, every)
+
+
 def run_loop(run: Run, step=train_step) -> str:
     """Train from `run.step` to the end. Returns why it ended: finished or interrupted."""
     config, marks = run.config, Marks(run.ranks.device)
@@ -1272,9 +1289,7 @@ def run_loop(run: Run, step=train_step) -> str:
                 validate(run)
             if run.step >= last:
                 return "finished"
-        if run.interrupts.signal and run.stop_at is None:
-            run.clock.wait()  # else this rank may be many steps ahead of its GPU
-            run.stop_at = agree_on_stop(run.folder, run.ranks, run.step, run.interrupts.since)
+        choose_stop(run)
         if run.step == run.stop_at:
             return "interrupted"
         loss = step(run)
@@ -1503,9 +1518,9 @@ assert final == curve[-1] and resumed.loader.position == whole.loader.position
 print(f"stopped at 23, resumed to 40: every weight is equal, final loss {final:.6f} both times")
 
 # %% [markdown]
-# Two things cannot be put back bit by bit, and then the log says so. A run that goes on with another number of ranks adds up in another order. And ranks that share their update ([chapter 20](20_many_gpus.py)) let Adam step on every second gradient: a checkpoint between the two holds the sum of what waited on all ranks, and no longer the parts.
-#
 # It is a strong test, because nearly everything can break it: a moment that was not saved, a position off by one batch, warm-up steps that left a trace, a schedule that counts from the restart.
+#
+# Two things cannot be put back bit by bit, and then the log says so. A run that goes on with another number of ranks adds up in another order. And where Adam updates in every second step only (`optim.adam.every`, [chapter 20](20_many_gpus.py)), a checkpoint between two updates holds the sum over all ranks of the gradients that wait, and no longer what each rank had.
 #
 # And the broken number? Put one infinity into one matrix at step 12, and see who is accused:
 
@@ -1746,7 +1761,7 @@ print("\n".join([*said[-3:], "…", answer[0], answer[-1]]).replace(str(scratch)
 # %% [markdown]
 # ## The measurement
 #
-# What does a step spend its time on, in the loop as it is? The pieces of `train_step` are called one by one here, with a wait after each. Beside them, two ways to time a whole step: one that waits for the device and one that does not.
+# What does a step spend its time on? The pieces of `train_step` are called one by one here, with a wait after each. Beside them, three ways to time a whole step: one that does not wait for the device, one that does, and one that asks for the loss after every step.
 
 # %% tags=["hide-input"]
 #| export measure.training_loop
@@ -1895,11 +1910,17 @@ assert max(pieces, key=pieces.get) == "forward and backward"
 assert 0.1 < sum(pieces.values()) / whole_step < 10, "the same units"
 
 # %% [markdown]
-# On a GPU, for a model of 51 million parameters whose eight micro-batches are joined into two passes and whose matrices are [chapter 13](13_muon.py)'s; and on two CPU cores for the laptop's. The three kinds of clock took turns, forty times:
+# On a GPU, for a model of 51 million parameters whose eight micro-batches are joined into two passes and whose matrices are [chapter 13](13_muon.py)'s; and on two CPU cores for the laptop's. The three ways took turns, forty times:
 
 # %%
 from speedrun.lab.results import figure_style, load_result, measured_on
+from speedrun.model.gpt import param_specs
 
+size_of = {
+    name: sum(math.prod(spec.shape) for spec in param_specs(preset(name).model, 50_257))
+    for name in ("small", "record1")
+}
+assert abs(size_of["small"] - 51e6) < 1e6
 results = {name: load_result("training_loop", name) for name in ("gpu", "cpu")}
 gpu, cpu = (result["data"] for result in results.values())
 quartiles = {kind: statistics.quantiles(ms, n=4) for kind, ms in gpu["steps"].items()}
@@ -1944,13 +1965,14 @@ plt.show()
 # %% [markdown]
 # So the answer to the prediction. A clock that does not wait measures how long Python takes to *ask*. Textbooks promise a small fraction of the step; here it is six sevenths. Python is ahead of the GPU, but barely: launching the kernels of this small model takes nearly as long as running them. And asking for the loss after every step, the sin that every guide warns of, costs one or two per cent (the quartiles of the forty samples do not overlap): whoever has little lead cannot lose much of it. Rules of thumb have units.
 #
-# The loop itself is nearly free, and that is its whole ambition. Reading, heartbeats and marks together are less than two per cent of a step. The update is not free: Muon's takes a tenth of the step here, because it launches hundreds of small kernels one after the other. [Chapter 20](20_many_gpus.py) records them once and replays them. (The sum over ranks is left out of the figure, since there was one rank.) What the sum costs, the record's first fifty steps say, on one GPU and on two:
+# The loop itself is nearly free, and that is its whole ambition. Reading, heartbeats and marks together are less than two per cent of a step. The update is not free: Muon's takes a tenth of the step here, where its hundreds of small kernels are launched one after the other. ([Chapter 20](20_many_gpus.py)'s optimizer can record them once and replay them; this measurement is without.) The sum over ranks was timed apart, and is left out of the figure, since there was one rank. What the sum costs, the record's first fifty steps say, on one GPU and on two:
 
 # %%
 runs = {n: load_result("speedrun", f"record_{n}gpu")["data"]["runs"][0] for n in (1, 2)}
 took = {n: run["seconds"] for n, run in runs.items()}
 efficiency = took[1] / (2 * took[2])
 assert 0.95 < efficiency < 1.0 and {run["step"] for run in runs.values()} == {50}
+assert abs(size_of["record1"] - 124e6) < 1e6 and 0.95 < 2 * 4 * size_of["record1"] / 1e9 < 1.05
 print(
     f"fifty steps: {took[1]:.1f} s on one GPU, {took[2]:.1f} s on two; {efficiency:.1%} of a perfect half"
 )
@@ -1960,9 +1982,9 @@ print(
 #
 # ## What it costs, and when it fails
 #
-# Every rank holds all weights and both moments and repeats the same update. For 124 million parameters that is one and a half gigabytes, on each of eight GPUs.
+# The ranks share the optimizer's state, but each holds all weights and all gradients. For 124 million parameters in float32 that is one gigabyte, on each of eight GPUs.
 #
-# The check for finite numbers looks at gradients. A loss that runs away slowly, finite all the while, passes it. And resuming is exact on a CPU only, uncompiled: the code that torch.compile generates adds up an embedding's gradient in whatever order its threads come. On a GPU, too, some sums are taken in whatever order the hardware finishes, so a resumed run is as close to the uninterrupted one as two uninterrupted runs are to each other.
+# The check for finite numbers looks at gradients alone. A loss that runs away slowly, finite all the while, passes it. And resuming is exact on a CPU only, uncompiled: the code that torch.compile generates adds up an embedding's gradient in whatever order its threads come. On a GPU, too, some sums are taken in whatever order the hardware finishes, so a resumed run is as close to the uninterrupted one as two uninterrupted runs are to each other.
 #
 # ## Exercises
 #

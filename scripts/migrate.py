@@ -114,6 +114,8 @@ def two_optimizers(new: Flat) -> Flat:
     muon = old["matrix.rule"] == "muon"
     old["sharing.on"], old["optim.weight_decay"] = shared, adam
     if shared:
+        if new["optim.grad_clip"]:
+            raise Problem("old code does not clip under this Adam", "optim.grad_clip 0")
         old["sharing.adam_decay"], old["sharing.adam_every"] = adam / TABLE_DECAY, every
         old["optim.weight_decay"] = decay if muon and not squared else 0.1
     elif every != 1:

@@ -155,7 +155,7 @@ def vary(config: Any, changes: dict[str, Any], prefix: str = "") -> Any:
     return config
 
 
-# %% Saved, and said
+# %% JSON and the command line
 ALWAYS = ("preset", "model", "optim", "schedule", "data", "steps", "seed")  # in every saved run
 OTHER_CODE = (
     "check out the commit that its log names; if the file was changed, use another checkpoint"

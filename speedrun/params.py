@@ -25,16 +25,16 @@ class ParamSpec:
     is_scalar: bool = False
     """One weight, or a few, by which vectors are mixed."""
     optim: Literal["adamw", "adam", "muon", "soap"] = "adamw"
-    """adamw: every weight decays. adam: the cautious one, only weights that the step makes smaller anyway."""
+    """The update rule. adamw: every weight decays. adam: only weights that the step makes smaller anyway. muon, soap: on whole matrices."""
     comm: Literal["replicated", "sharded", "sharded_sparse"] = "replicated"
-    """replicated: all-reduce, every rank updates all. sharded: reduce-scatter, update own units, all-gather. sharded_sparse: so, but only gradients of rows looked up are sent."""
+    """replicated: all-reduce, every rank updates all. sharded: reduce-scatter, update the own shard, all-gather. sharded_sparse: the same, but only gradients of rows looked up are sent."""
     lr_mul: float | tuple[float, ...] = 1.0
-    """Multiple of the rule's learning rate; muon: may be several, for a slice's matrices in turn."""
+    """Multiple of the rule's learning rate; muon: may be several, for a bank's matrices in turn."""
     shape_scale: float = 1.0
-    """muon: sqrt(rows / cols) where a matrix is tall, another multiple unless it is switched off."""
+    """muon: one more multiple, sqrt(rows / cols) of a tall matrix; ignored without optim.muon.scale_by_shape."""
     wd_mul: float = 0.0
-    """Multiple of the rule's weight decay."""
+    """Multiple of the rule's weight decay; 0: no decay."""
     betas: tuple[float, float] | None = None
-    """adam, adamw: decay of the moments; None: the optimizer's."""
+    """adam, adamw: decay of the two moments; None: the config's."""
     tied_to: str = ""
     """The parameter that this one is the transpose of until they are untied."""

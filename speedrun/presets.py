@@ -99,7 +99,7 @@ def preset(name: str) -> Config:
     return vary(preset(parent) if parent else Config(), {"preset": name} | changes)
 
 
-# %% Any run, on a laptop
+# %% Shrinking a run to CPU size
 MODEL_SIZES = [f"model.{name}" for name in ("layers", "heads", "width", "context", "init_std")]
 DATA_SIZES = [
     "data.path",
@@ -134,7 +134,7 @@ def at_cpu_size(config: Config, steps: int = 20) -> Config:
     return vary(config, changes)
 
 
-# %% Saved, and said
+# %% JSON and the command line
 def preset_in(arguments: list[str], default: str) -> str:
     """The value of --preset among command-line arguments, wherever it stands; the last one counts."""
     found = default

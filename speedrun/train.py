@@ -12,7 +12,7 @@ from speedrun.checkpoint import (
 )
 
 
-# %% Who am I
+# %% Rank, world size and device
 if (
     __name__ == "__main__" and __spec__ is not None
 ):  # python -m: before the imports that take seconds
@@ -249,7 +249,7 @@ def nonfinite_error(run: "Run", loss: float = 0.0) -> Problem:
     elif gradients:
         what = f"the gradient of {', '.join(gradients)} is not finite; that step was left out"
     elif run.nonfinite_steps:
-        what = f"{int(run.nonfinite_steps)} steps had a gradient that is not finite; they were left out, the others taken"
+        what = f"in {int(run.nonfinite_steps)} steps the gradient's norm was not finite; they were left out, the others taken"
     else:
         what = f"the loss is {loss}, with weights and gradients that are finite"
     fix = "a lower --optim.adam.lr, or a longer --schedule.warmup-steps"
@@ -259,7 +259,7 @@ def nonfinite_error(run: "Run", loss: float = 0.0) -> Problem:
     return Problem(f"step {run.step}: {what}", fix)
 
 
-# %% Signs of life
+# %% Heartbeats
 class Heartbeat:
     """A file per rank: phase, step, process, and a count of whatever has happened. Raises OSError if it cannot be made.
 
@@ -329,11 +329,11 @@ class Interrupts:
 
 
 def agree_on_stop(
-    folder: Path, ranks: Ranks, step: int, since: float, patience_s: float = 20.0
+    folder: Path, ranks: Ranks, step: int, since: float, every: int = 1, patience_s: float = 20.0
 ) -> int | None:
     """The step before which all ranks stop; None while some have not been asked. Never waits: ask again next step.
 
-    since: when this rank was asked (time.monotonic). A slot is written over in place, which works on a full disk, too.
+    since: when this rank was asked (time.monotonic). every: steps from one at which all ranks meet to the next. A slot is written over in place, which works on a full disk, too.
     """
     if ranks.world == 1:
         return step
@@ -344,7 +344,7 @@ def agree_on_stop(
         with contextlib.suppress(OSError), open(slots[ranks.rank], "r+") as slot:
             slot.write(f"{step:{SLOT}d}")
     if all(told):
-        return max(map(int, told)) + 1
+        return max(map(int, told)) + every
     if time.monotonic() - since > patience_s:
         found = sum(map(bool, told))
         what = f"rank {ranks.rank} was asked to stop, but only {found} of {ranks.world} ranks were"
@@ -573,7 +573,7 @@ def try_to_save(run: Run, named: dict, moments: dict) -> OSError | None:
     return None
 
 
-# %% Validating, and warming up without a trace
+# %% Validation, and warm-up without a trace
 @torch.no_grad()
 def evaluate(run: Run, batches) -> float:
     """Mean loss, nats a token, over validation micro-batches that are dealt out to the ranks."""
@@ -612,7 +612,7 @@ def warm_up(run: Run) -> float:
     return time.perf_counter() - begin
 
 
-# %% Writing it down
+# %% Logging
 def log_step(run: Run, loss: Tensor, marks: Marks) -> None:
     """Log the last step's training loss, as the mean over all ranks. Raises Problem if the loss or a step that was left out was not finite."""
     together = all_reduce_sum(torch.stack([loss, run.nonfinite_steps]), run.ranks.world)
@@ -655,6 +655,14 @@ def validate(run: Run) -> float:
 
 
 # %% The loop
+def choose_stop(run: Run) -> None:
+    """Agree with the other ranks on the step before which all stop, if this one was asked to."""
+    if run.interrupts.signal and run.stop_at is None:
+        run.clock.wait()  # else this rank may be many steps ahead of its GPU
+        every, since = run.config.optim.adam.every, run.interrupts.since
+        run.stop_at = agree_on_stop(run.folder, run.ranks, run.step, since, every)
+
+
 def run_loop(run: Run, step=train_step) -> str:
     """Train from `run.step` to the end. Returns why it ended: finished or interrupted."""
     config, marks = run.config, Marks(run.ranks.device)
@@ -667,9 +675,7 @@ def run_loop(run: Run, step=train_step) -> str:
                 validate(run)
             if run.step >= last:
                 return "finished"
-        if run.interrupts.signal and run.stop_at is None:
-            run.clock.wait()  # else this rank may be many steps ahead of its GPU
-            run.stop_at = agree_on_stop(run.folder, run.ranks, run.step, run.interrupts.since)
+        choose_stop(run)
         if run.step == run.stop_at:
             return "interrupted"
         loss = step(run)

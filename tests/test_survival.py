@@ -235,6 +235,8 @@ class TestClocks:
         assert agree_on_stop(tmp_path, Ranks(0, 2, cpu), 7, now) is None
         assert agree_on_stop(tmp_path, Ranks(1, 2, cpu), 8, now) == 9
         assert agree_on_stop(tmp_path, Ranks(0, 2, cpu), 8, now) == 9
+        # where ranks meet in every third step only, one of them may be at 10 by now
+        assert agree_on_stop(tmp_path, Ranks(0, 2, cpu), 10, now, every=3) == 11
         assert size == [(tmp_path / "heartbeat" / f"stop{rank}").stat().st_size for rank in (0, 1)]
 
 

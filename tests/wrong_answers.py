@@ -135,9 +135,9 @@ def quintics_needed(low, error):  # as if the largest stayed at 1
         ("quintics_needed = lambda low, error: 5", "0 quintics, not 5"),
     ],
     ("13", 2): [
-        ("truth = cautious; cautious = lambda w, u, decay: u + decay * w * (u * w < 0); at_rest.__globals__['cautious'] = cautious", "which weights does it spare"),
-        ("cautious = lambda w, u, decay: u + decay * w * (torch.rand(w.shape) < 0.5)", "which weights does it spare"),
-        ("cautious = lambda w, u, decay: u + decay / 2 * w", "which weights does it spare"),
+        ("truth = cautious_decay; cautious_decay = lambda w, u, decay: u + decay * w * (u * w < 0); at_rest.__globals__['cautious_decay'] = cautious_decay", "which weights does it spare"),
+        ("cautious_decay = lambda w, u, decay: u + decay * w * (torch.rand(w.shape) < 0.5)", "which weights does it spare"),
+        ("cautious_decay = lambda w, u, decay: u + decay / 2 * w", "which weights does it spare"),
         ("truth = at_rest; at_rest = lambda rate, decay, careful: truth(rate, decay, False)", "caution lets weights settle"),
         ("matching_decay = 0.005", "not at the plain decay's"),
         ("matching_decay = 0.0025", "not at the plain decay's"),
@@ -185,8 +185,8 @@ def makespan(jobs):  # updates do not wait for each other
         ("state_bytes = lambda table: 16 * sum(sum(row.shape) for row in table)", "3,248 bytes"),
     ],
     ("21", 2): [
-        ("count = lambda options, vocab_size: sum(math.prod(row.shape) for row in parameter_table(options, vocab_size) if row.multiplies)", "124,439,808 parameters, not 123,532,032"),
-        ("count = lambda options, vocab_size: sum(math.prod(row.shape) for row in parameter_table(options, 50_257))", "47 more rows"),
+        ("count = lambda options, vocab_size: sum(math.prod(row.shape) for row in param_specs(options, vocab_size) if row.is_matmul)", "124,439,808 parameters, not 123,532,032"),
+        ("count = lambda options, vocab_size: sum(math.prod(row.shape) for row in param_specs(options, 50_257))", "47 more rows"),
         ("truth = count; count = lambda options, vocab_size: truth(options, vocab_size) + (12 - options.heads)", "number of heads"),
     ],
     ("21", 3): [

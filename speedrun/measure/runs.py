@@ -108,7 +108,7 @@ def gpu_base(data: str) -> Config:
 
 
 def restart(live: "Run", config: Config) -> None:
-    """Put an assembled run back to its first step, with another config: one that differs in optimizers, schedule and seed alone."""
+    """Put an assembled run back to its first step, with another config: one that differs in optimizer, schedule and seed alone."""
     import torch
 
     from speedrun.data.loader import Position

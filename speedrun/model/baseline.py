@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from speedrun.model.gpt import GPTConfig
 
 
+# %% Attention
 class Attention(nn.Module):
     """Causal self-attention, (batch, tokens, width) → the same."""
 
@@ -29,6 +30,7 @@ class Attention(nn.Module):
         return self.out(y.transpose(1, 2).reshape(batch, tokens, width))
 
 
+# %% MLP and block
 class MLP(nn.Module):
     """Two linear layers with a GELU between them, (…, width) → the same."""
 
@@ -42,7 +44,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: attention and perceptron, each on a normed copy of the stream, each added to it."""
+    """One layer, (batch, tokens, width) → the same: attention and MLP, each on a normed copy of the stream, each added to it."""
 
     def __init__(self, options: GPTConfig):
         super().__init__()
@@ -54,6 +56,7 @@ class Block(nn.Module):
         return x + self.mlp(self.norm_2(x))
 
 
+# %% The model
 def init_gpt2(model: nn.Module, options: GPTConfig) -> None:
     """Normal weights of `init_std`, biases zero; smaller by sqrt(2 · layers) where a matrix adds to the stream."""
     for name, weight in model.named_parameters():
@@ -82,7 +85,7 @@ class GPT2(nn.Module):
 
 
 def gpt2_forward(model: GPT2, inputs: Tensor, targets: Tensor | None) -> Tensor:
-    """Embed, run the blocks, score. inputs and targets: (batch, tokens) int64."""
+    """Logits, (batch, tokens, vocab), or with targets their mean cross-entropy in nats. inputs and targets: (batch, tokens) int64."""
     x = model.tokens(inputs) + model.positions.weight[: inputs.shape[1]]
     for block in model.blocks:
         x = block(x)
@@ -92,7 +95,7 @@ def gpt2_forward(model: GPT2, inputs: Tensor, targets: Tensor | None) -> Tensor:
     return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 
 
-# %% Three numbers that must come out
+# %% Three checks: parameters, FLOPs, the first loss
 def parameter_count(options: GPTConfig, vocab_size: int) -> int:
     """Parameters by formula: embeddings, then per block 12 width² of matrices and 13 width of biases and norms."""
     d = options.width
@@ -101,7 +104,7 @@ def parameter_count(options: GPTConfig, vocab_size: int) -> int:
 
 # %% The optimizer
 def decay_groups(model: nn.Module, weight_decay: float = 0.1) -> list[dict[str, Any]]:
-    """Groups for an optimizer of torch's: tensors of two or more dimensions decay (llm.c's rule), all others do not."""
+    """Parameter groups for an optimizer of torch's: tensors of two or more dimensions decay (llm.c's rule), all others do not."""
     parameters = list(model.parameters())
     large, small = ([p for p in parameters if (p.ndim >= 2) == yes] for yes in (True, False))
     return [{"params": large, "weight_decay": weight_decay}, {"params": small, "weight_decay": 0.0}]

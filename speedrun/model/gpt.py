@@ -69,6 +69,9 @@ def norm_specs(name: str, shape: tuple[int, ...], layers: tuple[int, ...] = ()) 
     return [gain, ParamSpec(f"{name}_bias", shape, layers)]
 
 
+LARGE: dict[str, Any] = {"comm": "sharded", "wd_mul": 1.0}  # all but gains, biases and scalars
+
+
 def layer_specs(config: GPTConfig, plan: Sequence[LayerSpec]) -> list[ParamSpec]:
     """The banks of attention and MLP, in the order in which a layer comes to them."""
     d, block, specs = config.width, config.block, list[ParamSpec]()
@@ -87,9 +90,6 @@ def layer_specs(config: GPTConfig, plan: Sequence[LayerSpec]) -> list[ParamSpec]
         if block.biases:
             specs.append(ParamSpec(f"{name}_bias", (n, high), layers))
     return specs
-
-
-LARGE: dict[str, Any] = {"comm": "sharded", "wd_mul": 1.0}  # all but gains, biases and scalars
 
 
 def plan_of(config: GPTConfig) -> tuple[LayerSpec, ...]:
@@ -121,7 +121,7 @@ def param_specs(config: GPTConfig, vocab_size: int) -> tuple[ParamSpec, ...]:
     return tuple(specs)
 
 
-# %% Beginning
+# %% Initialisation
 def init_parameter(spec: ParamSpec, seed: int) -> Tensor:
     """The initial values of one parameter, float32 on the CPU: a function of the seed and the row alone."""
     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{spec.name}".encode()))
@@ -136,7 +136,7 @@ def init_parameter(spec: ParamSpec, seed: int) -> Tensor:
 
 @torch.no_grad()
 def init_weights(model, seed: int) -> None:
-    """Give a model the initial values of a seed, on whatever device it is."""
+    """Give a model, in place and on whatever device it is, the initial values of a seed; tied parameters start equal, transposed."""
     for spec in model.specs:
         model.get_parameter(spec.name).copy_(init_parameter(spec, seed))
     for spec in model.specs:
@@ -244,7 +244,7 @@ class GPT(nn.Module):
 
 # %% The measurement
 def flops_per_token(config: GPTConfig, vocab_size: int, seq_len: int) -> float:
-    """FLOPs of a token, forward and backward: 6 a weight that multiplies, 6 · seq_len · width a layer for attention.
+    """FLOPs of a token, forward and backward: 6 for each weight of a matrix product, 6 · seq_len · width for each attention layer.
 
     Attention counts what causality leaves: on average a token sees half of the row.
     """

@@ -1,7 +1,7 @@
 # Tangled from notebooks/13_muon.py: edit the notebook, then run "make tangle". Edits made here are lost.
 
 
-# %% The best polynomials
+# %% Polar Express: minimax polynomials
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -28,11 +28,11 @@ POLAR_EXPRESS = (
 def polar_express(
     g: Tensor, iterations: int = 5, dtype: torch.dtype = torch.bfloat16, gram: bool = False
 ) -> Tensor:
-    """Nearly the orthogonal factor of each matrix in g, (…, rows, cols) → the same, in `dtype`.
+    """Nearly the polar factor of each matrix in g, (…, rows, cols) → the same shape, in `dtype`.
 
-    The polynomials are Amsel and others' for singular values above 1/1000 of the matrix's length, with record 38's margins.
-    gram: by way of the Gram matrix, restarted once for long matrices and after every polynomial for others; for g of
-    three dimensions.
+    The polynomials are Amsel and others' for singular values above 1/1000 of the Frobenius norm, with record 38's margins.
+    gram: by way of the Gram matrix, for g of three dimensions; restarted once for long matrices, and after every
+    polynomial for others.
     """
     x = g.float() if dtype == torch.float16 else g.to(dtype)  # a small gradient is none in float16
     x = (x / (1.02 * torch.linalg.matrix_norm(x, keepdim=True) + 1e-6)).to(dtype)
@@ -45,13 +45,14 @@ def polar_express(
     )
 
 
-# %% The small square
+# %% Gram Newton–Schulz
 def gram_newton_schulz(
     x: Tensor, polynomials: Sequence[tuple[float, float, float]], restart: int = 3
 ) -> Tensor:
-    """Same result as `apply_odd_polynomials` for x, (matrices, rows, cols), computed on the small Gram matrix of its short side.
+    """The result of `apply_odd_polynomials` for x, (matrices, rows, cols), computed on the Gram matrix of its short side.
 
-    Only two products with x itself for each restart. restart: after so many polynomials x is multiplied out, and the Gram matrix computed anew.
+    restart: after so many polynomials x is multiplied out, and the Gram matrix computed anew; each time takes two
+    products with x itself. Shape and dtype stay.
     """
     tall, restart = x.shape[-2] > x.shape[-1], max(1, restart)
     for begin in range(0, len(polynomials), restart):
@@ -68,13 +69,14 @@ def gram_newton_schulz(
     return x
 
 
-# %% Rows of one length
+# %% NorMuon: normalising rows
 def normuon_normalize(
     update: Tensor, second_momentum: Tensor, beta2: float, skip: Tensor | None
 ) -> Tensor:
-    """NorMuon: divide each row of update, (matrices, rows, cols), by the RMS of its running second moment, then rescale the matrix to its old norm.
+    """NorMuon: divide each row of update, (matrices, rows, cols), by the root of its second moment, then give the matrix its old Frobenius norm.
 
-    second_momentum: (matrices, rows, 1), updated in place; of columns, (matrices, 1, cols), where these are more. skip: if not zero it stays.
+    second_momentum ← beta2 · second_momentum + (1 − beta2) · mean(row²), (matrices, rows, 1), in place; of columns,
+    (matrices, 1, cols), where these are more. skip: device flag; if not zero it stays. Returns float32.
     """
     u = update.float()
     square = u.square().mean(-1 if second_momentum.shape[-1] == 1 else -2, keepdim=True)
@@ -87,22 +89,22 @@ def normuon_normalize(
     return even * (length / now.clamp_min(1e-10))
 
 
-# %% Decay that agrees
+# %% Cautious weight decay
 def cautious_decay(p: Tensor, update: Tensor, decay: float | Tensor) -> Tensor:
-    """The update with decay · p added where both have one sign, so where the step makes a weight smaller anyway."""
+    """update + decay · p · [update · p ≥ 0], all of one shape: decay only where the step makes a weight smaller anyway."""
     return update + decay * p * (update * p >= 0)
 
 
-# %% Sixteen bits beside sixteen bits
+# %% bfloat16 weights with a 16-bit mantissa buffer
 def split_bf16(whole: Tensor) -> tuple[Tensor, Tensor]:
-    """float32 as the nearest bfloat16, and a mantissa, int16, with which `join_bf16` gives back every bit."""
+    """float32 of any shape → the nearest bfloat16, and the rest of the mantissa, int16, with which `join_bf16` gives back every bit."""
     bits = whole.view(torch.int32)
     high = (bits + 0x8000) >> 16
     return high.to(torch.int16).view(torch.bfloat16), (bits - (high << 16)).to(torch.int16)
 
 
 def join_bf16(rounded: Tensor, mantissa: Tensor) -> Tensor:
-    """The float32 that `split_bf16` took apart."""
+    """The float32 that `split_bf16` took apart, bit by bit: rounded · 2¹⁶ + mantissa, on integers."""
     return ((rounded.view(torch.int16).to(torch.int32) << 16) + mantissa).view(torch.float32)
 
 
@@ -126,7 +128,7 @@ class MuonConfig:
     weight_decay: NonNegativeFloat = 0.0
     """Decay, as a multiple of the learning rate; with decay_with_lr, of its square."""
     decay_with_lr: bool = False
-    """Decay a weight by weight_decay · rate², the rate with the matrix's own factor, and not by weight_decay · rate without it."""
+    """Decay a weight by weight_decay · rate², times the matrix's own multiple of the rate; and not by weight_decay · rate."""
     cautious: bool = False
     """Decay a weight only where the step makes it smaller anyway."""
     scale_by_shape: bool = True
@@ -134,11 +136,11 @@ class MuonConfig:
     down_lr_mul: PositiveFloat = 1.0
     """Multiple of the rate of mlp_down, the wide matrix."""
     param_dtype: Literal["float32", "bfloat16", "bf16_mantissa"] = "float32"
-    """What the matrices are in the model. bf16_mantissa: bfloat16, and the optimizer keeps what rounding took."""
+    """What the matrices are in the model. bf16_mantissa: bfloat16, and the optimizer keeps the other 16 bits of the mantissa."""
 
 
 def matrix_lr_mul(spec: ParamSpec, config: MuonConfig) -> float | tuple[float, ...]:
-    """The multiples of Muon's rate for the matrices of a row: the row's own, if it has several, or its factor for the shape."""
+    """Multiple of Muon's learning rate for a parameter, or several, for a slice's matrices in turn: the spec's, with the scale for its shape."""
     if isinstance(spec.lr_mul, tuple):
         return spec.lr_mul
     scale = spec.shape_scale if config.scale_by_shape else 1.0
@@ -153,7 +155,10 @@ def apply_update(
     decay: float | Tensor,
     cautious: bool,
 ) -> None:
-    """p ← p − lr · (update + decay · p), in place and in float32, whatever p is. mantissa: what p's rounding took, or None."""
+    """p ← p − lr · (update + decay · p), in place, computed in float32; cautious: decay only where update · p ≥ 0.
+
+    p: float32 or bfloat16. mantissa: int16, the other bits of p, which change with it, or None; then p is rounded.
+    """
     whole = p if p.dtype != torch.bfloat16 else p.float()
     whole = whole if mantissa is None else join_bf16(p, mantissa)
     if cautious:
@@ -168,7 +173,10 @@ def apply_update(
 
 
 def orthogonalize(g: Tensor, config: MuonConfig) -> Tensor:
-    """Nearly the polar factor of each matrix in g, (matrices, rows, cols), as the config says; with ns_steps=0 exactly."""
+    """Nearly the polar factor of each matrix in g, (matrices, rows, cols), by the config's polynomials; with ns_steps=0 the exact one.
+
+    In the dtype in which the polynomials multiply.
+    """
     if not config.ns_steps:
         return polar_factor(g)
     if config.orthogonalizer == "polar_express":
@@ -178,7 +186,9 @@ def orthogonalize(g: Tensor, config: MuonConfig) -> Tensor:
 
 
 def muon_state(p: Tensor, config: MuonConfig) -> dict[str, Tensor]:
-    """Muon's state for matrices p, (matrices, rows, cols): momentum and, for NorMuon, second moments in float32; the mantissa in int16."""
+    """Muon's state for matrices p, (matrices, rows, cols): momentum_buffer of that shape, float32; if they are used,
+    second_momentum_buffer, (matrices, rows, 1) or (matrices, 1, cols), float32, and mantissa, int16.
+    """
     state = {"momentum_buffer": torch.zeros_like(p, dtype=torch.float32)}
     if config.beta2:
         one = p[:, :, :1] if p.shape[1] >= p.shape[2] else p[:, :1, :]
@@ -199,9 +209,10 @@ def muon_step(
     config: MuonConfig,
     skip: Tensor | None = None,
 ) -> None:
-    """One step of matrices p with gradient g, (matrices, rows, cols), in place. lr_mul: of all, or (matrices, 1, 1).
+    """p ← p − lr · (lr_mul · O + d · p) for matrices p with gradient g, (matrices, rows, cols), in place, with their state.
 
-    skip: device flag; if it is not zero nothing changes, without host sync.
+    O: the normalised, orthogonalised momentum. d: weight_decay, or with decay_with_lr weight_decay · lr · lr_mul.
+    lr_mul: one for all, or (matrices, 1, 1). skip: device flag; if it is not zero nothing changes, without host sync.
     """
     buffer = state["momentum_buffer"]
     update = nesterov_momentum(g.float(), buffer, momentum, config.nesterov, skip)

@@ -396,6 +396,7 @@ class FiniteCheck:
         """Set `skip`, and count the parameters that it is due to. Python does not wait for the device."""
         parameters = [parameter for name in due for parameter in self.grads[name]]
         if not parameters:
+            self.skip.zero_()
             return
         key = (tuple(due), tuple(self.ties.tied))
         if key not in self.calls:
@@ -477,6 +478,8 @@ class MuonAdam:
         self.scalars.set(settings)
         self.reduce(due)
         self.clip(due)
+        if not self.pending:  # only the device knows whether the step is left out
+            self.updates += 1 - self.skip
         for name in due:
             comm = self.states[name].comm
             with on_stream(self.streams[name]):
@@ -497,26 +500,25 @@ class MuonAdam:
         return [name for name in names if (step + 1) % self.states[name].every == 0]
 
     def reduce(self, due: Sequence[str]) -> None:
-        """Begin the matrices' sums, check, count Adam's updates, begin the other sums."""
+        """Begin the matrices' sums, check that gradients are finite, begin the other sums."""
         sums = [name for name in self.scatter_order if name in due]
         # nothing is added to the matrices' gradients any more
         early = list(takewhile(lambda name: self.states[name].specs[0].optim in MATRIX_RULES, sums))
         for name in early:
             self.states[name].comm.reduce()
         self.check_finite(due)
-        if not self.pending:  # only the device knows whether the step is left out
-            self.updates += 1 - self.skip
         for name in sums[len(early) :]:
             self.states[name].comm.reduce()
 
     def clip(self, due: Sequence[str]) -> None:
-        """Scale all gradients that are due so that their norm is at most grad_clip."""
+        """Scale all gradients that are due so that their norm is at most grad_clip; a norm that overflows is not finite either."""
         if not self.config.grad_clip or not due:
             return
         for name in due:
             self.states[name].comm.wait()
         norm = grad_norm(self.states, self.params, due)
         finite = torch.isfinite(norm)
+        self.skip.clamp_(min=1.0 - finite.float())
         scale = self.config.grad_clip / (torch.where(finite, norm, 0.0) + 1e-6)
         grads = [self.states[name].comm.grad for name in due]
         torch._foreach_mul_(grads, scale.clamp(max=1.0))
@@ -599,6 +601,7 @@ def load_optimizer_state(optimizer: MuonAdam, saved: Mapping[str, Tensor]) -> No
     check_state(optimizer, saved)
     optimizer.updates.copy_(saved["optimizer/updates"])
     optimizer.pending = bool(saved["optimizer/pending"])
+    torch._foreach_zero_([optimizer.skip, *optimizer.check_finite.counts.values()])
     tied = {spec.name: spec.tied_to for spec in optimizer.specs if spec.tied_to}
     optimizer.ties.tied = {k: v for k, v in tied.items() if not saved[f"optimizer/{k} untied"]}
     for label, (comm, own) in state_places(optimizer).items():

@@ -1,7 +1,7 @@
 # Tangled from notebooks/14_schedule.py: edit the notebook, then run "make tangle". Edits made here are lost.
 
 
-# %% The trainer's rate
+# %% The trainer's learning rate
 import math
 from bisect import bisect_right
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ class ScheduleConfig:
     momentum_ramp: tuple[NonNegativeInt, NonNegativeInt] = (300, 50)
     """Steps in which momentum rises at the beginning, and falls at the end."""
     untie_at: Share = 2 / 3
-    """Share of the steps after which embed and head train apart, if model.head.tied is split."""
+    """Share of the steps after which embedding and head train apart, if model.head.tied is split."""
 
 
 def linear_cooldown(peak: float, floor: float, step: int, begin: int, end: int) -> float:
@@ -180,7 +180,7 @@ def stage_at(schedule: Schedule, step: int) -> tuple[Stage, float]:
     return schedule.stages[n], (step - edges[n]) / (edges[n + 1] - edges[n])
 
 
-# %% The rate is a saw
+# %% Learning rate by stage
 def rate_at(schedule: Schedule, step: int) -> float:
     """The learning rate of a step, as a multiple of the base rate."""
     stage, _ = stage_at(schedule, step)
@@ -197,7 +197,7 @@ def momentum_at(schedule: Schedule, step: int) -> float:
     return ramp(step, steps, schedule.momentum, schedule.momentum_steps)
 
 
-# %% What the model is asked, and how far it sees
+# %% Windows and loss weights by stage
 class Settings(NamedTuple):
     """All that a schedule says about one step."""
 

@@ -1,7 +1,7 @@
 # Tangled from notebooks/12_newton_schulz.py: edit the notebook, then run "make tangle". Edits made here are lost.
 
 
-# %% SOAP, from the other side
+# %% SOAP: Adam in Shampoo's eigenbases
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +25,10 @@ class SoapConfig:
 
 
 def adam_in(basis: tuple[Tensor, Tensor], g: Tensor, state: dict, options: SoapConfig) -> Tensor:
-    """One step of Adam on matrices (n, rows, cols), taken in another pair of bases and turned back."""
+    """Adam's update L (m̂ / (√v̂ + eps)) Rᵀ of matrices with gradient g, (matrices, rows, cols); m and v are the moments of Lᵀ g R.
+
+    basis: L, (matrices, rows, rows), and R, (matrices, cols, cols). The moments in `state` change in place.
+    """
     (left, right), (beta1, beta2) = basis, options.betas
     turned = left.mT @ g @ right
     state["exp_avg"].lerp_(turned, 1 - beta1)
@@ -38,7 +41,7 @@ def adam_in(basis: tuple[Tensor, Tensor], g: Tensor, state: dict, options: SoapC
 
 
 def eigenbasis(covariance: Tensor) -> Tensor:
-    """Eigenvectors of symmetric matrices (n, d, d) as columns, the largest eigenvalue first."""
+    """Eigenvectors of symmetric matrices, (matrices, d, d), as columns; the largest eigenvalue first."""
     return torch.linalg.eigh(covariance)[1].flip(-1)
 
 
@@ -63,7 +66,10 @@ def turn(state: dict) -> None:
 
 
 def soap_state(like: Tensor) -> dict[str, Tensor]:
-    """SOAP's state for matrices, (matrices, rows, cols). step: how many were taken; -1 before the first gradient was seen."""
+    """SOAP's state for matrices of the shape of `like`, (matrices, rows, cols): moments, covariances, eigenbases.
+
+    step, (matrices, 1, 1): how many were taken; -1 before the first gradient was seen.
+    """
     n, *sides = like.shape
     state = {"exp_avg": torch.zeros_like(like), "exp_avg_sq": torch.zeros_like(like)}
     for side, size in zip(("left", "right"), sides):
@@ -74,7 +80,10 @@ def soap_state(like: Tensor) -> dict[str, Tensor]:
 def soap_update(
     g: Tensor, state: dict, skip: Tensor | None, options: SoapConfig = SoapConfig()
 ) -> Tensor:
-    """The update at rate 1 of matrices with gradient g, (matrices, rows, cols). The first step only takes the bases."""
+    """SOAP's update at a learning rate of 1 for matrices with gradient g, (matrices, rows, cols). The first one only takes the bases, and is zero.
+
+    skip: as elsewhere, but the host waits for it.
+    """
     if skip is not None and skip.item():
         return torch.zeros_like(g)
     pairs, beta2 = {"left": g @ g.mT, "right": g.mT @ g}, options.betas[1]
@@ -93,7 +102,7 @@ def soap_update(
 
 
 class SoapRule:
-    """SOAP as a rule of the trainer's optimizer (chapter 20), on the whole matrices that this rank has."""
+    """SOAP as a rule of chapter 20's optimizer, on the whole matrices that this rank updates, (matrices, rows, cols)."""
 
     graphable = False  # it asks the device
 
@@ -102,7 +111,7 @@ class SoapRule:
         self.weight_decay = config.adam.weight_decay * specs[0].wd_mul
 
     def update(self, scalars: Any, skip: Tensor, updates: Tensor) -> None:
-        """One step of the shard."""
+        """One step: p ← p − lr · (update + weight_decay · p), unless skip is 1. scalars: numbers of this step, by name."""
         update = soap_update(self.comm.grad, self.state, skip)
         lr = scalars["matrix_lr"] * (1 - skip)
         self.comm.shard.mul_(1 - lr * self.weight_decay).sub_(lr * update)
