@@ -504,7 +504,7 @@ def soap_update(
     if skip is not None and skip.item():
         return torch.zeros_like(g)
     pairs, beta2 = {"left": g @ g.mT, "right": g.mT @ g}, options.betas[1]
-    if state["step"].max() < 0:
+    if state["step"].min() < 0:  # of matrices, not of padding, whose saved state is 0
         for side, pair in pairs.items():
             state[side].copy_((1 - beta2) * pair)
             state[f"{side}_basis"].copy_(eigenbasis(pair))

@@ -459,7 +459,6 @@ print(", ".join(column.name for column in fields(ParamSpec)))
 # %%
 #| default_exp optim.optimizer
 #| export
-import importlib
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -541,7 +540,7 @@ def check_specs(specs: Sequence[ParamSpec], params: Mapping[str, Tensor]) -> Non
             raise ValueError(f"{spec.name}: {spec.optim} updates sharded banks of three dimensions")
         if matrix and p.shape[1] % max(1, spec.matrices):
             raise ValueError(f"{spec.name}: {p.shape[1]} rows are not {spec.matrices} matrices")
-        if spec.optim != "muon" and not isinstance(spec.lr_mul, float):
+        if spec.optim != "muon" and isinstance(spec.lr_mul, tuple):
             raise ValueError(f"{spec.name}: {spec.optim} has one lr_mul, not {spec.lr_mul!r}")
         if spec.comm == "sharded_sparse" and p.ndim != 2:
             raise ValueError(f"{spec.name}: a sparse table has two dimensions, not {p.ndim}")
@@ -779,7 +778,9 @@ def build_state(
         comm = kind(spec.name, p, unit)
     rules: dict[str, Any] = {"adam": AdamRule, "adamw": AdamWRule, "muon": MuonRule}
     if spec.optim == "soap":
-        rules["soap"] = importlib.import_module("speedrun.optim.soap").SoapRule
+        from speedrun.optim.soap import SoapRule
+
+        rules["soap"] = SoapRule
     rule = rules[spec.optim](specs, comm, config, fuse)
     if mantissa is not None and "mantissa" in rule.state:
         rule.state["mantissa"].copy_(comm.shard_of(mantissa.view(comm.units, *unit)))
@@ -928,11 +929,11 @@ class FiniteCheck:
         self.counts = {name: torch.zeros((), device=self.device) for name in parameters}
 
     def find(self, due: Sequence[str], flags: Tensor) -> None:
-        """Add the gradients of tied parameters, and flag this rank's gradients that are not finite."""
+        """Add the gradients of tied parameters, and flag this rank's gradients whose norm is not finite."""
         self.ties.add_grads(due)
         grads = [grad for name in due for grad in self.grads[name].values()]
-        largest = torch._foreach_norm(grads, math.inf)
-        flags.copy_(~torch.isfinite(torch.stack([x.float() for x in largest])))
+        norms = torch._foreach_norm(grads)  # not the largest numbers: that is slow on a CPU
+        flags.copy_(~torch.isfinite(torch.stack([norm.float() for norm in norms])))
 
     def __call__(self, due: Sequence[str]) -> None:
         """Set `skip`, and count the parameters that it is due to. Python does not wait for the device."""

@@ -87,6 +87,10 @@ def one_optimizer(old: Flat) -> Flat:
         new["optim.adam.cautious"], new["optim.grad_clip"] = True, 0.0
         new["optim.adam.weight_decay"] = TABLE_DECAY * new["sharing.adam_decay"]
         new["optim.adam.every"] = new["sharing.adam_every"]
+    gram = new.get("optim.muon.ns_dtype") == "float16"
+    polar = new.get("optim.muon.orthogonalizer") == "polar_express"
+    if rule == "muon" and polar and new.get("muon.gram", gram) != gram:
+        raise Problem("muon.gram is on in float16 and off in bfloat16", "check out an older commit")
     for name in ("sharing.adam_decay", "sharing.adam_every", "muon.gram"):
         new.pop(name, None)
     kind, squared = new.pop("muon.decay", "plain"), new.pop("muon.decay_factor", 1.2)

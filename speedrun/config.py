@@ -106,6 +106,17 @@ def check_model(model: GPTConfig) -> None:
         raise Problem(what, "--model.layers 2, or more")
 
 
+def check_optim(optim: OptimConfig, precision: str) -> None:
+    """Raise Problem for 16-bit weights in a model that computes in float32, and for two meanings of one decay."""
+    dtype = optim.muon.param_dtype
+    if dtype != "float32" and precision == "float32":
+        what = f"optim.muon.param_dtype={dtype} in a model that computes in float32"
+        raise Problem(what, "--optim.muon.param-dtype float32, or 16 bits for --precision as well")
+    if optim.matrices == "soap" and optim.adam.cautious:
+        what = "optim.matrices=soap with optim.adam.cautious: SOAP decays as AdamW does"
+        raise Problem(what, "--optim.adam.no-cautious, or --optim.matrices muon")
+
+
 def check_config(config: Config, world: int = 1) -> Config:
     """The config itself, after checking what can be known beforehand. world: ranks that will share it."""
     check_ranges(config)
@@ -117,10 +128,7 @@ def check_config(config: Config, world: int = 1) -> Config:
         what = f"rows of {data.seq_len} tokens (data.seq_len) do not fit {context} positions (model.context)"
         raise Problem(what, f"--data.seq-len {context}, or --model.context {data.seq_len}")
     check_model(config.model)
-    dtype = config.optim.muon.param_dtype
-    if dtype != "float32" and config.precision == "float32":
-        what = f"optim.muon.param_dtype={dtype} in a model that computes in float32"
-        raise Problem(what, "--optim.muon.param-dtype float32, or 16 bits for --precision as well")
+    check_optim(config.optim, config.precision)
     if config.val_tokens < world * micro:
         what = f"val_tokens={config.val_tokens} are less than a micro-batch of {micro} for each of {world} ranks"
         raise Problem(what, f"--val-tokens {world * micro} or more")

@@ -432,3 +432,14 @@ def test_the_three_winners_keep_their_order_for_sixty_steps(tmp_path, embedded):
             "val_loss"
         ]
     assert losses["muon"] < losses["soap"] < losses["adamw"], losses
+
+
+def test_soap_takes_its_bases_beside_padding_too():
+    """A state that was saved and loaded again has zeros for the padding, also where no gradient has been seen."""
+    state = soap_state(torch.zeros(2, 4, 3))
+    state["step"][1] = 0.0
+    g = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(0))
+    g[1] = 0.0
+    soap_update(g, state, None)
+    assert state["left"][0].any() and state["left_basis"][0].any() and not state["step"].any()
+    assert soap_update(g, state, None)[0].any()
