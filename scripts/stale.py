@@ -380,6 +380,8 @@ def tiny(saved: dict, data: Path) -> Config:
     whole = config_from_json(saved)
     own = fields_of(whole)
     sizes = TINY | {"data.path": str(data), "data.pass_tokens": 256 * bool(whole.data.pass_tokens)}
+    if not whole.schedule.momentum_min:  # then there are no ramps, and old code may have none
+        sizes["schedule.momentum_ramp"] = Config().schedule.momentum_ramp
     return vary(at_cpu_size(whole), sizes | {name: own[name] for name in ARITHMETIC})
 
 
