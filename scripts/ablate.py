@@ -20,7 +20,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from speedrun.presets import read_command
 from tqdm import tqdm
 
 from speedrun.config import Config, check_config, config_from_json, fields_of, vary
@@ -29,6 +28,7 @@ from speedrun.lab.hardware import look, setup
 from speedrun.lab.provenance import stamp
 from speedrun.lab.stats import describe, study_of
 from speedrun.measure.runs import corpus_of, each_on_cpus, each_on_gpus
+from speedrun.presets import read_command
 
 MODULES = ["speedrun.train", "speedrun.measure.runs"]
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from speedrun.presets import preset
 from vocabulary import offline_vocabulary
 
 from speedrun.config import vary
@@ -15,6 +14,7 @@ from speedrun.data.shards import data_folder
 from speedrun.data.sources import build_embedded
 from speedrun.lab.hardware import setup
 from speedrun.lab.provenance import root
+from speedrun.presets import preset
 
 if (
     signal.getsignal(signal.SIGINT) is signal.SIG_IGN

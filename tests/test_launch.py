@@ -12,7 +12,6 @@ import jupytext
 import nbformat
 import psutil
 import pytest
-from speedrun.presets import preset
 
 from speedrun.config import vary
 from speedrun.data.loader import DataConfig
@@ -28,6 +27,7 @@ from speedrun.launch import (
     pulses,
     run_ranks,
 )
+from speedrun.presets import preset
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals and process groups")
 

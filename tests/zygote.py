@@ -129,11 +129,10 @@ def preload(*examples: tuple[str, list[str]]) -> None:
     torch.set_num_threads(1)
     for name in COMMANDS:
         importlib.import_module(name)
-    from speedrun.presets import read_command
-
     from speedrun.data.tokenizer import get_tokenizer
     from speedrun.lab import provenance
     from speedrun.launch import LaunchCommand
+    from speedrun.presets import read_command
     from speedrun.train import TrainCommand
 
     hashes = provenance.module_hashes(["speedrun.train"])
