@@ -258,7 +258,7 @@ class TestEveryChapter:
         for _ in range(
             20
         ):  # until the last cells on the screen are drawn; a busy machine takes long
-            page.wait_for_timeout(1500)
+            page.wait_for_timeout(600)
             drawn = [text for text in shown.all_inner_texts() if text.strip()]
             if len(drawn) == len(texts) > 3:
                 break
