@@ -81,7 +81,7 @@ gpus = 0
 data = ""
 target = 0.0
 out = ""
-changes = "--steps 450 --val-every 90"  # further flags of speedrun.train
+changes = "--steps 270 --val-every 90"  # further flags of speedrun.train
 
 # %% [markdown]
 # ## The idea
@@ -978,7 +978,7 @@ print(asked.stdout)
 # %% [markdown]
 # ## The measurement: a run, live
 #
-# Here is one. A notebook that is to be run with other settings needs a tool that sets them: *papermill* fills in the cell at the top of this page, executes all cells, and keeps the result even when one fails. In the book the preset is `smoke`, cut to 450 steps. Lines appear as the ranks write them.
+# Here is one. A notebook that is to be run with other settings needs a tool that sets them: *papermill* fills in the cell at the top of this page, executes all cells, and keeps the result even when one fails. In the book the preset is `smoke`, cut to 270 steps. Lines appear as the ranks write them.
 
 # %% tags=["live"]
 import shlex

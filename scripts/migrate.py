@@ -8,7 +8,7 @@ everything; what old code does not know is left out where it is off, and refused
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -181,13 +181,15 @@ def in_older_names(config: Config, steps: int) -> dict:
     return json.loads(json.dumps(nested(flat)))
 
 
-def configs_in(value: Any) -> Iterator[dict]:
-    """Every saved config in a result's data."""
-    if isinstance(value, dict) and "preset" in value and "optim" in value:
-        yield value
-    elif isinstance(value, dict | list):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from configs_in(item)
+def configs_in(value: Any) -> list[dict]:
+    """Every training run's config that a result holds under the key `config`."""
+    if isinstance(value, list):
+        return [config for item in value for config in configs_in(item)]
+    if not isinstance(value, dict):
+        return []
+    own = [value["config"]] if isinstance(value.get("config"), dict) else []
+    inside = (item for key, item in value.items() if key != "config")
+    return own + [config for item in inside for config in configs_in(item)]
 
 
 def migrate(path: Path) -> bool:

@@ -26,7 +26,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from migrate import STEPS, in_older_names
+from migrate import STEPS, configs_in, in_older_names
 
 from speedrun.config import Config, config_from_json, fields_of, vary
 from speedrun.data.shards import data_folder
@@ -210,18 +210,6 @@ def versions(commit: str) -> list[dict[str, str]]:
         now[".".join(parts).removesuffix(".__init__")] = path.read_text(encoding="utf-8")
     names = {*now, *blobs(commit)}
     return [{name: source_at(commit, name) for name in names}, {n: now.get(n, "") for n in names}]
-
-
-def configs_in(value) -> list[dict]:
-    """Every training run's config that a result holds under the key `config`."""
-    if isinstance(value, list):
-        return [config for item in value for config in configs_in(item)]
-    if not isinstance(value, dict):
-        return []
-    own = [value["config"]] if isinstance(value.get("config"), dict) else []
-    return own + [
-        config for key, item in value.items() if key != "config" for config in configs_in(item)
-    ]
 
 
 def statements(source: str) -> dict[tuple[str, str], str]:

@@ -33,7 +33,7 @@ class TestExecuted:
 
     def test_it_is_quick(self, executed, chapter):
         facts = json.loads(chapter.ledger.read_text())
-        assert facts["seconds"] <= {"C": 90, "1": 180}[facts["state"]["tier"]]
+        assert facts["seconds"] <= {"C": 60, "1": 180}[facts["state"]["tier"]]
 
     def test_its_first_line_is_the_tier(self, executed, chapter):
         cells = nbformat.read(chapter.output, as_version=4).cells

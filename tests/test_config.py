@@ -54,7 +54,7 @@ class TestPresets:
         assert run.preset == name
         for world in (1, 2, 4, 8):
             if run.data.grad_shards % world == 0:
-                assert check_config(run, world) == run
+                assert check_config(run, world) is run
             else:
                 with pytest.raises(Problem, match="grad_shards"):
                     check_config(run, world)

@@ -260,10 +260,10 @@ class TestEveryChapter:
         ):  # until the last cells on the screen are drawn; a busy machine takes long
             page.wait_for_timeout(600)
             drawn = [text for text in shown.all_inner_texts() if text.strip()]
-            if len(drawn) == len(texts) > 3:
+            if len(drawn) == len(texts) > 5:
                 break
             texts = drawn
-        assert len(texts) > 3 and not [RAW.search(t)[0] for t in texts if RAW.search(t)]
+        assert len(texts) > 5 and not [RAW.search(t)[0] for t in texts if RAW.search(t)]
         assert page.locator(f"{PANEL} .jp-MarkdownCell").locator(BROKEN).count() == 0
         assert not page.evaluate(STATE)["dirty"], "opening a chapter changes nothing"
         assert page.locator(".jp-toast-button, .Toastify__toast").count() == 0, "nothing pops up"
