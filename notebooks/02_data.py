@@ -1290,7 +1290,7 @@ print(f"{near:.0%} of all tokens are beheaded and less than 64 places into their
 #| export
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -1568,6 +1568,40 @@ print(f"two micro-batches of 48 tokens: {plan}")
 
 # %% [markdown]
 # The loader itself is thin: it holds the position and hands each rank its part. Eight micro-batches are right for eight GPUs, and may be too small for one: if a pass of the model takes less time than Python needs to start its kernels, the GPU waits. So a rank may read several of its micro-batches as one larger batch (`pass_tokens`). The step remains the same mean over the same tokens.
+#
+# A schedule may want more tokens in later steps, or longer pieces of documents ([chapter 14](14_schedule.py)). Then `next` is told so. There are as many micro-batches as before, each larger, and the stream goes on where it was.
+
+
+# %%
+#| export
+def joined_micro_batches(options: DataConfig, share: int) -> int:
+    """How many of a rank's `share` micro-batches make one batch: as many as fit pass_tokens, and divide them evenly."""
+    micro = options.step_tokens // options.grad_shards
+    most = options.pass_tokens // micro if options.mode == "stream" else 1
+    return next(n for n in range(max(1, min(most, share)), 0, -1) if share % n == 0)
+
+
+def pinned(batch: Batch) -> Batch:
+    """A batch in page-locked memory, which a GPU can fetch while Python goes on."""
+    borders = None if batch.cu_seqlens is None else batch.cu_seqlens.pin_memory()
+    return Batch(batch.inputs.pin_memory(), batch.targets.pin_memory(), borders)
+
+
+def next_stream(loader: "Loader", options: DataConfig) -> list[Batch]:
+    """A rank's part of the next slice of the stream."""
+    start, loader.position = next_slice(loader.shards.total, options, loader.position)
+    micro, mine = options.step_tokens // options.grad_shards, loader.mine
+    own = loader.shards.read(start + mine[0] * micro, len(mine) * micro + 1)
+    size = micro * joined_micro_batches(options, len(mine))
+    cuts = range(0, len(mine) * micro, size)
+    return [rows(own[at : at + size + 1], options.seq_len) for at in cuts]
+
+
+def next_documents(loader: "Loader", options: DataConfig) -> list[Batch]:
+    """A rank's part of the next documents."""
+    plan, number, loader.position = plan_step(loader.shards, options, loader.position)
+    tokens, _ = loader.shards.shard(number)
+    return [document_batch(tokens, plan[i]) for i in loader.mine]
 
 
 # %%
@@ -1579,56 +1613,44 @@ class Loader:
     """
 
     def __init__(self, options: DataConfig, rank: int = 0, world: int = 1, pin: bool = False):
-        self.micro, self.options, self.pin = check_options(options, world), options, pin
+        check_options(options, world)
+        self.options, self.pin = options, pin
         self.shards, self.position = Shards(options.path, "train"), Position()
         share = options.grad_shards // world
         self.mine = range(rank * share, (rank + 1) * share)
-        most = options.pass_tokens // self.micro if options.mode == "stream" else 1
-        self.joined = next(n for n in range(max(1, min(most, share)), 0, -1) if share % n == 0)
 
-    def next(self) -> list[Batch]:
-        """The next step's micro-batches for this rank, `joined` at a time."""
-        make = next_stream if self.options.mode == "stream" else next_documents
-        return [pinned(batch) if self.pin else batch for batch in make(self)]
+    def step_options(self, batch_tokens: int = 0, max_doc_tokens: int = 0) -> DataConfig:
+        """The options of one step. 0: step_tokens, and max_document, as they are."""
+        tokens = batch_tokens or self.options.step_tokens
+        longest = max_doc_tokens or self.options.max_document
+        return replace(self.options, step_tokens=tokens, max_document=longest)
 
+    def check(self, batch_tokens: int = 0, max_doc_tokens: int = 0) -> None:
+        """Raise Problem where the training shards hold no step of that size."""
+        options = self.step_options(batch_tokens, max_doc_tokens)
+        check_options(options)
+        if options.mode == "stream":
+            next_slice(self.shards.total, options, Position())
+        else:
+            plan_step(self.shards, options, Position())
 
-# %%
-#| export
-def pinned(batch: Batch) -> Batch:
-    """A batch in page-locked memory, which a GPU can fetch while Python goes on."""
-    borders = None if batch.cu_seqlens is None else batch.cu_seqlens.pin_memory()
-    return Batch(batch.inputs.pin_memory(), batch.targets.pin_memory(), borders)
-
-
-def next_stream(loader: Loader) -> list[Batch]:
-    """A rank's part of the next slice of the stream."""
-    start, loader.position = next_slice(loader.shards.total, loader.options, loader.position)
-    micro, mine = loader.micro, loader.mine
-    own = loader.shards.read(start + mine[0] * micro, len(mine) * micro + 1)
-    size = micro * loader.joined
-    cuts = range(0, len(mine) * micro, size)
-    return [rows(own[at : at + size + 1], loader.options.seq_len) for at in cuts]
-
-
-def next_documents(loader: Loader) -> list[Batch]:
-    """A rank's part of the next documents."""
-    plan, number, loader.position = plan_step(loader.shards, loader.options, loader.position)
-    tokens, _ = loader.shards.shard(number)
-    return [document_batch(tokens, plan[i]) for i in loader.mine]
+    def next(self, batch_tokens: int = 0, max_doc_tokens: int = 0) -> list[Batch]:
+        """The next step's micro-batches for this rank, as many at a time as fit pass_tokens. 0: as in the options."""
+        options = self.step_options(batch_tokens, max_doc_tokens)
+        make = next_stream if options.mode == "stream" else next_documents
+        return [pinned(batch) if self.pin else batch for batch in make(self, options)]
 
 
 # %% [markdown]
-# Now the promise can be kept: one stream, whoever reads it. For both modes, the steps that 1, 2, 4 and 8 ranks read are concatenated and compared, through an epoch's end:
+# Now the promise can be kept: one stream, whoever reads it. For both modes, the steps that 1, 2, 4 and 8 ranks read are concatenated and compared, through an epoch's end and a batch that doubles:
 
 
 # %%
-from dataclasses import replace
-
-
 def read_by(world: int, options: DataConfig, steps: int) -> tuple[torch.Tensor, Loader]:
-    """All that `world` ranks read in some steps (inputs, targets, borders), and the first rank's loader."""
+    """All that `world` ranks read in some steps (inputs, targets, borders), and the first rank's loader. Batches double half-way."""
     loaders = [Loader(options, rank, world) for rank in range(world)]
-    batches = [batch for _ in range(steps) for loader in loaders for batch in loader.next()]
+    tokens = [options.step_tokens * (1 + (2 * n >= steps)) for n in range(steps)]
+    batches = [batch for size in tokens for loader in loaders for batch in loader.next(size)]
     return torch.cat([t.flatten() for batch in batches for t in batch if t is not None]), loaders[0]
 
 
@@ -1649,6 +1671,9 @@ for mode in ("stream", "documents"):
     print(f"{mode}: 40 steps, {loader.position.epoch + 1} epochs, the same on 1, 2, 4 and 8 ranks")
 joined = Loader(DataConfig(str(scratch / "many"), seq_len=8, step_tokens=512, pass_tokens=300))
 assert [len(batch.inputs) for batch in joined.next()] == [32, 32], "two passes of 256 tokens"
+assert [len(batch.inputs) for batch in joined.next(1024)] == [
+    32
+] * 4 and joined.position.offset == 1536
 
 # %% [markdown]
 # Validation reads the plain stream in both modes, a fixed number of tokens from the start, micro-batch $j$ on rank $j \bmod w$:

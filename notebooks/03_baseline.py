@@ -377,10 +377,10 @@ print(f"largest difference of any logit: {difference:.0e}")
 # What the learning rate does between its ends is a choice of its own, and [chapter 14](14_schedule.py) has the function for it. Its defaults are llm.c's:
 
 # %%
-from speedrun.optim.schedule import ScheduleConfig, learning_rate
+from speedrun.schedule import Schedule, ScheduleConfig
 
 plan = ScheduleConfig()
-rates = [learning_rate(step, 19_560, 6e-4, plan) for step in range(19_560)]
+rates = [Schedule(plan, 19_560, lr=6e-4).at(step).lr for step in range(19_560)]
 assert 19_560 * 512 * 1024 == float(ladder["1"]["total_train_tokens"])
 assert math.isclose(max(rates), 6e-4) and rates.index(max(rates)) in (699, 700)
 assert math.isclose(rates[0], 6e-4 / 700) and rates[-1] < 1e-10
@@ -437,8 +437,8 @@ loader = Loader(DataConfig("data/embedded", seq_len=64, step_tokens=1024, grad_s
 torch.manual_seed(0)
 shape = GPTConfig(layers=2, heads=2, width=128, context=64, init_std=0.05)
 model = GPT2(shape, loader.shards.manifest.vocab_size).to(tier.device)
-cosine = ScheduleConfig(warmup_steps=10)
 steps, losses = 120, []
+cosine = Schedule(ScheduleConfig(warmup_steps=10), steps, lr=4e-3)
 optimizer = torch.optim.AdamW(decay_groups(model), betas=BETAS, fused=True)
 
 # %%
@@ -448,7 +448,7 @@ for step in range(steps):
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate(step, steps, 4e-3, cosine)
+        group["lr"] = cosine.at(step).lr
     optimizer.step()
     optimizer.zero_grad()
     losses.append(loss.item())

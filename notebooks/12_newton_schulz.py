@@ -795,12 +795,12 @@ print(measured_on(load_result("newton_schulz", "winners")))
 
 # %%
 from speedrun.optim.muon import MuonConfig
-from speedrun.optim.schedule import learning_rate
+from speedrun.schedule import Schedule
 
 run, left = short(), {}
 for rule, (_, rate, _) in lowest.items():
-    peak, schedule = float(rate), run.schedule
-    each = [learning_rate(step, run.steps, peak, schedule) for step in range(run.steps)]
+    schedule = Schedule(run.schedule, run.steps, lr=float(rate))
+    each = [schedule.at(step).lr for step in range(run.steps)]
     left[rule] = math.prod(1 - run.optim.adam.weight_decay * rate for rate in each)
     print(f"{NAMES_OF[rule]:5} decay alone would leave {left[rule]:.0%} of a weight")
 assert run.optim.adam.weight_decay == run.optim.muon.weight_decay == 0.1 and 1 - left[

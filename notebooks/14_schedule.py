@@ -406,24 +406,58 @@ assert abs(lengths[89][1] / lengths[89][0] / 524_288 - 0.5) < 0.01, "half the ba
 #
 # ## The code
 #
-# ### The trainer's learning rate
+# ### One table for a run
 #
-# First what this book's trainer uses: a warm-up, one of the two shapes down, and momentum that may start and end lower. `step_settings` hands the optimizer all of it for one step; the matrices' rate is a fixed multiple of the other.
+# In record 89 eight settings depend on the step: batch, learning rate, momentum, the cap on the length of a document, two attention windows (most layers look back over a short stretch, two over a long one), the weights of the tokens that the model has to predict ahead (*multi-token prediction*, record 53), and the weight of an extra target: the longest beginning of the right token, shorter than it, that is a token itself (record 88). Written into the loop they would be eight `if`s with eight ideas of where a third begins. Written as data they are a list of **stages**, which can be plotted before the run, resumed in its middle, and compiled for each shape before the clock starts. After the three thirds come a few steps at the lowest rate, the *extension*. GPT-2 has one stage, in which only the learning rate changes; that is the default:
 
 # %%
-#| default_exp optim.schedule
+#| default_exp schedule
 #| export
 import math
 from bisect import bisect_right
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 from typing import Annotated, Literal, NamedTuple
 
 from annotated_types import Interval
 
-from speedrun.lab.bounds import Beta, NonNegativeInt, Share
+from speedrun.lab.bounds import (
+    Beta,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Share,
+)
+from speedrun.lab.errors import Problem
 
 
+@dataclass(frozen=True)
+class Stage:
+    """A stretch of training. What changes inside it is a pair: its value at the stage's start, and at its end."""
+
+    duration: Annotated[float, Interval(ge=0, le=1)] = 1.0
+    """Share of the scheduled steps; 0: the extension, which comes last."""
+    batch_mul: PositiveInt = 1
+    """Tokens a step, as a multiple of data.step_tokens."""
+    lr_mul: PositiveFloat = 1.0
+    """Learning rate before it falls, as a multiple of its peak. The extension's is the floor, whatever stands here."""
+    max_doc_tokens: NonNegativeInt = 0
+    """Longest piece of a document; 0: data.max_document."""
+    windows: tuple[NonNegativeInt, NonNegativeInt] = (0, 0)
+    """How many tokens short and long attention look back; 0: all."""
+    mtp_weights: tuple[tuple[NonNegativeFloat, ...], tuple[NonNegativeFloat, ...]] = (
+        (1.0,),
+        (1.0,),
+    )
+    """Weights in the loss of the next token, the one after it, and so on."""
+    prefix_weight: tuple[NonNegativeFloat, NonNegativeFloat] = (0.0, 0.0)
+    """Weight in the loss of the next token's longest prefix that is a token."""
+
+
+# %%
+#| export
 @dataclass(frozen=True)
 class ScheduleConfig:
     """What changes from step to step. The defaults are llm.c's."""
@@ -433,15 +467,70 @@ class ScheduleConfig:
     shape: Literal["cosine", "trapezoid"] = "cosine"
     """The learning rate after the warm-up. cosine: falls at once. trapezoid: held, then along a line."""
     cooldown_frac: Share = 0.6
-    """trapezoid: the share of the steps in which the learning rate falls."""
+    """trapezoid: the share of the scheduled steps in which the learning rate falls."""
     final_lr_frac: Annotated[float, Interval(ge=0, le=1)] = 0.0
-    """Learning rate at the end, as a share of the peak."""
+    """Learning rate at the end, and in the extension, as a share of the peak."""
     momentum_min: Annotated[Beta, "0: momentum stays as it is"] = 0.0
     """Muon's momentum in the first step and after the last, on a line to optim.muon.momentum and back; 0: no lines."""
     momentum_ramp: tuple[NonNegativeInt, NonNegativeInt] = (300, 50)
     """Steps in which momentum rises at the beginning, and falls at the end."""
     untie_at: Share = 2 / 3
-    """Share of the steps after which embedding and head train apart, if model.head.tied is split."""
+    """Share of the scheduled steps after which embedding and head train apart, if model.head.tied is split."""
+    extension_steps: NonNegativeInt = 0
+    """How many of the steps come after the scheduled ones, at the end of the learning rate's fall."""
+    stages: tuple[Stage, ...] = (Stage(),)
+    """Stretches of training, one after the other, as JSON: [{"duration": 0.5}, {"duration": 0.5, "batch_mul": 2}]."""
+
+
+# %% [markdown]
+# Record 89, whole, but for its base rates, its first batch and its highest momentum:
+
+# %%
+from dataclasses import replace
+
+thirds_of_89 = (
+    Stage(1 / 3, 1, 1.0, 896, (128, 384), ((1, 0.5, 0.25), (1, 0.5, 0)), (0.25, 0.25)),
+    Stage(1 / 3, 2, 1.52, 2048, (384, 896), ((1, 0.5), (1, 0)), (0.25, 0)),
+    Stage(1 / 3, 3, 1.73, 2048, (640, 1408)),
+    Stage(0, 3, 1.73, 2048, (768, 1664)),
+)
+TABLE_89 = ScheduleConfig(0, "trapezoid", 0.6, 0.15, 0.85, (300, 50), 2 / 3, 15, thirds_of_89)
+assert ScheduleConfig().stages == (Stage(),)
+
+# %% [markdown]
+# Where do the stages begin? At the rounded multiples of their durations, so that no step is lost or done twice.
+
+
+# %%
+#| export
+def stage_boundaries(schedule: "Schedule") -> tuple[int, ...]:
+    """The first step of each stage, and at the end the number of steps."""
+    durations = [stage.duration for stage in schedule.config.stages]
+    starts = [round(schedule.scheduled * share) for share in (0, *accumulate(durations[:-1]))]
+    return (*starts, schedule.steps)
+
+
+def stage_at(schedule: "Schedule", step: int) -> tuple[Stage, float]:
+    """The stage of a step, and the share of the stage that is over: 0 at its first step, below 1 at its last."""
+    edges = schedule.boundaries
+    if not 0 <= step < schedule.steps:
+        raise ValueError(f"step {step} is none of the {schedule.steps} steps")
+    n = bisect_right(edges, step) - 1
+    return schedule.config.stages[n], (step - edges[n]) / (edges[n + 1] - edges[n])
+
+
+def tokens_before(schedule: "Schedule", step: int) -> int:
+    """Tokens that have been read before a step; before the step after the last: all of them."""
+    edges = schedule.boundaries
+    pairs = zip(schedule.config.stages, edges, edges[1:])
+    steps = sum(s.batch_mul * max(0, min(step, end) - begin) for s, begin, end in pairs)
+    return steps * schedule.batch_tokens
+
+
+# %% [markdown]
+# ### Learning rate by stage
+#
+# Record 89's fall begins after 40% of the scheduled steps and mixes the stage's rate with the floor; the stage's rate jumps after 33% and 67%. So it jumps once before the fall begins and once in its midst, and is a saw.
 
 
 # %%
@@ -454,33 +543,26 @@ def linear_cooldown(peak: float, floor: float, step: int, begin: int, end: int) 
     return (1 - t) * peak + t * floor
 
 
-def learning_rate(step: int, steps: int, peak: float, schedule: ScheduleConfig) -> float:
-    """The rate of a step (0 … steps − 1): a line up, then the schedule's shape down to final_lr_frac · peak."""
-    warmup, final = schedule.warmup_steps, schedule.final_lr_frac
+def learning_rate(schedule: "Schedule", step: int) -> float:
+    """The rate of a step (0 … steps − 1): a line up, then the stage's, along the schedule's shape down to final_lr_frac · lr, the extension's."""
+    config, peak = schedule.config, schedule.lr
+    warmup, final, top = config.warmup_steps, config.final_lr_frac, schedule.stage(step)[0].lr_mul
+    if step >= schedule.scheduled:
+        return peak * final
     if step < warmup:
-        return peak * (step + 1) / warmup
-    if schedule.shape == "trapezoid":
-        begin = max(warmup, steps - round(schedule.cooldown_frac * steps))
-        return peak * linear_cooldown(1.0, final, step, begin, steps)
-    progress = (step - warmup) / max(1, steps - warmup)
-    cosine = 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
-    return peak * (final + (1 - final) * cosine)
+        return peak * top * (step + 1) / warmup
+    if config.shape == "trapezoid":
+        begin, end = schedule.cooldown_start, schedule.scheduled
+        return peak * linear_cooldown(top, final, step, begin, end)
+    progress = (step - warmup) / (schedule.scheduled - warmup)
+    cosine = 0.5 * (1 + math.cos(math.pi * progress))
+    return peak * (final + (top - final) * cosine)
 
 
-# %%
-from dataclasses import replace
-
-cosine = ScheduleConfig(warmup_steps=100, final_lr_frac=0.1)
-trapezoid = replace(cosine, shape="trapezoid")
-rates = [learning_rate(step, 1000, 1.0, trapezoid) for step in range(1000)]
-assert rates[0] == 0.01 and rates[99:401] == [1.0] * 302 and rates[401] < 1
-assert all(a > b for a, b in zip(rates[400:], rates[401:])) and 0.1 < rates[-1] < 0.102
-assert math.isclose(rates[700], 0.55), "half-way down after half of the fall"
-twice = [learning_rate(step, 2000, 1.0, trapezoid) for step in range(801)]
-assert twice[:400] == rates[:400] and twice[100:] == [1.0] * 701
-knows = [learning_rate(step, 1000, 1.0, cosine) for step in range(1000)]
-assert all(a != learning_rate(n, 2000, 1.0, cosine) for n, a in enumerate(knows) if n > 100)
-print("for 400 steps the trapezoid does not know whether it has 1,000 or 2,000; the cosine knows")
+# %% [markdown]
+# ### Momentum and loss weights
+#
+# Momentum rises along a line in the first steps and falls in the last; the targets' weights are on lines between the ends of a stage.
 
 
 # %%
@@ -493,8 +575,21 @@ def ramp(step: int, steps: int, ends: tuple[float, float], ramps: tuple[int, int
     return low + (high - low) * min(1.0, up, down)
 
 
+def loss_weights(schedule: "Schedule", step: int) -> tuple[tuple[float, ...], float]:
+    """Weights of the tokens ahead, and of the prefix target: on lines between the ends of the stage."""
+    stage, t = schedule.stage(step)
+    ahead = tuple((1 - t) * first + t * last for first, last in zip(*stage.mtp_weights))
+    return ahead, (1 - t) * stage.prefix_weight[0] + t * stage.prefix_weight[1]
+
+
+# %% [markdown]
+# All of it together is what a step is told. The loader takes the batch and the cap, the optimizer the rates (the matrices' is a fixed multiple of the other), momentum and whether to untie the head, the forward pass windows and loss weights:
+
+
+# %%
+#| export
 class StepSettings(NamedTuple):
-    """What changes from step to step, for the optimizer."""
+    """What a step is told. Fields with a default are nothing to an optimizer that is used by itself."""
 
     step: int
     lr: float
@@ -503,195 +598,100 @@ class StepSettings(NamedTuple):
     momentum: float
     untie: bool = False
     """Whether tied parameters train apart from this step on."""
+    batch_tokens: int = 0
+    """Tokens a step, over all ranks."""
+    max_doc_tokens: int = 0
+    windows: tuple[int, int] = (0, 0)
+    mtp_weights: tuple[float, ...] = (1.0,)
+    prefix_weight: float = 0.0
 
 
-def step_settings(
-    step: int, steps: int, schedule: ScheduleConfig, peaks: tuple[float, float], momentum: float
-) -> StepSettings:
-    """The settings of a step (0 … steps − 1). peaks: learning rates of all, and of the matrices. momentum: its highest value."""
-    lr = learning_rate(step, steps, peaks[0], schedule)
-    ends = (schedule.momentum_min or momentum, momentum)
-    now = ramp(step, steps, ends, schedule.momentum_ramp)
-    return StepSettings(
-        step, lr, lr * (peaks[1] / peaks[0]), now, step >= schedule.untie_at * steps
-    )
-
-
-# %%
-slow_start = replace(trapezoid, momentum_min=0.85, momentum_ramp=(100, 10))
-every = [step_settings(step, 1000, slow_start, (0.01, 0.02), 0.95) for step in range(1000)]
-assert [now.lr for now in every] == [learning_rate(n, 1000, 0.01, trapezoid) for n in range(1000)]
-assert every[0].momentum == 0.85 and every[100].momentum == every[990].momentum == 0.95
-assert all(now.matrix_lr == 2 * now.lr for now in every) and every[667].untie > every[666].untie
-
-# %% [markdown]
-# ### Training as a list of stages
-#
-# Record 89 needs more. Eight of its settings depend on the step: batch, rate, momentum, the cap on the length of a document, two attention windows (most layers look back over a short stretch, two over a long one), the weights of the tokens that the model has to predict ahead (record 53), and the weight of an extra target: the longest beginning of the right token, shorter than it, that is a token itself (record 88). The rate is a factor on both base rates, Muon's 0.023 and Adam's 0.008. Momentum is Muon's alone. Weight decay follows without a row of its own: a step takes off the square of the rate times a constant, so it is at most 1.52² = 2.31, and in the end 0.15² = 0.02. Record 43 brought this in and puts that part at 10 to 15 steps. (The softmax scale and the rotary frequencies follow the windows, and the head is untied at a border.) Written into the loop they would be eight `if`s with eight ideas of where a third begins. Written as data they are a table with a row per stage, and functions of the step alone, which can be plotted before the run, resumed in its middle, and compiled for each shape before the clock starts. After the three thirds come a few steps at the lowest rate, the *extension*.
+def step_settings(schedule: "Schedule", step: int) -> StepSettings:
+    """All settings of one step (0 … steps − 1). ValueError for any other."""
+    config, (stage, _) = schedule.config, schedule.stage(step)
+    lr, high = learning_rate(schedule, step), schedule.momentum
+    momentum = ramp(step, schedule.steps, (config.momentum_min or high, high), config.momentum_ramp)
+    matrix_lr, untie = lr * (schedule.matrix_lr / schedule.lr), schedule.unties(step)
+    lengths = (stage.max_doc_tokens or schedule.max_doc_tokens, stage.windows)
+    rates, batch = (lr, matrix_lr, momentum), schedule.batch_tokens * stage.batch_mul
+    return StepSettings(step, *rates, untie, batch, *lengths, *loss_weights(schedule, step))
 
 
 # %%
 #| export
-@dataclass(frozen=True)
-class Stage:
-    """A stretch of training. What changes inside it is a pair: its value at the stage's start, and at its end."""
-
-    share: float
-    """Share of the scheduled steps. The last stage has none: it is the extension."""
-    batch_tokens: int
-    """Tokens a step."""
-    rate: float
-    """Learning rate before it falls, as a multiple of the base rate. The extension's is the floor, whatever stands here."""
-    cap_tokens: int
-    """Longest stretch of one document."""
-    windows: tuple[int, int]
-    """How far short and long attention look back, in blocks of 128 tokens."""
-    ahead: tuple[tuple[float, ...], tuple[float, ...]] = ((1.0,), (1.0,))
-    """Weights in the loss of the next token, the one after it, and so on."""
-    prefix: tuple[float, float] = (0.0, 0.0)
-    """Weight in the loss of the next token's longest prefix that is a token."""
-
-
 @dataclass(frozen=True)
 class Schedule:
-    """Training as a list of stages, and what runs across them."""
+    """A run's settings as functions of the step. lr, matrix_lr, momentum: peaks; batch_tokens, max_doc_tokens: without a stage's own."""
 
-    stages: tuple[Stage, ...]
-    """One after the other; the last is the extension, which may have no steps."""
-    scheduled: int
-    """Steps of all stages but the last."""
-    extension: int = 0
-    """Steps of the last stage, at the floor of the rate."""
-    cooldown: float = 0.6
-    """Share of the scheduled steps in which the rate falls."""
-    floor: float = 0.0
-    """Where it falls to, as a multiple of the base rate."""
-    momentum: tuple[float, float] = (0.85, 0.95)
-    """Lowest and highest."""
-    momentum_steps: tuple[int, int] = (300, 50)
-    """First steps, in which momentum rises, and last steps, in which it falls."""
+    config: ScheduleConfig
+    steps: int
+    """All of them, the extension's included."""
+    lr: float = 1.0
+    matrix_lr: float = 1.0
+    momentum: float = 0.95
+    batch_tokens: int = 1
+    max_doc_tokens: int = 2048
 
-    def __post_init__(self):
-        check_schedule(self)
+    at, stage, tokens_before = step_settings, stage_at, tokens_before
 
+    @cached_property
+    def boundaries(self) -> tuple[int, ...]:
+        return stage_boundaries(self)
 
-# %% [markdown]
-# A table that makes no sense should be refused when it is written, not in step 847. Where do the stages begin? At the rounded multiples of their shares, so that no step is lost or done twice.
+    @property
+    def starts(self) -> list[int]:
+        """The first step of each stage that has one: an extension may be empty."""
+        return [start for start in self.boundaries[:-1] if start < self.steps]
 
+    @property
+    def scheduled(self) -> int:
+        """Steps without the extension's."""
+        return self.steps - self.config.extension_steps
 
-# %%
-#| export
-def check_schedule(schedule: Schedule) -> None:
-    """Refuse, with a ValueError that says why, what no run could follow."""
-    stages, (low, high) = schedule.stages, schedule.momentum
-    shares, rates = ([getattr(stage, name) for stage in stages] for name in ("share", "rate"))
-    weights = [w for s in stages for w in (*s.ahead[0], *s.ahead[1], *s.prefix)]
-    sound = {
-        "two stages or more": len(stages) >= 2,
-        "shares above 0, and 0 for the last stage": min(shares[:-1], default=0) > 0 == shares[-1],
-        "shares that add up to 1": abs(math.fsum(shares) - 1) < 1e-9,
-        "a step or more for each stage": schedule.extension >= 0
-        and all(schedule.scheduled * share >= 1 for share in shares[:-1]),
-        "0 < cooldown ≤ 1": 0 < schedule.cooldown <= 1,
-        "0 ≤ floor ≤ every rate": 0 <= schedule.floor <= min(rates, default=0),
-        "weights of 0 or more": min(weights, default=0) >= 0,
-        "0 ≤ lowest ≤ highest momentum < 1": 0 <= low <= high < 1,
-        "momentum_steps of 0 or more": min(schedule.momentum_steps) >= 0,
-        "batches, caps and windows of 1 or more": all(
-            min(s.batch_tokens, s.cap_tokens, *s.windows) >= 1 for s in stages
-        ),
-        "weights for equally many tokens ahead": all(
-            len(s.ahead[0]) == len(s.ahead[1]) > 0 for s in stages
-        ),
-    }
-    wrong = [what for what, holds in sound.items() if not holds]
-    if wrong:
-        raise ValueError(f"a schedule needs {'; '.join(wrong)}")
+    @property
+    def cooldown_start(self) -> int:
+        """trapezoid: the last step at the full rate."""
+        falls = round(self.config.cooldown_frac * self.scheduled)
+        return max(self.config.warmup_steps, self.scheduled - falls)
+
+    def unties(self, step: int) -> bool:
+        return step >= self.config.untie_at * self.scheduled
 
 
 # %%
-#| export
-def borders(schedule: Schedule) -> tuple[int, ...]:
-    """The first step of each stage, and at the end the number of steps."""
-    ends = list(accumulate(stage.share for stage in schedule.stages[:-1]))
-    ends[-1] = 1.0  # whatever the rounding of the shares
-    scheduled = [round(schedule.scheduled * end) for end in ends]
-    return (0, *scheduled, schedule.scheduled + schedule.extension)
-
-
-def fall_begins(schedule: Schedule) -> int:
-    """The last step at the full rate."""
-    return schedule.scheduled - round(schedule.cooldown * schedule.scheduled)
-
-
-def stage_at(schedule: Schedule, step: int) -> tuple[Stage, float]:
-    """The stage of a step, and the share of the stage that is over: 0 at its first step, below 1 at its last."""
-    edges = borders(schedule)
-    if not 0 <= step < edges[-1]:
-        raise ValueError(f"step {step} is none of the {edges[-1]} steps")
-    n = bisect_right(edges, step) - 1
-    return schedule.stages[n], (step - edges[n]) / (edges[n + 1] - edges[n])
-
-
-# %% [markdown]
-# Record 89, whole:
-
-# %%
-RECORD_89 = Schedule(
-    stages=(
-        Stage(1 / 3, 131_072, 1.0, 896, (1, 3), ((1, 0.5, 0.25), (1, 0.5, 0)), (0.25, 0.25)),
-        Stage(1 / 3, 262_144, 1.52, 2048, (3, 7), ((1, 0.5), (1, 0)), (0.25, 0)),
-        Stage(1 / 3, 393_216, 1.73, 2048, (5, 11)),
-        Stage(0, 393_216, 1.73, 2048, (6, 13)),
-    ),
-    scheduled=1270,
-    extension=15,
-    floor=0.15,
-)
-edges = borders(RECORD_89)
+RECORD_89 = Schedule(TABLE_89, 1285, momentum=0.95, batch_tokens=131_072)
+edges = RECORD_89.boundaries
 assert edges == (0, 423, 847, 1270, 1285)
 assert [after - before for before, after in zip(edges, edges[1:])] == [423, 424, 423, 15]
-assert stage_at(RECORD_89, 422) == (RECORD_89.stages[0], 422 / 423)
-assert stage_at(RECORD_89, 423) == (RECORD_89.stages[1], 0.0)
-
-# %%
-for words, nonsense in {
-    "0 for the last stage": {"stages": RECORD_89.stages[:3]},
-    "0 < cooldown ≤ 1": {"cooldown": 1.5},
-    "lowest ≤ highest momentum": {"momentum": (0.95, 0.85)},
-    "a step or more for each stage": {"scheduled": 2},
-    "0 ≤ floor ≤ every rate": {"floor": 1.1},
-}.items():
-    try:
-        Schedule(**(vars(RECORD_89) | nonsense))
-        raise AssertionError("accepted")
-    except ValueError as error:
-        assert words in str(error)
-        print(error)
+assert RECORD_89.stage(422) == (thirds_of_89[0], 422 / 423)
+assert RECORD_89.stage(423) == (thirds_of_89[1], 0.0)
+assert RECORD_89.tokens_before(1285) == int(ladder["89"]["merged_total_tokens"]) == 338_821_120
+assert RECORD_89.tokens_before(424) - RECORD_89.tokens_before(423) == 262_144
 
 # %% [markdown]
-# ### Learning rate by stage
-#
-# The fall begins after 40% of the scheduled steps and mixes the stage's rate with the floor; the stage's rate jumps after 33% and 67%. So it jumps once before the fall begins and once in its midst, and is a saw:
-
+# With one stage the trapezoid keeps its promise. The saw is the stages':
 
 # %%
-#| export
-def rate_at(schedule: Schedule, step: int) -> float:
-    """The learning rate of a step, as a multiple of the base rate."""
-    stage, _ = stage_at(schedule, step)
-    return linear_cooldown(
-        stage.rate, schedule.floor, step, fall_begins(schedule), schedule.scheduled
-    )
-
+cosine = ScheduleConfig(warmup_steps=100, final_lr_frac=0.1)
+trapezoid = replace(cosine, shape="trapezoid")
+both = {name: [Schedule(s, 1000).at(n).lr for n in range(1000)] for name, s in {"cosine": cosine, "trapezoid": trapezoid}.items()}  # fmt: skip
+rates = both["trapezoid"]
+assert rates[0] == 0.01 and rates[99:401] == [1.0] * 302 and rates[401] < 1
+assert all(a > b for a, b in zip(rates[400:], rates[401:])) and 0.1 < rates[-1] < 0.102
+assert math.isclose(rates[700], 0.55), "half-way down after half of the fall"
+twice = [Schedule(trapezoid, 2000).at(step).lr for step in range(801)]
+assert twice[:400] == rates[:400] and twice[100:] == [1.0] * 701
+longer = Schedule(cosine, 2000)
+assert all(a != longer.at(n).lr for n, a in enumerate(both["cosine"]) if n > 100)
+print("for 400 steps the trapezoid does not know whether it has 1,000 or 2,000; the cosine knows")
 
 # %%
 marks = (0, 422, 423, 508, 509, 846, 847, 1269, 1270, 1284)
-saw = {step: round(rate_at(RECORD_89, step), 4) for step in marks}
+saw = {step: round(RECORD_89.at(step).lr, 4) for step in marks}
 assert [saw[step] for step in (0, 422, 423, 508)] == [1.0, 1.0, 1.52, 1.52] and saw[509] < 1.52
 assert (saw[846], saw[847], saw[1269]) == (0.9123, 1.0271, 0.1521)
 assert saw[1270] == saw[1284] == 0.15
-largest = max(rate_at(RECORD_89, step) for step in range(edges[-1]))
+largest = max(RECORD_89.at(step).lr for step in range(edges[-1]))
 assert largest == 1.52 and (round(largest**2, 2), round(0.15**2, 2)) == (2.31, 0.02)
 tooth = [saw[423] / saw[422], saw[847] / saw[846]]
 against_root = [tooth[0] / math.sqrt(2), tooth[1] / math.sqrt(1.5)]
@@ -700,25 +700,13 @@ print(saw)
 print(f"jumps by {tooth[0]:.2f} and {tooth[1]:.2f}; the root of the batch: 1.41 and 1.22")
 
 # %% [markdown]
-# Divide the rate by the root of the batch and the teeth nearly vanish: what remains is 8% up, and 8% down.
+# Divide the rate by the root of the batch and the teeth nearly vanish: what remains is 8% up, and 8% down. (Weight decay needs no row: since record 43 a step takes off a constant times the rate's square, at most 1.52² = 2.31 times, in the end 0.15² = 0.02.)
 #
-# ### Momentum
-#
-# A running mean with momentum $m$ gives the gradient of $k$ steps ago the weight $(1-m)\,m^k$. Its mean age is $m/(1-m)$, and it shrinks the variance of independent noise by $(1-m)/(1+m)$. More momentum, less noise, older news.
-
-
-# %%
-#| export
-def momentum_at(schedule: Schedule, step: int) -> float:
-    """Momentum of a step: a line up in the first steps, a line down in the last."""
-    stage_at(schedule, step)  # refuses a step that there is not
-    steps = schedule.scheduled + schedule.extension
-    return ramp(step, steps, schedule.momentum, schedule.momentum_steps)
-
+# Momentum is Muon's alone. A running mean with momentum $m$ gives the gradient of $k$ steps ago the weight $(1-m)\,m^k$. Its mean age is $m/(1-m)$, and it shrinks the variance of independent noise by $(1-m)/(1+m)$. More momentum, less noise, older news.
 
 # %%
 age, variance, fresh, fresh_variance = {}, {}, {}, {}
-for m in RECORD_89.momentum:
+for m in (TABLE_89.momentum_min, RECORD_89.momentum):
     weight = (1 - m) * m ** np.arange(2000)
     age[m], variance[m] = (weight * np.arange(2000)).sum(), (weight**2).sum()
     assert math.isclose(age[m], m / (1 - m)) and math.isclose(variance[m], (1 - m) / (1 + m))
@@ -729,7 +717,7 @@ assert round(age[0.85], 1) == 5.7 and round(age[0.95]) == 19
 assert 3.1 < variance[0.85] / variance[0.95] < 3.2
 assert [f"{n:.1f}" for n in fresh.values()] == ["4.8", "18.0"]
 assert 3.9 < fresh_variance[0.85] / fresh_variance[0.95] < 4.0
-shown = {step: round(momentum_at(RECORD_89, step), 3) for step in (0, 150, 300, 1235, 1284)}
+shown = {step: round(RECORD_89.at(step).momentum, 3) for step in (0, 150, 300, 1235, 1284)}
 assert shown == {0: 0.85, 150: 0.9, 300: 0.95, 1235: 0.95, 1284: 0.852}
 early = {int(step): loss for step, loss in zip(at, losses)}
 assert (f"{early[0]:.1f}", f"{early[250]:.1f}") == ("10.8", "4.5")
@@ -738,55 +726,15 @@ print({m: f"{age[m]:.1f} steps old; Nesterov's form {fresh[m]:.1f}" for m in age
 
 # %% [markdown]
 # In its first 250 steps record 89 goes from a loss of 10.8 to 4.5. The loss falls fastest there, so presumably the gradient turns fastest, too; news that is nineteen steps old describes a place that the model has left. Later it turns slowly, and a threefold smaller variance is worth the delay. (Nesterov's form, which Muon takes, mixes the newest gradient in once more. It is fresher by a factor of $m$, 4.8 and 18 steps, and its variance falls fourfold.) In the last fifty steps what is still in the mean when the run ends is never used; that is the likely reason for the fall. The rise came with record 9, over 500 steps; record 13 made them 300; the fall came with record 39. Record 9's list of parts puts the rise at 0.013 nats (3.2972 to 3.2844, single runs).
-#
-# ### Windows and loss weights by stage
-
 
 # %%
-#| export
-class Settings(NamedTuple):
-    """All that a schedule says about one step."""
-
-    batch_tokens: int
-    rate: float
-    momentum: float
-    cap_tokens: int
-    windows: tuple[int, int]
-    ahead: tuple[float, ...]
-    prefix: float
-
-
-def loss_weights_at(schedule: Schedule, step: int) -> tuple[tuple[float, ...], float]:
-    """Weights of the tokens ahead, and of the prefix target: on lines between the ends of the stage."""
-    stage, t = stage_at(schedule, step)
-    ahead = tuple((1 - t) * first + t * last for first, last in zip(*stage.ahead))
-    return ahead, (1 - t) * stage.prefix[0] + t * stage.prefix[1]
-
-
-def settings_at(schedule: Schedule, step: int) -> Settings:
-    """All settings of one step."""
-    stage, _ = stage_at(schedule, step)
-    rate, momentum = rate_at(schedule, step), momentum_at(schedule, step)
-    lengths = (stage.cap_tokens, stage.windows)
-    return Settings(stage.batch_tokens, rate, momentum, *lengths, *loss_weights_at(schedule, step))
-
-
-def tokens_before(schedule: Schedule, step: int) -> int:
-    """Tokens that have been read before a step; before the step after the last: all of them."""
-    pairs = zip(schedule.stages, borders(schedule), borders(schedule)[1:])
-    return sum(s.batch_tokens * max(0, min(step, end) - begin) for s, begin, end in pairs)
-
-
-# %%
-assert tokens_before(RECORD_89, 1285) == int(ladder["89"]["merged_total_tokens"]) == 338_821_120
-assert tokens_before(RECORD_89, 424) - tokens_before(RECORD_89, 423) == 262_144
-weights = {step: loss_weights_at(RECORD_89, step) for step in (0, 422, 423, 846, 847, 1284)}
+weights = {step: RECORD_89.at(step)[-2:] for step in (0, 422, 423, 846, 847, 1284)}
 assert weights[0] == ((1, 0.5, 0.25), 0.25) and weights[423] == ((1, 0.5), 0.25)
 assert weights[847] == weights[1284] == ((1,), 0)
 assert sum(weights[0][0]) + weights[0][1] == 2 and sum(weights[847][0]) == 1
 assert weights[422][0][2] < 0.001 and weights[422][1] == 0.25
 assert weights[846][0][1] < 0.002 and weights[846][1] < 0.001, "no jump at the borders"
-print(f"{tokens_before(RECORD_89, 1285) / 1e6:.1f} million tokens")
+print(f"{RECORD_89.tokens_before(1285) / 1e6:.1f} million tokens; loss weights", weights[0])
 
 # %% [markdown]
 # The third token ahead fades out over the first third of the run, the second over the second, and with it the prefix. At no border does a weight jump. The extra targets teach early, and at the end the loss is the one that is scored. (The weights' sum falls from 2 to 1. Adam and Muon, which divide, hardly notice.)
@@ -794,8 +742,7 @@ print(f"{tokens_before(RECORD_89, 1285) / 1e6:.1f} million tokens")
 # The windows are a schedule of what attention costs. They grow from 128 and 384 tokens to 768 and 1,664; documents are cut after 896 tokens in the first third. [Chapter 22](22_config.py) has a hint of the reason: longer rows did worse in runs of a third of the steps, and better in whole ones. A likely reading is that a model that cannot spell yet has little use for what stands a thousand tokens back. Record 13, whose window grew over the run from 64 tokens to 1,792, was the first to do so (among four other changes):
 
 # %%
-reach = {n: [128 * w for w in RECORD_89.stages[n].windows] for n in (0, -1)}
-assert reach == {0: [128, 384], -1: [768, 1664]}
+assert (thirds_of_89[0].windows, thirds_of_89[-1].windows) == ((128, 384), (768, 1664))
 brought = seconds_of[12] - seconds_of[13]
 assert 21.5 < brought < 22.5
 print(f"record 13: {brought:.0f} s less than record 12")
@@ -803,6 +750,50 @@ print(f"record 13: {brought:.0f} s less than record 12")
 # %% [markdown]
 # ### The table
 #
+# A table that makes no sense is refused when it is written, not in step 847:
+
+
+# %%
+#| export
+def check_schedule(config: ScheduleConfig, steps: int) -> None:
+    """Raise Problem, which says why, about stages that no run of so many steps could follow."""
+    stages, floor = config.stages, config.final_lr_frac
+    durations = [stage.duration for stage in stages]
+    edges = Schedule(config, steps).boundaries if stages else ()
+    starts = [edge for edge, duration in zip(edges, durations) if duration]
+    ends = [*starts[1:], steps - config.extension_steps]
+    sound = {
+        "a stage or more": bool(stages),
+        "durations above 0, but for the last": min(durations[:-1], default=1) > 0,
+        "durations that add up to 1": abs(math.fsum(durations) - 1) < 1e-9,
+        "a step or more for each": all(start < end for start, end in zip(starts, ends)),
+        "no lr_mul below schedule.final_lr_frac": all(s.lr_mul >= floor for s in stages),
+        "weights for equally many tokens ahead": all(
+            len(s.mtp_weights[0]) == len(s.mtp_weights[1]) > 0 for s in stages
+        ),
+    }
+    wrong = [what for what, holds in sound.items() if not holds]
+    if wrong:
+        what = f"schedule.stages in a run of {steps} steps, {config.extension_steps} of them the extension's, want {'; '.join(wrong)}"
+        raise Problem(what, "other stages, more --steps, or fewer --schedule.extension-steps")
+
+
+# %%
+check_schedule(TABLE_89, 1285)
+for words, nonsense, count in (
+    ("add up to 1", {"stages": thirds_of_89[:2]}, 1285),
+    ("above 0, but for the last", {"stages": thirds_of_89[::-1]}, 1285),
+    ("a step or more for each", {}, 17),
+    ("below schedule.final_lr_frac", {"final_lr_frac": 1.1}, 1285),
+):
+    try:
+        check_schedule(replace(TABLE_89, **nonsense), count)
+        raise AssertionError("accepted")
+    except Problem as problem:
+        assert words in problem.what
+        print(problem)
+
+# %% [markdown]
 # A schedule that is a function can be looked at: at the borders, on both sides, and where a line begins or ends.
 
 
@@ -810,26 +801,25 @@ print(f"record 13: {brought:.0f} s less than record 12")
 #| export
 def turning_points(schedule: Schedule) -> list[int]:
     """The steps at which something begins, ends or is last what it was."""
-    edges, (rising, falling) = borders(schedule), schedule.momentum_steps
-    points = {
-        fall_begins(schedule),
-        rising,
-        edges[-1] - falling,
-        *edges,
-        *(edge - 1 for edge in edges),
-    }
-    return sorted(point for point in points if 0 <= point < edges[-1])
+    edges, (rising, falling) = schedule.boundaries, schedule.config.momentum_ramp
+    points = {schedule.config.warmup_steps, rising, edges[-1] - falling, schedule.scheduled}
+    points |= {*edges, *(edge - 1 for edge in edges)}
+    if schedule.config.shape == "trapezoid":
+        points.add(schedule.cooldown_start)
+    return sorted(point for point in points if 0 <= point < schedule.steps)
 
 
 def schedule_table(schedule: Schedule) -> list[str]:
     """A heading, and a line for each turning point."""
-    lines = [" step   batch   rate  mom.   cap  windows  ahead / prefix"]
+    lines = [" step   batch     lr  mom.   cap    windows  ahead / prefix"]
     for step in turning_points(schedule):
-        now = settings_at(schedule, step)
+        now = schedule.at(step)
         windows = "{}, {}".format(*now.windows)
-        targets = " ".join(f"{weight:.2f}" for weight in now.ahead) + f" / {now.prefix:.2f}"
-        numbers = f"{step:5} {now.batch_tokens:7} {now.rate:6.3f} {now.momentum:5.3f}"
-        lines.append(f"{numbers} {now.cap_tokens:5}  {windows:>7}  {targets}")
+        targets = " ".join(f"{weight:.2f}" for weight in now.mtp_weights)
+        numbers = f"{step:5} {now.batch_tokens:7} {now.lr:6.3f} {now.momentum:5.3f}"
+        lines.append(
+            f"{numbers} {now.max_doc_tokens:5}  {windows:>9}  {targets} / {now.prefix_weight:.2f}"
+        )
     return lines
 
 
@@ -837,7 +827,7 @@ def schedule_table(schedule: Schedule) -> list[str]:
 table = schedule_table(RECORD_89)
 points = turning_points(RECORD_89)
 assert points == [0, 300, 422, 423, 508, 846, 847, 1235, 1269, 1270, 1284]
-assert len(table) == len(points) + 1 and max(map(len, table)) <= 66
+assert len(table) == len(points) + 1 and max(map(len, table)) <= 68
 assert table[4].split()[:4] == ["423", "262144", "1.520", "0.950"]
 print("\n".join(table))
 
@@ -847,19 +837,19 @@ print("\n".join(table))
 # Everything on one axis, which is time and not steps:
 
 # %%
-every = [settings_at(RECORD_89, step) for step in range(edges[-1])]
+every = [RECORD_89.at(step) for step in range(edges[-1])]
 took = np.array([STEP_MS[now.batch_tokens] for now in every]) / 1000
 seconds = took.cumsum() - took
 share_of_third = [took[a:b].sum() / took.sum() for a, b in zip(edges[:3], (*edges[1:3], edges[4]))]
 assert 0.48 < share_of_third[2] < 0.50 and 0.17 < share_of_third[0] < 0.19
 assert round((edges[4] - edges[2]) / edges[4], 2) == 0.34
-batch, rate = (np.array([getattr(now, name) for now in every]) for name in ("batch_tokens", "rate"))
+batch, rate = (np.array([getattr(now, name) for now in every]) for name in ("batch_tokens", "lr"))
 momentum = [now.momentum for now in every]
 pairs = [(every[edge - 1], every[edge]) for edge in edges[1:4]]
 changes = {
     name: sum(getattr(a, name) != getattr(b, name) for a, b in pairs) for name in every[0]._fields
 }
-assert changes["windows"] == 3 and changes["batch_tokens"] == 2 and changes["cap_tokens"] == 1
+assert changes["windows"] == 3 and changes["batch_tokens"] == 2 and changes["max_doc_tokens"] == 1
 bends = np.abs(np.diff(rate, 2))  # a line has none
 assert all(bends[edge - 2 : edge].max() > 1e-3 for edge in edges[1:4]), "the rate, at all three"
 assert max(abs(np.diff(momentum, 2)[edge - 2 : edge]).max() for edge in edges[1:4]) < 1e-12
@@ -873,14 +863,14 @@ panels: list[dict] = [
     {"rate": rate, "rate / √(batch / first)": rate / np.sqrt(batch / batch[0])},
     {"momentum": momentum},
     {
-        "cap (tokens)": [now.cap_tokens for now in every],
-        "long window (tokens)": [128 * now.windows[1] for now in every],
-        "short window": [128 * now.windows[0] for now in every],
+        "cap (tokens)": [now.max_doc_tokens for now in every],
+        "long window (tokens)": [now.windows[1] for now in every],
+        "short window": [now.windows[0] for now in every],
     },
     {
-        "weight of 2nd token": [(*now.ahead, 0, 0)[1] for now in every],
-        "3rd token": [(*now.ahead, 0, 0)[2] for now in every],
-        "prefix": [now.prefix for now in every],
+        "weight of 2nd token": [(*now.mtp_weights, 0, 0)[1] for now in every],
+        "3rd token": [(*now.mtp_weights, 0, 0)[2] for now in every],
+        "prefix": [now.prefix_weight for now in every],
     },
 ]
 
@@ -951,7 +941,9 @@ def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
 planned = arms()
 assert [*planned] == ["cosine", "0.2", "0.4", "0.6", "0.8", "1"]
 area = {
-    arm: sum(learning_rate(n, run.steps, run.optim.adam.lr, run.schedule) for n in range(run.steps))
+    arm: sum(
+        Schedule(run.schedule, run.steps, run.optim.adam.lr).at(n).lr for n in range(run.steps)
+    )
     for arm, run in planned.items()
 }
 mean_rate = {arm: area[arm] / run.steps / run.optim.adam.lr for arm, run in planned.items()}

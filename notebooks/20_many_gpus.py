@@ -477,7 +477,7 @@ from torch.optim.adamw import adamw
 
 from speedrun.lab.bounds import NonNegativeFloat
 from speedrun.optim.muon import MuonConfig, matrix_lr_mul, muon_state, muon_step, split_bf16
-from speedrun.optim.schedule import StepSettings
+from speedrun.schedule import StepSettings
 from speedrun.params import ParamSpec
 
 
@@ -1258,7 +1258,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from speedrun.optim.schedule import StepSettings
+from speedrun.schedule import StepSettings
 from speedrun.params import ParamSpec
 from speedrun.presets import RECORD_MUON
 from speedrun.lab.errors import Problem

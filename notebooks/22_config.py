@@ -62,13 +62,13 @@ import dataclasses
 import difflib
 import reprlib
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from speedrun.data.loader import DataConfig, check_options
 from speedrun.lab.errors import Problem, visible
 from speedrun.model.gpt import GPTConfig
 from speedrun.optim.optimizer import OptimConfig
-from speedrun.optim.schedule import ScheduleConfig
+from speedrun.schedule import Schedule, ScheduleConfig, Stage, check_schedule
 
 # %% [markdown]
 # ### Every number has bounds
@@ -81,6 +81,7 @@ from speedrun.optim.schedule import ScheduleConfig
 # %%
 #| export lab.bounds
 import dataclasses
+import json
 import operator
 import reprlib
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
@@ -111,6 +112,10 @@ def unmet(value: Any, kind: Any) -> list[str]:
     if get_origin(kind) is Literal:
         return [] if isinstance(value, str) and value in parts else [" or ".join(parts)]
     if get_origin(kind) is tuple:
+        if parts[-1] is ...:  # as many as there are
+            if type(value) is not tuple:
+                return ["a list"]
+            parts = parts[:1] * len(value)
         if type(value) is not tuple or len(value) != len(parts):
             return [f"{len(parts)} values"]
         return [words for one, of in zip(value, parts) for words in unmet(one, of)]
@@ -147,6 +152,8 @@ def as_flags(name: str, value: Any) -> list[str]:
     if isinstance(value, bool):
         return ["--" + ".".join([*groups, last if value else f"no-{last}"])]
     values = value if isinstance(value, tuple) else [value]
+    if values and dataclasses.is_dataclass(values[0]):  # a table is one value
+        values = [json.dumps([dataclasses.asdict(row) for row in values])]
     return ["--" + ".".join([*groups, last]), *map(str, values)]
 
 
@@ -156,7 +163,9 @@ def check_value(name: str, value: Any, kind: Any, usual: Any) -> None:
     if wrong:
         notes = [note for note in getattr(kind, "__metadata__", ()) if isinstance(note, str)]
         what = f"{name}={reprlib.repr(value)} is not allowed: it must be {' and '.join(wrong)}"
-        raise Problem(what, "; ".join([f"{' '.join(as_flags(name, usual))}, say", *notes]))
+        in_table = any(part.isdigit() for part in name.split("."))
+        way = f"{name}={usual!r}" if in_table else " ".join(as_flags(name, usual))
+        raise Problem(what, "; ".join([f"{way}, say", *notes]))
 
 
 def check_ranges(options: Any, prefix: str = "") -> None:
@@ -165,8 +174,11 @@ def check_ranges(options: Any, prefix: str = "") -> None:
         value = getattr(options, name)
         if dataclasses.is_dataclass(kind):
             check_ranges(value, f"{prefix}{name}.")
-        else:
-            check_value(prefix + name, value, kind, getattr(type(options), name, value))
+            continue
+        check_value(prefix + name, value, kind, getattr(type(options), name, value))
+        for number, row in enumerate(value if isinstance(value, tuple) else ()):
+            if dataclasses.is_dataclass(row):
+                check_ranges(row, f"{prefix}{name}.{number}.")
 
 
 # %%
@@ -320,11 +332,33 @@ def check_config(config: Config, world: int = 1) -> Config:
         raise Problem(what, f"--data.seq-len {context}, or --model.context {data.seq_len}")
     check_model(config.model)
     check_optim(config.optim, config.precision)
+    check_schedule(config.schedule, config.steps)
+    for name in ("windows", "mtp_weights", "prefix_weight"):  # what no model of ours has yet
+        if any(getattr(stage, name) != getattr(Stage(), name) for stage in config.schedule.stages):
+            what = f"schedule.stages with {name}: this model has no such thing"
+            raise Problem(what, f"leave {name} out")
     if config.val_tokens < world * micro:
         what = f"val_tokens={config.val_tokens} are less than a micro-batch of {micro} for each of {world} ranks"
         raise Problem(what, f"--val-tokens {world * micro} or more")
     return config
 
+
+# %% [markdown]
+# The functions of the step that [chapter 14](14_schedule.py) has made of a schedule take their peaks from the optimizer, and their batch from the loader:
+
+
+# %%
+#| export
+def schedule_of(config: Config) -> Schedule:
+    """A run's settings as functions of the step."""
+    adam, muon, data = config.optim.adam, config.optim.muon, config.data
+    peaks = (adam.lr, config.optim.matrix_lr or adam.lr, muon.momentum)
+    return Schedule(config.schedule, config.steps, *peaks, data.step_tokens, data.max_document)
+
+
+# %%
+assert schedule_of(Config()).tokens_before(19_560) == 19_560 * 524_288
+assert schedule_of(Config()).at(700).lr == Config().optim.adam.lr
 
 # %%
 from speedrun.model.plan import PlanConfig
@@ -336,6 +370,8 @@ wrong = [
     Config(val_tokens=1000),
     Config(data=DataConfig(mode="documents")),
     Config(model=GPTConfig(layers=1, plan=PlanConfig(backout=True))),
+    Config(schedule=ScheduleConfig(stages=(Stage(0.5),))),
+    Config(schedule=ScheduleConfig(stages=(Stage(windows=(128, 0)),))),
 ]
 for config in wrong:
     try:
@@ -405,10 +441,12 @@ for nonsense in (*mistakes, {"layers": 3}, {"optim.adam.betas": ("a", "b")}):
 # %%
 #| default_exp presets
 #| export
+import dataclasses
 import difflib
 import importlib
+import json
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 from speedrun.lab.errors import Problem, check_words
 from speedrun.optim.muon import MuonConfig
@@ -648,6 +686,7 @@ SIZES = (*MODEL_SIZES, *DATA_SIZES, *NUMBERS)
 RAMPS = (
     "schedule.warmup_steps",
     "schedule.momentum_ramp",
+    "schedule.extension_steps",
 )  # steps in which something rises or falls
 
 
@@ -717,6 +756,20 @@ OTHER_CODE = (
 )
 
 
+def value_from_json(value: Any, kind: Any, prefix: str) -> Any:
+    """A field's value: groups, and rows of a table, as the dataclasses that they were, lists as tuples."""
+    if dataclasses.is_dataclass(kind):
+        return config_from_json(value, kind, prefix)
+    if not isinstance(value, list):
+        return value
+    kinds = get_args(kind) if get_origin(kind) is tuple else ()
+    if kinds[1:] == (...,):
+        kinds = kinds[:1] * len(value)
+    rows = enumerate(zip(value, kinds))
+    known = tuple(value_from_json(row, of, f"{prefix}{n}.") for n, (row, of) in rows)
+    return known + tuple(value[len(known) :])
+
+
 def config_from_json(saved: Any, kind: Any = Config, prefix: str = "") -> Any:
     """Rebuild a config from its `dataclasses.asdict` form after a trip through JSON; Problem for anything else."""
     if not isinstance(saved, dict):
@@ -731,9 +784,7 @@ def config_from_json(saved: Any, kind: Any = Config, prefix: str = "") -> Any:
         what = f"the saved run has fields that today's {kind.__name__} lacks: {visible(', '.join(unknown))}"
         raise Problem(what, OTHER_CODE)
     for name, value in saved.items():
-        if dataclasses.is_dataclass(kinds[name]):
-            value = config_from_json(value, kinds[name], f"{prefix}{name}.")
-        values[name] = tuple(value) if isinstance(value, list) else value
+        values[name] = value_from_json(value, kinds[name], f"{prefix}{name}.")
     config = kind(**values)
     try:
         check_ranges(config, prefix)
@@ -762,7 +813,7 @@ for wrong_save in (known_by_heart | wrong for wrong in wrong_saves):
         print(problem)
 
 # %% [markdown]
-# On the command line, `tyro` turns dataclasses into flags and their docstrings into help, so a field is declared, documented and settable in one place. It cannot know that `--preset` decides the defaults of everything else; that is read first. And people who come from nanoGPT write `--compile=False` where tyro wants `--no-compile`; of that it would only say that it does not know “False”.
+# On the command line, `tyro` turns dataclasses into flags and their docstrings into help, so a field is declared, documented and settable in one place. A table, like the schedule's stages, is one argument, in JSON. It cannot know that `--preset` decides the defaults of everything else; that is read first. And people who come from nanoGPT write `--compile=False` where tyro wants `--no-compile`; of that it would only say that it does not know “False”.
 
 
 # %%
@@ -792,6 +843,31 @@ def check_switches(arguments: list[str], command: Any) -> None:
                 raise Problem(what, " or ".join(both))
 
 
+def table_as_json(info: Any) -> Any:
+    """tyro's rule for a table, which is a tuple of any number of one dataclass: one argument, in JSON."""
+    from tyro.constructors import PrimitiveConstructorSpec
+
+    kinds = get_args(info.type)
+    if kinds[1:] != (...,) or not dataclasses.is_dataclass(kinds[0]):
+        return None
+
+    def read(arguments: list[str]) -> tuple:
+        try:
+            rows = value_from_json(json.loads(arguments[0]), info.type, "row ")
+            check_value("the table", rows, info.type, "[{}]")
+            return rows
+        except Problem as problem:
+            raise ValueError(problem.what.removeprefix("the saved ")) from None
+
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="JSON",
+        instance_from_str=read,
+        is_instance=lambda value: isinstance(value, tuple),
+        str_from_instance=lambda rows: as_flags("", rows)[1:],
+    )
+
+
 def read_command(
     make: Callable[[Config], Any], arguments: list[str], default: str, prog: str
 ) -> Any:
@@ -801,7 +877,9 @@ def read_command(
     check_words(arguments)
     command = make(preset(preset_in(arguments, default)))
     check_switches(arguments, command)
-    return tyro.cli(type(command), args=arguments, default=command, prog=prog)
+    registry = tyro.constructors.ConstructorRegistry()
+    registry.primitive_rule(table_as_json)
+    return tyro.cli(type(command), args=arguments, default=command, prog=prog, registry=registry)
 
 
 # %%
@@ -854,7 +932,9 @@ import shlex
 odd = vary(
     preset("small"), {"compile": False, "optim.adam.betas": (0.8, 0.9), "data.path": "/a b/c"}
 )
-for run in (preset("smoke"), odd, vary(odd, {"optim.adam.lr": 1e-4, "wandb": "-"})):
+stages = (Stage(0.5), Stage(0.5, batch_mul=2, mtp_weights=((1.0, 0.5), (1.0, 0.0))))
+staged = vary(odd, {"schedule.stages": stages})
+for run in (preset("smoke"), odd, vary(odd, {"optim.adam.lr": 1e-4, "wandb": "-"}), staged):
     assert read_command(Example, as_arguments(run), "cpu", "example").config == run
 print(shlex.join(as_arguments(odd)))
 
@@ -868,7 +948,7 @@ from speedrun.lab.provenance import is_docstring, module_file
 
 homes = {"Config": "config", "DataConfig": "data.loader", "GPTConfig": "model.gpt"}
 homes |= {"OptimConfig": "optim.optimizer", "AdamConfig": "optim.adam", "MuonConfig": "optim.muon"}
-homes |= {"ScheduleConfig": "optim.schedule", "BlockConfig": "model.mlp"}
+homes |= {"ScheduleConfig": "schedule", "BlockConfig": "model.mlp"}
 homes |= {"RotaryConfig": "model.rotary", "HeadConfig": "model.head"}
 homes |= {"EmbeddingConfig": "model.embedding", "PlanConfig": "model.plan"}
 explained = 0

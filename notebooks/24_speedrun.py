@@ -128,7 +128,7 @@ import tyro
 from annotated_types import Ge, Gt
 
 from speedrun.checkpoint import checkpoints
-from speedrun.config import Config, check_config, largest_divisor
+from speedrun.config import Config, check_config, config_from_json, largest_divisor, schedule_of
 from speedrun.presets import as_arguments, read_command
 
 from speedrun.data.shards import data_folder, load_manifest
@@ -305,8 +305,8 @@ class Plan:
 #| export
 def missing_shards(config: Config) -> tuple[int, float]:
     """FineWeb shards that a run needs, and the GB of them that are not in its data folder yet."""
-    steps = config.last_step
-    shards = min(math.ceil((steps * config.data.step_tokens + 1) / SHARD_TOKENS), FINEWEB_SHARDS)
+    tokens = schedule_of(config).tokens_before(config.last_step)
+    shards = min(math.ceil((tokens + 1) / SHARD_TOKENS), FINEWEB_SHARDS)
     try:
         have = {file.name for file in load_manifest(data_folder(config.data.path)).files}
     except Problem:
@@ -332,7 +332,7 @@ def make_plan(config: Config, machine: Machine, gpus: int, runs: list[dict]) -> 
         288 if "embedded" in config.data.path else 50_257,
     )
     shards, download = missing_shards(config) if fineweb else (0, 0.0)
-    tokens = config.last_step * config.data.step_tokens
+    tokens = schedule_of(config).tokens_before(config.last_step)
     per_token = flops_per_token(config.model, vocab, config.data.seq_len)
     work = tokens * per_token
     alike = sorted(
@@ -1004,6 +1004,7 @@ assert checkpoints(folder)
 import math
 from pathlib import Path
 
+from speedrun.config import config_from_json, schedule_of
 from speedrun.lab.errors import Problem, quoted
 from speedrun.lab.results import public_table
 from speedrun.lab.runlog import read_metrics, series
@@ -1035,7 +1036,7 @@ def read_run(folder: Path) -> dict:
             f"python -m speedrun.launch --resume {quoted(folder)}",
         )
     config, stamp, seconds = first["config"], first["stamp"], last["train_time_ms"] / 1000
-    tokens = last["step"] * config["data"]["step_tokens"]
+    tokens = schedule_of(config_from_json(config)).tokens_before(last["step"])
     gpu = stamp["gpu"].split("×", 1)[1] if first["device"].startswith("cuda") else None
     return {
         **{"preset": config["preset"], "config": config, "stamp": stamp},

@@ -14,6 +14,7 @@ if __name__ == "__main__":
 
 import argparse
 import ast
+import dataclasses
 import json
 import shlex
 import sys
@@ -70,7 +71,7 @@ def kept(path: Path, facts: dict, base: Config) -> dict[str, list[dict]]:
         same = all(old["stamp"][key] == facts[key] for key in ("modules", "gpu", "cpu", "torch", "corpus"))  # fmt: skip
     except (ValueError, KeyError, TypeError):
         raise Problem(f"{path} is there, and holds no ablations", other) from None
-    if not same or base_then != json.loads(json.dumps(fields_of(base))):
+    if not same or base_then != json.loads(as_json(base)):
         raise Problem(f"{path} holds runs of another base, other code or another machine", other)
     return arms
 
@@ -92,6 +93,11 @@ def brief(learned: dict[str, list]) -> dict[str, list]:
     return {name: [[step, short(values)] for step, values in told] for name, told in few.items()}
 
 
+def as_json(base: Config) -> str:
+    """A config's fields by dotted name; a table is a list of its rows."""
+    return json.dumps(fields_of(base), default=dataclasses.asdict)
+
+
 def write(path: Path, facts: dict, base: Config, arms: dict[str, list[dict]]) -> None:
     """The file, in one step, a line for each run."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -105,7 +111,7 @@ def write(path: Path, facts: dict, base: Config, arms: dict[str, list[dict]]) ->
         f"  {json.dumps(arm)}: [\n   " + ",\n   ".join(map(json.dumps, runs)) + "\n  ]"
         for arm, runs in kept.items()
     )
-    stamped = f' "stamp": {json.dumps(facts)},\n "base": {json.dumps(fields_of(base))}'
+    stamped = f' "stamp": {json.dumps(facts)},\n "base": {as_json(base)}'
     text = f'{{\n{stamped},\n "data": {{"arms": {{\n{lines}\n }}}}\n}}\n'
     atomic_write(path, text)
 

@@ -6,6 +6,7 @@ A step is a pair of functions between flat configs ({"optim.adam.lr": 0.004, …
 everything; what old code does not know is left out where it is off, and refused where it is on.
 """
 
+import dataclasses
 import json
 import sys
 from collections.abc import Callable
@@ -178,7 +179,7 @@ def in_older_names(config: Config, steps: int) -> dict:
     flat = fields_of(config)
     for step in reversed(STEPS[len(STEPS) - steps :]):
         flat = step.back(flat)
-    return json.loads(json.dumps(nested(flat)))
+    return json.loads(json.dumps(nested(flat), default=dataclasses.asdict))
 
 
 def configs_in(value: Any) -> list[dict]:

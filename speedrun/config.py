@@ -15,13 +15,13 @@ import dataclasses
 import difflib
 import reprlib
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from speedrun.data.loader import DataConfig, check_options
 from speedrun.lab.errors import Problem, visible
 from speedrun.model.gpt import GPTConfig
 from speedrun.optim.optimizer import OptimConfig
-from speedrun.optim.schedule import ScheduleConfig
+from speedrun.schedule import Schedule, ScheduleConfig, Stage, check_schedule
 
 
 # %% Every number has bounds
@@ -129,10 +129,22 @@ def check_config(config: Config, world: int = 1) -> Config:
         raise Problem(what, f"--data.seq-len {context}, or --model.context {data.seq_len}")
     check_model(config.model)
     check_optim(config.optim, config.precision)
+    check_schedule(config.schedule, config.steps)
+    for name in ("windows", "mtp_weights", "prefix_weight"):  # what no model of ours has yet
+        if any(getattr(stage, name) != getattr(Stage(), name) for stage in config.schedule.stages):
+            what = f"schedule.stages with {name}: this model has no such thing"
+            raise Problem(what, f"leave {name} out")
     if config.val_tokens < world * micro:
         what = f"val_tokens={config.val_tokens} are less than a micro-batch of {micro} for each of {world} ranks"
         raise Problem(what, f"--val-tokens {world * micro} or more")
     return config
+
+
+def schedule_of(config: Config) -> Schedule:
+    """A run's settings as functions of the step."""
+    adam, muon, data = config.optim.adam, config.optim.muon, config.data
+    peaks = (adam.lr, config.optim.matrix_lr or adam.lr, muon.momentum)
+    return Schedule(config.schedule, config.steps, *peaks, data.step_tokens, data.max_document)
 
 
 # %% Varying
@@ -170,6 +182,20 @@ OTHER_CODE = (
 )
 
 
+def value_from_json(value: Any, kind: Any, prefix: str) -> Any:
+    """A field's value: groups, and rows of a table, as the dataclasses that they were, lists as tuples."""
+    if dataclasses.is_dataclass(kind):
+        return config_from_json(value, kind, prefix)
+    if not isinstance(value, list):
+        return value
+    kinds = get_args(kind) if get_origin(kind) is tuple else ()
+    if kinds[1:] == (...,):
+        kinds = kinds[:1] * len(value)
+    rows = enumerate(zip(value, kinds))
+    known = tuple(value_from_json(row, of, f"{prefix}{n}.") for n, (row, of) in rows)
+    return known + tuple(value[len(known) :])
+
+
 def config_from_json(saved: Any, kind: Any = Config, prefix: str = "") -> Any:
     """Rebuild a config from its `dataclasses.asdict` form after a trip through JSON; Problem for anything else."""
     if not isinstance(saved, dict):
@@ -184,9 +210,7 @@ def config_from_json(saved: Any, kind: Any = Config, prefix: str = "") -> Any:
         what = f"the saved run has fields that today's {kind.__name__} lacks: {visible(', '.join(unknown))}"
         raise Problem(what, OTHER_CODE)
     for name, value in saved.items():
-        if dataclasses.is_dataclass(kinds[name]):
-            value = config_from_json(value, kinds[name], f"{prefix}{name}.")
-        values[name] = tuple(value) if isinstance(value, list) else value
+        values[name] = value_from_json(value, kinds[name], f"{prefix}{name}.")
     config = kind(**values)
     try:
         check_ranges(config, prefix)

@@ -1,15 +1,17 @@
 # Tangled from notebooks/22_config.py: edit the notebook, then run "make tangle". Edits made here are lost.
 
 
-from speedrun.config import Config, fields_of, vary
-from speedrun.lab.bounds import as_flags
+from speedrun.config import Config, fields_of, value_from_json, vary
+from speedrun.lab.bounds import as_flags, check_value
 
 
 # %% Presets are data
+import dataclasses
 import difflib
 import importlib
+import json
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 from speedrun.lab.errors import Problem, check_words
 from speedrun.optim.muon import MuonConfig
@@ -113,6 +115,7 @@ SIZES = (*MODEL_SIZES, *DATA_SIZES, *NUMBERS)
 RAMPS = (
     "schedule.warmup_steps",
     "schedule.momentum_ramp",
+    "schedule.extension_steps",
 )  # steps in which something rises or falls
 
 
@@ -160,6 +163,31 @@ def check_switches(arguments: list[str], command: Any) -> None:
                 raise Problem(what, " or ".join(both))
 
 
+def table_as_json(info: Any) -> Any:
+    """tyro's rule for a table, which is a tuple of any number of one dataclass: one argument, in JSON."""
+    from tyro.constructors import PrimitiveConstructorSpec
+
+    kinds = get_args(info.type)
+    if kinds[1:] != (...,) or not dataclasses.is_dataclass(kinds[0]):
+        return None
+
+    def read(arguments: list[str]) -> tuple:
+        try:
+            rows = value_from_json(json.loads(arguments[0]), info.type, "row ")
+            check_value("the table", rows, info.type, "[{}]")
+            return rows
+        except Problem as problem:
+            raise ValueError(problem.what.removeprefix("the saved ")) from None
+
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="JSON",
+        instance_from_str=read,
+        is_instance=lambda value: isinstance(value, tuple),
+        str_from_instance=lambda rows: as_flags("", rows)[1:],
+    )
+
+
 def read_command(
     make: Callable[[Config], Any], arguments: list[str], default: str, prog: str
 ) -> Any:
@@ -169,7 +197,9 @@ def read_command(
     check_words(arguments)
     command = make(preset(preset_in(arguments, default)))
     check_switches(arguments, command)
-    return tyro.cli(type(command), args=arguments, default=command, prog=prog)
+    registry = tyro.constructors.ConstructorRegistry()
+    registry.primitive_rule(table_as_json)
+    return tyro.cli(type(command), args=arguments, default=command, prog=prog, registry=registry)
 
 
 def as_arguments(config: Config) -> list[str]:

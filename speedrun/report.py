@@ -5,6 +5,7 @@
 import math
 from pathlib import Path
 
+from speedrun.config import config_from_json, schedule_of
 from speedrun.lab.errors import Problem, quoted
 from speedrun.lab.results import public_table
 from speedrun.lab.runlog import read_metrics, series
@@ -34,7 +35,7 @@ def read_run(folder: Path) -> dict:
             f"python -m speedrun.launch --resume {quoted(folder)}",
         )
     config, stamp, seconds = first["config"], first["stamp"], last["train_time_ms"] / 1000
-    tokens = last["step"] * config["data"]["step_tokens"]
+    tokens = schedule_of(config_from_json(config)).tokens_before(last["step"])
     gpu = stamp["gpu"].split("×", 1)[1] if first["device"].startswith("cuda") else None
     return {
         **{"preset": config["preset"], "config": config, "stamp": stamp},

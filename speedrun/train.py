@@ -46,7 +46,7 @@ import tyro
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from speedrun.config import Config, check_config, config_from_json, fields_of, vary
+from speedrun.config import Config, check_config, config_from_json, fields_of, schedule_of, vary
 from speedrun.data.loader import Batch, Loader, Position, Shards, validation_batches
 from speedrun.data.tokenizer import decode_bytes
 from speedrun.lab.errors import Problem, quoted, run_main, visible
@@ -56,7 +56,7 @@ from speedrun.lab.provenance import commit, module_file, module_hashes, root, st
 from speedrun.lab.runlog import RunLog, format_line, parse_line
 from speedrun.model.gpt import GPT, flops_per_token
 from speedrun.optim.optimizer import MuonAdam, assign_optimizers
-from speedrun.optim.schedule import StepSettings, step_settings
+from speedrun.schedule import Schedule
 from speedrun.presets import preset, read_command
 
 
@@ -233,13 +233,6 @@ def all_reduce_sum(tensor: Tensor, world: int) -> Tensor:
 
 
 # %% Non-finite gradients
-def settings_of(run: "Run", step: int) -> StepSettings:
-    """What the optimizer is told in a step."""
-    config, optim = run.config, run.config.optim
-    peaks = optim.adam.lr, optim.matrix_lr or optim.adam.lr
-    return step_settings(step, config.steps, config.schedule, peaks, optim.muon.momentum)
-
-
 def nonfinite_error(run: "Run", loss: float = 0.0) -> Problem:
     """What to say about a loss, or steps left out, that are not finite: which parameter, what still happened, the way on."""
     named, gradients = run.model.named_parameters(), run.optimizer.nonfinite_params()
@@ -367,6 +360,7 @@ class Run:
     model: GPT
     forward: Any
     optimizer: MuonAdam
+    schedule: Schedule
     loader: Loader
     validation: Shards
     clock: Clock
@@ -381,10 +375,11 @@ class Run:
 
 def train_step(run: Run) -> Tensor:
     """One step: read, forward and backward, update. Returns this rank's part of the loss."""
-    batches, device, precision = run.loader.next(), run.ranks.device, run.config.precision
+    now, device, precision = run.schedule.at(run.step), run.ranks.device, run.config.precision
+    batches = run.loader.next(now.batch_tokens, now.max_doc_tokens)
     parts, beating = len(batches) * run.ranks.world, run.heart.over(batches)
     loss = accumulate(run.forward, beating, parts, device, precision)
-    run.optimizer.step(settings_of(run, run.step))
+    run.optimizer.step(now)
     run.nonfinite_steps += run.optimizer.skip
     run.step += 1
     return loss
@@ -416,7 +411,10 @@ def assemble(config: Config, folder: Path, echo=print) -> Run:
     check_config(config, ranks.world)
     device = ranks.device
     heart.phase("data")
+    schedule = schedule_of(config)
     loader = Loader(config.data, ranks.rank, ranks.world, pin=device.type == "cuda")
+    for stage in map(schedule.at, schedule.starts):
+        loader.check(stage.batch_tokens, stage.max_doc_tokens)
     validation = Shards(config.data.path, "val")
     heart.phase("build")
     vocab_size = loader.shards.manifest.vocab_size
@@ -424,15 +422,8 @@ def assemble(config: Config, folder: Path, echo=print) -> Run:
     forward = compile_model(model) if config.compile else model
     optimizer = build_optimizer(config, model)
     log = open_log(config, folder, echo) if ranks.rank == 0 else SilentLog()
-    parts = (
-        loader,
-        validation,
-        Clock(device),
-        log,
-        heart,
-        torch.zeros((), device=device),
-        Interrupts(),
-    )
+    clock, nonfinite_steps = Clock(device), torch.zeros((), device=device)
+    parts = (schedule, loader, validation, clock, log, heart, nonfinite_steps, Interrupts())
     return Run(config, folder, ranks, model, forward, optimizer, *parts)
 
 
@@ -594,15 +585,18 @@ def held_out(run: Run, tokens: int):
 
 
 def warm_up(run: Run) -> float:
-    """Run a few real steps and a validation batch, undo them, and return the seconds that it took."""
+    """Run a few real steps of each stage to come and a validation batch, undo them, and return the seconds that it took."""
     begin = time.perf_counter()
     named, step, position = dict(run.model.named_parameters()), run.step, run.loader.position
     weights = {name: p.detach().clone() for name, p in named.items()}
     moments = run.optimizer.state_dict()
     run.optimizer.warm_up()
-    for _ in range(run.config.warmup):
-        train_step(run)
-        run.heart.beat()
+    last = run.config.last_step - 1
+    for begin_step in [step, *(start for start in run.schedule.starts if step < start <= last)]:
+        for ahead in range(run.config.warmup):
+            run.step = min(begin_step + ahead, last)
+            train_step(run)
+            run.heart.beat()
     evaluate(run, itertools.islice(held_out(run, run.config.val_tokens), 1))
     put_weights(run.model, weights)
     run.optimizer.load_state_dict(moments)
@@ -621,7 +615,7 @@ def log_step(run: Run, loss: Tensor, marks: Marks) -> None:
         raise nonfinite_error(run, mean)
     run.log.line(format_line(run.step, run.config.steps, run.clock.ms, train_loss=mean))
     steps_ms = [round(ms, 3) for ms in marks.drain()]
-    rate = settings_of(run, run.step - 1).lr
+    rate = run.schedule.at(run.step - 1).lr
     where = {"epoch": run.loader.position.epoch, "train_time_ms": run.clock.ms}
     run.log.record("step", step=run.step, train_loss=mean, lr=rate, steps_ms=steps_ms, **where)
 
@@ -733,7 +727,7 @@ def describe_run(run: Run, command: str) -> dict:
 def epochs_line(run: Run) -> str | None:
     """A sentence about repeated data; None if the data suffice."""
     steps, there = run.config.last_step, run.loader.shards.total
-    wanted = steps * run.config.data.step_tokens
+    wanted = run.schedule.tokens_before(steps)
     if wanted < there:
         return None
     return f"the data run short: {wanted:,} tokens are {wanted / there:.2f} epochs of the {there:,} there are"

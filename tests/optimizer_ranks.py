@@ -20,9 +20,9 @@ from speedrun.measure import many_gpus
 from speedrun.optim.adam import AdamConfig
 from speedrun.optim.comm import dist_info
 from speedrun.optim.optimizer import MuonAdam, OptimConfig
-from speedrun.optim.schedule import StepSettings
 from speedrun.params import ParamSpec
 from speedrun.presets import RECORD_MUON
+from speedrun.schedule import StepSettings
 
 MICRO = 4
 SHAPES = {

@@ -19,8 +19,8 @@ from speedrun.lab.bounds import check_ranges
 from speedrun.lab.errors import Problem
 from speedrun.launch import LaunchCommand
 from speedrun.model.gpt import GPT
-from speedrun.optim.schedule import StepSettings
 from speedrun.presets import as_arguments, at_cpu_size, known_presets, preset, read_command
+from speedrun.schedule import StepSettings
 from speedrun.train import TrainCommand, build_optimizer
 
 NAMES = [*known_presets()]
@@ -37,7 +37,20 @@ def kinds_of(group: type, prefix: str = "") -> dict:
 
 KINDS = kinds_of(Config)
 NUMBERS = [name for name, value in fields_of(Config()).items() if type(value) in (int, float)]
-TUPLES = [name for name, value in fields_of(Config()).items() if type(value) is tuple]
+TABLES = [name for name, kind in KINDS.items() if ... in get_args(kind)]
+TUPLES = [n for n, v in fields_of(Config()).items() if type(v) is tuple and n not in TABLES]
+ROWS = {
+    f"{table}.0.{name}": kind
+    for table in TABLES
+    for name, kind in kinds_of(get_args(KINDS[table])[0]).items()
+}
+
+
+def numbers_in(kind) -> list:
+    """The kinds of single numbers in a field's, tuples in tuples included."""
+    if get_origin(kind) is not tuple:
+        return [kind]
+    return [inner for one in get_args(kind) if one is not ... for inner in numbers_in(one)]
 
 
 def put(config, name: str, value):
@@ -118,8 +131,10 @@ class TestBounds:
 
     def test_every_number_has_two(self):
         assert len(NUMBERS) > 40 and TUPLES == ["optim.adam.betas", "schedule.momentum_ramp"]
-        for name in (*NUMBERS, *TUPLES):
-            for kind in get_args(KINDS[name]) if name in TUPLES else [KINDS[name]]:
+        assert TABLES == ["schedule.stages"] and len(ROWS) == 7
+        kinds = {name: KINDS[name] for name in (*NUMBERS, *TUPLES)} | ROWS
+        for name, whole in kinds.items():
+            for kind in numbers_in(whole):
                 assert get_origin(kind) is Annotated, name
                 (bound,) = (item for item in kind.__metadata__ if isinstance(item, Interval))
                 assert (bound.ge is None) != (bound.gt is None), name
@@ -145,6 +160,22 @@ class TestBounds:
         check_config(advised)
         assert f"--{name.replace('_', '-')}" == flags[0]
         assert fields_of(advised)[name] == fields_of(Config())[name]
+
+    @pytest.mark.parametrize("name", ROWS)
+    def test_rows_of_a_table_are_inside_too(self, name):
+        table, _, field = name.rpartition(".0.")
+        (usual,) = fields_of(Config())[table]
+        for value in (-1, 10**30, True, None, "1", math.nan, math.inf, (), (math.nan, math.nan)):
+            row = dataclasses.replace(usual, **{field: value})
+            with pytest.raises(Problem, match=f"^{name}=.* must be") as caught:
+                check_config(put(Config(), table, (row,)))
+            assert caught.value.fix.startswith(f"{name}={getattr(usual, field)!r}, say")
+
+    def test_a_table_that_is_no_table_is_a_usage_error(self, capsys):
+        for text in ("3", "[3]", "[{", '[{"duration": 2}]', '[{"hours": 1}]', '{"duration": 1}'):
+            with pytest.raises(SystemExit) as caught:
+                read_command(TrainCommand, ["--schedule.stages", text], "cpu", "x")
+            assert caught.value.code == 2 and "--schedule.stages" in capsys.readouterr().err
 
     @pytest.mark.parametrize(
         "name, value, words",

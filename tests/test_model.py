@@ -11,7 +11,7 @@ from speedrun.model.gpt import GPT, GPTConfig, check_heads, flops_per_token, par
 from speedrun.model.rotary import RotaryConfig
 from speedrun.optim.adam import AdamConfig
 from speedrun.optim.optimizer import MuonAdam, OptimConfig, assign_optimizers
-from speedrun.optim.schedule import StepSettings
+from speedrun.schedule import StepSettings
 
 SHAPES = [
     GPTConfig(layers=1, heads=1, width=8, context=4),

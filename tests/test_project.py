@@ -33,6 +33,7 @@ LAYERS = [  # imports point from a later line to an earlier one, or stay on one 
     {"speedrun.lab", "speedrun.params"},
     {"speedrun.data"},
     {"speedrun.kernels"},
+    {"speedrun.schedule"},
     {"speedrun.model", "speedrun.optim"},
     {"speedrun.config", "speedrun.presets", "speedrun.history"},
     {"speedrun.checkpoint", "speedrun.train"},

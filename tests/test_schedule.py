@@ -1,34 +1,29 @@
 """Schedules: the trainer's rate against formulas spelled out, and random lists of stages."""
 
+import dataclasses
+import json
 import math
 from dataclasses import replace
 
 import pytest
+import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from speedrun.config import check_config, vary
+from speedrun.config import check_config, config_from_json, schedule_of, vary
 from speedrun.lab.errors import Problem
 from speedrun.lab.runlog import read_metrics, series
-from speedrun.optim.schedule import (
+from speedrun.presets import PRESETS, at_cpu_size, known_presets, preset
+from speedrun.schedule import (
     Schedule,
     ScheduleConfig,
     Stage,
-    borders,
-    learning_rate,
-    loss_weights_at,
-    momentum_at,
+    check_schedule,
     ramp,
-    rate_at,
     schedule_table,
-    settings_at,
-    stage_at,
-    step_settings,
-    tokens_before,
     turning_points,
 )
-from speedrun.presets import PRESETS, known_presets, preset
-from speedrun.train import train
+from speedrun.train import assemble, run_loop, train
 
 COSINE = ScheduleConfig()
 PEAKS = st.floats(1e-5, 1.0)
@@ -42,7 +37,11 @@ FALLS = st.floats(0.01, 1.0)
 
 
 def rates(steps: int, peak: float, schedule: ScheduleConfig) -> list[float]:
-    return [learning_rate(step, steps, peak, schedule) for step in range(steps)]
+    return [Schedule(schedule, steps, peak).at(step).lr for step in range(steps)]
+
+
+def settings(steps: int, schedule: ScheduleConfig, peaks: tuple[float, float], momentum: float):
+    return [Schedule(schedule, steps, *peaks, momentum).at(step) for step in range(steps)]
 
 
 def llm_c(step: int, steps: int, peak: float, s: ScheduleConfig) -> float:
@@ -77,7 +76,7 @@ class TestLearningRate:
         schedule = replace(ends, shape="trapezoid")
         begin = max(schedule.warmup_steps, steps - round(schedule.cooldown_frac * steps))
         assume(begin < steps)
-        down = [learning_rate(step, steps, peak, schedule) for step in range(begin, steps + 3)]
+        down = rates(steps, peak, schedule)[begin:]
         slope = peak * (1 - schedule.final_lr_frac) / (steps - begin)
         for n, rate in enumerate(down):
             wanted = peak - slope * min(n, steps - begin)
@@ -87,7 +86,6 @@ class TestLearningRate:
     def test_a_run_shorter_than_its_warm_up_still_moves(self, shape):
         schedule = ScheduleConfig(warmup_steps=700, shape=shape)
         assert all(0 < rate < 6e-4 for rate in rates(5, 6e-4, schedule))
-        assert learning_rate(5, 5, 6e-4, schedule) > 0
 
     def test_a_longer_run_begins_alike_under_the_trapezoid_only(self):
         cosine = ScheduleConfig(warmup_steps=10)
@@ -108,34 +106,35 @@ class TestStepSettings:
     @given(st.integers(1, 200), ENDS, PEAKS, PEAKS, st.sampled_from(["cosine", "trapezoid"]))
     def test_both_rates_are_on_one_schedule(self, steps, ends, peak, matrices, shape):
         schedule = replace(ends, shape=shape)
-        for step in range(steps):
-            found = step_settings(step, steps, schedule, (peak, matrices), 0.95)
-            assert found.step == step and found.momentum == 0.95
-            assert found.lr == learning_rate(step, steps, peak, schedule)
-            other = learning_rate(step, steps, matrices, schedule)
-            assert found.matrix_lr == pytest.approx(other, rel=1e-12)
+        found = settings(steps, schedule, (peak, matrices), 0.95)
+        assert [now.step for now in found] == [*range(steps)]
+        assert {now.momentum for now in found} == {0.95}
+        assert [now.lr for now in found] == rates(steps, peak, schedule)
+        other = rates(steps, matrices, schedule)
+        assert [now.matrix_lr for now in found] == pytest.approx(other, rel=1e-12)
 
     @given(st.integers(1, 200), PEAKS)
     def test_one_rate_for_both_is_the_same_number(self, steps, peak):
-        for step in range(steps):
-            found = step_settings(step, steps, COSINE, (peak, peak), 0.95)
-            assert found.lr == found.matrix_lr
+        assert all(now.lr == now.matrix_lr for now in settings(steps, COSINE, (peak, peak), 0.95))
 
     def test_without_a_lowest_momentum_it_stays(self):
         still = ScheduleConfig(momentum_ramp=(10, 5))
-        lines = replace(still, momentum_min=0.85)
-        moments = [step_settings(n, 40, still, (1.0, 1.0), 0.95).momentum for n in range(40)]
+        moments = [now.momentum for now in settings(40, still, (1.0, 1.0), 0.95)]
         assert moments == [0.95] * 40
-        moments = [step_settings(n, 40, lines, (1.0, 1.0), 0.95).momentum for n in range(40)]
+        lines = replace(still, momentum_min=0.85)
+        moments = [now.momentum for now in settings(40, lines, (1.0, 1.0), 0.95)]
         assert moments[0] == 0.85 and moments[5] == pytest.approx(0.9)
         assert moments[10:36] == [0.95] * 26 and moments[39] == pytest.approx(0.87)
 
     @given(st.integers(1, 200), st.floats(0.01, 1.0))
     def test_matrices_part_after_their_share_of_the_steps(self, steps, share):
-        schedule = ScheduleConfig(untie_at=share)
-        found = [step_settings(n, steps, schedule, (1.0, 1.0), 0.9).untie for n in range(steps)]
+        found = settings(steps, ScheduleConfig(untie_at=share), (1.0, 1.0), 0.9)
         tied = min(steps, math.ceil(share * steps))
-        assert found == [False] * tied + [True] * (steps - tied)
+        assert [now.untie for now in found] == [False] * tied + [True] * (steps - tied)
+
+    def test_untying_counts_scheduled_steps(self):
+        found = settings(40, ScheduleConfig(untie_at=0.5, extension_steps=10), (1.0, 1.0), 0.9)
+        assert [now.untie for now in found].index(True) == 15
 
 
 class TestInARun:
@@ -177,160 +176,264 @@ class TestInARun:
 
 @st.composite
 def schedules(draw) -> Schedule:
-    """Sound schedules of one to five stages and an extension, which may be empty."""
+    """Sound schedules of one to five stages, with an extension, an empty one, or none."""
     parts = draw(st.lists(st.integers(1, 100), min_size=1, max_size=5))
     floor = draw(st.floats(0, 0.3))
     least, stages = math.ceil(1.001 * sum(parts) / min(parts)), []
-    for share in [part / sum(parts) for part in parts] + [0]:
+    last = draw(st.sampled_from([[], [0]]))
+    for duration in [part / sum(parts) for part in parts] + last:
         weights = st.tuples(*[st.floats(0, 1)] * draw(st.integers(1, 3)))
         stages.append(
             Stage(
-                share,
-                batch_tokens=draw(st.integers(1, 10**6)),
-                rate=draw(st.floats(floor, 3)),
-                cap_tokens=draw(st.integers(1, 4096)),
-                windows=(draw(st.integers(1, 20)), draw(st.integers(1, 20))),
-                ahead=(draw(weights), draw(weights)),
-                prefix=(draw(st.floats(0, 1)), draw(st.floats(0, 1))),
+                duration,
+                batch_mul=draw(st.integers(1, 10)),
+                lr_mul=draw(st.floats(max(floor, 1e-3), 3)),
+                max_doc_tokens=draw(st.integers(0, 4096)),
+                windows=(draw(st.integers(0, 2000)), draw(st.integers(0, 2000))),
+                mtp_weights=(draw(weights), draw(weights)),
+                prefix_weight=(draw(st.floats(0, 1)), draw(st.floats(0, 1))),
             )
         )
-    return Schedule(
-        tuple(stages),
-        scheduled=least + draw(st.integers(0, 400)),
-        extension=draw(st.integers(0, 40)),
-        cooldown=draw(FALLS),
-        floor=floor,
-        momentum=tuple(sorted(draw(st.tuples(st.floats(0, 0.99), st.floats(0, 0.99))))),
-        momentum_steps=(draw(st.integers(0, 100)), draw(st.integers(0, 100))),
+    low, high = sorted(draw(st.tuples(st.floats(0.01, 0.99), st.floats(0.01, 0.99))))
+    extension = draw(st.integers(0, 40))
+    config = ScheduleConfig(
+        warmup_steps=draw(st.integers(0, 30)),
+        shape=draw(st.sampled_from(["cosine", "trapezoid"])),
+        cooldown_frac=draw(FALLS),
+        final_lr_frac=floor,
+        momentum_min=low,
+        momentum_ramp=(draw(st.integers(0, 100)), draw(st.integers(0, 100))),
+        extension_steps=extension,
+        stages=tuple(stages),
     )
+    steps = least + draw(st.integers(0, 400)) + extension
+    check_schedule(config, steps)
+    batch = draw(st.integers(1, 10**6))
+    return Schedule(config, steps, momentum=high, batch_tokens=batch)
 
 
-def every_step(schedule: Schedule) -> range:
-    return range(schedule.scheduled + schedule.extension)
+def every_step(schedule: Schedule) -> list:
+    return [schedule.at(step) for step in range(schedule.steps)]
 
 
 class TestStages:
     @given(schedules())
     def test_they_share_out_the_steps(self, schedule):
-        edges, steps = borders(schedule), every_step(schedule)
-        assert edges[0] == 0 and edges[-2:] == (schedule.scheduled, len(steps))
-        assert list(edges) == sorted(edges)
-        found = [stage_at(schedule, step)[0] for step in steps]
+        edges, stages = schedule.boundaries, schedule.config.stages
+        assert edges[0] == 0 and edges[-1] == schedule.steps and list(edges) == sorted(edges)
+        if stages[-1].duration == 0:
+            assert edges[-2] == schedule.scheduled
+        found = [schedule.stage(step)[0] for step in range(schedule.steps)]
         counts = [after - before for before, after in zip(edges, edges[1:])]
-        spelled = [s for s, count in zip(schedule.stages, counts) for _ in range(count)]
+        spelled = [s for s, count in zip(stages, counts) for _ in range(count)]
         assert all(a is b for a, b in zip(found, spelled)) and len(found) == len(spelled)
-        for stage, count in zip(schedule.stages[:-1], counts):
-            assert abs(count - stage.share * schedule.scheduled) <= 1 + 1e-6
+        counts[-1] -= schedule.config.extension_steps  # the last stage's, if it has none of its own
+        for stage, count in zip(stages, counts):
+            assert abs(count - stage.duration * schedule.scheduled) <= 1 + 1e-6
+        assert schedule.starts == [e for e, n in zip(edges, edges[1:]) if e < n]
 
     @given(schedules())
     def test_tokens_add_up(self, schedule):
         total = 0
-        for step in every_step(schedule):
-            assert tokens_before(schedule, step) == total
-            total += settings_at(schedule, step).batch_tokens
-        assert tokens_before(schedule, len(every_step(schedule))) == total
+        for now in every_step(schedule):
+            assert schedule.tokens_before(now.step) == total
+            total += now.batch_tokens
+        assert schedule.tokens_before(schedule.steps) == total
 
     @given(schedules())
-    def test_nothing_jumps_but_at_a_border(self, schedule):
-        edges, steps = set(borders(schedule)), every_step(schedule)
-        fall = max(1, round(schedule.cooldown * schedule.scheduled))
-        rising, falling = schedule.momentum_steps
-        span = schedule.momentum[1] - schedule.momentum[0]
+    def test_nothing_jumps_but_at_a_boundary(self, schedule):
+        config, steps = schedule.config, every_step(schedule)
+        fall = max(1, round(config.cooldown_frac * schedule.scheduled))
+        fall = min(fall, max(1, schedule.scheduled - config.warmup_steps))
+        span = schedule.momentum - config.momentum_min
         for before, after in zip(steps, steps[1:]):
-            change = abs(momentum_at(schedule, after) - momentum_at(schedule, before))
-            slopes = [span / n for n in (rising, falling) if n]
+            change = abs(after.momentum - before.momentum)
+            slopes = [span / n for n in config.momentum_ramp if n]
             assert change <= max(slopes, default=0) * 1.0001 + 1e-12
-            if after in edges:
+            if after.step in schedule.boundaries:
                 continue
-            peak = stage_at(schedule, after)[0].rate
-            change = abs(rate_at(schedule, after) - rate_at(schedule, before))
-            assert change <= abs(peak - schedule.floor) / fall + 1e-12
-            lengths = [
-                settings_at(schedule, n)._replace(rate=0, momentum=0) for n in (before, after)
-            ]
-            assert lengths[0][:5] == lengths[1][:5]
+            top = schedule.stage(after.step)[0].lr_mul
+            if config.shape == "trapezoid" and after.step >= config.warmup_steps + 1:
+                bound = abs(top - config.final_lr_frac) / fall
+                assert abs(after.lr - before.lr) <= bound + 1e-12
+            lengths = [(s.batch_tokens, s.max_doc_tokens, s.windows) for s in (before, after)]
+            assert lengths[0] == lengths[1]
 
     @given(schedules())
     def test_loss_weights_run_from_end_to_end(self, schedule):
-        for stage, begin, end in zip(schedule.stages, borders(schedule), borders(schedule)[1:]):
+        edges = schedule.boundaries
+        for stage, begin, end in zip(schedule.config.stages, edges, edges[1:]):
             if begin == end:
                 continue
-            assert loss_weights_at(schedule, begin) == (stage.ahead[0], stage.prefix[0])
-            ahead, prefix = loss_weights_at(schedule, end - 1)
+            first, last = schedule.at(begin), schedule.at(end - 1)
+            assert (first.mtp_weights, first.prefix_weight) == (
+                stage.mtp_weights[0],
+                stage.prefix_weight[0],
+            )
             t = (end - 1 - begin) / (end - begin)
-            assert prefix == pytest.approx(
-                stage.prefix[0] + t * (stage.prefix[1] - stage.prefix[0])
-            )
-            assert len(ahead) == len(stage.ahead[0])
-            lowest = min(stage.prefix) - 1e-12
-            assert all(
-                lowest <= loss_weights_at(schedule, n)[1] <= max(stage.prefix) + 1e-12
-                for n in range(begin, end)
-            )
+            low, high = stage.prefix_weight
+            assert last.prefix_weight == pytest.approx(low + t * (high - low))
+            wanted = [a + t * (b - a) for a, b in zip(*stage.mtp_weights)]
+            assert last.mtp_weights == pytest.approx(wanted)
 
     @given(schedules())
     def test_rate_and_momentum_stay_in_bounds_and_the_extension_is_at_the_floor(self, schedule):
-        low, high = schedule.momentum
-        for step in every_step(schedule):
-            stage, t = stage_at(schedule, step)
-            bounds = sorted((stage.rate, schedule.floor))
-            assert bounds[0] - 1e-12 <= rate_at(schedule, step) <= bounds[1] + 1e-12
-            assert low <= momentum_at(schedule, step) <= high + 1e-12 and 0 <= t < 1
-            if step >= schedule.scheduled:
-                assert rate_at(schedule, step) == schedule.floor
+        config = schedule.config
+        for now in every_step(schedule):
+            stage, t = schedule.stage(now.step)
+            low = 0.0 if now.step < config.warmup_steps else config.final_lr_frac
+            assert low - 1e-12 <= now.lr <= max(stage.lr_mul, config.final_lr_frac) + 1e-12
+            assert config.momentum_min <= now.momentum <= schedule.momentum + 1e-12 and 0 <= t < 1
+            if now.step >= max(schedule.scheduled, config.warmup_steps):
+                assert now.lr == pytest.approx(config.final_lr_frac, abs=1e-12)
 
     @given(schedules())
     def test_the_table_has_a_line_for_every_turning_point(self, schedule):
         points = turning_points(schedule)
-        assert points[0] == 0 and points[-1] == len(every_step(schedule)) - 1
+        assert points[0] == 0 and points[-1] == schedule.steps - 1
         lines = schedule_table(schedule)
         assert [int(line.split()[0]) for line in lines[1:]] == points
 
     @given(schedules())
     def test_steps_outside_are_refused(self, schedule):
-        for step in (-1, len(every_step(schedule))):
+        for step in (-1, schedule.steps):
             with pytest.raises(ValueError, match="is none of the"):
-                settings_at(schedule, step)
+                schedule.at(step)
+
+    @given(schedules())
+    def test_they_survive_json(self, schedule):
+        config = vary(preset("cpu"), {"schedule.stages": schedule.config.stages})
+        saved = json.loads(json.dumps(dataclasses.asdict(config)))
+        assert config_from_json(saved) == config
 
 
-FIRST = Stage(1.0, 1024, 1.0, 128, (1, 1))
-SOUND = Schedule((FIRST, replace(FIRST, share=0)), scheduled=10)
+HALVES = (Stage(0.5), Stage(0.5, batch_mul=2))
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"stages": ()}, "two stages or more"),
-        ({"stages": (FIRST,)}, "0 for the last stage"),
-        ({"stages": (FIRST, FIRST)}, "0 for the last stage"),
-        ({"stages": (replace(FIRST, share=0.5), SOUND.stages[1])}, "add up to 1"),
+        ({"schedule.stages": ()}, "a stage or more"),
+        ({"schedule.stages": (Stage(0.5),)}, "add up to 1"),
+        ({"schedule.stages": (Stage(), Stage())}, "add up to 1"),
+        ({"schedule.stages": (Stage(0.0), Stage())}, "durations above 0, but for the last"),
+        ({"schedule.stages": HALVES, "steps": 1}, "a step or more for each"),
+        ({"schedule.extension_steps": 12}, "a step or more for each"),
+        ({"schedule.extension_steps": 13}, "a step or more for each"),
         (
-            {"stages": (replace(FIRST, share=2.0), replace(FIRST, share=-1.0), SOUND.stages[1])},
-            "shares above 0",
+            {"schedule.stages": (Stage(lr_mul=0.1),), "schedule.final_lr_frac": 0.5},
+            "no lr_mul below",
         ),
-        ({"stages": (replace(FIRST, share=math.nan), SOUND.stages[1])}, "add up to 1"),
-        ({"stages": (replace(FIRST, batch_tokens=0), SOUND.stages[1])}, "batches"),
-        ({"stages": (replace(FIRST, windows=(0, 3)), SOUND.stages[1])}, "windows"),
-        ({"stages": (replace(FIRST, rate=-1.0), SOUND.stages[1])}, "0 ≤ floor ≤ every rate"),
-        ({"stages": (replace(FIRST, prefix=(-1.0, 0.0)), SOUND.stages[1])}, "weights of 0 or more"),
-        ({"stages": (replace(FIRST, ahead=((1.0,), ())), SOUND.stages[1])}, "equally many"),
-        ({"scheduled": 0}, "a step or more"),
-        ({"extension": -1}, "a step or more"),
-        ({"cooldown": 0.0}, "cooldown"),
-        ({"cooldown": math.nan}, "cooldown"),
-        ({"floor": -0.1}, "floor"),
-        ({"momentum": (0.95, 0.85)}, "momentum"),
-        ({"momentum": (0.85, 1.0)}, "momentum"),
-        ({"momentum_steps": (-1, 0)}, "momentum_steps"),
+        ({"schedule.stages": (Stage(mtp_weights=((1.0,), ())),)}, "equally many"),
+        ({"schedule.stages": (Stage(mtp_weights=((), ())),)}, "equally many"),
+        ({"schedule.stages": (Stage(math.nan),)}, r"schedule.stages.0.duration=nan .* must be"),
+        ({"schedule.stages": (*HALVES, Stage(0, 0))}, r"schedule.stages.2.batch_mul=0 .* must be"),
+        ({"schedule.stages": (Stage(lr_mul=-1.0),)}, r"stages.0.lr_mul=-1.0 .* must be"),
+        ({"schedule.stages": (Stage(windows=(-1, 3)),)}, r"stages.0.windows=\(-1, 3\)"),
+        ({"schedule.stages": (Stage(prefix_weight=(-1.0, 0.0)),)}, "stages.0.prefix_weight="),
+        ({"schedule.stages": (Stage(windows=(128, 256)),)}, "windows: this model has no such"),
+        ({"schedule.stages": (Stage(prefix_weight=(0.5, 0.0)),)}, "prefix_weight: this model"),
     ],
 )
-def test_a_schedule_that_makes_no_sense_says_why(change, words):
-    with pytest.raises(ValueError, match=words):
-        replace(SOUND, **change)
+def test_a_schedule_that_makes_no_sense_says_why(brief, change, words):
+    with pytest.raises(Problem, match=words):
+        check_config(vary(brief, change))
 
 
-def test_a_border_between_equal_stages_is_invisible():
-    half = replace(FIRST, share=0.5)
-    cut = replace(SOUND, stages=(half, half, SOUND.stages[1]))
+def test_stages_that_are_none_are_refused_at_once(brief):
+    for nonsense in (3, (3,), ({"duration": 1.0},), [Stage()]):
+        with pytest.raises(Problem, match="schedule.stages=.* must be"):
+            vary(brief, {"schedule.stages": nonsense})
+
+
+def test_a_boundary_between_equal_stages_is_invisible():
+    cut = ScheduleConfig(stages=(Stage(0.5), Stage(0.5)))
     for step in range(10):
-        assert settings_at(cut, step) == settings_at(SOUND, step)
+        assert Schedule(cut, 10).at(step) == Schedule(COSINE, 10).at(step)
+
+
+STAGED = {
+    "schedule.stages": (
+        Stage(0.25),
+        Stage(0.5, batch_mul=3, lr_mul=1.5),
+        Stage(0.25, batch_mul=2, lr_mul=1.2),
+        Stage(0, batch_mul=4),
+    ),
+    "schedule.extension_steps": 2,
+    "schedule.shape": "trapezoid",
+    "schedule.final_lr_frac": 0.1,
+    "schedule.warmup_steps": 0,
+    "steps": 14,
+    "log_every": 1,
+    "val_every": 7,
+}
+
+
+class TestInAStagedRun:
+    def test_the_run_follows_it(self, brief, tmp_path):
+        run = train(vary(brief, STAGED), tmp_path, echo=None)
+        schedule, records = run.schedule, read_metrics(tmp_path / "metrics.jsonl")
+        logged = [row["lr"] for row in series(records, "step")]
+        assert logged == [now.lr for now in every_step(schedule)]
+        assert schedule.boundaries == (0, 3, 9, 12, 14)
+        read = [now.batch_tokens // brief.data.step_tokens for now in every_step(schedule)]
+        assert read == [1] * 3 + [3] * 6 + [2] * 3 + [4] * 2
+        total, there = schedule.tokens_before(14), run.loader.shards.total
+        assert total == 35 * brief.data.step_tokens < there
+        assert run.loader.position.offset == total and run.loader.position.epoch == 0
+
+    def test_a_stage_is_what_a_run_with_that_batch_does(self, brief, tmp_path):
+        """The same tokens in the same batches, told as one stage or as two."""
+        whole = vary(brief, {"log_every": 1, "data.step_tokens": 2 * brief.data.step_tokens})
+        same = vary(brief, {"log_every": 1, "schedule.stages": (Stage(0.5, 2), Stage(0.5, 2))})
+        runs = [train(run, tmp_path / str(n), echo=None) for n, run in enumerate((whole, same))]
+        for name, p in runs[0].model.named_parameters():
+            assert torch.equal(p, dict(runs[1].model.named_parameters())[name])
+
+    @pytest.mark.parametrize("stop", [2, 3, 4, 8, 9, 11, 12, 13])
+    def test_a_resumed_run_is_the_same_run_in_every_stage(self, brief, tmp_path, stop, staged_run):
+        long = vary(brief, STAGED | {"max_steps": stop})
+        train(long, tmp_path, echo=None)
+        again = train(vary(long, {"max_steps": 0}), tmp_path, again=True, echo=None)
+        assert again.loader.position == staged_run.loader.position
+        for name, p in again.model.named_parameters():
+            assert torch.equal(p, dict(staged_run.model.named_parameters())[name]), name
+
+    def test_warming_up_visits_every_stage_and_leaves_no_trace(self, brief, tmp_path, staged_run):
+        run = assemble(vary(brief, STAGED | {"warmup": 2}), tmp_path, echo=None)
+        seen, real = [], run.loader.next
+        run.loader.next = lambda *told: (
+            seen.append(told[0] // brief.data.step_tokens),
+            real(*told),
+        )[1]
+        from speedrun.train import warm_up
+
+        warm_up(run)
+        assert seen == [1, 1, 3, 3, 2, 2, 4, 4] and run.step == 0
+        run_loop(run)
+        for name, p in run.model.named_parameters():
+            assert torch.equal(p, dict(staged_run.model.named_parameters())[name]), name
+
+    def test_a_batch_that_the_shards_do_not_hold_is_refused_before_the_first_step(
+        self, brief, tmp_path
+    ):
+        stages = (Stage(0.5), Stage(0.5, batch_mul=10**6))
+        with pytest.raises(Problem, match="a step reads .* tokens .*, the training shards hold"):
+            assemble(vary(brief, {"schedule.stages": stages}), tmp_path, echo=None)
+
+    def test_at_cpu_size_every_stage_is_there(self):
+        run = at_cpu_size(
+            vary(
+                preset("record11"),
+                {k: STAGED[k] for k in ("schedule.stages", "schedule.extension_steps")},
+            ),
+            20,
+        )
+        schedule = schedule_of(run)
+        assert len(schedule.starts) == 4 and run.schedule.extension_steps == 3
+
+
+@pytest.fixture
+def staged_run(brief, tmp_path_factory):
+    """The staged run, uninterrupted."""
+    return train(vary(brief, STAGED), tmp_path_factory.mktemp("staged") / "run", echo=None)

@@ -17,6 +17,7 @@ import stale
 from speedrun.config import Config, check_config, fields_of, vary
 from speedrun.lab.provenance import module_hashes, root
 from speedrun.presets import RAMPS, preset
+from speedrun.schedule import Stage
 
 DATA = Path("/data")
 OLD = "import torch\n\n\ndef f(x):\n    return x + 1\n\n\nclass A:\n    def g(self):\n        torch.cuda.synchronize()\n"
@@ -147,6 +148,7 @@ OTHERWISE = {  # whole numbers about steps that do not shrink with a run, and wh
     "warmup": "undone, and not part of the schedule",
     "data.step_tokens": "tokens",
     "data.grad_shards": "micro-batches",
+    "schedule.stages.0.batch_mul": "a multiple",
     "optim.adam.every": "a period: a small run has many",
     "optim.muon.ns_steps": "iterations of a polynomial",
 }
@@ -159,21 +161,33 @@ def documented(kind: type, prefix: str = ""):
     for field, text in zip(node.body, node.body[1:]):
         if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
             name = field.target.id
+            rows = get_args(types[name])[:1] if ... in get_args(types[name]) else ()
             if dataclasses.is_dataclass(types[name]):
                 yield from documented(types[name], f"{prefix}{name}.")  # type: ignore[arg-type]
+            elif rows and dataclasses.is_dataclass(rows[0]):  # a table
+                yield from documented(rows[0], f"{prefix}{name}.0.")
             else:
                 yield prefix + name, types[name], ast.unparse(text).lower()
+
+
+def parts_of(kind: object) -> list:
+    """The kinds of a field's numbers, those of tuples in tuples included."""
+    if get_origin(kind) is not tuple:
+        return [kind]
+    return [part for one in get_args(kind) if one is not ... for part in parts_of(one)]
 
 
 def test_no_count_of_steps_is_forgotten_when_a_run_is_made_small():
     """A ramp that keeps its length hides all that comes after it from the proof, the golden curves and the switches' tests."""
     found = set()
     for name, kind, text in documented(Config):
-        parts = set(get_args(kind) if get_origin(kind) is tuple else (kind,))
+        parts = {*parts_of(kind)}
         simple = get_origin(kind) is Literal or parts <= {int, float, bool, str}
         assert simple, f"{name}: can this test tell whether a {kind} counts steps?"
         found |= {name} if int in parts and ("step" in name or "step" in text) else set()
-    assert len(list(documented(Config))) == len(fields_of(Config()))
+    rows = [name for name, _, _ in documented(Config) if ".0." in name]
+    assert len(rows) == len(dataclasses.fields(Stage))
+    assert len(list(documented(Config))) - len(rows) == len(fields_of(Config())) - 1
     assert found == set(RAMPS) | set(OTHERWISE) and not set(RAMPS) & set(OTHERWISE)
 
 
@@ -244,12 +258,12 @@ def edit(path: Path, old: str, new: str) -> None:
 
 SAME = "same behaviour: 1 runs, all losses bit-equal"
 ALONE = {  # what is changed, alone: file, old, new, and the results that train differently
-    "cosine": ("optim/schedule.py", "0.5 * (1 + math.cos", "0.499 * (1 + math.cos", {"record"}),
-    "cooldown": ("optim/schedule.py", "(1 - t) * peak", "(1 - t) ** 1.01 * peak", {"small"}),
-    "its begin": ("optim/schedule.py", "steps - round(sch", "1 + steps - round(sch", {"small"}),
-    "warm-up": ("optim/schedule.py", "(step + 1) / warmup", "step / warmup", {"record", "small"}),
-    "momentum": ("optim/schedule.py", "min(1.0, up, down)", "min(0.99, up, down)", {"small"}),
-    "its end": ("optim/schedule.py", "(steps - step) /", "(steps - 1 - step) /", {"small"}),
+    "cosine": ("schedule.py", "0.5 * (1 + math.cos", "0.499 * (1 + math.cos", {"record"}),
+    "cooldown": ("schedule.py", "(1 - t) * peak", "(1 - t) ** 1.01 * peak", {"small"}),
+    "its begin": ("schedule.py", "self.scheduled - falls", "1 + self.scheduled - falls", {"small"}),
+    "warm-up": ("schedule.py", "(step + 1) / warmup", "step / warmup", {"record", "small"}),
+    "momentum": ("schedule.py", "min(1.0, up, down)", "min(0.99, up, down)", {"small"}),
+    "its end": ("schedule.py", "(steps - step) /", "(steps - 1 - step) /", {"small"}),
     "decay": (
         "optim/optimizer.py",
         "self.config.weight_decay * wd_mul",

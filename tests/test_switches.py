@@ -17,7 +17,7 @@ from speedrun.model.mlp import BlockConfig
 from speedrun.model.plan import PlanConfig
 from speedrun.model.rotary import RotaryConfig
 from speedrun.presets import at_cpu_size, preset
-from speedrun.train import assemble, settings_of, train, train_step
+from speedrun.train import assemble, train, train_step
 
 SHAPE = GPTConfig(layers=4, heads=2, width=16, context=8)
 ON = {
@@ -222,7 +222,7 @@ def test_rates_of_their_own(cautious, matrix_lr, embedded, tmp_path):
     live = assemble(vary(run, changes), tmp_path, echo=None)
     before = {name: p.detach().clone() for name, p in live.model.named_parameters()}
     train_step(live)
-    whole, named = settings_of(live, 0).lr, live.model.named_parameters()
+    whole, named = live.schedule.at(0).lr, live.model.named_parameters()
     rates = {name: (p - before[name]).abs().max().item() / whole for name, p in named}
     wanted = dict.fromkeys(rates, 1.0) | {"head": 0.25, "token_embedding": 0.5}
     wanted |= {"value_embedding": 4.0}

@@ -13,12 +13,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from speedrun.checkpoint import checkpoints, latest_checkpoint, load_checkpoint, save_checkpoint
+from speedrun.checkpoint import (
+    checkpoints,
+    latest_checkpoint,
+    load_checkpoint,
+    load_facts,
+    save_checkpoint,
+)
 from speedrun.config import vary
 from speedrun.lab.errors import Problem
 from speedrun.lab.runlog import read_log, read_metrics, series
 from speedrun.launch import run_ranks
 from speedrun.presets import as_arguments, at_cpu_size, known_presets, preset
+from speedrun.schedule import Stage
 from speedrun.train import train
 
 
@@ -84,10 +91,16 @@ def known_curve(name: str):
 
 
 def late(share: float, first: int, last: int = 20):
-    """Something that depends on the step, changed in some steps only."""
-    return lambda real: (
-        lambda step, *rest: real(step, *rest) * (share if first <= step < last else 1)
-    )
+    """Something that depends on the step, its first integer, changed in some steps only."""
+
+    def changed(real):
+        def wrong(*told):
+            step = next(one for one in told if isinstance(one, int))
+            return real(*told) * (share if first <= step < last else 1)
+
+        return wrong
+
+    return changed
 
 
 def less_decay(real):
@@ -95,16 +108,16 @@ def less_decay(real):
 
 
 CHANGES: dict = {  # which curve sees it, what is changed, and how
-    "cosine": ("adamw", "speedrun.optim.schedule.learning_rate", late(0.998, 10)),
+    "cosine": ("adamw", "speedrun.schedule.learning_rate", late(0.998, 10)),
     "decay": ("adamw", "speedrun.optim.optimizer.adamw", less_decay),
-    "cooldown": ("muon", "speedrun.optim.schedule.learning_rate", late(0.998, 10)),
+    "cooldown": ("muon", "speedrun.schedule.learning_rate", late(0.998, 10)),
     "its begin": (
         "muon",
-        "speedrun.optim.schedule.linear_cooldown",
+        "speedrun.schedule.linear_cooldown",
         lambda real: lambda peak, floor, step, begin, end: real(peak, floor, step, begin + 1, end),
     ),
-    "momentum after its ramp": ("muon", "speedrun.optim.schedule.ramp", late(0.998, 6, 15)),
-    "momentum at the end": ("muon", "speedrun.optim.schedule.ramp", late(0.98, 18)),
+    "momentum after its ramp": ("muon", "speedrun.schedule.ramp", late(0.998, 6, 15)),
+    "momentum at the end": ("muon", "speedrun.schedule.ramp", late(0.98, 18)),
     "cautious decay": (
         "muon",
         "speedrun.optim.muon.cautious_decay",
@@ -149,7 +162,7 @@ class TestOneRank:
     def test_chapter_03s_gpt2_and_the_banked_model_train_alike(self, brief, tmp_path):
         from speedrun.data.loader import Loader
         from speedrun.model.baseline import GPT2, decay_groups
-        from speedrun.train import accumulate, assemble, run_loop, settings_of
+        from speedrun.train import accumulate, assemble, run_loop
 
         torch.manual_seed(0)
         plain = GPT2(brief.model, 288)
@@ -162,7 +175,7 @@ class TestOneRank:
             losses += [accumulate(plain, batches, len(batches), run.ranks.device, "float32").item()]
             torch.nn.utils.clip_grad_norm_(plain.parameters(), brief.optim.grad_clip)
             for group in adamw.param_groups:
-                group["lr"] = settings_of(run, step).lr
+                group["lr"] = run.schedule.at(step).lr
             adamw.step()
             adamw.zero_grad()
         run_loop(run)
@@ -455,6 +468,20 @@ class TestTwoRanks:
         for name in one:
             assert (one[name] - two[name]).norm() <= 1e-4 * one[name].norm() + 1e-6, name
         assert read_metrics(tmp_path / "two" / "metrics.jsonl")[0]["world"] == 2
+
+    @pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
+    def test_they_read_and_learn_the_same_in_every_stage(self, brief, tmp_path, world):
+        stages = (Stage(0.5), Stage(0.5, batch_mul=3, lr_mul=1.5), Stage(0, batch_mul=2))
+        changes = {"schedule.stages": stages, "schedule.extension_steps": 2, "log_every": 1}
+        long = vary(brief, changes | {"data.grad_shards": 4, "data.step_tokens": 2048})
+        one = train(long, tmp_path / "one", echo=None)
+        rank = ["-m", "speedrun.train", "--out", str(tmp_path / "all"), *as_arguments(long)]
+        run_ranks(rank, world, tmp_path / "all")
+        known = curve(tmp_path / "one", "step")
+        assert curve(tmp_path / "all", "step") == pytest.approx(known, abs=1e-5)
+        facts = load_facts(latest_checkpoint(tmp_path / "all"))
+        assert tuple(facts["position"]) == one.loader.position
+        assert one.loader.position.offset == (5 + 5 * 3 + 2 * 2) * 2048
 
     @pytest.mark.slow
     def test_interrupted_and_resumed_on_one_rank(self, brief, tmp_path):

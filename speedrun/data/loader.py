@@ -7,7 +7,7 @@ from speedrun.data.shards import data_folder, load_manifest, read_shard
 # %% Reading, the naive way
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -180,24 +180,11 @@ def plan_step(shards: Shards, options: DataConfig, at: Position) -> tuple[list, 
     )
 
 
-class Loader:
-    """This rank's micro-batches, one step after the other. `position` is all its state: keep it to resume.
-
-    rank, world: this rank's number, and how many share a step. pin: page-locked memory, for copies to a GPU.
-    """
-
-    def __init__(self, options: DataConfig, rank: int = 0, world: int = 1, pin: bool = False):
-        self.micro, self.options, self.pin = check_options(options, world), options, pin
-        self.shards, self.position = Shards(options.path, "train"), Position()
-        share = options.grad_shards // world
-        self.mine = range(rank * share, (rank + 1) * share)
-        most = options.pass_tokens // self.micro if options.mode == "stream" else 1
-        self.joined = next(n for n in range(max(1, min(most, share)), 0, -1) if share % n == 0)
-
-    def next(self) -> list[Batch]:
-        """The next step's micro-batches for this rank, `joined` at a time."""
-        make = next_stream if self.options.mode == "stream" else next_documents
-        return [pinned(batch) if self.pin else batch for batch in make(self)]
+def joined_micro_batches(options: DataConfig, share: int) -> int:
+    """How many of a rank's `share` micro-batches make one batch: as many as fit pass_tokens, and divide them evenly."""
+    micro = options.step_tokens // options.grad_shards
+    most = options.pass_tokens // micro if options.mode == "stream" else 1
+    return next(n for n in range(max(1, min(most, share)), 0, -1) if share % n == 0)
 
 
 def pinned(batch: Batch) -> Batch:
@@ -206,21 +193,56 @@ def pinned(batch: Batch) -> Batch:
     return Batch(batch.inputs.pin_memory(), batch.targets.pin_memory(), borders)
 
 
-def next_stream(loader: Loader) -> list[Batch]:
+def next_stream(loader: "Loader", options: DataConfig) -> list[Batch]:
     """A rank's part of the next slice of the stream."""
-    start, loader.position = next_slice(loader.shards.total, loader.options, loader.position)
-    micro, mine = loader.micro, loader.mine
+    start, loader.position = next_slice(loader.shards.total, options, loader.position)
+    micro, mine = options.step_tokens // options.grad_shards, loader.mine
     own = loader.shards.read(start + mine[0] * micro, len(mine) * micro + 1)
-    size = micro * loader.joined
+    size = micro * joined_micro_batches(options, len(mine))
     cuts = range(0, len(mine) * micro, size)
-    return [rows(own[at : at + size + 1], loader.options.seq_len) for at in cuts]
+    return [rows(own[at : at + size + 1], options.seq_len) for at in cuts]
 
 
-def next_documents(loader: Loader) -> list[Batch]:
+def next_documents(loader: "Loader", options: DataConfig) -> list[Batch]:
     """A rank's part of the next documents."""
-    plan, number, loader.position = plan_step(loader.shards, loader.options, loader.position)
+    plan, number, loader.position = plan_step(loader.shards, options, loader.position)
     tokens, _ = loader.shards.shard(number)
     return [document_batch(tokens, plan[i]) for i in loader.mine]
+
+
+class Loader:
+    """This rank's micro-batches, one step after the other. `position` is all its state: keep it to resume.
+
+    rank, world: this rank's number, and how many share a step. pin: page-locked memory, for copies to a GPU.
+    """
+
+    def __init__(self, options: DataConfig, rank: int = 0, world: int = 1, pin: bool = False):
+        check_options(options, world)
+        self.options, self.pin = options, pin
+        self.shards, self.position = Shards(options.path, "train"), Position()
+        share = options.grad_shards // world
+        self.mine = range(rank * share, (rank + 1) * share)
+
+    def step_options(self, batch_tokens: int = 0, max_doc_tokens: int = 0) -> DataConfig:
+        """The options of one step. 0: step_tokens, and max_document, as they are."""
+        tokens = batch_tokens or self.options.step_tokens
+        longest = max_doc_tokens or self.options.max_document
+        return replace(self.options, step_tokens=tokens, max_document=longest)
+
+    def check(self, batch_tokens: int = 0, max_doc_tokens: int = 0) -> None:
+        """Raise Problem where the training shards hold no step of that size."""
+        options = self.step_options(batch_tokens, max_doc_tokens)
+        check_options(options)
+        if options.mode == "stream":
+            next_slice(self.shards.total, options, Position())
+        else:
+            plan_step(self.shards, options, Position())
+
+    def next(self, batch_tokens: int = 0, max_doc_tokens: int = 0) -> list[Batch]:
+        """The next step's micro-batches for this rank, as many at a time as fit pass_tokens. 0: as in the options."""
+        options = self.step_options(batch_tokens, max_doc_tokens)
+        make = next_stream if options.mode == "stream" else next_documents
+        return [pinned(batch) if self.pin else batch for batch in make(self, options)]
 
 
 def validation_batches(

@@ -3,6 +3,7 @@
 
 # %% Every number has bounds
 import dataclasses
+import json
 import operator
 import reprlib
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
@@ -33,6 +34,10 @@ def unmet(value: Any, kind: Any) -> list[str]:
     if get_origin(kind) is Literal:
         return [] if isinstance(value, str) and value in parts else [" or ".join(parts)]
     if get_origin(kind) is tuple:
+        if parts[-1] is ...:  # as many as there are
+            if type(value) is not tuple:
+                return ["a list"]
+            parts = parts[:1] * len(value)
         if type(value) is not tuple or len(value) != len(parts):
             return [f"{len(parts)} values"]
         return [words for one, of in zip(value, parts) for words in unmet(one, of)]
@@ -55,6 +60,8 @@ def as_flags(name: str, value: Any) -> list[str]:
     if isinstance(value, bool):
         return ["--" + ".".join([*groups, last if value else f"no-{last}"])]
     values = value if isinstance(value, tuple) else [value]
+    if values and dataclasses.is_dataclass(values[0]):  # a table is one value
+        values = [json.dumps([dataclasses.asdict(row) for row in values])]
     return ["--" + ".".join([*groups, last]), *map(str, values)]
 
 
@@ -64,7 +71,9 @@ def check_value(name: str, value: Any, kind: Any, usual: Any) -> None:
     if wrong:
         notes = [note for note in getattr(kind, "__metadata__", ()) if isinstance(note, str)]
         what = f"{name}={reprlib.repr(value)} is not allowed: it must be {' and '.join(wrong)}"
-        raise Problem(what, "; ".join([f"{' '.join(as_flags(name, usual))}, say", *notes]))
+        in_table = any(part.isdigit() for part in name.split("."))
+        way = f"{name}={usual!r}" if in_table else " ".join(as_flags(name, usual))
+        raise Problem(what, "; ".join([f"{way}, say", *notes]))
 
 
 def check_ranges(options: Any, prefix: str = "") -> None:
@@ -73,5 +82,8 @@ def check_ranges(options: Any, prefix: str = "") -> None:
         value = getattr(options, name)
         if dataclasses.is_dataclass(kind):
             check_ranges(value, f"{prefix}{name}.")
-        else:
-            check_value(prefix + name, value, kind, getattr(type(options), name, value))
+            continue
+        check_value(prefix + name, value, kind, getattr(type(options), name, value))
+        for number, row in enumerate(value if isinstance(value, tuple) else ()):
+            if dataclasses.is_dataclass(row):
+                check_ranges(row, f"{prefix}{name}.{number}.")

@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from speedrun.optim.schedule import StepSettings
+from speedrun.schedule import StepSettings
 from speedrun.params import ParamSpec
 from speedrun.presets import RECORD_MUON
 from speedrun.lab.errors import Problem

@@ -1,7 +1,7 @@
 # Tangled from notebooks/23_training_loop.py: edit the notebook, then run "make tangle". Edits made here are lost.
 
 
-from speedrun.train import Marks, Run, accumulate, assemble, settings_of, train_step, warm_up
+from speedrun.train import Marks, Run, accumulate, assemble, train_step, warm_up
 
 
 # %% The measurement
@@ -37,7 +37,7 @@ def pieces_of(run: Run) -> dict:
     return {
         "reading": lambda: batches.append(run.loader.next()),
         "forward and backward": model,
-        "clip and update": lambda: run.optimizer.step(settings_of(run, run.step)),
+        "clip and update": lambda: run.optimizer.step(run.schedule.at(run.step)),
         "heartbeat and mark": heartbeat_and_mark,
     }
 

@@ -24,7 +24,7 @@ from torch.optim.adamw import adamw
 
 from speedrun.lab.bounds import NonNegativeFloat
 from speedrun.optim.muon import MuonConfig, matrix_lr_mul, muon_state, muon_step, split_bf16
-from speedrun.optim.schedule import StepSettings
+from speedrun.schedule import StepSettings
 from speedrun.params import ParamSpec
 
 
