@@ -1318,7 +1318,7 @@ class DataConfig:
     max_document: PositiveInt = 2048
     """Documents mode: the longest piece of a document that is used."""
     pass_tokens: NonNegativeInt = 0
-    """Stream mode: a rank's micro-batches are joined up to this many tokens for a pass of the model; 0: never."""
+    """A rank's micro-batches are joined up to this many tokens for a pass of the model; 0: never."""
 
 
 # %%
@@ -1434,11 +1434,14 @@ class Position(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """A micro-batch: inputs and targets, (rows, seq_len) int64; cu_seqlens, int32, the borders of documents."""
+    """A micro-batch: inputs and targets, (rows, seq_len) int64; for packed documents their borders as well."""
 
     inputs: torch.Tensor
     targets: torch.Tensor
     cu_seqlens: torch.Tensor | None = None
+    """(slots + 1,) int32: where documents begin, and at the end, and in slots that are not used, the number of tokens."""
+    longest: torch.Tensor | None = None
+    """() int32: tokens of the longest document."""
 
 
 # %%
@@ -1502,13 +1505,29 @@ def fill(
     return slices, first
 
 
+def slots_for(tokens: int) -> int:
+    """How many documents a row has room for: as many as would be 64 tokens long, and in short rows more."""
+    return max(min(tokens, 256), tokens // 64)
+
+
+def packed_batch(row: torch.Tensor, borders: np.ndarray) -> Batch:
+    """A row of n + 1 tokens as n inputs and n targets. borders: where documents begin, from 0 on, in order."""
+    count = len(row) - 1
+    begins = np.unique(np.minimum(borders, count))
+    ends = np.append(begins[begins < count], count)
+    if len(ends) - 1 > slots_for(count):
+        what = f"a row of {count} tokens has {len(ends) - 1} documents, and room for {slots_for(count)}"
+        raise Problem(what, "--data.mode stream; or text whose documents have 64 tokens or more")
+    cu_seqlens = np.full(slots_for(count) + 1, count, np.int32)
+    cu_seqlens[: len(ends)] = ends
+    longest = torch.tensor(int(np.diff(ends).max()), dtype=torch.int32)
+    return Batch(row[None, :-1], row[None, 1:], torch.from_numpy(cu_seqlens), longest)
+
+
 def document_batch(tokens: np.ndarray, slices: list[tuple[int, int]]) -> Batch:
     """A micro-batch of one row from slices of a shard: n + 1 tokens become n inputs and n targets."""
     row = torch.from_numpy(np.concatenate([tokens[a:b] for a, b in slices]).astype(np.int64))
-    borders = np.minimum(np.cumsum([0] + [b - a for a, b in slices]), len(row) - 1)
-    return Batch(
-        row[None, :-1], row[None, 1:], torch.from_numpy(np.unique(borders).astype(np.int32))
-    )
+    return packed_batch(row, np.cumsum([0] + [b - a for a, b in slices]))
 
 
 # %%
@@ -1516,7 +1535,8 @@ heads = np.flatnonzero(whole == BYTE_DOCUMENT)
 ends = np.append(heads[1:], len(whole))
 slices, after = fill(heads, ends, first=3, need=141, longest=40)
 batch = document_batch(whole, slices)
-borders = batch.cu_seqlens.tolist()
+borders = batch.cu_seqlens.unique().tolist()
+assert len(batch.cu_seqlens) == slots_for(140) + 1 and batch.longest == max(np.diff(borders))
 assert (
     batch.inputs.shape == (1, 140)
     and borders[0] == 0
@@ -1577,14 +1597,14 @@ print(f"two micro-batches of 48 tokens: {plan}")
 def joined_micro_batches(options: DataConfig, share: int) -> int:
     """How many of a rank's `share` micro-batches make one batch: as many as fit pass_tokens, and divide them evenly."""
     micro = options.step_tokens // options.grad_shards
-    most = options.pass_tokens // micro if options.mode == "stream" else 1
+    most = options.pass_tokens // micro
     return next(n for n in range(max(1, min(most, share)), 0, -1) if share % n == 0)
 
 
 def pinned(batch: Batch) -> Batch:
     """A batch in page-locked memory, which a GPU can fetch while Python goes on."""
     borders = None if batch.cu_seqlens is None else batch.cu_seqlens.pin_memory()
-    return Batch(batch.inputs.pin_memory(), batch.targets.pin_memory(), borders)
+    return Batch(batch.inputs.pin_memory(), batch.targets.pin_memory(), borders, batch.longest)
 
 
 def next_stream(loader: "Loader", options: DataConfig) -> list[Batch]:
@@ -1601,7 +1621,23 @@ def next_documents(loader: "Loader", options: DataConfig) -> list[Batch]:
     """A rank's part of the next documents."""
     plan, number, loader.position = plan_step(loader.shards, options, loader.position)
     tokens, _ = loader.shards.shard(number)
-    return [document_batch(tokens, plan[i]) for i in loader.mine]
+    batches = [document_batch(tokens, plan[i]) for i in loader.mine]
+    size = joined_micro_batches(options, len(batches))
+    return [joined_rows(batches[at : at + size]) for at in range(0, len(batches), size)]
+
+
+def joined_rows(batches: list[Batch]) -> Batch:
+    """Packed rows as one. No document goes from one to the next."""
+    if len(batches) == 1:
+        return batches[0]
+    inputs = torch.cat([batch.inputs for batch in batches], 1)
+    targets = torch.cat([batch.targets for batch in batches], 1)
+    count, ends, longest = batches[0].inputs.shape[1], [torch.zeros(1, dtype=torch.int32)], 0
+    for number, batch in enumerate(batches):
+        assert batch.cu_seqlens is not None and batch.longest is not None
+        ends.append(batch.cu_seqlens[1:] + number * count)
+        longest = max(longest, int(batch.longest))
+    return Batch(inputs, targets, torch.cat(ends), torch.tensor(longest, dtype=torch.int32))
 
 
 # %%
@@ -1676,16 +1712,22 @@ assert [len(batch.inputs) for batch in joined.next(1024)] == [
 ] * 4 and joined.position.offset == 1536
 
 # %% [markdown]
-# Validation reads the plain stream in both modes, a fixed number of tokens from the start, micro-batch $j$ on rank $j \bmod w$:
+# Validation reads the plain stream in both modes, a fixed number of tokens from the start, micro-batch $j$ on rank $j \bmod w$. In the documents mode a micro-batch is one long row, of up to 262,144 tokens as in the contest, and documents are whole in it, but for those that its two ends cut:
 
 
 # %%
 #| export
+VAL_ROW = 262_144  # tokens of a packed row in validation, at most
+
+
 def validation_batches(
     shards: Shards, options: DataConfig, tokens: int, rank: int = 0, world: int = 1
 ) -> Iterator[Batch]:
     """This rank's share of the first `tokens` validation tokens, as micro-batches like those of training."""
     micro, there = check_options(options, world), min(tokens, shards.total - 1)
+    packed = options.mode == "documents"
+    if packed:  # longer rows, of as many tokens on each rank
+        micro = max(micro, min(VAL_ROW, 16 * micro, there // world))
     if there < micro:
         what = (
             f"validation reads micro-batches of {micro:,} tokens; {there:,} are asked for or there"
@@ -1693,7 +1735,9 @@ def validation_batches(
         raise Problem(what, "raise --val-tokens, or lower --data.step-tokens")
     for number in range(rank, there // micro, world):
         own = shards.read(number * micro, micro + 1)
-        yield rows(own, options.seq_len if options.mode == "stream" else micro)
+        begins = np.flatnonzero(own == shards.manifest.document)
+        row = torch.from_numpy(own.astype(np.int64))
+        yield packed_batch(row, np.append(0, begins)) if packed else rows(own, options.seq_len)
 
 
 # %%

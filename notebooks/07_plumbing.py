@@ -108,6 +108,8 @@ class EmbeddingConfig:
     """Deviation of the tables' first entries; record 70's is 0.01, record 14's was 1."""
     value_rate: PositiveFloat = 1.0
     """The tables' rate as a multiple of optim.adam.lr."""
+    value_decay: NonNegativeFloat = 1.0
+    """The tables' weight decay as a multiple of optim.adam.weight_decay."""
 
 
 # %%
@@ -224,6 +226,8 @@ class PlanConfig:
     """attention: the second layer of the later half has none. mlp: the first has none."""
     rate: PositiveFloat = 1.0
     """The rate of all weights that mix, as a multiple of optim.adam.lr."""
+    stream_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the residual stream; bfloat16: from the embedding on."""
 
 
 @dataclass(frozen=True)

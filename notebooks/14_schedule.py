@@ -604,6 +604,8 @@ class StepSettings(NamedTuple):
     windows: tuple[int, int] = (0, 0)
     mtp_weights: tuple[float, ...] = (1.0,)
     prefix_weight: float = 0.0
+    stage: int = 0
+    """The number of its stage."""
 
 
 def step_settings(schedule: "Schedule", step: int) -> StepSettings:
@@ -614,7 +616,9 @@ def step_settings(schedule: "Schedule", step: int) -> StepSettings:
     matrix_lr, untie = lr * (schedule.matrix_lr / schedule.lr), schedule.unties(step)
     lengths = (stage.max_doc_tokens or schedule.max_doc_tokens, stage.windows)
     rates, batch = (lr, matrix_lr, momentum), schedule.batch_tokens * stage.batch_mul
-    return StepSettings(step, *rates, untie, batch, *lengths, *loss_weights(schedule, step))
+    number = bisect_right(schedule.boundaries, step) - 1
+    weights = loss_weights(schedule, step)
+    return StepSettings(step, *rates, untie, batch, *lengths, *weights, number)
 
 
 # %%
@@ -728,7 +732,7 @@ print({m: f"{age[m]:.1f} steps old; Nesterov's form {fresh[m]:.1f}" for m in age
 # In its first 250 steps record 89 goes from a loss of 10.8 to 4.5. The loss falls fastest there, so presumably the gradient turns fastest, too; news that is nineteen steps old describes a place that the model has left. Later it turns slowly, and a threefold smaller variance is worth the delay. (Nesterov's form, which Muon takes, mixes the newest gradient in once more. It is fresher by a factor of $m$, 4.8 and 18 steps, and its variance falls fourfold.) In the last fifty steps what is still in the mean when the run ends is never used; that is the likely reason for the fall. The rise came with record 9, over 500 steps; record 13 made them 300; the fall came with record 39. Record 9's list of parts puts the rise at 0.013 nats (3.2972 to 3.2844, single runs).
 
 # %%
-weights = {step: RECORD_89.at(step)[-2:] for step in (0, 422, 423, 846, 847, 1284)}
+weights = {step: RECORD_89.at(step)[-3:-1] for step in (0, 422, 423, 846, 847, 1284)}
 assert weights[0] == ((1, 0.5, 0.25), 0.25) and weights[423] == ((1, 0.5), 0.25)
 assert weights[847] == weights[1284] == ((1,), 0)
 assert sum(weights[0][0]) + weights[0][1] == 2 and sum(weights[847][0]) == 1

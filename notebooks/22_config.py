@@ -320,20 +320,38 @@ def check_optim(optim: OptimConfig, precision: str) -> None:
 
 # %%
 #| export
+def check_documents(config: Config) -> None:
+    """Raise Problem for windows in rows that are no documents, and for documents in a model whose positions end."""
+    windows = [stage.windows for stage in config.schedule.stages]
+    if config.data.mode == "stream":
+        if any(any(pair) for pair in windows):
+            what = "schedule.stages with windows, and data.mode=stream: rows of the stream are seen whole"
+            raise Problem(what, "--data.mode documents, or no windows")
+    elif config.model.rotary.positions == "learned":
+        what = "data.mode=documents with model.rotary.positions=learned: there are positions for model.context tokens only"
+        raise Problem(what, "--model.rotary.positions rotary, or --data.mode stream")
+    if config.model.plan.stream_dtype != "float32" and config.precision == "float32":
+        what = "model.plan.stream_dtype=bfloat16 in a model that computes in float32"
+        raise Problem(what, "--model.plan.stream-dtype float32, or 16 bits for --precision as well")
+    if config.model.attention.yarn and not all(long for _, long in windows):
+        what = "model.attention.yarn, and a stage without a long window: there is nothing to follow"
+        raise Problem(what, "--model.attention.no-yarn, or windows in every stage")
+
+
+# %%
+#| export
 def check_config(config: Config, world: int = 1) -> Config:
     """The config itself, after checking what can be known beforehand. world: ranks that will share it."""
     check_ranges(config)
     micro, data, context = check_options(config.data, world), config.data, config.model.context
-    if data.mode == "documents":
-        what = "data.mode=documents: this model's attention cannot keep documents apart"
-        raise Problem(what, "--data.mode stream")
-    if data.seq_len > context:
+    check_documents(config)
+    if data.mode == "stream" and data.seq_len > context:
         what = f"rows of {data.seq_len} tokens (data.seq_len) do not fit {context} positions (model.context)"
         raise Problem(what, f"--data.seq-len {context}, or --model.context {data.seq_len}")
     check_model(config.model)
     check_optim(config.optim, config.precision)
     check_schedule(config.schedule, config.steps)
-    for name in ("windows", "mtp_weights", "prefix_weight"):  # what no model of ours has yet
+    for name in ("mtp_weights", "prefix_weight"):  # what no model of ours has yet
         if any(getattr(stage, name) != getattr(Stage(), name) for stage in config.schedule.stages):
             what = f"schedule.stages with {name}: this model has no such thing"
             raise Problem(what, f"leave {name} out")
@@ -369,9 +387,10 @@ wrong = [
     Config(model=GPTConfig(heads=13)),
     Config(val_tokens=1000),
     Config(data=DataConfig(mode="documents")),
+    Config(schedule=ScheduleConfig(stages=(Stage(windows=(128, 384)),))),
     Config(model=GPTConfig(layers=1, plan=PlanConfig(backout=True))),
     Config(schedule=ScheduleConfig(stages=(Stage(0.5),))),
-    Config(schedule=ScheduleConfig(stages=(Stage(windows=(128, 0)),))),
+    Config(schedule=ScheduleConfig(stages=(Stage(prefix_weight=(0.25, 0.0)),))),
 ]
 for config in wrong:
     try:
@@ -434,7 +453,7 @@ for nonsense in (*mistakes, {"layers": 3}, {"optim.adam.betas": ("a", "b")}):
 #
 # A preset is a name, another run that it starts from, and what it changes: a row of data. Whatever it does not say is GPT-2 as llm.c trains it. So to know what a run has turned on, read its rows.
 #
-# `small` is a run for one GPU and a coffee, `cpu` for a laptop and five minutes, `smoke` for [the page](24_speedrun.py) on which this book trains while you read. The targets of the small runs, 1.55 and 2.75 on the embedded text and 4.0 on FineWeb, are a little above what they reach. `record` is, for now, record 1: llm.c's recipe on the banked model. The fastest recipe that these chapters can name is `record11`, seven minutes on eight H100s in the public history; `record` will overtake it as chapters arrive. All historic runs, `record` among them, take one to six hours on one such GPU, and save a checkpoint every thousand steps, off the clock, so that a power cut costs minutes.
+# `small` is a run for one GPU and a coffee, `cpu` for a laptop and five minutes, `smoke` for [the page](24_speedrun.py) on which this book trains while you read. The targets of the small runs, 1.55 and 2.75 on the embedded text and 4.0 on FineWeb, are a little above what they reach. `record` is, for now, record 1: llm.c's recipe on the banked model. The fastest historic recipe that these chapters can name is `record11`, seven minutes on eight H100s in the public history. `record_200m` is the best that the chapters give together, at the contest's size, for FineWeb's first 200 million tokens: whole documents, windows and batches that grow, eleven layers, tables, gates and Muon as it runs today. All historic runs, `record` among them, take one to six hours on one such GPU, and save a checkpoint every thousand steps, off the clock, so that a power cut costs minutes.
 #
 # The laptop's run is not record 1 made small. Its batches are small because what a short run lacks is *steps*: 1,024 tokens and eight thousand updates, where record 1 takes half a million tokens and twenty thousand. Its rows are short, its rate is three times as high. It does not compile, since it would spend a good part of its five minutes on that. And its initial deviation is 0.05: GPT-2's 0.02 belongs to a width of 768, and the usual rule lets it fall with the root of the width. Those are arguments, and arguments are cheap; the end of this chapter measures them.
 
@@ -450,6 +469,7 @@ from typing import Any, get_args
 
 from speedrun.lab.errors import Problem, check_words
 from speedrun.optim.muon import MuonConfig
+from speedrun.schedule import Stage
 
 RECORD_MUON = MuonConfig(
     orthogonalizer="polar_express",
@@ -517,6 +537,70 @@ PRESETS: dict[str, tuple[str, Changes]] = {  # name → the run that it starts f
         },
     ),
     "record": ("record1", {}),
+    "record_200m": (
+        "",
+        {
+            "model.layers": 11,
+            "model.heads": 6,
+            "model.init_std": 0.005,
+            "model.block.norm": "rms",
+            "model.block.biases": False,
+            "model.block.qk_norm": True,
+            "model.block.activation": "relu2",
+            "model.block.zero_out": True,
+            "model.block.fan_in": True,
+            "model.rotary.positions": "half",
+            "model.rotary.base": 1024.0,
+            "model.embedding.norm": True,
+            "model.embedding.smear": True,
+            "model.embedding.values": "ends",
+            "model.embedding.value_mix": "gates",
+            "model.embedding.value_rate": 75.0,
+            "model.embedding.value_decay": 1 / 30,
+            "model.plan.x0": True,
+            "model.plan.residual": 1.1,
+            "model.plan.skips": "gated",
+            "model.plan.backout": True,
+            "model.plan.without": "attention",
+            "model.plan.rate": 5.0,
+            "model.plan.stream_dtype": "bfloat16",
+            "model.attention.scale": 0.1,
+            "model.attention.long_layers": (3, 10),
+            "model.attention.yarn": True,
+            "model.head.tied": "split",
+            "model.head.multiple": 128,
+            "model.head.cap": "sigmoid23",
+            "optim.adam.lr": 0.008,
+            "optim.adam.betas": (0.65, 0.95),
+            "optim.adam.eps": 1e-10,
+            "optim.adam.weight_decay": 0.75,
+            "optim.adam.cautious": True,
+            "optim.adam.every": 2,
+            "optim.grad_clip": 0.0,
+            "optim.matrices": "muon",
+            "optim.matrix_lr": 0.023,
+            **fields_of(RECORD_MUON, "optim.muon."),
+            "schedule.warmup_steps": 0,
+            "schedule.shape": "trapezoid",
+            "schedule.cooldown_frac": 0.6,
+            "schedule.final_lr_frac": 0.15,
+            "schedule.momentum_min": 0.85,
+            "schedule.extension_steps": 10,
+            "schedule.stages": (
+                Stage(1 / 3, 1, 1.0, 896, (128, 384)),
+                Stage(1 / 3, 2, 1.52, 2048, (384, 896)),
+                Stage(1 / 3, 3, 1.73, 2048, (640, 1408)),
+                Stage(0, 3, 1.73, 2048, (768, 1664)),
+            ),
+            "data.path": FINEWEB,
+            "data.mode": "documents",
+            "data.step_tokens": 131_072,
+            "data.pass_tokens": 65_536,
+            "steps": 735,
+            "val_every": 125,
+            "val_tokens": 8_388_608,
+        },
+    ),
 }
 
 # %% [markdown]
@@ -681,8 +765,9 @@ DATA_SIZES = [
     "data.grad_shards",
     "data.pass_tokens",
 ]
-NUMBERS = ("precision", "optim.muon.param_dtype", "optim.muon.ns_dtype")
+NUMBERS = ("precision", "optim.muon.param_dtype", "optim.muon.ns_dtype", "model.plan.stream_dtype")
 SIZES = (*MODEL_SIZES, *DATA_SIZES, *NUMBERS)
+LONG_LAYERS = "model.attention.long_layers"
 RAMPS = (
     "schedule.warmup_steps",
     "schedule.momentum_ramp",
@@ -707,6 +792,9 @@ def at_cpu_size(config: Config, steps: int = 20) -> Config:
     laptop, own = fields_of(preset("cpu")), fields_of(config)
     changes = {name: laptop[name] for name in SIZES}
     changes |= {"steps": steps, "max_steps": 0, "val_every": steps, "val_tokens": 16_384}
+    last = laptop["model.layers"] - 1  # long layers stay where they are in the model's depth
+    deep = [round(n * last / max(1, config.model.layers - 1)) for n in own[LONG_LAYERS]]
+    changes[LONG_LAYERS] = tuple(sorted({*deep}))
     for name in RAMPS:
         if isinstance(own[name], tuple):
             changes[name] = tuple(scaled(count, config.steps, steps) for count in own[name])
@@ -1038,6 +1126,7 @@ from speedrun.lab.hardware import look
 from speedrun.lab.results import load_result
 from speedrun.lab.runlog import read_metrics, series
 from speedrun.optim.muon import MuonConfig
+from speedrun.schedule import Stage
 
 if TYPE_CHECKING:
     from speedrun.train import Run

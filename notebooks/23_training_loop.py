@@ -107,7 +107,8 @@ from speedrun.lab.files import claim, new_folder
 from speedrun.lab.hardware import Machine, setup
 from speedrun.lab.provenance import commit, module_file, module_hashes, root, stamp
 from speedrun.lab.runlog import RunLog, format_line, parse_line
-from speedrun.model.gpt import GPT, flops_per_token
+from speedrun.model.attention import AttentionSettings, Packed, choose_backend
+from speedrun.model.gpt import GPT, attention_settings, flops_per_token
 from speedrun.optim.optimizer import MuonAdam, assign_optimizers
 from speedrun.schedule import Schedule
 from speedrun.presets import preset, read_command
@@ -351,15 +352,29 @@ for matrices in ("adam", "muon", "soap"):
 
 # %%
 #| export
-def forward_loss(forward, batch: Batch, device: torch.device, precision: str) -> Tensor:
-    """The model's mean loss on a batch, nats a token."""
-    inputs, targets = (tensor.to(device, non_blocking=True) for tensor in batch[:2])
+def forward_loss(
+    forward,
+    batch: Batch,
+    device: torch.device,
+    precision: str,
+    told: AttentionSettings | None = None,
+) -> Tensor:
+    """The model's mean loss on a batch, nats a token. told: what attention is told in this stage, for packed documents."""
+    there: list[Any] = [tensor.to(device, non_blocking=True) for tensor in batch[:2]]
+    if batch.cu_seqlens is not None and batch.longest is not None and told is not None:
+        borders = batch.cu_seqlens.to(device, non_blocking=True)
+        there.append(Packed(borders, batch.longest, *told))
     with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-        return forward(inputs, targets)
+        return forward(*there)
 
 
 def accumulate(
-    forward, batches: Iterable[Batch], grad_shards: int, device: torch.device, precision: str
+    forward,
+    batches: Iterable[Batch],
+    grad_shards: int,
+    device: torch.device,
+    precision: str,
+    told: AttentionSettings | None = None,
 ) -> Tensor:
     """Forward and backward through this rank's batches. Gradients add up; returns its part of the mean loss.
 
@@ -367,7 +382,7 @@ def accumulate(
     """
     total = torch.zeros((), device=device)
     for batch in batches:
-        loss = forward_loss(forward, batch, device, precision) / grad_shards
+        loss = forward_loss(forward, batch, device, precision, told) / grad_shards
         loss.backward()
         total += loss.detach()
     return total
@@ -633,6 +648,7 @@ class Run:
     forward: Any
     optimizer: MuonAdam
     schedule: Schedule
+    told: list[AttentionSettings]
     loader: Loader
     validation: Shards
     clock: Clock
@@ -661,7 +677,7 @@ def train_step(run: Run) -> Tensor:
     now, device, precision = run.schedule.at(run.step), run.ranks.device, run.config.precision
     batches = run.loader.next(now.batch_tokens, now.max_doc_tokens)
     parts, beating = len(batches) * run.ranks.world, run.heart.over(batches)
-    loss = accumulate(run.forward, beating, parts, device, precision)
+    loss = accumulate(run.forward, beating, parts, device, precision, run.told[now.stage])
     run.optimizer.step(now)
     run.nonfinite_steps += run.optimizer.skip
     run.step += 1
@@ -707,6 +723,19 @@ assert "triton.mix_order_reduction" in torch._inductor.list_options(), "this PyT
 
 # %%
 #| export
+def prepare_attention(config: Config, model: GPT, device: torch.device) -> list[AttentionSettings]:
+    """What attention is told in each stage. For packed documents the model's backend is chosen, too."""
+    if config.data.mode == "documents":
+        dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
+        head_dim = config.model.width // config.model.heads
+        asked = config.model.attention.backend
+        model.backend = choose_backend(asked, device, dtype, head_dim)
+    windows = [stage.windows for stage in config.schedule.stages]
+    return attention_settings(config.model, windows, device)
+
+
+# %%
+#| export
 def assemble(config: Config, folder: Path, echo=print) -> Run:
     """Everything that a run needs, on this rank, at step 0."""
     heart = Heartbeat(folder, rank_numbers()[0])  # before anything that could hang
@@ -725,8 +754,9 @@ def assemble(config: Config, folder: Path, echo=print) -> Run:
     forward = compile_model(model) if config.compile else model
     optimizer = build_optimizer(config, model)
     log = open_log(config, folder, echo) if ranks.rank == 0 else SilentLog()
+    told = prepare_attention(config, model, device)
     clock, nonfinite_steps = Clock(device), torch.zeros((), device=device)
-    parts = (schedule, loader, validation, clock, log, heart, nonfinite_steps, Interrupts())
+    parts = (schedule, told, loader, validation, clock, log, heart, nonfinite_steps, Interrupts())
     return Run(config, folder, ranks, model, forward, optimizer, *parts)
 
 
@@ -1147,8 +1177,9 @@ print((scratch / "step" / "log.txt").read_text().replace(str(scratch), "runs"))
 def evaluate(run: Run, batches) -> float:
     """Mean loss, nats a token, over validation micro-batches that are dealt out to the ranks."""
     device, sums = run.ranks.device, torch.zeros(2, dtype=torch.float64, device=run.ranks.device)
+    told = run.told[run.schedule.at(min(run.step, run.config.steps - 1)).stage]
     for batch in batches:
-        loss = forward_loss(run.forward, batch, device, run.config.precision)
+        loss = forward_loss(run.forward, batch, device, run.config.precision, told)
         sums += torch.stack([loss.double(), torch.ones_like(sums[0])])
         run.heart.beat()
     all_reduce_sum(sums, run.ranks.world)

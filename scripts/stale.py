@@ -61,7 +61,12 @@ TINY: dict[str, Any] = {"model.width": 32, "model.heads": 2, "model.layers": 7, 
 TINY |= {"data.seq_len": 32, "data.step_tokens": 256, "data.grad_shards": 2, "val_tokens": 256}
 TINY |= {"val_every": 5, "log_every": 1, "seed": 0, "compile": False, "device": "cpu"}
 TINY |= {"wandb": "", "warmup": 0, "checkpoint_every": 0, "backend": "auto"}
-ARITHMETIC = ("precision", "optim.muon.param_dtype", "optim.muon.ns_dtype")  # a CPU can do it, too
+ARITHMETIC = (
+    "precision",
+    "optim.muon.param_dtype",
+    "optim.muon.ns_dtype",
+    "model.plan.stream_dtype",
+)  # a CPU can do it, too
 TRAIN = """
 import contextlib, dataclasses, functools, importlib, json, sys, tempfile, threading, typing
 from pathlib import Path

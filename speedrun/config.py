@@ -117,20 +117,36 @@ def check_optim(optim: OptimConfig, precision: str) -> None:
         raise Problem(what, "--optim.adam.no-cautious, or --optim.matrices muon")
 
 
+def check_documents(config: Config) -> None:
+    """Raise Problem for windows in rows that are no documents, and for documents in a model whose positions end."""
+    windows = [stage.windows for stage in config.schedule.stages]
+    if config.data.mode == "stream":
+        if any(any(pair) for pair in windows):
+            what = "schedule.stages with windows, and data.mode=stream: rows of the stream are seen whole"
+            raise Problem(what, "--data.mode documents, or no windows")
+    elif config.model.rotary.positions == "learned":
+        what = "data.mode=documents with model.rotary.positions=learned: there are positions for model.context tokens only"
+        raise Problem(what, "--model.rotary.positions rotary, or --data.mode stream")
+    if config.model.plan.stream_dtype != "float32" and config.precision == "float32":
+        what = "model.plan.stream_dtype=bfloat16 in a model that computes in float32"
+        raise Problem(what, "--model.plan.stream-dtype float32, or 16 bits for --precision as well")
+    if config.model.attention.yarn and not all(long for _, long in windows):
+        what = "model.attention.yarn, and a stage without a long window: there is nothing to follow"
+        raise Problem(what, "--model.attention.no-yarn, or windows in every stage")
+
+
 def check_config(config: Config, world: int = 1) -> Config:
     """The config itself, after checking what can be known beforehand. world: ranks that will share it."""
     check_ranges(config)
     micro, data, context = check_options(config.data, world), config.data, config.model.context
-    if data.mode == "documents":
-        what = "data.mode=documents: this model's attention cannot keep documents apart"
-        raise Problem(what, "--data.mode stream")
-    if data.seq_len > context:
+    check_documents(config)
+    if data.mode == "stream" and data.seq_len > context:
         what = f"rows of {data.seq_len} tokens (data.seq_len) do not fit {context} positions (model.context)"
         raise Problem(what, f"--data.seq-len {context}, or --model.context {data.seq_len}")
     check_model(config.model)
     check_optim(config.optim, config.precision)
     check_schedule(config.schedule, config.steps)
-    for name in ("windows", "mtp_weights", "prefix_weight"):  # what no model of ours has yet
+    for name in ("mtp_weights", "prefix_weight"):  # what no model of ours has yet
         if any(getattr(stage, name) != getattr(Stage(), name) for stage in config.schedule.stages):
             what = f"schedule.stages with {name}: this model has no such thing"
             raise Problem(what, f"leave {name} out")

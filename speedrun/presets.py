@@ -15,6 +15,7 @@ from typing import Any, get_args
 
 from speedrun.lab.errors import Problem, check_words
 from speedrun.optim.muon import MuonConfig
+from speedrun.schedule import Stage
 
 RECORD_MUON = MuonConfig(
     orthogonalizer="polar_express",
@@ -81,6 +82,70 @@ PRESETS: dict[str, tuple[str, Changes]] = {  # name → the run that it starts f
         },
     ),
     "record": ("record1", {}),
+    "record_200m": (
+        "",
+        {
+            "model.layers": 11,
+            "model.heads": 6,
+            "model.init_std": 0.005,
+            "model.block.norm": "rms",
+            "model.block.biases": False,
+            "model.block.qk_norm": True,
+            "model.block.activation": "relu2",
+            "model.block.zero_out": True,
+            "model.block.fan_in": True,
+            "model.rotary.positions": "half",
+            "model.rotary.base": 1024.0,
+            "model.embedding.norm": True,
+            "model.embedding.smear": True,
+            "model.embedding.values": "ends",
+            "model.embedding.value_mix": "gates",
+            "model.embedding.value_rate": 75.0,
+            "model.embedding.value_decay": 1 / 30,
+            "model.plan.x0": True,
+            "model.plan.residual": 1.1,
+            "model.plan.skips": "gated",
+            "model.plan.backout": True,
+            "model.plan.without": "attention",
+            "model.plan.rate": 5.0,
+            "model.plan.stream_dtype": "bfloat16",
+            "model.attention.scale": 0.1,
+            "model.attention.long_layers": (3, 10),
+            "model.attention.yarn": True,
+            "model.head.tied": "split",
+            "model.head.multiple": 128,
+            "model.head.cap": "sigmoid23",
+            "optim.adam.lr": 0.008,
+            "optim.adam.betas": (0.65, 0.95),
+            "optim.adam.eps": 1e-10,
+            "optim.adam.weight_decay": 0.75,
+            "optim.adam.cautious": True,
+            "optim.adam.every": 2,
+            "optim.grad_clip": 0.0,
+            "optim.matrices": "muon",
+            "optim.matrix_lr": 0.023,
+            **fields_of(RECORD_MUON, "optim.muon."),
+            "schedule.warmup_steps": 0,
+            "schedule.shape": "trapezoid",
+            "schedule.cooldown_frac": 0.6,
+            "schedule.final_lr_frac": 0.15,
+            "schedule.momentum_min": 0.85,
+            "schedule.extension_steps": 10,
+            "schedule.stages": (
+                Stage(1 / 3, 1, 1.0, 896, (128, 384)),
+                Stage(1 / 3, 2, 1.52, 2048, (384, 896)),
+                Stage(1 / 3, 3, 1.73, 2048, (640, 1408)),
+                Stage(0, 3, 1.73, 2048, (768, 1664)),
+            ),
+            "data.path": FINEWEB,
+            "data.mode": "documents",
+            "data.step_tokens": 131_072,
+            "data.pass_tokens": 65_536,
+            "steps": 735,
+            "val_every": 125,
+            "val_tokens": 8_388_608,
+        },
+    ),
 }
 
 
@@ -110,8 +175,9 @@ DATA_SIZES = [
     "data.grad_shards",
     "data.pass_tokens",
 ]
-NUMBERS = ("precision", "optim.muon.param_dtype", "optim.muon.ns_dtype")
+NUMBERS = ("precision", "optim.muon.param_dtype", "optim.muon.ns_dtype", "model.plan.stream_dtype")
 SIZES = (*MODEL_SIZES, *DATA_SIZES, *NUMBERS)
+LONG_LAYERS = "model.attention.long_layers"
 RAMPS = (
     "schedule.warmup_steps",
     "schedule.momentum_ramp",
@@ -129,6 +195,9 @@ def at_cpu_size(config: Config, steps: int = 20) -> Config:
     laptop, own = fields_of(preset("cpu")), fields_of(config)
     changes = {name: laptop[name] for name in SIZES}
     changes |= {"steps": steps, "max_steps": 0, "val_every": steps, "val_tokens": 16_384}
+    last = laptop["model.layers"] - 1  # long layers stay where they are in the model's depth
+    deep = [round(n * last / max(1, config.model.layers - 1)) for n in own[LONG_LAYERS]]
+    changes[LONG_LAYERS] = tuple(sorted({*deep}))
     for name in RAMPS:
         if isinstance(own[name], tuple):
             changes[name] = tuple(scaled(count, config.steps, steps) for count in own[name])

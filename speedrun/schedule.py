@@ -150,6 +150,8 @@ class StepSettings(NamedTuple):
     windows: tuple[int, int] = (0, 0)
     mtp_weights: tuple[float, ...] = (1.0,)
     prefix_weight: float = 0.0
+    stage: int = 0
+    """The number of its stage."""
 
 
 def step_settings(schedule: "Schedule", step: int) -> StepSettings:
@@ -160,7 +162,9 @@ def step_settings(schedule: "Schedule", step: int) -> StepSettings:
     matrix_lr, untie = lr * (schedule.matrix_lr / schedule.lr), schedule.unties(step)
     lengths = (stage.max_doc_tokens or schedule.max_doc_tokens, stage.windows)
     rates, batch = (lr, matrix_lr, momentum), schedule.batch_tokens * stage.batch_mul
-    return StepSettings(step, *rates, untie, batch, *lengths, *loss_weights(schedule, step))
+    number = bisect_right(schedule.boundaries, step) - 1
+    weights = loss_weights(schedule, step)
+    return StepSettings(step, *rates, untie, batch, *lengths, *weights, number)
 
 
 @dataclass(frozen=True)

@@ -37,8 +37,11 @@ def kinds_of(group: type, prefix: str = "") -> dict:
 
 KINDS = kinds_of(Config)
 NUMBERS = [name for name, value in fields_of(Config()).items() if type(value) in (int, float)]
-TABLES = [name for name, kind in KINDS.items() if ... in get_args(kind)]
-TUPLES = [n for n, v in fields_of(Config()).items() if type(v) is tuple and n not in TABLES]
+LISTS = [name for name, kind in KINDS.items() if ... in get_args(kind)]
+TABLES = [name for name in LISTS if dataclasses.is_dataclass(get_args(KINDS[name])[0])]
+LISTS = [name for name in LISTS if name not in TABLES]
+TUPLES = [n for n, v in fields_of(Config()).items() if type(v) is tuple]
+TUPLES = [name for name in TUPLES if name not in (*TABLES, *LISTS)]
 ROWS = {
     f"{table}.0.{name}": kind
     for table in TABLES
@@ -83,9 +86,14 @@ class TestPresets:
         run, small = preset(name), at_cpu_size(preset(name))
         sizes = {"muon.param_dtype": "float32", "muon.ns_dtype": "bfloat16"}
         assert small.optim == vary(run.optim, sizes)
-        ramps = {name: getattr(run.schedule, name) for name in ("warmup_steps", "momentum_ramp")}
+        ramps = {
+            name: getattr(run.schedule, name)
+            for name in ("warmup_steps", "momentum_ramp", "extension_steps")
+        }
         assert vary(small.schedule, ramps) == run.schedule
-        assert small.model.block == run.model.block and small.model.plan == run.model.plan
+        assert small.model.block == run.model.block and small.model.plan == vary(
+            run.model.plan, {"stream_dtype": "float32"}
+        )
         assert small.model.width == preset("cpu").model.width
         assert small.data.path == "data/embedded"
 
@@ -132,7 +140,8 @@ class TestBounds:
     def test_every_number_has_two(self):
         assert len(NUMBERS) > 40 and TUPLES == ["optim.adam.betas", "schedule.momentum_ramp"]
         assert TABLES == ["schedule.stages"] and len(ROWS) == 7
-        kinds = {name: KINDS[name] for name in (*NUMBERS, *TUPLES)} | ROWS
+        assert LISTS == ["model.attention.long_layers"]
+        kinds = {name: KINDS[name] for name in (*NUMBERS, *TUPLES, *LISTS)} | ROWS
         for name, whole in kinds.items():
             for kind in numbers_in(whole):
                 assert get_origin(kind) is Annotated, name
@@ -145,6 +154,13 @@ class TestBounds:
     @pytest.mark.parametrize("name", NAMES)
     def test_every_preset_is_inside(self, name):
         check_ranges(preset(name))
+
+    @pytest.mark.parametrize("name", LISTS)
+    def test_each_number_of_a_list_is_inside(self, name):
+        for value in (-1, 10**30, True, None, "1", math.nan, (), 1.5):
+            with pytest.raises(Problem, match=f"^{name}=.* must be"):
+                check_config(put(Config(), name, (0, value)))
+        assert check_config(vary(Config(), {name: (0, 3)}))
 
     @pytest.mark.parametrize("name", [*NUMBERS, *TUPLES])
     def test_outside_is_refused_and_the_advice_is_accepted(self, name):

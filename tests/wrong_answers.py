@@ -111,6 +111,43 @@ def share_by_area(ladder, gains):  # all to each area, then divided by the sum
         ("as_tanh = lambda top, shift, scale: (top, shift, 2 * scale, 0.0)", "differ by up to"),
         ("as_tanh = lambda top, shift, scale: (top / 2, shift / 2, 2 * scale, top / 2)", "sigmoid23"),
     ],
+    ("10", 1): [
+        ("scale_that_keeps = lambda scale, old, new, product, head_dim: scale + math.log(new / old) / product", "ln p / (1 − p) was"),
+        ("scale_that_keeps = lambda scale, old, new, product, head_dim: widened_scale(scale, old, new)", "ln p / (1 − p) was"),
+        ("truth = scale_that_keeps; scale_that_keeps = lambda scale, old, new, product, head_dim: 2 * product / head_dim - truth(scale, old, new, product, head_dim)", "not the smaller solution"),
+        ("truth = scale_that_keeps; scale_that_keeps = lambda scale, old, new, product, head_dim: min(truth(scale, old, new, product, head_dim), product / head_dim)", "inf, not 0.156"),
+    ],
+    ("10", 2): [
+        ("smallest_window = lambda turning, pairs, fast=32.0: math.ceil(fast / turning.sort(descending=True).values[pairs - 1].item())", "1 pairs, 32 turns: a window of 32 keeps 0"),
+        ("smallest_window = lambda turning, pairs, fast=32.0: math.ceil(2 * math.pi * fast / turning[pairs - 1].item())", "would do, too"),
+        ("smallest_window = lambda turning, pairs, fast=32.0: math.ceil(2 * math.pi * fast / turning.sort(descending=True).values[pairs].item())", "would do, too"),
+        ("truth = smallest_window; smallest_window = lambda turning, pairs, fast=32.0: truth(turning, pairs, fast) - 1", "keeps 0"),
+    ],
+    ("09", 1): [
+        ("pairs_seen = lambda length, window: length * (window + 1)", "12 pairs, not 15"),
+        ("pairs_seen = lambda length, window: length * (length + 1) // 2", "5 tokens, window 0"),
+        ("truth = pairs_seen; pairs_seen = lambda length, window: truth(length, window - 1) if window else length", "5 tokens, window 2"),
+        ("pairs_seen = lambda length, window: (window + 1) * (window + 2) // 2 + (length - window - 1) * (window + 1)", "3 tokens, window 7"),
+    ],
+    ("09", 2): [
+        ("prefix_mask = lambda documents, begins_at, prefix: and_masks(document_mask(documents), causal)", "prefix 4"),
+        ("prefix_mask = lambda documents, begins_at, prefix: and_masks(document_mask(documents), lambda b, h, q_idx, kv_idx: (kv_idx <= q_idx) | (kv_idx < prefix))", "of document 2"),
+        ("prefix_mask = lambda documents, begins_at, prefix: lambda b, h, q_idx, kv_idx: (kv_idx <= q_idx) | (kv_idx - begins_at[kv_idx] < prefix)", "seen is False"),
+        ("truth = prefix_mask; prefix_mask = lambda documents, begins_at, prefix: truth(documents, begins_at, prefix + 1)", "prefix 1"),
+    ],
+    ("11", 1): [
+        ("tiles_needed = lambda borders, tokens, size: -(-tokens // size)", "7 are filled, not 5"),
+        ("tiles_needed = lambda borders, tokens, size: sum(-(-(end - begin) // size) for begin, end in zip(borders, borders[1:]))", "7 are filled, not 5"),  # without the rest
+        ("tiles_needed = lambda borders, tokens, size: -(-tokens // size) + len(borders)", "7 are filled, not 9"),  # the list's length
+        ("tiles_needed = lambda borders, tokens, size: sum(max(1, -(-(end - begin) // size)) for begin, end in zip(borders, [*borders[1:], tokens]))", "7 are filled, not 8"),
+        ("tiles_needed = lambda borders, tokens, size: sum((end - begin) // size + 1 for begin, end in zip(borders, [*borders[1:], tokens]) if end > begin)", "2 are filled, not 4"),
+    ],
+    ("11", 2): [
+        ("lost_cosine = lambda scale, head_dim: max(-1.0, 1 - 24 * math.log(2) / (scale * head_dim))", "there still is a weight"),
+        ("lost_cosine = lambda scale, head_dim: max(-1.0, 1 - 14 * math.log(2) / (scale * head_dim))", "there still is a weight"),  # the smallest normal number
+        ("lost_cosine = lambda scale, head_dim: max(-1.0, -25 * math.log(2) / (scale * head_dim))", "the weight is zero, too"),  # without the bound
+        ("lost_cosine = lambda scale, head_dim: 1 - 25 * math.log(2) / (scale * head_dim)", "no key of 128 numbers is lost"),
+    ],
     ("12", 1): [
         ("iterations_needed = lambda coefficients, smallest, floor: math.ceil(math.log(floor / smallest) / math.log(coefficients[0]))", "8 iterations, not 6"),
         ("truth = iterations_needed; iterations_needed = lambda *arguments: truth(*arguments) + 1", "0 iterations, not 1"),

@@ -246,7 +246,11 @@ def jit(kernel):
 
 def setup() -> Machine:
     """First call of every command and kernel chapter: without a GPU, makes Triton interpret its kernels."""
-    machine, triton = look(), find_triton()
-    if triton and machine.device == "cpu":
-        triton.knobs.runtime.interpret = True
+    machine = look()
+    if machine.device == "cpu":
+        os.environ["TRITON_INTERPRET"] = (
+            "1"  # read where Triton's own functions are made: at its import
+        )
+        if triton := find_triton():
+            triton.knobs.runtime.interpret = True
     return machine

@@ -25,6 +25,7 @@ from speedrun.lab.hardware import look
 from speedrun.lab.results import load_result
 from speedrun.lab.runlog import read_metrics, series
 from speedrun.optim.muon import MuonConfig
+from speedrun.schedule import Stage
 
 if TYPE_CHECKING:
     from speedrun.train import Run

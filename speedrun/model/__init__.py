@@ -1,2 +1,2 @@
 # Written by "make tangle". Edits made here are lost.
-"""speedrun.model: baseline, embedding, gpt, head, mlp, plan, rotary."""
+"""speedrun.model: attention, baseline, embedding, gpt, head, masks, mlp, plan, rotary, yarn."""

@@ -36,6 +36,8 @@ class EmbeddingConfig:
     """Deviation of the tables' first entries; record 70's is 0.01, record 14's was 1."""
     value_rate: PositiveFloat = 1.0
     """The tables' rate as a multiple of optim.adam.lr."""
+    value_decay: NonNegativeFloat = 1.0
+    """The tables' weight decay as a multiple of optim.adam.weight_decay."""
 
 
 def values_by_layer(layers: int, kind: str) -> list[Value]:

@@ -9,7 +9,7 @@ import math
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from annotated_types import Interval
@@ -17,12 +17,21 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from speedrun.lab.bounds import PositiveFloat, PositiveInt
+from speedrun.kernels.attention import document_tiles
+from speedrun.model.attention import (
+    AttentionConfig,
+    AttentionSettings,
+    Packed,
+    attend,
+    positions_of,
+)
 from speedrun.model.embedding import READS, EmbeddingConfig, looked_up, smeared, with_value
 from speedrun.model.head import HeadConfig, capped, loss_of, padded
 from speedrun.model.mlp import BlockConfig, linear, linear_init, mlp, normed, rms_norm
 from speedrun.model.plan import LayerSpec, PlanConfig, enter, leave, make_plan
 from speedrun.model.plan import scalar_specs, tables_of
-from speedrun.model.rotary import RotaryConfig, rotate, rotation_tables
+from speedrun.model.rotary import RotaryConfig, frequencies, rotate, rotation_tables
+from speedrun.model.yarn import follow_windows
 
 
 @dataclass(frozen=True)
@@ -47,6 +56,8 @@ class GPTConfig:
     """What a token brings into the model."""
     plan: PlanConfig = field(default_factory=PlanConfig)
     """How the stream runs through the layers."""
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    """What attention looks at, and who computes it."""
     head: HeadConfig = field(default_factory=HeadConfig)
     """From the last vectors to the loss."""
 
@@ -109,6 +120,7 @@ def param_specs(config: GPTConfig, vocab_size: int) -> tuple[ParamSpec, ...]:
         specs.append(ParamSpec("position_embedding", (config.context, d), init_std=std, **LARGE))
     if tables := tables_of(plan):
         kind = {"init_std": embedding.value_std, "lr_mul": embedding.value_rate, **LARGE}
+        kind["wd_mul"] = embedding.value_decay
         specs.append(ParamSpec("value_embedding", (tables * words, d), **kind))
     specs += scalar_specs(plan, config.heads, config.plan, embedding)
     specs += layer_specs(config, plan)
@@ -145,28 +157,56 @@ def init_weights(model, seed: int) -> None:
 
 
 # %% The forward pass
+class Look(NamedTuple):
+    """What attention needs beside its input: who computes it, and where documents lie, if rows are packed."""
+
+    turns: tuple[Tensor, Tensor] | None
+    """Cosines and sines to turn queries and keys by."""
+    packed: Packed | None = None
+    tiles: Tensor | None = None
+    backend: str = "sdpa"
+
+
 def attention(
     x: Tensor,
     weights: Mapping[str, Tensor],
     config: GPTConfig,
-    tables: tuple[Tensor, Tensor] | None,
+    look: Look,
     other: Tensor | None = None,
+    long: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Causal self-attention, (batch, tokens, width) → the same, and its values. qkv: (3 · width, width), out: (width, width).
 
-    tables: cosines and sines to turn queries and keys by. other: values to mix in, (batch, heads, tokens, head_dim).
+    other: values to mix in, (batch, heads, tokens, head_dim). long: whether it looks back over the long window.
     """
     batch, tokens, width = x.shape
     shape = (batch, tokens, 3, config.heads, width // config.heads)
     q, k, v = linear(x, weights, "attention_qkv").view(shape).permute(2, 0, 3, 1, 4)
     if config.block.qk_norm:
         q, k = rms_norm(q), rms_norm(k)
-    if tables is not None:
-        q, k = (rotate(each, *tables, config.rotary.pairs) for each in (q, k))
+    if look.turns is not None:
+        q, k = (rotate(each, *look.turns, config.rotary.pairs) for each in (q, k))
     if other is not None:
         v = with_value(v, other.to(v.dtype), x, weights, config.embedding.value_mix).to(v.dtype)
-    y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # scaled by 1 / sqrt(head_dim)
-    return linear(y.transpose(1, 2).reshape(batch, tokens, width), weights, "attention_out"), v
+    if look.packed is None:
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # by 1 / sqrt(head_dim)
+        y = y.transpose(1, 2)
+    else:
+        bounded, kind = config.block.qk_norm, (look.packed, long, look.backend)
+        rows = [each[0].transpose(0, 1).to(v.dtype).contiguous() for each in (q, k, v)]
+        y = attend(rows[0], rows[1], rows[2], *kind, bounded, look.tiles)
+    return linear(y.reshape(batch, tokens, width), weights, "attention_out"), v
+
+
+def look_for(self, inputs: Tensor, packed: Packed | None) -> Look:
+    """What all attention layers of a forward pass share. In packed rows positions count from a document's beginning."""
+    learned = self.config.rotary.positions == "learned"
+    if packed is None:
+        return Look(None if learned else (self.cos, self.sin))
+    tokens = inputs.shape[1]
+    angles = positions_of(packed.cu_seqlens, tokens)[:, None] * packed.frequencies
+    tiles = document_tiles(packed.cu_seqlens, tokens) if self.backend == "triton" else None
+    return Look((angles.cos(), angles.sin()), packed, tiles, self.backend)
 
 
 def weights_of_layers(self) -> list[dict[str, Tensor]]:
@@ -185,7 +225,8 @@ def embed(self, inputs: Tensor) -> Tensor:
         x = smeared(x, self._parameters)
     if self.config.rotary.positions == "learned":
         x = x + self.position_embedding[: inputs.shape[1]]
-    return rms_norm(x) if self.config.embedding.norm else x
+    x = rms_norm(x) if self.config.embedding.norm else x
+    return x.bfloat16() if self.config.plan.stream_dtype == "bfloat16" else x
 
 
 def values_from_tables(self, inputs: Tensor) -> list[Tensor]:
@@ -196,29 +237,63 @@ def values_from_tables(self, inputs: Tensor) -> list[Tensor]:
     return [row.unflatten(-1, (self.config.heads, -1)).transpose(1, 2) for row in rows]
 
 
-def gpt_forward(self, inputs: Tensor, targets: Tensor | None = None) -> Tensor:
-    """Logits (batch, tokens, vocab) of inputs, (batch, tokens) int64; with targets the mean cross-entropy, nats."""
-    config = self.config
-    turns = None if config.rotary.positions == "learned" else (self.cos, self.sin)
+def logits_of(self, x: Tensor) -> Tensor:
+    """The head: normed vectors, (…, width), to logits, (…, padded vocabulary)."""
+    tied = self.config.head.tied == "tied"
+    return F.linear(x, self.token_embedding) if tied else x @ self.head
+
+
+def loss_in_slabs(self, x: Tensor, targets: Tensor, rows: int = 2**15) -> Tensor:
+    """Mean cross-entropy, nats, of vectors (1, tokens, width), with the logits of `rows` tokens in memory at a time."""
+    cap, total = self.config.head.cap, torch.zeros((), device=x.device)
+    for part, wanted in zip(x.split(rows, 1), targets.split(rows, 1)):
+        total = total + loss_of(logits_of(self, part), wanted, cap) * wanted.numel()
+    return total / targets.numel()
+
+
+def gpt_forward(
+    self, inputs: Tensor, targets: Tensor | None = None, packed: Packed | None = None
+) -> Tensor:
+    """Logits (batch, tokens, vocab) of inputs, (batch, tokens) int64; with targets the mean cross-entropy, nats. packed: of one row."""
+    config, look = self.config, look_for(self, inputs, packed)
     x = x0 = embed(self, inputs)
     outputs: list[Tensor] = []
     values: dict[Any, Tensor] = dict(enumerate(values_from_tables(self, inputs)))
-    for spec, weights in zip(self.plan, weights_of_layers(self)):
+    for n, (spec, weights) in enumerate(zip(self.plan, weights_of_layers(self))):
         x = enter(x, x0, outputs, spec, weights, config.plan.skips)
         if spec.attention:
             normal = normed(x, weights, "attention_norm")
-            y, v = attention(normal, weights, config, turns, values.get(spec.value))
+            long = n in config.attention.long_layers
+            y, v = attention(normal, weights, config, look, values.get(spec.value), long)
             values.setdefault("first", v)
             x = x + y
         if spec.mlp:
             x = x + mlp(normed(x, weights, "mlp_norm"), weights, config.block)
         outputs.append(x)
     x = leave(x, outputs, self._parameters)
-    x, tied = normed(x, self._parameters, "final_norm"), config.head.tied == "tied"
-    logits = F.linear(x, self.token_embedding) if tied else x @ self.head
+    x = normed(x, self._parameters, "final_norm")
+    if packed is not None and targets is not None and not torch.is_grad_enabled():
+        return loss_in_slabs(self, x, targets)
+    logits = logits_of(self, x)
     if targets is None:
         return capped(logits[..., : self.vocab_size], config.head.cap)
     return loss_of(logits, targets, config.head.cap)
+
+
+def attention_settings(
+    config: GPTConfig, windows: Sequence[tuple[int, int]], device: torch.device
+) -> list[AttentionSettings]:
+    """What attention is told in each stage, given its short and its long window in tokens (0: all)."""
+    size = config.width // config.heads
+    scale, turning = config.attention.scale or size**-0.5, frequencies(size, config.rotary)
+    told = [(turning, scale)] * len(windows)
+    if config.attention.yarn:
+        told = follow_windows(turning, scale, [long for _, long in windows])
+    found = []
+    for ends, (turns, factor) in zip(windows, told):
+        reach = torch.tensor([end or 2**30 for end in ends], dtype=torch.int32)
+        found.append(AttentionSettings(reach, torch.tensor(factor), turns.to(device)))
+    return found
 
 
 class GPT(nn.Module):
@@ -233,6 +308,7 @@ class GPT(nn.Module):
             self.register_parameter(spec.name, nn.Parameter(torch.empty(spec.shape)))
         init_weights(self, seed)
         self.banks = {spec.name: spec.layers for spec in self.specs if spec.layers}
+        self.backend = "sdpa"  # for packed rows: a trainer that knows its device chooses
         if config.rotary.positions != "learned":
             size = config.width // config.heads
             cos, sin = rotation_tables(config.context, size, config.rotary)

@@ -33,6 +33,8 @@ class PlanConfig:
     """attention: the second layer of the later half has none. mlp: the first has none."""
     rate: PositiveFloat = 1.0
     """The rate of all weights that mix, as a multiple of optim.adam.lr."""
+    stream_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the residual stream; bfloat16: from the embedding on."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,2 @@
+# Written by "make tangle". Edits made here are lost.
+"""speedrun.kernels: attention."""

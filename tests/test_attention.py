@@ -1,0 +1,369 @@
+"""Attention over packed documents: kernels against float64, the whole model against documents read alone, the trainer."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from speedrun.config import Config, vary
+from speedrun.data.loader import (
+    DataConfig,
+    Loader,
+    Shards,
+    packed_batch,
+    slots_for,
+    validation_batches,
+)
+from speedrun.kernels.attention import (
+    attention_by_document,
+    attention_op,
+    document_tiles,
+    gradients_by_document,
+)
+from speedrun.lab.errors import Problem
+from speedrun.lab.runlog import read_metrics, series
+from speedrun.launch import run_ranks
+from speedrun.model.attention import Packed, choose_backend, sdpa_op
+from speedrun.model.gpt import GPT, attention_settings
+from speedrun.presets import as_arguments
+from speedrun.schedule import Stage
+from speedrun.train import assemble, train, warm_up
+
+CUTS = {  # bounds of documents, in rows of so many tokens
+    "one document": ([0, 70], 70),
+    "odd lengths": ([0, 1, 64, 65, 130], 130),
+    "one token each": ([*range(31)], 30),
+    "empty slots": ([0, 40, 90, 90, 90], 90),
+    "an empty tail": ([0, 33, 50], 75),
+    "nothing at all": ([0, 0, 0], 20),
+}
+WINDOWS = (0, 1, 17, 64, 10**6)
+
+
+def dense(q, k, v, bounds, window, scale):
+    """The definition: every pair of tokens, (tokens, heads, head_dim) float64."""
+    tokens = len(q)
+    number = torch.full((tokens,), -1)
+    for n, (begin, end) in enumerate(zip(bounds, bounds[1:])):
+        number[begin:end] = n
+    place = torch.arange(tokens)
+    distance = place[:, None] - place[None, :]
+    sees = (number[:, None] == number[None, :]) & (number[:, None] >= 0)
+    sees &= (distance >= 0) & (distance <= window)
+    logits = torch.einsum("qhd,khd->hqk", q, k) * scale
+    p = logits.masked_fill(~sees, -math.inf).softmax(-1).nan_to_num(0.0)
+    return torch.einsum("hqk,khd->qhd", p, v)
+
+
+def draw(tokens: int, dim: int = 16, heads: int = 2, seed: int = 0):
+    generator = torch.Generator().manual_seed(seed)
+    q, k, v, grad = torch.randn(4, tokens, heads, dim, generator=generator, dtype=torch.float64)
+    return F.rms_norm(q, (dim,)), F.rms_norm(k, (dim,)), v, grad
+
+
+def known(q, k, v, grad, bounds, window, scale=0.3):
+    """Output and three gradients by the definition."""
+    asked = [each.clone().requires_grad_() for each in (q, k, v)]
+    out = dense(*asked, bounds, window, scale)
+    return out.detach(), *torch.autograd.grad(out, asked, grad)
+
+
+def close(found, wanted, tolerance: float) -> None:
+    for a, b in zip(found, wanted):
+        a = a.double().cpu()
+        assert torch.isfinite(a).all()
+        assert (a - b).norm() <= tolerance * (b.norm() + len(b) ** 0.5)
+
+
+@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("window", WINDOWS)
+class TestAgainstTheDefinition:
+    def test_document_by_document(self, cut, window):
+        bounds, tokens = CUTS[cut]
+        q, k, v, grad = draw(tokens)
+        wanted = known(q, k, v, grad, bounds, window)
+        ends = torch.tensor(bounds, dtype=torch.int32)
+        out = attention_by_document(q, k, v, ends, window, 0.3, block=13)
+        close(
+            (out, *gradients_by_document(grad, q, k, v, out, ends, window, 0.3, 29)), wanted, 1e-12
+        )
+        asked = [each.clone().requires_grad_() for each in (q, k, v)]
+        numbers = torch.tensor(window, dtype=torch.int32), torch.tensor(0.3, dtype=torch.float64)
+        out = sdpa_op(*asked, ends, *numbers)
+        close((out.detach(), *torch.autograd.grad(out, asked, grad)), wanted, 1e-12)
+
+    @pytest.mark.parametrize("bounded", [True, False])
+    def test_the_kernels(self, cut, window, bounded):
+        bounds, tokens = CUTS[cut]
+        q, k, v, grad = draw(tokens)
+        wanted = known(q, k, v, grad, bounds, window)
+        asked = [each.float().requires_grad_() for each in (q, k, v)]
+        tiles = document_tiles(torch.tensor(bounds, dtype=torch.int32), tokens)
+        numbers = torch.tensor(window, dtype=torch.int32), torch.tensor(0.3)
+        out, _ = attention_op(*asked, tiles, *numbers, bounded)
+        close((out.detach(), *torch.autograd.grad(out, asked, grad.float())), wanted, 2e-6)
+
+
+class TestKernels:
+    @pytest.mark.parametrize("dim", [16, 64, 128])
+    def test_in_float16(self, dim):  # the interpreter's products of bfloat16 are wrong
+        self.check(torch.float16, dim, "cpu")
+
+    @pytest.mark.gpu
+    @pytest.mark.parametrize("dim", [64, 128])
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_on_a_gpu(self, dtype, dim):
+        self.check(dtype, dim, "cuda")
+
+    def check(self, dtype, dim, device):
+        bounds, window = [0, 20, 75, 80], 30
+        q, k, v, grad = (each.to(dtype).double() for each in draw(80, dim))
+        wanted = known(q, k, v, grad, bounds, window, 0.12)
+        ends = torch.tensor(bounds, dtype=torch.int32, device=device)
+        for bounded in (False,) if dtype == torch.float16 else (False, True):
+            asked = [each.to(device, dtype).requires_grad_() for each in (q, k, v)]
+            numbers = torch.tensor(window, dtype=torch.int32), torch.tensor(0.12)
+            out, _ = attention_op(*asked, document_tiles(ends, 80), *numbers, bounded)
+            found = torch.autograd.grad(out, asked, grad.to(device, dtype))
+            close((out.detach(), *found), wanted, 1e-2)
+
+    def test_a_scale_that_the_bounded_form_cannot_take_is_computed_online(self):
+        bounds = [0, 40]
+        q, k, v, grad = draw(40, 128)
+        wanted = known(-q, q, v, grad, bounds, 50, 1.0)  # logits down to -128
+        tiles = document_tiles(torch.tensor(bounds, dtype=torch.int32), 40)
+        numbers = torch.tensor(50, dtype=torch.int32), torch.tensor(1.0)
+        out, _ = attention_op(-q.float(), q.float(), v.float(), tiles, *numbers, True)
+        close((out,), wanted[:1], 1e-5)
+
+    @settings(max_examples=60)
+    @given(
+        st.lists(st.integers(0, 40), min_size=1, max_size=12),
+        st.integers(0, 30),
+        st.integers(1, 20),
+    )
+    def test_tiles_cover_every_row_once_and_no_two_documents(self, lengths, tail, size):
+        bounds = [0, *np.cumsum(lengths).tolist()]
+        tokens = bounds[-1] + tail
+        if not tokens:
+            return
+        rows, begins, ends = document_tiles(
+            torch.tensor(bounds, dtype=torch.int32), tokens, size
+        ).tolist()
+        covered = []
+        for row, begin, end in zip(rows, begins, ends):
+            if row < 0:
+                continue
+            if begin >= 0:
+                assert (begin, end) in list(zip(bounds, bounds[1:])) and begin <= row < end
+            else:
+                assert row >= bounds[-1] and end == tokens
+            covered += range(row, min(row + size, end))
+        assert covered == [*range(tokens)]
+
+    def test_shapes_that_the_kernels_cannot_read_are_refused(self):
+        tiles = document_tiles(torch.tensor([0, 8], dtype=torch.int32), 8)
+        numbers = torch.tensor(3, dtype=torch.int32), torch.tensor(0.3)
+        for shape in ((8, 2, 24), (8, 32), (8, 2, 256)):
+            with pytest.raises(ValueError, match="head_dim of 16, 32, 64, 128"):
+                attention_op(*torch.zeros(3, *shape), tiles, *numbers, True)
+
+    def test_a_backend_that_cannot_says_why(self):
+        cpu = torch.device("cpu")
+        assert (
+            choose_backend("auto", cpu, torch.float32, 64)
+            == choose_backend("sdpa", cpu, torch.float32, 96)
+            == "sdpa"
+        )
+        for name in ("triton", "fa2", "fa3"):
+            with pytest.raises(
+                Problem, match=f"model.attention.backend={name}: it needs an NVIDIA GPU"
+            ):
+                choose_backend(name, cpu, torch.bfloat16, 64)
+
+
+MODEL = {
+    "model.layers": 4, "model.heads": 2, "model.width": 32, "model.init_std": 0.3, "model.block.norm": "rms", "model.block.biases": False,
+    "model.block.qk_norm": True, "model.rotary.positions": "half", "model.embedding.norm": True, "model.embedding.values": "ends",
+    "model.embedding.value_mix": "gates", "model.plan.x0": True, "model.plan.skips": "gated", "model.plan.backout": True,
+    "model.plan.without": "attention", "model.head.cap": "sigmoid23", "model.attention.long_layers": (1, 3),
+}  # fmt: skip
+
+
+def packed_of(bounds: list[int], config, windows=(0, 0)) -> Packed:
+    (told,) = attention_settings(config, [windows], torch.device("cpu"))
+    ends = torch.tensor(bounds, dtype=torch.int32)
+    return Packed(ends, torch.tensor(max(np.diff(bounds)), dtype=torch.int32), *told)
+
+
+class TestModel:
+    @pytest.mark.parametrize("windows", [(0, 0), (5, 0), (3, 11)])
+    def test_a_documents_logits_do_not_depend_on_its_neighbours_or_its_place(self, windows):
+        config = vary(Config(), MODEL).model
+        model = GPT(config, 50)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(
+                    0.2
+                    * torch.randn(p.shape, generator=torch.Generator().manual_seed(len(p.shape)))
+                )
+        tokens = torch.randint(50, (1, 40), generator=torch.Generator().manual_seed(1))
+        alone = model(tokens[:, 11:31], None, packed_of([0, 20], config, windows))
+        for bounds, begin in (([0, 11, 31, 40], 11), ([0, 5, 11, 31, 31], 11)):
+            together = model(tokens[:, : bounds[-1]], None, packed_of(bounds, config, windows))
+            assert torch.allclose(together[:, begin : begin + 20], alone, atol=1e-5)
+        moved = torch.cat([tokens[:, 31:], tokens[:, 11:31]], 1)
+        found = model(moved, None, packed_of([0, 9, 29], config, windows))[:, 9:]
+        assert torch.allclose(found, alone, atol=1e-5)
+        if windows == (0, 0):  # as a row of the stream
+            assert torch.allclose(model(tokens[:, 11:31]), alone, atol=1e-5)
+        else:
+            assert not torch.allclose(model(tokens[:, 11:31]), alone, atol=1e-3)
+
+    def test_smear_alone_crosses_a_border(self):
+        config = vary(Config(), MODEL | {"model.embedding.smear": True}).model
+        model = GPT(config, 50)
+        with torch.no_grad():
+            model.smear_weight.fill_(1.0)
+        tokens = torch.randint(50, (1, 30), generator=torch.Generator().manual_seed(1))
+        together = model(tokens, None, packed_of([0, 10, 30], config))[:, 10:]
+        assert not torch.allclose(together, model(tokens[:, 10:]), atol=1e-3)
+
+    def test_the_loss_in_slabs_is_the_loss(self):
+        from speedrun.model.gpt import loss_in_slabs
+
+        config = vary(Config(), MODEL).model
+        model = GPT(config, 50)
+        tokens = torch.randint(50, (1, 101), generator=torch.Generator().manual_seed(1))
+        packed = packed_of([0, 30, 100], config, (7, 20))
+        loss = model(tokens[:, :-1], tokens[:, 1:], packed)
+        with torch.no_grad():
+            same = model(tokens[:, :-1], tokens[:, 1:], packed)
+            x = torch.randn(1, 100, 32, generator=torch.Generator().manual_seed(2))
+            parts = [loss_in_slabs(model, x, tokens[:, 1:], rows) for rows in (7, 100)]
+        assert same.item() == pytest.approx(loss.item(), abs=1e-6)
+        assert parts[0].item() == pytest.approx(parts[1].item(), abs=1e-6)
+
+    def test_a_stream_in_16_bits_is_nearly_the_same(self):
+        told = {"model.plan.stream_dtype": "bfloat16"}
+        models = [GPT(vary(Config(), MODEL | more).model, 50) for more in ({}, told)]
+        tokens = torch.randint(50, (1, 33), generator=torch.Generator().manual_seed(1))
+        with torch.autocast("cpu", torch.bfloat16):
+            losses = [model(tokens[:, :-1], tokens[:, 1:]).item() for model in models]
+        assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], abs=0.05)
+
+    def test_a_new_window_compiles_nothing(self):
+        config = vary(Config(), MODEL).model
+        model, graphs = GPT(config, 50), []
+        counted = torch.compile(model, fullgraph=True, dynamic=False, backend=lambda graph, _: (graphs.append(1), graph.forward)[1])  # fmt: skip
+        tokens = torch.randint(50, (1, 33))
+        for windows in ((1, 2), (3, 11), (0, 0)):
+            counted(tokens[:, :-1], tokens[:, 1:], packed_of([0, 20, 32], config, windows))
+        assert len(graphs) == 1
+
+
+class TestLoader:
+    def test_validation_rows_have_their_documents_bounds(self, embedded):
+        options = DataConfig(str(embedded), "documents", step_tokens=2048, grad_shards=2)
+        shards = Shards(embedded, "val")
+        (batch,) = validation_batches(shards, options, 16_384)
+        assert batch.inputs.shape == (1, 16_384) and len(batch.cu_seqlens) == slots_for(16_384) + 1
+        ends = batch.cu_seqlens.unique()
+        document = shards.manifest.document
+        assert ends[0] == 0 and ends[-1] == 16_384 and len(ends) > 3
+        assert all(batch.inputs[0, end] == document for end in ends[1:-1])
+        assert (batch.inputs[0, 1:] == document).sum() == len(ends) - 2
+        assert batch.longest == ends.diff().max()
+        two = [list(validation_batches(shards, options, 16_384, rank, 2)) for rank in (0, 1)]
+        halves = torch.cat([batch.inputs[0] for rank in two for batch in rank])
+        assert torch.equal(halves, batch.inputs[0])
+
+    def test_joined_rows_are_the_same_documents(self, embedded):
+        options = DataConfig(str(embedded), "documents", step_tokens=4096, grad_shards=4)
+        apart = Loader(options).next()
+        joined = Loader(
+            DataConfig(
+                str(embedded), "documents", step_tokens=4096, grad_shards=4, pass_tokens=2048
+            )
+        ).next()
+        assert len(apart) == 4 and len(joined) == 2
+        for n, batch in enumerate(joined):
+            parts = apart[2 * n : 2 * n + 2]
+            assert torch.equal(batch.inputs, torch.cat([part.inputs for part in parts], 1))
+            assert torch.equal(batch.targets, torch.cat([part.targets for part in parts], 1))
+            wanted = torch.cat([parts[0].cu_seqlens, 1024 + parts[1].cu_seqlens]).unique()
+            assert torch.equal(batch.cu_seqlens.unique(), wanted)
+            assert batch.longest == max(part.longest for part in parts)
+
+    def test_more_documents_than_slots_is_an_error(self):
+        row = torch.arange(3001)
+        packed_batch(row, np.arange(0, 3000, 12))
+        with pytest.raises(
+            Problem, match="a row of 3000 tokens has 300 documents, and room for 256"
+        ):
+            packed_batch(row, np.arange(0, 3000, 10))
+
+
+DOCUMENTS = {
+    "data.mode": "documents",
+    "model.rotary.positions": "half",
+    "model.block.qk_norm": True,
+    "model.attention.long_layers": (1,),
+    "model.attention.yarn": True,
+    "schedule.stages": (
+        Stage(0.5, 1, 1.0, 60, (8, 30)),
+        Stage(0.5, 2, 1.4, 0, (16, 80)),
+        Stage(0.0, 2, 1.0, 0, (24, 120)),
+    ),
+    "schedule.extension_steps": 2,
+    "log_every": 1,
+    "val_tokens": 8192,
+}
+
+
+class TestTrainer:
+    @pytest.mark.parametrize("stop", [3, 5, 7, 10])
+    def test_resuming_is_exact_inside_any_stage(self, brief, tmp_path, stop):
+        run = vary(brief, DOCUMENTS)
+        whole = train(run, tmp_path / "whole", echo=None)
+        train(vary(run, {"max_steps": stop}), tmp_path / "broken", echo=None)
+        again = train(run, tmp_path / "broken", again=True, echo=None)
+        for name, p in again.model.named_parameters():
+            assert torch.equal(p, dict(whole.model.named_parameters())[name]), name
+        assert again.loader.position == whole.loader.position
+
+    def test_two_ranks_train_as_one(self, brief, tmp_path):
+        run = vary(brief, DOCUMENTS)
+        train(run, tmp_path / "one", echo=None)
+        rank = ["-m", "speedrun.train", "--out", str(tmp_path / "two"), *as_arguments(run)]
+        run_ranks(rank, 2, tmp_path / "two")
+        one, two = (
+            [[row.get("train_loss", row.get("val_loss")) for row in series(read_metrics(tmp_path / name / "metrics.jsonl"), kind)] for kind in ("step", "val")]
+            for name in ("one", "two")
+        )  # fmt: skip
+        assert two[0] == pytest.approx(one[0], abs=1e-5)
+        assert two[1] == pytest.approx(one[1], abs=1e-3), (
+            "rows of validation are shorter on two ranks"
+        )
+
+    def test_windows_and_frequencies_follow_the_stage(self, brief, tmp_path):
+        run = assemble(vary(brief, DOCUMENTS), tmp_path, echo=None)
+        assert [told.windows.tolist() for told in run.told] == [[8, 30], [16, 80], [24, 120]]
+        scales = [told.scale.item() for told in run.told]
+        assert scales == sorted(scales) and scales[0] < scales[1]
+        seen, real = [], run.forward
+        run.forward = lambda *there: (seen.append(there[2].windows.tolist()), real(*there))[1]
+        warm_up(run)
+        assert [8, 30] in seen and [16, 80] in seen and [24, 120] in seen and run.step == 0
+
+    def test_it_learns(self, brief, tmp_path):
+        long = vary(brief, DOCUMENTS | {"steps": 60, "optim.adam.lr": 4e-3})
+        train(long, tmp_path, echo=None)
+        losses = [
+            row["val_loss"] for row in series(read_metrics(tmp_path / "metrics.jsonl"), "val")
+        ]
+        assert losses[-1] < 3.4 < losses[0]
