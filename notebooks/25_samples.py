@@ -109,13 +109,14 @@ from annotated_types import Ge, Interval
 from torch import Tensor, nn
 
 from speedrun.checkpoint import check_tensors, damaged, latest_checkpoint, load_facts, load_tensors
-from speedrun.config import check_config, config_from_json
+from speedrun.config import check_config, config_from_json, schedule_of
 from speedrun.data.shards import data_folder, load_manifest, read_shard
 from speedrun.data.tokenizer import Tokenizer, get_tokenizer
 from speedrun.lab.bounds import check_ranges
 from speedrun.lab.errors import Problem, check_words, explained, run_main
 from speedrun.lab.hardware import setup
-from speedrun.model.gpt import GPT
+from speedrun.model.attention import AttentionSettings, Packed
+from speedrun.model.gpt import GPT, attention_settings
 
 
 # %%
@@ -129,6 +130,16 @@ class Trained:
     context: int
     step: int
     data: Path
+    told: AttentionSettings | None = None
+    """What attention was told last, if it was trained on packed documents."""
+
+    def logits(self, row: Tensor) -> Tensor:
+        """Logits (1, tokens, vocab) of a row, (1, tokens) int64, which is seen as a document if the model knows documents."""
+        if self.told is None:
+            return self.model(row)
+        count = torch.tensor(row.shape[1], dtype=torch.int32)
+        ends = torch.tensor([0, row.shape[1]], dtype=torch.int32, device=row.device)
+        return self.model(row, None, Packed(ends, count, *self.told))
 
 
 def load_trained(folder: Path, device: str = "cpu") -> Trained:
@@ -143,8 +154,13 @@ def load_trained(folder: Path, device: str = "cpu") -> Trained:
     weights = {k: w.float() if w.dtype == torch.bfloat16 else w for k, w in weights.items()}
     check_tensors(path, weights, dict(model.named_parameters()))
     model.load_state_dict(weights)
-    data = data_folder(config.data.path)
-    return Trained(model.eval(), tokenizer, config.data.seq_len, facts["step"], data)
+    data, context, told = data_folder(config.data.path), config.data.seq_len, None
+    if config.data.mode == "documents":
+        context, stages = config.data.max_document, config.schedule.stages
+        number = schedule_of(config).at(min(facts["step"], config.steps - 1)).stage
+        windows = [stage.windows for stage in stages]
+        told = attention_settings(config.model, windows, torch.device(device))[number]
+    return Trained(model.eval(), tokenizer, context, facts["step"], data, told)
 
 
 # %% [markdown]
@@ -214,7 +230,7 @@ def generate(
     start = len(tokens)
     for _ in range(count):
         window = torch.tensor([tokens[-trained.context :]], device=device)
-        logits = trained.model(window)[0, -1].float().cpu()
+        logits = trained.logits(window)[0, -1].float().cpu()
         tokens.append(choose(logits, temperature, top_k, generator))
     return trained.tokenizer.decode(tokens[start:])
 
@@ -315,10 +331,11 @@ def losses_of_rows(trained: Trained, rows: int = 2000) -> Tensor:
     tokens = read_shard(path, manifest.vocab_size)[: rows * length + 1].astype("int64")
     row = torch.from_numpy(tokens).to(next(trained.model.parameters()).device)
     inputs, targets = row[:-1].view(-1, length), row[1:].view(-1, length)
-    losses = [
-        nn.functional.cross_entropy(trained.model(x).transpose(1, 2), y, reduction="none")
-        for x, y in zip(inputs.split(50), targets.split(50))
-    ]
+    losses = []
+    for x, y in zip(inputs.split(50), targets.split(50)):
+        alone = trained.told is not None
+        logits = torch.cat([trained.logits(row) for row in x.split(1)]) if alone else trained.model(x)  # fmt: skip
+        losses.append(nn.functional.cross_entropy(logits.transpose(1, 2), y, reduction="none"))
     return torch.cat(losses).cpu()
 
 

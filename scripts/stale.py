@@ -350,15 +350,20 @@ def part_of_training(commit: str) -> frozenset[str]:
     return frozenset(found | set(module_hashes(["speedrun.train", "speedrun.history"])))
 
 
-def objection(modules: dict[str, str], start: tuple[str, ...], commit: str) -> str | None:
-    """Why training a little on a CPU could not show that a result with these modules still stands; None if it could. start: those that measure."""
+def objection(
+    modules: dict[str, str], start: tuple[str, ...], commit: str, gpus: int
+) -> str | None:
+    """Why training a little on a CPU could not show that a result with these modules still stands; None if it could.
+
+    start: those that measure. gpus: on how many it was measured; what a CPU computed, a CPU computes again, without kernels.
+    """
     changed = changes_since(commit)
     then, now = used_then_and_now(start, commit)
     used = {
         name for key in then.keys() ^ now.keys() for name in {*then.get(key, ()), *now.get(key, ())}
     }
     for name in changed_modules(modules):
-        if name.startswith("speedrun.kernels."):
+        if name.startswith("speedrun.kernels.") and gpus:
             return f"{name} is a kernel"
         if name.startswith("speedrun.measure."):
             continue  # it chose the runs, whose configs are in the result
@@ -496,7 +501,7 @@ def prove(results: dict[Path, dict]):
         start = measuring(modules, path.parent.name)
         if not configs:
             yield path, prove_without_runs(path, result, modules, commit)
-        elif why_not := objection(modules, start, commit):
+        elif why_not := objection(modules, start, commit, gpus_of(result)):
             yield path, f"not proved: {why_not}"
         else:
             try:
@@ -513,7 +518,7 @@ def prove_without_runs(path: Path, result: dict, modules: dict[str, str], commit
     start = measuring(modules, path.parent.name)
     count = same_statements(start, commit)
     if not count:
-        return f"not proved: {objection(modules, start, commit) or 'it names no training run'}"
+        return f"not proved: {objection(modules, start, commit, gpus_of(result)) or 'it names no training run'}"
     keep_proof(path, result, today, {"commit": commit, "statements": count})
     return f"same behaviour: the {count} statements that it uses are the same"
 

@@ -360,6 +360,22 @@ class TestTrainer:
         warm_up(run)
         assert [8, 30] in seen and [16, 80] in seen and [24, 120] in seen and run.step == 0
 
+    def test_a_sample_is_read_as_the_model_was_trained(self, brief, tmp_path):
+        from speedrun.sample import generate, load_trained, losses_of_rows
+
+        run = train(vary(brief, DOCUMENTS), tmp_path, echo=None)
+        trained = load_trained(tmp_path)
+        assert trained.context == run.config.data.max_document
+        assert torch.equal(trained.told.windows, run.told[2].windows)
+        tokens = torch.randint(288, (1, 100), generator=torch.Generator().manual_seed(0))
+        ends = torch.tensor([0, 100], dtype=torch.int32)
+        known = run.model(tokens, None, Packed(ends, torch.tensor(100, dtype=torch.int32), *run.told[2]))  # fmt: skip
+        assert torch.allclose(trained.logits(tokens), known, atol=1e-5)
+        assert len(generate(trained, "def ", 5)) and not torch.allclose(
+            known, run.model(tokens), atol=1e-3
+        )
+        assert losses_of_rows(trained, 2).shape == (2, trained.context)
+
     def test_it_learns(self, brief, tmp_path):
         long = vary(brief, DOCUMENTS | {"steps": 60, "optim.adam.lr": 4e-3})
         train(long, tmp_path, echo=None)
