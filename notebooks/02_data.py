@@ -1481,8 +1481,8 @@ print(f"{per_epoch} steps an epoch, then from the start again")
 # ## Reading by documents
 #
 # The other mode fills a micro-batch with documents, each from its beginning, one after the other in the order of the corpus. A document longer than `max_document` is clipped and its rest
-# skipped; the last one is clipped where the micro-batch is full. The batch is one long row, and `cu_seqlens`, the cumulative lengths, tell the attention of later chapters where documents begin, so
-# that no token looks across a border.
+# skipped; the last one is clipped where the micro-batch is full. The batch is one long row, and `cu_seqlens`, the cumulative lengths, tell attention ([chapter 11](11_attention_backends.py)) where documents begin, so
+# that no token looks across a border. It has room for a fixed number of documents, since a tensor of another length would be another program to compile; slots that are not used lie at the end and are empty.
 
 
 # %%
@@ -1826,8 +1826,8 @@ print(f"clipping documents at 512 tokens as well, over {many:.1%}")
 
 # %% [markdown]
 # A contest run reads a thirtieth of FineWeb's ten billion tokens and can afford that; on a corpus that is read twice it is text you paid for. And an aligned batch is only half of the idea. The rows are aligned, but as long as attention
-# runs across borders, a token still looks into the tail of somebody else's document. That needs a mask, and masks need a chapter of their own. Until it is written, the trainer reads the
-# plain stream, as llm.c does, and this mode waits.
+# runs across borders, a token still looks into the tail of somebody else's document. That needs a mask, and masks are [chapter 09](09_flex_attention.py)'s. GPT-2's presets read the
+# plain stream, as llm.c does; `record_200m` reads documents.
 #
 # ## Fetching FineWeb
 #

@@ -428,6 +428,10 @@ def attention(
     return linear(y.reshape(batch, tokens, width), weights, "attention_out"), v
 
 
+# %% [markdown]
+# Rows come in two kinds. A row of the stream is seen whole, and goes through PyTorch's attention. A *packed* row holds whole documents, one after the other ([chapter 02](02_data.py)), and [chapter 11](11_attention_backends.py)'s attention keeps them apart. There positions count from the beginning of each document, so that it does not matter where in the row one lies. What depends on the row is worked out once, for all layers: angles, and the kernel's tiles.
+
+
 # %%
 #| export
 def look_for(self, inputs: Tensor, packed: Packed | None) -> Look:
@@ -561,6 +565,21 @@ class GPT(nn.Module):
 
     forward = gpt_forward
 
+
+# %% [markdown]
+# A document in the middle of a packed row gets the logits that it gets alone:
+
+# %%
+turned = GPTConfig(layers=2, heads=2, width=64, context=32, rotary=RotaryConfig("half"))
+model = GPT(turned, 288).to(tier.device)
+(told,) = attention_settings(turned, [(0, 0)], torch.device(tier.device))
+row = torch.randint(288, (1, 32), generator=torch.Generator().manual_seed(1)).to(tier.device)
+borders = torch.tensor([0, 7, 25, 32], dtype=torch.int32, device=tier.device)
+with torch.no_grad():
+    together = model(row, None, Packed(borders, torch.tensor(18, dtype=torch.int32), *told))
+    off = (together[:, 7:25] - model(row[:, 7:25])).abs().max().item()
+assert off < 1e-4, "its neighbours and its place do not matter"
+print(f"logits differ by {off:.0e}")
 
 # %%
 model = GPT(GPTConfig(layers=2, heads=2, width=64, context=32), 288).to(tier.device)
