@@ -328,10 +328,12 @@ def check_documents(config: Config) -> None:
             what = "schedule.stages with windows, and data.mode=stream: rows of the stream are seen whole"
             raise Problem(what, "--data.mode documents, or no windows")
     elif config.model.rotary.positions == "learned":
-        what = "data.mode=documents with model.rotary.positions=learned: there are positions for model.context tokens only"
+        kind = config.model.rotary.positions
+        what = f"data.mode=documents and {kind} positions: there are positions for model.context tokens only"
         raise Problem(what, "--model.rotary.positions rotary, or --data.mode stream")
-    if config.model.plan.stream_dtype != "float32" and config.precision == "float32":
-        what = "model.plan.stream_dtype=bfloat16 in a model that computes in float32"
+    dtype = config.model.plan.stream_dtype
+    if dtype != "float32" and config.precision == "float32":
+        what = f"model.plan.stream_dtype={dtype} in a model that computes in float32"
         raise Problem(what, "--model.plan.stream-dtype float32, or 16 bits for --precision as well")
     if config.model.attention.yarn and not all(long for _, long in windows):
         what = "model.attention.yarn, and a stage without a long window: there is nothing to follow"
