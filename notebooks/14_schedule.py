@@ -802,7 +802,7 @@ for words, nonsense, count in (
 
 
 # %%
-#| export
+#| export measure.schedule
 def turning_points(schedule: Schedule) -> list[int]:
     """The steps at which something begins, ends or is last what it was."""
     edges, (rising, falling) = schedule.boundaries, schedule.config.momentum_ramp

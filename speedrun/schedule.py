@@ -228,27 +228,3 @@ def check_schedule(config: ScheduleConfig, steps: int) -> None:
     if wrong:
         what = f"schedule.stages in a run of {steps} steps, {config.extension_steps} of them the extension's, want {'; '.join(wrong)}"
         raise Problem(what, "other stages, more --steps, or fewer --schedule.extension-steps")
-
-
-def turning_points(schedule: Schedule) -> list[int]:
-    """The steps at which something begins, ends or is last what it was."""
-    edges, (rising, falling) = schedule.boundaries, schedule.config.momentum_ramp
-    points = {schedule.config.warmup_steps, rising, edges[-1] - falling, schedule.scheduled}
-    points |= {*edges, *(edge - 1 for edge in edges)}
-    if schedule.config.shape == "trapezoid":
-        points.add(schedule.cooldown_start)
-    return sorted(point for point in points if 0 <= point < schedule.steps)
-
-
-def schedule_table(schedule: Schedule) -> list[str]:
-    """A heading, and a line for each turning point."""
-    lines = [" step   batch     lr  mom.   cap    windows  ahead / prefix"]
-    for step in turning_points(schedule):
-        now = schedule.at(step)
-        windows = "{}, {}".format(*now.windows)
-        targets = " ".join(f"{weight:.2f}" for weight in now.mtp_weights)
-        numbers = f"{step:5} {now.batch_tokens:7} {now.lr:6.3f} {now.momentum:5.3f}"
-        lines.append(
-            f"{numbers} {now.max_doc_tokens:5}  {windows:>9}  {targets} / {now.prefix_weight:.2f}"
-        )
-    return lines
