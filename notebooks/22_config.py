@@ -759,7 +759,9 @@ except Problem as problem:
 # Every switch has to work at a size at which a laptop can try it. `at_cpu_size` keeps the decisions of a run and shrinks its dimensions, in single precision. A count of steps is a dimension, too. Left as it is, record 1's warm-up of 700 steps would outlast all of the twenty, and a changed cosine or a changed decay would change nothing that anybody sees. So warm-ups and ramps shrink with the run, to between three of its steps and a quarter of them, and twenty steps pass through everything: up, along, and down. Tests train twenty steps of *any* configuration; so does the check that a refactoring has not changed what a run computes.
 
 # %%
-#| export presets
+#| export cpu_size
+from typing import Any
+
 MODEL_SIZES = [f"model.{name}" for name in ("layers", "heads", "width", "context", "init_std")]
 DATA_SIZES = [
     "data.path",
@@ -789,7 +791,7 @@ assert scaled(700, 19_560, 19_560) == 700
 
 
 # %%
-#| export presets
+#| export cpu_size
 def at_cpu_size(config: Config, steps: int = 20) -> Config:
     """The same decisions at the cpu preset's widths, vocabulary and lengths, with all of the schedule in a few steps."""
     laptop, own = fields_of(preset("cpu")), fields_of(config)

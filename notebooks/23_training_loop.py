@@ -335,7 +335,8 @@ def build_optimizer(config: Config, model: GPT) -> MuonAdam:
 # %%
 from collections import Counter
 
-from speedrun.presets import at_cpu_size
+from speedrun.cpu_size import at_cpu_size
+
 
 laptop = at_cpu_size(preset("cpu"))
 for matrices in ("adam", "muon", "soap"):

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from migrate import STEPS, configs_in, in_older_names
+from speedrun.cpu_size import RAMPS, at_cpu_size
 
 from speedrun.config import Config, config_from_json, fields_of, vary
 from speedrun.data.shards import data_folder
@@ -42,7 +43,6 @@ from speedrun.lab.provenance import (
     root,
 )
 from speedrun.lab.results import freshness
-from speedrun.presets import RAMPS, at_cpu_size
 
 GPU_WORDS = (
     "cuda",

@@ -166,46 +166,6 @@ def preset(name: str) -> Config:
     return vary(preset(parent) if parent else Config(), {"preset": name} | changes)
 
 
-# %% Shrinking a run to CPU size
-MODEL_SIZES = [f"model.{name}" for name in ("layers", "heads", "width", "context", "init_std")]
-DATA_SIZES = [
-    "data.path",
-    "data.seq_len",
-    "data.step_tokens",
-    "data.grad_shards",
-    "data.pass_tokens",
-]
-NUMBERS = ("precision", "optim.muon.param_dtype", "optim.muon.ns_dtype", "model.plan.stream_dtype")
-SIZES = (*MODEL_SIZES, *DATA_SIZES, *NUMBERS)
-LONG_LAYERS = "model.attention.long_layers"
-RAMPS = (
-    "schedule.warmup_steps",
-    "schedule.momentum_ramp",
-    "schedule.extension_steps",
-)  # steps in which something rises or falls
-
-
-def scaled(count: int, whole: int, steps: int) -> int:
-    """A count of steps out of `whole` as one out of `steps`: at least three if there are any, and at most a quarter."""
-    return min(max(round(count * steps / whole), 3), max(1, steps // 4)) if count else 0
-
-
-def at_cpu_size(config: Config, steps: int = 20) -> Config:
-    """The same decisions at the cpu preset's widths, vocabulary and lengths, with all of the schedule in a few steps."""
-    laptop, own = fields_of(preset("cpu")), fields_of(config)
-    changes = {name: laptop[name] for name in SIZES}
-    changes |= {"steps": steps, "max_steps": 0, "val_every": steps, "val_tokens": 16_384}
-    last = laptop["model.layers"] - 1  # long layers stay where they are in the model's depth
-    deep = [round(n * last / max(1, config.model.layers - 1)) for n in own[LONG_LAYERS]]
-    changes[LONG_LAYERS] = tuple(sorted({*deep}))
-    for name in RAMPS:
-        if isinstance(own[name], tuple):
-            changes[name] = tuple(scaled(count, config.steps, steps) for count in own[name])
-        else:
-            changes[name] = scaled(own[name], config.steps, steps)
-    return vary(config, changes)
-
-
 # %% JSON and the command line
 def preset_in(arguments: list[str], default: str) -> str:
     """The value of --preset among command-line arguments, wherever it stands; the last one counts."""

@@ -12,6 +12,7 @@ import torch
 from annotated_types import Interval
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from speedrun.cpu_size import at_cpu_size
 
 from speedrun.config import Config, check_config, config_from_json, fields_of, vary
 from speedrun.data.loader import DataConfig, check_options
@@ -19,7 +20,7 @@ from speedrun.lab.bounds import check_ranges
 from speedrun.lab.errors import Problem
 from speedrun.launch import LaunchCommand
 from speedrun.model.gpt import GPT
-from speedrun.presets import as_arguments, at_cpu_size, known_presets, preset, read_command
+from speedrun.presets import as_arguments, known_presets, preset, read_command
 from speedrun.schedule import StepSettings
 from speedrun.train import TrainCommand, build_optimizer
 

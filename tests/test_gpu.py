@@ -8,6 +8,7 @@ import optimizer_ranks
 import pytest
 import torch
 from optimizer_ranks import everything
+from speedrun.cpu_size import at_cpu_size
 from test_switches import WAYS
 
 from speedrun.checkpoint import latest_checkpoint, load_checkpoint
@@ -19,7 +20,7 @@ from speedrun.measure import many_gpus
 from speedrun.model.gpt import GPT
 from speedrun.model.head import padded
 from speedrun.optim.optimizer import MuonAdam
-from speedrun.presets import as_arguments, at_cpu_size, preset
+from speedrun.presets import as_arguments, preset
 from speedrun.train import compile_model, train
 
 HAVE = torch.cuda.device_count() if torch.cuda.is_available() else 0

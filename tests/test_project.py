@@ -35,7 +35,7 @@ LAYERS = [  # imports point from a later line to an earlier one, or stay on one 
     {"speedrun.kernels"},
     {"speedrun.schedule"},
     {"speedrun.model", "speedrun.optim"},
-    {"speedrun.config", "speedrun.presets", "speedrun.history"},
+    {"speedrun.config", "speedrun.presets", "speedrun.history", "speedrun.cpu_size"},
     {"speedrun.checkpoint", "speedrun.train"},
     {"speedrun.launch", "speedrun.report", "speedrun.sample", "speedrun.evaluate"},
     {"speedrun.measure"},

@@ -9,12 +9,13 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from speedrun.cpu_size import at_cpu_size
 
 from speedrun.config import check_config, config_from_json, schedule_of, vary
 from speedrun.lab.errors import Problem
 from speedrun.lab.runlog import read_metrics, series
 from speedrun.measure.schedule import schedule_table, turning_points
-from speedrun.presets import PRESETS, at_cpu_size, known_presets, preset
+from speedrun.presets import PRESETS, known_presets, preset
 from speedrun.schedule import Schedule, ScheduleConfig, Stage, check_schedule, ramp
 from speedrun.train import assemble, run_loop, train
 

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 from reference_gpt import angle_of, reference
+from speedrun.cpu_size import at_cpu_size
 from torch.nn.functional import cross_entropy
 
 from speedrun.config import Config, check_config, fields_of, vary
@@ -16,7 +17,7 @@ from speedrun.model.head import HeadConfig
 from speedrun.model.mlp import BlockConfig
 from speedrun.model.plan import PlanConfig
 from speedrun.model.rotary import RotaryConfig
-from speedrun.presets import at_cpu_size, preset
+from speedrun.presets import preset
 from speedrun.train import assemble, train, train_step
 
 SHAPE = GPTConfig(layers=4, heads=2, width=16, context=8)

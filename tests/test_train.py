@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from speedrun.cpu_size import at_cpu_size
 
 from speedrun.checkpoint import (
     checkpoints,
@@ -24,7 +25,7 @@ from speedrun.config import vary
 from speedrun.lab.errors import Problem
 from speedrun.lab.runlog import read_log, read_metrics, series
 from speedrun.launch import run_ranks
-from speedrun.presets import as_arguments, at_cpu_size, known_presets, preset
+from speedrun.presets import as_arguments, known_presets, preset
 from speedrun.schedule import Stage
 from speedrun.train import train
 
