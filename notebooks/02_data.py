@@ -159,15 +159,20 @@ def gpt2_tokenizer() -> Tokenizer:
 
 
 # %%
+#| export data.shards
+TOKENIZERS = ("bytes", "gpt2")  # what a manifest may name: reading shards needs no tokenizer
+
+
+# %%
 #| export
-TOKENIZERS = {"bytes": byte_tokenizer, "gpt2": gpt2_tokenizer}
+MAKERS = dict(zip(TOKENIZERS, (byte_tokenizer, gpt2_tokenizer)))
 
 
 def get_tokenizer(name: str) -> Tokenizer:
     """The tokenizer that a manifest names."""
     if name not in TOKENIZERS:
         raise Problem(f"there is no tokenizer “{name}”", f"known are {', '.join(TOKENIZERS)}")
-    return TOKENIZERS[name]()
+    return MAKERS[name]()
 
 
 # %%

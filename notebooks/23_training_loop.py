@@ -101,7 +101,6 @@ from tqdm import tqdm
 
 from speedrun.config import Config, check_config, config_from_json, fields_of, schedule_of, vary
 from speedrun.data.loader import Batch, Loader, Position, Shards, validation_batches
-from speedrun.data.tokenizer import decode_bytes
 from speedrun.lab.errors import Problem, quoted, run_main, visible
 from speedrun.lab.files import claim, new_folder
 from speedrun.lab.hardware import Machine, setup
@@ -1348,6 +1347,8 @@ def bytes_per_token(validation: Shards, tokens: int) -> float | None:
     files = validation.files
     if validation.manifest.tokenizer == "bytes":
         read = validation.read(0, min(tokens, validation.total))
+        from speedrun.data.tokenizer import decode_bytes
+
         return len(decode_bytes(read.tolist())) / len(read)
     if any(file.bytes is None for file in files):
         return None

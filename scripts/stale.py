@@ -27,9 +27,9 @@ from pathlib import Path
 from typing import Any
 
 from migrate import STEPS, configs_in, in_older_names
-from speedrun.cpu_size import RAMPS, at_cpu_size
 
 from speedrun.config import Config, config_from_json, fields_of, vary
+from speedrun.cpu_size import RAMPS, at_cpu_size
 from speedrun.data.shards import data_folder
 from speedrun.lab import provenance
 from speedrun.lab.errors import Problem, run_main, visible

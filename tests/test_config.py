@@ -12,9 +12,9 @@ import torch
 from annotated_types import Interval
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from speedrun.cpu_size import at_cpu_size
 
 from speedrun.config import Config, check_config, config_from_json, fields_of, vary
+from speedrun.cpu_size import at_cpu_size
 from speedrun.data.loader import DataConfig, check_options
 from speedrun.lab.bounds import check_ranges
 from speedrun.lab.errors import Problem

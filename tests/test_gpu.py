@@ -8,11 +8,11 @@ import optimizer_ranks
 import pytest
 import torch
 from optimizer_ranks import everything
-from speedrun.cpu_size import at_cpu_size
 from test_switches import WAYS
 
 from speedrun.checkpoint import latest_checkpoint, load_checkpoint
 from speedrun.config import vary
+from speedrun.cpu_size import at_cpu_size
 from speedrun.lab.hardware import find_gpus, jit, look
 from speedrun.lab.runlog import read_metrics, series
 from speedrun.launch import run_ranks

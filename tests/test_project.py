@@ -90,7 +90,12 @@ class TestLayers:
         from speedrun.lab.provenance import module_hashes
 
         # what a run imports only when it is named
-        elsewhere = ("speedrun.history", "speedrun.model.baseline", "speedrun.optim.soap")
+        elsewhere = (
+            "speedrun.history",
+            "speedrun.model.baseline",
+            "speedrun.optim.soap",
+            "speedrun.data.tokenizer",
+        )
         tokens = {
             module: tokens_of_code(source_of(module))
             for module in module_hashes(["speedrun.train"])
@@ -98,7 +103,7 @@ class TestLayers:
         }
         # upstream's trainer with its two files of kernels: 32,205 at record 89
         kernels = sum(tokens.pop(name) for name in [*tokens] if ".kernels." in name)
-        assert kernels <= 10_000 and sum(tokens.values()) <= 40_000, tokens
+        assert kernels <= 10_000 and sum(tokens.values()) <= 39_000, tokens
         code = "import sys, speedrun.train; print(*[m for m in sys.modules if m in sys.argv[1:]])"
         command = [sys.executable, "-c", code, *elsewhere]
         assert not subprocess.run(

@@ -9,9 +9,9 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from speedrun.cpu_size import at_cpu_size
 
 from speedrun.config import check_config, config_from_json, schedule_of, vary
+from speedrun.cpu_size import at_cpu_size
 from speedrun.lab.errors import Problem
 from speedrun.lab.runlog import read_metrics, series
 from speedrun.measure.schedule import schedule_table, turning_points

@@ -13,9 +13,9 @@ from typing import Literal, get_args, get_origin, get_type_hints
 import migrate
 import pytest
 import stale
-from speedrun.cpu_size import RAMPS
 
 from speedrun.config import Config, check_config, fields_of, vary
+from speedrun.cpu_size import RAMPS
 from speedrun.lab.provenance import module_hashes, root
 from speedrun.presets import preset
 from speedrun.schedule import Stage

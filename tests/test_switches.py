@@ -5,10 +5,10 @@ import dataclasses
 import pytest
 import torch
 from reference_gpt import angle_of, reference
-from speedrun.cpu_size import at_cpu_size
 from torch.nn.functional import cross_entropy
 
 from speedrun.config import Config, check_config, fields_of, vary
+from speedrun.cpu_size import at_cpu_size
 from speedrun.lab.errors import Problem
 from speedrun.lab.runlog import read_metrics, series
 from speedrun.model.embedding import EmbeddingConfig

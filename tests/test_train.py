@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from speedrun.cpu_size import at_cpu_size
 
 from speedrun.checkpoint import (
     checkpoints,
@@ -22,6 +21,7 @@ from speedrun.checkpoint import (
     save_checkpoint,
 )
 from speedrun.config import vary
+from speedrun.cpu_size import at_cpu_size
 from speedrun.lab.errors import Problem
 from speedrun.lab.runlog import read_log, read_metrics, series
 from speedrun.launch import run_ranks

@@ -1,7 +1,8 @@
 # Tangled from notebooks/02_data.py: edit the notebook, then run "make tangle". Edits made here are lost.
 
 
-from speedrun.data.tokenizer import TOKENIZERS
+# %% Text becomes numbers
+TOKENIZERS = ("bytes", "gpt2")  # what a manifest may name: reading shards needs no tokenizer
 
 
 # %% Shards

@@ -1,6 +1,9 @@
 # Tangled from notebooks/02_data.py: edit the notebook, then run "make tangle". Edits made here are lost.
 
 
+from speedrun.data.shards import TOKENIZERS
+
+
 # %% Text becomes numbers
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -85,11 +88,11 @@ def gpt2_tokenizer() -> Tokenizer:
     return Tokenizer("gpt2", bpe.n_vocab, GPT2_DOCUMENT, encode, decode, piece)
 
 
-TOKENIZERS = {"bytes": byte_tokenizer, "gpt2": gpt2_tokenizer}
+MAKERS = dict(zip(TOKENIZERS, (byte_tokenizer, gpt2_tokenizer)))
 
 
 def get_tokenizer(name: str) -> Tokenizer:
     """The tokenizer that a manifest names."""
     if name not in TOKENIZERS:
         raise Problem(f"there is no tokenizer “{name}”", f"known are {', '.join(TOKENIZERS)}")
-    return TOKENIZERS[name]()
+    return MAKERS[name]()
