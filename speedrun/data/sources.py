@@ -259,7 +259,11 @@ def own(staged: Path, patience_s: int, held: list[BaseFileLock]) -> None:
     while not held:
         try:
             with signals_wait():
+                staged.mkdir(parents=True, exist_ok=True)
                 held.append(claim(staged, "data"))
+        except FileNotFoundError:  # whoever had the folder has just removed it
+            if not staged.parent.is_dir():
+                raise
         except Problem:
             if patience_s <= 0:
                 raise
