@@ -1316,10 +1316,10 @@ class DataConfig:
 
     path: str = "data/embedded"
     """Data folder, with a manifest.json; relative to here or to the project."""
-    mode: Literal["stream", "documents"] = "stream"
-    """stream: rows cut from the stream wherever they fall. documents: whole documents, from their beginning."""
+    mode: Literal["stream", "packed", "documents"] = "stream"
+    """stream: rows cut from the stream wherever they fall. packed: long such rows, in which no document sees another. documents: whole documents, from their beginning."""
     seq_len: PositiveInt = 1024
-    """Tokens a row; in the documents mode a micro-batch is one row, and this is not used."""
+    """stream: tokens a row. In the other modes a micro-batch is one row, and this is not used."""
     step_tokens: PositiveInt = 524_288
     """Tokens a step, over all ranks."""
     grad_shards: PositiveInt = 8
@@ -1492,6 +1492,8 @@ print(f"{per_epoch} steps an epoch, then from the start again")
 # The other mode fills a micro-batch with documents, each from its beginning, one after the other in the order of the corpus. A document longer than `max_document` is clipped and its rest
 # skipped; the last one is clipped where the micro-batch is full. The batch is one long row, and `cu_seqlens`, the cumulative lengths, tell attention ([chapter 11](11_attention_backends.py)) where documents begin, so
 # that no token looks across a border. It has room for a fixed number of documents, since a tensor of another length would be another program to compile; slots that are not used lie at the end and are empty.
+#
+# Between the two modes there is a third, *packed*, which was the contest's from record 12 to record 25: a micro-batch is one long row, cut from the stream wherever it falls, with the borders of the documents in it. Nothing is skipped, and only the first document of a row begins in its middle.
 
 
 # %%
@@ -1531,6 +1533,12 @@ def packed_batch(row: torch.Tensor, borders: np.ndarray) -> Batch:
     cu_seqlens[: len(ends)] = ends
     longest = torch.tensor(int(np.diff(ends).max()), dtype=torch.int32)
     return Batch(row[None, :-1], row[None, 1:], torch.from_numpy(cu_seqlens), longest)
+
+
+def packed_row(tokens: np.ndarray, document: int) -> Batch:
+    """A piece of the stream, cut anywhere, as one row in which each document token begins a document."""
+    begins = np.append(0, np.flatnonzero(tokens == document))
+    return packed_batch(torch.from_numpy(tokens.astype(np.int64)), begins)
 
 
 def document_batch(tokens: np.ndarray, slices: list[tuple[int, int]]) -> Batch:
@@ -1626,11 +1634,23 @@ def next_stream(loader: "Loader", options: DataConfig) -> list[Batch]:
     return [rows(own[at : at + size + 1], options.seq_len) for at in cuts]
 
 
+def next_packed(loader: "Loader", options: DataConfig) -> list[Batch]:
+    """A rank's part of the next slice of the stream, a row for each micro-batch."""
+    start, loader.position = next_slice(loader.shards.total, options, loader.position)
+    micro, document = options.step_tokens // options.grad_shards, loader.shards.manifest.document
+    pieces = [loader.shards.read(start + i * micro, micro + 1) for i in loader.mine]
+    return join_batches([packed_row(piece, document) for piece in pieces], options)
+
+
 def next_documents(loader: "Loader", options: DataConfig) -> list[Batch]:
     """A rank's part of the next documents."""
     plan, number, loader.position = plan_step(loader.shards, options, loader.position)
     tokens, _ = loader.shards.shard(number)
-    batches = [document_batch(tokens, plan[i]) for i in loader.mine]
+    return join_batches([document_batch(tokens, plan[i]) for i in loader.mine], options)
+
+
+def join_batches(batches: list[Batch], options: DataConfig) -> list[Batch]:
+    """Micro-batches of one row each, as many joined as make a pass."""
     size = joined_micro_batches(options, len(batches))
     return [joined_rows(batches[at : at + size]) for at in range(0, len(batches), size)]
 
@@ -1674,20 +1694,21 @@ class Loader:
         """Raise Problem where the training shards hold no step of that size."""
         options = self.step_options(batch_tokens, max_doc_tokens)
         check_options(options)
-        if options.mode == "stream":
-            next_slice(self.shards.total, options, Position())
-        else:
+        if options.mode == "documents":
             plan_step(self.shards, options, Position())
+        else:
+            next_slice(self.shards.total, options, Position())
 
     def next(self, batch_tokens: int = 0, max_doc_tokens: int = 0) -> list[Batch]:
         """The next step's micro-batches for this rank, as many at a time as fit pass_tokens. 0: as in the options."""
         options = self.step_options(batch_tokens, max_doc_tokens)
-        make = next_stream if options.mode == "stream" else next_documents
-        return [pinned(batch) if self.pin else batch for batch in make(self, options)]
+        make = {"stream": next_stream, "packed": next_packed, "documents": next_documents}
+        batches = make[options.mode](self, options)
+        return [pinned(batch) if self.pin else batch for batch in batches]
 
 
 # %% [markdown]
-# Now the promise can be kept: one stream, whoever reads it. For both modes, the steps that 1, 2, 4 and 8 ranks read are concatenated and compared, through an epoch's end and a batch that doubles:
+# Now the promise can be kept: one stream, whoever reads it. For all modes, the steps that 1, 2, 4 and 8 ranks read are concatenated and compared, through an epoch's end and a batch that doubles:
 
 
 # %%
@@ -1702,7 +1723,7 @@ def read_by(world: int, options: DataConfig, steps: int) -> tuple[torch.Tensor, 
 sizes = letters.integers(5, 60, 200).tolist()
 many = [(letters.integers(97, 123, n).astype(np.uint16), n) for n in sizes]
 write_corpus(scratch / "many", {"train": many, "val": many}, byte_tokenizer(), "letters", "…", 2500)
-for mode in ("stream", "documents"):
+for mode in ("stream", "packed", "documents"):
     options = DataConfig(str(scratch / "many"), mode, seq_len=8, step_tokens=512, max_document=30)
     (alone, loader), *shared = (read_by(world, options, 40) for world in (1, 2, 4, 8))
     assert all(torch.equal(alone, stream) for stream, _ in shared) and loader.position.epoch >= 1
@@ -1724,7 +1745,7 @@ assert [len(batch.inputs) for batch in joined.next(1024)] == [
 ] * 4 and joined.position.offset == 1536
 
 # %% [markdown]
-# Validation reads the plain stream in both modes, a fixed number of tokens from the start, micro-batch $j$ on rank $j \bmod w$. In the documents mode a micro-batch is one long row, of up to 262,144 tokens as in the contest, and documents are whole in it, but for those that its two ends cut:
+# Validation reads the plain stream in all modes, a fixed number of tokens from the start, micro-batch $j$ on rank $j \bmod w$. Where training reads packed rows, a micro-batch is one long row, of up to 262,144 tokens as in the contest, and documents are whole in it, but for those that its two ends cut:
 
 
 # %%
@@ -1737,7 +1758,7 @@ def validation_batches(
 ) -> Iterator[Batch]:
     """This rank's share of the first `tokens` validation tokens, as micro-batches like those of training."""
     micro, there = check_options(options, world), min(tokens, shards.total - 1)
-    packed = options.mode == "documents"
+    packed = options.mode != "stream"
     if packed:  # longer rows, of as many tokens on each rank
         micro = max(micro, min(VAL_ROW, 16 * micro, there // world))
     if there < micro:
@@ -1746,10 +1767,8 @@ def validation_batches(
         )
         raise Problem(what, "raise --val-tokens, or lower --data.step-tokens")
     for number in range(rank, there // micro, world):
-        own = shards.read(number * micro, micro + 1)
-        begins = np.flatnonzero(own == shards.manifest.document)
-        row = torch.from_numpy(own.astype(np.int64))
-        yield packed_batch(row, np.append(0, begins)) if packed else rows(own, options.seq_len)
+        own, document = shards.read(number * micro, micro + 1), shards.manifest.document
+        yield packed_row(own, document) if packed else rows(own, options.seq_len)
 
 
 # %%
@@ -1839,7 +1858,7 @@ print(f"clipping documents at 512 tokens as well, over {many:.1%}")
 # %% [markdown]
 # A contest run reads a thirtieth of FineWeb's ten billion tokens and can afford that; on a corpus that is read twice it is text you paid for. And an aligned batch is only half of the idea. The rows are aligned, but as long as attention
 # runs across borders, a token still looks into the tail of somebody else's document. That needs a mask, and masks are [chapter 09](09_flex_attention.py)'s. GPT-2's presets read the
-# plain stream, as llm.c does; `record_200m` reads documents.
+# plain stream, as llm.c does; `record` reads documents.
 #
 # ## Fetching FineWeb
 #

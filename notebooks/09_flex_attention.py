@@ -376,24 +376,38 @@ print(f"create_block_mask: {1e3 * slow:,.1f} ms; from bounds: {1e3 * quick:.2f} 
 
 # %%
 #| export
-def flex_attention_packed(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: Tensor | int, scale: Tensor | float
-) -> Tensor:
-    """Causal attention inside packed documents through FlexAttention, (tokens, heads, head_dim) as q, k and v.
+def flex_masks(cu_seqlens: Tensor, tokens: int, windows: Tensor) -> list[BlockMask]:
+    """The block mask of each window, for all layers that have it. cu_seqlens, windows: as in `lower_bounds`."""
+    return [block_mask_of(lower_bounds(cu_seqlens, tokens, window)) for window in windows]
 
-    cu_seqlens, window: as in `lower_bounds`; rows in no document give zeros. scale multiplies the logits; it and window may be 0-d
-    in CPU memory. Fast under torch.compile on a GPU; else dense. FlexAttention has no gradients on a CPU: there the same mask
-    goes to `dense_attention`. In 16 bits q is rounded once more, by at most half a unit of its last place.
+
+def flex_attention_in(
+    q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: Tensor | float
+) -> Tensor:
+    """Attention through FlexAttention, (tokens, heads, head_dim) as q, k and v; rows that see nothing give zeros.
+
+    scale multiplies the logits; it may be 0-d in CPU memory. Fast under torch.compile on a GPU. On a CPU FlexAttention
+    has no gradients, and without the compiler it is dense: there the same mask goes to `dense_attention`. In 16 bits q is rounded once more, by at most half a unit of
+    its last place.
     """
-    lower = lower_bounds(cu_seqlens, len(q), window)
     q, k, v = (each.transpose(0, 1)[None] for each in (q * scale, k, v))
     if q.device.type != "cuda":  # inductor's template for CPUs takes no other layout
         q, k, v = (each.contiguous() for each in (q, k, v))
-    if q.device.type != "cuda" and (q.requires_grad or k.requires_grad or v.requires_grad):
-        out = dense_attention(q, k, v, bounds_mask(lower), 1.0)
+    wants_gradients = q.requires_grad or k.requires_grad or v.requires_grad
+    if q.device.type != "cuda" and (wants_gradients or not torch.compiler.is_compiling()):
+        out = dense_attention(q, k, v, mask.mask_mod, 1.0)
     else:
-        out = flex_attention(q, k, v, block_mask=block_mask_of(lower), scale=1.0)
+        out = flex_attention(q, k, v, block_mask=mask, scale=1.0)
     return out[0].transpose(0, 1)
+
+
+def flex_attention_packed(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: Tensor | int, scale: Tensor | float
+) -> Tensor:
+    """Causal attention inside packed documents, as in `flex_attention_in`. cu_seqlens, window: as in `lower_bounds`."""
+    return flex_attention_in(
+        q, k, v, block_mask_of(lower_bounds(cu_seqlens, len(q), window)), scale
+    )
 
 
 # %% [markdown]

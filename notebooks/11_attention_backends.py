@@ -927,7 +927,7 @@ from speedrun.lab.bounds import NonNegativeFloat, NonNegativeInt
 from speedrun.lab.errors import Problem
 from speedrun.lab.hardware import find_triton
 
-Backend = Literal["auto", "triton", "fa2", "fa3", "sdpa"]
+Backend = Literal["auto", "triton", "fa2", "fa3", "flex", "sdpa"]
 
 
 @dataclass(frozen=True)
@@ -1076,7 +1076,7 @@ flash_op.register_autograd(
 def why_not(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int = 128) -> str:
     """Why a backend cannot compute attention of packed documents there; empty: it can."""
     gpu, half = device.type == "cuda", dtype in (torch.bfloat16, torch.float16)
-    if backend == "sdpa":
+    if backend == "sdpa" or (backend == "flex" and not gpu):  # there dense, for short rows
         return ""
     if not gpu:
         return "it needs an NVIDIA GPU"
@@ -1084,7 +1084,7 @@ def why_not(backend: str, device: torch.device, dtype: torch.dtype, head_dim: in
         return f"it computes in bfloat16 or float16, not {dtype}"
     if torch.cuda.get_device_capability(device) < (8, 0):
         return "it needs a GPU of compute capability 8.0 or later"
-    if backend == "triton" and not find_triton():
+    if backend in ("triton", "flex") and not find_triton():
         return "Triton is not installed"
     if backend == "triton" and head_dim not in HEAD_DIMS:
         return f"its heads have one of {HEAD_DIMS} numbers, not {head_dim}"
@@ -1108,15 +1108,33 @@ def choose_backend(asked: str, device: torch.device, dtype: torch.dtype, head_di
 
 # %%
 #| export
+def prepare_tiles(packed: Packed, tokens: int, backend: str) -> Any:
+    """What a backend makes of the bounds once, for all layers: our kernel's tiles, or FlexAttention's block masks for both windows."""
+    if backend == "triton":
+        return document_tiles(packed.cu_seqlens, tokens)
+    if backend == "flex":
+        from speedrun.model.masks import flex_masks
+
+        return flex_masks(packed.cu_seqlens, tokens, packed.windows)
+    return None
+
+
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, packed: Packed, long: bool, backend: str, bounded: bool, tiles: Tensor | None
+    q: Tensor, k: Tensor, v: Tensor, packed: Packed, long: bool, backend: str, bounded: bool, tiles: Any
 ) -> Tensor:  # fmt: skip
-    """Causal attention inside packed documents, (tokens, heads, head_dim). long: the long window. bounded: |q · k| ≤ head_dim."""
+    """Causal attention inside packed documents, (tokens, heads, head_dim). long: the long window. bounded: |q · k| ≤ head_dim.
+
+    tiles: what `prepare_tiles` has made for all layers.
+    """
     window, scale = packed.windows[int(long)], packed.scale
     if backend == "triton":
         return attention_op(q, k, v, tiles, window, scale, bounded and q.dtype != torch.float16)[0]
     if backend in ("fa2", "fa3"):
         return flash_op(q, k, v, packed.cu_seqlens, packed.longest, window, scale)[0]
+    if backend == "flex":
+        from speedrun.model.masks import flex_attention_in
+
+        return flex_attention_in(q, k, v, tiles[int(long)], scale)
     return sdpa_op(q, k, v, packed.cu_seqlens, window, scale)
 
 
@@ -1139,14 +1157,19 @@ for name in ("triton", "fa2", "fa3"):
 # %%
 from torch._dynamo.testing import CompileCounterWithBackend
 
-for backend in ("sdpa", "triton"):
+for backend in ("sdpa", "triton", "flex"):
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(attend, fullgraph=True, backend=counter)
+
+    def prepared(q, k, v, packed):
+        tiles = prepare_tiles(packed, len(q), backend)
+        return attend(q, k, v, packed, True, backend, True, tiles)
+
+    compiled = torch.compile(prepared, fullgraph=True, backend=counter)
     for short, long, scale in ((0, 2, 0.2), (5, 11, 0.25), (12, 40, 0.3)):
         windows = torch.tensor([short, long], dtype=torch.int32)
         packed = Packed(bounds.to(machine.device), torch.tensor(17, dtype=torch.int32), windows, torch.tensor(scale), torch.zeros(8))  # fmt: skip
-        out = compiled(*small, packed, True, backend, True, tiles)
+        out = compiled(*small, packed)
         exact = [each.detach().cpu().double().requires_grad_() for each in small]
         known = attention_by_document(*exact, bounds, long, scale)
         assert torch.allclose(out.cpu().double(), known, atol=1e-5)

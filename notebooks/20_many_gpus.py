@@ -245,7 +245,12 @@ assert small.grad.tolist() == [0.0] * 8 + [1.0] * 4 + [0.0] * 4, "one vector is 
 
 
 # %%
-#| export
+#| export optim.sparse
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
 class ShardedSparse(Sharded):
     """A sharded table of which a batch looks up few rows: only those rows' gradients travel.
 
@@ -459,6 +464,7 @@ print(", ".join(column.name for column in fields(ParamSpec)))
 # %%
 #| default_exp optim.optimizer
 #| export
+import importlib
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -673,7 +679,7 @@ class AdamRule:
         }
 
         def column(values: list[float], dtype=torch.float32) -> Number:
-            if isinstance(comm, Sharded):
+            if not isinstance(comm, Replicated):
                 return values[0]
             found = torch.zeros(len(comm.shard), dtype=dtype)
             for part, value in zip(comm.views(found).values(), values):
@@ -774,7 +780,9 @@ def build_state(
     if spec.comm == REPLICATED:
         comm: Any = Replicated({row.name: params[row.name] for row in specs})
     else:
-        kind = ShardedSparse if spec.comm == "sharded_sparse" else Sharded
+        kind: Any = Sharded
+        if spec.comm == "sharded_sparse":
+            kind = importlib.import_module("speedrun.optim.sparse").ShardedSparse
         comm = kind(spec.name, p, unit)
     rules: dict[str, Any] = {"adam": AdamRule, "adamw": AdamWRule, "muon": MuonRule}
     if spec.optim == "soap":
@@ -961,7 +969,7 @@ def grad_norm(states: Mapping[str, ParamState], params: Mapping[str, Tensor], du
     if dist_info()[1] == 1:
         return get_total_norm([p.grad for name, p in params.items() if name in names and p.grad is not None])  # fmt: skip
     total = torch.zeros((), device=next(iter(params.values())).device)
-    sharded = [states[name].comm for name in due if isinstance(states[name].comm, Sharded)]
+    sharded = [states[name].comm for name in due if not isinstance(states[name].comm, Replicated)]
     if sharded:
         total += get_total_norm([comm.grad for comm in sharded]).square()
     dist.all_reduce(total)  # of a fixed order of ranks, and the same on each
@@ -1193,7 +1201,7 @@ def load_optimizer_state(optimizer: MuonAdam, saved: Mapping[str, Tensor]) -> No
         for name, grad in state.comm.full_grads().items():
             if f"{name}/pending_grad" in saved and dist_info()[0] == 0:
                 grad.copy_(saved[f"{name}/pending_grad"])
-        if isinstance(state.comm, ShardedSparse):
+        if hasattr(state.comm, "touched"):  # a sparse table
             state.comm.touched.copy_(state.comm.full_grad.any(1))
 
 
@@ -1203,7 +1211,7 @@ def check_state(optimizer: MuonAdam, saved: Mapping[str, Tensor]) -> None:
     count = torch.tensor(0)
     wanted = {f"optimizer/{key}": count for key in ("updates", "pending", *tied)}
     for label, (comm, own) in state_places(optimizer).items():
-        units = (comm.units, *own.shape[1:]) if isinstance(comm, Sharded) else own.shape
+        units = (comm.units, *own.shape[1:]) if not isinstance(comm, Replicated) else own.shape
         wanted[label] = own.new_empty(units)
     for state in optimizer.states.values():
         if saved.get("optimizer/pending", 0) and state.every > 1:

@@ -152,13 +152,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from speedrun.lab.bounds import PositiveFloat, PositiveInt
-from speedrun.kernels.attention import document_tiles
 from speedrun.model.attention import (
     AttentionConfig,
     AttentionSettings,
     Packed,
     attend,
     positions_of,
+    prepare_tiles,
 )
 from speedrun.model.embedding import READS, EmbeddingConfig, looked_up, smeared, with_value
 from speedrun.model.head import HeadConfig, capped, loss_of, padded
@@ -393,7 +393,7 @@ class Look(NamedTuple):
     turns: tuple[Tensor, Tensor] | None
     """Cosines and sines to turn queries and keys by."""
     packed: Packed | None = None
-    tiles: Tensor | None = None
+    tiles: Any = None
     backend: str = "sdpa"
 
 
@@ -441,7 +441,7 @@ def look_for(self, inputs: Tensor, packed: Packed | None) -> Look:
         return Look(None if learned else (self.cos, self.sin))
     tokens = inputs.shape[1]
     angles = positions_of(packed.cu_seqlens, tokens)[:, None] * packed.frequencies
-    tiles = document_tiles(packed.cu_seqlens, tokens) if self.backend == "triton" else None
+    tiles = prepare_tiles(packed, tokens, self.backend)
     return Look((angles.cos(), angles.sin()), packed, tiles, self.backend)
 
 

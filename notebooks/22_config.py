@@ -14,7 +14,7 @@
 # # One table of runs
 #
 # ```{admonition} Cost box
-# Any machine: about twenty seconds; there is nothing for a GPU to do. The historic recipes are those of record 1 (Andrej Karpathy and the contributors of llm.c), record 2 (\@kellerjordan0), records 5, 8 and 9 (\@Grad62304977, \@kellerjordan0) and record 11 (\@brendanh0gan).
+# Any machine: about twenty seconds; there is nothing for a GPU to do. The historic recipes are those of record 1 (Andrej Karpathy and the contributors of llm.c), record 2 (\@kellerjordan0), records 5, 8 and 9 (\@Grad62304977, \@kellerjordan0), record 11 (\@brendanh0gan), records 12 and 14 (\@KoszarskyB), record 13 (\@fernbear.bsky.social), records 16 and 17 (\@YouJiacheng), record 20 (\@leloykun, \@fernbear.bsky.social, \@YouJiacheng, \@brendanh0gan, \@scottjmaddox, \@Grad62304977), record 29 (\@varunneal) and record 31 (\@classiclarryd).
 # ```
 #
 # ## The problem
@@ -34,7 +34,7 @@ assert 2**25 == 33_554_432
 
 # %% [markdown]
 # ```{admonition} Prediction
-# This chapter defines ten ways to run the trainer, from a minute on a laptop to record 1: llm.c's recipe, forty-five minutes on eight H100s. A run has more than eighty fields. **In how many of them does the laptop's run differ from record 1?** And in how many does record 11, which took seven minutes?
+# This chapter defines nineteen ways to run the trainer, from a minute on a laptop to record 1: llm.c's recipe, forty-five minutes on eight H100s. A run has more than eighty fields. **In how many of them does the laptop's run differ from record 1?** And in how many does record 11, which took seven minutes?
 # ```
 #
 # ## The idea
@@ -324,12 +324,14 @@ def check_documents(config: Config) -> None:
     """Raise Problem for windows in rows that are no documents, and for documents in a model whose positions end."""
     windows = [stage.windows for stage in config.schedule.stages]
     if config.data.mode == "stream":
-        if any(any(pair) for pair in windows):
-            what = "schedule.stages with windows, and data.mode=stream: rows of the stream are seen whole"
+        if any(any(pair) for pair in (*windows, config.schedule.val_windows)):
+            what = (
+                "windows in the schedule, and data.mode=stream: rows of the stream are seen whole"
+            )
             raise Problem(what, "--data.mode documents, or no windows")
     elif config.model.rotary.positions == "learned":
         kind = config.model.rotary.positions
-        what = f"data.mode=documents and {kind} positions: there are positions for model.context tokens only"
+        what = f"data.mode={config.data.mode} and {kind} positions: there are positions for model.context tokens only"
         raise Problem(what, "--model.rotary.positions rotary, or --data.mode stream")
     dtype = config.model.plan.stream_dtype
     if dtype != "float32" and config.precision == "float32":
@@ -455,7 +457,7 @@ for nonsense in (*mistakes, {"layers": 3}, {"optim.adam.betas": ("a", "b")}):
 #
 # A preset is a name, another run that it starts from, and what it changes: a row of data. Whatever it does not say is GPT-2 as llm.c trains it. So to know what a run has turned on, read its rows.
 #
-# `small` is a run for one GPU and a coffee, `cpu` for a laptop and five minutes, `smoke` for [the page](24_speedrun.py) on which this book trains while you read. The targets of the small runs, 1.55 and 2.75 on the embedded text and 4.0 on FineWeb, are a little above what they reach. `record` is, for now, record 1: llm.c's recipe on the banked model. The fastest historic recipe that these chapters can name is `record11`, seven minutes on eight H100s in the public history. `record_200m` is the best that the chapters give together, at the contest's size, for FineWeb's first 200 million tokens: whole documents, windows and batches that grow, eleven layers, tables, gates and Muon as it runs today. All historic runs, `record` among them, take one to six hours on one such GPU, and save a checkpoint every thousand steps, off the clock, so that a power cut costs minutes.
+# `small` is a run for one GPU and a coffee, `cpu` for a laptop and five minutes, `smoke` for [the page](24_speedrun.py) on which this book trains while you read. The targets of the small runs, 1.55 and 2.75 on the embedded text and 4.0 on FineWeb, are a little above what they reach. `record` is the best that these chapters give together, at the contest's size: whole documents, windows and batches that grow, eleven layers, value tables, gates and Muon as it runs today. Why it has 2,100 steps, and what it should reach with them, is a prediction, which [chapter 24](24_speedrun.py) makes. `record_200m` is the same for 200 million tokens, in which ideas can be compared at full size within minutes. The historic runs take one to six hours on one GPU of the contest's kind, and save a checkpoint every thousand steps, off the clock, so that a power cut costs minutes.
 #
 # The laptop's run is not record 1 made small. Its batches are small because what a short run lacks is *steps*: 1,024 tokens and eight thousand updates, where record 1 takes half a million tokens and twenty thousand. Its rows are short, its rate is three times as high. It does not compile, since it would spend a good part of its five minutes on that. And its initial deviation is 0.05: GPT-2's 0.02 belongs to a width of 768, and the usual rule lets it fall with the root of the width. Those are arguments, and arguments are cheap; the end of this chapter measures them.
 
@@ -538,8 +540,7 @@ PRESETS: dict[str, tuple[str, Changes]] = {  # name → the run that it starts f
             "target": 4.0,
         },
     ),
-    "record": ("record1", {}),
-    "record_200m": (
+    "record": (
         "",
         {
             "model.layers": 11,
@@ -587,33 +588,46 @@ PRESETS: dict[str, tuple[str, Changes]] = {  # name → the run that it starts f
             "schedule.cooldown_frac": 0.6,
             "schedule.final_lr_frac": 0.15,
             "schedule.momentum_min": 0.85,
-            "schedule.extension_steps": 10,
+            "schedule.extension_steps": 40,
             "schedule.stages": (
                 Stage(1 / 3, 1, 1.0, 896, (128, 384)),
                 Stage(1 / 3, 2, 1.52, 2048, (384, 896)),
                 Stage(1 / 3, 3, 1.73, 2048, (640, 1408)),
                 Stage(0, 3, 1.73, 2048, (768, 1664)),
             ),
+            "schedule.val_windows": (0, 2560),
             "data.path": FINEWEB,
             "data.mode": "documents",
             "data.step_tokens": 131_072,
             "data.pass_tokens": 65_536,
-            "steps": 735,
-            "val_every": 125,
-            "val_tokens": 8_388_608,
+            "steps": 2100,
         },
+    ),
+    "record_200m": (
+        "record",
+        {"schedule.extension_steps": 10, "steps": 735, "val_every": 125, "val_tokens": 8_388_608},
     ),
 }
 
 # %% [markdown]
 # ### The runs of history
 #
-# The configurations of historic records, as far as the package has their techniques, are data too, in a module of their own, which is read only when a run starts from one of them (as `record` does for now). Each names only what differs from the one that it starts from. Record 2 is GPT-2 with [rotary positions](06_rotary.py), norms without parameters and no biases, at a tuned rate of AdamW. Record 5 has Muon and the rest of [a modern block](05_modern_block.py); its $0.1 \cdot 0.0036 \sqrt{\max(\text{rows}, \text{cols})}$ is a rate of 0.01 for square matrices of 768 and twice that for wide and tall ones. Records 8, 9 and 11 brought [a head of its own and a cap](08_logits.py), and [the plumbing](07_plumbing.py). Each of the parameters that Adam updates there has a rate of its own, which is said as a multiple of `optim.adam.lr`: record 8's embedding trained at 0.3, its head at 0.002. All read FineWeb in rows of 1,024; initial values that no record names are this package's.
+# The configurations of historic records, as far as the package has their techniques, are data too, in a module of their own, which is read only when a run starts from one of them. Each names only what differs from the one that it starts from. Record 2 is GPT-2 with [rotary positions](06_rotary.py), norms without parameters and no biases, at a tuned rate of AdamW. Record 5 has Muon and the rest of [a modern block](05_modern_block.py); its $0.1 \cdot 0.0036 \sqrt{\max(\text{rows}, \text{cols})}$ is a rate of 0.01 for square matrices of 768 and twice that for wide and tall ones. Records 8, 9 and 11 brought [a head of its own and a cap](08_logits.py), and [the plumbing](07_plumbing.py). Each of the parameters that Adam updates there has a rate of its own, which is said as a multiple of `optim.adam.lr`: record 8's embedding trained at 0.3, its head at 0.002. Up to there all read FineWeb in rows of 1,024. Record 12 brought [FlexAttention](09_flex_attention.py) over rows of 65,536, and trains through it here, too, as do all up to record 20. Records 13 and 31 made [windows widen](10_windows_and_yarn.py), and record 29 packs whole documents, for FlashAttention. What the package does not have is said beside each: an FP8 head, a gate. From record 16 on the contest's window was counted in blocks of 128 keys, and so reached half a block less far, on average, than a window in tokens does. Initial values that no record names are this package's.
 
 # %%
 #| default_exp history
 #| export
 from typing import Any
+
+from speedrun.schedule import Stage
+
+
+def widening(last: float, blocks: int, tokens: int, short: int = 1) -> tuple[Stage, ...]:
+    """Stages whose window is 1, 2, … blocks long, each over a share 1 / last of the steps; short layers have a part of it."""
+    ends = [min(n, last) / last for n in range(blocks + 1)]
+    windows = [(max(1, n // short) * tokens - 1, n * tokens - 1) for n in range(1, blocks + 1)]
+    return tuple(Stage(b - a, windows=pair) for a, b, pair in zip(ends, ends[1:], windows))
+
 
 HISTORY: dict[str, tuple[str, dict[str, Any]]] = {
     # llm.c: 45 minutes on 8×H100
@@ -693,6 +707,101 @@ HISTORY: dict[str, tuple[str, dict[str, Any]]] = {
             "steps": 3000,
         },
     ),
+    # 5 minutes: rows of 65,536 tokens, in which no document sees another
+    "record12": (
+        "record11",
+        {
+            "model.attention.backend": "flex",
+            "schedule.stages": (Stage(windows=(1023, 1023)),),
+            "data.mode": "packed",
+            "steps": 1875,
+        },
+    ),
+    # 280 seconds
+    "record13": (
+        "record12",
+        {
+            "optim.adam.betas": (0.8, 0.95),
+            "optim.matrix_lr": 0.05,
+            "schedule.momentum_ramp": (300, 0),
+            "schedule.cooldown_frac": 640 / 1750,
+            "schedule.stages": widening(27, 27, 64),
+            "steps": 1750,
+        },
+    ),
+    # 265 seconds
+    "record14": (
+        "record13",
+        {
+            "model.embedding.values": "all",
+            "model.embedding.value_std": 1.0,
+            "model.embedding.value_rate": 0.6 / 0.008,
+            "schedule.cooldown_frac": 0.39,
+            "steps": 1530,
+        },
+    ),
+    # 228 seconds, with record 15's tables
+    "record16": (
+        "record14",
+        {
+            "model.embedding.values": "mirror",
+            "model.embedding.value_mix": "free",
+            "schedule.cooldown_frac": 0.4,
+            "schedule.stages": widening(13.5, 14, 128),
+            "steps": 1480,
+        },
+    ),
+    # 214 seconds
+    "record17": (
+        "record16",
+        {
+            "model.rotary.positions": "half",
+            "model.rotary.base": 1024.0,
+            "model.embedding.values": "outer",
+            "model.plan.without": "attention",
+            "steps": 1490,
+        },
+    ),
+    # 180 seconds, with the caps of records 18 and 19 and 19's initial values, and without its FP8 head
+    "record20": (
+        "record17",
+        {
+            "model.block.fan_in": True,
+            "model.attention.scale": 0.12,
+            "model.attention.long_layers": (0, 4, 7, 11),
+            "model.head.cap": "sigmoid30",
+            "optim.adam.eps": 1e-10,
+            "schedule.final_lr_frac": 0.1,
+            "schedule.stages": widening(13.5, 14, 128, 2),
+            "steps": 1393,
+        },
+    ),
+    # 164 seconds, with the batch of record 21 and without the gate of record 28, which is worth some 55 steps
+    "record29": (
+        "record20",
+        {
+            "model.attention.backend": "auto",
+            "optim.muon.scale_by_shape": False,
+            "schedule.cooldown_frac": 0.45,
+            "schedule.stages": tuple(
+                Stage(1 / 3, 1, 1.0, 2048, (n // 2 * 128, n * 128)) for n in (3, 7, 11)
+            ),
+            "data.mode": "documents",
+            "data.step_tokens": 393_216,
+            "steps": 1670,
+        },
+    ),
+    # 159 seconds, with record 30's first layer
+    "record31": (
+        "record29",
+        {
+            "model.attention.scale": 0.1,
+            "model.attention.yarn": True,
+            "model.plan.without": "both",
+            "schedule.cooldown_frac": 0.5,
+            "schedule.val_windows": (0, 1664),
+        },
+    ),
 }
 
 
@@ -760,7 +869,10 @@ except Problem as problem:
 
 # %%
 #| export cpu_size
+import dataclasses
 from typing import Any
+
+from speedrun.schedule import Stage
 
 MODEL_SIZES = [f"model.{name}" for name in ("layers", "heads", "width", "context", "init_std")]
 DATA_SIZES = [
@@ -792,6 +904,15 @@ assert scaled(700, 19_560, 19_560) == 700
 
 # %%
 #| export cpu_size
+def fewer(stages: tuple[Stage, ...], most: int) -> tuple[Stage, ...]:
+    """At most so many of a table's stages, evenly chosen, the first and the last among them, over the same steps."""
+    within, after = [s for s in stages if s.duration], [s for s in stages if not s.duration]
+    if len(within) <= most:
+        return stages
+    kept = [within[round(n * (len(within) - 1) / (most - 1))] for n in range(most)]
+    return (*(dataclasses.replace(stage, duration=1 / most) for stage in kept), *after)
+
+
 def at_cpu_size(config: Config, steps: int = 20) -> Config:
     """The same decisions at the cpu preset's widths, vocabulary and lengths, with all of the schedule in a few steps."""
     laptop, own = fields_of(preset("cpu")), fields_of(config)
@@ -800,6 +921,7 @@ def at_cpu_size(config: Config, steps: int = 20) -> Config:
     last = laptop["model.layers"] - 1  # long layers stay where they are in the model's depth
     deep = [round(n * last / max(1, config.model.layers - 1)) for n in own[LONG_LAYERS]]
     changes[LONG_LAYERS] = tuple(sorted({*deep}))
+    changes["schedule.stages"] = fewer(config.schedule.stages, max(2, steps // 4))
     for name in RAMPS:
         if isinstance(own[name], tuple):
             changes[name] = tuple(scaled(count, config.steps, steps) for count in own[name])
@@ -815,6 +937,9 @@ assert tiny.optim == preset("record1").optim, "all else stays"
 ramps = {"schedule.warmup_steps": 3, "schedule.momentum_ramp": (3, 3)}
 assert tiny.schedule == vary(preset("record1"), ramps).schedule
 assert at_cpu_size(preset("small")).schedule.momentum_ramp == (4, 3)
+many = preset("record13").schedule.stages
+assert fewer(many, 27) == many and len(at_cpu_size(preset("record13")).schedule.stages) == 5
+assert [stage.windows[0] for stage in fewer(many, 3)] == [63, 895, 1727]
 
 # %% [markdown]
 # That is worth doing once in the open. Build the model of some runs at this size, and ask each for its first loss, which chapter 03 taught us to predict. (The embedded text has 288 tokens.) The first three are one and the same model, to the last digit; record 2's has no biases, and turns its queries and keys.
@@ -1064,15 +1189,14 @@ print(f"{explained - groups} fields, each with its sentence of help")
 # The prediction, counted:
 
 # %%
-order = ["record1", "record5", "record11", "small", "cpu", "smoke"]
+order = ["record1", "record11", "record31", "record", "small", "cpu"]
 table = {name: fields_of(preset(name)) for name in order}
 record = table["record1"]
 differs = {
     name: [key for key in record if row[key] != record[key] and key != "preset"]
     for name, row in table.items()
 }
-assert fields_of(preset("record")) | {"preset": "record1"} == record
-assert len(known_presets()) - 1 == 10, "ten ways to run the trainer, and record"
+assert len(known_presets()) == 19
 share = {name: len(keys) / (len(record) - 1) for name, keys in differs.items()}
 assert 0.2 < share["cpu"] < 0.28 and 0.3 < share["record11"] < 0.37, (
     "a fifth to a quarter, and a third"
@@ -1085,7 +1209,7 @@ assert both == {"model.heads", "optim.adam.lr", "schedule.warmup_steps", "steps"
 print({name: f"{len(keys)} of {len(record) - 1} fields" for name, keys in differs.items()})
 
 # %% [markdown]
-# So the answers are between a fifth and a quarter of all fields, and about a third. (`record` differs from record 1 in its name alone, for now.) These are the fields in which any of the runs differs from record 1, with what differs set in bold. All other fields are equal in all of them.
+# So the answers are between a fifth and a quarter of all fields, and about a third. These are the fields in which any of the runs differs from record 1, with what differs set in bold. All other fields are equal in all of them.
 
 # %% tags=["hide-input"]
 from IPython.display import HTML

@@ -725,7 +725,7 @@ assert "triton.mix_order_reduction" in torch._inductor.list_options(), "this PyT
 #| export
 def prepare_attention(config: Config, model: GPT, device: torch.device) -> list[AttentionSettings]:
     """What attention is told in each stage. For packed documents the model's backend is chosen, too."""
-    if config.data.mode == "documents":
+    if config.data.mode != "stream":
         dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
         head_dim = config.model.width // config.model.heads
         asked = config.model.attention.backend
@@ -1173,13 +1173,22 @@ print((scratch / "step" / "log.txt").read_text().replace(str(scratch), "runs"))
 
 # %%
 #| export train
+def told_now(run: Run) -> AttentionSettings:
+    """What attention is told in a validation: what the next step says, and after the last one with windows that may be wider."""
+    steps, wide = run.config.steps, run.config.schedule.val_windows
+    told = run.told[run.schedule.at(min(run.step, steps - 1)).stage]
+    if run.step < steps or not any(wide):
+        return told
+    windows = [new or old for new, old in zip(wide, told.windows.tolist())]
+    return told._replace(windows=torch.tensor(windows, dtype=torch.int32))
+
+
 @torch.no_grad()
 def evaluate(run: Run, batches) -> float:
     """Mean loss, nats a token, over validation micro-batches that are dealt out to the ranks."""
     device, sums = run.ranks.device, torch.zeros(2, dtype=torch.float64, device=run.ranks.device)
-    told = run.told[run.schedule.at(min(run.step, run.config.steps - 1)).stage]
     for batch in batches:
-        loss = forward_loss(run.forward, batch, device, run.config.precision, told)
+        loss = forward_loss(run.forward, batch, device, run.config.precision, told_now(run))
         sums += torch.stack([loss.double(), torch.ones_like(sums[0])])
         run.heart.beat()
     all_reduce_sum(sums, run.ranks.world)
@@ -1317,8 +1326,10 @@ def run_loop(run: Run, step=train_step) -> str:
         choose_stop(run)
         if run.step == run.stop_at:
             return "interrupted"
-        loss = step(run)
+        epoch, loss = run.loader.position.epoch, step(run)
         marks.mark()
+        if run.loader.position.epoch > epoch:
+            run.log.line(f"step {run.step}: the data begin again, epoch {epoch + 2}")
         run.heart.beat(run.step)
         if run.step % config.log_every == 0 or run.step == last:
             log_step(run, loss, marks)
@@ -1388,7 +1399,7 @@ assert facts["data"]["tokenizer"] == "bytes" and 1.1 < facts["bytes_per_token"] 
 print(f"{len(facts['modules'])} modules with their source, {len(json.dumps(facts)) / 1e3:.0f} kB")
 
 # %% [markdown]
-# A run whose data are shorter than its plan says so before it starts, in epochs. (None of the presets repeats; a folder of your own may. Repeating without knowing it is how one publishes a training loss of 0.3.)
+# A run whose data are shorter than its plan says so before it starts, in epochs. (None of the presets repeats; a folder of your own may. Repeating without knowing it is how one publishes a training loss of 0.3.) How much a run skips of documents that are longer than their cap is known only when it has read them, so the loop says as well when the data begin again.
 
 
 # %%
@@ -1993,10 +2004,10 @@ plt.show()
 # %% [markdown]
 # So the answer to the prediction. A clock that does not wait measures how long Python takes to *ask*. Textbooks promise a small fraction of the step; here it is six sevenths. Python is ahead of the GPU, but barely: launching the kernels of this small model takes nearly as long as running them. And asking for the loss after every step, the sin that every guide warns of, costs one or two per cent (the quartiles of the forty samples do not overlap): whoever has little lead cannot lose much of it. Rules of thumb have units.
 #
-# The loop itself is nearly free, and that is its whole ambition. Reading, heartbeats and marks together are less than two per cent of a step. The update is not free: Muon's takes a tenth of the step here, where its hundreds of small kernels are launched one after the other. ([Chapter 20](20_many_gpus.py)'s optimizer can record them once and replay them; this measurement is without.) The sum over ranks was timed apart, and is left out of the figure, since there was one rank. What the sum costs, the record's first fifty steps say, on one GPU and on two:
+# The loop itself is nearly free, and that is its whole ambition. Reading, heartbeats and marks together are less than two per cent of a step. The update is not free: Muon's takes a tenth of the step here, where its hundreds of small kernels are launched one after the other. ([Chapter 20](20_many_gpus.py)'s optimizer can record them once and replay them; this measurement is without.) The sum over ranks was timed apart, and is left out of the figure, since there was one rank. What the sum costs, record 1's first fifty steps say, on one GPU and on two:
 
 # %%
-runs = {n: load_result("speedrun", f"record_{n}gpu")["data"]["runs"][0] for n in (1, 2)}
+runs = {n: load_result("speedrun", f"record1_{n}gpu")["data"]["runs"][0] for n in (1, 2)}
 took = {n: run["seconds"] for n, run in runs.items()}
 efficiency = took[1] / (2 * took[2])
 assert 0.95 < efficiency < 1.0 and {run["step"] for run in runs.values()} == {50}

@@ -155,7 +155,7 @@ def load_trained(folder: Path, device: str = "cpu") -> Trained:
     check_tensors(path, weights, dict(model.named_parameters()))
     model.load_state_dict(weights)
     data, context, told = data_folder(config.data.path), config.data.seq_len, None
-    if config.data.mode == "documents":
+    if config.data.mode != "stream":
         context, stages = config.data.max_document, config.schedule.stages
         number = schedule_of(config).at(min(facts["step"], config.steps - 1)).stage
         windows = [stage.windows for stage in stages]

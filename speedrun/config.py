@@ -121,12 +121,14 @@ def check_documents(config: Config) -> None:
     """Raise Problem for windows in rows that are no documents, and for documents in a model whose positions end."""
     windows = [stage.windows for stage in config.schedule.stages]
     if config.data.mode == "stream":
-        if any(any(pair) for pair in windows):
-            what = "schedule.stages with windows, and data.mode=stream: rows of the stream are seen whole"
+        if any(any(pair) for pair in (*windows, config.schedule.val_windows)):
+            what = (
+                "windows in the schedule, and data.mode=stream: rows of the stream are seen whole"
+            )
             raise Problem(what, "--data.mode documents, or no windows")
     elif config.model.rotary.positions == "learned":
         kind = config.model.rotary.positions
-        what = f"data.mode=documents and {kind} positions: there are positions for model.context tokens only"
+        what = f"data.mode={config.data.mode} and {kind} positions: there are positions for model.context tokens only"
         raise Problem(what, "--model.rotary.positions rotary, or --data.mode stream")
     dtype = config.model.plan.stream_dtype
     if dtype != "float32" and config.precision == "float32":

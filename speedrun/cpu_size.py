@@ -6,7 +6,10 @@ from speedrun.presets import preset
 
 
 # %% Shrinking a run to CPU size
+import dataclasses
 from typing import Any
+
+from speedrun.schedule import Stage
 
 MODEL_SIZES = [f"model.{name}" for name in ("layers", "heads", "width", "context", "init_std")]
 DATA_SIZES = [
@@ -31,6 +34,15 @@ def scaled(count: int, whole: int, steps: int) -> int:
     return min(max(round(count * steps / whole), 3), max(1, steps // 4)) if count else 0
 
 
+def fewer(stages: tuple[Stage, ...], most: int) -> tuple[Stage, ...]:
+    """At most so many of a table's stages, evenly chosen, the first and the last among them, over the same steps."""
+    within, after = [s for s in stages if s.duration], [s for s in stages if not s.duration]
+    if len(within) <= most:
+        return stages
+    kept = [within[round(n * (len(within) - 1) / (most - 1))] for n in range(most)]
+    return (*(dataclasses.replace(stage, duration=1 / most) for stage in kept), *after)
+
+
 def at_cpu_size(config: Config, steps: int = 20) -> Config:
     """The same decisions at the cpu preset's widths, vocabulary and lengths, with all of the schedule in a few steps."""
     laptop, own = fields_of(preset("cpu")), fields_of(config)
@@ -39,6 +51,7 @@ def at_cpu_size(config: Config, steps: int = 20) -> Config:
     last = laptop["model.layers"] - 1  # long layers stay where they are in the model's depth
     deep = [round(n * last / max(1, config.model.layers - 1)) for n in own[LONG_LAYERS]]
     changes[LONG_LAYERS] = tuple(sorted({*deep}))
+    changes["schedule.stages"] = fewer(config.schedule.stages, max(2, steps // 4))
     for name in RAMPS:
         if isinstance(own[name], tuple):
             changes[name] = tuple(scaled(count, config.steps, steps) for count in own[name])

@@ -4,6 +4,16 @@
 # %% The runs of history
 from typing import Any
 
+from speedrun.schedule import Stage
+
+
+def widening(last: float, blocks: int, tokens: int, short: int = 1) -> tuple[Stage, ...]:
+    """Stages whose window is 1, 2, … blocks long, each over a share 1 / last of the steps; short layers have a part of it."""
+    ends = [min(n, last) / last for n in range(blocks + 1)]
+    windows = [(max(1, n // short) * tokens - 1, n * tokens - 1) for n in range(1, blocks + 1)]
+    return tuple(Stage(b - a, windows=pair) for a, b, pair in zip(ends, ends[1:], windows))
+
+
 HISTORY: dict[str, tuple[str, dict[str, Any]]] = {
     # llm.c: 45 minutes on 8×H100
     "record1": ("", {"data.path": "data/fineweb10B", "checkpoint_every": 1000}),
@@ -80,6 +90,101 @@ HISTORY: dict[str, tuple[str, dict[str, Any]]] = {
             "optim.matrix_lr": 0.04,
             "schedule.cooldown_frac": 0.3,
             "steps": 3000,
+        },
+    ),
+    # 5 minutes: rows of 65,536 tokens, in which no document sees another
+    "record12": (
+        "record11",
+        {
+            "model.attention.backend": "flex",
+            "schedule.stages": (Stage(windows=(1023, 1023)),),
+            "data.mode": "packed",
+            "steps": 1875,
+        },
+    ),
+    # 280 seconds
+    "record13": (
+        "record12",
+        {
+            "optim.adam.betas": (0.8, 0.95),
+            "optim.matrix_lr": 0.05,
+            "schedule.momentum_ramp": (300, 0),
+            "schedule.cooldown_frac": 640 / 1750,
+            "schedule.stages": widening(27, 27, 64),
+            "steps": 1750,
+        },
+    ),
+    # 265 seconds
+    "record14": (
+        "record13",
+        {
+            "model.embedding.values": "all",
+            "model.embedding.value_std": 1.0,
+            "model.embedding.value_rate": 0.6 / 0.008,
+            "schedule.cooldown_frac": 0.39,
+            "steps": 1530,
+        },
+    ),
+    # 228 seconds, with record 15's tables
+    "record16": (
+        "record14",
+        {
+            "model.embedding.values": "mirror",
+            "model.embedding.value_mix": "free",
+            "schedule.cooldown_frac": 0.4,
+            "schedule.stages": widening(13.5, 14, 128),
+            "steps": 1480,
+        },
+    ),
+    # 214 seconds
+    "record17": (
+        "record16",
+        {
+            "model.rotary.positions": "half",
+            "model.rotary.base": 1024.0,
+            "model.embedding.values": "outer",
+            "model.plan.without": "attention",
+            "steps": 1490,
+        },
+    ),
+    # 180 seconds, with the caps of records 18 and 19 and 19's initial values, and without its FP8 head
+    "record20": (
+        "record17",
+        {
+            "model.block.fan_in": True,
+            "model.attention.scale": 0.12,
+            "model.attention.long_layers": (0, 4, 7, 11),
+            "model.head.cap": "sigmoid30",
+            "optim.adam.eps": 1e-10,
+            "schedule.final_lr_frac": 0.1,
+            "schedule.stages": widening(13.5, 14, 128, 2),
+            "steps": 1393,
+        },
+    ),
+    # 164 seconds, with the batch of record 21 and without the gate of record 28, which is worth some 55 steps
+    "record29": (
+        "record20",
+        {
+            "model.attention.backend": "auto",
+            "optim.muon.scale_by_shape": False,
+            "schedule.cooldown_frac": 0.45,
+            "schedule.stages": tuple(
+                Stage(1 / 3, 1, 1.0, 2048, (n // 2 * 128, n * 128)) for n in (3, 7, 11)
+            ),
+            "data.mode": "documents",
+            "data.step_tokens": 393_216,
+            "steps": 1670,
+        },
+    ),
+    # 159 seconds, with record 30's first layer
+    "record31": (
+        "record29",
+        {
+            "model.attention.scale": 0.1,
+            "model.attention.yarn": True,
+            "model.plan.without": "both",
+            "schedule.cooldown_frac": 0.5,
+            "schedule.val_windows": (0, 1664),
         },
     ),
 }

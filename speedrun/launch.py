@@ -32,7 +32,7 @@ from annotated_types import Ge, Gt
 
 from speedrun.checkpoint import checkpoints
 from speedrun.config import Config, check_config, config_from_json, largest_divisor, schedule_of
-from speedrun.presets import as_arguments, read_command
+from speedrun.presets import as_arguments, known_presets, read_command
 
 from speedrun.data.shards import data_folder, load_manifest
 from speedrun.data.sources import FINEWEB_SHARDS, SHARD_TOKENS, build_embedded, fetch_fineweb
@@ -61,9 +61,14 @@ def measured_runs() -> list[dict]:
     return [run for result in results for run in result["data"]["runs"]]
 
 
+def kin(name: str) -> set[str]:
+    """A preset, and those that start from it: the same model and passes, for fewer steps."""
+    return {name, *(other for other, (parent, _) in known_presets().items() if parent == name)}
+
+
 def memory_needed_gb(name: str, runs: list[dict]) -> float:
-    """GB of GPU memory that a rank of a preset reserved at most, and a twentieth more; 0: not measured."""
-    reserved = [run["memory_mb"].get("reserved", 0) for run in runs if run["preset"] == name]
+    """GB of GPU memory that a rank of a preset or its `kin` reserved at most, and a twentieth more; 0: not measured."""
+    reserved = [run["memory_mb"].get("reserved", 0) for run in runs if run["preset"] in kin(name)]
     return 1.05 * max(reserved, default=0) / 1024
 
 
@@ -74,7 +79,7 @@ def choose_preset(machine: Machine, needs_gb: float) -> tuple[str, str]:
     if machine.device == "cpu":
         return "cpu", f"no GPU that PyTorch can use. In about a minute: {command}smoke"
     if gpus == 1:
-        return "small", f"one GPU, minutes instead of hours. Record 1's recipe: {command}record"
+        return "small", f"one GPU, two minutes. The contest's run, some twenty: {command}record"
     if least < needs_gb:
         why = f"{gpus} GPUs, but record needs {needs_gb:.0f} GB on each and one has {least:.0f}"
         return "small", f"{why}. To try it anyway: {command}record"
@@ -103,23 +108,33 @@ def peak_tflops(name: str) -> float | None:
 
 
 def expected_seconds(
-    work: float, machine: Machine, world: int, runs: list[dict]
+    work: float, machine: Machine, world: int, runs: list[dict], name: str = ""
 ) -> tuple[float, str] | None:
-    """Seconds for `work` FLOPs on `world` ranks, and how that is known. runs: {"device", "flops_per_second"} a rank."""
-    name = machine.gpus[0].name if machine.device == "cuda" else "CPU"
-    for run in runs:
-        if run["device"] == name:
-            how = "a guess, from two other cores" if name == "CPU" else f"as measured on {name}"
-            return work / run["flops_per_second"] / world, how
-    for run in runs:
-        ours, theirs = peak_tflops(name), peak_tflops(run["device"])
-        if ours and theirs:
-            rate = run["flops_per_second"] * ours / theirs
-            return work / rate / world, f"a guess, from {run['device']} and the data sheets"
+    """Seconds for `work` FLOPs of a preset on `world` ranks, and how that is known; None: not at all.
+
+    runs: {"preset", "device", "flops_per_second"} a rank. The preset's kin come first, then the same device.
+    """
+    device = machine.gpus[0].name if machine.device == "cuda" else "CPU"
+    alike = kin(name)
+    order = sorted(runs, key=lambda run: (run["preset"] not in alike, run["device"] != device))
+    for run in order:
+        there, ours, theirs = run["device"], peak_tflops(device), peak_tflops(run["device"])
+        if there != device and not (ours and theirs):
+            continue
+        ratio = 1.0 if there == device else (ours or 1.0) / (theirs or 1.0)
+        how = f"a guess, from {run['preset']} on {there}" + " and the data sheets" * (ratio != 1.0)
+        if there == device == "CPU":
+            how = "a guess, from two other cores"
+        elif there == device and run["preset"] in alike:
+            how = f"as measured on {there}"
+        return work / (run["flops_per_second"] * ratio) / world, how
     return None
 
 
 SHARD_GB = 0.2
+SKIPPING = (
+    1.25  # tokens passed for each that is read, in documents cut at 896 and 2,048; an estimate
+)
 ASK_MINUTES, ASK_GB = 30, 5
 
 
@@ -161,6 +176,8 @@ class Plan:
 def missing_shards(config: Config) -> tuple[int, float]:
     """FineWeb shards that a run needs, and the GB of them that are not in its data folder yet."""
     tokens = schedule_of(config).tokens_before(config.last_step)
+    if config.data.mode == "documents":  # what is cut off a long document is skipped
+        tokens = round(SKIPPING * tokens)
     shards = min(math.ceil((tokens + 1) / SHARD_TOKENS), FINEWEB_SHARDS)
     try:
         have = {file.name for file in load_manifest(data_folder(config.data.path)).files}
@@ -188,12 +205,8 @@ def make_plan(config: Config, machine: Machine, gpus: int, runs: list[dict]) -> 
     tokens = schedule_of(config).tokens_before(config.last_step)
     per_token = flops_per_token(config.model, vocab, config.data.seq_len)
     work = tokens * per_token
-    alike = sorted(
-        runs, key=lambda run: run.get("preset") != config.preset
-    )  # the same preset first
-    seconds, how = expected_seconds(
-        work, machine if on_gpu else replace(machine, gpus=()), world, alike
-    ) or (None, "")
+    where = machine if on_gpu else replace(machine, gpus=())
+    seconds, how = expected_seconds(work, where, world, runs, config.preset) or (None, "")
     minutes, idle = seconds / 60 if seconds else None, 0 if gpus else there - world
     return Plan(config, world, shards, download, minutes, how, idle, "cuda" if on_gpu else "cpu")
 

@@ -81,8 +81,7 @@ PRESETS: dict[str, tuple[str, Changes]] = {  # name → the run that it starts f
             "target": 4.0,
         },
     ),
-    "record": ("record1", {}),
-    "record_200m": (
+    "record": (
         "",
         {
             "model.layers": 11,
@@ -130,21 +129,24 @@ PRESETS: dict[str, tuple[str, Changes]] = {  # name → the run that it starts f
             "schedule.cooldown_frac": 0.6,
             "schedule.final_lr_frac": 0.15,
             "schedule.momentum_min": 0.85,
-            "schedule.extension_steps": 10,
+            "schedule.extension_steps": 40,
             "schedule.stages": (
                 Stage(1 / 3, 1, 1.0, 896, (128, 384)),
                 Stage(1 / 3, 2, 1.52, 2048, (384, 896)),
                 Stage(1 / 3, 3, 1.73, 2048, (640, 1408)),
                 Stage(0, 3, 1.73, 2048, (768, 1664)),
             ),
+            "schedule.val_windows": (0, 2560),
             "data.path": FINEWEB,
             "data.mode": "documents",
             "data.step_tokens": 131_072,
             "data.pass_tokens": 65_536,
-            "steps": 735,
-            "val_every": 125,
-            "val_tokens": 8_388_608,
+            "steps": 2100,
         },
+    ),
+    "record_200m": (
+        "record",
+        {"schedule.extension_steps": 10, "steps": 735, "val_every": 125, "val_tokens": 8_388_608},
     ),
 }
 

@@ -421,7 +421,7 @@ def compile_model(model: nn.Module) -> Any:
 
 def prepare_attention(config: Config, model: GPT, device: torch.device) -> list[AttentionSettings]:
     """What attention is told in each stage. For packed documents the model's backend is chosen, too."""
-    if config.data.mode == "documents":
+    if config.data.mode != "stream":
         dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
         head_dim = config.model.width // config.model.heads
         asked = config.model.attention.backend
@@ -592,13 +592,22 @@ def try_to_save(run: Run, named: dict, moments: dict) -> OSError | None:
 
 
 # %% Validation, and warm-up without a trace
+def told_now(run: Run) -> AttentionSettings:
+    """What attention is told in a validation: what the next step says, and after the last one with windows that may be wider."""
+    steps, wide = run.config.steps, run.config.schedule.val_windows
+    told = run.told[run.schedule.at(min(run.step, steps - 1)).stage]
+    if run.step < steps or not any(wide):
+        return told
+    windows = [new or old for new, old in zip(wide, told.windows.tolist())]
+    return told._replace(windows=torch.tensor(windows, dtype=torch.int32))
+
+
 @torch.no_grad()
 def evaluate(run: Run, batches) -> float:
     """Mean loss, nats a token, over validation micro-batches that are dealt out to the ranks."""
     device, sums = run.ranks.device, torch.zeros(2, dtype=torch.float64, device=run.ranks.device)
-    told = run.told[run.schedule.at(min(run.step, run.config.steps - 1)).stage]
     for batch in batches:
-        loss = forward_loss(run.forward, batch, device, run.config.precision, told)
+        loss = forward_loss(run.forward, batch, device, run.config.precision, told_now(run))
         sums += torch.stack([loss.double(), torch.ones_like(sums[0])])
         run.heart.beat()
     all_reduce_sum(sums, run.ranks.world)
@@ -700,8 +709,10 @@ def run_loop(run: Run, step=train_step) -> str:
         choose_stop(run)
         if run.step == run.stop_at:
             return "interrupted"
-        loss = step(run)
+        epoch, loss = run.loader.position.epoch, step(run)
         marks.mark()
+        if run.loader.position.epoch > epoch:
+            run.log.line(f"step {run.step}: the data begin again, epoch {epoch + 2}")
         run.heart.beat(run.step)
         if run.step % config.log_every == 0 or run.step == last:
             log_step(run, loss, marks)

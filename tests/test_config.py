@@ -91,6 +91,16 @@ class TestPresets:
             name: getattr(run.schedule, name)
             for name in ("warmup_steps", "momentum_ramp", "extension_steps")
         }
+        stages, shown = run.schedule.stages, small.schedule.stages
+        if (
+            len(stages) > 5
+        ):  # as many as twenty steps have room for, the first and the last among them
+            assert len(shown) == 5 and {stage.windows for stage in shown} < {
+                stage.windows for stage in stages
+            }
+            ends = [(table[0].windows, table[-1].windows) for table in (shown, stages)]
+            assert ends[0] == ends[1]
+            ramps["stages"] = stages
         assert vary(small.schedule, ramps) == run.schedule
         assert small.model.block == run.model.block and small.model.plan == vary(
             run.model.plan, {"stream_dtype": "float32"}
@@ -139,7 +149,7 @@ class TestBounds:
     """Every number of a run lies between bounds, which stand on its field."""
 
     def test_every_number_has_two(self):
-        assert len(NUMBERS) > 40 and TUPLES == ["optim.adam.betas", "schedule.momentum_ramp"]
+        assert len(NUMBERS) > 40 and TUPLES == ["optim.adam.betas", "schedule.momentum_ramp", "schedule.val_windows"]  # fmt: skip
         assert TABLES == ["schedule.stages"] and len(ROWS) == 7
         assert LISTS == ["model.attention.long_layers"]
         kinds = {name: KINDS[name] for name in (*NUMBERS, *TUPLES, *LISTS)} | ROWS
@@ -373,7 +383,7 @@ class TestStopping:
     @pytest.mark.parametrize("name", NAMES)
     def test_what_takes_hours_is_saved_now_and_then(self, name):
         run = preset(name)
-        long = run.steps * run.data.step_tokens > 10**9
+        long = run.steps * run.data.step_tokens > 5 * 10**8
         assert (0 < run.checkpoint_every <= 1000) if long else run.checkpoint_every == 0
 
 

@@ -238,9 +238,9 @@ class TestPlanning:
 
     def test_large_downloads_and_long_runs_ask_first(self, monkeypatch):
         machine = replace(BARE, gpus=(CARD,) * 8)
-        known = [{"device": CARD.name, "flops_per_second": 3e14}]
+        known = [{"preset": "small", "device": CARD.name, "flops_per_second": 3e14}]
         plan = make_plan(
-            vary(preset("record"), {"data.path": "data/fineweb10B"}), machine, 0, known
+            vary(preset("record1"), {"data.path": "data/fineweb10B"}), machine, 0, known
         )
         assert plan.asks and plan.download_gb > 5 and plan.minutes > 30
         with pytest.raises(Problem, match="not started") as caught:
@@ -285,12 +285,12 @@ class TestPlanning:
         with pytest.raises(Problem, match="driver is too old"):
             module.check_gpus(make_plan(run, BARE, 0, []), BARE, said.append)
         module.check_gpus(make_plan(vary(run, {"device": "cpu"}), BARE, 0, []), BARE, said.append)
-        known = [{"device": "CPU", "flops_per_second": 1e13}]
+        known = [{"preset": "smoke", "device": "CPU", "flops_per_second": 1e13}]
         module.check_gpus(make_plan(preset("smoke"), BARE, 0, known), BARE, said.append)
         assert len(said) == 1 and "driver is too old" in said[0]
 
     def test_ranks_that_do_not_divide_a_step_are_refused_before_anything_starts(self):
-        run = replace(preset("record"), data=DataConfig(path="data/fineweb10B"))
+        run = replace(preset("record1"), data=DataConfig(path="data/fineweb10B"))
         with pytest.raises(Problem, match="3 ranks cannot share 8 micro-batches"):
             make_plan(run, replace(BARE, gpus=(CARD,) * 3), 3, [])
         plan = make_plan(run, replace(BARE, gpus=(CARD,) * 3), 0, [])

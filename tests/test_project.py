@@ -18,7 +18,7 @@ import jupytext
 import pytest
 import yaml
 
-from speedrun.config import config_from_json
+from speedrun.config import config_from_json, schedule_of
 from speedrun.lab.provenance import imported_names, root
 from speedrun.presets import preset
 
@@ -93,7 +93,9 @@ class TestLayers:
         elsewhere = (
             "speedrun.history",
             "speedrun.model.baseline",
+            "speedrun.model.masks",
             "speedrun.optim.soap",
+            "speedrun.optim.sparse",
             "speedrun.data.tokenizer",
         )
         tokens = {
@@ -703,12 +705,17 @@ class TestReadme:
         then = config_from_json(muon[0]["config"])
         assert (then.model, then.optim) == (preset("small").model, preset("small").optim)
         assert then.schedule == preset("small").schedule
-        record = [self.runs(f"record_{n}gpu")[0] for n in (1, 2)]
-        for run in record:
+        for run in [self.runs(f"record1_{n}gpu")[0] for n in (1, 2)]:
             withdrawn = f"{run['curve'][-1]['val_loss']:.3f}"  # pytorch#193061, chapter 23
             assert withdrawn not in self.text
             assert f"{1000 * run['seconds'] / run['step']:,.0f} ms" in self.text
-        assert f"{memory_needed_gb('record', record):.0f} GB" in self.text
+        (whole,) = self.runs("record_200m")
+        assert f"{memory_needed_gb('record', [whole]):.0f} GB" in self.text
+        assert f"{whole['curve'][-1]['val_loss']:.3f} after {whole['seconds']:.0f} s" in self.text
+        read, before = (schedule_of(preset(n)).tokens_before(preset(n).steps) for n in ("record", "record_200m"))  # fmt: skip
+        predicted = whole["seconds"] * read / before * whole["world"] / 8
+        assert f"in {predicted:.0f} s or more on eight H200s" in self.text
+        assert f"{preset('record').steps:,} steps" in self.text
 
     def test_muon_is_there_sooner(self):
         from statistics import mean

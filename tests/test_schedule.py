@@ -137,8 +137,10 @@ class TestInARun:
         assert preset("small").schedule == small  # with chapter 13's Muon
         for name in ("cpu", "smoke"):
             assert preset(name).schedule == ScheduleConfig(warmup_steps=100)
-        for name in ("record", "record1"):
-            assert preset(name).schedule == COSINE
+        assert preset("record1").schedule == COSINE
+        whole, part = preset("record").schedule, preset("record_200m").schedule
+        assert whole.stages == part.stages and len(whole.stages) == 4
+        assert (whole.extension_steps, part.extension_steps) == (40, 10)
         assert set(PRESETS) == {"cpu", "smoke", "small", "record", "record_200m"}
         history = set(known_presets()) - set(PRESETS) - {"record1"}
         assert history and {preset(name).schedule.shape for name in history} == {"trapezoid"}
@@ -325,7 +327,11 @@ HALVES = (Stage(0.5), Stage(0.5, batch_mul=2))
         ({"schedule.stages": (Stage(lr_mul=-1.0),)}, r"stages.0.lr_mul=-1.0 .* must be"),
         ({"schedule.stages": (Stage(windows=(-1, 3)),)}, r"stages.0.windows=\(-1, 3\)"),
         ({"schedule.stages": (Stage(prefix_weight=(-1.0, 0.0)),)}, "stages.0.prefix_weight="),
-        ({"schedule.stages": (Stage(windows=(128, 256)),)}, "windows, and data.mode=stream: rows"),
+        ({"schedule.val_windows": (0, 256)}, "windows in the schedule, and data.mode=stream: rows"),
+        (
+            {"schedule.stages": (Stage(windows=(128, 256)),)},
+            "windows in the schedule, and data.mode=stream: rows",
+        ),
         ({"schedule.stages": (Stage(prefix_weight=(0.5, 0.0)),)}, "prefix_weight: this model"),
     ],
 )

@@ -24,10 +24,10 @@ class DataConfig:
 
     path: str = "data/embedded"
     """Data folder, with a manifest.json; relative to here or to the project."""
-    mode: Literal["stream", "documents"] = "stream"
-    """stream: rows cut from the stream wherever they fall. documents: whole documents, from their beginning."""
+    mode: Literal["stream", "packed", "documents"] = "stream"
+    """stream: rows cut from the stream wherever they fall. packed: long such rows, in which no document sees another. documents: whole documents, from their beginning."""
     seq_len: PositiveInt = 1024
-    """Tokens a row; in the documents mode a micro-batch is one row, and this is not used."""
+    """stream: tokens a row. In the other modes a micro-batch is one row, and this is not used."""
     step_tokens: PositiveInt = 524_288
     """Tokens a step, over all ranks."""
     grad_shards: PositiveInt = 8
@@ -172,6 +172,12 @@ def packed_batch(row: torch.Tensor, borders: np.ndarray) -> Batch:
     return Batch(row[None, :-1], row[None, 1:], torch.from_numpy(cu_seqlens), longest)
 
 
+def packed_row(tokens: np.ndarray, document: int) -> Batch:
+    """A piece of the stream, cut anywhere, as one row in which each document token begins a document."""
+    begins = np.append(0, np.flatnonzero(tokens == document))
+    return packed_batch(torch.from_numpy(tokens.astype(np.int64)), begins)
+
+
 def document_batch(tokens: np.ndarray, slices: list[tuple[int, int]]) -> Batch:
     """A micro-batch of one row from slices of a shard: n + 1 tokens become n inputs and n targets."""
     row = torch.from_numpy(np.concatenate([tokens[a:b] for a, b in slices]).astype(np.int64))
@@ -222,11 +228,23 @@ def next_stream(loader: "Loader", options: DataConfig) -> list[Batch]:
     return [rows(own[at : at + size + 1], options.seq_len) for at in cuts]
 
 
+def next_packed(loader: "Loader", options: DataConfig) -> list[Batch]:
+    """A rank's part of the next slice of the stream, a row for each micro-batch."""
+    start, loader.position = next_slice(loader.shards.total, options, loader.position)
+    micro, document = options.step_tokens // options.grad_shards, loader.shards.manifest.document
+    pieces = [loader.shards.read(start + i * micro, micro + 1) for i in loader.mine]
+    return join_batches([packed_row(piece, document) for piece in pieces], options)
+
+
 def next_documents(loader: "Loader", options: DataConfig) -> list[Batch]:
     """A rank's part of the next documents."""
     plan, number, loader.position = plan_step(loader.shards, options, loader.position)
     tokens, _ = loader.shards.shard(number)
-    batches = [document_batch(tokens, plan[i]) for i in loader.mine]
+    return join_batches([document_batch(tokens, plan[i]) for i in loader.mine], options)
+
+
+def join_batches(batches: list[Batch], options: DataConfig) -> list[Batch]:
+    """Micro-batches of one row each, as many joined as make a pass."""
     size = joined_micro_batches(options, len(batches))
     return [joined_rows(batches[at : at + size]) for at in range(0, len(batches), size)]
 
@@ -268,16 +286,17 @@ class Loader:
         """Raise Problem where the training shards hold no step of that size."""
         options = self.step_options(batch_tokens, max_doc_tokens)
         check_options(options)
-        if options.mode == "stream":
-            next_slice(self.shards.total, options, Position())
-        else:
+        if options.mode == "documents":
             plan_step(self.shards, options, Position())
+        else:
+            next_slice(self.shards.total, options, Position())
 
     def next(self, batch_tokens: int = 0, max_doc_tokens: int = 0) -> list[Batch]:
         """The next step's micro-batches for this rank, as many at a time as fit pass_tokens. 0: as in the options."""
         options = self.step_options(batch_tokens, max_doc_tokens)
-        make = next_stream if options.mode == "stream" else next_documents
-        return [pinned(batch) if self.pin else batch for batch in make(self, options)]
+        make = {"stream": next_stream, "packed": next_packed, "documents": next_documents}
+        batches = make[options.mode](self, options)
+        return [pinned(batch) if self.pin else batch for batch in batches]
 
 
 VAL_ROW = 262_144  # tokens of a packed row in validation, at most
@@ -288,7 +307,7 @@ def validation_batches(
 ) -> Iterator[Batch]:
     """This rank's share of the first `tokens` validation tokens, as micro-batches like those of training."""
     micro, there = check_options(options, world), min(tokens, shards.total - 1)
-    packed = options.mode == "documents"
+    packed = options.mode != "stream"
     if packed:  # longer rows, of as many tokens on each rank
         micro = max(micro, min(VAL_ROW, 16 * micro, there // world))
     if there < micro:
@@ -297,7 +316,5 @@ def validation_batches(
         )
         raise Problem(what, "raise --val-tokens, or lower --data.step-tokens")
     for number in range(rank, there // micro, world):
-        own = shards.read(number * micro, micro + 1)
-        begins = np.flatnonzero(own == shards.manifest.document)
-        row = torch.from_numpy(own.astype(np.int64))
-        yield packed_batch(row, np.append(0, begins)) if packed else rows(own, options.seq_len)
+        own, document = shards.read(number * micro, micro + 1), shards.manifest.document
+        yield packed_row(own, document) if packed else rows(own, options.seq_len)

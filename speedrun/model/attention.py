@@ -1,7 +1,7 @@
 # Tangled from notebooks/11_attention_backends.py: edit the notebook, then run "make tangle". Edits made here are lost.
 
 
-from speedrun.kernels.attention import HEAD_DIMS, attention_op, flash_op, sdpa_op
+from speedrun.kernels.attention import HEAD_DIMS, attention_op, document_tiles, flash_op, sdpa_op
 
 
 # %% One function over all
@@ -16,7 +16,7 @@ from speedrun.lab.bounds import NonNegativeFloat, NonNegativeInt
 from speedrun.lab.errors import Problem
 from speedrun.lab.hardware import find_triton
 
-Backend = Literal["auto", "triton", "fa2", "fa3", "sdpa"]
+Backend = Literal["auto", "triton", "fa2", "fa3", "flex", "sdpa"]
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def positions_of(cu_seqlens: Tensor, tokens: int) -> Tensor:
 def why_not(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int = 128) -> str:
     """Why a backend cannot compute attention of packed documents there; empty: it can."""
     gpu, half = device.type == "cuda", dtype in (torch.bfloat16, torch.float16)
-    if backend == "sdpa":
+    if backend == "sdpa" or (backend == "flex" and not gpu):  # there dense, for short rows
         return ""
     if not gpu:
         return "it needs an NVIDIA GPU"
@@ -74,7 +74,7 @@ def why_not(backend: str, device: torch.device, dtype: torch.dtype, head_dim: in
         return f"it computes in bfloat16 or float16, not {dtype}"
     if torch.cuda.get_device_capability(device) < (8, 0):
         return "it needs a GPU of compute capability 8.0 or later"
-    if backend == "triton" and not find_triton():
+    if backend in ("triton", "flex") and not find_triton():
         return "Triton is not installed"
     if backend == "triton" and head_dim not in HEAD_DIMS:
         return f"its heads have one of {HEAD_DIMS} numbers, not {head_dim}"
@@ -96,13 +96,31 @@ def choose_backend(asked: str, device: torch.device, dtype: torch.dtype, head_di
     return next(name for name in ("triton", "fa2", "sdpa") if not why_not(name, *there))
 
 
+def prepare_tiles(packed: Packed, tokens: int, backend: str) -> Any:
+    """What a backend makes of the bounds once, for all layers: our kernel's tiles, or FlexAttention's block masks for both windows."""
+    if backend == "triton":
+        return document_tiles(packed.cu_seqlens, tokens)
+    if backend == "flex":
+        from speedrun.model.masks import flex_masks
+
+        return flex_masks(packed.cu_seqlens, tokens, packed.windows)
+    return None
+
+
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, packed: Packed, long: bool, backend: str, bounded: bool, tiles: Tensor | None
+    q: Tensor, k: Tensor, v: Tensor, packed: Packed, long: bool, backend: str, bounded: bool, tiles: Any
 ) -> Tensor:  # fmt: skip
-    """Causal attention inside packed documents, (tokens, heads, head_dim). long: the long window. bounded: |q · k| ≤ head_dim."""
+    """Causal attention inside packed documents, (tokens, heads, head_dim). long: the long window. bounded: |q · k| ≤ head_dim.
+
+    tiles: what `prepare_tiles` has made for all layers.
+    """
     window, scale = packed.windows[int(long)], packed.scale
     if backend == "triton":
         return attention_op(q, k, v, tiles, window, scale, bounded and q.dtype != torch.float16)[0]
     if backend in ("fa2", "fa3"):
         return flash_op(q, k, v, packed.cu_seqlens, packed.longest, window, scale)[0]
+    if backend == "flex":
+        from speedrun.model.masks import flex_attention_in
+
+        return flex_attention_in(q, k, v, tiles[int(long)], scale)
     return sdpa_op(q, k, v, packed.cu_seqlens, window, scale)
