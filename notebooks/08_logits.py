@@ -282,7 +282,7 @@ from speedrun.config import vary
 from speedrun.presets import preset
 from speedrun.train import assemble, train_step
 
-brief = vary(preset("cpu"), {"steps": 150, "warmup": 0, "device": tier.device})
+brief = vary(preset("cpu_gpt2"), {"steps": 150, "warmup": 0, "device": tier.device})
 live = assemble(brief, Path(tempfile.mkdtemp()), echo=None)
 for _ in range(brief.steps):
     train_step(live)

@@ -45,7 +45,7 @@ from speedrun.train import train
 scratch = Path(tempfile.mkdtemp())
 BRIEF = {"steps": 60, "schedule.warmup_steps": 10, "val_every": 60, "val_tokens": 32_768}
 BRIEF |= {"device": tier.device}
-model_run = train(vary(preset("cpu"), BRIEF), scratch / "look", echo=None)
+model_run = train(vary(preset("cpu_gpt2"), BRIEF), scratch / "look", echo=None)
 state = model_run.optimizer.state_dict()  # tensors, by parameter and what they are
 moments = {name: state[f"attention_qkv/{name}"] for name in ("exp_avg", "exp_avg_sq")}
 assert moments["exp_avg"].shape == (2, 384, 128), "in each of two layers Q, K and V"
@@ -367,7 +367,7 @@ for step in range(30):
     assert torch.allclose(update, same, atol=1e-3), "momentum as a sum leads the same way"
 owned = (update * polar_factor(spike)).sum() / update.norm() ** 2
 assert owned > 0.9
-assert preset("cpu").optim.grad_clip > 0
+assert preset("cpu_gpt2").optim.grad_clip > 0
 print("twenty steps after a gradient of 100 times the size")
 print(f"the update's cosine with that gradient's own polar factor is {owned:.2f}")
 
@@ -634,7 +634,7 @@ def grid(base: Config, rates=RATES, others=OTHERS) -> dict[str, Config]:
 
 def short() -> Config:
     """The laptop's run, made short."""
-    return vary(preset("cpu"), SHORT | {"optim.muon.weight_decay": 0.1})
+    return vary(preset("cpu_gpt2"), SHORT | {"optim.muon.weight_decay": 0.1})
 
 
 # %% tags=["hide-input"]
@@ -878,7 +878,7 @@ with FlopCounterMode(display=False) as counter:
 assert counter.get_total_flops() == newton_schulz_flops(96, 64)
 
 # %%
-laptop = preset("cpu")
+laptop = preset("cpu_gpt2")
 shares = {
     "record 4": dearer(GPTConfig(), 50_257, 1024, 524_288),
     "the laptop": dearer(laptop.model, 288, laptop.data.seq_len, laptop.data.step_tokens),
@@ -983,7 +983,7 @@ assert first[40:].norm() < 1e-12 and second[20:].norm() < 1e-12, "zeros stay zer
 assert not newton_schulz(seen)[40:].any()
 assert ((second[:20].norm(dim=-1) / first[:20].norm(dim=-1)) > 1.1).all(), "by the company"
 print(f"lengths of rows: {first[:40].norm(dim=-1).min():.2f} to {first.norm(dim=-1).max():.2f}")
-beta1 = preset("cpu").optim.adam.betas[0]
+beta1 = preset("cpu_gpt2").optim.adam.betas[0]
 expected = math.sqrt((1 - beta1) / (1 + beta1))
 mean, noisy = torch.zeros(64, 64), torch.zeros(1, 64, 64)
 for _ in range(100):

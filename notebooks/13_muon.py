@@ -47,7 +47,7 @@ MUON = {
     "optim.adam.lr": 0.008,
     "device": tier.device,
 }
-run = train(vary(preset("cpu"), BRIEF | MUON), scratch / "look", echo=None)
+run = train(vary(preset("cpu_gpt2"), BRIEF | MUON), scratch / "look", echo=None)
 state = run.optimizer.state_dict()  # tensors of (matrices, rows, cols), by parameter and name
 banks = [spec.name for spec in run.model.specs if spec.matrices]
 momenta = {name: state[f"{name}/momentum_buffer"] for name in banks}
@@ -825,7 +825,7 @@ def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
     12's Muon at today's rates, nine times; the rest: all three times.
     """
     laptop = name.startswith("laptop")
-    base = vary(preset("cpu"), SHORT) if laptop else gpu_base(arguments[0])
+    base = vary(preset("cpu_gpt2"), SHORT) if laptop else gpu_base(arguments[0])
     base = vary(base, {"steps": 2000}) if "long" in name else base
     seeds = {"laptop": 9, "laptop_record_4": 9, "parts": 9}.get(name, 1)
     seeds = 3 if name in ("laptop_long", "laptop_weights") else seeds

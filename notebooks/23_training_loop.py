@@ -337,7 +337,7 @@ from collections import Counter
 from speedrun.cpu_size import at_cpu_size
 
 
-laptop = at_cpu_size(preset("cpu"))
+laptop = at_cpu_size(preset("cpu_gpt2"))
 for matrices in ("adam", "muon", "soap"):
     model = GPT(laptop.model, 288).to(ranks.device)
     optimizer = build_optimizer(vary(laptop, {"optim.matrices": matrices}), model)
@@ -790,7 +790,7 @@ def open_log(config: Config, folder: Path, echo) -> RunLog:
 # %%
 brief = {"steps": 40, "compile": False, "val_every": 20, "val_tokens": 8192, "log_every": 10}
 brief |= {"device": "cpu"}  # a GPU adds in another order each time: no two runs there are equal
-brief = vary(preset("cpu"), brief | {"schedule.warmup_steps": 5})
+brief = vary(preset("cpu_gpt2"), brief | {"schedule.warmup_steps": 5})
 run = assemble(brief, scratch / "step", echo=None)
 before = run.model.mlp_up.detach().clone()
 loss = train_step(run)
@@ -1926,7 +1926,7 @@ def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
     """
     modules = ["speedrun.measure.training_loop"]
     if name.startswith("adam"):
-        seeds, corpus = 9 if name == "adam" else 1, corpus_of(preset("cpu"))
+        seeds, corpus = 9 if name == "adam" else 1, corpus_of(preset("cpu_gpt2"))
         arms = train_arms(adam_arms(name), seeds, train_many)
         return {"arms": arms}, stamp(command, modules, seeds, range(seeds), corpus)
     config = vary(preset(PRESET_OF[name]), {"data.path": arguments[0]} if arguments else {})

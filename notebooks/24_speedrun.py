@@ -1352,11 +1352,12 @@ for name, result in real.items():
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Validation loss against training time of the book's own measured runs, beside public records"}}
 fig, (left, right) = plt.subplots(1, 2, figsize=(8.6, 3.7))
-laptop = real["cpu"]["data"]["runs"][0]
-draw_curves(left, {"cpu: two cores": laptop["curve"]}, "train_time_ms")
+laptops = {name: real[name]["data"]["runs"][0] for name in ("cpu_gpt2", "cpu")}
+draw_curves(left, {name: one["curve"] for name, one in laptops.items()}, "train_time_ms")
+laptop = laptops["cpu"]
 per_byte = laptop["curve"][-1]["val_loss"] / laptop["bytes_per_token"]
 left.set_title(f"a laptop's {laptop['seconds'] / 60:.1f} minutes: {per_byte:.2f} nats a byte")
-ours = [run for name, result in real.items() if name != "cpu" for run in result["data"]["runs"]]
+ours = [run for name, result in real.items() if name not in laptops for run in result["data"]["runs"]]
 ours = [run for run in ours if len(run["curve"]) > 4 and run["config"]["seed"] == 0]
 rules, labels = {"adam": "AdamW", "muon": "Muon"}, []
 for one in ours:
@@ -1378,7 +1379,7 @@ right.set_title(f"record_200m: {ended:.3f} after {whole['seconds']:.0f} s on two
 plt.show()
 
 # %% [markdown]
-# *Left: the embedded text. Right: ours on English that is **not** FineWeb, 200 million tokens of it for `record_200m` and 100 for `small` (with a star: by llm.c's recipe, which `small` had before), so that heights cannot be compared with the records', only shapes and times. Record 89's public log is of its pull request, 79.5 s; the merged code takes 73.8 s.*
+# *Left: the embedded text on two cores, by llm.c's recipe and by `record`'s made small. Right: ours on English that is **not** FineWeb, 200 million tokens of it for `record_200m` and 100 for `small` (with a star: by llm.c's recipe, which `small` had before), so that heights cannot be compared with the records', only shapes and times. Record 89's public log is of its pull request, 79.5 s; the merged code takes 73.8 s.*
 #
 # The losses of `record1` in the list are withdrawn: those fifty steps were taken before we knew of the trap that [chapter 23](23_training_loop.py) describes, and their passes were long enough for it. The times stand.
 #

@@ -103,6 +103,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+import numpy as np
 import torch
 import tyro
 from annotated_types import Ge, Interval
@@ -156,7 +157,8 @@ def load_trained(folder: Path, device: str = "cpu") -> Trained:
     model.load_state_dict(weights)
     data, context, told = data_folder(config.data.path), config.data.seq_len, None
     if config.data.mode != "stream":
-        context, stages = config.data.max_document, config.schedule.stages
+        stages = config.schedule.stages
+        context = max(stage.max_doc_tokens or config.data.max_document for stage in stages)
         number = schedule_of(config).at(min(facts["step"], config.steps - 1)).stage
         windows = [stage.windows for stage in stages]
         told = attention_settings(config.model, windows, torch.device(device))[number]
@@ -318,22 +320,29 @@ print(f"of a held-out file's pieces {theirs:.0%} stand in the training text")
 # %% [markdown]
 # ### How far back does it look?
 #
-# A second question has a sharper answer. At the first position of a row the model has seen one token; at the last, 128. If it uses what it sees, its loss must fall along the row, and where it stops falling is how far back it looks.
+# A second question has a sharper answer. At the first position of a row, or of a document, the model has seen one token; at the last, hundreds. If it uses what it sees, its loss must fall along the row, and where it stops falling is how far back it looks. A model that was trained on documents is asked about documents, each from its beginning.
 
 
 # %%
 #| export
 @torch.no_grad()
 def losses_of_rows(trained: Trained, rows: int = 2000) -> Tensor:
-    """Loss in nats at each position of the first rows of the validation text, (rows, context)."""
-    manifest, length = load_manifest(trained.data), trained.context
-    path = trained.data / manifest.split("val")[0].name
-    tokens = read_shard(path, manifest.vocab_size)[: rows * length + 1].astype("int64")
-    row = torch.from_numpy(tokens).to(next(trained.model.parameters()).device)
-    inputs, targets = row[:-1].view(-1, length), row[1:].view(-1, length)
+    """Loss in nats at each position of the first rows of the validation text, (rows, positions).
+
+    A row is as long as the model's context; a model of documents reads the first documents that have 512 tokens, and of each so many.
+    """
+    manifest, alone = load_manifest(trained.data), trained.told is not None
+    path, length = trained.data / manifest.split("val")[0].name, trained.context
+    tokens = read_shard(path, manifest.vocab_size).astype("int64")
+    begins = np.arange(0, len(tokens) - length, length)
+    if alone:
+        length = min(length, 512)
+        begins = np.flatnonzero(tokens == manifest.document)
+        begins = begins[np.diff(begins, append=len(tokens)) > length]
+    pieces = np.stack([tokens[at : at + length + 1] for at in begins[:rows]])
+    row = torch.from_numpy(pieces).to(next(trained.model.parameters()).device)
     losses = []
-    for x, y in zip(inputs.split(50), targets.split(50)):
-        alone = trained.told is not None
+    for x, y in zip(row[:, :-1].split(50), row[:, 1:].split(50)):
         logits = torch.cat([trained.logits(row) for row in x.split(1)]) if alone else trained.model(x)  # fmt: skip
         losses.append(nn.functional.cross_entropy(logits.transpose(1, 2), y, reduction="none"))
     return torch.cat(losses).cpu()
@@ -383,7 +392,7 @@ from speedrun.lab.runlog import read_metrics, series
 from speedrun.train import train
 
 NAMES = ("cpu",)
-STAGES = {125: 4, 1000: 4, 0: 16}  # steps (0: the end) → samples
+STAGES = {125: 4, 500: 4, 0: 16}  # steps (0: the end) → samples
 
 
 def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
@@ -398,10 +407,9 @@ def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
             known = set(words_of(training_text(trained.data)))
             facts = {"step": trained.step, "val_loss": val, "texts": texts}
             facts["known_share"] = known_share("\n".join(texts), known)
-            losses, middle = losses_of_rows(trained), trained.context // 8
-            late = losses[:, middle // 2 : middle].mean(1) - losses[:, trained.context // 2 :].mean(
-                1
-            )
+            losses = losses_of_rows(trained)
+            middle, half = losses.shape[1] // 8, losses.shape[1] // 2
+            late = losses[:, middle // 2 : middle].mean(1) - losses[:, half:].mean(1)
             facts["late_gain"] = [late.mean().item(), late.std().item() / math.sqrt(len(late))]
             facts |= {"context": by_context(losses), "config": asdict(config)}
             stages.append(facts | {"greedy": generate(trained, "", 500, temperature=0.0)})

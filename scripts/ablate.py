@@ -3,7 +3,7 @@
     python scripts/ablate.py OUT.json --arm NAME FIELD=VALUE … [--arm …] [--seeds 3] [--control 9] [FLAG …]
 
 Each arm is the base with its fields changed: --arm "no QK-norm" model.block.qk_norm=False. Further flags make the base, as for speedrun.train
-(--preset cpu --steps 600 --model.block.qk-norm). The base is trained --control times, each arm --seeds times, with the same first seeds and the
+(--preset cpu_gpt2 --steps 600 --model.block.qk-norm). The base is trained --control times, each arm --seeds times, with the same first seeds and the
 same data; on the GPUs of this machine, or on its cores. OUT.json is written as soon as an arm is done, with its stamp; what is in it already is kept, if the code and the base are the same.
 """
 

@@ -44,8 +44,8 @@ def fewer(stages: tuple[Stage, ...], most: int) -> tuple[Stage, ...]:
 
 
 def at_cpu_size(config: Config, steps: int = 20) -> Config:
-    """The same decisions at the cpu preset's widths, vocabulary and lengths, with all of the schedule in a few steps."""
-    laptop, own = fields_of(preset("cpu")), fields_of(config)
+    """The same decisions at cpu_gpt2's widths, vocabulary and lengths, with all of the schedule in a few steps."""
+    laptop, own = fields_of(preset("cpu_gpt2")), fields_of(config)
     changes = {name: laptop[name] for name in SIZES}
     changes |= {"steps": steps, "max_steps": 0, "val_every": steps, "val_tokens": 16_384}
     last = laptop["model.layers"] - 1  # long layers stay where they are in the model's depth

@@ -34,6 +34,36 @@ Changes = dict[str, Any]
 FINEWEB = "data/fineweb10B"
 PRESETS: dict[str, tuple[str, Changes]] = {  # name → the run that it starts from, what it changes
     "cpu": (
+        "record",
+        {
+            "model.layers": 3,
+            "model.heads": 2,
+            "model.width": 128,
+            "model.plan.without": "nothing",
+            "model.plan.stream_dtype": "float32",
+            "model.attention.long_layers": (2,),
+            "optim.muon.param_dtype": "float32",
+            "optim.muon.ns_dtype": "bfloat16",
+            "schedule.extension_steps": 0,
+            "schedule.stages": (
+                Stage(1 / 3, 1, 1.0, 256, (64, 128)),
+                Stage(1 / 3, 1, 1.0, 512, (64, 256)),
+                Stage(1 / 3, 2, 1.4, 1024, (128, 512)),
+            ),
+            "schedule.val_windows": (0, 0),
+            "data.path": "data/embedded",
+            "data.step_tokens": 1024,
+            "data.grad_shards": 2,
+            "data.pass_tokens": 1024,
+            "steps": 2000,
+            "precision": "float32",
+            "compile": False,
+            "val_tokens": 262_144,
+            "log_every": 50,
+            "target": 1.15,
+        },
+    ),
+    "cpu_gpt2": (
         "",
         {
             "model.layers": 2,
@@ -56,7 +86,7 @@ PRESETS: dict[str, tuple[str, Changes]] = {  # name → the run that it starts f
             "target": 1.55,
         },
     ),
-    "smoke": ("cpu", {"steps": 600, "val_every": 200, "val_tokens": 65_536, "target": 2.75}),
+    "smoke": ("cpu_gpt2", {"steps": 600, "val_every": 200, "val_tokens": 65_536, "target": 2.75}),
     "small": (
         "",
         {

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+import numpy as np
 import torch
 import tyro
 from annotated_types import Ge, Interval
@@ -68,7 +69,8 @@ def load_trained(folder: Path, device: str = "cpu") -> Trained:
     model.load_state_dict(weights)
     data, context, told = data_folder(config.data.path), config.data.seq_len, None
     if config.data.mode != "stream":
-        context, stages = config.data.max_document, config.schedule.stages
+        stages = config.schedule.stages
+        context = max(stage.max_doc_tokens or config.data.max_document for stage in stages)
         number = schedule_of(config).at(min(facts["step"], config.steps - 1)).stage
         windows = [stage.windows for stage in stages]
         told = attention_settings(config.model, windows, torch.device(device))[number]
@@ -143,15 +145,22 @@ def recited_share(text: str, training: str, length: int = 16) -> float:
 # %% How far back does it look?
 @torch.no_grad()
 def losses_of_rows(trained: Trained, rows: int = 2000) -> Tensor:
-    """Loss in nats at each position of the first rows of the validation text, (rows, context)."""
-    manifest, length = load_manifest(trained.data), trained.context
-    path = trained.data / manifest.split("val")[0].name
-    tokens = read_shard(path, manifest.vocab_size)[: rows * length + 1].astype("int64")
-    row = torch.from_numpy(tokens).to(next(trained.model.parameters()).device)
-    inputs, targets = row[:-1].view(-1, length), row[1:].view(-1, length)
+    """Loss in nats at each position of the first rows of the validation text, (rows, positions).
+
+    A row is as long as the model's context; a model of documents reads the first documents that have 512 tokens, and of each so many.
+    """
+    manifest, alone = load_manifest(trained.data), trained.told is not None
+    path, length = trained.data / manifest.split("val")[0].name, trained.context
+    tokens = read_shard(path, manifest.vocab_size).astype("int64")
+    begins = np.arange(0, len(tokens) - length, length)
+    if alone:
+        length = min(length, 512)
+        begins = np.flatnonzero(tokens == manifest.document)
+        begins = begins[np.diff(begins, append=len(tokens)) > length]
+    pieces = np.stack([tokens[at : at + length + 1] for at in begins[:rows]])
+    row = torch.from_numpy(pieces).to(next(trained.model.parameters()).device)
     losses = []
-    for x, y in zip(inputs.split(50), targets.split(50)):
-        alone = trained.told is not None
+    for x, y in zip(row[:, :-1].split(50), row[:, 1:].split(50)):
         logits = torch.cat([trained.logits(row) for row in x.split(1)]) if alone else trained.model(x)  # fmt: skip
         losses.append(nn.functional.cross_entropy(logits.transpose(1, 2), y, reduction="none"))
     return torch.cat(losses).cpu()

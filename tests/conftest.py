@@ -65,4 +65,4 @@ def brief(embedded):
         "log_every": 3,
         "schedule.warmup_steps": 3,
     }
-    return vary(preset("cpu"), changes | {"data.path": str(embedded)})
+    return vary(preset("cpu_gpt2"), changes | {"data.path": str(embedded)})

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 
 def ablate(out: Path, data: Path, *more: str) -> subprocess.CompletedProcess:
     sizes = ["--steps", "6", "--val-tokens", "2048", "--warmup", "0", "--data.path", str(data)]
-    command = [sys.executable, "scripts/ablate.py", str(out), *more, "--preset", "cpu", *sizes]
+    command = [sys.executable, "scripts/ablate.py", str(out), *more, "--preset", "cpu_gpt2", *sizes]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
@@ -88,7 +88,7 @@ class TestWhoTrainsWhat:
         from speedrun.presets import preset
 
         wide, rms = ({}, {"model.block.norm": "rms"})
-        both = [vary(preset("cpu"), changes) for changes in (wide, rms)]
+        both = [vary(preset("cpu_gpt2"), changes) for changes in (wide, rms)]
         return [vary(run, {"seed": seed}) for run in both for seed in range(3)]
 
     def test_runs_of_one_model_stay_together(self):

@@ -105,7 +105,7 @@ class TestPresets:
         assert small.model.block == run.model.block and small.model.plan == vary(
             run.model.plan, {"stream_dtype": "float32"}
         )
-        assert small.model.width == preset("cpu").model.width
+        assert small.model.width == preset("cpu_gpt2").model.width
         assert small.data.path == "data/embedded"
 
     def test_it_says_all_that_it_turns_on(self, name):
@@ -376,7 +376,7 @@ class TestSavedRuns:
 
 class TestStopping:
     def test_the_last_step(self):
-        run = vary(preset("cpu"), {"steps": 50})
+        run = vary(preset("cpu_gpt2"), {"steps": 50})
         stops = [vary(run, {"max_steps": most}).last_step for most in (0, 1, 49, 50, 51, 10**9)]
         assert stops == [50, 1, 49, 50, 50, 50]
 

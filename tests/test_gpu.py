@@ -79,7 +79,7 @@ class TestOneGPU:
         muon = {"optim.matrices": "muon", "optim.matrix_lr": 0.02, "schedule.warmup_steps": 0}
         real = {"precision": "bfloat16", "device": "cuda", "compile": True}
         run = vary(
-            at_cpu_size(preset("cpu")), WAYS[way] | muon | real | {"data.path": str(embedded)}
+            at_cpu_size(preset("cpu_gpt2")), WAYS[way] | muon | real | {"data.path": str(embedded)}
         )
         train(run, tmp_path, echo=None)
         first, last = losses(tmp_path)

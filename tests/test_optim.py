@@ -346,7 +346,7 @@ class TestRecordMuon:
     )
     def test_refusals(self, changes, said):
         with pytest.raises(Problem, match=said):
-            check_config(vary(preset("cpu"), changes))
+            check_config(vary(preset("cpu_gpt2"), changes))
 
 
 @pytest.mark.parametrize("record", [False, True])

@@ -135,13 +135,13 @@ class TestInARun:
     def test_which_presets_have_changed(self):
         small = ScheduleConfig(warmup_steps=100, shape="trapezoid", momentum_min=0.85)
         assert preset("small").schedule == small  # with chapter 13's Muon
-        for name in ("cpu", "smoke"):
+        for name in ("cpu_gpt2", "smoke"):
             assert preset(name).schedule == ScheduleConfig(warmup_steps=100)
         assert preset("record1").schedule == COSINE
         whole, part = preset("record").schedule, preset("record_200m").schedule
         assert whole.stages == part.stages and len(whole.stages) == 4
         assert (whole.extension_steps, part.extension_steps) == (40, 10)
-        assert set(PRESETS) == {"cpu", "smoke", "small", "record", "record_200m"}
+        assert set(PRESETS) == {"cpu", "cpu_gpt2", "smoke", "small", "record", "record_200m"}
         history = set(known_presets()) - set(PRESETS) - {"record1"}
         assert history and {preset(name).schedule.shape for name in history} == {"trapezoid"}
 
@@ -149,17 +149,17 @@ class TestInARun:
     @pytest.mark.parametrize("name", ["cooldown_frac", "untie_at"])
     def test_nonsense_is_refused(self, name, share):
         with pytest.raises(Problem, match=f"schedule.{name}=.* must be"):
-            check_config(vary(preset("cpu"), {f"schedule.{name}": share}))
+            check_config(vary(preset("cpu_gpt2"), {f"schedule.{name}": share}))
 
     @pytest.mark.parametrize("share", [-0.1, 1.1, math.nan])
     def test_a_final_rate_that_is_no_share_of_the_peak_is_refused(self, share):
         with pytest.raises(Problem, match="schedule.final_lr_frac=.* must be"):
-            check_config(vary(preset("cpu"), {"schedule.final_lr_frac": share}))
+            check_config(vary(preset("cpu_gpt2"), {"schedule.final_lr_frac": share}))
 
     @pytest.mark.parametrize("share", [1e-9, 0.6, 1.0])
     @pytest.mark.parametrize("name", ["cooldown_frac", "untie_at", "final_lr_frac"])
     def test_any_share_is_accepted(self, name, share):
-        check_config(vary(preset("cpu"), {f"schedule.{name}": share}))
+        check_config(vary(preset("cpu_gpt2"), {f"schedule.{name}": share}))
 
     def test_the_trainer_follows_it(self, brief, tmp_path):
         changes = {"schedule.shape": "trapezoid", "schedule.cooldown_frac": 0.5, "log_every": 1}
@@ -298,7 +298,7 @@ class TestStages:
 
     @given(schedules())
     def test_they_survive_json(self, schedule):
-        config = vary(preset("cpu"), {"schedule.stages": schedule.config.stages})
+        config = vary(preset("cpu_gpt2"), {"schedule.stages": schedule.config.stages})
         saved = json.loads(json.dumps(dataclasses.asdict(config)))
         assert config_from_json(saved) == config
 

@@ -129,7 +129,7 @@ class TestEverySwitch:
         assert torch.equal(compiled(tokens[:, :-1], tokens[:, 1:]), model(tokens[:, :-1], tokens[:, 1:]))  # fmt: skip
 
     def test_it_learns(self, way, embedded, tmp_path):
-        base = vary(at_cpu_size(preset("cpu")), {"data.path": str(embedded), "warmup": 0})
+        base = vary(at_cpu_size(preset("cpu_gpt2")), {"data.path": str(embedded), "warmup": 0})
         muon = {"optim.matrices": "muon", "optim.matrix_lr": 0.02, "schedule.warmup_steps": 0}
         train(vary(base, WAYS[way] | muon | {"log_every": 19}), tmp_path, echo=None)
         records = read_metrics(tmp_path / "metrics.jsonl")
@@ -161,8 +161,8 @@ class TestWhatIsOffIsNotThere:
 
     def test_one_layer_has_nothing_to_connect(self):
         with pytest.raises(Problem, match="model.layers is 1"):
-            check_config(vary(preset("cpu"), {"model.layers": 1, "model.plan.backout": True}))
-        check_config(vary(preset("cpu"), {"model.layers": 1, "model.plan.x0": True}))
+            check_config(vary(preset("cpu_gpt2"), {"model.layers": 1, "model.plan.backout": True}))
+        check_config(vary(preset("cpu_gpt2"), {"model.layers": 1, "model.plan.x0": True}))
 
 
 CAUTIOUS = {"optim.adam.cautious": True, "optim.adam.every": 2, "optim.grad_clip": 0.0}
@@ -174,7 +174,7 @@ class TestTheSplitHead:
     @pytest.mark.parametrize("cautious", [False, True])
     def test_two_matrices_are_one_until_they_part(self, cautious, matrices, embedded, tmp_path):
         run = vary(
-            at_cpu_size(preset("cpu"), 12),
+            at_cpu_size(preset("cpu_gpt2"), 12),
             {"data.path": str(embedded), "model.head.tied": "split", "schedule.untie_at": 0.5}
             | {"optim.matrices": matrices, "optim.matrix_lr": 0.02, "warmup": 0}
             | (CAUTIOUS if cautious else {}),
@@ -193,7 +193,7 @@ class TestTheSplitHead:
     @pytest.mark.parametrize("share, last", [(0.25, True), (1.0, False)])
     def test_when_they_part_is_a_share_of_the_steps(self, share, last, embedded, tmp_path):
         changes = {"data.path": str(embedded), "model.head.tied": "split", "warmup": 0}
-        run = vary(at_cpu_size(preset("cpu"), 8), changes | {"schedule.untie_at": share})
+        run = vary(at_cpu_size(preset("cpu_gpt2"), 8), changes | {"schedule.untie_at": share})
         live = assemble(run, tmp_path, echo=None)
         apart = []
         for _ in range(run.steps):
@@ -220,7 +220,7 @@ RATES: dict = {
 @pytest.mark.parametrize("cautious", [False, True])
 def test_rates_of_their_own(cautious, matrix_lr, embedded, tmp_path):
     """Adam's first step is as long as its rate, whatever the gradient: where there is one."""
-    run = vary(at_cpu_size(preset("cpu")), {"data.path": str(embedded), "warmup": 0})
+    run = vary(at_cpu_size(preset("cpu_gpt2")), {"data.path": str(embedded), "warmup": 0})
     changes = RATES | {"optim.adam.cautious": cautious, "optim.matrix_lr": matrix_lr}
     live = assemble(vary(run, changes), tmp_path, echo=None)
     before = {name: p.detach().clone() for name, p in live.model.named_parameters()}

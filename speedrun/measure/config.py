@@ -35,7 +35,7 @@ def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
     laptop: all ARMS to the end. short: two lengths of rows, for a third of the steps.
     """
     short = {arm: ARMS[arm] | {"steps": 3000} for arm in ("as it is", "rows of 128")}
-    arms, laptop = (short if name == "short" else ARMS), vary(preset("cpu"), START)
+    arms, laptop = (short if name == "short" else ARMS), vary(preset("cpu_gpt2"), START)
     runs = {(a, s): vary(laptop, arms[a] | {"seed": s}) for a in arms for s in SEEDS}
     done = dict(zip(runs, train_many(list(runs.values()))))
     modules = ["speedrun.measure.config", "speedrun.train"]

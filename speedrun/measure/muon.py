@@ -101,7 +101,7 @@ def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
     12's Muon at today's rates, nine times; the rest: all three times.
     """
     laptop = name.startswith("laptop")
-    base = vary(preset("cpu"), SHORT) if laptop else gpu_base(arguments[0])
+    base = vary(preset("cpu_gpt2"), SHORT) if laptop else gpu_base(arguments[0])
     base = vary(base, {"steps": 2000}) if "long" in name else base
     seeds = {"laptop": 9, "laptop_record_4": 9, "parts": 9}.get(name, 1)
     seeds = 3 if name in ("laptop_long", "laptop_weights") else seeds

@@ -50,7 +50,7 @@ def grid(base: Config, rates=RATES, others=OTHERS) -> dict[str, Config]:
 
 def short() -> Config:
     """The laptop's run, made short."""
-    return vary(preset("cpu"), SHORT | {"optim.muon.weight_decay": 0.1})
+    return vary(preset("cpu_gpt2"), SHORT | {"optim.muon.weight_decay": 0.1})
 
 
 def losses_of_grid(names=("grid", "low")) -> dict[str, float]:

@@ -91,9 +91,9 @@ def best_of(slug: str, name: str) -> Config:
 
 
 def cpu_base() -> Config:
-    """The run in which ideas are compared on a laptop: the cpu preset's model under today's Muon, at chapter 13's rates."""
+    """The run in which ideas are compared on a laptop: cpu_gpt2's model under today's Muon, at chapter 13's rates."""
     return vary(
-        with_record_muon(vary(preset("cpu"), SHORT)),
+        with_record_muon(vary(preset("cpu_gpt2"), SHORT)),
         {"optim.matrix_lr": 0.016, "optim.adam.lr": 0.004},
     )
 

@@ -26,7 +26,7 @@ from speedrun.lab.runlog import read_metrics, series
 from speedrun.train import train
 
 NAMES = ("cpu",)
-STAGES = {125: 4, 1000: 4, 0: 16}  # steps (0: the end) → samples
+STAGES = {125: 4, 500: 4, 0: 16}  # steps (0: the end) → samples
 
 
 def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
@@ -41,10 +41,9 @@ def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
             known = set(words_of(training_text(trained.data)))
             facts = {"step": trained.step, "val_loss": val, "texts": texts}
             facts["known_share"] = known_share("\n".join(texts), known)
-            losses, middle = losses_of_rows(trained), trained.context // 8
-            late = losses[:, middle // 2 : middle].mean(1) - losses[:, trained.context // 2 :].mean(
-                1
-            )
+            losses = losses_of_rows(trained)
+            middle, half = losses.shape[1] // 8, losses.shape[1] // 2
+            late = losses[:, middle // 2 : middle].mean(1) - losses[:, half:].mean(1)
             facts["late_gain"] = [late.mean().item(), late.std().item() / math.sqrt(len(late))]
             facts |= {"context": by_context(losses), "config": asdict(config)}
             stages.append(facts | {"greedy": generate(trained, "", 500, temperature=0.0)})

@@ -50,7 +50,7 @@ MUON: dict[str, Any] = {
 
 def arms() -> dict[str, Config]:
     """The cosine, and the trapezoid by the share of steps in which it falls."""
-    base = vary(preset("cpu"), MUON)
+    base = vary(preset("cpu_gpt2"), MUON)
     falls = {"schedule.shape": "trapezoid"}
     shapes = {
         f"{share:g}": vary(base, falls | {"schedule.cooldown_frac": share}) for share in SHARES
@@ -62,6 +62,6 @@ def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
     """Train each arm with each seed: {"arms": {arm: [run, …]}}."""
     runs = {(a, s): vary(run, {"seed": s}) for a, run in arms().items() for s in SEEDS}
     modules = ["speedrun.measure.schedule", "speedrun.train"]
-    facts = stamp(command, modules, len(SEEDS), SEEDS, corpus_of(preset("cpu")))
+    facts = stamp(command, modules, len(SEEDS), SEEDS, corpus_of(preset("cpu_gpt2")))
     done = dict(zip(runs, train_many(list(runs.values()))))
     return {"arms": {arm: [done[arm, seed] for seed in SEEDS] for arm in arms()}}, facts

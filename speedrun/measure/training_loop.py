@@ -115,7 +115,7 @@ def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
     """
     modules = ["speedrun.measure.training_loop"]
     if name.startswith("adam"):
-        seeds, corpus = 9 if name == "adam" else 1, corpus_of(preset("cpu"))
+        seeds, corpus = 9 if name == "adam" else 1, corpus_of(preset("cpu_gpt2"))
         arms = train_arms(adam_arms(name), seeds, train_many)
         return {"arms": arms}, stamp(command, modules, seeds, range(seeds), corpus)
     config = vary(preset(PRESET_OF[name]), {"data.path": arguments[0]} if arguments else {})
