@@ -1357,7 +1357,9 @@ draw_curves(left, {name: one["curve"] for name, one in laptops.items()}, "train_
 laptop = laptops["cpu"]
 per_byte = laptop["curve"][-1]["val_loss"] / laptop["bytes_per_token"]
 left.set_title(f"a laptop's {laptop['seconds'] / 60:.1f} minutes: {per_byte:.2f} nats a byte")
-ours = [run for name, result in real.items() if name not in laptops for run in result["data"]["runs"]]
+ours = [
+    run for name, result in real.items() if name not in laptops for run in result["data"]["runs"]
+]
 ours = [run for run in ours if len(run["curve"]) > 4 and run["config"]["seed"] == 0]
 rules, labels = {"adam": "AdamW", "muon": "Muon"}, []
 for one in ours:

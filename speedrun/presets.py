@@ -39,6 +39,7 @@ PRESETS: dict[str, tuple[str, Changes]] = {  # name → the run that it starts f
             "model.layers": 3,
             "model.heads": 2,
             "model.width": 128,
+            "model.init_std": 0.02,
             "model.plan.without": "nothing",
             "model.plan.stream_dtype": "float32",
             "model.attention.long_layers": (2,),
