@@ -459,7 +459,7 @@ for nonsense in (*mistakes, {"layers": 3}, {"optim.adam.betas": ("a", "b")}):
 #
 # `small` is a run for one GPU and a coffee, `cpu` for a laptop and five minutes, `smoke` for [the page](24_speedrun.py) on which this book trains while you read. `cpu_gpt2` is llm.c's recipe for the laptop, and the run to which the chapters add one idea at a time. The targets of the small runs, 1.15, 1.55 and 2.75 on the embedded text and 4.0 on FineWeb, are a little above what they reach. `record` is the best that these chapters give together, at the contest's size: whole documents, windows and batches that grow, eleven layers, value tables, gates and Muon as it runs today. Why it has 2,100 steps, and what it should reach with them, is a prediction, which [chapter 24](24_speedrun.py) makes. `record_200m` is the same for 200 million tokens, in which ideas can be compared at full size within minutes. The historic runs take twenty minutes to six hours on one GPU of the contest's kind, and save a checkpoint every thousand steps, off the clock, so that a power cut costs minutes.
 #
-# `cpu` is `record` made small. It has the same techniques, in three layers of width 128 instead of eleven of 768, all with attention; windows of 64 to 512 tokens; documents cut at 256, 512, and then 1,024 tokens; and batches of 1,024, doubled for the last third of its two thousand steps.
+# `cpu` is `record` made small. It has the same techniques, in three layers of width 128 instead of eleven of 768, all with attention; windows of 64 to 512 tokens; documents cut at 256, 512, and then 1,024 tokens; and batches of 1,024, doubled for the last third of its 1,600 steps.
 #
 # The laptop's GPT-2, `cpu_gpt2`, is not record 1 made small. Its batches are small because what a short run lacks is *steps*: 1,024 tokens and eight thousand updates, where record 1 takes half a million tokens and twenty thousand. Its rows are short, its rate is three times as high. It does not compile, since it would spend a good part of its five minutes on that. And its initial deviation is 0.05: GPT-2's 0.02 belongs to a width of 768, and the usual rule lets it fall with the root of the width. Those are arguments, and arguments are cheap; the end of this chapter measures them.
 
@@ -517,9 +517,10 @@ PRESETS: dict[str, tuple[str, Changes]] = {  # name → the run that it starts f
             "data.step_tokens": 1024,
             "data.grad_shards": 2,
             "data.pass_tokens": 1024,
-            "steps": 2000,
+            "steps": 1600,
             "precision": "float32",
             "compile": False,
+            "val_every": 200,
             "val_tokens": 262_144,
             "log_every": 50,
             "target": 1.15,
