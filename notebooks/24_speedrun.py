@@ -17,7 +17,7 @@
 # # The speedrun
 #
 # ```{admonition} Cost box
-# This page trains for a quarter of a minute on two CPU cores, and takes three minutes at most on one GPU. `make speedrun` executes the same notebook with a larger preset: three to five minutes on a CPU, minutes on one GPU,
+# This page trains for a quarter of a minute on two CPU cores, and takes three minutes at most on one GPU. `make speedrun` executes the same notebook with a larger preset: four to six minutes on a CPU, minutes on one GPU,
 # the contest's run on several. The contest and its rules: Keller Jordan; the public curves: everyone in the [credits](../book/credits.md).
 # ```
 #

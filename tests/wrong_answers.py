@@ -282,7 +282,7 @@ def reached(curve, target):  # the last crossing
         ("truth = entropy; entropy = lambda logits, temperature: float(-(logits.double().softmax(-1) * (logits.double() / temperature).log_softmax(-1)).sum() / math.log(2))", "almost 0 bits"),
     ],
     ("25", 2): [
-        ("truth = bits_per_byte; bits_per_byte = lambda text, before=b'': truth(text)", "should beat our"),
+        ("truth = bits_per_byte; bits_per_byte = lambda text, before=b'': truth(text)", "should help xz"),
         ("truth = bits_per_byte; bits_per_byte = lambda text, before=b'': truth(text, before) / 8", "8 bits each, not 1.0"),
         ("truth = bits_per_byte; bits_per_byte = lambda text, before=b'': truth(text, before) * len(text) / len(before + text)", "8 bits each, not 4.0"),
         ("bits_per_byte = lambda text, before=b'': 8 * len(lzma.compress(before + text)) / len(text)", "8 bits each, not 16"),
