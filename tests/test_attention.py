@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from speedrun.config import Config, vary
+from speedrun.config import Config, check_config, vary
 from speedrun.data.loader import (
     DataConfig,
     Loader,
@@ -31,7 +31,7 @@ from speedrun.model.attention import Packed, choose_backend, sdpa_op
 from speedrun.model.gpt import GPT, attention_settings
 from speedrun.presets import as_arguments
 from speedrun.schedule import Stage
-from speedrun.train import assemble, train, warm_up
+from speedrun.train import assemble, told_now, train, warm_up
 
 CUTS = {  # bounds of documents, in rows of so many tokens
     "one document": ([0, 70], 70),
@@ -336,19 +336,63 @@ class TestTrainer:
             assert torch.equal(p, dict(whole.model.named_parameters())[name]), name
         assert again.loader.position == whole.loader.position
 
-    def test_two_ranks_train_as_one(self, brief, tmp_path):
-        run = vary(brief, DOCUMENTS)
+    @pytest.mark.parametrize("mode", ["documents", "packed"])
+    @pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
+    def test_ranks_train_as_one_in_every_stage(self, brief, tmp_path, mode, world):
+        sizes = {"data.mode": mode, "data.grad_shards": 4, "data.step_tokens": 2048}
+        run = vary(brief, DOCUMENTS | sizes)
         train(run, tmp_path / "one", echo=None)
         rank = ["-m", "speedrun.train", "--out", str(tmp_path / "two"), *as_arguments(run)]
-        run_ranks(rank, 2, tmp_path / "two")
+        run_ranks(rank, world, tmp_path / "two")
         one, two = (
             [[row.get("train_loss", row.get("val_loss")) for row in series(read_metrics(tmp_path / name / "metrics.jsonl"), kind)] for kind in ("step", "val")]
             for name in ("one", "two")
         )  # fmt: skip
         assert two[0] == pytest.approx(one[0], abs=1e-5)
         assert two[1] == pytest.approx(one[1], abs=1e-3), (
-            "rows of validation are shorter on two ranks"
+            "rows of validation are shorter on several ranks"
         )
+
+    def test_the_last_validation_may_look_further(self, brief, tmp_path):
+        wide = vary(brief, DOCUMENTS | {"schedule.val_windows": (0, 500)})
+        runs = [train(run, tmp_path / name, echo=None) for name, run in (("wide", wide), ("narrow", vary(brief, DOCUMENTS)))]  # fmt: skip
+        assert told_now(runs[0]).windows.tolist() == [24, 500]
+        assert told_now(runs[1]).windows.tolist() == [24, 120]
+        losses = [
+            [row["val_loss"] for row in series(read_metrics(run.folder / "metrics.jsonl"), "val")]
+            for run in runs
+        ]
+        assert losses[0][:-1] == losses[1][:-1] and losses[0][-1] != losses[1][-1]
+        runs[0].step -= 1
+        assert told_now(runs[0]).windows.tolist() == [24, 120], (
+            "before the last step as in training"
+        )
+        with pytest.raises(Problem, match="data.mode=stream"):
+            check_config(vary(brief, {"schedule.val_windows": (0, 500)}))
+
+    def test_flex_attention_trains_as_the_default_does(self, brief, tmp_path):
+        curves = []
+        for backend in ("auto", "flex"):
+            changes = DOCUMENTS | {"model.attention.backend": backend}
+            run = train(vary(brief, changes), tmp_path / backend, echo=None)
+            assert run.model.backend == {"auto": "sdpa"}.get(backend, backend)
+            rows = read_metrics(tmp_path / backend / "metrics.jsonl")
+            curves.append([row["train_loss"] for row in series(rows, "step")])
+        assert curves[1] == pytest.approx(curves[0], abs=1e-4)
+
+    def test_packed_rows_are_the_stream_with_borders(self, embedded):
+        options = DataConfig(str(embedded), "packed", step_tokens=4096, grad_shards=4)
+        plain = Loader(DataConfig(str(embedded), "stream", 1024, 4096, 4))
+        loader = Loader(options)
+        for _ in range(3):
+            for packed, rows in zip(loader.next(), plain.next()):
+                assert torch.equal(packed.inputs, rows.inputs)
+                assert torch.equal(packed.targets, rows.targets)
+                begins = (packed.inputs[0] == loader.shards.manifest.document).nonzero()[:, 0]
+                borders = torch.cat([torch.tensor([0]), begins, torch.tensor([1024])]).unique()
+                assert torch.equal(packed.cu_seqlens.unique(), borders.int())
+                assert packed.longest == borders.diff().max()
+        assert loader.position == plain.position
 
     def test_windows_and_frequencies_follow_the_stage(self, brief, tmp_path):
         run = assemble(vary(brief, DOCUMENTS), tmp_path, echo=None)
@@ -374,7 +418,7 @@ class TestTrainer:
         assert len(generate(trained, "def ", 5)) and not torch.allclose(
             known, run.model(tokens), atol=1e-3
         )
-        assert losses_of_rows(trained, 2).shape == (2, trained.context)
+        assert losses_of_rows(trained, 2).shape == (2, min(512, trained.context))
 
     def test_it_learns(self, brief, tmp_path):
         long = vary(brief, DOCUMENTS | {"steps": 60, "optim.adam.lr": 4e-3})

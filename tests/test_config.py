@@ -19,7 +19,7 @@ from speedrun.data.loader import DataConfig, check_options
 from speedrun.lab.bounds import check_ranges
 from speedrun.lab.errors import Problem
 from speedrun.launch import LaunchCommand
-from speedrun.model.gpt import GPT
+from speedrun.model.gpt import GPT, param_specs
 from speedrun.presets import as_arguments, known_presets, preset, read_command
 from speedrun.schedule import StepSettings
 from speedrun.train import TrainCommand, build_optimizer
@@ -143,6 +143,13 @@ class TestVarying:
 
     def test_an_int_may_stand_for_a_float(self):
         assert vary(Config(), {"optim.adam.lr": 1}).optim.adam.lr == 1
+
+
+def test_the_model_of_records_17_to_29_is_as_large_as_upstreams():
+    """Record 24's log prints a number; it has pairs of mixing weights where no table is mixed in, and unused ones for a layer."""
+    for name in ("record17", "record20", "record29"):
+        specs = param_specs(preset(name).model, 50_257)
+        assert 0 <= 275_742_784 - sum(math.prod(spec.shape) for spec in specs) < 32
 
 
 class TestBounds:
