@@ -68,7 +68,7 @@ class ScheduleConfig:
     stages: tuple[Stage, ...] = (Stage(),)
     """Stretches of training, one after the other, as JSON: [{"duration": 0.5}, {"duration": 0.5, "batch_mul": 2}]."""
     val_windows: tuple[NonNegativeInt, NonNegativeInt] = (0, 0)
-    """Short and long window of the validation after the last step; each 0: as in the last stage."""
+    """Short and long window in the validation at the end; each 0: as in the last stage."""
 
 
 def stage_boundaries(schedule: "Schedule") -> tuple[int, ...]:
