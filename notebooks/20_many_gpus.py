@@ -2043,7 +2043,7 @@ assert chances["every second step"] < 1e-4 and 0.5 < rarer / min(worth.values())
 for name, sample in zip(names, of_arm.values()):
     print(f"{name:32} {sample}")
 print("; ".join(f"{what}: p = {p:.0e}" for what, p in chances.items()))
-ours = [preset(name).optim for name in ("cpu", "small")]
+ours = [preset(name).optim for name in ("cpu_gpt2", "small")]
 assert all(o.grad_clip == 1.0 and o.adam.every == 1 and not o.adam.cautious for o in ours)
 print(measured_on(compared))
 
