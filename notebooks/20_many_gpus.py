@@ -2048,7 +2048,7 @@ assert all(o.grad_clip == 1.0 and o.adam.every == 1 and not o.adam.cautious for 
 print(measured_on(compared))
 
 # %% [markdown]
-# Clipping is worth the same under either Adam. The two differ in decay alone, and nine seeds see no difference; but in 600 steps AdamW's takes an eighth from a weight, the cautious one at this rate less than a thirtieth of that, and chapter 13 found that decay needs time. Updating half as often, at twice the rate, gives up more than half of what clipping brings, and on the laptop it saves next to nothing. So the presets of laptop and `small` clip, and update everything in every step. What the record's choice costs and saves on eight GPUs, we have not measured.
+# Clipping is worth the same under either Adam. The two differ in decay alone, and nine seeds see no difference; but in 600 steps AdamW's takes an eighth from a weight, the cautious one at this rate less than a thirtieth of that, and chapter 13 found that decay needs time. Updating half as often, at twice the rate, gives up more than half of what clipping brings, and on the laptop it saves next to nothing. So `cpu_gpt2` and `small` clip, and update everything in every step; `record`, and `cpu` after it, do as the contest does. What that choice costs and saves on eight GPUs, we have not measured.
 #
 # ## What it costs, and when it fails
 #
