@@ -1393,6 +1393,8 @@ plt.show()
 
 
 # %%
+from speedrun.presets import preset
+
 steps_of = {row["record"]: int(row["steps"]) for row in public_table("records") if row["steps"]}
 missing = {"28": ("27", "28"), "49": ("48", "49"), "53": ("52", "53")}
 saved = {number: steps_of[before] - steps_of[after] for number, (before, after) in missing.items()}

@@ -215,7 +215,7 @@ def project(tmp_path, embedded):
     stamp = {"command": "…", "modules": module_hashes(["speedrun.train"])}
     folder = tree / "book" / "results" / "example"
     folder.mkdir(parents=True)
-    for name, gpu in (("record", "1×NVIDIA H100"), ("small", None)):
+    for name, gpu in (("record1", "1×NVIDIA H100"), ("small", None)):
         runs = [{"config": dataclasses.asdict(preset(name))}]
         result = {"stamp": stamp | {"gpu": gpu}, "data": {"runs": runs}}
         (folder / f"{name}.json").write_text(json.dumps(result))
@@ -259,17 +259,17 @@ def edit(path: Path, old: str, new: str) -> None:
 
 SAME = "same behaviour: 1 runs, all losses bit-equal"
 ALONE = {  # what is changed, alone: file, old, new, and the results that train differently
-    "cosine": ("schedule.py", "0.5 * (1 + math.cos", "0.499 * (1 + math.cos", {"record"}),
+    "cosine": ("schedule.py", "0.5 * (1 + math.cos", "0.499 * (1 + math.cos", {"record1"}),
     "cooldown": ("schedule.py", "(1 - t) * peak", "(1 - t) ** 1.01 * peak", {"small"}),
     "its begin": ("schedule.py", "self.scheduled - falls", "1 + self.scheduled - falls", {"small"}),
-    "warm-up": ("schedule.py", "(step + 1) / warmup", "step / warmup", {"record", "small"}),
+    "warm-up": ("schedule.py", "(step + 1) / warmup", "step / warmup", {"record1", "small"}),
     "momentum": ("schedule.py", "min(1.0, up, down)", "min(0.99, up, down)", {"small"}),
     "its end": ("schedule.py", "(steps - step) /", "(steps - 1 - step) /", {"small"}),
     "decay": (
         "optim/optimizer.py",
         "self.config.weight_decay * wd_mul",
         "0.99 * self.config.weight_decay * wd_mul",
-        {"record", "small"},
+        {"record1", "small"},
     ),
     "cautious decay": (
         "optim/muon.py",
@@ -293,7 +293,7 @@ class TestProof:
         file, old, new, differ = ALONE[what]
         edit(project / "speedrun" / file, old, new)
         said, results = prove(project)
-        for name in ("record", "small"):
+        for name in ("record1", "small"):
             wanted = "trains differently: run 1 of 1, from step" if name in differ else SAME
             assert said[name].startswith(wanted), said
             assert ("proof" in results[name]) == (name not in differ)
@@ -305,17 +305,17 @@ class TestProof:
         )
         edit(mlp, '    return linear(hidden, weights, "mlp_down")', '    hidden = 2 * hidden if options.twice else hidden\n    return linear(hidden, weights, "mlp_down")')  # fmt: skip
         said, results = prove(project)
-        assert said == {"record": SAME, "small": SAME}
-        proof = results["record"]["proof"]
-        assert set(proof["modules"]) == set(results["record"]["stamp"]["modules"])
+        assert said == {"record1": SAME, "small": SAME}
+        proof = results["record1"]["proof"]
+        assert set(proof["modules"]) == set(results["record1"]["stamp"]["modules"])
         assert prove(project)[0] == {}, "not stale any more"
         proved = commit(project, "a switch")
         edit(mlp, "2 * hidden if", "3 * hidden if")
         said, results = prove(project)
-        assert said == {"record": SAME, "small": SAME}
-        assert results["record"]["proof"]["commit"] == proved != proof["commit"]
+        assert said == {"record1": SAME, "small": SAME}
+        assert results["record1"]["proof"]["commit"] == proved != proof["commit"]
         edit(mlp, "if options.twice", "if not options.twice")
-        assert "trains differently: run 1 of 1" in prove(project)[0]["record"]
+        assert "trains differently: run 1 of 1" in prove(project)[0]["record1"]
 
     @pytest.mark.parametrize("called", [False, True])
     def test_a_new_module_about_gpus_counts_where_a_run_enters_it(self, project, called):
@@ -325,17 +325,17 @@ class TestProof:
         edit(project / "speedrun/train.py", "    run.step += 1\n", f"    run.step += 1{add}\n")  # fmt: skip
         said, _ = prove(project)
         refused = "not proved: speedrun.fast: “nothing” has changed and is about GPUs"
-        assert said == {"record": refused if called else SAME, "small": SAME}
+        assert said == {"record1": refused if called else SAME, "small": SAME}
 
     def test_an_old_module_that_the_run_does_not_enter_does_not_count(self, project):
         edit(project / "speedrun/optim/soap.py", "return torch.linalg.eigh(covariance)[1].flip(-1)", "return torch.linalg.eigh(covariance.cuda())[1].flip(-1)")  # fmt: skip
-        assert prove(project)[0] == {"record": SAME, "small": SAME}
+        assert prove(project)[0] == {"record1": SAME, "small": SAME}
 
     def test_a_path_that_only_gpus_take_is_never_proved(self, project):
         edit(project / "speedrun/train.py", "torch.cuda.synchronize(self.device)", "torch.cuda.synchronize()")  # fmt: skip
         said, results = prove(project)
-        assert "“Clock.wait” has changed and is about GPUs" in said["record"]
-        assert said["small"] == SAME and "proof" not in results["record"]
+        assert "“Clock.wait” has changed and is about GPUs" in said["record1"]
+        assert said["small"] == SAME and "proof" not in results["record1"]
 
     def test_code_that_does_not_run_is_not_proved(self, project):
         edit(project / "speedrun/train.py", "    run.step += 1\n", "    run.step += one\n")
