@@ -336,8 +336,14 @@ class TestTrainer:
             assert torch.equal(p, dict(whole.model.named_parameters())[name]), name
         assert again.loader.position == whole.loader.position
 
-    @pytest.mark.parametrize("mode", ["documents", "packed"])
-    @pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
+    @pytest.mark.parametrize(
+        ("mode", "world"),
+        [
+            ("documents", 2),
+            pytest.param("documents", 4, marks=pytest.mark.slow),
+            pytest.param("packed", 4, marks=pytest.mark.slow),
+        ],
+    )
     def test_ranks_train_as_one_in_every_stage(self, brief, tmp_path, mode, world):
         sizes = {"data.mode": mode, "data.grad_shards": 4, "data.step_tokens": 2048}
         run = vary(brief, DOCUMENTS | sizes)
