@@ -1187,8 +1187,9 @@ def told_now(run: Run) -> AttentionSettings:
 def evaluate(run: Run, batches) -> float:
     """Mean loss, nats a token, over validation micro-batches that are dealt out to the ranks."""
     device, sums = run.ranks.device, torch.zeros(2, dtype=torch.float64, device=run.ranks.device)
+    told = told_now(run)
     for batch in batches:
-        loss = forward_loss(run.forward, batch, device, run.config.precision, told_now(run))
+        loss = forward_loss(run.forward, batch, device, run.config.precision, told)
         sums += torch.stack([loss.double(), torch.ones_like(sums[0])])
         run.heart.beat()
     all_reduce_sum(sums, run.ranks.world)

@@ -93,7 +93,7 @@ changes = "--steps 270 --val-every 90"  # further flags of speedrun.train
 #
 # ### Which run?
 #
-# One command should do something sensible on every machine, say what it chose, and why. How much memory `record` takes is not guessed; it is read from measured runs, its own or those of a preset that starts from it, as `record_200m` does.
+# One command should do something sensible on every machine, say what it chose, and why. How much memory `record` takes is not guessed; it is read from measured runs, its own or those of a preset with the same model and data, as `record_200m` is.
 
 # %%
 #| default_exp launch
@@ -129,7 +129,7 @@ from annotated_types import Ge, Gt
 
 from speedrun.checkpoint import checkpoints
 from speedrun.config import Config, check_config, config_from_json, largest_divisor, schedule_of
-from speedrun.presets import as_arguments, known_presets, read_command
+from speedrun.presets import as_arguments, known_presets, preset, read_command
 
 from speedrun.data.shards import data_folder, load_manifest
 from speedrun.data.sources import FINEWEB_SHARDS, SHARD_TOKENS, build_embedded, fetch_fineweb
@@ -161,8 +161,9 @@ def measured_runs() -> list[dict]:
 
 
 def kin(name: str) -> set[str]:
-    """A preset, and those that start from it: the same model and passes, for fewer steps."""
-    return {name, *(other for other, (parent, _) in known_presets().items() if parent == name)}
+    """A preset, and those with its model and its data: they need as much memory, and a step of theirs takes as long."""
+    own, names = preset(name), known_presets()
+    return {n for n in names if (preset(n).model, preset(n).data) == (own.model, own.data)}
 
 
 def memory_needed_gb(name: str, runs: list[dict]) -> float:
@@ -237,7 +238,7 @@ def expected_seconds(
     runs: {"preset", "device", "flops_per_second"} a rank. The preset's kin come first, then the same device.
     """
     device = machine.gpus[0].name if machine.device == "cuda" else "CPU"
-    alike = kin(name)
+    alike = kin(name) if name else set()
     order = sorted(runs, key=lambda run: (run["preset"] not in alike, run["device"] != device))
     for run in order:
         there, ours, theirs = run["device"], peak_tflops(device), peak_tflops(run["device"])
@@ -1410,7 +1411,7 @@ print(
 print(f"{read / 1e6:.0f}M tokens at record_200m's pace: {on_eight:.0f} s on eight H200s, at best")
 
 # %% [markdown]
-# Savings that were measured one after the other do not add up exactly. Near the end a step is worth about $10^{-4}$ nats in the public curves, and a hundred steps more or less therefore a hundredth. So the prediction is **3.28, give or take 0.01**, after 2,100 steps, a few more than the sum says. The seconds are a lower bound: on eight GPUs a rank has less to compute and as much to exchange. (An H100 takes about 7% longer than an H200: the same code took 80.4 s on eight of these and 85.9 s on eight of those, in record 82's logs.)
+# Savings that were measured one after the other do not add up exactly. By the contest's logs, a schedule of this length that is shorter by a hundred steps ends about a hundredth of a nat higher {cite}`moddednanogpt`. So the prediction is **3.28, give or take 0.01**, after 2,100 steps, a few more than the sum says. The seconds are a lower bound: on eight GPUs a rank has less to compute and as much to exchange. (An H100 takes about 7% longer than an H200: the same code took 80.4 s on eight of these and 85.9 s on eight of those, in record 82's logs.)
 #
 # ### Cores, and ranks
 #

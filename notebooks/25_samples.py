@@ -509,7 +509,7 @@ assert max(contexts[1][4:]) - min(contexts[1][4:]) < 0.06
 print(f"a table of tokens {tables['tokens']:.2f} nats, of pairs {tables['pairs']:.2f}")
 print(f"step {stages[0]['step']}: {stages[0]['val_loss']:.2f}")
 print(f"finished: 257 to 512 tokens seen save {long:.2f} over 9 to 16,")
-print(f"of which the step from 33 to 64 makes {gain:.2f} ± {2 * error:.2f}")
+print(f"and {gain:.2f} ± {2 * error:.2f} over 33 to 64")
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Loss against the number of tokens seen, for the model after three lengths of training, with standard errors"}}
 import matplotlib.pyplot as plt
@@ -543,8 +543,8 @@ axis.set_title(f"from 16 to 512 tokens of context\nsave {long:.2f} nats a token,
 plt.show()
 
 # %% [markdown]
-# (The first token of a document is easy, since most begin with spaces, and the second says which word comes first.) After 125 steps the curve is flat from the ninth token on: the model beats a table that counts pairs, and has no use for anything further back. After 500 steps it is flat still. In the end it falls all the way to the right, because a name that was used once will be used again, and the longer the text, the more names it holds. A single number at the end of a log
-# cannot say such a thing, and it matters when one number is compared with another: an idea that needs more context than a model was trained on cannot show in it at all. Much of what the laptop's run has gained over llm.c's recipe, whose rows end after 128 tokens, lies beyond those.
+# After 125 steps the curve is flat from the ninth token on: the model beats a table that counts pairs, and has no use for anything further back. After 500 steps it is flat still. In the end it falls all the way to the right. (A likely reason is that names are used again, and a longer text holds more of them.) A single number at the end of a log
+# cannot say such a thing, and it matters when one number is compared with another: an idea that needs more context than a model was trained on cannot show in it at all.
 #
 # ## What did not work: always the likeliest
 #
@@ -571,7 +571,7 @@ print(
 )
 
 # %% [markdown]
-# It loops. The likeliest continuation of a phrase is often the phrase once more, a repeated phrase makes its own repetition likelier still, and nothing ever breaks the circle. The likeliest token at each step is not the likeliest text; it is not even a typical one. (At temperature 0.8 five of the sixteen samples get stuck as well, where none did after 500 steps. Copying what stood there before is what a longer context teaches first.) A typical text of $n$ tokens has about $n$ times the entropy of one token of surprise in it, and this one has next to none. GPT-2 Large, with its 762 million parameters some 900 times this one's size, still loops when it is read out this way {cite}`holtzman2020`.
+# It loops. The likeliest continuation of a phrase is often the phrase once more, a repeated phrase makes its own repetition likelier still, and nothing ever breaks the circle. The likeliest token at each step is not the likeliest text; it is not even a typical one. (At temperature 0.8 five of the sixteen samples get stuck as well, where none did after 500 steps. In between it seems to have learned to copy what stood there before.) A typical text of $n$ tokens has about $n$ times the entropy of one token of surprise in it, and this one has next to none. GPT-2 Large, with its 762 million parameters some 900 times this one's size, still loops when it is read out this way {cite}`holtzman2020`.
 
 # %%
 assert 880 < 762e6 / run["parameters"] < 940

@@ -32,7 +32,7 @@ from annotated_types import Ge, Gt
 
 from speedrun.checkpoint import checkpoints
 from speedrun.config import Config, check_config, config_from_json, largest_divisor, schedule_of
-from speedrun.presets import as_arguments, known_presets, read_command
+from speedrun.presets import as_arguments, known_presets, preset, read_command
 
 from speedrun.data.shards import data_folder, load_manifest
 from speedrun.data.sources import FINEWEB_SHARDS, SHARD_TOKENS, build_embedded, fetch_fineweb
@@ -62,8 +62,9 @@ def measured_runs() -> list[dict]:
 
 
 def kin(name: str) -> set[str]:
-    """A preset, and those that start from it: the same model and passes, for fewer steps."""
-    return {name, *(other for other, (parent, _) in known_presets().items() if parent == name)}
+    """A preset, and those with its model and its data: they need as much memory, and a step of theirs takes as long."""
+    own, names = preset(name), known_presets()
+    return {n for n in names if (preset(n).model, preset(n).data) == (own.model, own.data)}
 
 
 def memory_needed_gb(name: str, runs: list[dict]) -> float:
@@ -115,7 +116,7 @@ def expected_seconds(
     runs: {"preset", "device", "flops_per_second"} a rank. The preset's kin come first, then the same device.
     """
     device = machine.gpus[0].name if machine.device == "cuda" else "CPU"
-    alike = kin(name)
+    alike = kin(name) if name else set()
     order = sorted(runs, key=lambda run: (run["preset"] not in alike, run["device"] != device))
     for run in order:
         there, ours, theirs = run["device"], peak_tflops(device), peak_tflops(run["device"])
