@@ -1555,6 +1555,62 @@ def train_on_gpus(runs: Sequence[Config]) -> list[dict]:
     return in_order(each_on_gpus(runs), runs)
 
 
+# %% [markdown]
+# Runs that take a GPU minutes each are too dear to lose. A **study** of such is a dictionary of runs by their names, `arm_seed`, in the order in which they should be made: all arms with the first seed, then all with the second, so that wherever it stops the arms are equally far. Each run has a result of its own, so a study can go on another day, on another machine: `scripts/measure.py` trains those that have none yet, one on each GPU.
+
+# %% tags=["hide-input"]
+#| export measure.study
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from speedrun.train import Run
+
+
+def runs_of(arms: dict[str, Config], seeds: Sequence[int]) -> dict[str, Config]:
+    """The runs of a study by name, `arm_seed`, in the order in which they are made; each is validated once, at its end."""
+    once = {arm: vary(run, {"val_every": run.steps}) for arm, run in arms.items()}
+    return {f"{arm}_{seed}": vary(once[arm], {"seed": seed}) for seed in seeds for arm in arms}
+
+
+def measured_run(folder: Path) -> dict:
+    """What is kept of a finished run: what `read_run` says, but of the steps' durations the percentiles, 1 to 99."""
+    from speedrun.report import quantile, read_run
+
+    run = read_run(folder)
+    return run | {"steps_ms": [quantile(run["steps_ms"], share / 100) for share in range(1, 100)]}
+
+
+def loss_in_documents(live: "Run") -> float:
+    """What a run that was trained on rows of the stream loses, nats a token, on the same validation tokens as packed documents."""
+    from speedrun.train import evaluate, held_out, prepare_attention
+
+    live.config = vary(live.config, {"data.mode": "documents"})
+    live.told = prepare_attention(live.config, live.model, live.ranks.device)
+    return evaluate(live, held_out(live, live.config.val_tokens))
+
+
+def train_alone(run: Config, command: str, echo: Any = print) -> tuple[dict, dict]:
+    """Train a run of a study as one rank, on the first GPU that this process sees or on the CPU. Returns a result's data, {"runs": [run]}, and its stamp."""
+    from speedrun.train import train
+
+    with tempfile.TemporaryDirectory() as folder:
+        live = train(run, Path(folder), echo=echo, command=command)
+        done = measured_run(Path(folder))
+    if run.data.mode == "stream" and live.loader.shards.manifest.document is not None:
+        done["loss_in_documents"] = loss_in_documents(live)
+    return {"runs": [done]}, done.pop("stamp")
+
+
+# %% tags=["demonstration"]
+study = runs_of({"as it is": brief, "half the rate": vary(brief, {"optim.adam.lr": 1e-3})}, (0, 1))
+assert [*study] == ["as it is_0", "half the rate_0", "as it is_1", "half the rate_1"]
+kept, mark = train_alone(study["as it is_1"], "…", echo=None)
+ended = kept["runs"][0]["curve"][-1]["val_loss"]
+assert mark["seeds"] == [1] and abs(kept["runs"][0]["loss_in_documents"] - ended) < 0.5
+
 # %% tags=["hide-input"]
 #| export measure.config
 from typing import Any

@@ -1305,6 +1305,7 @@ from pathlib import Path
 from speedrun.config import config_from_json
 from speedrun.presets import as_arguments
 from speedrun.lab.errors import Problem
+from speedrun.measure.study import measured_run
 
 NAMES = ()  # any name: python scripts/measure.py speedrun NAME RUN_FOLDER …
 
@@ -1315,15 +1316,13 @@ def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
         raise Problem(
             f"no run is given for {name}", f"python scripts/measure.py speedrun {name} runs/…"
         )
-    runs = [read_run(Path(folder)) for folder in arguments]
+    runs = [measured_run(Path(folder)) for folder in arguments]
     stamps = [run.pop("stamp") for run in runs]
     if len({(stamp["gpu"], stamp["torch"], stamp["corpus"]["sha256"]) for stamp in stamps}) > 1:
         what = f"the runs of {name} were made on different machines, versions or texts"
         raise Problem(what, "measure them together")
     arguments = as_arguments(config_from_json(runs[0]["config"]))
     again = {"command": shlex.join(["python", "-m", "speedrun.launch", *arguments])}
-    for run in runs:
-        run["steps_ms"] = [quantile(run["steps_ms"], share / 100) for share in range(1, 100)]
     seeds = [seed for stamp in stamps for seed in stamp["seeds"]]
     minutes = round(sum(run["seconds"] + run["prepared_s"] for run in runs) / 60, 2)
     return {"runs": runs}, stamps[0] | again | {"n": len(runs), "seeds": seeds, "minutes": minutes}
@@ -1412,7 +1411,53 @@ print(f"{read / 1e6:.0f}M tokens at record_200m's pace: {on_eight:.0f} s on eigh
 
 # %% [markdown]
 # Savings that were measured one after the other do not add up exactly. By the contest's logs, a schedule of this length that is shorter by a hundred steps ends about a hundredth of a nat higher {cite}`moddednanogpt`. So the prediction is **3.28, give or take 0.01**, after 2,100 steps, a few more than the sum says. The seconds are a lower bound: on eight GPUs a rank has less to compute and as much to exchange. (An H100 takes about 7% longer than an H200: the same code took 80.4 s on eight of these and 85.9 s on eight of those, in record 82's logs.)
+
+# %% [markdown]
+# ### What is each part worth?
 #
+# STUDYTEXT
+
+# %% tags=["hide-input"]
+#| export measure.ablations
+from dataclasses import replace
+from typing import Any
+
+from speedrun.config import Config, vary
+from speedrun.measure.study import runs_of
+from speedrun.presets import preset
+
+
+def arms() -> dict[str, dict[str, Any]]:
+    """What each arm changes in `record_200m`; all read as many tokens, in as many steps.
+
+    stages: batch and learning rate are the second's until the extension. windows: as long as the longest document. documents: rows cut anywhere, seen whole.
+    """
+    stages = preset("record_200m").schedule.stages
+    batch, rate = stages[1].batch_mul, stages[1].lr_mul
+    same = (*(replace(s, batch_mul=batch, lr_mul=rate) for s in stages[:-1]), stages[-1])
+    wide = tuple(replace(s, windows=(2048, 2048)) for s in stages)
+    rows = tuple(replace(s, windows=(0, 0), max_doc_tokens=0) for s in stages)
+    stream = {"data.mode": "stream", "model.attention.yarn": False, "schedule.stages": rows}
+    narrow = {"schedule.val_windows": (0, 0)}
+    return {
+        "stages": {"schedule.stages": same},
+        "windows": {"schedule.stages": wide} | narrow,
+        "documents": stream | narrow,
+    }
+
+
+def study() -> dict[str, Config]:
+    """`record_200m` with one part left out, two seeds each. Its runs with everything: book/results/speedrun/record_200m.json."""
+    base = preset("record_200m")
+    return runs_of({arm: vary(base, changes) for arm, changes in arms().items()}, (0, 1))
+
+
+# %%
+for run in study().values():
+    plan = schedule_of(check_config(run, world=2))
+    assert plan.tokens_before(run.steps) == before
+
+# %% [markdown]
 # ### Cores, and ranks
 #
 # The times hold a lesson already. The long runs on one GPU were made two at a time, each on four of their machine's cores, while other cores were busy. The brief ones had the machine to themselves:

@@ -1,9 +1,6 @@
 # Tangled from notebooks/24_speedrun.py: edit the notebook, then run "make tangle". Edits made here are lost.
 
 
-from speedrun.report import quantile, read_run
-
-
 # %% The real runs
 import shlex
 from pathlib import Path
@@ -11,6 +8,7 @@ from pathlib import Path
 from speedrun.config import config_from_json
 from speedrun.presets import as_arguments
 from speedrun.lab.errors import Problem
+from speedrun.measure.study import measured_run
 
 NAMES = ()  # any name: python scripts/measure.py speedrun NAME RUN_FOLDER …
 
@@ -21,15 +19,13 @@ def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
         raise Problem(
             f"no run is given for {name}", f"python scripts/measure.py speedrun {name} runs/…"
         )
-    runs = [read_run(Path(folder)) for folder in arguments]
+    runs = [measured_run(Path(folder)) for folder in arguments]
     stamps = [run.pop("stamp") for run in runs]
     if len({(stamp["gpu"], stamp["torch"], stamp["corpus"]["sha256"]) for stamp in stamps}) > 1:
         what = f"the runs of {name} were made on different machines, versions or texts"
         raise Problem(what, "measure them together")
     arguments = as_arguments(config_from_json(runs[0]["config"]))
     again = {"command": shlex.join(["python", "-m", "speedrun.launch", *arguments])}
-    for run in runs:
-        run["steps_ms"] = [quantile(run["steps_ms"], share / 100) for share in range(1, 100)]
     seeds = [seed for stamp in stamps for seed in stamp["seeds"]]
     minutes = round(sum(run["seconds"] + run["prepared_s"] for run in runs) / 60, 2)
     return {"runs": runs}, stamps[0] | again | {"n": len(runs), "seeds": seeds, "minutes": minutes}

@@ -1,0 +1,49 @@
+# Tangled from notebooks/22_config.py: edit the notebook, then run "make tangle". Edits made here are lost.
+
+
+from speedrun.config import Config, vary
+
+
+# %% Were the choices right?
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from speedrun.train import Run
+
+
+def runs_of(arms: dict[str, Config], seeds: Sequence[int]) -> dict[str, Config]:
+    """The runs of a study by name, `arm_seed`, in the order in which they are made; each is validated once, at its end."""
+    once = {arm: vary(run, {"val_every": run.steps}) for arm, run in arms.items()}
+    return {f"{arm}_{seed}": vary(once[arm], {"seed": seed}) for seed in seeds for arm in arms}
+
+
+def measured_run(folder: Path) -> dict:
+    """What is kept of a finished run: what `read_run` says, but of the steps' durations the percentiles, 1 to 99."""
+    from speedrun.report import quantile, read_run
+
+    run = read_run(folder)
+    return run | {"steps_ms": [quantile(run["steps_ms"], share / 100) for share in range(1, 100)]}
+
+
+def loss_in_documents(live: "Run") -> float:
+    """What a run that was trained on rows of the stream loses, nats a token, on the same validation tokens as packed documents."""
+    from speedrun.train import evaluate, held_out, prepare_attention
+
+    live.config = vary(live.config, {"data.mode": "documents"})
+    live.told = prepare_attention(live.config, live.model, live.ranks.device)
+    return evaluate(live, held_out(live, live.config.val_tokens))
+
+
+def train_alone(run: Config, command: str, echo: Any = print) -> tuple[dict, dict]:
+    """Train a run of a study as one rank, on the first GPU that this process sees or on the CPU. Returns a result's data, {"runs": [run]}, and its stamp."""
+    from speedrun.train import train
+
+    with tempfile.TemporaryDirectory() as folder:
+        live = train(run, Path(folder), echo=echo, command=command)
+        done = measured_run(Path(folder))
+    if run.data.mode == "stream" and live.loader.shards.manifest.document is not None:
+        done["loss_in_documents"] = loss_in_documents(live)
+    return {"runs": [done]}, done.pop("stamp")
