@@ -1216,6 +1216,35 @@ def load_flash3(library: str) -> None:
     torch.nn.attention.activate_flash_attention_impl("FA3")
 
 
+def flash3_passes(q, k, v, grad, ends: Tensor, longest: int, window: int):
+    """FlashAttention-3's operator without PyTorch between: a forward and a backward pass. Names as in its C++ interface (hopper/flash_api.cpp)."""
+    ops, none = torch.ops.flash_attn_3, (None,) * 9
+    sizes, where = (longest, longest), (SCALE, True, window, 0)
+    rest = (
+        0,
+        0.0,
+        False,
+        None,
+        1,
+        None,
+        0,
+    )  # chunk, softcap, rotary, scheduler, splits, pack, margin
+
+    def forward():
+        # none: k_new, v_new, q_v, out; kv_batch_idx and what follows it
+        return ops.fwd(q, k, v, *none[:4], ends, ends, *none[:3], *sizes, *none, *where, *rest)[:2]
+
+    out, sums = forward()
+
+    def backward():
+        found = [torch.empty_like(each) for each in (q, k, v)]
+        limits = (ends, ends, None, None, *sizes, *where, 0.0, False, 0)
+        ops.bwd(grad, q, k, v, out, sums, *found, *limits)
+        return found
+
+    return forward, backward
+
+
 def passes(backend: str, tensors: list[Tensor], cu_seqlens: Tensor, longest: int, window: int):
     """A backend's forward pass and its backward pass, as two calls without arguments."""
     q, k, v, grad = tensors
@@ -1224,6 +1253,8 @@ def passes(backend: str, tensors: list[Tensor], cu_seqlens: Tensor, longest: int
         facts = (document_tiles(cu_seqlens, len(q)), *numbers)
         forward: Any = partial(attention_op, q, k, v, *facts, backend == "triton")
         return forward, partial(backward_op, grad, q, k, v, *forward(), *facts)
+    if backend == "fa3 operator":
+        return flash3_passes(q, k, v, grad, cu_seqlens, longest, window)
     if backend.startswith("fa"):
         ends = (cu_seqlens, torch.tensor(longest, dtype=torch.int32), *numbers)
         forward = partial(flash_op, q, k, v, *ends)
@@ -1277,7 +1308,7 @@ def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
     if not torch.cuda.is_available():
         raise Problem(f"{name} times kernels", "run it on an NVIDIA GPU")
     rows, backends = [], ["triton", "triton online", "fa2", "flex"]
-    for backend in backends + ["fa3"] * bool(arguments):
+    for backend in backends + ["fa3", "fa3 operator"] * bool(arguments):
         if backend == "fa3":
             load_flash3(arguments[0])
         for tokens, cap, window in SHAPES:
