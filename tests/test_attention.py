@@ -18,11 +18,18 @@ from speedrun.data.loader import (
     slots_for,
     validation_batches,
 )
+from speedrun.kernels import attention as kernels
 from speedrun.kernels.attention import (
+    LARGE_SHARED,
+    SMALL_SHARED,
     attention_by_document,
     attention_op,
     document_tiles,
+    flash_op,
     gradients_by_document,
+    launch_backward,
+    launch_forward,
+    room_for_squares,
 )
 from speedrun.lab.errors import Problem
 from speedrun.lab.runlog import read_metrics, series
@@ -109,6 +116,49 @@ class TestAgainstTheDefinition:
 
 
 class TestKernels:
+    @pytest.mark.parametrize("cut", ["odd lengths", "an empty tail"])
+    @pytest.mark.parametrize("window", [0, 17, 64, 65, 129])
+    @pytest.mark.parametrize("blocks", [SMALL_SHARED, LARGE_SHARED], ids=["small", "large"])
+    def test_blocks_by_descriptor_and_squares_kept_or_not(self, cut, window, blocks, monkeypatch):
+        monkeypatch.setattr(kernels, "blocks_for", lambda device: blocks)
+        bounds, tokens = CUTS[cut]
+        q, k, v, grad = (each.float() for each in draw(tokens))
+        tiles = document_tiles(torch.tensor(bounds, dtype=torch.int32), tokens)
+        told, found = (tiles, window, 0.3), {}
+        for bulk in (False, True):
+            out, lse = launch_forward(q, k, v, *told, True, bulk)
+            for keep in (False, True):
+                gradients = launch_backward(grad, q, k, v, out, lse, *told, keep, bulk)
+                found[bulk, keep] = out, *gradients
+        wanted = known(*draw(tokens), bounds, window)
+        for each in found.values():
+            close(each, wanted, 2e-6)
+        for keep in (False, True):  # who loads a block does not change a bit
+            assert all(map(torch.equal, found[False, keep], found[True, keep]))
+
+    def test_squares_are_kept_where_there_is_room(self):
+        q, tiles = torch.zeros(65_536, 6, 128, dtype=torch.bfloat16), torch.zeros(3, 2049)
+        assert not room_for_squares(q, tiles, 1664)  # 2.7 GB, without a GPU
+        assert room_for_squares(q, tiles[:, :200], 128)
+
+    @pytest.mark.gpu
+    @pytest.mark.parametrize("window", [1408, 2**30])
+    def test_a_document_of_262144_tokens_on_a_gpu(self, window):
+        generator = torch.Generator("cuda").manual_seed(0)
+        drawn = torch.randn(4, 262_144, 1, 64, device="cuda", generator=generator).bfloat16()
+        q, k = (F.rms_norm(each, (64,)) for each in drawn[:2])
+        ends = torch.tensor([0, 262_144], dtype=torch.int32, device="cuda")
+        asked = [each.clone().requires_grad_() for each in (q, k, drawn[2])]
+        numbers = torch.tensor(window, dtype=torch.int32), torch.tensor(0.12)
+        out, _ = attention_op(*asked, document_tiles(ends, 262_144), *numbers, True)
+        found = out.detach(), *torch.autograd.grad(out, asked, drawn[3])
+        longest = torch.tensor(262_144, dtype=torch.int32)
+        theirs = [each.clone().requires_grad_() for each in (q, k, drawn[2])]
+        out, *_ = flash_op(*theirs, ends, longest, *numbers)
+        wanted = out.detach(), *torch.autograd.grad(out, theirs, drawn[3])
+        for a, b in zip(found, wanted):
+            assert (a.double() - b.double()).norm() < 0.01 * b.double().norm()
+
     @pytest.mark.parametrize("dim", [16, 64, 128])
     def test_in_float16(self, dim):  # the interpreter's products of bfloat16 are wrong
         self.check(torch.float16, dim, "cpu")

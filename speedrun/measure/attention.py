@@ -3,18 +3,20 @@
 
 from speedrun.kernels.attention import (
     attention_by_document,
-    attention_op,
-    backward_op,
     document_tiles,
     flash_backward_op,
     flash_op,
     gradients_by_document,
+    has_bulk_loads,
+    launch_backward,
+    launch_forward,
 )
 
 
 # %% The problem
 import statistics
 import sys
+import time
 import types
 from collections.abc import Callable
 from functools import partial
@@ -117,19 +119,40 @@ def flash3_passes(q, k, v, grad, ends: Tensor, longest: int, window: int):
     return forward, backward
 
 
+WAYS = {  # of our kernel: tiles by document, none beyond the window, no running maximum, bulk loads, D kept
+    "below the diagonal": (False, False, False, False, False),
+    "documents": (True, False, False, False, False),
+    "window": (True, True, False, False, False),
+    "no maximum": (True, True, True, False, False),
+    "bulk loads": (True, True, True, True, False),
+    "triton online": (True, True, False, True, True),
+    "triton": (True, True, True, True, True),
+}
+
+
+def our_passes(way: str, tensors: list[Tensor], cu_seqlens: Tensor, window: int):
+    """A form of our kernel: its forward and its backward pass. Bulk loads where the GPU has them."""
+    documents, narrow, bounded, bulk, keep = WAYS[way]
+    q, k, v, grad = tensors
+    tokens, bulk = len(q), bulk and has_bulk_loads(q.device)
+    ends = cu_seqlens if documents else cu_seqlens.new_tensor([0, tokens])
+    told = (document_tiles(ends, tokens), window if narrow else tokens, SCALE)
+    forward = partial(launch_forward, q, k, v, *told, bounded, bulk)
+    out, lse = forward()
+    return forward, partial(launch_backward, grad, q, k, v, out, lse, *told, keep, bulk)
+
+
 def passes(backend: str, tensors: list[Tensor], cu_seqlens: Tensor, longest: int, window: int):
     """A backend's forward pass and its backward pass, as two calls without arguments."""
     q, k, v, grad = tensors
     numbers = torch.tensor(window, dtype=torch.int32), torch.tensor(SCALE)
-    if backend.startswith("triton"):
-        facts = (document_tiles(cu_seqlens, len(q)), *numbers)
-        forward: Any = partial(attention_op, q, k, v, *facts, backend == "triton")
-        return forward, partial(backward_op, grad, q, k, v, *forward(), *facts)
+    if backend in WAYS:
+        return our_passes(backend, tensors, cu_seqlens, window)
     if backend == "fa3 operator":
         return flash3_passes(q, k, v, grad, cu_seqlens, longest, window)
     if backend.startswith("fa"):
         ends = (cu_seqlens, torch.tensor(longest, dtype=torch.int32), *numbers)
-        forward = partial(flash_op, q, k, v, *ends)
+        forward: Any = partial(flash_op, q, k, v, *ends)
         return forward, partial(flash_backward_op, grad, q, k, v, *ends, *forward())
     asked = [each.detach().requires_grad_() for each in (q, k, v)]
     call: Any = torch.compile(flex_attention_packed, fullgraph=True)
@@ -138,6 +161,17 @@ def passes(backend: str, tensors: list[Tensor], cu_seqlens: Tensor, longest: int
     out = call(*asked, *told)
     backward = partial(torch.autograd.grad, out, asked, grad, retain_graph=True)
     return partial(call, q, k, v, *told), backward
+
+
+def host_ms(call: Callable[[], Any], repeats: int = 20) -> float:
+    """Median time that Python is busy with a call, in ms, while the GPU has nothing to do."""
+    times = []
+    for _ in range(repeats):
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        call()
+        times.append(1000 * (time.perf_counter() - begin))
+    return statistics.median(times)
 
 
 def errors_of(found, known) -> list[float]:
@@ -165,11 +199,13 @@ def times_of(backend: str, tokens: int, cap: int, window: int) -> dict[str, Any]
     tensors = [q, k, drawn[2], drawn[3]]
     forward, backward = passes(backend, tensors, cu_seqlens, int(np.diff(ends).max()), window)
     row: dict[str, Any] = {"backend": backend, "tokens": tokens, "cap": cap, "window": window}
-    if tokens == SHAPES[0][0]:
+    if tokens == SHAPES[0][0] and backend != "below the diagonal" and backend != "documents":
         row["errors"] = errors_at(tensors, cu_seqlens, window, forward(), backward())
     with torch.no_grad():
         row["forward_ms"] = kernel_ms(forward, backend != "flex")
+        row["forward_host_ms"] = host_ms(forward)
     row["backward_ms"] = kernel_ms(backward, backend != "flex")
+    row["backward_host_ms"] = host_ms(backward)
     return row
 
 
@@ -177,7 +213,7 @@ def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
     """Times of all backends, forward and backward, in turn; errors in the shortest rows against float64."""
     if not torch.cuda.is_available():
         raise Problem(f"{name} times kernels", "run it on an NVIDIA GPU")
-    rows, backends = [], ["triton", "triton online", "fa2", "flex"]
+    rows, backends = [], [*WAYS, "fa2", "flex"]
     for backend in backends + ["fa3", "fa3 operator"] * bool(arguments):
         if backend == "fa3":
             load_flash3(arguments[0])
