@@ -623,7 +623,78 @@ print(f"a step of 13 takes {early:.2f} of one of 12 early on (steps 125 to 375),
 # It is one of the largest steps on the whole ladder. Equal steps read equal numbers of tokens, and from step 125 on record 12 is lower by six to eight hundredths of a nat, before either run's rate begins to fall. The steps are a ninth longer. Rows of 1,024 were cheap already, and cuDNN's kernel gave way to a generated one; what of the ninth is the kernel, the block mask made anew in every pass, or the newer PyTorch, no log says. Record 13 shows the trade over time. Its window grows from 64 tokens to 1,792, so that its first steps are shorter and its last ones longer than record 12's, and it falls behind at first and is ahead later. But it also changed Adam's momentum, Muon's rate and the cooldown, so the whole of its seconds is not the window's. [Chapter 10](10_windows_and_yarn.py) is about windows that grow.
 #
 # One thing has to be kept apart. Record 12 *validates* as it trains, in sequences of 65,536 tokens with this mask, where record 11's validation cut the same text into rows of 1,024. So a part of the difference is not a better model but a better examination: tokens that stood at the beginning of a row with nothing before them now have their document. The rules allow it, and no log separates the two. That records 21, 33 and 35 gained about a thousandth of a nat each from nothing but more context at validation says that it counts {cite}`moddednanogpt`.
+
+# %% [markdown]
+# ### Who gains?
 #
+# POSITIONTEXT
+
+# %% tags=["hide-input"]
+#| default_exp measure.documents
+#| export
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from speedrun.config import Config, vary
+from speedrun.measure.study import loss_in_documents, runs_of
+from speedrun.presets import preset
+from speedrun.schedule import Stage
+
+EDGES = (0, 4, 16, 64, 128, 256, 512, 1024)  # places in a document
+
+
+def study() -> dict[str, Config]:
+    """The laptop's run on the same text, cut in three ways, three seeds each; no windows, one stage of 600 steps.
+
+    rows: 1,024 tokens cut anywhere, seen whole. masked: rows cut anywhere, in which no document sees another. whole: documents from their beginning.
+    """
+    plain = {"schedule.stages": (Stage(1.0, 1, 1.5, 1024),), "model.attention.yarn": False}
+    sizes: dict[str, Any] = {
+        "data.step_tokens": 4096,
+        "data.pass_tokens": 2048,
+        "data.grad_shards": 4,
+    }
+    base = vary(preset("cpu"), plain | sizes | {"steps": 600, "data.mode": "documents"})
+    arms: dict[str, dict[str, Any]] = {
+        "rows": {"data.mode": "stream", "schedule.stages": (Stage(1.0, 1, 1.5),)},
+        "masked": {"data.mode": "packed"},
+        "whole": {},
+    }
+    return runs_of({arm: vary(base, changes) for arm, changes in arms.items()}, (0, 1, 2))
+
+
+@torch.no_grad()
+def losses_by_place(live: Any, tokens: int = 262_144) -> list[float]:
+    """Mean loss of validation tokens between two EDGES, by the place of the token that is known last; in rows as in training, or whole documents."""
+    from speedrun.data.loader import validation_batches
+    from speedrun.model.attention import Packed
+
+    document, place = live.validation.manifest.document, 0
+    sums = torch.zeros(2, len(EDGES) - 1, dtype=torch.float64)
+    for batch in validation_batches(live.validation, live.config.data, tokens):
+        known: tuple = ()
+        if batch.cu_seqlens is not None and batch.longest is not None:
+            known = (None, Packed(batch.cu_seqlens, batch.longest, *live.told[-1]))
+        lost = F.cross_entropy(live.model(batch.inputs, *known).flatten(0, 1).float(), batch.targets.flatten(), reduction="none")  # fmt: skip
+        for token, loss in zip(batch.inputs.flatten().tolist(), lost.tolist()):
+            place = 0 if token == document else place + 1
+            bucket = sum(place >= edge for edge in EDGES[1:])
+            sums[:, min(bucket, len(EDGES) - 2)] += torch.tensor([loss, 1.0])
+    return (sums[0] / sums[1]).tolist()
+
+
+def after(live: Any) -> dict:
+    """Losses by place; of a run that was trained on rows also those of whole documents."""
+    found: dict[str, Any] = {"by_place": losses_by_place(live)}
+    if live.config.data.mode == "stream":
+        loss = loss_in_documents(live)  # from here on it reads documents
+        found |= {"loss_in_documents": loss, "by_place_in_documents": losses_by_place(live)}
+    return found
+
+
+# %% [markdown]
 # ## What it costs, and when it fails
 #
 # A mask that is wrong does not crash. It leaks, or it hides, and both look like progress or bad luck. So the tests for this module compare it with a loop over queries, over random documents and windows. Packed rows hold a changing number of documents, so their borders are padded to a fixed number of slots; otherwise the compiler would begin again with each batch. And outside of `torch.compile` FlexAttention computes the dense product: correct, and quadratic in memory.

@@ -1561,7 +1561,7 @@ def train_on_gpus(runs: Sequence[Config]) -> list[dict]:
 # %% tags=["hide-input"]
 #| export measure.study
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -1592,24 +1592,29 @@ def loss_in_documents(live: "Run") -> float:
     return evaluate(live, held_out(live, live.config.val_tokens))
 
 
-def train_alone(run: Config, command: str, echo: Any = print) -> tuple[dict, dict]:
-    """Train a run of a study as one rank, on the first GPU that this process sees or on the CPU. Returns a result's data, {"runs": [run]}, and its stamp."""
+def train_alone(
+    run: Config, command: str, after: Callable[["Run"], dict] | None = None, echo: Any = print
+) -> tuple[dict, dict]:
+    """Train a run of a study as one rank, on the first GPU that this process sees or on the CPU. Returns a result's data, {"runs": [run]}, and its stamp.
+
+    after: what else to measure on the trained run.
+    """
     from speedrun.train import train
 
     with tempfile.TemporaryDirectory() as folder:
         live = train(run, Path(folder), echo=echo, command=command)
         done = measured_run(Path(folder))
-    if run.data.mode == "stream" and live.loader.shards.manifest.document is not None:
-        done["loss_in_documents"] = loss_in_documents(live)
-    return {"runs": [done]}, done.pop("stamp")
+    stamp = done.pop("stamp")
+    return {"runs": [done | (after(live) if after else {})]}, stamp
 
 
 # %% tags=["demonstration"]
 study = runs_of({"as it is": brief, "half the rate": vary(brief, {"optim.adam.lr": 1e-3})}, (0, 1))
 assert [*study] == ["as it is_0", "half the rate_0", "as it is_1", "half the rate_1"]
-kept, mark = train_alone(study["as it is_1"], "…", echo=None)
+again = lambda live: {"packed": loss_in_documents(live)}  # noqa: E731
+kept, mark = train_alone(study["as it is_1"], "…", again, echo=None)
 ended = kept["runs"][0]["curve"][-1]["val_loss"]
-assert mark["seeds"] == [1] and abs(kept["runs"][0]["loss_in_documents"] - ended) < 0.5
+assert mark["seeds"] == [1] and abs(kept["runs"][0]["packed"] - ended) < 0.5
 
 # %% tags=["hide-input"]
 #| export measure.config

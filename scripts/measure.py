@@ -40,25 +40,26 @@ def measured(module: Any, name: str, rest: list[str], command: str) -> tuple[dic
     runs = module.study()
     if name not in runs:
         raise Problem(f"the study has no run “{name}”", f"missing, or one of {', '.join(runs)}")
-    return train_alone(vary(runs[name], {"data.path": rest[0]} if rest else {}), command)
+    run = vary(runs[name], {"data.path": rest[0]} if rest else {})
+    return train_alone(run, command, getattr(module, "after", None))
 
 
 def make_missing(slug: str, names: Iterable[str], rest: list[str]) -> int:
-    """Train the runs of a study that have no result yet, each in a process that sees one GPU. Status 1 if one failed."""
-    there, free = result_names(slug), SimpleQueue[str]()
-    gpus = [str(gpu.index) for gpu in look().gpus] or [""]
-    for gpu in gpus:
-        free.put(gpu)
+    """Train the runs of a study that have no result yet, each in a process that sees one GPU, or has one core. Status 1 if one failed."""
+    there, free, machine = result_names(slug), SimpleQueue[dict[str, str]](), look()
+    places = [{"CUDA_VISIBLE_DEVICES": str(gpu.index)} for gpu in machine.gpus]
+    for place in places or [{"OMP_NUM_THREADS": "1"}] * machine.cores:
+        free.put(place)
 
     def make(name: str) -> int:
-        gpu = free.get()
+        place = free.get()
         words = [sys.executable, str(root() / "scripts" / "measure.py"), slug, name, *rest]
         try:
-            return subprocess.call(words, env={**os.environ, "CUDA_VISIBLE_DEVICES": gpu})
+            return subprocess.call(words, env=os.environ | place)
         finally:
-            free.put(gpu)
+            free.put(place)
 
-    with ThreadPoolExecutor(len(gpus)) as pool:
+    with ThreadPoolExecutor(free.qsize()) as pool:
         return int(any(pool.map(make, [name for name in names if name not in there])))
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from speedrun.config import Config, vary
-from speedrun.measure.study import runs_of
+from speedrun.measure.study import loss_in_documents, runs_of
 from speedrun.presets import preset
 
 
@@ -33,3 +33,9 @@ def study() -> dict[str, Config]:
     """`record_200m` with one part left out, two seeds each. Its runs with everything: book/results/speedrun/record_200m.json."""
     base = preset("record_200m")
     return runs_of({arm: vary(base, changes) for arm, changes in arms().items()}, (0, 1))
+
+
+def after(live: Any) -> dict:
+    """Of a run that was trained on rows: what it loses on packed documents."""
+    rows = live.config.data.mode == "stream"
+    return {"loss_in_documents": loss_in_documents(live)} if rows else {}

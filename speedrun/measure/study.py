@@ -6,7 +6,7 @@ from speedrun.config import Config, vary
 
 # %% Were the choices right?
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,13 +37,17 @@ def loss_in_documents(live: "Run") -> float:
     return evaluate(live, held_out(live, live.config.val_tokens))
 
 
-def train_alone(run: Config, command: str, echo: Any = print) -> tuple[dict, dict]:
-    """Train a run of a study as one rank, on the first GPU that this process sees or on the CPU. Returns a result's data, {"runs": [run]}, and its stamp."""
+def train_alone(
+    run: Config, command: str, after: Callable[["Run"], dict] | None = None, echo: Any = print
+) -> tuple[dict, dict]:
+    """Train a run of a study as one rank, on the first GPU that this process sees or on the CPU. Returns a result's data, {"runs": [run]}, and its stamp.
+
+    after: what else to measure on the trained run.
+    """
     from speedrun.train import train
 
     with tempfile.TemporaryDirectory() as folder:
         live = train(run, Path(folder), echo=echo, command=command)
         done = measured_run(Path(folder))
-    if run.data.mode == "stream" and live.loader.shards.manifest.document is not None:
-        done["loss_in_documents"] = loss_in_documents(live)
-    return {"runs": [done]}, done.pop("stamp")
+    stamp = done.pop("stamp")
+    return {"runs": [done | (after(live) if after else {})]}, stamp
