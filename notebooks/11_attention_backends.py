@@ -14,7 +14,7 @@
 # # Attention backends
 #
 # ```{admonition} Cost box
-# About fifteen seconds on two CPU cores, where Triton's interpreter runs the kernels at small shapes; on one GPU they are compiled. The times come from a committed measurement, half a minute on one H200.
+# About fifteen seconds on two CPU cores, where Triton's interpreter runs the kernels at small shapes; on one GPU they are compiled. The times come from a committed measurement, a minute on one H200.
 # FlashAttention-3 came with record 29: \@varunneal. FlashAttention is the work of Tri Dao and others {cite}`dao2022,dao2023`, its third version of Jay Shah and others {cite}`shah2024`. The kernel below is this book's own.
 # ```
 #
@@ -153,7 +153,7 @@ print(
 )
 
 # %% [markdown]
-# Documents are short, so there is little to compute. On an H100 bytes are the higher floor of every forward pass. On an H200, whose memory is faster, they are where windows are short, and with the longest window operations are. The two are never far apart, and FlashAttention-2 is about four to six times above both. So most of its time goes neither into useful bytes nor into useful operations. Three other things can take it: pairs that are computed and thrown away, traffic that a different split of the work does not need, and latency, since a tile of queries has so few keys that its loop ends soon after it has begun. A kernel for this case alone can do four things differently.
+# Documents are short, so there is little to compute. On an H100 bytes are the higher floor of every forward pass; on an H200, whose memory is faster, only where windows are short. The two floors are never far apart, and FlashAttention-2 is about four to six times above both. So most of its time goes neither into useful bytes nor into useful operations, but into pairs that are computed and thrown away, traffic that a different split of the work does not need, and latency, since a tile's loop ends soon after it has begun. A kernel for this case alone can do four things differently.
 #
 # ### Tiles that begin with a document
 #
@@ -221,7 +221,7 @@ assert not torch.equal(first[0], v[0]) and torch.equal(first[1], v[0])
 # %% [markdown]
 # In bfloat16 the bounded form costs at most a little: the largest weight of a row is no longer exactly 1, and is rounded as the others are (a document's first token shows it, which sees only itself). In float16 it is wrong by percents, and by more as the scale grows with the windows. So it is used where QK-norm holds and the format is bfloat16 or float32; everywhere else the kernel keeps the running maximum.
 #
-# ### Two kernels for three gradients
+# ### Three gradients, five products
 #
 # Let $P$ be the weights, $g_i$ the output's gradient and $\delta_i = g_i \cdot o_i$. The gradients are
 #
@@ -232,17 +232,19 @@ assert not torch.equal(first[0], v[0]) and torch.equal(first[1], v[0])
 # dv_j = \sum_i P_{ij}\, g_i .
 # $$
 #
-# The first is a sum over keys, the others are sums over queries. FlashAttention computes all three in one pass over tiles of keys. That takes five matrix products, but $dq$ collects contributions from many programs, so it is a float32 tensor that is cleared, added to atomically, and converted at the end. A launch before it computes $\delta$. Instead we take two kernels. One goes over tiles of queries, finds $\delta$ on the way and keeps $dq$ in registers; the other goes over tiles of keys. Logits and $g \cdot v$ are computed twice, seven products in all, and each tensor is written once:
+# The first is a sum over keys, the others are sums over queries. FlashAttention computes all three in one pass over tiles of keys. That takes five matrix products for each pair of tiles ($q k$, $g v$, and one for each gradient), but $dq$ collects contributions from many programs, so it is a float32 tensor that is cleared, added to atomically, and converted at the end. The obvious way round that is two kernels, one over tiles of keys and one over tiles of queries. Then each sum stays in one program's registers, in an order that never changes, so equal inputs give equal bits. But $qk$ and $gv$ are computed twice: seven products.
+#
+# What both kernels need is $D$. Once the first has it, it can write it down, in bfloat16, and to the second one product is left. Is that a good bargain? By the data sheet it is a bad one:
 
 # %%
-flash_dq = 4 + 8 + 4 + 2  # bytes: cleared, read and added to once at least, read again, written
-flash = 2 * 2 + 4 * 2 + flash_dq + 2 * 2  # g, o → delta; q, k, v, g → dq, dk, dv
-ours = 5 * 2 + 2 + 4 * 2 + 2 * 2  # q, k, v, g, o → dq; q, k, v, g → dk, dv
-assert 0.70 < ours / flash < 0.71 and 7 / 5 == 1.4
-print(f"bytes for each number of q, at least: {flash} in one pass, {ours} in two kernels; products: 5 and 7")  # fmt: skip
+computed = 1.16 * pairs_of(row_bounds, 640) * HEADS  # pairs in the kernel's tiles, see below
+written = 2 * 2 * computed / BYTES_S * 1e3  # two bytes a pair, written once and read once
+twice = 2 * 2 * DIM * computed / FLOPS_S * 1e3  # two products
+assert 0.10 < written < 0.12 and 0.06 < twice < 0.08
+print(f"D written and read: {2 * computed / 1e6:.0f} MB twice, {written:.3f} ms; computed again: {twice:.3f} ms")  # fmt: skip
 
 # %% [markdown]
-# Forty per cent more operations for three tenths fewer bytes is a good exchange where documents are short, and a bad one where they are long. There is a second gain. Without atomics the order of all sums is fixed, so equal inputs give equal bits.
+# But the two are not paid in the same coin. These kernels are busy with arithmetic and with waiting for it, at about half of the data sheet's speed, and all the while the memory has next to nothing to do. What is written and read meanwhile is nearly free; what is computed again is not. The measurement below says which of the two arguments is right.
 #
 # ### Windows and scale are data
 #
@@ -410,7 +412,7 @@ for tokens, cap, _ in SHAPES:
 # %% [markdown]
 # ### Bulk loads
 #
-# Every kernel goes over blocks of consecutive rows of one head. On a GPU of compute capability 9 or later such a block is one instruction: a **tensor descriptor** (shape, strides, size of a block) is given to the kernel, and the chip's tensor memory accelerator copies the block into shared memory, computes all addresses itself, and needs no registers for them. Elsewhere each thread computes its own addresses. The two differ where a block reaches beyond its document: with addresses of its own a thread leaves such rows zero, the accelerator brings the next document's along. Their products are masked in both cases.
+# Every kernel goes over blocks of consecutive rows of one head. On a GPU of compute capability 9 or later such a block is one instruction: the kernel is given a **tensor descriptor** (shape, strides, size of a block), and the chip's tensor memory accelerator copies the block into shared memory and computes the addresses itself. Elsewhere each thread computes its own. Where a block reaches beyond its document, threads leave such rows zero, and the accelerator brings the next document's along. Products with them are masked.
 
 
 # %%
@@ -465,7 +467,7 @@ def forward_block(
 
 
 # %% [markdown]
-# A tile of queries needs the keys from its first query's lower bound to its last query, and blocks are counted from that lower bound, not from the row's beginning. Only the first of them can be cut by the window's edge and only the last by the diagonal, but all are masked: a loop cut in three, whose middle part has no mask, was slower (see below).
+# A tile of queries needs the keys from its first query's lower bound to its last query, and blocks are counted from that lower bound, not from the row's beginning. All are masked, though only the first and the last need it.
 #
 # The kernel is one program for each tile and head. Besides the output it writes the logarithm of the softmax sum, from which the backward pass finds the weights again without a maximum or a division.
 
@@ -541,6 +543,11 @@ def delta_kernel(OUT, GRAD, DELTA, tokens, HEADS: constexpr, DIM: constexpr, ROW
     tl.store(DELTA + head * tokens + rows, tl.sum(out * grad, 1), rows < tokens)
 
 
+# %%
+delta = torch.empty_like(lse)
+delta_kernel[(1, 2)](out, on_device[3], delta, 40, 2, 16, TILE)
+assert torch.allclose(delta.cpu().double(), (grad * by_document).sum(-1).T, atol=1e-5)
+
 # %% [markdown]
 # The next kernel holds a tile of keys and values and goes over the queries that see it: from the diagonal to the window's far edge, or to the document's end. Logits are computed transposed, keys by queries, so that weights need not be turned round for the next product. $D$ has been found then, and is written out for the queries' gradient: 64 keys by 64 queries are eight kilobytes.
 
@@ -574,7 +581,7 @@ def dkv_block(
 
 
 # %% [markdown]
-# Queries are cut into the same tiles as keys, so $D$ is a list of squares. A tile of queries and the key tile $n$ before it have square number `tile · depth + n`, where `depth` is how many tiles a window touches. The list has room for every tile and every $n$, which is more than is used, and what is not used is never touched. A block of queries may be half a tile, on chips with less shared memory.
+# Queries are cut into the same tiles as keys, so $D$ is a list of squares. A tile of queries and the key tile $n$ before it have square number `tile · depth + n`, where `depth` is how many tiles a window touches. What is not used is never touched.
 
 
 # %%
@@ -615,6 +622,17 @@ def dkv_kernel(
 # %%
 #| export
 @jit
+def read_square(D, place, ROWS: constexpr, BULK: constexpr):
+    """D of one tile of queries and one of keys, (ROWS, ROWS), as it was kept at rows `place`."""
+    if BULK:
+        return tl.trans(D.load([place, 0]))
+    else:
+        inner = tl.arange(0, ROWS)
+        there = (place + inner).to(tl.int64)[:, None] * ROWS
+        return tl.trans(tl.load(D + there + inner[None, :]))
+
+
+@jit
 def weights_gradient(
     q, grad, k, v, lse, delta, row, first, window, factor, ROWS: constexpr, COLUMNS: constexpr
 ):
@@ -627,6 +645,8 @@ def weights_gradient(
     return (p * (dp - delta[:, None])).to(k.dtype)
 
 
+# %%
+#| export
 @jit
 def dq_kernel(
     Q, K, V, GRAD, DQ, LSE, DELTA, D, TILES, tiles, tokens, window, factor, scale, depth,
@@ -636,29 +656,22 @@ def dq_kernel(
     tile, head = tl.program_id(0), tl.program_id(1)
     row, begin, end = tile_of(TILES, tiles)
     if row >= 0:
-        inner, dims = tl.arange(0, ROWS), head * DIM + tl.arange(0, DIM)
-        rows = row + inner
+        rows, dims = row + tl.arange(0, ROWS), head * DIM + tl.arange(0, DIM)
         mine, at = rows < end, rows[:, None] * (HEADS * DIM) + dims[None, :]
         dq = tl.full([ROWS, DIM], 0.0, tl.float32)
         if begin >= 0:
             if not KEPT:
                 q = load_rows(Q, row, end, head, HEADS, DIM, ROWS, False)
                 grad = load_rows(GRAD, row, end, head, HEADS, DIM, ROWS, False)
-                lse = tl.load(LSE + head * tokens + rows, mine, 0.0)
-                delta = tl.load(DELTA + head * tokens + rows, mine, 0.0)
+                sums = head * tokens + rows
+                lse, delta = tl.load(LSE + sums, mine, 0.0), tl.load(DELTA + sums, mine, 0.0)
             for n in range(0, tl.minimum((row - begin) // ROWS, (window + ROWS - 1) // ROWS) + 1):
-                first = row - n * ROWS
-                k = load_rows(K, first, end, head, HEADS, DIM, ROWS, BULK)
+                k = load_rows(K, row - n * ROWS, end, head, HEADS, DIM, ROWS, BULK)
                 if KEPT:
-                    place = ((head * tiles + tile) * depth + n) * ROWS
-                    if BULK:
-                        d = tl.trans(D.load([place, 0]))
-                    else:
-                        there = (place + inner).to(tl.int64)[:, None] * ROWS
-                        d = tl.trans(tl.load(D + there + inner[None, :]))
+                    d = read_square(D, ((head * tiles + tile) * depth + n) * ROWS, ROWS, BULK)
                 else:
-                    v = load_rows(V, first, end, head, HEADS, DIM, ROWS, BULK)
-                    d = weights_gradient(q, grad, k, v, lse, delta, row, first, window, factor, ROWS, ROWS)  # fmt: skip
+                    v = load_rows(V, row - n * ROWS, end, head, HEADS, DIM, ROWS, BULK)
+                    d = weights_gradient(q, grad, k, v, lse, delta, row, row - n * ROWS, window, factor, ROWS, ROWS)  # fmt: skip
                 dq = tl.dot(d, k, dq, input_precision="ieee")
         tl.store(DQ + at, (dq * scale).to(DQ.dtype.element_ty), mine[:, None])
 
@@ -764,7 +777,7 @@ def launch_backward(
     blocks = [in_blocks(each, [TILE, dim], bulk) for each in (k, v)]
     dq_kernel[(count, heads)](
         q, *blocks, grad, dq, lse, delta, in_blocks(d, [TILE, TILE], bulk), *facts,
-        ROWS=TILE, KEPT=keep, num_warps=of_q.warps, num_stages=of_q.stages, **sizes,
+        ROWS=TILE, KEPT=keep, num_warps=of_q.warps, num_stages=of_q.stages if keep else 2, **sizes,
     )  # fmt: skip
     return [dq, dk, dv]
 
@@ -1401,8 +1414,8 @@ def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
 
 
 # %%
-BACKENDS = {"triton": "Triton, bounded", "triton online": "Triton, running maximum", "fa3": "FlashAttention-3", "fa2": "FlashAttention-2", "flex": "FlexAttention (with launches)"}  # fmt: skip
-assert len(rows) == len(BACKENDS) * len(SHAPES) == len(result["data"]["rows"])
+BACKENDS = {"triton": "Triton, bounded", "triton online": "Triton, running maximum", "fa3 operator": "FlashAttention-3, its operator", "fa3": "FlashAttention-3 in PyTorch", "fa2": "FlashAttention-2", "flex": "FlexAttention (with launches)"}  # fmt: skip
+assert len(rows) == len({*BACKENDS, *WAYS}) * len(SHAPES) == len(result["data"]["rows"])
 
 
 def ms_of(backend: str, kind: str = "sum") -> np.ndarray:
@@ -1415,14 +1428,15 @@ print("forward + backward, ms", " " * 8, *(f"{tokens // 1024}k/{window}" for tok
 for backend, name in BACKENDS.items():
     pairs = (f"{f:.3f}+{b:.3f}" for f, b in zip(ms_of(backend, "forward"), ms_of(backend, "backward")))  # fmt: skip
     print(f"{name:30}", *pairs)
-to_fa3, to_fa2 = (ms_of("triton") / ms_of(other) for other in ("fa3", "fa2"))
-print("sum, against FA3:", *(f"{ratio:.2f}" for ratio in to_fa3))
+to_fa3, in_torch, to_fa2 = (ms_of("triton") / ms_of(other) for other in ("fa3 operator", "fa3", "fa2"))  # fmt: skip
+print("sum, against FA3's operator:", *(f"{ratio:.2f}" for ratio in to_fa3))
+print("sum, against FA3 in PyTorch:", *(f"{ratio:.2f}" for ratio in in_torch))
 print("sum, against FA2:", *(f"{ratio:.2f}" for ratio in to_fa2))
-assert 0.85 < to_fa3.min() < 1 < to_fa3.max() < 1.12
-assert 0.6 < to_fa2.min() and to_fa2.max() < 0.8
+assert 0.8 < to_fa3.min() < 1 < to_fa3.max() < 1.1 and in_torch.max() < 0.95
+assert 0.5 < to_fa2.min() and to_fa2.max() < 0.65
 print(measured_on(result))
 
-# %% tags=["hide-input"] mystnb={"image": {"alt": "Forward and backward time at six shapes for the Triton kernel in two forms, FlashAttention-3, FlashAttention-2 and FlexAttention, with the floors by bytes and by operations"}}
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Forward and backward time at six shapes for the Triton kernel in two forms, FlashAttention-3 alone and in PyTorch, FlashAttention-2 and FlexAttention, with the floors by bytes and by operations"}}
 import matplotlib.pyplot as plt
 
 from speedrun.lab.results import figure_style
@@ -1432,7 +1446,7 @@ fig, axes = plt.subplots(1, 2, figsize=(8.4, 3.8), layout="constrained")
 place = np.arange(len(SHAPES))
 for ax, kind in zip(axes, ("forward", "backward")):
     for n, (backend, name) in enumerate(BACKENDS.items()):
-        ax.bar(place + 0.16 * (n - 2), ms_of(backend, kind), 0.16, color=f"C{n}", label=name)
+        ax.bar(place + 0.14 * (n - 2.5), ms_of(backend, kind), 0.14, color=f"C{n}", label=name)
     for what, style in (("bytes", "-"), ("operations", ":")):
         ends = [floors[shape][f"{kind}, {what}"] for shape in SHAPES]
         ax.hlines(ends, place - 0.42, place + 0.42, color="k", lw=1, ls=style, label=f"floor by {what}")  # fmt: skip
@@ -1441,7 +1455,7 @@ for ax, kind in zip(axes, ("forward", "backward")):
     ax.set_xlabel("tokens, window")
 axes[0].set_ylabel("ms")
 axes[0].legend(fontsize=7, loc="upper left")
-fig.suptitle(f"the kernel takes {to_fa3.min():.2f} to {to_fa3.max():.2f} of FlashAttention-3's time in PyTorch, {to_fa2.min():.2f} to {to_fa2.max():.2f} of FlashAttention-2's")  # fmt: skip
+fig.suptitle(f"the kernel takes {to_fa3.min():.2f} to {to_fa3.max():.2f} of FlashAttention-3's time, {to_fa2.min():.2f} to {to_fa2.max():.2f} of FlashAttention-2's")  # fmt: skip
 fig.text(0.99, -0.04, measured_on(result), ha="right", fontsize=6.5)
 plt.show()
 
@@ -1452,37 +1466,66 @@ def above_floor(kind: str) -> np.ndarray:
     return ms_of("triton", kind) / [max(each[f"{kind}, bytes"], each[f"{kind}, operations"]) for each in floors.values()]  # fmt: skip
 
 
-forward_ratio, backward_ratio = (ms_of("triton", kind) / ms_of("fa3", kind) for kind in ("forward", "backward"))  # fmt: skip
-as_quick = ms_of("triton") / (ms_of("triton", "forward") + ms_of("fa3", "backward"))
+forward_ratio, backward_ratio = (ms_of("triton", kind) / ms_of("fa3 operator", kind) for kind in ("forward", "backward"))  # fmt: skip
 no_maximum = 1 - ms_of("triton", "forward") / ms_of("triton online", "forward")
 above, above_back = above_floor("forward"), above_floor("backward")
-assert forward_ratio.max() < 1 and 1.05 < backward_ratio.min() and backward_ratio.max() < 1.35
-assert 1.07 < as_quick.min() and as_quick.max() < 1.25
-assert 0.08 < no_maximum.min() and no_maximum.max() < 0.15 and (np.diff(no_maximum) > -0.01).all()
+assert forward_ratio[0] < 0.95 < 1.05 < forward_ratio[-1] < 1.15
+assert backward_ratio[0] < 0.95 < 1.03 < backward_ratio[-1] < 1.15
+assert 0.02 < no_maximum.min() and no_maximum.max() < 0.2 and (np.diff(no_maximum) > -0.02).all()
 same_code = ms_of("triton", "backward") / ms_of("triton online", "backward")
 assert abs(same_code - 1).max() < 0.015
 keys = [pairs_of(document_bounds(tokens, cap), window) / tokens for tokens, cap, window in SHAPES]
-assert np.corrcoef(keys, backward_ratio)[0, 1] > 0.9
-assert 2.2 < above.min() and above.max() < 3.5 and 3.7 < above_back.min() and above_back.max() < 5
-print("forward, against FA3:", *(f"{ratio:.2f}" for ratio in forward_ratio))
-print("backward, against FA3:", *(f"{ratio:.2f}" for ratio in backward_ratio))
-print("sum, if FA3's forward pass took no longer than ours:", *(f"{ratio:.2f}" for ratio in as_quick))  # fmt: skip
+assert np.corrcoef(keys, backward_ratio)[0, 1] > 0.85
+assert 2 < above.min() and above.max() < 3.2 and 2.8 < above_back.min() and above_back.max() < 4
+print("forward, against FA3's operator:", *(f"{ratio:.2f}" for ratio in forward_ratio))
+print("backward, against FA3's operator:", *(f"{ratio:.2f}" for ratio in backward_ratio))
 print("forward time saved by having no maximum:", *(f"{share:.0%}" for share in no_maximum))
 print("against the higher floor, forward:", *(f"{ratio:.1f}" for ratio in above))
 print("against the higher floor, backward:", *(f"{ratio:.1f}" for ratio in above_back))
 
 # %% [markdown]
-# This is one run on one card. In sum the kernel is about level with FlashAttention-3 as PyTorch offers it, and far ahead of FlashAttention-2. Three reservations belong to that sentence.
+# This is one run on one card. In sum the kernel is level with FlashAttention-3's own operator, called without PyTorch between, and takes well under two thirds of FlashAttention-2's time. It is ahead where windows are short, and falls behind by a few per cent as keys become more: what it saves are pairs at the borders, of which long windows have fewer. (Through PyTorch's activation, FlashAttention-3's forward pass takes up to twice as long as its operator.)
 #
-# - FlashAttention-3 ran through PyTorch's activation, which costs its forward pass some time against its operator called directly. A part of the lead in the forward pass is that cost, and not the kernel's merit. The third line printed above asks how it would stand if the two forward passes were equal: then ours would be behind at every shape, by up to nearly a quarter. If FlashAttention-3's own forward pass is faster still, by more.
-# - In the backward pass, ours is slower at every shape, by and large the more so the more keys a query has. That is the price of seven products in place of five.
-# - The forward pass is still about three times above the higher of its floors, and the backward pass more than four, as a rule. There is room left, for someone with finer tools than Triton's.
+# The missing maximum is worth what the idea promised, and more where more keys are seen. The backward pass is the same code in both forms, and takes the same time. And the floors are still far: two to three times in the forward pass, three to four in the backward pass.
 #
-# The missing maximum is worth what the idea promised: without it the same kernel takes about a tenth less in the forward pass, and rather more of that where more keys are seen. The backward pass is the same code in both forms, and takes the same time.
+# ### One step at a time
+#
+# How much does each idea bring? The same kernel can do without them: first with tiles for the whole row, as if it were one document without a window, then with one idea after the other.
+
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Time of forward and backward pass for six forms of the kernel, from all tiles below the diagonal to the final one, on a logarithmic axis"}}
+LADDER = {"below the diagonal": "all tiles below the diagonal", "documents": "tiles by document", "window": "and within the window", "no maximum": "no running maximum", "bulk loads": "bulk loads", "triton": "D written, not computed again"}  # fmt: skip
+chosen = SHAPES.index((49_152, 2048, 640))
+rungs = {way: (ms_of(way, "forward")[chosen], ms_of(way, "backward")[chosen]) for way in LADDER}
+sums = [sum(each) for each in rungs.values()]
+assert sums == sorted(sums, reverse=True)
+by_documents, by_window, by_bound, by_bulk, by_d = (1 - b / a for a, b in zip(sums, sums[1:]))
+d_saves = 1 - ms_of("triton", "backward") / ms_of("bulk loads", "backward")
+assert by_documents > 0.95 and 0.2 < by_window < 0.3 and 0.03 < by_bound < 0.07
+assert 0.02 < by_bulk < 0.06 and 0.12 < d_saves.min() and d_saves.max() < 0.32
+figure_style()
+fig, ax = plt.subplots(figsize=(6.4, 2.8), layout="constrained")
+for n, way in enumerate(LADDER):
+    forward_ms, backward_ms = rungs[way]
+    ax.barh(n, forward_ms, color="C0", label="forward" if not n else None)
+    ax.barh(n, backward_ms, left=forward_ms, color="C1", label="backward" if not n else None)
+    ax.text(1.05 * sum(rungs[way]), n, f"{sum(rungs[way]):.2f} ms", va="center", fontsize=8)
+ax.set_yticks(range(len(LADDER)), LADDER.values())
+ax.invert_yaxis()
+ax.set_xscale("log")
+ax.set_xlim(0.1, 150)
+ax.set_xlabel("ms, 49,152 tokens, window 640")
+ax.legend(fontsize=8, loc="lower right")
+ax.set_title(f"{sums[0] / sums[-1]:.0f} times: nearly all of it tiles that are not computed", fontsize=9)  # fmt: skip
+fig.text(0.99, -0.05, measured_on(result), ha="right", fontsize=6.5)
+plt.show()
+print("backward time saved by writing D:", *(f"{share:.0%}" for share in d_saves))
+
+# %% [markdown]
+# Skipping documents is a factor of about thirty, the window another quarter; all else together is less than a third. Of that, writing $D$ down is the largest part, so the second argument was right: two bytes a pair, written and read, cost less than two products, as long as the memory would be idle. On a card with much less memory bandwidth for its arithmetic it would turn round.
 #
 # ### Waste
 #
-# How much of what is computed is needed? The loops can be counted without a GPU. For tiles by document this is `key_range`'s arithmetic, for tiles of the whole row it is chapter 09's.
+# How much of what is computed is needed? The loops can be counted without a GPU. For tiles by document this is the forward kernel's arithmetic, for tiles of the whole row it is chapter 09's.
 
 
 # %%
@@ -1552,7 +1595,7 @@ plt.show()
 # %% [markdown]
 # So in the row of the prediction, bytes and operations allow the forward pass nearly the same time, the backward pass is limited by its operations, if not by much, and the kernel computes **1.16** pairs for each that is needed.
 #
-# Smaller tiles waste less, and tiles by document less than tiles by row at every size. But *how much* less was not to be expected: going from tiles of 128 to tiles of 64 saves more than making them begin with a document. Most of the waste is at the diagonal and at the window's edge, and every document has those wherever its tiles begin. So the larger gain of tiles by document is that their programs are simple, with three loops and no look-up, and that results do not depend on the place. Nor can tiles shrink for ever: tiles of 32 queries load keys twice as often as tiles of 64, and matrix units prefer large ones. The kernel's 64 queries by 32 keys are what trials by the clock settled on. And with 1.1 to 1.6 pairs computed for each that is needed, waste explains only a part of the distance to the floors. What the rest is, a count cannot say.
+# Smaller tiles waste less, and tiles by document less than tiles by row at every size. But *how much* less was not to be expected: going from tiles of 128 to tiles of 64 saves more than making them begin with a document. Most of the waste is at the diagonal and at the window's edge, and every document has those wherever its tiles begin. The larger gain of tiles by document is that their programs are simple, and that results do not depend on the place. Nor can tiles shrink for ever: tiles of 32 queries load keys twice as often, and matrix units prefer large ones.
 #
 # ## What it buys
 #
@@ -1563,7 +1606,7 @@ from speedrun.lab.results import public_table
 
 saved = ms_of("fa2") - ms_of("triton")
 of_ten = 8 * saved[SHAPES.index((49_152, 2048, 640))] + 2 * saved[SHAPES.index((49_152, 2048, 1408))]  # fmt: skip
-assert 3.5 < of_ten < 4.6
+assert 5 < of_ten < 6.5
 ladder = {row["record"]: row for row in public_table("records") if not row["note"]}
 before, after = (ladder[n] for n in ("28", "29"))
 faster = float(before["record_time_s"]) - float(after["record_time_s"])
@@ -1580,15 +1623,26 @@ print(f"record 29 against 28: {faster:.1f} s, of which {fewer:.1f} s by fewer st
 # - Heads have 16, 32, 64 or 128 numbers and as many heads of keys as of queries. There is one size of query tile, no dropout, and no attention but the causal one.
 # - The fast form needs QK-norm, and a scale below the limit computed above. Nothing checks this at run time. Were a query longer than the bound says, its weights would exceed 1, which does no harm until they overflow; were the scale far larger, sums could vanish and rows would come out as zeros.
 # - Documents must lie in the row in order, without gaps, with empty slots at the end.
-# - The list of tiles is some small launches of its own, once for each row, shared by all layers.
-# - Long documents with long windows have much to compute and little to waste. There five products beat seven, and FlashAttention-3 is the better choice.
+# - The list of tiles is some small launches of its own, once for each row, shared by all layers. A forward pass is one launch, a backward pass three.
+# - $D$ needs memory for every pair of tiles that a window could touch, for the time of one layer's backward pass. Where there is no room for it, it is computed again, and the backward pass takes longer by what the figure shows.
+# - Descriptors for bulk loads are made on the CPU, anew for each call. That is the larger part of what Python does for a call:
+
+# %%
+for backend in ("triton", "no maximum", "fa3 operator", "fa2"):
+    forward_host, backward_host = (np.median([rows[backend, tokens, window][f"{kind}_host_ms"] for tokens, _, window in SHAPES]) for kind in ("forward", "backward"))  # fmt: skip
+    print(f"{backend:14} Python is busy for {forward_host:.2f} ms forward, {backward_host:.2f} ms backward")  # fmt: skip
+on_host = sum(np.median([rows["triton", tokens, window][f"{kind}_host_ms"] for tokens, _, window in SHAPES]) for kind in ("forward", "backward"))  # fmt: skip
+assert 0.2 < on_host < 0.6 < ms_of("triton")[chosen]
+
+# %% [markdown]
+# As long as that is less than the GPU's time, it is not seen; for short rows it would be, and there a graph of launches is the remedy ([chapter 20](20_many_gpus.py) has one).
 #
 # ## What did not work
 #
-# - **Larger tiles and more warps.** Tiles of 128 queries or keys, or eight warps for a program, lost at every shape that was tried. They are what kernels for long sequences have.
-# - **FlexAttention's options.** Three dozen variants of tiles, stages, warps and bulk loads brought next to nothing over its defaults.
-# - **Telling FlexAttention that no row of a tile is masked whole** (`ROWS_GUARANTEED_SAFE`) made NaN in every variant that had it. At the edges of documents and windows there are such rows.
-# - **One number of pipeline stages for all.** The queries' gradient was sensitive to whether loads run two or three blocks ahead, and chips with less shared memory have no room for three.
+# - **Larger tiles and more warps.** Tiles of 128 queries or keys, or eight warps for a program, lost at nearly every shape that was tried, and eight warps for 64 keys took twice as long.
+# - **A loop without a mask.** Only the first blocks of a tile are cut by the window and only the last by the diagonal, so the loop can be cut in three, with no mask in the middle. But each of three short loops fills its pipeline anew. One loop that masks everything was faster by a few per cent in the forward pass, and no slower in the backward pass.
+# - **Computing D twice, well.** Two kernels that share nothing stayed behind FlashAttention-3's operator wherever windows are long, by a fifth and more, best tiles and bulk loads included.
+# - **A deeper pipeline.** Four blocks ahead instead of three cost the forward pass a sixth: fewer programs fit on a multiprocessor.
 #
 # ## Exercises
 #

@@ -1385,7 +1385,24 @@ plt.show()
 #
 # The losses of `record1` in the list are withdrawn: those fifty steps were taken before we knew of the trap that [chapter 23](23_training_loop.py) describes, and their passes were long enough for it. The times stand.
 #
-# What do these curves claim? That the trainer trains, on these machines, at these rates. `record_200m` is `record` with fewer steps. Its one run here was made before micro-batches of packed documents were joined, and before the attention kernel's tiles were chosen anew, so its time is an upper bound for today's code. Between the small runs and it lies everything that chapters [05](05_modern_block.py) to [14](14_schedule.py) explain; between it and the record, what they do not explain yet.
+# What do these curves claim? That the trainer trains, on these machines, at these rates. `record_200m` is `record` with fewer steps, and its runs say what to expect of it:
+
+# %%
+both = real["record_200m"]["data"]["runs"]
+ends = describe(run["curve"][-1]["val_loss"] for run in both)
+thirds = [[quantile(run["steps_ms"], share) for share in (1 / 6, 1 / 2, 5 / 6)] for run in both]
+assert all(b < 1.01 * a for run in zip(*thirds) for a, b in (sorted(run),)), "both alike"
+cold, warm = (run["prepared_s"] for run in both)
+assert ends.mean < 3.26 and max(run["seconds"] for run in both) < 190 and warm < 20 < cold
+print(f"{ends} nats a token;", *(f"{run['seconds']:.1f} s" for run in both))
+print(f"a step of the three stages: {', '.join(f'{ms:.0f}' for ms in thirds[0])} ms")
+print(f"compiling and warming up: {cold:.0f} s the first time, {warm:.0f} s with what is compiled")
+print(
+    f"reserved on each GPU, validation included: {both[0]['memory_mb']['reserved'] / 1024:.1f} GiB"
+)
+
+# %% [markdown]
+# The two were made just before the attention kernel wrote $D$ down ([chapter 11](11_attention_backends.py)), so their time is an upper bound for today's code. Between the small runs and these lies everything that chapters [05](05_modern_block.py) to [14](14_schedule.py) explain; between them and the record, what they do not explain yet.
 #
 # ### What should `record` do?
 #
@@ -1415,7 +1432,7 @@ print(f"{read / 1e6:.0f}M tokens at record_200m's pace: {on_eight:.0f} s on eigh
 # %% [markdown]
 # ### What is each part worth?
 #
-# STUDYTEXT
+# Each chapter's figure shows its idea alone and small. What counts is what a run at this size loses without it. Three parts can be left out by a few fields each: the growing batch, the windows, and whole documents. Every such run is a result of its own, paired by its seed with a run that has everything:
 
 # %% tags=["hide-input"]
 #| export measure.ablations
@@ -1459,9 +1476,16 @@ def after(live: Any) -> dict:
 
 
 # %%
-for run in study().values():
-    plan = schedule_of(check_config(run, world=2))
-    assert plan.tokens_before(run.steps) == before
+for each in study().values():
+    plan = schedule_of(check_config(each, world=2))
+    assert plan.tokens_before(each.steps) == before
+with_all = {r["config"]["seed"]: r["curve"][-1]["val_loss"] for r in real["record_200m"]["data"]["runs"]}  # fmt: skip
+there = [name for name in study() if name in result_names("ablations")]
+for name in there:
+    lost = load_result("ablations", name)["data"]["runs"][0]["curve"][-1]["val_loss"]
+    seed = study()[name].seed
+    print(f"{name}: {lost:.4f}, {lost - with_all[seed]:+.4f} against the run with everything")
+print(f"made so far: {len(there)} of {len(study())}; with everything: {with_all}")
 
 # %% [markdown]
 # ### Cores, and ranks

@@ -234,6 +234,17 @@ def dkv_kernel(
 
 
 @jit
+def read_square(D, place, ROWS: constexpr, BULK: constexpr):
+    """D of one tile of queries and one of keys, (ROWS, ROWS), as it was kept at rows `place`."""
+    if BULK:
+        return tl.trans(D.load([place, 0]))
+    else:
+        inner = tl.arange(0, ROWS)
+        there = (place + inner).to(tl.int64)[:, None] * ROWS
+        return tl.trans(tl.load(D + there + inner[None, :]))
+
+
+@jit
 def weights_gradient(
     q, grad, k, v, lse, delta, row, first, window, factor, ROWS: constexpr, COLUMNS: constexpr
 ):
@@ -255,29 +266,22 @@ def dq_kernel(
     tile, head = tl.program_id(0), tl.program_id(1)
     row, begin, end = tile_of(TILES, tiles)
     if row >= 0:
-        inner, dims = tl.arange(0, ROWS), head * DIM + tl.arange(0, DIM)
-        rows = row + inner
+        rows, dims = row + tl.arange(0, ROWS), head * DIM + tl.arange(0, DIM)
         mine, at = rows < end, rows[:, None] * (HEADS * DIM) + dims[None, :]
         dq = tl.full([ROWS, DIM], 0.0, tl.float32)
         if begin >= 0:
             if not KEPT:
                 q = load_rows(Q, row, end, head, HEADS, DIM, ROWS, False)
                 grad = load_rows(GRAD, row, end, head, HEADS, DIM, ROWS, False)
-                lse = tl.load(LSE + head * tokens + rows, mine, 0.0)
-                delta = tl.load(DELTA + head * tokens + rows, mine, 0.0)
+                sums = head * tokens + rows
+                lse, delta = tl.load(LSE + sums, mine, 0.0), tl.load(DELTA + sums, mine, 0.0)
             for n in range(0, tl.minimum((row - begin) // ROWS, (window + ROWS - 1) // ROWS) + 1):
-                first = row - n * ROWS
-                k = load_rows(K, first, end, head, HEADS, DIM, ROWS, BULK)
+                k = load_rows(K, row - n * ROWS, end, head, HEADS, DIM, ROWS, BULK)
                 if KEPT:
-                    place = ((head * tiles + tile) * depth + n) * ROWS
-                    if BULK:
-                        d = tl.trans(D.load([place, 0]))
-                    else:
-                        there = (place + inner).to(tl.int64)[:, None] * ROWS
-                        d = tl.trans(tl.load(D + there + inner[None, :]))
+                    d = read_square(D, ((head * tiles + tile) * depth + n) * ROWS, ROWS, BULK)
                 else:
-                    v = load_rows(V, first, end, head, HEADS, DIM, ROWS, BULK)
-                    d = weights_gradient(q, grad, k, v, lse, delta, row, first, window, factor, ROWS, ROWS)  # fmt: skip
+                    v = load_rows(V, row - n * ROWS, end, head, HEADS, DIM, ROWS, BULK)
+                    d = weights_gradient(q, grad, k, v, lse, delta, row, row - n * ROWS, window, factor, ROWS, ROWS)  # fmt: skip
                 dq = tl.dot(d, k, dq, input_precision="ieee")
         tl.store(DQ + at, (dq * scale).to(DQ.dtype.element_ty), mine[:, None])
 
@@ -361,7 +365,7 @@ def launch_backward(
     blocks = [in_blocks(each, [TILE, dim], bulk) for each in (k, v)]
     dq_kernel[(count, heads)](
         q, *blocks, grad, dq, lse, delta, in_blocks(d, [TILE, TILE], bulk), *facts,
-        ROWS=TILE, KEPT=keep, num_warps=of_q.warps, num_stages=of_q.stages, **sizes,
+        ROWS=TILE, KEPT=keep, num_warps=of_q.warps, num_stages=of_q.stages if keep else 2, **sizes,
     )  # fmt: skip
     return [dq, dk, dv]
 
