@@ -419,7 +419,8 @@ def attention(
     if other is not None:
         v = with_value(v, other.to(v.dtype), x, weights, config.embedding.value_mix).to(v.dtype)
     if look.packed is None:
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # by 1 / sqrt(head_dim)
+        scale = config.attention.scale or None  # None: 1 / sqrt(head_dim)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
         y = y.transpose(1, 2)
     else:
         bounded, kind = config.block.qk_norm, (look.packed, long, look.backend)

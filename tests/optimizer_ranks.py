@@ -1,14 +1,16 @@
 """Some steps of the optimizer on one of several ranks; started by test_optimizer.py.
 
-    torchrun … optimizer_ranks.py DEVICE SCENARIO OUT [SAVED STEP]
+    torchrun … optimizer_ranks.py DEVICE JOBS
 
 Each of four micro-batches has its own gradient; a rank has the sum of its own ones. Writes parameters, state, and what else a test asks.
-SAVED STEP: another run's file, and which of the states in it to go on from.
+JOBS: a list, as JSON, of scenario, file to write, and null twice or another run's file and which of the states in it to go on from.
 """
 
+import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -185,33 +187,53 @@ def everything(result: dict) -> dict[str, torch.Tensor]:
     return {**result["parameters"], **result["state"]}
 
 
-def starter(folder: Path, device: str = "cpu"):
-    """A function that runs a scenario on some ranks, once, and gives its result. saved: (scenario, world, step) to go on from."""
+TOGETHER = ("integers", "float32", "normal", "integers-nan", "float32-clipped", "adamw-float32-clipped", "adamw-integers")  # fmt: skip
+
+
+def starter(folder: Path, device: str = "cpu", together: Sequence[str] = ()):
+    """A function that runs a scenario on some ranks, once, and gives its result. saved: (scenario, world, step) to go on from.
+
+    together: of these all are run, one after the other, when the first is asked for: starting ranks takes longer than they run.
+    `run.all` starts several jobs, (scenario, saved), at once.
+    """
     found: dict = {}
 
-    def run(scenario: str, world: int, saved: tuple[str, int, int] | None = None) -> dict:
-        key = (scenario, world, saved)
-        if key not in found:
-            out = folder / "-".join(map(str, (scenario, world, *(saved or ()))))
-            more = [str(folder / "-".join(map(str, saved[:2]))), str(saved[2])] if saved else []
-            command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-            command += [f"--nproc-per-node={world}", __file__, device, scenario, str(out), *more]
-            environment = os.environ | {"OMP_NUM_THREADS": "1"}
-            done = subprocess.run(command, capture_output=True, text=True, env=environment)
-            assert done.returncode == 0, done.stderr[-9000:]
-            found[key] = torch.load(out)
-        return found[key]
+    def named(scenario: str, world: int, saved: tuple[str, int, int] | None) -> str:
+        return str(folder / "-".join(map(str, (scenario, world, *(saved or ())))))
 
+    def start(jobs: list[tuple[str, tuple[str, int, int] | None]], world: int) -> None:
+        listed = [
+            (name, named(name, world, saved), saved and named(*saved[:2], None), saved and saved[2])
+            for name, saved in jobs
+        ]
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += [f"--nproc-per-node={world}", __file__, device, json.dumps(listed)]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr[-9000:]
+        for name, saved in jobs:
+            found[name, world, saved] = torch.load(named(name, world, saved))
+
+    def run(scenario: str, world: int, saved: tuple[str, int, int] | None = None) -> dict:
+        if (scenario, world, saved) not in found:
+            both = together if scenario in together and not saved else (scenario,)
+            start([(name, saved) for name in both], world)
+        return found[scenario, world, saved]
+
+    run.all = start  # type: ignore[attr-defined]
     return run
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    device, scenario, out, *rest = sys.argv[1:]
+    torch._dynamo.config.automatic_dynamic_shapes = False  # each scenario as if it were alone
+    torch._dynamo.config.recompile_limit = 64
+    device, jobs = sys.argv[1], json.loads(sys.argv[2])
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if device == "cuda" else "gloo")
-    result = run_steps(scenario, device, torch.load(rest[0])["at"][int(rest[1])] if rest else None)
-    if dist.get_rank() == 0:
-        torch.save(result, out)
+    for scenario, out, saved, step in jobs:
+        result = run_steps(scenario, device, torch.load(saved)["at"][step] if saved else None)
+        if dist.get_rank() == 0:
+            torch.save(result, out)
     dist.destroy_process_group()

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from speedrun.config import Config, check_config, vary
+from speedrun.cpu_size import at_cpu_size
 from speedrun.data.loader import (
     DataConfig,
     Loader,
@@ -36,7 +37,7 @@ from speedrun.lab.runlog import read_metrics, series
 from speedrun.launch import run_ranks
 from speedrun.model.attention import Packed, choose_backend, sdpa_op
 from speedrun.model.gpt import GPT, attention_settings
-from speedrun.presets import as_arguments
+from speedrun.presets import as_arguments, preset
 from speedrun.schedule import Stage
 from speedrun.train import assemble, told_now, train, warm_up
 
@@ -376,6 +377,19 @@ DOCUMENTS = {
 
 
 class TestTrainer:
+    @pytest.mark.parametrize("name", ["record", "record9", "record12"])
+    def test_a_row_of_the_stream_is_seen_as_one_document_is(self, name):
+        told = {"model.attention.yarn": False, "model.attention.scale": 0.1}
+        config = vary(at_cpu_size(preset(name)), told).model
+        model, row = GPT(config, 288), torch.randint(0, 288, (1, 90))
+        with torch.no_grad():
+            for p in model.parameters():
+                p += 0.05 * torch.randn_like(p)
+        settings = attention_settings(config, [(0, 0)], torch.device("cpu"))[0]
+        ends, longest = (torch.tensor(n, dtype=torch.int32) for n in ([0, 90], 90))
+        packed = model(row, None, Packed(ends, longest, *settings))
+        assert torch.allclose(model(row), packed, atol=1e-4)
+
     @pytest.mark.parametrize("stop", [3, 5, 7, 10])
     def test_resuming_is_exact_inside_any_stage(self, brief, tmp_path, stop):
         run = vary(brief, DOCUMENTS)

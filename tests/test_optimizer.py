@@ -12,6 +12,7 @@ from optimizer_ranks import (
     CONFIG,
     SCATTER,
     TABLE,
+    TOGETHER,
     WORK,
     adamw_table,
     copies,
@@ -41,7 +42,7 @@ from speedrun.presets import RECORD_MUON
 @pytest.fixture(scope="module")
 def on(tmp_path_factory):
     """Runs a scenario on some ranks, once, and says what was left; saved: another run's file to go on from."""
-    return optimizer_ranks.starter(tmp_path_factory.mktemp("ranks"))
+    return optimizer_ranks.starter(tmp_path_factory.mktemp("ranks"), together=TOGETHER)
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -89,12 +90,6 @@ class TestRanks:
             apart = shared["state"][f"{name}/momentum_buffer"] - momentum
             assert apart.norm() < 2**-7 * momentum.norm(), name
 
-    def test_it_goes_on_from_the_state_of_another_number_of_ranks(self, on, world):
-        whole = everything(on("integers", world))
-        for other, step in ((1, 4), (2, 5), (4, 5)):  # before 5 tables have a gradient that waits
-            resumed = everything(on("integers", other, saved=("integers", world, step)))
-            assert differing(whole, resumed) == []
-
     def test_one_nan_on_the_last_rank_stops_all_and_has_a_name(self, on, world):
         result = on("integers-nan", world)
         before, now = everything(result["at"][5]), everything(result)
@@ -134,6 +129,15 @@ class TestRanks:
     def test_all_ranks_are_the_same_to_the_bit(self, on, world, scenario):
         digests = on(scenario, world)["digests"]
         assert len(digests) == world and len(set(digests)) == 1
+
+
+def test_it_goes_on_from_the_state_of_another_number_of_ranks(on):
+    before = {world: everything(on("integers", world)) for world in (2, 4)}
+    for other, step in ((1, 4), (2, 5), (4, 5)):  # before 5 tables have a gradient that waits
+        saved = [("integers", world, step) for world in before]
+        on.all([("integers", each) for each in saved], other)
+        for each in saved:
+            assert differing(before[each[1]], everything(on("integers", other, saved=each))) == []
 
 
 def test_clipping_is_felt(on):
