@@ -328,7 +328,12 @@ def check_documents(config: Config) -> None:
             what = (
                 "windows in the schedule, and data.mode=stream: rows of the stream are seen whole"
             )
-            raise Problem(what, "--data.mode documents, or no windows")
+            raise Problem(what, "--data.mode documents or packed, or no windows")
+        if (backend := config.model.attention.backend) != "auto":
+            what = f"model.attention.backend={backend}, and data.mode=stream: PyTorch computes attention in rows of the stream"
+            raise Problem(
+                what, "--model.attention.backend auto; or --data.mode documents or packed"
+            )
     elif config.model.rotary.positions == "learned":
         kind = config.model.rotary.positions
         what = f"data.mode={config.data.mode} and {kind} positions: there are positions for model.context tokens only"

@@ -377,6 +377,23 @@ DOCUMENTS = {
 
 
 class TestTrainer:
+    @pytest.mark.parametrize(
+        "name, value, why",
+        [
+            (
+                "schedule.stages",
+                (Stage(1.0, windows=(0, 64)),),
+                "rows of the stream are seen whole",
+            ),
+            ("schedule.val_windows", (0, 64), "rows of the stream are seen whole"),
+            ("model.attention.backend", "triton", "PyTorch computes attention in rows"),
+            ("model.attention.yarn", True, "there is nothing to follow"),
+        ],
+    )
+    def test_what_rows_of_the_stream_cannot_do_is_refused(self, brief, name, value, why):
+        with pytest.raises(Problem, match=why):
+            check_config(vary(brief, {name: value}))
+
     @pytest.mark.parametrize("name", ["record", "record9", "record12"])
     def test_a_row_of_the_stream_is_seen_as_one_document_is(self, name):
         told = {"model.attention.yarn": False, "model.attention.scale": 0.1}
