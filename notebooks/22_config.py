@@ -325,14 +325,14 @@ def check_documents(config: Config) -> None:
     windows = [stage.windows for stage in config.schedule.stages]
     if config.data.mode == "stream":
         if any(any(pair) for pair in (*windows, config.schedule.val_windows)):
-            what = (
-                "windows in the schedule, and data.mode=stream: rows of the stream are seen whole"
-            )
-            raise Problem(what, "--data.mode documents or packed, or no windows")
-        if (backend := config.model.attention.backend) != "auto":
-            what = f"model.attention.backend={backend}, and data.mode=stream: PyTorch computes attention in rows of the stream"
             raise Problem(
-                what, "--model.attention.backend auto; or --data.mode documents or packed"
+                "windows in the schedule, and data.mode=stream: rows of the stream are seen whole",
+                "--data.mode documents or packed, or no windows",
+            )
+        if (backend := config.model.attention.backend) != "auto":
+            raise Problem(
+                f"model.attention.backend={backend}, and data.mode=stream: PyTorch computes attention in rows of the stream",
+                "--model.attention.backend auto; or --data.mode documents or packed",
             )
     elif config.model.rotary.positions == "learned":
         kind = config.model.rotary.positions
@@ -1614,7 +1614,9 @@ def train_alone(
 
 
 # %% tags=["demonstration"]
-study = runs_of({"as it is": brief, "half the rate": vary(brief, {"optim.adam.lr": 1e-3})}, (0, 1))
+turning = vary(brief, {"model.rotary.positions": "rotary"})  # positions that do not end
+arms = {"as it is": turning, "half the rate": vary(turning, {"optim.adam.lr": 1e-3})}
+study = runs_of(arms, (0, 1))
 assert [*study] == ["as it is_0", "half the rate_0", "as it is_1", "half the rate_1"]
 again = lambda live: {"packed": loss_in_documents(live)}  # noqa: E731
 kept, mark = train_alone(study["as it is_1"], "…", again, echo=None)

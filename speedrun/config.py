@@ -122,14 +122,14 @@ def check_documents(config: Config) -> None:
     windows = [stage.windows for stage in config.schedule.stages]
     if config.data.mode == "stream":
         if any(any(pair) for pair in (*windows, config.schedule.val_windows)):
-            what = (
-                "windows in the schedule, and data.mode=stream: rows of the stream are seen whole"
-            )
-            raise Problem(what, "--data.mode documents or packed, or no windows")
-        if (backend := config.model.attention.backend) != "auto":
-            what = f"model.attention.backend={backend}, and data.mode=stream: PyTorch computes attention in rows of the stream"
             raise Problem(
-                what, "--model.attention.backend auto; or --data.mode documents or packed"
+                "windows in the schedule, and data.mode=stream: rows of the stream are seen whole",
+                "--data.mode documents or packed, or no windows",
+            )
+        if (backend := config.model.attention.backend) != "auto":
+            raise Problem(
+                f"model.attention.backend={backend}, and data.mode=stream: PyTorch computes attention in rows of the stream",
+                "--model.attention.backend auto; or --data.mode documents or packed",
             )
     elif config.model.rotary.positions == "learned":
         kind = config.model.rotary.positions

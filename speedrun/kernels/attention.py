@@ -80,7 +80,7 @@ def gradients_by_document(
 def document_tiles(cu_seqlens: Tensor, tokens: int, size: int = TILE) -> Tensor:
     """Rows of every document cut into tiles of `size`, (3, ceil(tokens / size) + slots + 1) int32: first row, and where its document begins and ends.
 
-    cu_seqlens: (slots + 1,) int32. No tile has rows of two documents. Rows behind the last document are tiles of their own, whose
+    cu_seqlens: (slots + 1,) int32, from 0 on. No tile has rows of two documents. Rows behind the last document are tiles of their own, whose
     document begins at -1. What is left over begins at row -1.
     """
     ends = F.pad(cu_seqlens[1:], (0, 1), value=tokens)  # the rest is one more
@@ -130,7 +130,7 @@ def forward_block(
     inside = (distance >= 0) & (distance <= window)
     logits = tl.dot(q, tl.trans(k), input_precision="ieee") * factor
     if not BOUNDED:
-        logits = tl.where(inside, logits, -1e30)
+        logits = tl.where(inside, logits, -1e30)  # not -inf: a row may see nothing of a block
         higher = tl.maximum(top, tl.max(logits, 1))
         shrink = tl.math.exp2(top - higher)
         acc, total, top = acc * shrink[:, None], total * shrink, higher
@@ -309,9 +309,11 @@ def blocks_for(device: torch.device) -> tuple[Blocks, Blocks, Blocks]:
     return CONFIGS[max(known, default=80)]
 
 
-def has_bulk_loads(device: torch.device) -> bool:
-    """Whether a device copies blocks by descriptor."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+def has_bulk_loads(device: torch.device, *tensors: Tensor) -> bool:
+    """Whether a device copies blocks by descriptor, of these tensors, which must begin at a multiple of 16 bytes."""
+    aligned = all(each.data_ptr() % 16 == 0 for each in tensors)
+    able = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    return able and aligned
 
 
 def in_blocks(x: Tensor, block: list[int], bulk: bool) -> Any:
@@ -329,6 +331,8 @@ def check_packed(q: Tensor, k: Tensor, v: Tensor) -> None:
         what = f"{tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
         sizes = ", ".join(map(str, HEAD_DIMS))
         raise ValueError(f"q, k, v must be (tokens, heads, head_dim of {sizes}), not {what}")
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q, k, v must have one dtype, not {q.dtype}, {k.dtype}, {v.dtype}")
 
 
 def launch_forward(
@@ -382,13 +386,13 @@ def attention_op(
     check_packed(q, k, v)
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     bounded = bounded and 2 * scale.item() * LOG2E * q.shape[2] < 120  # float32: down to 2^-126
-    told = (int(window), scale.item(), bounded, has_bulk_loads(q.device))
+    told = (int(window), scale.item(), bounded, has_bulk_loads(q.device, k, v))
     return launch_forward(q, k, v, tiles, *told)
 
 
 @attention_op.register_fake
 def fake_attention(q, k, v, tiles, window, scale, bounded):
-    return torch.empty_like(q), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
+    return q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
 
 
 def room_for_squares(q: Tensor, tiles: Tensor, window: int) -> bool:
@@ -406,7 +410,8 @@ def backward_op(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k and v."""
     grad, q, k, v = grad.contiguous(), q.contiguous(), k.contiguous(), v.contiguous()
-    keep, bulk = room_for_squares(q, tiles, int(window)), has_bulk_loads(q.device)
+    keep = room_for_squares(q, tiles, int(window))
+    bulk = has_bulk_loads(q.device, grad, q, k, v)
     told = (tiles, int(window), scale.item(), keep, bulk)
     dq, dk, dv = launch_backward(grad, q, k, v, out, lse, *told)
     return dq, dk, dv
@@ -414,7 +419,7 @@ def backward_op(
 
 @backward_op.register_fake
 def fake_backward(grad, q, k, v, out, lse, tiles, window, scale):
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def keep_for_backward(ctx: Any, inputs: tuple, output: tuple) -> None:

@@ -79,6 +79,8 @@ def why_not(backend: str, device: torch.device, dtype: torch.dtype, head_dim: in
     if backend == "triton" and head_dim not in HEAD_DIMS:
         return f"its heads have one of {HEAD_DIMS} numbers, not {head_dim}"
     active = getattr(torch.nn.attention, "current_flash_attention_impl", lambda: None)
+    if backend == "fa2" and active() == "FA3":
+        return "FlashAttention-3 is active in its place"
     if backend == "fa3" and active() != "FA3":
         return "FlashAttention-3 is not loaded (torch.nn.attention.activate_flash_attention_impl)"
     return ""
@@ -93,7 +95,7 @@ def choose_backend(asked: str, device: torch.device, dtype: torch.dtype, head_di
                 f"model.attention.backend={asked}: {reason}", "--model.attention.backend auto"
             )
         return asked
-    return next(name for name in ("triton", "fa2", "sdpa") if not why_not(name, *there))
+    return next(name for name in ("triton", "fa3", "fa2", "sdpa") if not why_not(name, *there))
 
 
 def prepare_tiles(packed: Packed, tokens: int, backend: str) -> Any:
