@@ -627,7 +627,7 @@ print(f"a step of 13 takes {early:.2f} of one of 12 early on (steps 125 to 375),
 # %% [markdown]
 # ### Who gains?
 #
-# *Which* tokens gain, a log does not say. On a laptop it can be seen. Take the embedded text, whose documents have about a thousand tokens, and cut it in three ways: into rows of 1,024 that are seen whole, as before record 12; into the same rows, but with documents masked; and by documents, so that each row begins with one, as since record 25. Everything else is the same, 600 steps of 4,096 tokens, three seeds. At the end each loss is sorted by the place of the last known token in its document:
+# *Which* tokens gain, a log does not say. On a laptop it can be seen. Take the embedded text, whose documents have about a thousand tokens, and cut it in three ways: into rows of 1,024 that are seen whole, as before record 12; into the same rows, but with documents masked; and by documents, so that each row begins with one, as since record 29. Everything else is the same, 600 steps of 4,096 tokens, three seeds. At the end each loss is sorted by the place of the last known token in its document:
 
 # %% tags=["hide-input"]
 #| default_exp measure.documents
@@ -739,7 +739,7 @@ assert (places["whole"][1:, 2:5] > places["masked"][1:, 2:5]).all()
 # - *The mask.* Trained on the same rows with documents masked, a model is lower by 0.06 to 0.19 nats, for each seed and at every place in a document, the first four tokens included.
 # - *Whole documents.* For two seeds they are lower than masked rows by less than a hundredth. They gain late in a document, where masked rows have often lost the beginning, and lose a little before, since rows show more beginnings. The third seed's gap is another matter: that run on masked rows had not learned to copy by step 600, as the other two had, and when a small model learns that is luck.
 #
-# At this size, then, nearly all that is certain is the mask's. How much whole documents bring at full size, no log says either: they came with record 26 and in company.
+# At this size, then, nearly all that is certain is the mask's. How much whole documents bring at full size, no log says either: they came with records 26 and 29, and in company.
 #
 # ## What it costs, and when it fails
 #
