@@ -1062,6 +1062,9 @@ def own(staged: Path, patience_s: int, held: list[BaseFileLock]) -> None:
         except FileNotFoundError:  # whoever had the folder has just removed it
             if not staged.parent.is_dir():
                 raise
+        except FileExistsError:  # likewise, between a refusal and the look at what is there
+            if staged.exists() and not staged.is_dir():
+                raise
         except Problem:
             if patience_s <= 0:
                 raise
@@ -1091,7 +1094,6 @@ def staging(folder: Path, keep: bool = False, patience_s: int = 0) -> Iterator[P
     staged, held = folder / STAGING, list[BaseFileLock]()
     try:
         with explaining(folder):
-            staged.mkdir(parents=True, exist_ok=True)
             own(staged, patience_s, held)
             put_back(staged, folder)
             yield staged

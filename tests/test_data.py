@@ -846,6 +846,24 @@ test_data.small_pack(test_data.Path({str(tmp_path / "d")!r}), texts=20, shard_to
             results = list(pool.map(lambda _: build_embedded(tmp_path / "d", tmp_path), range(3)))
         assert [result.sha256 for result in results] == [sha256] * 3 and len(built) == 1
 
+    def test_a_folder_that_goes_while_it_is_asked_for(self, tmp_path, monkeypatch):
+        """mkdir finds a folder there, and looking again finds none: another process has just ended."""
+        real, refused = Path.mkdir, []
+
+        def mkdir(path, *args, **kwargs):
+            if path.name == sources.STAGING and not refused:
+                refused.append(path)
+                raise FileExistsError(17, "File exists", str(path))
+            real(path, *args, **kwargs)
+
+        monkeypatch.setattr(Path, "mkdir", mkdir)
+        with sources.staging(tmp_path / "d") as staged:
+            assert staged.is_dir() and refused == [staged]
+        (tmp_path / "d").mkdir()
+        (tmp_path / "d" / sources.STAGING).write_text("a file of that name")
+        with pytest.raises(Problem, match="something of that name|File exists|exists"), sources.staging(tmp_path / "d"):  # fmt: skip
+            pass
+
     @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
     def test_a_full_disk_is_a_message(self, tmp_path, monkeypatch, capsys):
         small_pack(tmp_path / "d")

@@ -365,12 +365,12 @@ class TestResuming:
 
 class TestTrouble:
     def test_a_full_disk_loses_nothing_and_is_no_success(self, brief, tmp_path):
-        """Files may not grow beyond 300 kB: no checkpoint fits. The run goes on to its end, and then it is a problem."""
+        """Files may not grow beyond 400 kB: no checkpoint fits. The run goes on to its end, and then it is a problem."""
         code = f"""
 import resource, signal, sys
 from speedrun import train as module
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
+resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, 400_000))
 keep, waited = module.keep, []
 module.keep = lambda run, patience_s=0.0: (waited.append(patience_s), keep(run, patience_s / 30))[1]
 status = module.main({command(vary(brief, {"checkpoint_every": 6, "model.width": 64}), tmp_path)[3:]!r})
