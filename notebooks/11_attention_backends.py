@@ -1499,7 +1499,7 @@ print("against the higher floor, backward:", *(f"{ratio:.1f}" for ratio in above
 #
 # How much does each idea bring? The same kernel can do without them: first with tiles for the whole row, as if it were one document without a window, then with one idea after the other.
 
-# %% tags=["hide-input"] mystnb={"image": {"alt": "Time of forward and backward pass for six forms of the kernel, from all tiles below the diagonal to the final one, on a logarithmic axis"}}
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Time of forward and backward pass for six forms of the kernel, from all tiles below the diagonal to the final one, with their sums"}}
 LADDER = {"below the diagonal": "all tiles below the diagonal", "documents": "tiles by document", "window": "and within the window", "no maximum": "no running maximum", "bulk loads": "bulk loads", "triton": "D written, not computed again"}  # fmt: skip
 chosen = SHAPES.index((49_152, 2048, 640))
 rungs = {way: (ms_of(way, "forward")[chosen], ms_of(way, "backward")[chosen]) for way in LADDER}
@@ -1512,16 +1512,16 @@ assert 0.02 < by_bulk < 0.06 and 0.12 < d_saves.min() and d_saves.max() < 0.32
 figure_style()
 fig, ax = plt.subplots(figsize=(6.4, 2.8), layout="constrained")
 for n, way in enumerate(LADDER):
-    forward_ms, backward_ms = rungs[way]
-    ax.barh(n, forward_ms, color="C0", label="forward" if not n else None)
-    ax.barh(n, backward_ms, left=forward_ms, color="C1", label="backward" if not n else None)
-    ax.text(1.05 * sum(rungs[way]), n, f"{sum(rungs[way]):.2f} ms", va="center", fontsize=8)
+    ax.hlines(n, *sorted(rungs[way]), color="0.7", lw=1)
+    for each, color, name in zip(rungs[way], ("C0", "C1"), ("forward", "backward")):
+        ax.plot(each, n, "o", color=color, label=None if n else name)
+    ax.text(60, n, f"{sum(rungs[way]):.2f} ms", va="center", fontsize=8)
 ax.set_yticks(range(len(LADDER)), LADDER.values())
 ax.invert_yaxis()
 ax.set_xscale("log")
 ax.set_xlim(0.1, 150)
 ax.set_xlabel("ms, 49,152 tokens, window 640")
-ax.legend(fontsize=8, loc="lower right")
+ax.legend(fontsize=8, loc="upper center")
 ax.set_title(f"{sums[0] / sums[-1]:.0f} times: nearly all of it tiles that are not computed", fontsize=9)  # fmt: skip
 fig.text(0.99, -0.05, measured_on(result), ha="right", fontsize=6.5)
 plt.show()

@@ -1475,7 +1475,7 @@ def after(live: Any) -> dict:
     return {"loss_in_documents": loss_in_documents(live)} if rows else {}
 
 
-# %%
+# %% tags=["hide-input"]
 for each in study().values():
     plan = schedule_of(check_config(each, world=2))
     assert plan.tokens_before(each.steps) == before
@@ -1485,7 +1485,8 @@ for name in there:
     lost = load_result("ablations", name)["data"]["runs"][0]["curve"][-1]["val_loss"]
     seed = study()[name].seed
     print(f"{name}: {lost:.4f}, {lost - with_all[seed]:+.4f} against the run with everything")
-print(f"made so far: {len(there)} of {len(study())}; with everything: {with_all}")
+print("with everything:", *(f"{loss:.4f} (seed {seed})" for seed, loss in with_all.items()))
+print(f"made so far: {len(there)} of {len(study())}; python scripts/measure.py ablations missing")
 
 # %% [markdown]
 # ### Cores, and ranks
