@@ -728,7 +728,8 @@ assert (
     0.005 < examined.min() and examined.max() < 0.03 and 0.06 < masks.min() and masks.max() < 0.19
 )
 assert (places["masked"] < places["rows"]).all() and (elsewhere[:, 0] > places["rows"][:, 0] + 0.3).all()  # fmt: skip
-assert 0 < aligned[1] < 0.01 and 0 < aligned[2] < 0.01 and aligned[0] > 0.1
+assert 0 < aligned[1] < 0.01 and 0 < aligned[2] < 0.01 and aligned[0] > 30 * aligned[1]
+assert f"{ended['masked'][0]:.2f}" == "1.44" and ended["masked"][1:].max() < 1.22
 assert (places["whole"][:, -1] < places["masked"][:, -1]).all()
 assert (places["whole"][1:, 2:5] > places["masked"][1:, 2:5]).all()
 
@@ -737,7 +738,7 @@ assert (places["whole"][1:, 2:5] > places["masked"][1:, 2:5]).all()
 #
 # - *A better examination.* A model that was trained on rows loses one to three hundredths less when it is examined on whole documents, although it has learned nothing more. Only the first few tokens of a document are worse, and far: that nothing stands before them it has never met.
 # - *The mask.* Trained on the same rows with documents masked, a model is lower by 0.06 to 0.19 nats, for each seed and at every place in a document, the first four tokens included.
-# - *Whole documents.* For two seeds they are lower than masked rows by less than a hundredth. They gain late in a document, where masked rows have often lost the beginning, and lose a little before, since rows show more beginnings. The third seed's gap is another matter: that run on masked rows had not learned to copy by step 600, as the other two had, and when a small model learns that is luck.
+# - *Whole documents.* For two seeds they are lower than masked rows by less than a hundredth. They gain late in a document, where masked rows have often lost the beginning, and lose a little before, since rows show more beginnings. For the third seed the gap is thirty times as large, since its run on masked rows stayed behind at 1.44; three seeds cannot say whether that is luck.
 #
 # At this size, then, nearly all that is certain is the mask's. How much whole documents bring at full size, no log says either: they came with records 26 and 29, and in company.
 #

@@ -47,7 +47,7 @@ def measured(module: Any, name: str, rest: list[str], command: str) -> tuple[dic
 def make_missing(slug: str, names: Iterable[str], rest: list[str]) -> int:
     """Train the runs of a study that have no result yet, each in a process that sees one GPU, or has one core. Status 1 if one failed."""
     there, free, machine = result_names(slug), SimpleQueue[dict[str, str]](), look()
-    places = [{"CUDA_VISIBLE_DEVICES": str(gpu.index)} for gpu in machine.gpus]
+    places = [{"CUDA_VISIBLE_DEVICES": gpu.uuid} for gpu in machine.gpus]
     for place in places or [{"OMP_NUM_THREADS": "1"}] * machine.cores:
         free.put(place)
 
@@ -60,7 +60,8 @@ def make_missing(slug: str, names: Iterable[str], rest: list[str]) -> int:
             free.put(place)
 
     with ThreadPoolExecutor(free.qsize()) as pool:
-        return int(any(pool.map(make, [name for name in names if name not in there])))
+        ended = list(pool.map(make, [name for name in names if name not in there]))
+    return int(any(ended))
 
 
 def main(arguments: list[str]) -> int:

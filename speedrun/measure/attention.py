@@ -94,15 +94,8 @@ def flash3_passes(q, k, v, grad, ends: Tensor, longest: int, window: int):
     """FlashAttention-3's operator without PyTorch between: a forward and a backward pass. Names as in its C++ interface (hopper/flash_api.cpp)."""
     ops, none = torch.ops.flash_attn_3, (None,) * 9
     sizes, where = (longest, longest), (SCALE, True, window, 0)
-    rest = (
-        0,
-        0.0,
-        False,
-        None,
-        1,
-        None,
-        0,
-    )  # chunk, softcap, rotary, scheduler, splits, pack, margin
+    # chunk, softcap, rotary, scheduler, splits, pack, margin
+    rest = (0, 0.0, False, None, 1, None, 0)
 
     def forward():
         # none: k_new, v_new, q_v, out; kv_batch_idx and what follows it
@@ -199,7 +192,7 @@ def times_of(backend: str, tokens: int, cap: int, window: int) -> dict[str, Any]
     tensors = [q, k, drawn[2], drawn[3]]
     forward, backward = passes(backend, tensors, cu_seqlens, int(np.diff(ends).max()), window)
     row: dict[str, Any] = {"backend": backend, "tokens": tokens, "cap": cap, "window": window}
-    if tokens == SHAPES[0][0] and backend != "below the diagonal" and backend != "documents":
+    if tokens == SHAPES[0][0] and backend not in ("below the diagonal", "documents"):
         row["errors"] = errors_at(tensors, cu_seqlens, window, forward(), backward())
     with torch.no_grad():
         row["forward_ms"] = kernel_ms(forward, backend != "flex")
