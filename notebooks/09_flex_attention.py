@@ -716,7 +716,8 @@ ax.set_ylabel("loss (nats)")
 ax.legend(fontsize=8)
 lost = describe(ended["rows"] - ended["whole"])
 ax.set_title(f"rows that are seen whole lose {lost.mean:.2f} nats against whole documents", fontsize=9)  # fmt: skip
-fig.text(0.99, -0.05, measured_on(load_result("documents", "whole_0")), ha="right", fontsize=6.5)
+foot = measured_on(load_result("documents", "whole_0"))
+fig.text(0.99, -0.05, f"nine runs, each {foot}", ha="right", fontsize=6)
 plt.show()
 for arm, losses in ended.items():
     print(f"{arm:7}", *(f"{loss:.3f}" for loss in losses))

@@ -226,10 +226,10 @@ assert not torch.equal(first[0], v[0]) and torch.equal(first[1], v[0])
 # Let $P$ be the weights, $g_i$ the output's gradient and $\delta_i = g_i \cdot o_i$. The gradients are
 #
 # $$
-# D_{ij} = P_{ij}\,(g_i \cdot v_j - \delta_i), \qquad
-# dq_i = s\sum_j D_{ij}\, k_j, \qquad
-# dk_j = s\sum_i D_{ij}\, q_i, \qquad
-# dv_j = \sum_i P_{ij}\, g_i .
+# \begin{aligned}
+# D_{ij} &= P_{ij}\,(g_i \cdot v_j - \delta_i), & dq_i &= s\sum_j D_{ij}\, k_j, \\
+# dk_j &= s\sum_i D_{ij}\, q_i, & dv_j &= \sum_i P_{ij}\, g_i .
+# \end{aligned}
 # $$
 #
 # $dq$ is a sum over keys, $dk$ and $dv$ are sums over queries. FlashAttention computes all three in one pass over tiles of keys. That takes five matrix products for each pair of tiles ($q k$, $g v$, and one for each gradient), but $dq$ collects contributions from many programs, so it is a float32 tensor that is cleared, added to atomically, and converted at the end. The obvious way round that is two kernels, one over tiles of keys and one over tiles of queries. Then each sum stays in one program's registers, in an order that never changes, so equal inputs give equal bits. But $qk$ and $gv$ are computed twice: seven products.
