@@ -1507,7 +1507,7 @@ assert sums == sorted(sums, reverse=True)
 by_documents, by_window, by_bound, by_bulk, by_d = (1 - b / a for a, b in zip(sums, sums[1:]))
 d_saves = 1 - ms_of("triton", "backward") / ms_of("bulk loads", "backward")
 assert by_documents > 0.95 and 0.2 < by_window < 0.3 and 0.03 < by_bound < 0.07
-assert 0.02 < by_bulk < 0.06 and 0.12 < d_saves.min() and d_saves.max() < 0.32
+assert 0.02 < by_bulk < 0.06 and 0.15 < d_saves.min() and d_saves.max() < 0.2
 assert 20 < sums[0] / sums[1] < 40 and by_d > max(by_bound, by_bulk) and 1 - sums[-1] / sums[2] < 1 / 3  # fmt: skip
 figure_style()
 fig, ax = plt.subplots(figsize=(6.4, 2.8), layout="constrained")
@@ -1528,7 +1528,7 @@ plt.show()
 print("backward time saved by writing D:", *(f"{share:.0%}" for share in d_saves))
 
 # %% [markdown]
-# Skipping other documents, which every packed backend does, is a factor of about thirty, and the window another quarter. All else together is less than a third, and of that writing $D$ down is the largest part. So the second argument was right: what is written and read meanwhile costs less than two products. How much less, this figure exaggerates. The form that computes $D$ again was timed with three stages, and has been given two since, with which twice as many programs fit on a multiprocessor; that has not been timed in this row. A card with far less bandwidth for its arithmetic should rather compute $D$ again.
+# Skipping other documents, which every packed backend does, is a factor of about thirty, and the window another quarter. All else together is less than a third, and of that writing $D$ down is the largest part. So the second argument was right: what is written and read meanwhile costs less than two products. It saves a sixth to a fifth of the backward pass. A card with far less bandwidth for its arithmetic should rather compute $D$ again.
 #
 # ### Waste
 #
@@ -1633,15 +1633,20 @@ print(f"record 29 against 28: {faster:.1f} s, of which {fewer:.1f} s by fewer st
 # - Documents must lie in the row in order, without gaps, with empty slots at the end.
 # - The list of tiles is some small launches of its own, once for each row, shared by all layers. A forward pass is one launch, a backward pass three.
 # - $D$ needs memory for every pair of tiles that a window could touch, for the time of one layer's backward pass. Where there is no room for it, it is computed again, and the backward pass takes longer by what the figure shows.
-# - Descriptors for bulk loads are made on the CPU, anew for each call. That is about a third of what Python does to launch the kernels (here without the operator around them):
+# - Descriptors for bulk loads are made on the CPU, anew for each call. That is nearly half of what Python does to launch the kernels (here without the operator around them, and where the CPU was disturbed least; the medians are up to twice as long):
+
 
 # %%
+def busy_ms(backend: str) -> list[float]:
+    """Forward, backward: milliseconds of Python for a call, at the shape at which it was disturbed least."""
+    return [min(rows[backend, tokens, w][f"{kind}_host_ms"] for tokens, _, w in SHAPES) for kind in ("forward", "backward")]  # fmt: skip
+
+
 for backend in ("triton", "no maximum", "fa3 operator", "fa2"):
-    forward_host, backward_host = (np.median([rows[backend, tokens, window][f"{kind}_host_ms"] for tokens, _, window in SHAPES]) for kind in ("forward", "backward"))  # fmt: skip
+    forward_host, backward_host = busy_ms(backend)
     print(f"{backend:14} Python is busy for {forward_host:.2f} ms forward, {backward_host:.2f} ms backward")  # fmt: skip
-on_host = sum(np.median([rows["triton", tokens, window][f"{kind}_host_ms"] for tokens, _, window in SHAPES]) for kind in ("forward", "backward"))  # fmt: skip
-without = sum(np.median([rows["no maximum", tokens, window][f"{kind}_host_ms"] for tokens, _, window in SHAPES]) for kind in ("forward", "backward"))  # fmt: skip
-assert 0.2 < on_host < 0.6 < ms_of("triton")[chosen] and 0.25 < 1 - without / on_host < 0.42
+on_host, without = (sum(busy_ms(backend)) for backend in ("triton", "no maximum"))
+assert 0.2 < on_host < 0.6 < ms_of("triton")[chosen] and 0.4 < 1 - without / on_host < 0.5
 assert ms_of("triton")[:2].max() < on_host
 
 # %% [markdown]

@@ -979,11 +979,11 @@ print(f"the mantissa: p = {p_bits:.3f} for three pairs")
 # %% [markdown]
 # ### On a GPU, by the clock
 #
-# All of it together, then, where you would train: `small`, 51 million parameters, 100 million tokens, on one H100, against AdamW for everything. There all of `RECORD_MUON` is on.
+# All of it together, then, where you would train: `small_gpt2`, 51 million parameters, 100 million tokens, on one H100, against AdamW for everything. There all of `RECORD_MUON` is on.
 
-# %% tags=["hide-input"] mystnb={"image": {"alt": "Validation loss of the small preset under AdamW and under today's Muon, against steps and against seconds of training on one H100"}}
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Validation loss of the preset small_gpt2 under AdamW and under today's Muon, against steps and against seconds of training on one H100"}}
 ends, curves = {}, {}
-for rule, name in (("AdamW", "small_adamw"), ("Muon", "small_muon")):
+for rule, name in (("AdamW", "small_gpt2_adamw"), ("Muon", "small_gpt2_muon")):
     result = load_result("speedrun", name)
     curves[rule] = [run["curve"] for run in result["data"]["runs"]]
     ends[rule] = describe(curve[-1]["val_loss"] for curve in curves[rule])

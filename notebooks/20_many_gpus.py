@@ -1249,6 +1249,7 @@ print(f"tied for two steps, then untied; {len(saved)} tensors saved and taken ba
 # %% tags=["hide-input"]
 #| default_exp measure.many_gpus
 #| export
+import contextlib
 import hashlib
 import json
 import os
@@ -1257,7 +1258,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -1268,7 +1269,8 @@ from torch import Tensor, nn
 
 from speedrun.schedule import StepSettings
 from speedrun.params import ParamSpec
-from speedrun.presets import RECORD_MUON
+from speedrun.config import vary
+from speedrun.presets import RECORD_MUON, preset
 from speedrun.lab.errors import Problem
 from speedrun.lab.provenance import root, stamp
 
@@ -1332,7 +1334,10 @@ def sent_by_gpu(index: int) -> float:
     import pynvml  # type: ignore[import-untyped]
 
     pynvml.nvmlInit()
-    handle, every = pynvml.nvmlDeviceGetHandleByIndex(index), 0xFFFFFFFF
+    uuid = torch.cuda.get_device_properties(
+        index
+    ).uuid  # NVML counts GPUs that are hidden from us, too
+    handle, every = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}"), 0xFFFFFFFF
     counter = pynvml.NVML_FI_DEV_NVLINK_THROUGHPUT_DATA_TX
     (value,) = pynvml.nvmlDeviceGetFieldValues(handle, [(counter, every)])
     if value.nvmlReturn:
@@ -1616,31 +1621,155 @@ def trace_of_rank(device: str, scale: int = 0) -> dict:
 
 # %% tags=["hide-input"]
 #| export measure.many_gpus
-WORKS: dict[str, Callable[[str], dict]] = {"wire": wire_of_rank, "steps": steps_of_rank}
-WORKS |= {"step": step_of_rank, "stock": stock_of_rank, "trace": trace_of_rank}
+RUN_STEPS = 20  # timed in each stage
+
+
+def sent_so_far(device: torch.device) -> float | None:
+    """Bytes that this rank has sent, when all is done: a CPU's by mean of the ranks; None of a GPU that does not count them."""
+    wait_for(device.type)
+    if dist_info()[1] > 1:
+        dist.barrier()
+    with contextlib.suppress(Problem):
+        return sent_by_gpu(device.index or 0) if device.type == "cuda" else sent_by_machine()
+    return None
+
+
+def stage_of_rank(run: Any, start: int) -> dict:
+    """Milliseconds of steps in the stage that begins at `start`, and bytes that this rank sends in a step, as counted and by formula."""
+    from speedrun.train import Marks, train_step
+
+    run.step, marks = start, Marks(run.ranks.device)
+    tokens = run.schedule.at(start).batch_tokens
+    for _ in range(2):
+        train_step(run)
+    before = sent_so_far(run.ranks.device)
+    marks.restart()
+    for _ in range(RUN_STEPS):
+        train_step(run)
+        marks.mark()
+    after = sent_so_far(run.ranks.device)
+    counted = None if before is None or after is None else (after - before) / RUN_STEPS
+    found = {"step": start, "tokens": tokens, "ms": marks.drain()}
+    return found | {"sent": counted, "formula": bytes_of_step(run.optimizer)}
+
+
+def bytes_of_step(optimizer: MuonAdam) -> float:
+    """Bytes that a rank sends in a step, by formula: the mean of steps with Adam and without. What is tied is not sent."""
+    total, world = 0.0, dist_info()[1]
+    for name in optimizer.states.keys() - optimizer.ties.tied.keys():
+        state = optimizer.states[name]
+        full, kind = state.comm.full, state.specs[0].comm
+        total += sum(bytes_sent(kind, full.numel(), full.element_size(), world)) / state.every
+    return total
+
+
+# %% tags=["hide-input"]
+#| export measure.many_gpus
+Spans = list[tuple[str, float, float]]
+
+
+def named_transfers(kernels: Spans, begun: list[tuple[str, str]]) -> list[list]:
+    """NCCL's kernels with what they carry: [kind, parameter, begin, end].
+
+    begun: (kind, parameter) of sharded ones, as they were asked for; transfers of one kind run in that order. What is
+    all-reduced are the replicated parameters together, and the flags that say whether gradients are finite.
+    """
+    queues = {kind: [name for k, name in begun if k == kind] for kind in ("sums", "gathers")}
+    found: list[list] = []
+    for kernel, begin, end in sorted(kernels, key=lambda one: one[1]):
+        if (kind := kind_of(kernel)) not in queues:
+            continue
+        small = "AllReduce" in kernel or not queues[kind]
+        found.append([kind, "all-reduced" if small else queues[kind].pop(0), begin, end])
+    return found
+
+
+def spans_of(seen: Any) -> Spans:
+    """What a profile saw on the GPU: (kernel, begin, end), µs from the first kernel."""
+    events = [e for e in seen.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    spans = [(e.name, e.time_range.start, e.time_range.end) for e in events if kind_of(e.name)]
+    first = min((begin for _, begin, _ in spans), default=0.0)
+    return [(name, round(begin - first, 1), round(end - first, 1)) for name, begin, end in spans]
+
+
+def trace_of_run(run: Any) -> dict:
+    """What the first rank's GPU does in a step that updates everything: stretches by kind, and transfers by parameter."""
+    from torch.profiler import ProfilerActivity, profile
+
+    from speedrun.train import train_step
+
+    begun: list[tuple[str, str]] = []
+
+    def noted(begin: Callable, what: tuple[str, str]) -> Callable:
+        def call() -> None:
+            begun.append(what)
+            begin()
+
+        return call
+
+    for name, state in run.optimizer.states.items():
+        for half, kind in (("reduce", "sums"), ("gather", "gathers")):
+            if state.specs[0].comm != "replicated":
+                setattr(state.comm, half, noted(getattr(state.comm, half), (kind, name)))
+    run.step = 0
+    for _ in range(3):
+        train_step(run)
+    run.clock.wait()
+    begun.clear()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
+        train_step(run)
+        run.clock.wait()
+    spans = spans_of(seen)
+    return {"lanes": stretches(spans, gap=20.0), "transfers": named_transfers(spans, begun)}
+
+
+def run_of_rank(device: str, path: str) -> dict:
+    """Stages, bytes and a trace of `record_200m` on this rank. On a CPU: of the same at CPU size, without a trace."""
+    from speedrun.cpu_size import at_cpu_size
+    from speedrun.train import assemble, memory_mb, warm_up
+
+    config = vary(preset("record_200m"), {"data.path": path})
+    if device == "cpu":
+        config = vary(at_cpu_size(config, 100), {"compile": False})
+    config = vary(config, {"device": device})
+    with tempfile.TemporaryDirectory() as folder:
+        run = assemble(config, Path(folder), echo=lambda line: None)
+        found: dict[str, Any] = {"warm_up_s": warm_up(run)}
+        if device == "cuda":
+            found["trace"] = trace_of_run(run)
+        long = [s for s in run.schedule.starts if s + RUN_STEPS + 2 < config.steps]
+        found["stages"] = [stage_of_rank(run, start) for start in long]
+        return found | {"memory_mb": memory_mb(run.ranks.device)}
+
+
+# %% tags=["hide-input"]
+#| export measure.many_gpus
+WORKS: dict[str, Callable[..., dict]] = {"wire": wire_of_rank, "steps": steps_of_rank}
+WORKS |= {"step": step_of_rank, "stock": stock_of_rank, "trace": trace_of_rank, "run": run_of_rank}
 WORKS |= {"nvlink": partial(wire_of_rank, scale=1, touched=32_768 / 377_280)}
 
 
-def one_rank(name: str, out: str, device: str) -> None:
+def one_rank(name: str, out: str, device: str, *rest: str) -> None:
     """What each process of `on_ranks` does."""
     torch.set_num_threads(1)
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        os.environ["TORCH_NCCL_HIGH_PRIORITY"] = "1"  # or transfers wait behind large kernels
+        if name != "run":  # or transfers wait behind large kernels; the trainer does not ask for it
+            os.environ["TORCH_NCCL_HIGH_PRIORITY"] = "1"
     dist.init_process_group("nccl" if device == "cuda" else "gloo")
-    result = WORKS[name](device)
+    result = WORKS[name](device, *rest)
     if dist_info()[0] == 0:
         Path(out).write_text(json.dumps(result))
     dist.destroy_process_group()
 
 
-def on_ranks(world: int, name: str, device: str = "cpu") -> dict:
-    """What a work gives on the first of `world` processes of this machine, which talk through gloo, or on GPUs through NCCL."""
+def on_ranks(world: int, name: str, device: str = "cpu", rest: Sequence[str] = ()) -> dict:
+    """What a work gives on the first of `world` processes of this machine, which talk through gloo, or on GPUs through NCCL. rest: its arguments."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "result.json"
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command += [f"--nproc-per-node={world}", "-m", "speedrun.measure.many_gpus"]
-        command += [name, str(out), device]
+        command += [name, str(out), device, *rest]
         quiet = os.environ | {"OMP_NUM_THREADS": "1"}
         done = subprocess.run(
             command, cwd=root(), env=quiet, capture_output=True, text=True, timeout=600
@@ -1661,13 +1790,29 @@ def on_gpus(name: str) -> dict:
     return {"ranks": worlds, "stock": on_ranks(1, "stock", "cuda")}
 
 
+def run_on_gpus(world: int, path: str, command: str) -> tuple[dict, dict]:
+    """`run_of_rank` on a number of this machine's GPUs, which read the folder `path`: data and stamp."""
+    from speedrun.measure.runs import corpus_of
+
+    if (count := torch.cuda.device_count()) < world:
+        raise Problem(f"{world} GPUs are asked for, here are {count}", "make doctor says why")
+    run = preset("record_200m")
+    run = vary(run, {"data.path": str(Path(path or run.data.path).absolute())})
+    of = ["speedrun.train", "speedrun.measure.many_gpus"]
+    data = on_ranks(world, "run", "cuda", [run.data.path])
+    return data, stamp(command, of, RUN_STEPS, [run.seed], corpus_of(run))
+
+
 # %% tags=["hide-input"]
 #| export measure.many_gpus
 def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
     """wire: bytes that a rank sends for each part of record 89's table at an eighth of its widths, by number of ranks.
 
     On GPUs, step: times of record 89's step and of PyTorch's own pair. trace: what ran when. nvlink: bytes, of two ranks.
+    run_1, run_2, run_4, run_8: `record_200m` on so many GPUs, its steps, bytes and a trace; its argument a data folder, if not the preset's.
     """
+    if name.startswith("run_"):
+        return run_on_gpus(int(name[4:]), arguments[0] if arguments else "", command)
     if name in ON_GPUS:
         samples = {"step": 17, "trace": 1, "nvlink": 5}[name]
         return on_gpus(name), stamp(command, ["speedrun.measure.many_gpus"], samples)
@@ -1938,6 +2083,85 @@ print(f"one step of each, {measured_on(load_result('many_gpus', 'trace'))}")
 # The prediction divided by 450 GB/s. If eight GPUs gather and sum as fast as these two undisturbed, a step with tables sends for a fifth of an average step, and not an eighth. (All this is in the order chosen above, with transfers at high priority. The trainer takes the table's order, and no priority.)
 
 # %% [markdown]
+# ### In a whole run
+#
+# All this was the optimizer by itself. How much of it is left in a step that also computes something? Here is the trainer on `record_200m` ([chapter 24](24_speedrun.py) has the whole runs): the same batch for one, two and four H200s, twenty steps of each stage. Its one large table holds five layers' value embeddings, 193 million numbers in bfloat16, and no gradient of it is sparse. Before looking: what part of a step of 66 ms do four GPUs wait for each other, if a rank sends 0.9 GB in it at the 260 GB/s of the figure above, and nothing is hidden?
+
+# %%
+whole_runs = {w: load_result("many_gpus", f"run_{w}")["data"] for w in (1, 2, 4)}
+step_ms = {w: [statistics.median(s["ms"]) for s in run["stages"]] for w, run in whole_runs.items()}
+for w, run in whole_runs.items():
+    for stage, ms, alone in zip(run["stages"], step_ms[w], step_ms[1]):
+        gained = alone / ms
+        print(
+            f"{w} GPUs, {stage['tokens']:>7,} tokens: {ms:6.1f} ms a step, {gained:.2f} times as fast; "
+            f"{stage['sent'] / 1e6:6.1f} MB sent, by formula {stage['formula'] / 1e6:6.1f}"
+        )
+        assert abs(stage["sent"] - stage["formula"]) < 1e-4 * max(1, stage["formula"])
+faster = {w: [alone / ms for alone, ms in zip(step_ms[1], step_ms[w])] for w in (2, 4)}
+assert all(1.95 < gained < 2.0 for gained in faster[2])
+assert 3.6 < faster[4][0] < 3.7 and 3.85 < faster[4][2] < 3.95
+even, odd = (statistics.median(whole_runs[4]["stages"][0]["ms"][n::2]) for n in (0, 1))
+assert 4 < odd - even < 6
+print(f"four GPUs, first stage: {even:.1f} ms without tables, {odd:.1f} with them")
+
+# %% [markdown]
+# The counters agree with the formula to a ten-thousandth. Two GPUs are nearly twice as fast as one. Four are 3.6 times as fast in the first stage, where a step is shortest, and 3.9 times in the last. (The question's arithmetic says 3.5 of 66 ms, a twentieth.) What they wait for is named in the trace of one step, of the kind that updates the tables too: all that travels does so in its last tenth.
+
+# %% tags=["hide-input"] mystnb={"image": {"alt": "The last seven milliseconds of a training step on the first of four H200s: which parameter's gradient is summed and whose values are gathered when, above the products and all other kernels"}}
+last = whole_runs[4]["trace"]
+begins = min(begin for _, _, begin, _ in last["transfers"])
+LANES = {"sums": 0, "gathers": 1, "products": 2, "elementwise": 3}
+fig, axis = plt.subplots(figsize=(7.4, 2.9), layout="constrained")
+for kind in ("products", "elementwise"):
+    spans = [(a / 1000, (b - a) / 1000) for a, b in last["lanes"][kind] if b > begins - 800]
+    axis.broken_barh(spans, (-LANES[kind] - 0.4, 0.8), color=f"C{LANES[kind]}")
+for kind, what, a, b in last["transfers"]:
+    lane = LANES[kind]
+    axis.broken_barh(
+        [(a / 1000, (b - a) / 1000)], (-lane - 0.4, 0.8), color=f"C{lane}", ec="w", lw=0.5
+    )
+    if b - a > 300:
+        axis.text(
+            (a + b) / 2000, -lane, what.replace("_", "\n"), ha="center", va="center", fontsize=7
+        )
+axis.set_xlim((begins - 800) / 1000, None)
+axis.set_yticks([0, -1, -2, -3], ["sums", "gathers", "products", "all else"])
+axis.set_xlabel("ms since the step's first kernel, first of four H200s, under the profiler")
+axis.grid(False)
+moving = [(a, b) for *_, a, b in last["transfers"]]
+working = sorted(
+    span for kind in ("products", "elementwise") for span in map(tuple, last["lanes"][kind])
+)
+hidden, until = 0.0, 0.0
+for a, b in working:
+    a, until = max(a, until), max(until, b)
+    hidden += sum(max(0.0, min(b, d) - max(a, c)) for c, d in moving)
+on_wire = sum(b - a for a, b in moving)
+axis.set_title(
+    f"Transfers take {on_wire / 1000:.1f} ms of this step; for {(on_wire - hidden) / 1000:.1f} nothing else runs"
+)
+plt.show()
+
+# %%
+carried = {what: 0.0 for _, what, _, _ in last["transfers"]}
+for _, what, a, b in last["transfers"]:
+    carried[what] += b - a
+assert carried["value_embedding"] > 0.55 * on_wire and 0.4 < hidden / on_wire < 0.6
+assert begins > 0.9 * until
+print({what: f"{us / 1000:.2f} ms" for what, us in carried.items()})
+
+# %% [markdown]
+# Six tenths of that time belong to the value embeddings. Four ranks send three quarters of everything, eight would send seven eighths, in half the time. We have not had eight. If what did not shrink from two GPUs to four does not shrink to eight either, a step of the three stages takes this long:
+
+# %%
+on_8 = [b - (a - b) / 2 for a, b in zip(step_ms[2], step_ms[4])]
+shares = [alone / 8 / ms for alone, ms in zip(step_ms[1], on_8)]
+assert 0.75 < shares[0] < 0.85 and all(share > 0.9 for share in shares[1:])
+print(f"predicted on eight: {', '.join(f'{ms:.0f}' for ms in on_8)} ms a step")
+print(f"which is {', '.join(f'{share:.0%}' for share in shares)} of eight times one GPU's speed")
+
+# %% [markdown]
 # ## What it buys
 #
 # By count, for record 89's parameters on eight GPUs: the state, and the work of the orthogonalisation.
@@ -2043,12 +2267,12 @@ assert chances["every second step"] < 1e-4 and 0.5 < rarer / min(worth.values())
 for name, sample in zip(names, of_arm.values()):
     print(f"{name:32} {sample}")
 print("; ".join(f"{what}: p = {p:.0e}" for what, p in chances.items()))
-ours = [preset(name).optim for name in ("cpu_gpt2", "small")]
+ours = [preset(name).optim for name in ("cpu_gpt2", "small_gpt2")]
 assert all(o.grad_clip == 1.0 and o.adam.every == 1 and not o.adam.cautious for o in ours)
 print(measured_on(compared))
 
 # %% [markdown]
-# Clipping is worth the same under either Adam. The two differ in decay alone, and nine seeds see no difference; but in 600 steps AdamW's takes an eighth from a weight, the cautious one at this rate less than a thirtieth of that, and chapter 13 found that decay needs time. Updating half as often, at twice the rate, gives up more than half of what clipping brings, and on the laptop it saves next to nothing. So `cpu_gpt2` and `small` clip, and update everything in every step; `record`, and `cpu` after it, do as the contest does. What that choice costs and saves on eight GPUs, we have not measured.
+# Clipping is worth the same under either Adam. The two differ in decay alone, and nine seeds see no difference; but in 600 steps AdamW's takes an eighth from a weight, the cautious one at this rate less than a thirtieth of that, and chapter 13 found that decay needs time. Updating half as often, at twice the rate, gives up more than half of what clipping brings, and on the laptop it saves next to nothing. So `cpu_gpt2` and `small_gpt2` clip, and update everything in every step; `record`, and the presets made after it, do as the contest does. What that choice costs at full size, we have not measured.
 #
 # ## What it costs, and when it fails
 #

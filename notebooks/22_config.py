@@ -462,9 +462,9 @@ for nonsense in (*mistakes, {"layers": 3}, {"optim.adam.betas": ("a", "b")}):
 #
 # A preset is a name, another run that it starts from, and what it changes: a row of data. Whatever it does not say is GPT-2 as llm.c trains it. So to know what a run has turned on, read its rows.
 #
-# `small` is a run for one GPU and a coffee, `cpu` for a laptop and five minutes, `smoke` for [the page](24_speedrun.py) on which this book trains while you read. `cpu_gpt2` is llm.c's recipe for the laptop, and the run to which the chapters add one idea at a time. The targets of the small runs, 1.15, 1.55 and 2.75 on the embedded text and 4.0 on FineWeb, are a little above what they reach. `record` is the best that these chapters give together, at the contest's size: whole documents, windows and batches that grow, eleven layers, value tables, gates and Muon as it runs today. Why it has 2,100 steps, and what it should reach with them, is a prediction, which [chapter 24](24_speedrun.py) makes. `record_200m` is the same for 200 million tokens, in which ideas can be compared at full size within minutes. The historic runs take twenty minutes to six hours on one GPU of the contest's kind, and save a checkpoint every thousand steps, off the clock, so that a power cut costs minutes.
+# `small` is a run for one GPU and a coffee, `cpu` for a laptop and five minutes, `smoke` for [the page](24_speedrun.py) on which this book trains while you read. `cpu_gpt2` is llm.c's recipe for the laptop, and the run to which the chapters add one idea at a time; `small_gpt2` is GPT-2 under Muon for one GPU, on which [chapter 13](13_muon.py) compares optimizers. The targets of the small runs, 1.15, 1.55 and 2.75 on the embedded text, are a little above what they reach; 4.0 for `small` leaves room, since it has not been run on FineWeb. `record` is the best that these chapters give together, at the contest's size: whole documents, windows and batches that grow, eleven layers, value tables, gates and Muon as it runs today. Why it has 2,100 steps, and what it should reach with them, is a prediction, which [chapter 24](24_speedrun.py) makes. `record_200m` is the same for 200 million tokens, in which ideas can be compared at full size within minutes. The historic runs take twenty minutes to six hours on one GPU of the contest's kind, and save a checkpoint every thousand steps, off the clock, so that a power cut costs minutes.
 #
-# `cpu` is `record` made small. It has the same techniques, in three layers of width 128 instead of eleven of 768, all with attention; windows of 64 to 512 tokens; documents cut at 256, 512, and then 1,024 tokens; and batches of 1,024, doubled for the last third of its 1,600 steps.
+# `small` is `record_200m` with half the tokens in a batch, and eight layers of width 512. `cpu` is `record` made smaller still. It has the same techniques, in three layers of width 128 instead of eleven of 768, all with attention; windows of 64 to 512 tokens; documents cut at 256, 512, and then 1,024 tokens; and batches of 1,024, doubled for the last third of its 1,600 steps.
 #
 # The laptop's GPT-2, `cpu_gpt2`, is not record 1 made small. Its batches are small because what a short run lacks is *steps*: 1,024 tokens and eight thousand updates, where record 1 takes half a million tokens and twenty thousand. Its rows are short, its rate is three times as high. It does not compile, since it would spend a good part of its five minutes on that. And its initial deviation is 0.05: GPT-2's 0.02 belongs to a width of 768, and the usual rule lets it fall with the root of the width. Those are arguments, and arguments are cheap; the end of this chapter measures them.
 
@@ -555,7 +555,7 @@ PRESETS: dict[str, tuple[str, Changes]] = {  # name → the run that it starts f
         },
     ),
     "smoke": ("cpu_gpt2", {"steps": 600, "val_every": 200, "val_tokens": 65_536, "target": 2.75}),
-    "small": (
+    "small_gpt2": (
         "",
         {
             "model.layers": 8,
@@ -645,6 +645,20 @@ PRESETS: dict[str, tuple[str, Changes]] = {  # name → the run that it starts f
     "record_200m": (
         "record",
         {"schedule.extension_steps": 10, "steps": 735, "val_every": 125, "val_tokens": 8_388_608},
+    ),
+    "small": (
+        "record_200m",
+        {
+            "model.layers": 8,
+            "model.heads": 4,
+            "model.width": 512,
+            "model.attention.long_layers": (2, 7),
+            "data.step_tokens": 65_536,
+            "data.pass_tokens": 32_768,
+            "val_tokens": 4_194_304,
+            "log_every": 20,
+            "target": 4.0,
+        },
     ),
 }
 
@@ -977,7 +991,7 @@ assert tiny.model == preset("cpu_gpt2").model and tiny.steps == 20
 assert tiny.optim == preset("record1").optim, "all else stays"
 ramps = {"schedule.warmup_steps": 3, "schedule.momentum_ramp": (3, 3)}
 assert tiny.schedule == vary(preset("record1"), ramps).schedule
-assert at_cpu_size(preset("small")).schedule.momentum_ramp == (4, 3)
+assert at_cpu_size(preset("small_gpt2")).schedule.momentum_ramp == (4, 3)
 many = preset("record13").schedule.stages
 assert fewer(many, 27) == many and len(at_cpu_size(preset("record13")).schedule.stages) == 5
 assert [stage.windows[0] for stage in fewer(many, 3)] == [63, 895, 1727]
@@ -992,14 +1006,14 @@ from speedrun.model.gpt import GPT
 
 expected, firsts = math.log(288) + 0.05**2 * 128 / 2, {}
 tokens = torch.randint(288, (64, 129), generator=torch.Generator().manual_seed(0))
-for name in ("cpu_gpt2", "small", "record1", "record2"):
+for name in ("cpu_gpt2", "small_gpt2", "record1", "record2"):
     model = GPT(at_cpu_size(preset(name)).model, 288)
     with torch.no_grad():
         first = model(tokens[:, :-1], tokens[:, 1:]).item()
     assert abs(first - expected) < 0.1, f"{name} starts at {first}"
     firsts[name] = first
-    print(f"{name:9} starts at {first:.3f}, expected {expected:.3f}")
-assert firsts["cpu_gpt2"] == firsts["small"] == firsts["record1"] != firsts["record2"]
+    print(f"{name:10} starts at {first:.3f}, expected {expected:.3f}")
+assert firsts["cpu_gpt2"] == firsts["small_gpt2"] == firsts["record1"] != firsts["record2"]
 
 # %% [markdown]
 # ### JSON and the command line
@@ -1189,7 +1203,7 @@ def as_arguments(config: Config) -> list[str]:
 import shlex
 
 odd = vary(
-    preset("small"), {"compile": False, "optim.adam.betas": (0.8, 0.9), "data.path": "/a b/c"}
+    preset("small_gpt2"), {"compile": False, "optim.adam.betas": (0.8, 0.9), "data.path": "/a b/c"}
 )
 stages = (Stage(0.5), Stage(0.5, batch_mul=2, mtp_weights=((1.0, 0.5), (1.0, 0.0))))
 staged = vary(odd, {"schedule.stages": stages})
@@ -1237,7 +1251,7 @@ differs = {
     name: [key for key in record if row[key] != record[key] and key != "preset"]
     for name, row in table.items()
 }
-assert len(known_presets()) == 20
+assert len(known_presets()) == 21
 share = {name: len(keys) / (len(record) - 1) for name, keys in differs.items()}
 assert 0.2 < share["cpu_gpt2"] < 0.28 and 0.3 < share["record11"] < 0.37, (
     "a fifth to a quarter, and a third"
@@ -1271,7 +1285,7 @@ HTML(
 )
 
 # %% [markdown]
-# What differs in `cpu_gpt2` is mostly sizes, lengths and budgets, and a few choices that a size forces: rate, warm-up, deviation, precision, compiling. None is a *technique*. Record 11 is the opposite. It reads the same batches as record 1, its model is as deep and as wide, and nearly all that it changes are techniques and their rates. Only four fields differ in both: heads, rate, warm-up and steps. That is what makes the small run worth anything: a technique can be switched on in it as in the large one. `small` is ahead of the records in one respect. It trains under [chapter 13](13_muon.py)'s Muon, which has been measured at that size and not yet at theirs.
+# What differs in `cpu_gpt2` is mostly sizes, lengths and budgets, and a few choices that a size forces: rate, warm-up, deviation, precision, compiling. None is a *technique*. Record 11 is the opposite. It reads the same batches as record 1, its model is as deep and as wide, and nearly all that it changes are techniques and their rates. Only four fields differ in both: heads, rate, warm-up and steps. That is what makes the small run worth anything: a technique can be switched on in it as in the large one. `small` and `cpu` have them all on.
 
 # %% [markdown]
 # ### Were the choices right?
@@ -1387,7 +1401,7 @@ def gpu_base(data: str) -> Config:
     lasts: dict[str, Any] = {"steps": 400, "schedule.warmup_steps": 40, "val_tokens": 1_048_576}
     adamw = {"optim.matrices": "adam", "optim.matrix_lr": 0.0, "schedule.momentum_min": 0.0}
     adamw |= fields_of(MuonConfig(weight_decay=0.1), "optim.muon.")  # should an arm have it
-    return vary(preset("small"), sizes | reads | lasts | adamw)
+    return vary(preset("small_gpt2"), sizes | reads | lasts | adamw)
 
 
 # %% tags=["hide-input"]

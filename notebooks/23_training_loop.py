@@ -1818,7 +1818,7 @@ from speedrun.measure.runs import corpus_of, cpu_base, train_arms, train_many
 from speedrun.presets import preset
 
 NAMES = ("cpu", "gpu", "adam_rates", "adam")
-PRESET_OF = {"cpu": "cpu", "gpu": "small"}
+PRESET_OF = {"cpu": "cpu", "gpu": "small_gpt2"}
 
 
 def pieces_of(run: Run) -> dict:
@@ -1958,9 +1958,9 @@ from speedrun.model.gpt import param_specs
 
 size_of = {
     name: sum(math.prod(spec.shape) for spec in param_specs(preset(name).model, 50_257))
-    for name in ("small", "record1")
+    for name in ("small_gpt2", "record1")
 }
-assert abs(size_of["small"] - 51e6) < 1e6
+assert abs(size_of["small_gpt2"] - 51e6) < 1e6
 results = {name: load_result("training_loop", name) for name in ("gpu", "cpu")}
 gpu, cpu = (result["data"] for result in results.values())
 quartiles = {kind: statistics.quantiles(ms, n=4) for kind, ms in gpu["steps"].items()}

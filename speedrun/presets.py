@@ -89,7 +89,7 @@ PRESETS: dict[str, tuple[str, Changes]] = {  # name → the run that it starts f
         },
     ),
     "smoke": ("cpu_gpt2", {"steps": 600, "val_every": 200, "val_tokens": 65_536, "target": 2.75}),
-    "small": (
+    "small_gpt2": (
         "",
         {
             "model.layers": 8,
@@ -179,6 +179,20 @@ PRESETS: dict[str, tuple[str, Changes]] = {  # name → the run that it starts f
     "record_200m": (
         "record",
         {"schedule.extension_steps": 10, "steps": 735, "val_every": 125, "val_tokens": 8_388_608},
+    ),
+    "small": (
+        "record_200m",
+        {
+            "model.layers": 8,
+            "model.heads": 4,
+            "model.width": 512,
+            "model.attention.long_layers": (2, 7),
+            "data.step_tokens": 65_536,
+            "data.pass_tokens": 32_768,
+            "val_tokens": 4_194_304,
+            "log_every": 20,
+            "target": 4.0,
+        },
     ),
 }
 

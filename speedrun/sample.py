@@ -24,7 +24,7 @@ from annotated_types import Ge, Interval
 from torch import Tensor, nn
 
 from speedrun.checkpoint import check_tensors, damaged, latest_checkpoint, load_facts, load_tensors
-from speedrun.config import check_config, config_from_json, schedule_of
+from speedrun.config import check_config, config_from_json, schedule_of, vary
 from speedrun.data.shards import data_folder, load_manifest, read_shard
 from speedrun.data.tokenizer import Tokenizer, get_tokenizer
 from speedrun.lab.bounds import check_ranges
@@ -63,7 +63,8 @@ def load_trained(folder: Path, device: str = "cpu") -> Trained:
     tokenizer = get_tokenizer(facts["tokenizer"])
     if facts["vocab_size"] != tokenizer.vocab_size:
         raise damaged(path, f"a vocabulary of {facts['vocab_size']} is not the tokenizer's")
-    model = GPT(check_config(config).model, facts["vocab_size"]).to(device)
+    exact = vary(check_config(config), {"model.plan.stream_dtype": "float32"})
+    model = GPT(exact.model, facts["vocab_size"]).to(device)
     weights = {k: w.float() if w.dtype == torch.bfloat16 else w for k, w in weights.items()}
     check_tensors(path, weights, dict(model.named_parameters()))
     model.load_state_dict(weights)

@@ -61,6 +61,19 @@ class TestCommand:
         train(vary(brief, {"data.seq_len": 64}), tmp_path, echo=None)
         assert load_trained(tmp_path).context == 64
 
+    def test_a_stream_in_bfloat16_is_read_in_float32(self, embedded, tmp_path):
+        """The record's: its sample is drawn without autocast."""
+        from speedrun.config import vary
+        from speedrun.cpu_size import at_cpu_size
+        from speedrun.presets import preset
+
+        lower = {"precision": "bfloat16", "model.plan.stream_dtype": "bfloat16", "compile": False}
+        config = vary(at_cpu_size(preset("record"), 4), lower | {"data.path": str(embedded)})
+        live = train(config, tmp_path, echo=None)
+        assert live.model.config.plan.stream_dtype == "bfloat16"
+        logits = load_trained(tmp_path).logits(torch.arange(9)[None])
+        assert logits.dtype == torch.float32 and torch.isfinite(logits).all()
+
     def test_a_folder_without_a_run(self, tmp_path, capsys):
         assert main([str(tmp_path)]) == 1
         assert "has no checkpoint" in capsys.readouterr().err

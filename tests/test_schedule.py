@@ -134,14 +134,16 @@ class TestStepSettings:
 class TestInARun:
     def test_which_presets_have_changed(self):
         small = ScheduleConfig(warmup_steps=100, shape="trapezoid", momentum_min=0.85)
-        assert preset("small").schedule == small  # with chapter 13's Muon
+        assert preset("small_gpt2").schedule == small  # with chapter 13's Muon
         for name in ("cpu_gpt2", "smoke"):
             assert preset(name).schedule == ScheduleConfig(warmup_steps=100)
         assert preset("record1").schedule == COSINE
         whole, part = preset("record").schedule, preset("record_200m").schedule
         assert whole.stages == part.stages and len(whole.stages) == 4
         assert (whole.extension_steps, part.extension_steps) == (40, 10)
-        assert set(PRESETS) == {"cpu", "cpu_gpt2", "smoke", "small", "record", "record_200m"}
+        assert preset("small").schedule == part
+        own = {"cpu", "cpu_gpt2", "smoke", "small", "small_gpt2", "record", "record_200m"}
+        assert set(PRESETS) == own
         history = set(known_presets()) - set(PRESETS) - {"record1"}
         assert history and {preset(name).schedule.shape for name in history} == {"trapezoid"}
 

@@ -100,7 +100,7 @@ def as_saved(config: Config) -> dict:
 class TestTinyRuns:
     def test_runs_that_differ_in_fractions_only_are_trained_once(self):
         def way(changes: dict) -> str:
-            return stale.way(stale.tiny(as_saved(vary(preset("small"), changes)), DATA))
+            return stale.way(stale.tiny(as_saved(vary(preset("small_gpt2"), changes)), DATA))
 
         same = (
             {"optim.adam.lr": 0.1},
@@ -133,7 +133,7 @@ class TestTinyRuns:
                         assert migrate.todays(older) == run, path
 
     def test_arithmetic_and_schedule_stay(self):
-        own = preset("small")
+        own = preset("small_gpt2")
         small = stale.tiny(as_saved(own), DATA)
         assert small.precision == "bfloat16"
         assert small.optim == own.optim
@@ -215,7 +215,7 @@ def project(tmp_path, embedded):
     stamp = {"command": "…", "modules": module_hashes(["speedrun.train"])}
     folder = tree / "book" / "results" / "example"
     folder.mkdir(parents=True)
-    for name, gpu in (("record1", "1×NVIDIA H100"), ("small", None)):
+    for name, gpu in (("record1", "1×NVIDIA H100"), ("small_gpt2", None)):
         runs = [{"config": dataclasses.asdict(preset(name))}]
         result = {"stamp": stamp | {"gpu": gpu}, "data": {"runs": runs}}
         (folder / f"{name}.json").write_text(json.dumps(result))
@@ -260,28 +260,33 @@ def edit(path: Path, old: str, new: str) -> None:
 SAME = "same behaviour: 1 runs, all losses bit-equal"
 ALONE = {  # what is changed, alone: file, old, new, and the results that train differently
     "cosine": ("schedule.py", "0.5 * (1 + math.cos", "0.499 * (1 + math.cos", {"record1"}),
-    "cooldown": ("schedule.py", "(1 - t) * peak", "(1 - t) ** 1.01 * peak", {"small"}),
-    "its begin": ("schedule.py", "self.scheduled - falls", "1 + self.scheduled - falls", {"small"}),
-    "warm-up": ("schedule.py", "(step + 1) / warmup", "step / warmup", {"record1", "small"}),
-    "momentum": ("schedule.py", "min(1.0, up, down)", "min(0.99, up, down)", {"small"}),
-    "its end": ("schedule.py", "(steps - step) /", "(steps - 1 - step) /", {"small"}),
+    "cooldown": ("schedule.py", "(1 - t) * peak", "(1 - t) ** 1.01 * peak", {"small_gpt2"}),
+    "its begin": (
+        "schedule.py",
+        "self.scheduled - falls",
+        "1 + self.scheduled - falls",
+        {"small_gpt2"},
+    ),
+    "warm-up": ("schedule.py", "(step + 1) / warmup", "step / warmup", {"record1", "small_gpt2"}),
+    "momentum": ("schedule.py", "min(1.0, up, down)", "min(0.99, up, down)", {"small_gpt2"}),
+    "its end": ("schedule.py", "(steps - step) /", "(steps - 1 - step) /", {"small_gpt2"}),
     "decay": (
         "optim/optimizer.py",
         "self.config.weight_decay * wd_mul",
         "0.99 * self.config.weight_decay * wd_mul",
-        {"record1", "small"},
+        {"record1", "small_gpt2"},
     ),
     "cautious decay": (
         "optim/muon.py",
         "update + decay * p",
         "update + 0.99 * decay * p",
-        {"small"},
+        {"small_gpt2"},
     ),
     "products in 16 bits": (
         "optim/muon.py",
         "beta=b, alpha=c)",
         "beta=b, alpha=1.01 * c)",
-        {"small"},
+        {"small_gpt2"},
     ),
 }
 

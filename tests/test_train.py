@@ -73,7 +73,10 @@ def command(config, folder: Path, *flags: str) -> list[str]:
 # SSE, AVX2 or AVX-512 these curves differ by 1.4e-6 at most; with Newton–Schulz in bfloat16 it would be 5e-3, hence the exact factor.
 GOLDEN: dict[str, tuple[str, dict]] = {
     "adamw": ("record1", {"optim.adam.lr": 8e-3, "optim.adam.weight_decay": 1.0}),
-    "muon": ("small", {"optim.adam.lr": 4e-3, "optim.matrix_lr": 0.05, "optim.muon.ns_steps": 0}),
+    "muon": (
+        "small_gpt2",
+        {"optim.adam.lr": 4e-3, "optim.matrix_lr": 0.05, "optim.muon.ns_steps": 0},
+    ),
 }
 
 

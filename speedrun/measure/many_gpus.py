@@ -7,6 +7,7 @@ from speedrun.optim.optimizer import MuonAdam, OptimConfig
 
 
 # %% The measurement
+import contextlib
 import hashlib
 import json
 import os
@@ -15,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,8 @@ from torch import Tensor, nn
 
 from speedrun.schedule import StepSettings
 from speedrun.params import ParamSpec
-from speedrun.presets import RECORD_MUON
+from speedrun.config import vary
+from speedrun.presets import RECORD_MUON, preset
 from speedrun.lab.errors import Problem
 from speedrun.lab.provenance import root, stamp
 
@@ -88,7 +90,10 @@ def sent_by_gpu(index: int) -> float:
     import pynvml  # type: ignore[import-untyped]
 
     pynvml.nvmlInit()
-    handle, every = pynvml.nvmlDeviceGetHandleByIndex(index), 0xFFFFFFFF
+    uuid = torch.cuda.get_device_properties(
+        index
+    ).uuid  # NVML counts GPUs that are hidden from us, too
+    handle, every = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}"), 0xFFFFFFFF
     counter = pynvml.NVML_FI_DEV_NVLINK_THROUGHPUT_DATA_TX
     (value,) = pynvml.nvmlDeviceGetFieldValues(handle, [(counter, every)])
     if value.nvmlReturn:
@@ -326,31 +331,151 @@ def trace_of_rank(device: str, scale: int = 0) -> dict:
     return found
 
 
-WORKS: dict[str, Callable[[str], dict]] = {"wire": wire_of_rank, "steps": steps_of_rank}
-WORKS |= {"step": step_of_rank, "stock": stock_of_rank, "trace": trace_of_rank}
+RUN_STEPS = 20  # timed in each stage
+
+
+def sent_so_far(device: torch.device) -> float | None:
+    """Bytes that this rank has sent, when all is done: a CPU's by mean of the ranks; None of a GPU that does not count them."""
+    wait_for(device.type)
+    if dist_info()[1] > 1:
+        dist.barrier()
+    with contextlib.suppress(Problem):
+        return sent_by_gpu(device.index or 0) if device.type == "cuda" else sent_by_machine()
+    return None
+
+
+def stage_of_rank(run: Any, start: int) -> dict:
+    """Milliseconds of steps in the stage that begins at `start`, and bytes that this rank sends in a step, as counted and by formula."""
+    from speedrun.train import Marks, train_step
+
+    run.step, marks = start, Marks(run.ranks.device)
+    tokens = run.schedule.at(start).batch_tokens
+    for _ in range(2):
+        train_step(run)
+    before = sent_so_far(run.ranks.device)
+    marks.restart()
+    for _ in range(RUN_STEPS):
+        train_step(run)
+        marks.mark()
+    after = sent_so_far(run.ranks.device)
+    counted = None if before is None or after is None else (after - before) / RUN_STEPS
+    found = {"step": start, "tokens": tokens, "ms": marks.drain()}
+    return found | {"sent": counted, "formula": bytes_of_step(run.optimizer)}
+
+
+def bytes_of_step(optimizer: MuonAdam) -> float:
+    """Bytes that a rank sends in a step, by formula: the mean of steps with Adam and without. What is tied is not sent."""
+    total, world = 0.0, dist_info()[1]
+    for name in optimizer.states.keys() - optimizer.ties.tied.keys():
+        state = optimizer.states[name]
+        full, kind = state.comm.full, state.specs[0].comm
+        total += sum(bytes_sent(kind, full.numel(), full.element_size(), world)) / state.every
+    return total
+
+
+Spans = list[tuple[str, float, float]]
+
+
+def named_transfers(kernels: Spans, begun: list[tuple[str, str]]) -> list[list]:
+    """NCCL's kernels with what they carry: [kind, parameter, begin, end].
+
+    begun: (kind, parameter) of sharded ones, as they were asked for; transfers of one kind run in that order. What is
+    all-reduced are the replicated parameters together, and the flags that say whether gradients are finite.
+    """
+    queues = {kind: [name for k, name in begun if k == kind] for kind in ("sums", "gathers")}
+    found: list[list] = []
+    for kernel, begin, end in sorted(kernels, key=lambda one: one[1]):
+        if (kind := kind_of(kernel)) not in queues:
+            continue
+        small = "AllReduce" in kernel or not queues[kind]
+        found.append([kind, "all-reduced" if small else queues[kind].pop(0), begin, end])
+    return found
+
+
+def spans_of(seen: Any) -> Spans:
+    """What a profile saw on the GPU: (kernel, begin, end), µs from the first kernel."""
+    events = [e for e in seen.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    spans = [(e.name, e.time_range.start, e.time_range.end) for e in events if kind_of(e.name)]
+    first = min((begin for _, begin, _ in spans), default=0.0)
+    return [(name, round(begin - first, 1), round(end - first, 1)) for name, begin, end in spans]
+
+
+def trace_of_run(run: Any) -> dict:
+    """What the first rank's GPU does in a step that updates everything: stretches by kind, and transfers by parameter."""
+    from torch.profiler import ProfilerActivity, profile
+
+    from speedrun.train import train_step
+
+    begun: list[tuple[str, str]] = []
+
+    def noted(begin: Callable, what: tuple[str, str]) -> Callable:
+        def call() -> None:
+            begun.append(what)
+            begin()
+
+        return call
+
+    for name, state in run.optimizer.states.items():
+        for half, kind in (("reduce", "sums"), ("gather", "gathers")):
+            if state.specs[0].comm != "replicated":
+                setattr(state.comm, half, noted(getattr(state.comm, half), (kind, name)))
+    run.step = 0
+    for _ in range(3):
+        train_step(run)
+    run.clock.wait()
+    begun.clear()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
+        train_step(run)
+        run.clock.wait()
+    spans = spans_of(seen)
+    return {"lanes": stretches(spans, gap=20.0), "transfers": named_transfers(spans, begun)}
+
+
+def run_of_rank(device: str, path: str) -> dict:
+    """Stages, bytes and a trace of `record_200m` on this rank. On a CPU: of the same at CPU size, without a trace."""
+    from speedrun.cpu_size import at_cpu_size
+    from speedrun.train import assemble, memory_mb, warm_up
+
+    config = vary(preset("record_200m"), {"data.path": path})
+    if device == "cpu":
+        config = vary(at_cpu_size(config, 100), {"compile": False})
+    config = vary(config, {"device": device})
+    with tempfile.TemporaryDirectory() as folder:
+        run = assemble(config, Path(folder), echo=lambda line: None)
+        found: dict[str, Any] = {"warm_up_s": warm_up(run)}
+        if device == "cuda":
+            found["trace"] = trace_of_run(run)
+        long = [s for s in run.schedule.starts if s + RUN_STEPS + 2 < config.steps]
+        found["stages"] = [stage_of_rank(run, start) for start in long]
+        return found | {"memory_mb": memory_mb(run.ranks.device)}
+
+
+WORKS: dict[str, Callable[..., dict]] = {"wire": wire_of_rank, "steps": steps_of_rank}
+WORKS |= {"step": step_of_rank, "stock": stock_of_rank, "trace": trace_of_rank, "run": run_of_rank}
 WORKS |= {"nvlink": partial(wire_of_rank, scale=1, touched=32_768 / 377_280)}
 
 
-def one_rank(name: str, out: str, device: str) -> None:
+def one_rank(name: str, out: str, device: str, *rest: str) -> None:
     """What each process of `on_ranks` does."""
     torch.set_num_threads(1)
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        os.environ["TORCH_NCCL_HIGH_PRIORITY"] = "1"  # or transfers wait behind large kernels
+        if name != "run":  # or transfers wait behind large kernels; the trainer does not ask for it
+            os.environ["TORCH_NCCL_HIGH_PRIORITY"] = "1"
     dist.init_process_group("nccl" if device == "cuda" else "gloo")
-    result = WORKS[name](device)
+    result = WORKS[name](device, *rest)
     if dist_info()[0] == 0:
         Path(out).write_text(json.dumps(result))
     dist.destroy_process_group()
 
 
-def on_ranks(world: int, name: str, device: str = "cpu") -> dict:
-    """What a work gives on the first of `world` processes of this machine, which talk through gloo, or on GPUs through NCCL."""
+def on_ranks(world: int, name: str, device: str = "cpu", rest: Sequence[str] = ()) -> dict:
+    """What a work gives on the first of `world` processes of this machine, which talk through gloo, or on GPUs through NCCL. rest: its arguments."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "result.json"
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command += [f"--nproc-per-node={world}", "-m", "speedrun.measure.many_gpus"]
-        command += [name, str(out), device]
+        command += [name, str(out), device, *rest]
         quiet = os.environ | {"OMP_NUM_THREADS": "1"}
         done = subprocess.run(
             command, cwd=root(), env=quiet, capture_output=True, text=True, timeout=600
@@ -371,11 +496,27 @@ def on_gpus(name: str) -> dict:
     return {"ranks": worlds, "stock": on_ranks(1, "stock", "cuda")}
 
 
+def run_on_gpus(world: int, path: str, command: str) -> tuple[dict, dict]:
+    """`run_of_rank` on a number of this machine's GPUs, which read the folder `path`: data and stamp."""
+    from speedrun.measure.runs import corpus_of
+
+    if (count := torch.cuda.device_count()) < world:
+        raise Problem(f"{world} GPUs are asked for, here are {count}", "make doctor says why")
+    run = preset("record_200m")
+    run = vary(run, {"data.path": str(Path(path or run.data.path).absolute())})
+    of = ["speedrun.train", "speedrun.measure.many_gpus"]
+    data = on_ranks(world, "run", "cuda", [run.data.path])
+    return data, stamp(command, of, RUN_STEPS, [run.seed], corpus_of(run))
+
+
 def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
     """wire: bytes that a rank sends for each part of record 89's table at an eighth of its widths, by number of ranks.
 
     On GPUs, step: times of record 89's step and of PyTorch's own pair. trace: what ran when. nvlink: bytes, of two ranks.
+    run_1, run_2, run_4, run_8: `record_200m` on so many GPUs, its steps, bytes and a trace; its argument a data folder, if not the preset's.
     """
+    if name.startswith("run_"):
+        return run_on_gpus(int(name[4:]), arguments[0] if arguments else "", command)
     if name in ON_GPUS:
         samples = {"step": 17, "trace": 1, "nvlink": 5}[name]
         return on_gpus(name), stamp(command, ["speedrun.measure.many_gpus"], samples)

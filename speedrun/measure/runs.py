@@ -105,7 +105,7 @@ def gpu_base(data: str) -> Config:
     lasts: dict[str, Any] = {"steps": 400, "schedule.warmup_steps": 40, "val_tokens": 1_048_576}
     adamw = {"optim.matrices": "adam", "optim.matrix_lr": 0.0, "schedule.momentum_min": 0.0}
     adamw |= fields_of(MuonConfig(weight_decay=0.1), "optim.muon.")  # should an arm have it
-    return vary(preset("small"), sizes | reads | lasts | adamw)
+    return vary(preset("small_gpt2"), sizes | reads | lasts | adamw)
 
 
 def restart(live: "Run", config: Config) -> None:

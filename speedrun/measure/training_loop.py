@@ -18,7 +18,7 @@ from speedrun.measure.runs import corpus_of, cpu_base, train_arms, train_many
 from speedrun.presets import preset
 
 NAMES = ("cpu", "gpu", "adam_rates", "adam")
-PRESET_OF = {"cpu": "cpu", "gpu": "small"}
+PRESET_OF = {"cpu": "cpu", "gpu": "small_gpt2"}
 
 
 def pieces_of(run: Run) -> dict:
