@@ -205,7 +205,7 @@ import re
 import shlex
 import threading
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -276,12 +276,21 @@ class Manifest:
 
 
 # %%
-#| export data.shards
+#| export data.sources
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from speedrun.lab.files import atomic_write
+
+
 def save_manifest(folder: Path, manifest: Manifest) -> None:
     """Write `manifest.json`, in one step."""
     atomic_write(folder / "manifest.json", json.dumps(asdict(manifest), indent=1) + "\n")
 
 
+# %%
+#| export data.shards
 def data_folder(path: str) -> Path:
     """A data folder by its name: as given if it exists from here, else inside the project."""
     return Path(path) if Path(path).is_absolute() or Path(path).exists() else root() / path
@@ -575,12 +584,6 @@ def opened(path: Path) -> Iterator[tuple[BinaryIO, os.stat_result]]:
         raise unreadable(path, error) from None
 
 
-def count_tokens(path: Path) -> int:
-    """The number of tokens in a shard, after checking that it is one and that it is whole."""
-    with opened(path) as (file, facts):
-        return check_header(path, facts.st_size, file.read(HEADER_BYTES))
-
-
 # %% [markdown]
 # ### A hash, once
 #
@@ -722,7 +725,6 @@ del large
 import contextlib
 import hashlib
 import importlib.metadata
-import json
 import os
 import re
 import shlex

@@ -367,7 +367,7 @@ print(f"an all-reduce of the matrices: {as_before:.0f} MB")
 print(f"a step with tables, early on: {odd:.0f} MB, {odd / 450:.1f} ms")
 
 # %% [markdown]
-# A sharded update sends what an all-reduce sends. But padding travels, too: a tenth of what a step without tables sends is zeros. A step with tables (in the first third, where steps are shortest and head and embedding are one) sends 1.65 GB, more than half of it to collect tables: Adam moves rows that nobody has touched this time, so *gathering* a sparse table is dense. At the 450 GB/s of the data sheet that would be an eighth of an average step: worth hiding, and worth doing in every second step only.
+# A sharded update sends what an all-reduce sends. A step with tables (in the first third, where steps are shortest and head and embedding are one) sends 1.65 GB, more than half of it to collect tables: Adam moves rows that nobody has touched this time, so *gathering* a sparse table is dense. At the 450 GB/s of the data sheet that would be an eighth of an average step: worth hiding, and worth doing in every second step only.
 #
 # ### The Adam step
 #
@@ -822,11 +822,11 @@ assert vector.rule.lr_mul.tolist()[:9] == [5.0] * 3 + [0.0] * 5 + [1.0]
 # %% [markdown]
 # ### One step
 #
-# Reduce, wait, update, gather: `MuonAdam.step` below is the whole schedule. The sums of whole matrices begin first, if they stand first in the order: they read gradients and write elsewhere. Meanwhile each rank checks whether its gradients of what is due in this step are finite, and one small all-reduce tells everybody. If any is not, the step is skipped: rates are zero, and moments stay. Nor does Adam count it: a mean of $t$ gradients is divided by $1-\beta^t$, and a skipped gradient is not in the mean. Only the device knows that, so the count is kept there. What breaks in a table in the first step of a pair is found in the second, and costs both. Python does not wait for the answer; `nonfinite_params` asks later, and names the parameter. The price is to read every gradient once more.
+# Reduce, wait, update, gather: `MuonAdam.step` below is the whole schedule. The sums of whole matrices begin first, if they stand first in the order: they read gradients and write elsewhere. Meanwhile each rank checks whether its gradients of what is due in this step are finite, and one small all-reduce tells everybody. If any is not, the step is skipped: rates are zero, and moments stay. Nor does Adam count it: a mean of $t$ gradients is divided by $1-\beta^t$, and a skipped gradient is not in the mean. Only the device knows that, so the count is kept there. Python does not wait for the answer; `nonfinite_params` asks later, and names the parameter. The price is to read every gradient once more.
 #
 # *Clipping* scales the gradient if its norm is too large. It needs the norm of everything that is due before anything is updated, and so gives up the overlap of sums and updates. Each rank has the norm of its own shards, and one more all-reduce adds up the squares. A norm that overflows skips the step, too.
 #
-# On a single GPU each parameter has a *stream* of its own, in which it is updated and cleared; among several, all matrices share one stream and everything else another, and there parameters also wait for their sums and begin to be gathered. Python only fills the streams, and what runs when is decided by what has arrived: small kernels of one bank fill the gaps that another leaves, and products run while tables travel. Two rules make that safe. A graph is recorded in the stream in which it will run, because libraries keep scratch memory by stream. And what was allocated in one stream and used in another is not freed before the first has waited for the second.
+# On a single GPU each parameter has a *stream* of its own, in which it is updated and cleared; among several, all matrices share one stream and everything else another, and there parameters also wait for their sums and begin to be gathered. Python only fills the streams, and what runs when is decided by what has arrived. Two rules make that safe. A graph is recorded in the stream in which it will run, because libraries keep scratch memory by stream. And what was allocated in one stream and used in another is not freed before the first has waited for the second.
 
 
 # %%
@@ -1663,6 +1663,9 @@ def bytes_of_step(optimizer: MuonAdam) -> float:
     return total
 
 
+# %%
+assert bytes_of_step(small_record(48)) == 0.0, "a rank alone sends nothing"
+
 # %% tags=["hide-input"]
 #| export measure.many_gpus
 Spans = list[tuple[str, float, float]]
@@ -1684,6 +1687,15 @@ def named_transfers(kernels: Spans, begun: list[tuple[str, str]]) -> list[list]:
     return found
 
 
+# %%
+known = [("ncclDevKernel_ReduceScatter_Sum_bf16", 0.0, 2.0), ("gemm", 1.0, 5.0)]
+known += [("ncclDevKernel_AllReduce_Sum_f32", 2.0, 3.0), ("ncclDevKernel_AllGather", 6.0, 8.0)]
+moved = named_transfers(known, [("sums", "qk"), ("gathers", "qk")])
+assert [what for _, what, _, _ in moved] == ["qk", "all-reduced", "qk"]
+
+
+# %% tags=["hide-input"]
+#| export measure.many_gpus
 def spans_of(seen: Any) -> Spans:
     """What a profile saw on the GPU: (kernel, begin, end), µs from the first kernel."""
     events = [e for e in seen.events() if e.device_type == torch.autograd.DeviceType.CUDA]
@@ -1692,26 +1704,27 @@ def spans_of(seen: Any) -> Spans:
     return [(name, round(begin - first, 1), round(end - first, 1)) for name, begin, end in spans]
 
 
+def noted(optimizer: MuonAdam) -> list[tuple[str, str]]:
+    """A list that grows by (kind, parameter) whenever the optimizer begins to sum or to gather what is sharded."""
+    begun: list[tuple[str, str]] = []
+
+    def noting(begin: Callable, what: tuple[str, str]) -> Callable:
+        return lambda: (begun.append(what), begin())  # type: ignore[func-returns-value]
+
+    for name, state in optimizer.states.items():
+        for half, kind in (("reduce", "sums"), ("gather", "gathers")):
+            if state.specs[0].comm != "replicated":
+                setattr(state.comm, half, noting(getattr(state.comm, half), (kind, name)))
+    return begun
+
+
 def trace_of_run(run: Any) -> dict:
     """What the first rank's GPU does in a step that updates everything: stretches by kind, and transfers by parameter."""
     from torch.profiler import ProfilerActivity, profile
 
     from speedrun.train import train_step
 
-    begun: list[tuple[str, str]] = []
-
-    def noted(begin: Callable, what: tuple[str, str]) -> Callable:
-        def call() -> None:
-            begun.append(what)
-            begin()
-
-        return call
-
-    for name, state in run.optimizer.states.items():
-        for half, kind in (("reduce", "sums"), ("gather", "gathers")):
-            if state.specs[0].comm != "replicated":
-                setattr(state.comm, half, noted(getattr(state.comm, half), (kind, name)))
-    run.step = 0
+    begun, run.step = noted(run.optimizer), 0
     for _ in range(3):
         train_step(run)
     run.clock.wait()
@@ -1795,7 +1808,8 @@ def run_on_gpus(world: int, path: str, command: str) -> tuple[dict, dict]:
     from speedrun.measure.runs import corpus_of
 
     if (count := torch.cuda.device_count()) < world:
-        raise Problem(f"{world} GPUs are asked for, here are {count}", "make doctor says why")
+        what = f"“run_{world}” is measured on GPUs, here are {count}"
+        raise Problem(what, "make doctor says why")
     run = preset("record_200m")
     run = vary(run, {"data.path": str(Path(path or run.data.path).absolute())})
     of = ["speedrun.train", "speedrun.measure.many_gpus"]
@@ -2016,11 +2030,11 @@ print(f"with head and embedding apart, on one GPU: {apart:.1f} ms, its parts {al
 # %% [markdown]
 # One H100 takes 2.3 times the floor for a step without tables. Muon's products are computed whole, though most of them are symmetric; a library's batched product copies the matrix that it adds to; and between products everything is read and written several times, for norms and momentum. Adam, by itself, is at its floor.
 #
-# PyTorch's `Muon` updates the 102 matrices one after the other, and every operation is its own kernel; ours takes little more than a tenth of its time, though it does more: momentum in float32, mantissas, the non-finite check. Its AdamW, with moments in bfloat16, takes a sixth less than ours with float32 ones. A step with tables takes the pair 4.4 times as long, and the mean of both kinds six times, though it updates tables in each.
+# PyTorch's `Muon` updates the 102 matrices one after the other, and every operation is its own kernel; ours takes little more than a tenth of its time, though it does more: momentum in float32, mantissas, the non-finite check. A step with tables takes the pair 4.4 times as long.
 #
-# Two GPUs halve the arithmetic. The step without tables gets a quarter shorter, the one with tables a tenth. (Python needs 0.8 ms of the former. An eighth of Muon's updates would take 0.4, and the non-finite check stays at 0.6.)
+# Two GPUs halve the arithmetic. The step without tables gets a quarter shorter, the one with tables a tenth.
 #
-# On one GPU streams save little: the step with tables is 0.3 ms shorter than its parts one after the other. On two they hide transfers:
+# On one GPU streams save little. On two they hide transfers:
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "What the first of two GPUs does during a step with tables: sums, gathers, products and all other kernels over time, once with each transfer waited for and once overlapped"}}
 trace = load_result("many_gpus", "trace")["data"]
@@ -2078,14 +2092,12 @@ print(f"the prediction's step at that rate: {slowest:.1f} ms")
 print(f"one step of each, {measured_on(load_result('many_gpus', 'trace'))}")
 
 # %% [markdown]
-# Overlapping saves 1.9 milliseconds of 9.4. But NCCL's kernels are then on the GPU 1.7 times as long. That includes waiting for the other rank, and competing for the GPU: two tables' gathers get 134 and 182 GB/s, undisturbed 285 and 264, three fifths of the data sheet's 450. A trace does not tell waiting from slow travelling. For 0.5 ms such a kernel runs and nothing else does. All bytes of this step would take 3.5 ms undisturbed, so the link alone does not bound it.
-#
-# The prediction divided by 450 GB/s. If eight GPUs gather and sum as fast as these two undisturbed, a step with tables sends for a fifth of an average step, and not an eighth. (All this is in the order chosen above, with transfers at high priority. The trainer takes the table's order, and no priority.)
+# Overlapping saves 1.9 milliseconds of 9.4. But NCCL's kernels are then on the GPU 1.7 times as long. That includes waiting for the other rank, and competing for the GPU: two tables' gathers get 134 and 182 GB/s, undisturbed 285 and 264, three fifths of the data sheet's 450. A trace does not tell waiting from slow travelling. (This is in the order chosen above, with transfers at high priority. The trainer takes the table's order, and no priority.)
 
 # %% [markdown]
 # ### In a whole run
 #
-# All this was the optimizer by itself. How much of it is left in a step that also computes something? Here is the trainer on `record_200m` ([chapter 24](24_speedrun.py) has the whole runs): the same batch for one, two and four H200s, twenty steps of each stage. Its one large table holds five layers' value embeddings, 193 million numbers in bfloat16, and no gradient of it is sparse. Before looking: what part of a step of 66 ms do four GPUs wait for each other, if a rank sends 0.9 GB in it at the 260 GB/s of the figure above, and nothing is hidden?
+# How much of it is left in a step that also computes something? Here is the trainer on `record_200m` ([chapter 24](24_speedrun.py) has the whole runs): the same batch for one, two and four H200s, twenty steps of each stage. Its one large table holds five layers' value embeddings, 193 million numbers in bfloat16. Before looking: for how much of a step of 66 ms do four GPUs wait for each other, if a rank sends 0.9 GB in it at 260 GB/s, and nothing is hidden?
 
 # %%
 whole_runs = {w: load_result("many_gpus", f"run_{w}")["data"] for w in (1, 2, 4)}
@@ -2286,7 +2298,7 @@ print(measured_on(compared))
 #
 # ## What did not work
 #
-# Record 23 began a bucket's all-reduce, record 44 the reduce-scatter of each of Adam's gradients, from a hook, as soon as autograd had finished it. Record 61 went back to a fixed order after the backward pass and was faster, with other changes at the same time. Plausible costs, not measured, are Python in the middle of the backward pass, and sums that compete with its kernels. Counting a sparse table's rows on the GPU (record 68 hashed there) forces a wait, so record 71 moved the hash back to the CPU.
+# Record 23 began a bucket's all-reduce, record 44 the reduce-scatter of each of Adam's gradients, from a hook, as soon as autograd had finished it. Record 61 went back to a fixed order after the backward pass and was faster, with other changes at the same time. Counting a sparse table's rows on the GPU (record 68 hashed there) forces a wait, so record 71 moved the hash back to the CPU.
 #
 # ## Exercises
 #
@@ -2351,4 +2363,4 @@ print(f"rows of 768: up to {wide:.1%}; rows of 4: up to {worth_it(4, 8):.0%}")
 # %% [markdown]
 # ## Since then
 #
-# Record 71's count of touched rows and record 61's order are still what record 89 runs. PR 349, not merged, updates head and embedding on every rank again. By this chapter's count that saves no bytes: no weights are gathered after the update, but gradients have to reach everybody before it.
+# Record 71's count of touched rows and record 61's order are still what record 89 runs.

@@ -62,3 +62,33 @@ def test_an_ablation_is_trained_validated_once_and_kept(arm, embedded):
     assert json.dumps(data) and stamp["seeds"] == [0] and len(kept["steps_ms"]) == 99
     assert [point["step"] for point in kept["curve"]] == [0, 20]
     assert ("loss_in_documents" in kept) == (arm == "documents")
+
+
+class TestScaling:
+    def test_what_two_ranks_send_is_counted_and_computed(self, embedded):
+        """gloo sums by an all-reduce, of which each rank throws half away: between once and twice the formula."""
+        from speedrun.measure.many_gpus import on_ranks
+
+        found = on_ranks(2, "run", rest=[str(embedded.absolute())])["stages"]
+        assert [stage["tokens"] for stage in found] == [1024, 2048, 3072]
+        for stage in found:
+            assert len(stage["ms"]) == 20 and min(stage["ms"]) > 0
+            assert 1.4 < stage["sent"] / stage["formula"] < 1.6
+
+    def test_only_gpus_that_are_there(self):
+        from speedrun.measure.many_gpus import measure
+
+        with pytest.raises(Problem, match="“run_512” is measured on GPUs, here are"):
+            measure("run_512", [], "python scripts/measure.py many_gpus run_512")
+
+    def test_transfers_are_noted_as_they_begin(self):
+        from speedrun.measure.many_gpus import announce_some, noted, settings_at, small_record
+
+        optimizer = small_record(48)
+        begun = noted(optimizer)
+        for step in range(2):
+            announce_some(optimizer, 0.2, seed=step)
+            optimizer.step(settings_at(step))
+        for kind in ("sums", "gathers"):
+            names = [name for k, name in begun if k == kind]
+            assert names.count("qk") == 2 and names.count("head") == names.count("bigram") == 1

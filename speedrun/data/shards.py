@@ -14,7 +14,7 @@ import re
 import shlex
 import threading
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -65,11 +65,6 @@ class Manifest:
     def sha256(self) -> str:
         """One hash for the whole corpus: of the hashes of its files."""
         return hashlib.sha256("".join(file.sha256 for file in self.files).encode()).hexdigest()
-
-
-def save_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write `manifest.json`, in one step."""
-    atomic_write(folder / "manifest.json", json.dumps(asdict(manifest), indent=1) + "\n")
 
 
 def data_folder(path: str) -> Path:
@@ -261,12 +256,6 @@ def opened(path: Path) -> Iterator[tuple[BinaryIO, os.stat_result]]:
         raise Problem(f"{path} does not fit into memory", "cut it into shards of 200 MB") from None
     except OSError as error:
         raise unreadable(path, error) from None
-
-
-def count_tokens(path: Path) -> int:
-    """The number of tokens in a shard, after checking that it is one and that it is whole."""
-    with opened(path) as (file, facts):
-        return check_header(path, facts.st_size, file.read(HEADER_BYTES))
 
 
 # %% A hash, once

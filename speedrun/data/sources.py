@@ -13,7 +13,6 @@ from speedrun.data.shards import (
     no_manifest,
     read_shard,
     recognise,
-    save_manifest,
     write_shard,
 )
 from speedrun.data.tokenizer import (
@@ -26,11 +25,23 @@ from speedrun.data.tokenizer import (
 )
 
 
+# %% A manifest beside the shards
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from speedrun.lab.files import atomic_write
+
+
+def save_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write `manifest.json`, in one step."""
+    atomic_write(folder / "manifest.json", json.dumps(asdict(manifest), indent=1) + "\n")
+
+
 # %% Text for everyone
 import contextlib
 import hashlib
 import importlib.metadata
-import json
 import os
 import re
 import shlex

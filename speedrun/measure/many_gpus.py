@@ -400,26 +400,27 @@ def spans_of(seen: Any) -> Spans:
     return [(name, round(begin - first, 1), round(end - first, 1)) for name, begin, end in spans]
 
 
+def noted(optimizer: MuonAdam) -> list[tuple[str, str]]:
+    """A list that grows by (kind, parameter) whenever the optimizer begins to sum or to gather what is sharded."""
+    begun: list[tuple[str, str]] = []
+
+    def noting(begin: Callable, what: tuple[str, str]) -> Callable:
+        return lambda: (begun.append(what), begin())  # type: ignore[func-returns-value]
+
+    for name, state in optimizer.states.items():
+        for half, kind in (("reduce", "sums"), ("gather", "gathers")):
+            if state.specs[0].comm != "replicated":
+                setattr(state.comm, half, noting(getattr(state.comm, half), (kind, name)))
+    return begun
+
+
 def trace_of_run(run: Any) -> dict:
     """What the first rank's GPU does in a step that updates everything: stretches by kind, and transfers by parameter."""
     from torch.profiler import ProfilerActivity, profile
 
     from speedrun.train import train_step
 
-    begun: list[tuple[str, str]] = []
-
-    def noted(begin: Callable, what: tuple[str, str]) -> Callable:
-        def call() -> None:
-            begun.append(what)
-            begin()
-
-        return call
-
-    for name, state in run.optimizer.states.items():
-        for half, kind in (("reduce", "sums"), ("gather", "gathers")):
-            if state.specs[0].comm != "replicated":
-                setattr(state.comm, half, noted(getattr(state.comm, half), (kind, name)))
-    run.step = 0
+    begun, run.step = noted(run.optimizer), 0
     for _ in range(3):
         train_step(run)
     run.clock.wait()
@@ -501,7 +502,8 @@ def run_on_gpus(world: int, path: str, command: str) -> tuple[dict, dict]:
     from speedrun.measure.runs import corpus_of
 
     if (count := torch.cuda.device_count()) < world:
-        raise Problem(f"{world} GPUs are asked for, here are {count}", "make doctor says why")
+        what = f"“run_{world}” is measured on GPUs, here are {count}"
+        raise Problem(what, "make doctor says why")
     run = preset("record_200m")
     run = vary(run, {"data.path": str(Path(path or run.data.path).absolute())})
     of = ["speedrun.train", "speedrun.measure.many_gpus"]
