@@ -110,14 +110,14 @@ def yarn(frequencies: Tensor, old: int, new: int, fast: float = 32.0, slow: floa
 
 
 # %%
-after = yarn(spectrum, 384, 896)
+slower = yarn(spectrum, 384, 896)
 kept, slowed = (turns >= 32), (turns <= 1)
-assert torch.equal(after[:32][kept], turning[kept]) and int(kept.sum()) == 3
-assert torch.equal(after[:32][slowed], turning[slowed] * (384 / 896)) and int(slowed.sum()) == 13
-assert not after[32:].any(), "pairs that stand still go on standing still"
-assert (after[:32].diff() < 0).all(), "the order of the pairs is kept"
+assert torch.equal(slower[:32][kept], turning[kept]) and int(kept.sum()) == 3
+assert torch.equal(slower[:32][slowed], turning[slowed] * (384 / 896)) and int(slowed.sum()) == 13
+assert not slower[32:].any(), "pairs that stand still go on standing still"
+assert (slower[:32].diff() < 0).all(), "the order of the pairs is kept"
 formula = spectrum * (384 / 896 + ((384 * spectrum / (2 * math.pi) - 1) / 31).clamp(0, 1) * (1 - 384 / 896))  # fmt: skip
-assert torch.allclose(after, formula, rtol=1e-6)
+assert torch.allclose(slower, formula, rtol=1e-6)
 print(f"kept: {kept.sum()}, between: {(~kept & ~slowed).sum()}, interpolated: {slowed.sum()}")
 
 
@@ -236,7 +236,7 @@ def follow_windows(
 
 # %%
 stages = follow_windows(spectrum, 0.1, LONG)
-assert [scale for _, scale in stages] == scales and torch.equal(stages[1][0], after)
+assert [scale for _, scale in stages] == scales and torch.equal(stages[1][0], slower)
 again = follow_windows(spectrum, 0.1, [384, 384, 896, 896, 1408, 1664])
 assert torch.equal(again[1][0], spectrum) and torch.equal(again[-1][0], stages[-1][0])
 assert again[-1][1] == scales[-1], "a window that stays changes nothing"
@@ -448,7 +448,97 @@ assert mended["unchanged"][1] > mended["YaRN and scale"][0], "eight steps do not
 
 # %% [markdown]
 # Training mends it. Within a few dozen steps the head that nobody told of the change comes to where YaRN had begun, and is still behind at the end of these. So what YaRN can save in a run of more than a thousand steps is the spike, and some steps after it, at each change.
+
+# %% [markdown]
+# ### A model that writes, on long documents
 #
+# Does a model of text behave like that toy? The laptop's run can be made to: the same Python as everywhere in this book, but whole files, cut only where they are longer than 4,096 tokens; three layers, of which the last has a long window, 256 and in the second half 512. It is then examined with windows that it was never trained with, on the tokens that have at least 512 before them.
+
+# %% tags=["hide-input"]
+#| export measure.windows
+import shlex
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from speedrun.config import Config, vary
+from speedrun.lab.provenance import root
+from speedrun.measure.study import runs_of
+from speedrun.presets import preset
+from speedrun.schedule import Stage
+
+LONGEST, TRAINED, FROM = 4096, 512, 512
+WIDER = (1024, 2048, 4096)
+NARROWER = (64, 128, 256, TRAINED)
+
+
+def whole_files(folder: Path) -> None:
+    """The embedded text's files as documents of at most LONGEST tokens, as a data folder, unless it is there."""
+    from speedrun.data import sources
+    from speedrun.data.tokenizer import byte_tokenizer, decode_bytes, encode_bytes
+
+    if (folder / "manifest.json").exists():
+        return
+    documents: dict[str, list] = {"train": [], "val": []}
+    for package in sources.WHEELS:
+        for name, text in sorted(sources.package_text(package, root() / "data" / "wheels").items()):
+            pieces = sources.cut(encode_bytes(text), ord("\n"), LONGEST - 1)
+            split = "val" if sources.is_validation(name, 0.05) else "train"
+            documents[split] += [(piece, len(decode_bytes(piece))) for piece in pieces]
+    mixed = {split: sources.shuffled(texts) for split, texts in documents.items()}
+    told = byte_tokenizer(), ", ".join(sources.WHEELS), shlex.join(["measure.py", "windows"])
+    sources.write_corpus(folder, mixed, *told, sources.SHARD_TOKENS)
+
+
+# %% tags=["hide-input"]
+#| export measure.windows
+def study() -> dict[str, Config]:
+    """The laptop's run on whole files, three seeds; makes the files. Its long layer looks back over 256, then 512 tokens."""
+    whole_files(root() / "data" / "files")
+    stages = tuple(Stage(1 / 2, 1, 1.5, LONGEST, (64, long)) for long in (256, TRAINED))
+    reads = {"data.path": "data/files", "data.max_document": LONGEST, "data.grad_shards": 1}
+    sizes = {"data.step_tokens": LONGEST, "data.pass_tokens": LONGEST, "steps": 600}
+    run = vary(preset("cpu"), reads | sizes | {"schedule.stages": stages})
+    return runs_of({"files": run}, (0, 1, 2))
+
+
+@torch.no_grad()
+def far_loss(live: Any, window: int, turning: torch.Tensor, scale: float, tokens: int) -> float:
+    """Mean loss of validation tokens with at least FROM before them in their document, when long attention looks back over `window`."""
+    from speedrun.data.loader import validation_batches
+    from speedrun.model.attention import Packed, positions_of
+
+    short, sums = live.told[-1].windows[0].item(), torch.zeros(2, dtype=torch.float64)
+    reach = torch.tensor([short, window], dtype=torch.int32)
+    for batch in validation_batches(live.validation, live.config.data, tokens):
+        assert batch.cu_seqlens is not None and batch.longest is not None
+        known = Packed(batch.cu_seqlens, batch.longest, reach, torch.tensor(scale), turning)
+        logits = live.model(batch.inputs, None, known)[0].float()
+        lost = F.cross_entropy(logits, batch.targets[0], reduction="none")
+        far = lost[positions_of(batch.cu_seqlens, len(lost)) >= FROM]
+        sums += torch.tensor([far.sum().item(), len(far)])
+    return (sums[0] / sums[1]).item()
+
+
+def after(live: Any, tokens: int = 131_072) -> dict:
+    """Far losses by the window of the examination: as trained; and wider ones also with new frequencies and scale, or one of the two."""
+    told = live.told[-1]
+    turning, scale = told.frequencies, told.scale.item()
+    found = {"as trained": {w: far_loss(live, w, turning, scale, tokens) for w in NARROWER + WIDER}}
+    ways: dict[str, dict] = {"YaRN and scale": {}, "YaRN": {}, "scale": {}}
+    for wide in WIDER:
+        slower, stronger = yarn(turning, TRAINED, wide), widened_scale(scale, TRAINED, wide)
+        ways["YaRN and scale"][wide] = far_loss(live, wide, slower, stronger, tokens)
+        ways["YaRN"][wide] = far_loss(live, wide, slower, scale, tokens)
+        ways["scale"][wide] = far_loss(live, wide, turning, stronger, tokens)
+    return {
+        "far": {way: {str(w): loss for w, loss in by.items()} for way, by in (found | ways).items()}
+    }
+
+
+# %% [markdown]
 # ## What it buys
 #
 # The public records, at full size. From record 29, which brought the three windows, to record 35 much else changed, and only a part of each step belongs to this chapter:
