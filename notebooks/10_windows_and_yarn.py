@@ -538,7 +538,54 @@ def after(live: Any, tokens: int = 131_072) -> dict:
     }
 
 
+# %%
+import numpy as np
+
+from speedrun.lab.results import figure_style, load_result, measured_on
+
+seen = [load_result("windows", f"files_{seed}") for seed in range(3)]
+far = [result["data"]["runs"][0]["far"] for result in seen]
+
+
+def changes(way: str) -> dict[int, list[float]]:
+    """By window: each seed's loss, less its loss at the window with which it was trained."""
+    at_home = [each["as trained"][str(TRAINED)] for each in far]
+    return {int(w): [each[way][w] - home for each, home in zip(far, at_home)] for w in far[0][way]}
+
+
+moved = {way: changes(way) for way in far[0]}
+for way, by in moved.items():
+    print(f"{way:15}", *(f"{w}: {np.mean(each):+.3f}" for w, each in by.items()))
+plain, yarn_only, scale_only, with_both = (moved[w] for w in ("as trained", "YaRN", "scale", "YaRN and scale"))  # fmt: skip
+for seed in range(3):
+    assert 0 < plain[1024][seed] < plain[2048][seed] < plain[4096][seed], "unchanged, it is worse"
+    assert with_both[1024][seed] < min(0, scale_only[1024][seed], yarn_only[1024][seed])
+    assert with_both[1024][seed] < 0 < with_both[2048][seed] < plain[2048][seed]
+    assert scale_only[4096][seed] < with_both[4096][seed] < yarn_only[4096][seed]
+
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Change of loss on tokens far from their document's beginning, against the window at the examination, for four ways to widen it, three seeds each"}}
+figure_style()
+fig, axis = plt.subplots(figsize=(6, 3.4), layout="constrained")
+for n, (way, by) in enumerate(moved.items()):
+    wide = {w: each for w, each in by.items() if w >= 256 or way != "as trained"}
+    axis.plot([TRAINED, *(w for w in wide if w > TRAINED)], [0, *(np.mean(each) for w, each in wide.items() if w > TRAINED)], color=f"C{n}", label=way.replace("as trained", "unchanged"))  # fmt: skip
+    for w, each in wide.items():
+        axis.plot([w] * len(each), each, "o", ms=3, color=f"C{n}")
+axis.axhline(0, color="0.4", lw=0.8, ls=":")
+axis.set_xscale("log", base=2)
+axis.set_xticks([256, 512, 1024, 2048, 4096], ["256", "512", "1,024", "2,048", "4,096"])
+axis.set_xlabel("long window at the examination (trained with 512)")
+axis.set_ylabel("change of loss (nats a token)")
+axis.legend(fontsize=8)
+axis.set_title(
+    f"Twice the window: {np.mean(with_both[1024]):+.3f} with both, {np.mean(plain[1024]):+.3f} unchanged"
+)
+fig.text(0.99, -0.03, measured_on(seen[0]), ha="right", fontsize=6.5)
+plt.show()
+
 # %% [markdown]
+# The same picture, in each of three seeds. Doubled without more ado, the window costs loss though it shows more text. With both halves of YaRN the wider window is worth something at once, to a model that was never trained with it; neither half alone gets so far. At four times the old window next to nothing is gained any more, and at eight the frequencies do harm: the scale alone is best there. That is one leap, though, where record 31 makes three smaller ones, and trains between them. Its last, for the validation alone, is by a fifth, on the left of this figure.
+#
 # ## What it buys
 #
 # The public records, at full size. From record 29, which brought the three windows, to record 35 much else changed, and only a part of each step belongs to this chapter:
