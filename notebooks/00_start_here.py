@@ -220,19 +220,19 @@ plt.show()
 # ### Errors with a way out
 #
 # A message that only says what went wrong leaves its reader where the program stopped. Throughout this book an error that somebody can mend
-# is a `Problem`: what is wrong, with the name and the value, and the way out. Commands print it without a traceback; anything else is a bug of ours, and keeps its traceback. ([The workshop](93_errors_and_files.py) has the class, and what the operating system can refuse.)
+# is a `UserError`: what is wrong, with the name and the value, and the way out. Commands print it without a traceback; anything else is a bug of ours, and keeps its traceback. ([The workshop](93_errors_and_files.py) has the class, and what the operating system can refuse.)
 
 # %%
 #| default_exp lab.hardware
 #| export
-from speedrun.lab.errors import Problem
+from speedrun.lab.errors import UserError
 
 # %%
 try:
-    raise Problem(
+    raise UserError(
         "data/fineweb holds no manifest.json", "python -m speedrun.data manifest data/fineweb"
     )
-except Problem as problem:
+except UserError as problem:
     assert problem.what in str(problem) and problem.fix in str(problem)
     print(problem)
 
@@ -579,7 +579,7 @@ print(f"torch {machine.versions['torch']} → {machine.device}")
 #| export lab.doctor
 import re
 
-from speedrun.lab.errors import Problem
+from speedrun.lab.errors import UserError
 
 LEAST_DRIVER = {11: "450.80.02", 12: "525.60.13", 13: "580.65.06"}  # on Linux, by CUDA
 WINDOWS_DRIVER = {11: "452.39", 12: "528.33", 13: "580"}
@@ -592,13 +592,13 @@ def numbers(version: str) -> tuple[int, ...]:
     return tuple(map(int, re.findall(r"\d+", version)))
 
 
-def gpu_problem(machine: Machine) -> Problem | None:
+def gpu_problem(machine: Machine) -> UserError | None:
     """Why torch cannot use the GPU that is there, and the way out; None if it can, if there is none, or without torch."""
     if not machine.gpus or not machine.versions["torch"] or machine.no_torch:
         return None
     if machine.cuda is None:
         fix = f"pip install --force-reinstall torch, from the default index; or, {ON_CPU}"
-        return Problem("there is a GPU, but this torch was built for the CPU", fix)
+        return UserError("there is a GPU, but this torch was built for the CPU", fix)
     gpu, wanted = machine.gpus[0], numbers(machine.cuda)[0]
     least = WINDOWS_DRIVER if machine.system.startswith("Windows") else LEAST_DRIVER
     have = numbers(gpu.driver)
@@ -607,9 +607,9 @@ def gpu_problem(machine: Machine) -> Problem | None:
     if have and wanted in least and runs < wanted:
         what = f"the driver {gpu.driver} is too old for the CUDA {machine.cuda} of this torch"
         fix = f"update the NVIDIA driver to {least[wanted]} or newer; or, "
-        return Problem(what, fix + (older if runs == 12 else ON_CPU))
+        return UserError(what, fix + (older if runs == 12 else ON_CPU))
     if wanted >= 13 and (0, 0) < gpu.capability < (7, 5):
-        return Problem(f"{gpu.name} is too old for the CUDA {machine.cuda} of this torch", older)
+        return UserError(f"{gpu.name} is too old for the CUDA {machine.cuda} of this torch", older)
     return None
 
 
@@ -656,7 +656,7 @@ class Unlaunchable:
     def __getitem__(self, grid):
         where = f"{platform.system()}, Python {platform.python_version()}"
         fix = "pip install triton (Linux only), or call the plain reference beside the kernel"
-        raise Problem(f"kernel {self.__name__} cannot be launched: no Triton on {where}", fix)
+        raise UserError(f"kernel {self.__name__} cannot be launched: no Triton on {where}", fix)
 
 
 # %%
@@ -697,7 +697,7 @@ try:
     assert kernel.__name__ == "twice" and "Doubles" in kernel.__doc__
     kernel[(1,)](None)
     raise AssertionError("launched without Triton")
-except Problem as problem:
+except UserError as problem:
     print(problem)
 finally:
     sys.modules.pop("triton")
@@ -912,7 +912,7 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-from speedrun.lab.errors import Problem, visible
+from speedrun.lab.errors import UserError, visible
 
 
 @dataclass(frozen=True)
@@ -938,17 +938,17 @@ class Tier:
 # %%
 #| export
 def tier_of(machine: Machine, asked: str) -> Tier:
-    """The tier that `TIER=asked` chooses: C, 1, or if empty 1 where a GPU has CHAPTER_GB and else C. Raises Problem."""
+    """The tier that `TIER=asked` chooses: C, 1, or if empty 1 where a GPU has CHAPTER_GB and else C. Raises UserError."""
     if asked not in ("", "C", "c", "1"):
         fix = "TIER=C keeps to the CPU, TIER=1 takes one GPU; without TIER the machine decides"
-        raise Problem(f"TIER={visible(asked)} is no tier of a chapter", fix)
+        raise UserError(f"TIER={visible(asked)} is no tier of a chapter", fix)
     gpus = usable_gpus(machine)
     large = [gpu for gpu in gpus if gpu.memory_gb >= CHAPTER_GB]
     if asked == "1" and not gpus:
         trouble = gpu_problem(machine)
         why = trouble.what if trouble else "PyTorch finds no GPU here"
         fix = "python -m speedrun.lab.doctor says more; a kernel that was at tier C has to be restarted; or TIER=C"  # fmt: skip
-        raise Problem(f"TIER=1 wants a GPU: {why}", fix)
+        raise UserError(f"TIER=1 wants a GPU: {why}", fix)
     if asked == "1" and not large:
         return Tier(max(gpus, key=lambda gpu: gpu.memory_gb))
     return Tier(large[0] if large and asked in ("", "1") else None)
@@ -968,11 +968,11 @@ def reason(tier: Tier, machine: Machine, asked: str) -> str:
 # %%
 #| export
 def show_only(tier: Tier, machine: Machine) -> None:
-    """Hide all GPUs but the tier's from this process and those that it starts. Raises Problem if CUDA is initialised already."""
+    """Hide all GPUs but the tier's from this process and those that it starts. Raises UserError if CUDA is initialised already."""
     cuda = getattr(sys.modules.get("torch"), "cuda", None)
     if tier.gpu is None and cuda is not None and cuda.is_initialized():
         what = "this kernel has a GPU in use, and tier C keeps to the CPU"
-        raise Problem(what, "restart the kernel, and run the chapter from its first cell")
+        raise UserError(what, "restart the kernel, and run the chapter from its first cell")
     if tier.gpu is None:
         os.environ["CUDA_VISIBLE_DEVICES"] = "-1"  # an empty variable is none at all on Windows
     elif len(machine.gpus) > 1:
@@ -1002,7 +1002,7 @@ for on, asked in ((mac, "1"), (aged, "1"), (modern, "gpu")):
     try:
         tier_of(on, asked)
         raise AssertionError("accepted")
-    except Problem as problem:
+    except UserError as problem:
         print(problem)
 for each in (modern, small_card, aged, mac):
     print("tier", tier_of(each, "").name, "for", reason(tier_of(each, ""), each, ""))

@@ -189,9 +189,9 @@ print(f"record 26 {kept['26']}, record 41 {kept['41']}: p = {p:.2f}")
 #| export
 def power(difference: float, sd: float, n: int, alpha: float = 0.01) -> float:
     """Chance that n runs against n show a true difference of means, in a one-sided t-test at level alpha."""
-    freedom = 2 * n - 2
-    threshold = stats.t.ppf(1 - alpha, freedom)
-    return float(stats.nct.sf(threshold, freedom, difference / (sd * math.sqrt(2 / n))))
+    dof = 2 * n - 2
+    threshold = stats.t.ppf(1 - alpha, dof)
+    return float(stats.nct.sf(threshold, dof, difference / (sd * math.sqrt(2 / n))))
 
 
 def runs_needed(difference: float, sd: float, alpha: float = 0.01, wanted: float = 0.9) -> int:
@@ -363,39 +363,39 @@ class Study:
     """Arms beside one control: samples and, for all but the control, Dunnett's p, by name; one deviation for all, and its degrees of freedom."""
 
     samples: dict[str, Sample]
-    chance: dict[str, float]
-    deviation: float
-    freedom: int
+    p_values: dict[str, float]
+    pooled_sd: float
+    dof: int
 
-    def rise(self, arm: str) -> float:
+    def delta(self, arm: str) -> float:
         """How far an arm's mean is above the control's."""
         return self.samples[arm].mean - self.samples["control"].mean
 
     def line(self, arm: str) -> str:
         """An arm beside the control, for printing."""
-        return f"{arm:36} {self.samples[arm]}  {self.rise(arm):+.4f}, {p_text(self.chance[arm])}"
+        return f"{arm:36} {self.samples[arm]}  {self.delta(arm):+.4f}, {p_text(self.p_values[arm])}"
 
-    def visible(self, n: int, power: float = 0.5, alpha: float = 0.05) -> float:
+    def detectable(self, n: int, power: float = 0.5, alpha: float = 0.05) -> float:
         """About the true difference that an arm of n runs shows with this probability at p < alpha (by Bonferroni's threshold, which is near)."""
-        error = self.deviation * math.sqrt(1 / n + 1 / self.samples["control"].n)
-        height = stats.t.isf(alpha / len(self.chance) / 2, self.freedom)
-        return float(error * (height + stats.t.ppf(power, self.freedom)))
+        error = self.pooled_sd * math.sqrt(1 / n + 1 / self.samples["control"].n)
+        height = stats.t.isf(alpha / len(self.p_values) / 2, self.dof)
+        return float(error * (height + stats.t.ppf(power, self.dof)))
 
-    def between(self, a: str, b: str) -> float:
+    def pairwise_p(self, a: str, b: str) -> float:
         """Two-sided p-value of the difference of two arms, as if nothing else had been asked: Student's test with the common deviation."""
         one, two = self.samples[a], self.samples[b]
-        t = (one.mean - two.mean) / (self.deviation * math.sqrt(1 / one.n + 1 / two.n))
-        return float(2 * stats.t.sf(abs(t), self.freedom))
+        t = (one.mean - two.mean) / (self.pooled_sd * math.sqrt(1 / one.n + 1 / two.n))
+        return float(2 * stats.t.sf(abs(t), self.dof))
 
 
 def study_of(losses: Mapping[str, Sequence[float]]) -> Study:
     """A study from each arm's losses, those of “control” among them."""
     samples = {arm: describe(values) for arm, values in losses.items()}
-    freedom = sum(sample.n - 1 for sample in samples.values())
+    dof = sum(sample.n - 1 for sample in samples.values())
     squares = math.fsum((sample.n - 1) * sample.sd**2 for sample in samples.values())
     others = {arm: values for arm, values in losses.items() if arm != "control"}
     chance = against_control(others, losses["control"])
-    return Study(samples, chance, math.sqrt(squares / freedom), freedom)
+    return Study(samples, chance, math.sqrt(squares / dof), dof)
 
 
 # %% [markdown]
@@ -405,13 +405,13 @@ def study_of(losses: Mapping[str, Sequence[float]]) -> Study:
 bound = min(range(studies), key=lambda s: abs(np.abs(t[0][s]).max() - threshold))
 study = {str(arm): treated[bound, arm] for arm in range(arms)}
 found = study_of(study | {"control": control[bound]})
-p_of = found.chance
+p_of = found.p_values
 assert abs(min(p_of.values()) - 0.05) < 0.01
 least = min(p_of, key=p_of.get)
-alone = found.between(least, "control")
-assert abs(found.deviation - pooled[bound, 0]) < 1e-9 and found.freedom == 94
-assert 2.4 < found.visible(n, 0.74) / found.deviation < 2.6, "as simulated"
-assert 2.8 < found.visible(n, 0.9) / found.deviation < 3
+alone = found.pairwise_p(least, "control")
+assert abs(found.pooled_sd - pooled[bound, 0]) < 1e-9 and found.dof == 94
+assert 2.4 < found.detectable(n, 0.74) / found.pooled_sd < 2.6, "as simulated"
+assert 2.8 < found.detectable(n, 0.9) / found.pooled_sd < 3
 print(
     f"largest |t| {np.abs(t[0][bound]).max():.2f}: {p_text(p_of[least])}; as the only arm {p_text(alone)}"
 )
@@ -435,7 +435,7 @@ import re
 import time
 from pathlib import Path
 
-from speedrun.lab.errors import Problem
+from speedrun.lab.errors import UserError
 
 LINE = re.compile(
     r"step:(?P<step>\d+)/(?P<steps>\d+)(?: train_loss:(?P<train_loss>\S+))?"
@@ -605,7 +605,7 @@ def read_metrics(path: str | Path) -> list[dict]:
         except json.JSONDecodeError as error:
             if number < len(lines):
                 fix = "take that line out; the others are whole"
-                raise Problem(f"{path}, line {number}: not a record: {error}", fix) from None
+                raise UserError(f"{path}, line {number}: not a record: {error}", fix) from None
     return records
 
 
@@ -667,7 +667,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import speedrun
-from speedrun.lab.errors import Problem
+from speedrun.lab.errors import UserError
 from speedrun.lab.hardware import look, run_tool
 
 
@@ -716,7 +716,7 @@ def root() -> Path:
     folder = Path(speedrun.__file__).resolve().parent.parent
     if not (folder / "book" / "data").is_dir():
         what = f"there is no project around {folder / 'speedrun'}: book/data is missing"
-        raise Problem(what, "pip install -e . in a clone of the repository")
+        raise UserError(what, "pip install -e . in a clone of the repository")
     return folder
 
 
@@ -815,7 +815,7 @@ import csv
 import json
 from pathlib import Path
 
-from speedrun.lab.errors import Problem
+from speedrun.lab.errors import UserError
 from speedrun.lab.files import atomic_write
 
 
@@ -901,7 +901,7 @@ def load_result(slug: str, name: str) -> dict:
     note_opened(path)
     if not path.is_file():
         what = f"book/results/{slug}/{name}.json does not exist: nobody has measured that yet"
-        raise Problem(what, f"python scripts/measure.py {slug} {name}")
+        raise UserError(what, f"python scripts/measure.py {slug} {name}")
     return json.loads(path.read_text(encoding="utf-8"))
 
 
@@ -909,7 +909,7 @@ def load_result(slug: str, name: str) -> dict:
 try:
     load_result("are_you_faster", "of_course")
     raise AssertionError("found a measurement that nobody made")
-except Problem as problem:
+except UserError as problem:
     assert "nobody has measured" in problem.what
     print(problem)
 

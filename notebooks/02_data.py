@@ -25,7 +25,7 @@
 # to continue it, and has no way to find out that it is a recipe.
 #
 # Record 12 let each GPU read one sequence of 64 thousand tokens instead, so that documents were seen whole, and masked attention at their borders: **3,000 steps became 1,875**. That left one document per GPU without its head. Record 26 moved the cut to where a document begins, lengthened the cooldown, and took another
-# twenty steps off; record 29 capped documents at 2,048 tokens, and some twenty-five more went. Nobody had invented a layer. They had stopped throwing away first lines.
+# twenty steps off; record 29 softcap documents at 2,048 tokens, and some twenty-five more went. Nobody had invented a layer. They had stopped throwing away first lines.
 
 # %%
 from speedrun.lab.tier import choose_tier
@@ -55,7 +55,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from speedrun.lab.errors import Problem
+from speedrun.lab.errors import UserError
 
 SPACE, LONGEST_RUN = 32, 32
 FIRST_RUN = 256  # two spaces; 286 is thirty-two
@@ -144,7 +144,7 @@ def gpt2_tokenizer() -> Tokenizer:
         bpe = tiktoken.get_encoding("gpt2")
     except (OSError, ValueError) as error:
         fix = "run this once with a network; or set TIKTOKEN_CACHE_DIR to a folder with tiktoken's files"
-        raise Problem(f"the GPT-2 vocabulary could not be loaded: {error}", fix) from None
+        raise UserError(f"the GPT-2 vocabulary could not be loaded: {error}", fix) from None
 
     def encode(text: str) -> np.ndarray:
         return np.array(bpe.encode_ordinary(text), dtype=np.uint16)
@@ -171,7 +171,7 @@ MAKERS = dict(zip(TOKENIZERS, (byte_tokenizer, gpt2_tokenizer)))
 def get_tokenizer(name: str) -> Tokenizer:
     """The tokenizer that a manifest names."""
     if name not in TOKENIZERS:
-        raise Problem(f"there is no tokenizer “{name}”", f"known are {', '.join(TOKENIZERS)}")
+        raise UserError(f"there is no tokenizer “{name}”", f"known are {', '.join(TOKENIZERS)}")
     return MAKERS[name]()
 
 
@@ -211,7 +211,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from speedrun.lab.errors import WAYS_OUT, Problem, quoted, visible
+from speedrun.lab.errors import WAYS_OUT, UserError, quoted, visible
 from speedrun.lab.files import atomic_write, file_sha256
 from speedrun.lab.provenance import note_opened, root
 
@@ -375,15 +375,15 @@ def manifest_of(fields: Any) -> Manifest:
 
 # %%
 #| export data.shards
-def no_manifest(folder: Path) -> Problem:
+def no_manifest(folder: Path) -> UserError:
     """The complaint about a folder without a manifest, or about no folder; it names every place that was looked at."""
     if folder.is_dir():
         fix = f"if it has shards: python -m speedrun.data manifest {quoted(folder)} --tokenizer gpt2 (or bytes); if not: … embedded, fineweb or pack"
-        return Problem(f"{folder} holds no manifest.json", fix)
+        return UserError(f"{folder} holds no manifest.json", fix)
     here = Path.cwd() / folder.relative_to(root()) if folder.is_relative_to(root()) else folder
     places = " nor ".join(dict.fromkeys([str(here.absolute()), str(folder.absolute())]))
     fix = "look for a misspelt name; python -m speedrun.data --help says what makes a data folder"
-    return Problem(f"there is no folder {visible(places, 4096)}", fix)
+    return UserError(f"there is no folder {visible(places, 4096)}", fix)
 
 
 # %%
@@ -401,20 +401,20 @@ def load_manifest(folder: str | Path) -> Manifest:
         raise unreadable(path, error) from None
     except (ValueError, RecursionError) as error:
         fix = f"move it elsewhere, then: python -m speedrun.data manifest {quoted(folder)} --tokenizer gpt2 (or bytes)"
-        raise Problem(f"{path} is not a manifest: {visible(error)}", fix) from None
+        raise UserError(f"{path} is not a manifest: {visible(error)}", fix) from None
     if manifest.tokenizer not in TOKENIZERS:
         what = f"{path}: there is no tokenizer “{visible(manifest.tokenizer)}”"
-        raise Problem(what, f"known are {', '.join(TOKENIZERS)}; a newer version may know it")
+        raise UserError(what, f"known are {', '.join(TOKENIZERS)}; a newer version may know it")
     note_opened(path)
     return manifest
 
 
-def unreadable(path: Path, error: OSError) -> Problem:
+def unreadable(path: Path, error: OSError) -> UserError:
     """What the system refused about a file of a data folder."""
     if isinstance(error, PermissionError):
-        return Problem(f"{path} may not be read by this user", f"its owner: chmod -R a+rX {quoted(path.parent)}")  # fmt: skip
+        return UserError(f"{path} may not be read by this user", f"its owner: chmod -R a+rX {quoted(path.parent)}")  # fmt: skip
     what = f"{path} cannot be read: {error.strerror or error}"
-    return Problem(what, WAYS_OUT.get(error.errno or 0, "copy it again from where it came"))
+    return UserError(what, WAYS_OUT.get(error.errno or 0, "copy it again from where it came"))
 
 
 # %%
@@ -439,7 +439,7 @@ for true, false in (
     try:
         load_manifest(scratch)
         raise AssertionError(f"{false[:60]!r} was accepted")
-    except Problem as problem:
+    except UserError as problem:
         assert "manifest.json" in problem.what and "delete" not in problem.fix
         print(problem.what.replace(f"{scratch}/", "")[:110])
 save_manifest(scratch, counting)
@@ -511,7 +511,7 @@ FINEWEB_NAME = r"fineweb_(train|val)_\d{6}\.bin"
 
 def how_to_make(folder: Path) -> str | None:
     """The command that makes a data folder again, if it is one of ours; composed here, never taken from its manifest."""
-    with contextlib.suppress(Problem):
+    with contextlib.suppress(UserError):
         manifest = load_manifest(folder)
         if manifest.sha256 == EMBEDDED_SHA256:
             return f"python -m speedrun.data embedded --out {quoted(folder)}"
@@ -542,9 +542,9 @@ print(advice.replace(f"{scratch}/", ""))
 
 # %%
 #| export data.shards
-def bad_shard(path: Path, at: int, what: str) -> Problem:
+def bad_shard(path: Path, at: int, what: str) -> UserError:
     """The complaint about one byte of one file, with its cure."""
-    return Problem(f"{path}, byte {at}: {what}", how_to_mend(path))
+    return UserError(f"{path}, byte {at}: {what}", how_to_mend(path))
 
 
 def check_header(path: Path, size: int, head: bytes) -> int:
@@ -569,17 +569,19 @@ def check_header(path: Path, size: int, head: bytes) -> int:
 #| export data.shards
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[tuple[BinaryIO, os.stat_result]]:
-    """A shard that is open for reading, and its facts; what the system refuses meanwhile becomes a Problem."""
+    """A shard that is open for reading, and its facts; what the system refuses meanwhile becomes a UserError."""
     try:
         if path.exists() and not path.is_file():
             fix = how_to_make(path.parent) or "copy the shard there"
-            raise Problem(f"{path} is no file", f"move it elsewhere, then: {fix}")
+            raise UserError(f"{path} is no file", f"move it elsewhere, then: {fix}")
         with open(path, "rb") as file:
             yield file, os.fstat(file.fileno())
     except FileNotFoundError:
-        raise Problem(f"{path} is missing", how_to_mend(path)) from None
+        raise UserError(f"{path} is missing", how_to_mend(path)) from None
     except MemoryError:
-        raise Problem(f"{path} does not fit into memory", "cut it into shards of 200 MB") from None
+        raise UserError(
+            f"{path} does not fit into memory", "cut it into shards of 200 MB"
+        ) from None
     except OSError as error:
         raise unreadable(path, error) from None
 
@@ -628,7 +630,7 @@ def check_sha256(path: Path, stat: os.stat_result, parts: tuple, sha256: str, ag
     for part in parts:
         digest.update(part)
     if digest.hexdigest() != sha256:
-        raise Problem(f"{path}: its SHA-256 is not the manifest's {sha256}", how_to_mend(path))
+        raise UserError(f"{path}: its SHA-256 is not the manifest's {sha256}", how_to_mend(path))
     remember(path, facts)
 
 
@@ -679,7 +681,7 @@ for name, content in damage.items():
     try:
         read_shard(scratch / f"{name}.bin", 288, entry)
         raise AssertionError(f"{name} was accepted")
-    except Problem as problem:
+    except UserError as problem:
         assert f"{name}.bin" in problem.what and problem.fix and "delete" not in problem.fix
         print(problem.what.replace(f"{scratch}/", ""))
     (scratch / f"{name}.bin").unlink()
@@ -690,7 +692,7 @@ for at, bit in zip(flips.integers(1024, len(good), 200), flips.integers(0, 8, 20
     content[at] ^= 1 << int(bit)
     (scratch / "good.bin").write_bytes(content)
     passed += len(read_shard(scratch / "good.bin", 65536)) == 1000
-    with contextlib.suppress(Problem):
+    with contextlib.suppress(UserError):
         read_shard(scratch / "good.bin", 65536, entry)
         raise AssertionError("the hash let it pass")
     seen += 1
@@ -742,7 +744,7 @@ from typing import Any
 import numpy as np
 from filelock import BaseFileLock
 
-from speedrun.lab.errors import Problem, explained, quoted, visible
+from speedrun.lab.errors import UserError, explained, quoted, visible
 from speedrun.lab.files import claim, file_sha256, sync
 from speedrun.lab.provenance import root
 
@@ -837,7 +839,7 @@ def fetch_wheel(package: str, folder: Path) -> Path:
     if done.returncode:
         reason = visible((done.stderr.strip().splitlines() or ["no reason given"])[-1])
         what = f"{package} {version} is not installed here and could not be fetched: {reason}"
-        raise Problem(
+        raise UserError(
             what, f"with a network: pip download --no-deps {package}=={version} -d {folder}"
         )
     return folder / wheel
@@ -855,7 +857,7 @@ def package_text(package: str, wheels: Path) -> dict[str, bytes]:
         what = (
             f"the text of {package} {version} has SHA-256 {text_digest(texts)}, expected {digest}"
         )
-        raise Problem(what, f"move {wheels} elsewhere, and try again: a new one is fetched")
+        raise UserError(what, f"move {wheels} elsewhere, and try again: a new one is fetched")
     return texts
 
 
@@ -955,7 +957,7 @@ def write_files(
     for split, texts in documents.items():
         if not texts:
             what = f"no document is left for the {split} split"
-            raise Problem(what, "give more text: a few lines of it for each split")
+            raise UserError(what, "give more text: a few lines of it for each split")
     entries: list[ShardFile] = []
     for split in ("train", "val"):
         entries += write_split(staged, split, documents[split], tokenizer, shard_tokens)
@@ -995,7 +997,7 @@ def maker(command: str) -> list[str]:
 
 
 def made_before(folder: Path, command: str) -> list[str]:
-    """The files in a folder that the same kind of command made, manifest.json first; Problem about anything else there.
+    """The files in a folder that the same kind of command made, manifest.json first; UserError about anything else there.
 
     Hidden files are left out: nothing here touches them.
     """
@@ -1010,7 +1012,7 @@ def made_before(folder: Path, command: str) -> list[str]:
         ours = name == "manifest.json" or (folder / name).is_file() and file_sha256(folder / name) == listed.get(name)  # fmt: skip
         if name not in listed or not ours:
             what = f"{visible(folder / name)} was not made by this command, or has changed since, and would be in its way"
-            raise Problem(what, "choose another folder (--out), or move it elsewhere")
+            raise UserError(what, "choose another folder (--out), or move it elsewhere")
     return [name for name in listed if name in there]
 
 
@@ -1024,7 +1026,7 @@ for command in (packs, "python -m speedrun.data embedded"):
     try:
         made_before(scratch / "staged", command)
         raise AssertionError("would have been replaced")
-    except Problem as problem:
+    except UserError as problem:
         print(str(problem).replace(f"{scratch}/", ""))
 shutil.rmtree(scratch / "staged")
 
@@ -1055,7 +1057,7 @@ def signals_wait() -> Iterator[None]:
 
 
 def own(staged: Path, patience_s: int, held: list[BaseFileLock]) -> None:
-    """Put the lock of a staging folder into `held`; Problem if another process has it, and still has it after so many seconds."""
+    """Put the lock of a staging folder into `held`; UserError if another process has it, and still has it after so many seconds."""
     while not held:
         try:
             with signals_wait():
@@ -1067,7 +1069,7 @@ def own(staged: Path, patience_s: int, held: list[BaseFileLock]) -> None:
         except FileExistsError:  # likewise, between a refusal and the look at what is there
             if staged.exists() and not staged.is_dir():
                 raise
-        except Problem:
+        except UserError:
             if patience_s <= 0:
                 raise
             time.sleep(1)
@@ -1076,7 +1078,7 @@ def own(staged: Path, patience_s: int, held: list[BaseFileLock]) -> None:
 
 @contextlib.contextmanager
 def explaining(path: Path) -> Iterator[None]:
-    """What the system refuses meanwhile becomes a Problem, about `path` where the error names no file."""
+    """What the system refuses meanwhile becomes a UserError, about `path` where the error names no file."""
     try:
         yield
     except OSError as error:
@@ -1090,7 +1092,7 @@ def explaining(path: Path) -> Iterator[None]:
 def staging(folder: Path, keep: bool = False, patience_s: int = 0) -> Iterator[Path]:
     """A hidden folder inside `folder`, for one process at a time; removed at the end, unless it fails and is to `keep`.
 
-    A `folder` that had to be made and stays empty goes, too. What the system refuses becomes a Problem.
+    A `folder` that had to be made and stays empty goes, too. What the system refuses becomes a UserError.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     staged, held = folder / STAGING, list[BaseFileLock]()
@@ -1145,7 +1147,7 @@ def swap(staged: Path, folder: Path, before: list[str]) -> None:
 def replacing(folder: Path, command: str, patience_s: int = 0) -> Iterator[Path]:
     """An empty folder for a new corpus. When the block ends well, the corpus is `folder`'s; if not, nothing has changed.
 
-    Raises Problem, before anything is written, where `folder` holds what the same kind of command did not make.
+    Raises UserError, before anything is written, where `folder` holds what the same kind of command did not make.
     """
     if not (folder / STAGING).exists():
         with contextlib.suppress(OSError):  # staging says it better
@@ -1178,7 +1180,7 @@ try:
     with replacing(scratch / "tiny", "…") as staged:
         write_files(staged, {"train": lines[:9], "val": lines[9:]}, byte_tokenizer(), "B", "…", 500)
         raise OSError(28, "No space left on device")
-except Problem as problem:
+except UserError as problem:
     print(str(problem).replace(f"{scratch}/", ""))
 assert {path.name: path.read_bytes() for path in (scratch / "tiny").iterdir()} == old
 shorter = write_corpus(scratch / "tiny", {"train": lines[:9], "val": lines[9:]}, byte_tokenizer(), "B", "…", 10**6)  # fmt: skip
@@ -1188,7 +1190,7 @@ tiny = write_corpus(scratch / "tiny", both, byte_tokenizer(), "A", "…", 500)
 try:
     write_corpus(scratch / "good.bin" / "x", both, byte_tokenizer(), "A", "…", 500)
     raise AssertionError("made a folder inside a file")
-except Problem as problem:
+except UserError as problem:
     print(str(problem).replace(f"{scratch}/", ""))
 
 
@@ -1220,7 +1222,7 @@ def build_embedded(folder: Path, wheels: Path) -> Manifest:
         if manifest.sha256 != EMBEDDED_SHA256:  # nobody shall train on it
             what = f"{folder}: the corpus has SHA-256 {manifest.sha256}, expected {EMBEDDED_SHA256}"
             fix = "this is a bug: please report it with your Python and NumPy versions"
-            raise Problem(what, fix)
+            raise UserError(what, fix)
     return manifest
 
 
@@ -1294,8 +1296,8 @@ print(f"{near:.0%} of all tokens are beheaded and less than 64 places into their
 #
 # ## Reading, the naive way
 #
-# A training step consumes `step_tokens` tokens, and must consume the *same* ones however many GPUs share the work. If two GPUs saw another stream than eight, no experiment made on two
-# would say anything about eight. So a step is cut into `grad_shards` equal **micro-batches** (no relation to the files), eight for the contest, and a machine with $w$ *ranks*, processes with a GPU each, gives each of them $8/w$. What depends on the number
+# A training step consumes `batch_tokens` tokens, and must consume the *same* ones however many GPUs share the work. If two GPUs saw another stream than eight, no experiment made on two
+# would say anything about eight. So a step is cut into `micro_batches` equal **micro-batches** (no relation to the files), eight for the contest, and a machine with $w$ *ranks*, processes with a GPU each, gives each of them $8/w$. What depends on the number
 # of ranks is who computes a micro-batch, never what is in it.
 
 # %%
@@ -1311,7 +1313,7 @@ import numpy as np
 import torch
 
 from speedrun.lab.bounds import NonNegativeInt, PositiveInt, check_ranges
-from speedrun.lab.errors import Problem
+from speedrun.lab.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -1324,14 +1326,14 @@ class DataConfig:
     """stream: rows cut from the stream wherever they fall. packed: long such rows, in which no document sees another. documents: whole documents, from their beginning."""
     seq_len: PositiveInt = 1024
     """stream: tokens a row. In the other modes a micro-batch is one row, and this is not used."""
-    step_tokens: PositiveInt = 524_288
-    """Tokens a step, over all ranks."""
-    grad_shards: PositiveInt = 8
-    """Equal micro-batches a step; a multiple of the number of ranks."""
-    max_document: PositiveInt = 2048
+    batch_tokens: PositiveInt = 524_288
+    """The batch size: tokens a step, over all ranks."""
+    micro_batches: PositiveInt = 8
+    """Equal micro-batches a step; a multiple of the number of ranks. Gradient accumulation: each rank adds up micro_batches / ranks of them (grad_accum_steps elsewhere)."""
+    max_doc_tokens: PositiveInt = 2048
     """Documents mode: the longest piece of a document that is used."""
-    pass_tokens: NonNegativeInt = 0
-    """A rank's micro-batches are joined up to this many tokens for a pass of the model; 0: never."""
+    max_forward_tokens: NonNegativeInt = 0
+    """A rank's micro-batches are joined up to this many tokens for a forward and backward pass (device_batch_size elsewhere); 0: never."""
 
 
 # %%
@@ -1339,16 +1341,20 @@ class DataConfig:
 def check_options(options: DataConfig, world: int = 1) -> int:
     """Tokens a micro-batch, after checking that everything divides."""
     check_ranges(options, "data.")
-    shards, tokens = options.grad_shards, options.step_tokens
+    shards, tokens = options.micro_batches, options.batch_tokens
     if shards % world:
-        what = f"{world} ranks cannot share {shards} micro-batches a step evenly (data.grad_shards)"
-        fix = f"a divisor of {shards} as the number of GPUs, or --data.grad-shards a multiple of {world}"
-        raise Problem(what, fix)
+        what = (
+            f"{world} ranks cannot share {shards} micro-batches a step evenly (data.micro_batches)"
+        )
+        fix = f"a divisor of {shards} as the number of GPUs, or --data.micro-batches a multiple of {world}"
+        raise UserError(what, fix)
     row = options.seq_len if options.mode == "stream" else 1
     if tokens % (shards * row):
-        what = f"data.step_tokens={tokens} is no multiple of grad_shards × row = {shards} × {row}"
-        raise Problem(
-            what, f"--data.step-tokens {max(1, round(tokens / shards / row)) * shards * row}"
+        what = (
+            f"data.batch_tokens={tokens} is no multiple of micro_batches × row = {shards} × {row}"
+        )
+        raise UserError(
+            what, f"--data.batch-tokens {max(1, round(tokens / shards / row)) * shards * row}"
         )
     return tokens // shards
 
@@ -1357,13 +1363,13 @@ def check_options(options: DataConfig, world: int = 1) -> int:
 assert check_options(DataConfig()) == 65_536 and check_options(DataConfig(), world=4) == 65_536
 for bad, world in (
     (DataConfig(), 3),
-    (DataConfig(step_tokens=500_000), 1),
+    (DataConfig(batch_tokens=500_000), 1),
     (DataConfig(seq_len=100), 1),
 ):
     try:
         check_options(bad, world)
         raise AssertionError("accepted")
-    except Problem as problem:
+    except UserError as problem:
         assert "data." in problem.what and problem.fix
         print(problem)
 
@@ -1395,7 +1401,7 @@ class Shards:
         self.files = self.manifest.split(split)
         if not self.files:
             fix = "a data folder needs training and validation shards: pack its text into another"
-            raise Problem(f"{self.folder}: the manifest lists no {split} shard", fix)
+            raise UserError(f"{self.folder}: the manifest lists no {split} shard", fix)
         self.ends = np.cumsum([file.tokens for file in self.files])
         self.total = int(self.ends[-1])
         self.thread, self.held = ThreadPoolExecutor(1), dict[int, Future]()
@@ -1432,7 +1438,7 @@ assert len(shards.held) <= 3
 print(f"{len(shards.files)} shards, {shards.total:,} tokens, {len(shards.held)} shards in memory")
 
 # %% [markdown]
-# In the naive mode a step is then a slice: `step_tokens` tokens and one more, for the last target. Where the stream ends, another **epoch** begins at its start, and says so; the upstream
+# In the naive mode a step is then a slice: `batch_tokens` tokens and one more, for the last target. Where the stream ends, another **epoch** begins at its start, and says so; the upstream
 # loader runs out of files there and dies with a `TypeError`. The position in the data is three numbers, and they are all that a checkpoint has to keep.
 
 
@@ -1461,12 +1467,12 @@ class Batch(NamedTuple):
 #| export
 def next_slice(total: int, options: DataConfig, at: Position) -> tuple[int, Position]:
     """Stream mode: where a step's tokens start, and the position after it; too short a rest begins a new epoch."""
-    if options.step_tokens + 1 > total:
-        what = f"a step reads {options.step_tokens + 1:,} tokens (data.step_tokens), the training shards hold {total:,}"
-        raise Problem(what, "add shards, or lower --data.step-tokens")
-    if at.offset + options.step_tokens + 1 > total:
+    if options.batch_tokens + 1 > total:
+        what = f"a step reads {options.batch_tokens + 1:,} tokens (data.batch_tokens), the training shards hold {total:,}"
+        raise UserError(what, "add shards, or lower --data.batch-tokens")
+    if at.offset + options.batch_tokens + 1 > total:
         at = Position(at.epoch + 1)
-    return at.offset, Position(at.epoch, at.offset + options.step_tokens)
+    return at.offset, Position(at.epoch, at.offset + options.batch_tokens)
 
 
 def rows(tokens: np.ndarray, seq_len: int) -> Batch:
@@ -1476,13 +1482,13 @@ def rows(tokens: np.ndarray, seq_len: int) -> Batch:
 
 
 # %%
-options = DataConfig(str(scratch / "tiny"), seq_len=16, step_tokens=16 * 4 * 2, grad_shards=4)
+options = DataConfig(str(scratch / "tiny"), seq_len=16, batch_tokens=16 * 4 * 2, micro_batches=4)
 at, starts = Position(), []
 while at.epoch < 2:
     start, at = next_slice(shards.total, options, at)
     starts.append(start)
-per_epoch = (shards.total - 1) // options.step_tokens
-assert starts[: per_epoch + 1] == [step * options.step_tokens for step in range(per_epoch)] + [0]
+per_epoch = (shards.total - 1) // options.batch_tokens
+assert starts[: per_epoch + 1] == [step * options.batch_tokens for step in range(per_epoch)] + [0]
 batch = rows(shards.read(0, 33), 16)
 assert batch.inputs.shape == (2, 16) and (batch.inputs[:, 1:] == batch.targets[:, :-1]).all()
 assert batch.targets[0, -1] == batch.inputs[1, 0], (
@@ -1493,7 +1499,7 @@ print(f"{per_epoch} steps an epoch, then from the start again")
 # %% [markdown]
 # ## Reading by documents
 #
-# The other mode fills a micro-batch with documents, each from its beginning, one after the other in the order of the corpus. A document longer than `max_document` is clipped and its rest
+# The other mode fills a micro-batch with documents, each from its beginning, one after the other in the order of the corpus. A document longer than `max_doc_tokens` is clipped and its rest
 # skipped; the last one is clipped where the micro-batch is full. The batch is one long row, and `cu_seqlens`, the cumulative lengths, tell attention ([chapter 11](11_attention_backends.py)) where documents begin, so
 # that no token looks across a border. It has room for a fixed number of documents, since a tensor of another length would be another program to compile; slots that are not used lie at the end and are empty.
 #
@@ -1532,7 +1538,7 @@ def packed_batch(row: torch.Tensor, borders: np.ndarray) -> Batch:
     ends = np.append(begins[begins < count], count)
     if len(ends) - 1 > slots_for(count):
         what = f"a row of {count} tokens has {len(ends) - 1} documents, and room for {slots_for(count)}"
-        raise Problem(what, "--data.mode stream; or text whose documents have 64 tokens or more")
+        raise UserError(what, "--data.mode stream; or text whose documents have 64 tokens or more")
     cu_seqlens = np.full(slots_for(count) + 1, count, np.int32)
     cu_seqlens[: len(ends)] = ends
     longest = torch.tensor(int(np.diff(ends).max()), dtype=torch.int32)
@@ -1577,38 +1583,38 @@ print(f"{len(borders) - 1} documents in 140 tokens, borders {borders}")
 
 # %%
 #| export
-def plan_step(shards: Shards, options: DataConfig, at: Position) -> tuple[list, int, Position]:
+def plan_documents(shards: Shards, options: DataConfig, at: Position) -> tuple[list, int, Position]:
     """Documents mode: slices for each micro-batch of the next step, the shard they are in, and the position after it."""
-    need = options.step_tokens // options.grad_shards + 1
+    need = options.batch_tokens // options.micro_batches + 1
     for _ in range(len(shards.files) + 1):
         tokens, starts = shards.shard(at.offset)
         stops, document, plan = np.append(starts[1:], len(tokens)), at.document, []
-        while len(plan) < options.grad_shards:
-            filled = fill(starts, stops, document, need, options.max_document)
+        while len(plan) < options.micro_batches:
+            filled = fill(starts, stops, document, need, options.max_doc_tokens)
             if filled is None:
                 break
             plan.append(filled[0])
             document = filled[1]
-        if len(plan) == options.grad_shards:
+        if len(plan) == options.micro_batches:
             return plan, at.offset, Position(at.epoch, at.offset, document)
         last = at.offset + 1 == len(shards.files)
         at = Position(at.epoch + last, 0 if last else at.offset + 1)
-    raise Problem(
-        f"no shard of {shards.folder} holds the documents of one step", "lower --data.step-tokens"
+    raise UserError(
+        f"no shard of {shards.folder} holds the documents of one step", "lower --data.batch-tokens"
     )
 
 
 # %%
 options = DataConfig(
-    str(scratch / "tiny"), "documents", step_tokens=96, grad_shards=2, max_document=30
+    str(scratch / "tiny"), "documents", batch_tokens=96, micro_batches=2, max_doc_tokens=30
 )
-plan, number, at = plan_step(shards, options, Position())
+plan, number, at = plan_documents(shards, options, Position())
 assert number == 0 and at.document == sum(len(slices) for slices in plan)
 assert [sum(b - a for a, b in slices) for slices in plan] == [49, 49]
 print(f"two micro-batches of 48 tokens: {plan}")
 
 # %% [markdown]
-# The loader itself is thin: it holds the position and hands each rank its part. Eight micro-batches are right for eight GPUs, and may be too small for one: if a pass of the model takes less time than Python needs to start its kernels, the GPU waits. So a rank may read several of its micro-batches as one larger batch (`pass_tokens`). The step remains the same mean over the same tokens.
+# The loader itself is thin: it holds the position and hands each rank its part. Eight micro-batches are right for eight GPUs, and may be too small for one: if a pass of the model takes less time than Python needs to start its kernels, the GPU waits. So a rank may read several of its micro-batches as one larger batch (`max_forward_tokens`). The step remains the same mean over the same tokens.
 #
 # A schedule may want more tokens in later steps, or longer pieces of documents ([chapter 14](14_schedule.py)). Then `next` is told so. There are as many micro-batches as before, each larger, and the stream goes on where it was.
 
@@ -1616,9 +1622,9 @@ print(f"two micro-batches of 48 tokens: {plan}")
 # %%
 #| export
 def joined_micro_batches(options: DataConfig, share: int) -> int:
-    """How many of a rank's `share` micro-batches make one batch: as many as fit pass_tokens, and divide them evenly."""
-    micro = options.step_tokens // options.grad_shards
-    most = options.pass_tokens // micro
+    """How many of a rank's `share` micro-batches make one batch: as many as fit max_forward_tokens, and divide them evenly."""
+    micro = options.batch_tokens // options.micro_batches
+    most = options.max_forward_tokens // micro
     return next(n for n in range(max(1, min(most, share)), 0, -1) if share % n == 0)
 
 
@@ -1631,7 +1637,7 @@ def pinned(batch: Batch) -> Batch:
 def next_stream(loader: "Loader", options: DataConfig) -> list[Batch]:
     """A rank's part of the next slice of the stream."""
     start, loader.position = next_slice(loader.shards.total, options, loader.position)
-    micro, mine = options.step_tokens // options.grad_shards, loader.mine
+    micro, mine = options.batch_tokens // options.micro_batches, loader.mine
     own = loader.shards.read(start + mine[0] * micro, len(mine) * micro + 1)
     size = micro * joined_micro_batches(options, len(mine))
     cuts = range(0, len(mine) * micro, size)
@@ -1641,14 +1647,14 @@ def next_stream(loader: "Loader", options: DataConfig) -> list[Batch]:
 def next_packed(loader: "Loader", options: DataConfig) -> list[Batch]:
     """A rank's part of the next slice of the stream, a row for each micro-batch."""
     start, loader.position = next_slice(loader.shards.total, options, loader.position)
-    micro, document = options.step_tokens // options.grad_shards, loader.shards.manifest.document
+    micro, document = options.batch_tokens // options.micro_batches, loader.shards.manifest.document
     pieces = [loader.shards.read(start + i * micro, micro + 1) for i in loader.mine]
     return join_batches([packed_row(piece, document) for piece in pieces], options)
 
 
 def next_documents(loader: "Loader", options: DataConfig) -> list[Batch]:
     """A rank's part of the next documents."""
-    plan, number, loader.position = plan_step(loader.shards, options, loader.position)
+    plan, number, loader.position = plan_documents(loader.shards, options, loader.position)
     tokens, _ = loader.shards.shard(number)
     return join_batches([document_batch(tokens, plan[i]) for i in loader.mine], options)
 
@@ -1685,26 +1691,26 @@ class Loader:
         check_options(options, world)
         self.options, self.pin = options, pin
         self.shards, self.position = Shards(options.path, "train"), Position()
-        share = options.grad_shards // world
+        share = options.micro_batches // world
         self.mine = range(rank * share, (rank + 1) * share)
 
     def step_options(self, batch_tokens: int = 0, max_doc_tokens: int = 0) -> DataConfig:
-        """The options of one step. 0: step_tokens, and max_document, as they are."""
-        tokens = batch_tokens or self.options.step_tokens
-        longest = max_doc_tokens or self.options.max_document
-        return replace(self.options, step_tokens=tokens, max_document=longest)
+        """The options of one step. 0: batch_tokens, and max_doc_tokens, as they are."""
+        tokens = batch_tokens or self.options.batch_tokens
+        longest = max_doc_tokens or self.options.max_doc_tokens
+        return replace(self.options, batch_tokens=tokens, max_doc_tokens=longest)
 
     def check(self, batch_tokens: int = 0, max_doc_tokens: int = 0) -> None:
-        """Raise Problem where the training shards hold no step of that size."""
+        """Raise UserError where the training shards hold no step of that size."""
         options = self.step_options(batch_tokens, max_doc_tokens)
         check_options(options)
         if options.mode == "documents":
-            plan_step(self.shards, options, Position())
+            plan_documents(self.shards, options, Position())
         else:
             next_slice(self.shards.total, options, Position())
 
     def next(self, batch_tokens: int = 0, max_doc_tokens: int = 0) -> list[Batch]:
-        """The next step's micro-batches for this rank, as many at a time as fit pass_tokens. 0: as in the options."""
+        """The next step's micro-batches for this rank, as many at a time as fit max_forward_tokens. 0: as in the options."""
         options = self.step_options(batch_tokens, max_doc_tokens)
         make = {"stream": next_stream, "packed": next_packed, "documents": next_documents}
         batches = make[options.mode](self, options)
@@ -1719,7 +1725,7 @@ class Loader:
 def read_by(world: int, options: DataConfig, steps: int) -> tuple[torch.Tensor, Loader]:
     """All that `world` ranks read in some steps (inputs, targets, borders), and the first rank's loader. Batches double half-way."""
     loaders = [Loader(options, rank, world) for rank in range(world)]
-    tokens = [options.step_tokens * (1 + (2 * n >= steps)) for n in range(steps)]
+    tokens = [options.batch_tokens * (1 + (2 * n >= steps)) for n in range(steps)]
     batches = [batch for size in tokens for loader in loaders for batch in loader.next(size)]
     return torch.cat([t.flatten() for batch in batches for t in batch if t is not None]), loaders[0]
 
@@ -1728,7 +1734,9 @@ sizes = letters.integers(5, 60, 200).tolist()
 many = [(letters.integers(97, 123, n).astype(np.uint16), n) for n in sizes]
 write_corpus(scratch / "many", {"train": many, "val": many}, byte_tokenizer(), "letters", "…", 2500)
 for mode in ("stream", "packed", "documents"):
-    options = DataConfig(str(scratch / "many"), mode, seq_len=8, step_tokens=512, max_document=30)
+    options = DataConfig(
+        str(scratch / "many"), mode, seq_len=8, batch_tokens=512, max_doc_tokens=30
+    )
     (alone, loader), *shared = (read_by(world, options, 40) for world in (1, 2, 4, 8))
     assert all(torch.equal(alone, stream) for stream, _ in shared) and loader.position.epoch >= 1
     resumed = Loader(options)
@@ -1736,13 +1744,15 @@ for mode in ("stream", "packed", "documents"):
     first, again = loader.next(), resumed.next()
     assert all(torch.equal(a.inputs, b.inputs) for a, b in zip(first, again)), "position is all"
     assert len({tuple(batch.inputs.flatten().tolist()) for batch in first}) == 8, "all different"
-    apart, larger = (Loader(replace(options, pass_tokens=n)).next() for n in (0, 128))
+    apart, larger = (Loader(replace(options, max_forward_tokens=n)).next() for n in (0, 128))
     whole = [
         [torch.cat([b[n].flatten() for b in each]) for n in (0, 1)] for each in (apart, larger)
     ]
     assert len(larger) == 4 and all(map(torch.equal, *whole)), "joined: the same tokens"
     print(f"{mode}: 40 steps, {loader.position.epoch + 1} epochs, the same on 1, 2, 4 and 8 ranks")
-joined = Loader(DataConfig(str(scratch / "many"), seq_len=8, step_tokens=512, pass_tokens=300))
+joined = Loader(
+    DataConfig(str(scratch / "many"), seq_len=8, batch_tokens=512, max_forward_tokens=300)
+)
 assert [len(batch.inputs) for batch in joined.next()] == [32, 32], "two passes of 256 tokens"
 assert [len(batch.inputs) for batch in joined.next(1024)] == [
     32
@@ -1769,7 +1779,7 @@ def validation_batches(
         what = (
             f"validation reads micro-batches of {micro:,} tokens; {there:,} are asked for or there"
         )
-        raise Problem(what, "raise --val-tokens, or lower --data.step-tokens")
+        raise UserError(what, "raise --val-tokens, or lower --data.batch-tokens")
     for number in range(rank, there // micro, world):
         own, document = shards.read(number * micro, micro + 1), shards.manifest.document
         yield packed_row(own, document) if packed else rows(own, options.seq_len)
@@ -1777,7 +1787,7 @@ def validation_batches(
 
 # %%
 held_out = Shards(scratch / "embedded", "val")
-options = DataConfig(seq_len=256, step_tokens=16_384, grad_shards=4)
+options = DataConfig(seq_len=256, batch_tokens=16_384, micro_batches=4)
 alone = [batch.inputs.sum().item() for batch in validation_batches(held_out, options, 50_000)]
 shared = [
     batch.inputs.sum().item()
@@ -1877,11 +1887,11 @@ FINEWEB_SHARDS = 103
 
 
 def network_problem(error: Exception, what: str, fix: str) -> Exception:
-    """A Problem for what the network, or a library below the hub's, raised; the error itself if it is another kind."""
+    """A UserError for what the network, or a library below the hub's, raised; the error itself if it is another kind."""
     libraries = {"huggingface_hub", "httpx", "httpx2", "httpcore", "requests", "urllib3"}
     refused = explained(error) if isinstance(error, OSError) else None  # a full disk, say
     ours = isinstance(error, OSError) or type(error).__module__.split(".")[0] in libraries
-    return refused or (Problem(f"{what}: {visible(error)}", fix) if ours else error)
+    return refused or (UserError(f"{what}: {visible(error)}", fix) if ours else error)
 
 
 # %% tags=["hide-input"]
@@ -1892,7 +1902,7 @@ def hub_files(shards: int) -> dict[str, tuple[int, str | None]]:
 
     if not 1 <= shards <= FINEWEB_SHARDS:
         what = f"--shards {shards}: FineWeb-10B has training shards 1 to {FINEWEB_SHARDS}"
-        raise Problem(what, f"choose a number from 1 to {FINEWEB_SHARDS}")
+        raise UserError(what, f"choose a number from 1 to {FINEWEB_SHARDS}")
     names = ["fineweb_val_000000.bin"] + [
         f"fineweb_train_{i:06d}.bin" for i in range(1, shards + 1)
     ]
@@ -1906,7 +1916,7 @@ def hub_files(shards: int) -> dict[str, tuple[int, str | None]]:
         raise network_problem(error, what, fix) from None
     missing = [name for name in names if name not in found]
     if missing:
-        raise Problem(f"the hub's {FINEWEB} has no {missing[0]}", "choose fewer --shards")
+        raise UserError(f"the hub's {FINEWEB} has no {missing[0]}", "choose fewer --shards")
     return {
         name: (found[name].size, found[name].lfs.sha256 if found[name].lfs else None)
         for name in names
@@ -1933,7 +1943,7 @@ def fetch_file(staged: Path, folder: Path, name: str, size: int, sha256: str | N
     if not is_right(path, size, sha256):
         what = f"{name} is not what the hub announced: {path.stat().st_size} bytes, SHA-256 {file_sha256(path)}"
         path.unlink()  # it is not the hub's, and came a moment ago
-        raise Problem(what, "the same command again; if it stays so, set HF_ENDPOINT to a mirror")
+        raise UserError(what, "the same command again; if it stays so, set HF_ENDPOINT to a mirror")
     sync(path)
     os.replace(path, folder / name)
 
@@ -1950,16 +1960,16 @@ assert type(network_problem(KeyError("a bug"), "fetching x failed", "try again")
 # %% tags=["hide-input"]
 #| export
 def refuse_to_overwrite(folder: Path, todo: dict[str, tuple[int, str | None]]) -> None:
-    """Raise Problem where a file that would be fetched, or the manifest, is there and is not known to be the hub's."""
+    """Raise UserError where a file that would be fetched, or the manifest, is there and is not known to be the hub's."""
     path, known = folder / "manifest.json", {}
     if path.exists():
         known = {file.name: file.sha256 for file in load_manifest(folder).files}
         if not all(re.fullmatch(FINEWEB_NAME, name) for name in known):
-            raise Problem(f"{path} lists other shards than FineWeb's", "choose another --out")
+            raise UserError(f"{path} lists other shards than FineWeb's", "choose another --out")
     for name, (_, sha256) in todo.items():
         if (folder / name).exists() and (name not in known or sha256 not in (None, known[name])):
             what = f"{folder / name} is there, and neither the hub nor a manifest says what it is"
-            raise Problem(what, "move it elsewhere, or choose another --out")
+            raise UserError(what, "move it elsewhere, or choose another --out")
 
 
 # %% tags=["hide-input"]
@@ -1975,7 +1985,7 @@ def fetch_fineweb(folder: Path, shards: int, say=print) -> Manifest:
         say(f"{len(todo)} of {len(files)} files to fetch into {folder}: {room}")
         if need > 0.95 * free:
             fix = "fewer --shards, or another --out"
-            raise Problem(f"{folder} has no room for the shards: {room}", fix)
+            raise UserError(f"{folder} has no room for the shards: {room}", fix)
         for name, (size, sha256) in todo.items():
             fetch_file(staged, folder, name, size, sha256)
         command = f"python -m speedrun.data fineweb --shards {shards} --out {quoted(folder)}"
@@ -1997,7 +2007,7 @@ def split_of(name: str) -> str | None:
     found = words & {"train", "val"}
     if len(found) > 1:
         what = f"{visible(name)} is of both splits by its name"
-        raise Problem(what, "rename it: one of train and val as a word of its own")
+        raise UserError(what, "rename it: one of train and val as a word of its own")
     return next(iter(found), None)
 
 
@@ -2006,7 +2016,7 @@ def describe_shard(path: Path, split: str, facts: tuple[str, int, int]) -> Shard
     tokens = read_shard(path, facts[1])
     if not (tokens == facts[2]).any():
         what = f"{path} holds no document token {facts[2]}: not {facts[0]} tokens?"
-        raise Problem(what, "--tokenizer gpt2 or bytes, whichever made it")
+        raise UserError(what, "--tokenizer gpt2 or bytes, whichever made it")
     return ShardFile(path.name, split, len(tokens), None, file_sha256(path))
 
 
@@ -2028,13 +2038,13 @@ def describe_folder(
     old = load_manifest(folder) if (folder / "manifest.json").exists() and not names else None
     if old and maker(old.command) != maker(command):
         what = f"{folder / 'manifest.json'} is there already, from another command"
-        raise Problem(what, "move it elsewhere if it should be written anew")
+        raise UserError(what, "move it elsewhere if it should be written anew")
     names = names or sorted(path.name for path in folder.glob("*.bin"))
     splits = {name: split for name in names if (split := split_of(name))}
     for split in ("train", "val"):
         if split not in splits.values():
             what = f"{folder} has no {split} shard"
-            raise Problem(what, f"it needs .bin files with “{split}” as a word of their names")
+            raise UserError(what, f"it needs .bin files with “{split}” as a word of their names")
     entries = [describe_shard(folder / name, split, facts) for name, split in splits.items()]
     manifest = Manifest(*facts, source, command, tuple(entries))
     with explaining(folder):
@@ -2060,7 +2070,7 @@ for mistake in (
     try:
         mistake()
         raise AssertionError("accepted")
-    except Problem as problem:
+    except UserError as problem:
         print(str(problem).replace(f"{scratch}/", ""))
 
 # %% [markdown]
@@ -2072,19 +2082,19 @@ for mistake in (
 # %% tags=["hide-input"]
 #| export
 def read_text(path: Path) -> str:
-    """The content of a UTF-8 text file; what is something else becomes a Problem that says what, and what to do."""
+    """The content of a UTF-8 text file; what is something else becomes a UserError that says what, and what to do."""
     try:
         content = path.read_bytes()
     except OSError as error:
         what = f"{visible(path)} cannot be read: {error.strerror}"
-        raise Problem(what, "give paths of text or .jsonl files") from None
+        raise UserError(what, "give paths of text or .jsonl files") from None
     try:
         text, at = content.decode("utf-8-sig"), content.find(0)
         if at < 0 and not content.startswith(b"version https://git-lfs"):
             return text.replace("\r\n", "\n").replace("\r", "\n")  # as Python reads text
     except UnicodeDecodeError as error:
         at = error.start
-    raise Problem(f"{visible(path)}, byte {max(at, 0)}: not UTF-8 text", text_of(path, content))
+    raise UserError(f"{visible(path)}, byte {max(at, 0)}: not UTF-8 text", text_of(path, content))
 
 
 def text_of(path: Path, content: bytes) -> str:
@@ -2118,7 +2128,7 @@ def read_documents(path: Path) -> list[str]:
             documents.append(json.loads(line)["text"])
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             what = f"{visible(path)}, line {number}: expected a JSON object with a “text” field"
-            raise Problem(what, "mend that line, or leave it out") from None
+            raise UserError(what, "mend that line, or leave it out") from None
     return documents
 
 
@@ -2192,9 +2202,9 @@ def pack(
     """Turn text or JSON-lines files into a data folder. A document validates if the hash of its text says so."""
     if not 0 < validation < 1:
         what = f"--validation {validation} is no share between 0 and 1"
-        raise Problem(what, "--validation 0.05 takes a twentieth of the documents")
+        raise UserError(what, "--validation 0.05 takes a twentieth of the documents")
     if "\0" in "".join(map(str, (*files, folder))):
-        raise Problem("a name with a zero byte can be no file's name", "look at the names given")
+        raise UserError("a name with a zero byte can be no file's name", "look at the names given")
     source = " ".join(path.name for path in files[:3]) + " …" * (len(files) > 3)
     options = ["--out", str(folder), "--tokenizer", tokenizer, "--validation", str(validation)]
     command = shlex.join(["python", "-m", "speedrun.data", "pack", *map(str, files), *options])
@@ -2223,7 +2233,7 @@ for wrong in (poems, zipped):
     try:
         read_documents(wrong)
         raise AssertionError("accepted")
-    except Problem as problem:
+    except UserError as problem:
         print(str(problem).replace(f"{scratch}/", ""))
 
 # %% [markdown]

@@ -433,7 +433,7 @@ from speedrun.lab.provenance import root
 
 if not (data_folder("data/embedded") / "manifest.json").exists():
     build_embedded(root() / "data" / "embedded", root() / "data" / "wheels")
-loader = Loader(DataConfig("data/embedded", seq_len=64, step_tokens=1024, grad_shards=1))
+loader = Loader(DataConfig("data/embedded", seq_len=64, batch_tokens=1024, micro_batches=1))
 torch.manual_seed(0)
 shape = GPTConfig(layers=2, heads=2, width=128, context=64, init_std=0.05)
 model = GPT2(shape, loader.shards.manifest.vocab_size).to(tier.device)
@@ -472,7 +472,7 @@ import time
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from speedrun.lab.errors import Problem
+from speedrun.lab.errors import UserError
 from speedrun.lab.provenance import stamp
 from speedrun.model import gpt
 
@@ -577,7 +577,7 @@ def make_step(tokens: torch.Tensor, bf16: bool, compiled: bool):
 def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
     """Profile a step of the 124M model in each of the FORMS on one GPU. Returns data and stamp."""
     if not torch.cuda.is_available():
-        raise Problem(
+        raise UserError(
             "the profile of the baseline needs a GPU",
             "the committed one is book/results/baseline/step.json",
         )

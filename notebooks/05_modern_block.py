@@ -635,20 +635,20 @@ first, *_, last = took["control"]
 print(f"{'control, all six':36} {study.samples['control']}  {took['control'][7]:.1f} s")
 for arm in (*OFF, "GPT-2's block, its rates"):
     print(f"{study.line(arm)}  {took[arm][1]:.1f} s")
-print(f"one deviation for all {len(study.chance)} arms: {study.deviation:.4f}")
+print(f"one deviation for all {len(study.p_values)} arms: {study.pooled_sd:.4f}")
 print(measured_on(corpus))
 
 # %%
 BETTER = ("GPT-2's block, its rates", "GPT-2's block", "layer norms", "GELU")
-assert max(study.chance[arm] for arm in BETTER) < 0.001
-assert -0.1 < study.rise(BETTER[0]) < -0.085 and -0.085 < study.rise(BETTER[1]) < -0.075
-assert -0.07 < study.rise("layer norms") < -0.06 and -0.047 < study.rise("GELU") < -0.037
+assert max(study.p_values[arm] for arm in BETTER) < 0.001
+assert -0.1 < study.delta(BETTER[0]) < -0.085 and -0.085 < study.delta(BETTER[1]) < -0.075
+assert -0.07 < study.delta("layer norms") < -0.06 and -0.047 < study.delta("GELU") < -0.037
 assert all(
-    abs(study.rise(arm)) < 0.015 < 0.5 < study.chance[arm] for arm in OFF if arm not in BETTER
+    abs(study.delta(arm)) < 0.015 < 0.5 < study.p_values[arm] for arm in OFF if arm not in BETTER
 )
-seen = study.visible(3), study.visible(3, power=0.9)
+seen = study.detectable(3), study.detectable(3, power=0.9)
 assert [round(difference, 3) for difference in seen] == [0.024, 0.034]
-assert study.between("layer norms", "GELU") < 0.05 and len(study.chance) == 35
+assert study.pairwise_p("layer norms", "GELU") < 0.05 and len(study.p_values) == 35
 less = 1 - took["no QK-norm"][1] / took["control"][7]
 assert 0.07 < less < 0.09 and took["no QK-norm"][2] < first
 SAME = ("GELU", "layer norms", "no zeros", "biases")
@@ -659,7 +659,7 @@ assert (
 )
 print(f"control {first:.1f} to {last:.1f} s; without QK-norm {less:.0%} less than its median")
 print(
-    f"p < 0.05 takes {seen[0]:.3f}; {seen[1]:.3f} gets it nine times in ten; two single runs differ by {study.deviation * 2**0.5:.3f}"
+    f"p < 0.05 takes {seen[0]:.3f}; {seen[1]:.3f} gets it nine times in ten; two single runs differ by {study.pooled_sd * 2**0.5:.3f}"
 )
 
 # %% [markdown]

@@ -503,10 +503,10 @@ study = study_of({arm: all_of for arm, all_of in losses.items() if "two matrices
 print(f"{'half-truncated, base 1024':36} {study.samples['control']}")
 for arm in ("all pairs turn", "all pairs, base 10,000", "learned positions"):
     print(study.line(arm))
-assert 0.27 < study.rise("learned positions") < 0.3 and study.chance["learned positions"] < 0.001
-assert -0.01 < study.rise("all pairs turn") < study.rise("all pairs, base 10,000") < 0
-assert min(study.chance[arm] for arm in ("all pairs turn", "all pairs, base 10,000")) > 0.9
-alone = study.between("all pairs turn", "control")
+assert 0.27 < study.delta("learned positions") < 0.3 and study.p_values["learned positions"] < 0.001
+assert -0.01 < study.delta("all pairs turn") < study.delta("all pairs, base 10,000") < 0
+assert min(study.p_values[arm] for arm in ("all pairs turn", "all pairs, base 10,000")) > 0.9
+alone = study.pairwise_p("all pairs turn", "control")
 places = 600 * 32_768 // 1024, 600 * 1024 // 128, 2000 * 1024 // 128
 assert places == (19_200, 4_800, 16_000) and 0.2 < alone < 0.4
 print(f"all pairs against half of them, as if nothing else had been asked: p = {alone:.1f}")

@@ -84,7 +84,7 @@ from torch.nn import functional as F
 
 from speedrun.lab.bounds import NonNegativeFloat, PositiveFloat
 
-READS = 12  # how many of a vector's numbers a gate looks at
+GATE_CHANNELS = 12  # how many of a vector's numbers a gate looks at
 Value = int | Literal["first"] | None
 
 
@@ -96,18 +96,18 @@ class EmbeddingConfig:
     """RMS norm behind the lookup, so that only a vector's direction counts."""
     std: NonNegativeFloat = 0.0
     """Deviation of the first vectors; 0: model.init_std."""
-    rate: PositiveFloat = 1.0
-    """The embedding's rate as a multiple of optim.adam.lr."""
+    lr_mul: PositiveFloat = 1.0
+    """The embedding's learning rate as a multiple of optim.adam.lr."""
     smear: bool = False
     """Each token's vector gets a little of the one before, through a gate."""
     values: Literal["none", "first", "all", "mirror", "outer", "ends"] = "none"
     """What is mixed into attention's values: the first layer's, or rows of tables. all: a table a layer. mirror: one for first and last, and so on. outer: three, for the first and the last three layers. ends: five, for the first two and the last three."""
-    value_mix: Literal["share", "free", "gates"] = "share"
+    value_residual: Literal["share", "free", "gates"] = "share"
     """share: two learned weights that add up to 1, from halves. free: two. gates: 1 for the values, and a gate for every token and head."""
     value_std: NonNegativeFloat = 0.01
     """Deviation of the tables' first entries; record 70's is 0.01, record 14's was 1."""
-    value_rate: PositiveFloat = 1.0
-    """The tables' rate as a multiple of optim.adam.lr."""
+    value_lr_mul: PositiveFloat = 1.0
+    """The tables' learning rate as a multiple of optim.adam.lr."""
     value_decay: NonNegativeFloat = 1.0
     """The tables' weight decay as a multiple of optim.adam.weight_decay."""
 
@@ -146,45 +146,45 @@ for kind, count in {"all": 12, **tables}.items():
 # %%
 #| export
 def gate(x: Tensor, weight: Tensor) -> Tensor:
-    """A number between 0 and 2 for every vector of x, (…, width); with a weight of (heads, READS), and not (READS,), one a head."""
-    return 2 * torch.sigmoid(F.linear(x[..., :READS], weight))
+    """A number between 0 and 2 for every vector of x, (…, width); with a weight of (heads, GATE_CHANNELS), and not (GATE_CHANNELS,), one a head."""
+    return 2 * torch.sigmoid(F.linear(x[..., :GATE_CHANNELS], weight))
 
 
 def smeared(x: Tensor, weights: Mapping[str, Any]) -> Tensor:
     """x, (batch, tokens, width), with a share of every vector added to the next one."""
-    share = weights["smear_weight"] * gate(x[:, 1:], weights["smear_gate"]) / 2
+    share = weights["smear_lambda"] * gate(x[:, 1:], weights["smear_gate"]) / 2
     return torch.cat([x[:, :1], x[:, 1:] + share[..., None] * x[:, :-1]], 1)
 
 
 # %%
 #| export
-def looked_up(inputs: Tensor, table: Tensor, tables: int) -> tuple[Tensor, ...]:
+def lookup_value_embeds(inputs: Tensor, table: Tensor, tables: int) -> tuple[Tensor, ...]:
     """Rows of value tables that stand on top of each other, in one gather: (batch, tokens, width) of each."""
     begins = len(table) // tables * torch.arange(tables, device=inputs.device)
     return F.embedding(inputs[..., None] + begins, table).unbind(-2)
 
 
-def with_value(
-    v: Tensor, other: Tensor, x: Tensor, weights: Mapping[str, Tensor], kind: str
+def add_value_embed(
+    v: Tensor, ve: Tensor, x: Tensor, weights: Mapping[str, Tensor], kind: str
 ) -> Tensor:
     """Attention's values, (batch, heads, tokens, head_dim), with others mixed in. x: (batch, tokens, width), what attention reads."""
     if kind == "gates":
-        return v + gate(x, weights["value_gate"]).mT[..., None] * other
-    weight = weights["value_mix"]
+        return v + gate(x, weights["ve_gate"]).mT[..., None] * ve
+    weight = weights["ve_lambdas"]
     own, others = (1 - weight, weight) if kind == "share" else weight.unbind()
-    return own * v + others * other
+    return own * v + others * ve
 
 
 # %%
 x = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0))
-none = {"smear_weight": torch.zeros(1), "smear_gate": torch.zeros(READS)}
+none = {"smear_lambda": torch.zeros(1), "smear_gate": torch.zeros(GATE_CHANNELS)}
 assert torch.equal(smeared(x, none), x) and torch.equal(
     gate(x, none["smear_gate"]), torch.ones(2, 5)
 )
-half = smeared(x, none | {"smear_weight": torch.ones(1)})
+half = smeared(x, none | {"smear_lambda": torch.ones(1)})
 assert torch.equal(half[:, 0], x[:, 0]) and torch.equal(half[:, 3], x[:, 3] + x[:, 2] / 2)
 tables = torch.arange(12.0)[:, None].expand(12, 4)  # three tables of four words
-rows = looked_up(torch.tensor([[0, 3]]), tables, 3)
+rows = lookup_value_embeds(torch.tensor([[0, 3]]), tables, 3)
 assert [row[0, :, 0].tolist() for row in rows] == [[0, 3], [4, 7], [8, 11]]
 print("smear and gates begin as if they were not there")
 
@@ -196,7 +196,7 @@ print("smear and gates begin as if they were not there")
 # What each layer has is a row of a plan, and no `if` in the forward pass asks for a layer's number.
 
 # %%
-#| default_exp model.plan
+#| default_exp model.layout
 #| export
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -224,8 +224,8 @@ class PlanConfig:
     """A share of the stream as it was after three quarters of the layers is taken out at the end; learned, from 0.5."""
     without: Literal["nothing", "attention", "mlp", "both"] = "nothing"
     """attention: the second layer of the later half has none. mlp: the first has none."""
-    rate: PositiveFloat = 1.0
-    """The rate of all weights that mix, as a multiple of optim.adam.lr."""
+    lr_mul: PositiveFloat = 1.0
+    """The learning rate of all weights that mix, as a multiple of optim.adam.lr."""
     stream_dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the residual stream; bfloat16: from the embedding on."""
 
@@ -253,18 +253,20 @@ def skip_pairs(layers: int, kind: str) -> dict[int, int]:
     return pairs if kind != "none" else {}
 
 
-def make_plan(
+def make_layout(
     layers: int, options: PlanConfig, embedding: EmbeddingConfig
 ) -> tuple[LayerSpec, ...]:
     """One row for each layer."""
     skips, values = skip_pairs(layers, options.skips), values_by_layer(layers, embedding.values)
-    deaf = min(layers // 2 + 1, layers - 1) if options.without in ("attention", "both") else None
-    dull = 0 if options.without in ("mlp", "both") else None
-    if deaf is not None:
-        values[deaf] = None
+    no_attn = min(layers // 2 + 1, layers - 1) if options.without in ("attention", "both") else None
+    no_mlp = 0 if options.without in ("mlp", "both") else None
+    if no_attn is not None:
+        values[no_attn] = None
     used = sorted({value for value in values if isinstance(value, int)})
     values = [used.index(value) if isinstance(value, int) else value for value in values]
-    return tuple(LayerSpec(n != deaf, n != dull, skips.get(n), values[n]) for n in range(layers))
+    return tuple(
+        LayerSpec(n != no_attn, n != no_mlp, skips.get(n), values[n]) for n in range(layers)
+    )
 
 
 def tables_of(plan: Sequence[LayerSpec]) -> int:
@@ -280,12 +282,12 @@ def drawn(plan: Sequence[LayerSpec]) -> list[str]:
     return [" ".join(f"{said[f](getattr(spec, f)):5}" for f in said) for spec in plan]
 
 
-seventeen = make_plan(
+seventeen = make_layout(
     12, PlanConfig(skips="unet", without="attention"), EmbeddingConfig(values="outer")
 )
 assert [n for n, spec in enumerate(seventeen) if not spec.attention] == [7]
 assert seventeen[6].skip == 5 and seventeen[11].skip == 0 and seventeen[5].skip is None
-assert make_plan(12, PlanConfig(skips="one"), EmbeddingConfig())[7].skip == 4, "record 45"
+assert make_layout(12, PlanConfig(skips="one"), EmbeddingConfig())[7].skip == 4, "record 45"
 print("record 17, from the first layer to the last: attention, MLP, skip from, value table")
 print("\n".join(f"{n:2} {line}" for n, line in enumerate(drawn(seventeen))))
 
@@ -302,29 +304,31 @@ def scalar_specs(
     skipping = tuple(n for n, spec in enumerate(plan) if spec.skip is not None)
     valued = tuple(n for n, spec in enumerate(plan) if spec.value is not None)
     everyone = tuple(range(len(plan)))
-    row: Any = partial(ParamSpec, lr_mul=config.rate, is_scalar=True)
-    specs = [row("smear_weight", (1,)), row("smear_gate", (READS,))] if embedding.smear else []
+    row: Any = partial(ParamSpec, lr_mul=config.lr_mul, is_scalar=True)
+    specs = (
+        [row("smear_lambda", (1,)), row("smear_gate", (GATE_CHANNELS,))] if embedding.smear else []
+    )
     if config.x0:
-        specs.append(row("stream_weight", (len(plan),), everyone, init_mean=config.residual))
-        specs.append(row("x0_weight", (len(plan),), everyone))
+        specs.append(row("resid_lambdas", (len(plan),), everyone, init_mean=config.residual))
+        specs.append(row("x0_lambdas", (len(plan),), everyone))
     if skipping:
         mean = 1.0 if config.skips == "unet" else -1.5
-        specs.append(row("skip_weight", (len(skipping),), skipping, init_mean=mean))
+        specs.append(row("skip_lambdas", (len(skipping),), skipping, init_mean=mean))
     if config.skips == "gated":
-        specs.append(row("skip_gate", (1, READS), skipping))
-    if valued and embedding.value_mix == "gates":
-        specs.append(row("value_gate", (len(valued), heads, READS), valued))
+        specs.append(row("skip_gate", (1, GATE_CHANNELS), skipping))
+    if valued and embedding.value_residual == "gates":
+        specs.append(row("ve_gate", (len(valued), heads, GATE_CHANNELS), valued))
     elif valued:
-        shape = (len(valued),) if embedding.value_mix == "share" else (len(valued), 2)
-        specs.append(row("value_mix", shape, valued, init_mean=0.5))
+        shape = (len(valued),) if embedding.value_residual == "share" else (len(valued), 2)
+        specs.append(row("ve_lambdas", shape, valued, init_mean=0.5))
     if config.backout:
-        specs.append(row("backout_weight", (1,), init_mean=0.5))
+        specs.append(row("backout_lambda", (1,), init_mean=0.5))
     return specs
 
 
 # %%
 #| export
-def enter(
+def mix_residual(
     x: Tensor,
     x0: Tensor,
     outputs: Sequence[Tensor],
@@ -334,21 +338,21 @@ def enter(
 ) -> Tensor:
     """What a layer gets, (batch, tokens, width): the stream, with an earlier layer's output and x0 mixed in."""
     if spec.skip is not None:
-        weight = weights["skip_weight"]
+        weight = weights["skip_lambdas"]
         weight = weight if skips == "unet" else torch.sigmoid(weight)
         if skips == "gated":
             weight = weight * gate(x0, weights["skip_gate"])[..., None]
         x = x + weight * outputs[spec.skip]
-    if "x0_weight" in weights:
-        x = weights["stream_weight"] * x + weights["x0_weight"] * x0
+    if "x0_lambdas" in weights:
+        x = weights["resid_lambdas"] * x + weights["x0_lambdas"] * x0
     return x
 
 
-def leave(x: Tensor, outputs: Sequence[Tensor], weights: Mapping[str, Any]) -> Tensor:
+def apply_backout(x: Tensor, outputs: Sequence[Tensor], weights: Mapping[str, Any]) -> Tensor:
     """What the final norm gets: the stream, less a share of what it was after three quarters of the layers."""
-    if weights.get("backout_weight") is None:
+    if weights.get("backout_lambda") is None:
         return x
-    return x - weights["backout_weight"] * outputs[min(2 * len(outputs) // 3, len(outputs) - 2)]
+    return x - weights["backout_lambda"] * outputs[min(2 * len(outputs) // 3, len(outputs) - 2)]
 
 
 # %% [markdown]
@@ -368,11 +372,11 @@ def triangle(model) -> Tensor:
     x = x0 = unit[0]
     heard, outputs = [], []
     for n, (spec, weights) in enumerate(zip(model.plan, weights_of_layers(model))):
-        x = enter(x, x0, outputs, spec, weights, model.config.plan.skips)
+        x = mix_residual(x, x0, outputs, spec, weights, model.config.plan.skips)
         heard.append(x)
         x = x + unit[n + 1]
         outputs.append(x)
-    return torch.stack([*heard, leave(x, outputs, model._parameters)]).detach()
+    return torch.stack([*heard, apply_backout(x, outputs, model._parameters)]).detach()
 
 
 # %%
@@ -408,12 +412,12 @@ for name, matrix in triangles.items():
 def absorbed(model: GPT) -> GPT:
     """An equal model whose stream's weights are all one."""
     other = GPT(model.config, model.vocab_size)
-    other = other.to(model.stream_weight)  # its device, and float64
+    other = other.to(model.resid_lambdas)  # its device, and float64
     other.load_state_dict(model.state_dict())
     with torch.no_grad():
-        total = model.stream_weight.cumprod(0)
-        other.stream_weight.fill_(1.0)
-        other.x0_weight.copy_(model.x0_weight / total)
+        total = model.resid_lambdas.cumprod(0)
+        other.resid_lambdas.fill_(1.0)
+        other.x0_lambdas.copy_(model.x0_lambdas / total)
         for name in ("attention_out", "mlp_down"):
             other.get_parameter(name).div_(total[:, None, None])
     return other
@@ -422,8 +426,8 @@ def absorbed(model: GPT) -> GPT:
 draw = torch.Generator().manual_seed(1)
 model = model_of(PlanConfig(x0=True))
 with torch.no_grad():
-    model.stream_weight.uniform_(0.7, 1.4, generator=draw)
-    model.x0_weight.uniform_(-0.2, 0.2, generator=draw)
+    model.resid_lambdas.uniform_(0.7, 1.4, generator=draw)
+    model.x0_lambdas.uniform_(-0.2, 0.2, generator=draw)
 tokens, model = torch.randint(50, (3, 16), generator=draw).to(tier.device), model.to(tier.device)
 fresh = model_of(PlanConfig(x0=True)).to(tier.device)
 assert torch.allclose(model(tokens), absorbed(model)(tokens), atol=1e-3)
@@ -473,29 +477,29 @@ OTHERS = ("all plumbing", "no norm of the embedding", *LESS, "no decay")
 print(f"{'control':36} {study.samples['control']}")
 for arm in (*WIRES, *OTHERS):
     print(f"{study.line(arm)}  time {seconds[arm] / seconds['control'] - 1:+.0%}")
-print(f"one deviation for {len(study.chance)} arms: {study.deviation:.4f}; arms n=3")
+print(f"one deviation for {len(study.p_values)} arms: {study.pooled_sd:.4f}; arms n=3")
 print(measured_on(result))
 
 # %%
-gain, sure = {arm: -study.rise(arm) for arm in study.chance}, 0.003
+gain, sure = {arm: -study.delta(arm) for arm in study.p_values}, 0.003
 for arm in ("first values", *TABLES[:3], "backout", "x0", "U-net", "no norm of the embedding"):
-    assert study.chance[arm] < sure, arm
+    assert study.p_values[arm] < sure, arm
 assert 0.11 < gain["first values"] < 0.12 < gain["x0 and first values"] < 0.13
 assert [round(gain[arm], 2) for arm in TABLES] == [0.06, 0.08, 0.1, 0.02]
-assert 0.03 < gain["x0"] < gain["backout"] < 0.036 and study.between("x0", "backout") > 0.5
+assert 0.03 < gain["x0"] < gain["backout"] < 0.036 and study.pairwise_p("x0", "backout") > 0.5
 assert 0.055 < -gain["U-net"] < 0.065 and 0.02 < -gain["skips from 0.18"] < 0.025
 assert abs(gain["one skip"]) < 0.01 and abs(gain["no decay"]) < 0.005
-assert 0.03 < gain["all plumbing"] < 0.04 and study.chance["all plumbing"] < sure
+assert 0.03 < gain["all plumbing"] < 0.04 and study.p_values["all plumbing"] < sure
 assert 0.105 < -gain["no norm of the embedding"] < 0.115
-assert all(0.09 < study.chance[arm] < 0.16 for arm in ("gated tables", "smear", SKIPS[1]))
-assert min(study.chance[arm] for arm in ("one skip", LESS[0], "no decay")) > 0.5
-assert 0.02 < study.chance[LESS[1]] < 0.03 and round(4 * 50_257 * 384 / 1e6) == 77
-print(f"p < 0.05 takes {study.visible(3):.3f}, p < 0.01 {study.visible(3, alpha=0.01):.3f}")
-assert [round(study.visible(3, alpha=alpha), 3) for alpha in (0.05, 0.01)] == [0.024, 0.028]
+assert all(0.09 < study.p_values[arm] < 0.16 for arm in ("gated tables", "smear", SKIPS[1]))
+assert min(study.p_values[arm] for arm in ("one skip", LESS[0], "no decay")) > 0.5
+assert 0.02 < study.p_values[LESS[1]] < 0.03 and round(4 * 50_257 * 384 / 1e6) == 77
+print(f"p < 0.05 takes {study.detectable(3):.3f}, p < 0.01 {study.detectable(3, alpha=0.01):.3f}")
+assert [round(study.detectable(3, alpha=alpha), 3) for alpha in (0.05, 0.01)] == [0.024, 0.028]
 
 # %%
 PAIRS = (("first values", TABLES[2]), ("first values", "x0 and first values"), (TABLES[2], TABLES[0]), (TABLES[0], "backout"), (TABLES[0], "x0"), SKIPS[:2])  # fmt: skip
-between = {f"{a} / {b}": study.between(a, b) for a, b in PAIRS}
+between = {f"{a} / {b}": study.pairwise_p(a, b) for a, b in PAIRS}
 assert [p > 0.1 for p in between.values()] == [True, True, False, False, False, False]
 assert max(list(between.values())[2:]) < 0.01
 by_seed = [
@@ -506,7 +510,7 @@ assert all(0.009 < min(steps) < max(steps) < 0.017 for steps in by_seed)
 FIVE = ("gated tables", "x0", "one skip", "smear", "backout")
 parts = sum(gain[arm] for arm in FIVE)
 variance = sum(1 / study.samples[arm].n for arm in (*FIVE, "all plumbing"))
-error = study.deviation * (variance + 16 / study.samples["control"].n) ** 0.5
+error = study.pooled_sd * (variance + 16 / study.samples["control"].n) ** 0.5
 assert 0.055 < parts < 0.065 and parts - gain["all plumbing"] < 1.5 * error
 more_tokens = int(ladder[14]["total_train_tokens"]) / (600 * 32_768)
 assert 39 < more_tokens < 42
@@ -529,15 +533,15 @@ ELSEWHERE = {
 }  # fmt: skip
 chapter_of = {arm: chapter for chapter, names in ELSEWHERE.items() for arm in names}
 chapters = sorted({*ELSEWHERE, "07"})
-ranked = sorted(study.chance, key=study.rise)
+ranked = sorted(study.p_values, key=study.rise)
 assert set(chapter_of) <= set(ranked) and {a for a in ranked if a not in chapter_of} == {
     *WIRES,
     *OTHERS,
 }
-found = sum(p < 0.01 for p in study.chance.values())
-best = sum(study.chance[arm] < 0.01 for arm in ranked if study.rise(arm) < 0)
+found = sum(p < 0.01 for p in study.p_values.values())
+best = sum(study.p_values[arm] < 0.01 for arm in ranked if study.delta(arm) < 0)
 fig, axis = plt.subplots(figsize=(7.6, 6.6), layout="constrained")
-axis.axvspan(-study.visible(3), study.visible(3), color="0.5", alpha=0.15, lw=0)
+axis.axvspan(-study.detectable(3), study.detectable(3), color="0.5", alpha=0.15, lw=0)
 for y, arm in enumerate(ranked):
     color = f"C{chapters.index(chapter_of.get(arm, '07'))}"
     dots = [loss - study.samples["control"].mean for loss in losses[arm]]
@@ -580,10 +584,10 @@ def learned(arm: str, seed: int = 0) -> tuple[GPT, dict[str, list]]:
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Learned weights over 600 steps: the embedding's and the stream's for each of eight layers, those of the first layer's values, and of skips"}}
 SHOWN = {
-    "x0_weight": "x0",
-    "stream_weight": "x0",
-    "value_mix": "first values",
-    "skip_weight": "U-net",
+    "x0_lambdas": "x0",
+    "resid_lambdas": "x0",
+    "ve_lambdas": "first values",
+    "skip_lambdas": "U-net",
 }
 
 
@@ -632,14 +636,14 @@ b, a, mix, skip = last.values()
 assert b.diff(dim=1).max() < 0 < 1 < b[:, 0].min() and b[:, 5:].max() < 0 < b[:, :4].min()
 assert a[:, 0].min() > 1.5 and 0.2 < a[:, 1].min() < a[:, 1].max() < 0.3
 assert 0.65 < mix[:, 3:].min() < mix[:, 3:].max() < 1.5 and mix[:, 0].max() < 0.5
-backout, smear = ends_of("backout", "backout_weight"), ends_of("smear", "smear_weight")
-one_skip = ends_of("one skip", "skip_weight").sigmoid()
+backout, smear = ends_of("backout", "backout_lambda"), ends_of("smear", "smear_lambda")
+one_skip = ends_of("one skip", "skip_lambdas").sigmoid()
 assert (
     0.1 < skip.min() < skip.max() < 0.7
     and 0.65 < backout.mean() < 0.75
     and 0.65 < smear.mean() < 0.75
 )
-mirrored, large = (ends_of(arm, "value_mix") for arm in ("mirror tables", "record 14's tables"))
+mirrored, large = (ends_of(arm, "ve_lambdas") for arm in ("mirror tables", "record 14's tables"))
 assert (large[..., 1] < large[..., 0]).float().mean() > 0.7
 own, tables = mirrored[:, 1:, 0], mirrored[:, 1:, 1]
 assert (
@@ -650,7 +654,7 @@ assert (
 print(
     f"value_mix: layer 1 {mix[:, 0].min():.2f} to {mix[:, 0].max():.2f}, layers 4 to 7 {mix[:, 3:].min():.2f} to {mix[:, 3:].max():.2f}"
 )
-print(f"stream_weight of layer 1: {a[:, 1].min():.2f} to {a[:, 1].max():.2f}")
+print(f"resid_lambdas of layer 1: {a[:, 1].min():.2f} to {a[:, 1].max():.2f}")
 print(
     f"mirrored skips {skip.min():.2f} to {skip.max():.2f}; one, from 0.18, {one_skip.min():.2f} to {one_skip.max():.2f}"
 )
@@ -660,7 +664,7 @@ print(
 )
 
 # %% [markdown]
-# Both signs, is the answer here. `x0_weight` falls from layer to layer: the first four add the embedding, the next does hardly anything, the last three subtract it. Layer 1 turns its stream down to a quarter, and with it what layer 0 wrote. (In layer 0 stream and embedding are the same vector: two weights with one job.) Layers 4 to 7 give the first layer's values a weight between two thirds and one and a half, and their own one minus that; layer 1's weight may be anything up to a half. Skips shrink and are not gone after 600 steps. Backout grows.
+# Both signs, is the answer here. `x0_lambdas` falls from layer to layer: the first four add the embedding, the next does hardly anything, the last three subtract it. Layer 1 turns its stream down to a quarter, and with it what layer 0 wrote. (In layer 0 stream and embedding are the same vector: two weights with one job.) Layers 4 to 7 give the first layer's values a weight between two thirds and one and a half, and their own one minus that; layer 1's weight may be anything up to a half. Skips shrink and are not gone after 600 steps. Backout grows.
 #
 # Smear's weight grows to 0.70. Where its gate is undecided, that is 0.35 of the token before; in record 34 it ended near 0.07, and record 52 trained it at a hundredth of the rate. Ours was not tuned. From layer 1 on the mirrored tables' weights rise from 0.5 to three and more. But so do the weights of the layers' own values, to between 1.4 and 3. From there on all values become larger, and the tables', which begin small, most of all. That is one arm: of record 14's tables, which begin large, most weights stay below the layers' own.
 
@@ -679,27 +683,29 @@ two = study_of({name.replace("two matrices", "control"): all_of for name, all_of
 print(f"{'control, two matrices':36} {two.samples['control']}")
 for name in ("x0", "backout", "first values", "no norm"):
     print(two.line(name))
-print(f"deviation with two matrices {two.deviation:.4f}, with one {study.deviation:.4f}")
+print(f"deviation with two matrices {two.pooled_sd:.4f}, with one {study.pooled_sd:.4f}")
 for wire in ("x0", "backout", "first values"):
     parts = ((study, (1 / 3 + 1 / 15) ** 0.5), (two, (2 / 3) ** 0.5))
-    error = sum((of.deviation * root) ** 2 for of, root in parts) ** 0.5
-    z = (gain[wire] + two.rise(wire)) / error
+    error = sum((of.pooled_sd * root) ** 2 for of, root in parts) ** 0.5
+    z = (gain[wire] + two.delta(wire)) / error
     print(
-        f"{wire:12} saves {gain[wire]:.3f} with one, {-two.rise(wire):.3f} with two: {z:.1f} standard errors"
+        f"{wire:12} saves {gain[wire]:.3f} with one, {-two.delta(wire):.3f} with two: {z:.1f} standard errors"
     )
 
 # %%
-b_two, taken_two = ends_of("two matrices, x0", "x0_weight"), ends_of("two matrices, backout", "backout_weight")  # fmt: skip
+b_two, taken_two = ends_of("two matrices, x0", "x0_lambdas"), ends_of("two matrices, backout", "backout_lambda")  # fmt: skip
 for head, weights in (("one matrix", b), ("two matrices", b_two)):
-    print(f"x0_weight, {head}:", [round(w, 2) for w in weights.mean(0).tolist()])
+    print(f"x0_lambdas, {head}:", [round(w, 2) for w in weights.mean(0).tolist()])
 ends = {"one": backout, "two": taken_two}
 print("backout, from 0.5:", {head: f"{w.min():.2f} to {w.max():.2f}" for head, w in ends.items()})
 assert b_two.min() > 0.1 and b_two[:, 1:].min() > 0.5 and taken_two.max() < 0.26
-assert -0.02 < two.rise("x0") < -0.015 and two.chance["x0"] < 0.001 < 0.5 < two.chance["backout"]
-assert -0.06 < two.rise("first values") < -0.05 and 0.09 < two.rise("no norm") < 0.1
-assert 5 < study.deviation / two.deviation < 5.5
-assert (gain["backout"] + two.rise("backout")) > 4 * study.deviation * 0.4**0.5 * 1.05
-assert (gain["x0"] + two.rise("x0")) < 2 * study.deviation * 0.4**0.5
+assert (
+    -0.02 < two.delta("x0") < -0.015 and two.p_values["x0"] < 0.001 < 0.5 < two.p_values["backout"]
+)
+assert -0.06 < two.delta("first values") < -0.05 and 0.09 < two.delta("no norm") < 0.1
+assert 5 < study.pooled_sd / two.pooled_sd < 5.5
+assert (gain["backout"] + two.delta("backout")) > 4 * study.pooled_sd * 0.4**0.5 * 1.05
+assert (gain["x0"] + two.delta("x0")) < 2 * study.pooled_sd * 0.4**0.5
 
 # %% [markdown]
 # (Here $p$ is Dunnett's for five arms with two matrices, chapter 08's quarter of the rate among them, beside three runs.)
@@ -775,15 +781,15 @@ at_home = study_of(
 for arm, sample in at_home.samples.items():
     plain = "two matrices" if "two" in arm else "control"
     apart = sample.mean - at_home.samples[plain].mean
-    beside_it = f"  {apart:+.4f}, {p_text(at_home.between(arm, plain))}" if arm != plain else ""
+    beside_it = f"  {apart:+.4f}, {p_text(at_home.pairwise_p(arm, plain))}" if arm != plain else ""
     print(f"{arm.replace('control', 'one matrix'):22} {sample}{beside_it}")
 on_laptop = {arm.replace("control", "one matrix"): s for arm, s in at_home.samples.items()}
 b_of = {
-    head: torch.tensor([run["learned"]["x0_weight"][-1][1] for run in by_head[f"{head}, x0"]])
+    head: torch.tensor([run["learned"]["x0_lambdas"][-1][1] for run in by_head[f"{head}, x0"]])
     for head in ("one matrix", "two matrices")
 }
 for head, weights in b_of.items():
-    print(f"x0_weight, {head}: {[round(w, 2) for w in weights.mean(0).tolist()]}")
+    print(f"x0_lambdas, {head}: {[round(w, 2) for w in weights.mean(0).tolist()]}")
 print(measured_on(heads))
 
 # %%
@@ -792,7 +798,7 @@ assert 0.055 < gain["one matrix, x0"] < 0.075 and 0.03 < gain["one matrix, backo
 assert abs(gain["two matrices, x0"]) < 0.01 and abs(gain["two matrices, backout"]) < 0.01
 assert b_of["one matrix"][:, 2:].max() < -0.03 and b_of["two matrices"][:, 1:].min() > 0.03
 taken = {
-    head: [run["learned"]["backout_weight"][-1][1][0] for run in by_head[f"{head}, backout"]]
+    head: [run["learned"]["backout_lambda"][-1][1][0] for run in by_head[f"{head}, backout"]]
     for head in b_of
 }
 assert min(taken["one matrix"]) > 0.6 and max(taken["two matrices"]) < 0.4
@@ -802,7 +808,7 @@ print(
     {head: f"{min(ends):.2f} to {max(ends):.2f}" for head, ends in taken.items()},
     "is backout, from 0.5",
 )
-error = at_home.deviation * (4 / 3) ** 0.5
+error = at_home.pooled_sd * (4 / 3) ** 0.5
 apart_by = {
     wire: (gain[f"one matrix, {wire}"] - gain[f"two matrices, {wire}"]) / error
     for wire in ("x0", "backout")
@@ -825,9 +831,9 @@ print(f"{'control, 2,000 steps':36} {late.samples['control']}")
 for arm in ("x0", "backout", "first values"):
     print(late.line(arm))
 print(measured_on(longer))
-assert abs(late.rise("x0")) < 0.005 and abs(late.rise("backout")) < 0.003
-assert min(late.chance[arm] for arm in ("x0", "backout")) > 0.3
-assert -0.01 < late.rise("first values") < -0.008 and 0.01 < late.chance["first values"] < 0.05
+assert abs(late.delta("x0")) < 0.005 and abs(late.delta("backout")) < 0.003
+assert min(late.p_values[arm] for arm in ("x0", "backout")) > 0.3
+assert -0.01 < late.delta("first values") < -0.008 and 0.01 < late.p_values["first values"] < 0.05
 assert {run["config"]["steps"] for runs in longer["data"]["arms"].values() for run in runs} == {
     2000
 }
@@ -1002,7 +1008,7 @@ for layers in (2, 5, 8, 12):
 print(head_hears(8))
 
 # %% [markdown]
-# 2. Write `weights_for(column)`: the `x0_weight`, (layers,), with which layers hear the embedding as a wanted column says, (layers,), if all stream's weights are one.
+# 2. Write `weights_for(column)`: the `x0_lambdas`, (layers,), with which layers hear the embedding as a wanted column says, (layers,), if all stream's weights are one.
 
 
 # %% tags=["solution"]
@@ -1015,7 +1021,7 @@ def weights_for(column: Tensor) -> Tensor:
 wanted = torch.tensor([1.0, 2.0, 3.5, 3.0, 1.0, 0.5], dtype=torch.float64)
 model = model_of(PlanConfig(x0=True), 6)
 with torch.no_grad():
-    model.x0_weight.copy_(weights_for(wanted))
+    model.x0_lambdas.copy_(weights_for(wanted))
 heard = triangle(model)
 assert torch.allclose(heard[:6, 0], wanted), (
     f"asked for {wanted.tolist()}, the layers hear {heard[:6, 0].tolist()} (what was added once stays in the stream)"
@@ -1023,7 +1029,7 @@ assert torch.allclose(heard[:6, 0], wanted), (
 assert torch.equal(heard[:, 1:], torch.ones(7, 7).double().tril()[:, 1:]), (
     f"the layers' own writes should be heard once each, not {heard[:, 1:]}"
 )
-print(model.x0_weight.tolist())
+print(model.x0_lambdas.tolist())
 
 # %% [markdown]
 # ## Since then

@@ -83,18 +83,18 @@ Cap = Literal["none", "tanh30", "tanh15", "sigmoid30", "sigmoid23"]
 
 @dataclass(frozen=True)
 class HeadConfig:
-    """From the last vectors to the loss. The defaults are GPT-2's."""
+    """From the last vectors to the loss; the matrix `head` is upstream's lm_head. The defaults are GPT-2's."""
 
     tied: Literal["tied", "untied", "split"] = "tied"
-    """tied: the embedding is the head. untied: two matrices. split: two that are kept equal until schedule.untie_at."""
+    """Weight tying (Press and Wolf 2016). tied: the embedding is the head. untied: two matrices. split: two that are kept equal until schedule.untie_at."""
     std: NonNegativeFloat = 0.0
     """untied: deviation of the head's first weights; 0: zeros."""
-    rate: PositiveFloat = 1.0
-    """untied: the head's rate as a multiple of optim.adam.lr."""
+    lr_mul: PositiveFloat = 1.0
+    """untied: the head's learning rate as a multiple of optim.adam.lr."""
     multiple: Annotated[int, Interval(ge=1, le=2**16)] = 1
     """The vocabulary is padded to a multiple of this, by rows that no token uses."""
-    cap: Cap = "none"
-    """How logits are bounded: 30 tanh(z/30), 15 tanh(z/15), 30 sigmoid(z/7.5), 23 sigmoid((z+5)/7.5)."""
+    softcap: Cap = "none"
+    """The logit softcap (Gemma 2), by which logits are bounded: 30 tanh(z/30), 15 tanh(z/15), 30 sigmoid(z/7.5), 23 sigmoid((z+5)/7.5)."""
 
 
 def padded(vocab_size: int, multiple: int) -> int:
@@ -116,7 +116,7 @@ print(
 
 # %%
 #| export
-def capped(logits: Tensor, cap: Cap) -> Tensor:
+def softcap(logits: Tensor, cap: Cap) -> Tensor:
     """Logits, bounded as the option says; in their own dtype."""
     if cap.startswith("tanh"):
         bound = float(cap.removeprefix("tanh"))
@@ -128,15 +128,15 @@ def capped(logits: Tensor, cap: Cap) -> Tensor:
 
 def loss_of(logits: Tensor, targets: Tensor, cap: Cap) -> Tensor:
     """Mean cross-entropy in nats of (…, vocab) logits, computed in float32; bits are nats / ln 2."""
-    bounded = capped(logits.float(), cap)
+    bounded = softcap(logits.float(), cap)
     return F.cross_entropy(bounded.flatten(0, -2), targets.flatten())
 
 
 # %%
 z = torch.linspace(-60, 60, 2001, dtype=torch.float64)
 rows = torch.randn(50, 288, generator=torch.Generator().manual_seed(0)).double() * 8
-shares = {cap: capped(rows, cap).softmax(-1) for cap in ("tanh15", "sigmoid30", "sigmoid23")}
-assert torch.allclose(capped(z, "sigmoid30"), capped(z, "tanh15") + 15)
+shares = {cap: softcap(rows, cap).softmax(-1) for cap in ("tanh15", "sigmoid30", "sigmoid23")}
+assert torch.allclose(softcap(z, "sigmoid30"), softcap(z, "tanh15") + 15)
 assert torch.allclose(shares["sigmoid30"], shares["tanh15"]), "a shift is nothing to a softmax"
 assert not torch.allclose(shares["sigmoid23"], shares["tanh15"])
 spans = {"tanh30": 60.0, "tanh15": 30.0, "sigmoid23": 23.0}
@@ -148,9 +148,9 @@ print({cap: f"{loss:.0e}" for cap, loss in least.items()}, "nats: the least loss
 # In the limit, then, no cap keeps the model from being sure, and $30\,\sigma(z/7.5)$ is $15 \tanh(z/15)$ again, moved up by 15. (Record 19 changed the form along with its 8-bit head. For the loss it changes nothing.) The last form differs. Measured from its value at zero it has the same floor, −15, but half the ceiling, 8: a logit of 10 counts like one of 5 under $15\tanh(z/15)$. So to be sure it has to push the others down. With all other logits at zero, a token cannot cost less than three nats:
 
 # %%
-zero = capped(torch.zeros(1), "sigmoid23").item()
-ceiling, ten = 23 - zero, capped(torch.tensor([10.0]), "sigmoid23").item() - zero
-five = capped(torch.tensor([5.0]), "tanh15").item()
+zero = softcap(torch.zeros(1), "sigmoid23").item()
+ceiling, ten = 23 - zero, softcap(torch.tensor([10.0]), "sigmoid23").item() - zero
+five = softcap(torch.tensor([5.0]), "tanh15").item()
 others_at_zero = math.log1p(50_303 * math.exp(-ceiling))
 assert round(ceiling) == 8 and round(zero) == 15 and round(ten) == round(five) == 5
 assert 2.9 < others_at_zero < 3.1
@@ -166,9 +166,9 @@ def slope(z: Tensor, cap: str) -> Tensor:
     if cap == "none":
         return torch.ones_like(z)
     if cap.startswith("tanh"):
-        return 1 - (capped(z, cap) / float(cap.removeprefix("tanh"))) ** 2
+        return 1 - (softcap(z, cap) / float(cap.removeprefix("tanh"))) ** 2
     top = float(cap.removeprefix("sigmoid"))
-    share = capped(z, cap) / top
+    share = softcap(z, cap) / top
     return top * share * (1 - share) / 7.5
 
 
@@ -176,9 +176,9 @@ CAPS = ("none", "tanh30", "tanh15", "sigmoid30", "sigmoid23")
 targets = torch.randint(288, (50,), generator=torch.Generator().manual_seed(1))
 for cap in CAPS:
     leaf = rows.clone().requires_grad_()
-    mean = F.cross_entropy(capped(leaf, cap), targets)
+    mean = F.cross_entropy(softcap(leaf, cap), targets)
     (gradient,) = torch.autograd.grad(mean, leaf)
-    by_hand = (capped(rows, cap).softmax(-1) - F.one_hot(targets, 288)) * slope(rows, cap) / 50
+    by_hand = (softcap(rows, cap).softmax(-1) - F.one_hot(targets, 288)) * slope(rows, cap) / 50
     assert torch.allclose(gradient, by_hand, atol=1e-12), cap
     assert abs(loss_of(rows, targets, cap) - mean) < 1e-5
 assert torch.allclose(slope(z, "tanh15"), slope(z, "sigmoid30"))
@@ -355,12 +355,12 @@ drawn = torch.linspace(-40, 40, 801)
 SHOWN = {"tanh30": "30 tanh(z/30)", "tanh15": "15 tanh(z/15)", "sigmoid23": "23 σ((z+5)/7.5)"}
 for n, (cap, label) in enumerate(SHOWN.items()):
     axes[0].plot(
-        drawn, capped(drawn, cap) - capped(torch.zeros(1), cap), color=f"C{n}", label=label
+        drawn, softcap(drawn, cap) - softcap(torch.zeros(1), cap), color=f"C{n}", label=label
     )
     axes[1].plot(drawn, slope(drawn, cap), color=f"C{n}", label=label)
 axes[0].plot(drawn, drawn, ":", color="0.6")
 axes[0].set_ylim(-32, 32)
-axes[0].set_ylabel("capped logit, less its value at zero")
+axes[0].set_ylabel("softcapped logit, less its value at zero")
 axes[1].set_ylabel("what a gradient is multiplied by")
 for axis in axes:
     axis.set_xlabel("logit z")
@@ -396,11 +396,11 @@ ARMS: dict[str, dict[str, Any]] = {
     "tied, no cap": {},
     "untied, zeros": {"model.head.tied": "untied"},
     "untied, drawn at 0.05": {"model.head.tied": "untied", "model.head.std": 0.05},
-    "untied, a quarter of the rate": {"model.head.tied": "untied", "model.head.rate": 0.25},
-    "untied, four times the rate": {"model.head.tied": "untied", "model.head.rate": 4.0},
-    "30 tanh(z/30)": {"model.head.cap": "tanh30"},
-    "15 tanh(z/15)": {"model.head.cap": "tanh15"},
-    "23 σ((z+5)/7.5)": {"model.head.cap": "sigmoid23"},
+    "untied, a quarter of the rate": {"model.head.tied": "untied", "model.head.lr_mul": 0.25},
+    "untied, four times the rate": {"model.head.tied": "untied", "model.head.lr_mul": 4.0},
+    "30 tanh(z/30)": {"model.head.softcap": "tanh30"},
+    "15 tanh(z/15)": {"model.head.softcap": "tanh15"},
+    "23 σ((z+5)/7.5)": {"model.head.softcap": "sigmoid23"},
 }
 
 
@@ -476,12 +476,12 @@ print(measured_on(corpus))
 # %%
 more = {arm: describe(losses[arm]).mean - study.samples["control"].mean for arm in HEADS}
 assert 0.095 < more[HEADS[0]] < 0.11 and 0.19 < more[HEADS[1]] < 0.2
-assert 0.035 < study.rise(CAPS[3]) < 0.045 and study.chance[CAPS[3]] < 0.001
-assert min(study.chance[arm] for arm in (*CAPS[:3], "padded to 128")) > 0.9
-assert max(describe(losses[arm]).sd for arm in HEADS) < study.deviation / 3
-shared = study.rise("split head") - study.rise("chapter 20's optimizer")
-assert 0 < shared < 0.005 and study.between("split head", "chapter 20's optimizer") > 0.5
-assert 0.01 < study.chance["chapter 20's optimizer"] < 0.05
+assert 0.035 < study.delta(CAPS[3]) < 0.045 and study.p_values[CAPS[3]] < 0.001
+assert min(study.p_values[arm] for arm in (*CAPS[:3], "padded to 128")) > 0.9
+assert max(describe(losses[arm]).sd for arm in HEADS) < study.pooled_sd / 3
+shared = study.delta("split head") - study.delta("chapter 20's optimizer")
+assert 0 < shared < 0.005 and study.pairwise_p("split head", "chapter 20's optimizer") > 0.5
+assert 0.01 < study.p_values["chapter 20's optimizer"] < 0.05
 faster = 1 - took["padded to 128"] / took["control"]
 slowest = max(run["seconds"] for run in runs_of["padded to 128"])
 assert 0.13 < faster < 0.17 and slowest < min(run["seconds"] for run in runs_of["control"])
@@ -556,7 +556,7 @@ def as_tanh(top: float, shift: float, scale: float) -> tuple[float, float, float
 # %%
 for cap, numbers in (("sigmoid30", (30.0, 0.0, 7.5)), ("sigmoid23", (23.0, 5.0, 7.5))):
     a, b, c, d = as_tanh(*numbers)
-    off = (a * torch.tanh((z + b) / c) + d - capped(z, cap)).abs().max().item()
+    off = (a * torch.tanh((z + b) / c) + d - softcap(z, cap)).abs().max().item()
     assert off < 1e-9, (
         f"{cap}: with (a, b, c, d) = {(a, b, c, d)} the two differ by up to {off:.3g}"
     )

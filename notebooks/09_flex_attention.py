@@ -94,7 +94,7 @@ def document_numbers(cu_seqlens: Tensor, tokens: int) -> Tensor:
 
 
 def document_mask(documents: Tensor) -> MaskMod:
-    """Queries and keys of one document. documents: (tokens,), as `document_numbers` has them."""
+    """The document mask: queries and keys of one document. documents: (tokens,), as `document_numbers` has them."""
     return lambda b, h, q_idx, kv_idx: (documents[q_idx] == documents[kv_idx]) & (documents[q_idx] >= 0)  # fmt: skip
 
 
@@ -652,9 +652,9 @@ def study() -> dict[str, Config]:
     """
     plain = {"schedule.stages": (Stage(1.0, 1, 1.5, 1024),), "model.attention.yarn": False}
     sizes: dict[str, Any] = {
-        "data.step_tokens": 4096,
-        "data.pass_tokens": 2048,
-        "data.grad_shards": 4,
+        "data.batch_tokens": 4096,
+        "data.max_forward_tokens": 2048,
+        "data.micro_batches": 4,
     }
     base = vary(preset("cpu"), plain | sizes | {"steps": 600, "data.mode": "documents"})
     arms: dict[str, dict[str, Any]] = {

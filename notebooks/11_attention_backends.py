@@ -47,7 +47,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from speedrun.lab.errors import Problem
+from speedrun.lab.errors import UserError
 from speedrun.lab.provenance import stamp
 from speedrun.model.masks import flex_attention_packed
 
@@ -996,7 +996,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from speedrun.lab.bounds import NonNegativeFloat, NonNegativeInt
-from speedrun.lab.errors import Problem
+from speedrun.lab.errors import UserError
 from speedrun.lab.hardware import find_triton
 
 Backend = Literal["auto", "triton", "fa2", "fa3", "flex", "sdpa"]
@@ -1169,11 +1169,11 @@ def why_not(backend: str, device: torch.device, dtype: torch.dtype, head_dim: in
 
 
 def choose_backend(asked: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
-    """The backend that will be used. Raises Problem for one that was asked for by name and cannot."""
+    """The backend that will be used. Raises UserError for one that was asked for by name and cannot."""
     there = (device, dtype, head_dim)
     if asked != "auto":
         if reason := why_not(asked, *there):
-            raise Problem(
+            raise UserError(
                 f"model.attention.backend={asked}: {reason}", "--model.attention.backend auto"
             )
         return asked
@@ -1219,7 +1219,7 @@ assert "float32" in why_not("triton", torch.device(elsewhere), torch.float32)
 for name in ("triton", "fa2", "fa3"):
     try:
         choose_backend(name, torch.device("cpu"), torch.bfloat16, 128)
-    except Problem as problem:
+    except UserError as problem:
         assert f"backend={name}: it needs an NVIDIA GPU" in str(problem)
         print(problem)
     else:
@@ -1407,7 +1407,7 @@ def times_of(backend: str, tokens: int, cap: int, window: int) -> dict[str, Any]
 def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
     """Times of all backends, forward and backward, in turn; errors in the shortest rows against float64."""
     if not torch.cuda.is_available():
-        raise Problem(f"{name} times kernels", "run it on an NVIDIA GPU")
+        raise UserError(f"{name} times kernels", "run it on an NVIDIA GPU")
     rows, backends = [], [*WAYS, "fa2", "flex"]
     for backend in backends + ["fa3", "fa3 operator"] * bool(arguments):
         if backend == "fa3":
@@ -1650,7 +1650,7 @@ assert 0.2 < on_host < 0.6 < ms_of("triton")[chosen] and 0.4 < 1 - without / on_
 assert ms_of("triton")[:2].max() < on_host
 
 # %% [markdown]
-# In the longest rows the GPU's time is longer, and hides it. In rows of 16,384 tokens Python is the slower one; there longer rows are the remedy (`data.pass_tokens` joins them), or a graph of launches, as in [chapter 20](20_many_gpus.py).
+# In the longest rows the GPU's time is longer, and hides it. In rows of 16,384 tokens Python is the slower one; there longer rows are the remedy (`data.max_forward_tokens` joins them), or a graph of launches, as in [chapter 20](20_many_gpus.py).
 #
 # ## What did not work
 #

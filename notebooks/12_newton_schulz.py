@@ -839,7 +839,7 @@ assert {best_there[rule][2] for rule in RULES} == {f"{OTHERS[2]:g}"}
 gained = there["soap", "0.004", "0.004"] - there["soap", "0.004", "0.008"]
 assert gained > on_gpu["soap"].mean - on_gpu["muon"].mean
 run_there = runs_there["muon"][0]["config"]
-assert (run_there["steps"], run_there["data"]["step_tokens"]) == (400, 32_768)
+assert (run_there["steps"], run_there["data"]["batch_tokens"]) == (400, 32_768)
 print(
     f"SOAP against Muon: p = {p_soap:.0e}; {measured_on(load_result('newton_schulz', 'corpus_winners'))}"
 )
@@ -863,14 +863,14 @@ def newton_schulz_flops(rows: int, cols: int, iterations: int = 5) -> int:
     return iterations * (4 * m * m * n + 2 * m**3)
 
 
-def dearer(shape: GPTConfig, vocab_size: int, seq_len: int, step_tokens: int) -> float:
+def dearer(shape: GPTConfig, vocab_size: int, seq_len: int, batch_tokens: int) -> float:
     """FLOPs of orthogonalising all matrices of the blocks, as a share of a training step's."""
     total = 0
     for spec in param_specs(shape, vocab_size):
         if spec.matrices:
             layers, rows, cols = spec.shape
             total += layers * spec.matrices * newton_schulz_flops(rows // spec.matrices, cols)
-    return total / (step_tokens * flops_per_token(shape, vocab_size, seq_len))
+    return total / (batch_tokens * flops_per_token(shape, vocab_size, seq_len))
 
 
 with FlopCounterMode(display=False) as counter:
@@ -881,7 +881,7 @@ assert counter.get_total_flops() == newton_schulz_flops(96, 64)
 laptop = preset("cpu_gpt2")
 shares = {
     "record 4": dearer(GPTConfig(), 50_257, 1024, 524_288),
-    "the laptop": dearer(laptop.model, 288, laptop.data.seq_len, laptop.data.step_tokens),
+    "the laptop": dearer(laptop.model, 288, laptop.data.seq_len, laptop.data.batch_tokens),
 }
 measured = pace["muon"] / pace["adamw"] - 1
 assert shares["record 4"] < 0.005 and 0.4 < shares["the laptop"] < 0.5

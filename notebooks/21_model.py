@@ -160,11 +160,17 @@ from speedrun.model.attention import (
     positions_of,
     prepare_tiles,
 )
-from speedrun.model.embedding import READS, EmbeddingConfig, looked_up, smeared, with_value
-from speedrun.model.head import HeadConfig, capped, loss_of, padded
+from speedrun.model.embedding import (
+    GATE_CHANNELS,
+    EmbeddingConfig,
+    lookup_value_embeds,
+    smeared,
+    add_value_embed,
+)
+from speedrun.model.head import HeadConfig, softcap, loss_of, padded
 from speedrun.model.mlp import BlockConfig, linear, linear_init, mlp, normed, rms_norm
-from speedrun.model.plan import LayerSpec, PlanConfig, enter, leave, make_plan
-from speedrun.model.plan import scalar_specs, tables_of
+from speedrun.model.layout import LayerSpec, PlanConfig, mix_residual, apply_backout, make_layout
+from speedrun.model.layout import scalar_specs, tables_of
 from speedrun.model.rotary import RotaryConfig, frequencies, rotate, rotation_tables
 from speedrun.model.yarn import follow_windows
 
@@ -177,10 +183,10 @@ class GPTConfig:
     """Blocks."""
     heads: PositiveInt = 12
     """Attention heads; they share the width evenly."""
-    width: Annotated[int, Interval(ge=READS, le=2**16)] = 768
+    width: Annotated[int, Interval(ge=GATE_CHANNELS, le=2**16)] = 768
     """Length of the residual stream's vectors."""
     context: Annotated[int, Interval(ge=1, le=2**20)] = 1024
-    """Longest row of tokens."""
+    """Longest row of tokens (block_size in nanoGPT, max_seq_len upstream)."""
     init_std: PositiveFloat = 0.02
     """Standard deviation of the initial weights: 0.02 for a width of 768, more for a narrower model."""
     block: BlockConfig = field(default_factory=BlockConfig)
@@ -225,7 +231,7 @@ LARGE: dict[str, Any] = {"comm": "sharded", "wd_mul": 1.0}  # all but gains, bia
 
 
 def layer_specs(config: GPTConfig, plan: Sequence[LayerSpec]) -> list[ParamSpec]:
-    """The banks of attention and MLP, in the order in which a layer comes to them."""
+    """The banks of attention and MLP, in the order in which a layer comes to them (upstream: qk_bank, vo_bank and mlp_bank)."""
     d, block, specs = config.width, config.block, list[ParamSpec]()
     shapes = {"attention_qkv": (3 * d, d), "attention_out": (d, d)}
     shapes |= {"mlp_up": (4 * d, d), "mlp_down": (d, 4 * d)}
@@ -244,9 +250,9 @@ def layer_specs(config: GPTConfig, plan: Sequence[LayerSpec]) -> list[ParamSpec]
     return specs
 
 
-def plan_of(config: GPTConfig) -> tuple[LayerSpec, ...]:
+def layout_of(config: GPTConfig) -> tuple[LayerSpec, ...]:
     """What each layer is made of."""
-    return make_plan(config.layers, config.plan, config.embedding)
+    return make_layout(config.layers, config.plan, config.embedding)
 
 
 # %%
@@ -254,15 +260,15 @@ def plan_of(config: GPTConfig) -> tuple[LayerSpec, ...]:
 def param_specs(config: GPTConfig, vocab_size: int) -> tuple[ParamSpec, ...]:
     """Every parameter of the model, in the order in which the forward pass comes to them."""
     d, std, head, embedding = config.width, config.init_std, config.head, config.embedding
-    words, plan = padded(vocab_size, head.multiple), plan_of(config)
+    words, plan = padded(vocab_size, head.multiple), layout_of(config)
     tied_to = "head" if head.tied == "split" else ""
     kind: dict[str, Any] = {"init_std": embedding.std or std, "is_matmul": head.tied == "tied"}
-    kind |= {"lr_mul": embedding.rate, "tied_to": tied_to, **LARGE}
+    kind |= {"lr_mul": embedding.lr_mul, "tied_to": tied_to, **LARGE}
     specs = [ParamSpec("token_embedding", (words, d), **kind)]
     if config.rotary.positions == "learned":
         specs.append(ParamSpec("position_embedding", (config.context, d), init_std=std, **LARGE))
     if tables := tables_of(plan):
-        kind = {"init_std": embedding.value_std, "lr_mul": embedding.value_rate, **LARGE}
+        kind = {"init_std": embedding.value_std, "lr_mul": embedding.value_lr_mul, **LARGE}
         kind["wd_mul"] = embedding.value_decay
         specs.append(ParamSpec("value_embedding", (tables * words, d), **kind))
     specs += scalar_specs(plan, config.heads, config.plan, embedding)
@@ -271,7 +277,7 @@ def param_specs(config: GPTConfig, vocab_size: int) -> tuple[ParamSpec, ...]:
         specs += norm_specs("final_norm", (d,))
     if head.tied != "tied":
         std = std if head.tied == "split" else head.std
-        kind = {"init_std": std, "is_matmul": True, "lr_mul": head.rate, **LARGE}
+        kind = {"init_std": std, "is_matmul": True, "lr_mul": head.lr_mul, **LARGE}
         specs.append(ParamSpec("head", (d, words), **kind))
     return tuple(specs)
 
@@ -402,12 +408,12 @@ def attention(
     weights: Mapping[str, Tensor],
     config: GPTConfig,
     look: Look,
-    other: Tensor | None = None,
+    ve: Tensor | None = None,
     long: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Causal self-attention, (batch, tokens, width) → the same, and its values. qkv: (3 · width, width), out: (width, width).
 
-    other: values to mix in, (batch, heads, tokens, head_dim). long: whether it looks back over the long window.
+    ve: values to mix in, (batch, heads, tokens, head_dim). long: whether it looks back over the long window.
     """
     batch, tokens, width = x.shape
     shape = (batch, tokens, 3, config.heads, width // config.heads)
@@ -416,8 +422,10 @@ def attention(
         q, k = rms_norm(q), rms_norm(k)
     if look.turns is not None:
         q, k = (rotate(each, *look.turns, config.rotary.pairs) for each in (q, k))
-    if other is not None:
-        v = with_value(v, other.to(v.dtype), x, weights, config.embedding.value_mix).to(v.dtype)
+    if ve is not None:
+        v = add_value_embed(v, ve.to(v.dtype), x, weights, config.embedding.value_residual).to(
+            v.dtype
+        )
     if look.packed is None:
         scale = config.attention.scale or None  # None: 1 / sqrt(head_dim)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
@@ -470,7 +478,7 @@ def values_from_tables(self, inputs: Tensor) -> list[Tensor]:
     """What each value table has for the inputs, in heads: (batch, heads, tokens, head_dim)."""
     if not (tables := tables_of(self.plan)):
         return []
-    rows = looked_up(inputs, self.value_embedding, tables)
+    rows = lookup_value_embeds(inputs, self.value_embedding, tables)
     return [row.unflatten(-1, (self.config.heads, -1)).transpose(1, 2) for row in rows]
 
 
@@ -482,7 +490,7 @@ def logits_of(self, x: Tensor) -> Tensor:
 
 def loss_in_slabs(self, x: Tensor, targets: Tensor, rows: int = 2**15) -> Tensor:
     """Mean cross-entropy, nats, of vectors (1, tokens, width), with the logits of `rows` tokens in memory at a time."""
-    cap, total = self.config.head.cap, torch.zeros((), device=x.device)
+    cap, total = self.config.head.softcap, torch.zeros((), device=x.device)
     for part, wanted in zip(x.split(rows, 1), targets.split(rows, 1)):
         total = total + loss_of(logits_of(self, part), wanted, cap) * wanted.numel()
     return total / targets.numel()
@@ -497,7 +505,7 @@ def gpt_forward(
     outputs: list[Tensor] = []
     values: dict[Any, Tensor] = dict(enumerate(values_from_tables(self, inputs)))
     for n, (spec, weights) in enumerate(zip(self.plan, weights_of_layers(self))):
-        x = enter(x, x0, outputs, spec, weights, config.plan.skips)
+        x = mix_residual(x, x0, outputs, spec, weights, config.plan.skips)
         if spec.attention:
             normal = normed(x, weights, "attention_norm")
             long = n in config.attention.long_layers
@@ -507,14 +515,14 @@ def gpt_forward(
         if spec.mlp:
             x = x + mlp(normed(x, weights, "mlp_norm"), weights, config.block)
         outputs.append(x)
-    x = leave(x, outputs, self._parameters)
+    x = apply_backout(x, outputs, self._parameters)
     x = normed(x, self._parameters, "final_norm")
     if packed is not None and targets is not None and not torch.is_grad_enabled():
         return loss_in_slabs(self, x, targets)
     logits = logits_of(self, x)
     if targets is None:
-        return capped(logits[..., : self.vocab_size], config.head.cap)
-    return loss_of(logits, targets, config.head.cap)
+        return softcap(logits[..., : self.vocab_size], config.head.softcap)
+    return loss_of(logits, targets, config.head.softcap)
 
 
 # %% [markdown]
@@ -551,7 +559,7 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig, vocab_size: int, seed: int = 0):
         super().__init__()
         check_heads(config)
-        self.config, self.vocab_size, self.plan = config, vocab_size, plan_of(config)
+        self.config, self.vocab_size, self.plan = config, vocab_size, layout_of(config)
         self.specs = param_specs(config, vocab_size)
         for spec in self.specs:
             self.register_parameter(spec.name, nn.Parameter(torch.empty(spec.shape)))
@@ -683,7 +691,7 @@ def flops_per_token(config: GPTConfig, vocab_size: int, seq_len: int) -> float:
     """
     specs = param_specs(config, vocab_size)
     weights = sum(math.prod(spec.shape) for spec in specs if spec.is_matmul)
-    layers = sum(spec.attention for spec in plan_of(config))
+    layers = sum(spec.attention for spec in layout_of(config))
     return 6.0 * weights + 6.0 * layers * seq_len * config.width
 
 

@@ -65,7 +65,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from speedrun.data.loader import DataConfig, check_options
-from speedrun.lab.errors import Problem, visible
+from speedrun.lab.errors import UserError, visible
 from speedrun.model.gpt import GPTConfig
 from speedrun.optim.optimizer import OptimConfig
 from speedrun.schedule import Schedule, ScheduleConfig, Stage, check_schedule
@@ -88,7 +88,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from annotated_types import Interval
 
-from speedrun.lab.errors import Problem
+from speedrun.lab.errors import UserError
 
 PositiveInt = Annotated[int, Interval(ge=1, le=2**63 - 1)]
 NonNegativeInt = Annotated[int, Interval(ge=0, le=2**63 - 1)]
@@ -165,7 +165,7 @@ def check_value(name: str, value: Any, kind: Any, usual: Any) -> None:
         what = f"{name}={reprlib.repr(value)} is not allowed: it must be {' and '.join(wrong)}"
         in_table = any(part.isdigit() for part in name.split("."))
         way = f"{name}={usual!r}" if in_table else " ".join(as_flags(name, usual))
-        raise Problem(what, "; ".join([f"{way}, say", *notes]))
+        raise UserError(what, "; ".join([f"{way}, say", *notes]))
 
 
 def check_ranges(options: Any, prefix: str = "") -> None:
@@ -195,7 +195,7 @@ for group, nonsense in {
         try:
             check_ranges(group(**{name: value}), "group.")
             raise AssertionError("accepted")
-        except Problem as problem:
+        except UserError as problem:
             assert f"group.{name}=" in problem.what
             print(problem)
 
@@ -289,62 +289,66 @@ assert stops == [50, 20, 50]
 # %%
 #| export
 def check_model(model: GPTConfig) -> None:
-    """Raise Problem for heads that cannot share the width or be turned, and for connections between layers where there is one."""
+    """Raise UserError for heads that cannot share the width or be turned, and for connections between layers where there is one."""
     size, rest = divmod(model.width, model.heads)
     if rest:
         what = f"a width of {model.width} cannot be shared by {model.heads} heads"
-        raise Problem(what, f"--model.heads {largest_divisor(model.width, model.heads)}")
+        raise UserError(what, f"--model.heads {largest_divisor(model.width, model.heads)}")
     if model.rotary.positions != "learned" and size % 4:
         what = f"heads of {size} numbers cannot be taken in pairs to turn, and half of those"
-        raise Problem(what, "a --model.width of 4 times --model.heads, or a multiple")
+        raise UserError(what, "a --model.width of 4 times --model.heads, or a multiple")
     usual, fields = fields_of(GPTConfig(), "model."), fields_of(model, "model.")
     names = ("embedding.values", "plan.skips", "plan.backout", "plan.without")
     wants = [n for n in (f"model.{name}" for name in names) if fields[n] != usual[n]]
     if wants and model.layers < 2:
         what = f"{', '.join(wants)}: this is between layers, and model.layers is 1"
-        raise Problem(what, "--model.layers 2, or more")
+        raise UserError(what, "--model.layers 2, or more")
 
 
 # %%
 #| export
 def check_optim(optim: OptimConfig, precision: str) -> None:
-    """Raise Problem for 16-bit weights in a model that computes in float32, and for two meanings of one decay."""
+    """Raise UserError for 16-bit weights in a model that computes in float32, and for two meanings of one decay."""
     dtype = optim.muon.param_dtype
     if dtype != "float32" and precision == "float32":
         what = f"optim.muon.param_dtype={dtype} in a model that computes in float32"
-        raise Problem(what, "--optim.muon.param-dtype float32, or 16 bits for --precision as well")
+        raise UserError(
+            what, "--optim.muon.param-dtype float32, or 16 bits for --precision as well"
+        )
     if optim.matrices == "soap" and optim.adam.cautious:
         what = "optim.matrices=soap with optim.adam.cautious: SOAP decays as AdamW does"
-        raise Problem(what, "--optim.adam.no-cautious, or --optim.matrices muon")
+        raise UserError(what, "--optim.adam.no-cautious, or --optim.matrices muon")
 
 
 # %%
 #| export
 def check_documents(config: Config) -> None:
-    """Raise Problem for windows in rows that are no documents, and for documents in a model whose positions end."""
+    """Raise UserError for windows in rows that are no documents, and for documents in a model whose positions end."""
     windows = [stage.windows for stage in config.schedule.stages]
     if config.data.mode == "stream":
         if any(any(pair) for pair in (*windows, config.schedule.val_windows)):
-            raise Problem(
+            raise UserError(
                 "windows in the schedule, and data.mode=stream: rows of the stream are seen whole",
                 "--data.mode documents or packed, or no windows",
             )
         if (backend := config.model.attention.backend) != "auto":
-            raise Problem(
+            raise UserError(
                 f"model.attention.backend={backend}, and data.mode=stream: PyTorch computes attention in rows of the stream",
                 "--model.attention.backend auto; or --data.mode documents or packed",
             )
     elif config.model.rotary.positions == "learned":
         kind = config.model.rotary.positions
         what = f"data.mode={config.data.mode} and {kind} positions: there are positions for model.context tokens only"
-        raise Problem(what, "--model.rotary.positions rotary, or --data.mode stream")
+        raise UserError(what, "--model.rotary.positions rotary, or --data.mode stream")
     dtype = config.model.plan.stream_dtype
     if dtype != "float32" and config.precision == "float32":
         what = f"model.plan.stream_dtype={dtype} in a model that computes in float32"
-        raise Problem(what, "--model.plan.stream-dtype float32, or 16 bits for --precision as well")
+        raise UserError(
+            what, "--model.plan.stream-dtype float32, or 16 bits for --precision as well"
+        )
     if config.model.attention.yarn and not all(long for _, long in windows):
         what = "model.attention.yarn, and a stage without a long window: there is nothing to follow"
-        raise Problem(what, "--model.attention.no-yarn, or windows in every stage")
+        raise UserError(what, "--model.attention.no-yarn, or windows in every stage")
 
 
 # %%
@@ -356,17 +360,17 @@ def check_config(config: Config, world: int = 1) -> Config:
     check_documents(config)
     if data.mode == "stream" and data.seq_len > context:
         what = f"rows of {data.seq_len} tokens (data.seq_len) do not fit {context} positions (model.context)"
-        raise Problem(what, f"--data.seq-len {context}, or --model.context {data.seq_len}")
+        raise UserError(what, f"--data.seq-len {context}, or --model.context {data.seq_len}")
     check_model(config.model)
     check_optim(config.optim, config.precision)
     check_schedule(config.schedule, config.steps)
     for name in ("mtp_weights", "prefix_weight"):  # what no model of ours has yet
         if any(getattr(stage, name) != getattr(Stage(), name) for stage in config.schedule.stages):
             what = f"schedule.stages with {name}: this model has no such thing"
-            raise Problem(what, f"leave {name} out")
+            raise UserError(what, f"leave {name} out")
     if config.val_tokens < world * micro:
         what = f"val_tokens={config.val_tokens} are less than a micro-batch of {micro} for each of {world} ranks"
-        raise Problem(what, f"--val-tokens {world * micro} or more")
+        raise UserError(what, f"--val-tokens {world * micro} or more")
     return config
 
 
@@ -380,7 +384,7 @@ def schedule_of(config: Config) -> Schedule:
     """A run's settings as functions of the step."""
     adam, muon, data = config.optim.adam, config.optim.muon, config.data
     peaks = (adam.lr, config.optim.matrix_lr or adam.lr, muon.momentum)
-    return Schedule(config.schedule, config.steps, *peaks, data.step_tokens, data.max_document)
+    return Schedule(config.schedule, config.steps, *peaks, data.batch_tokens, data.max_doc_tokens)
 
 
 # %%
@@ -388,7 +392,7 @@ assert schedule_of(Config()).tokens_before(19_560) == 19_560 * 524_288
 assert schedule_of(Config()).at(700).lr == Config().optim.adam.lr
 
 # %%
-from speedrun.model.plan import PlanConfig
+from speedrun.model.layout import PlanConfig
 
 assert check_config(Config()) == Config()
 wrong = [
@@ -405,7 +409,7 @@ for config in wrong:
     try:
         check_config(config)
         raise AssertionError("accepted")
-    except Problem as problem:
+    except UserError as problem:
         print(problem)
 
 # %% [markdown]
@@ -416,7 +420,7 @@ for config in wrong:
 
 # %%
 #| export
-def no_field(name: str, known: dict[str, Any], prefix: str) -> Problem:
+def no_field(name: str, known: dict[str, Any], prefix: str) -> UserError:
     """What to say about a name that no field has."""
     inside = [prefix + other for other in known if other.startswith(f"{name}.")]
     near = difflib.get_close_matches(name, known, 1)
@@ -424,7 +428,7 @@ def no_field(name: str, known: dict[str, Any], prefix: str) -> Problem:
         fix = f"it is a group: vary its fields, such as {inside[0]}"
     else:
         fix = f"did you mean {prefix}{near[0]}?" if near else f"the fields are {', '.join(known)}"
-    return Problem(f"a run has no field “{prefix}{name}”", fix)
+    return UserError(f"a run has no field “{prefix}{name}”", fix)
 
 
 # %%
@@ -454,7 +458,7 @@ for nonsense in (*mistakes, {"layers": 3}, {"optim.adam.betas": ("a", "b")}):
     try:
         vary(Config(), nonsense)
         raise AssertionError("accepted")
-    except Problem as problem:
+    except UserError as problem:
         print(problem)
 
 # %% [markdown]
@@ -478,7 +482,7 @@ import json
 from collections.abc import Callable
 from typing import Any, get_args
 
-from speedrun.lab.errors import Problem, check_words
+from speedrun.lab.errors import UserError, check_words
 from speedrun.optim.muon import MuonConfig
 from speedrun.schedule import Stage
 
@@ -519,9 +523,9 @@ PRESETS: dict[str, tuple[str, Changes]] = {  # name → the run that it starts f
             ),
             "schedule.val_windows": (0, 0),
             "data.path": "data/embedded",
-            "data.step_tokens": 1024,
-            "data.grad_shards": 2,
-            "data.pass_tokens": 1024,
+            "data.batch_tokens": 1024,
+            "data.micro_batches": 2,
+            "data.max_forward_tokens": 1024,
             "steps": 1600,
             "precision": "float32",
             "compile": False,
@@ -543,8 +547,8 @@ PRESETS: dict[str, tuple[str, Changes]] = {  # name → the run that it starts f
             "schedule.warmup_steps": 100,
             "data.path": "data/embedded",
             "data.seq_len": 128,
-            "data.step_tokens": 1024,
-            "data.grad_shards": 2,
+            "data.batch_tokens": 1024,
+            "data.micro_batches": 2,
             "steps": 8000,
             "precision": "float32",
             "compile": False,
@@ -570,8 +574,8 @@ PRESETS: dict[str, tuple[str, Changes]] = {  # name → the run that it starts f
             "schedule.shape": "trapezoid",
             "schedule.momentum_min": 0.85,
             "data.path": FINEWEB,
-            "data.step_tokens": 65_536,
-            "data.pass_tokens": 32_768,
+            "data.batch_tokens": 65_536,
+            "data.max_forward_tokens": 32_768,
             "steps": 1520,
             "val_every": 190,
             "val_tokens": 4_194_304,
@@ -596,22 +600,22 @@ PRESETS: dict[str, tuple[str, Changes]] = {  # name → the run that it starts f
             "model.embedding.norm": True,
             "model.embedding.smear": True,
             "model.embedding.values": "ends",
-            "model.embedding.value_mix": "gates",
-            "model.embedding.value_rate": 75.0,
+            "model.embedding.value_residual": "gates",
+            "model.embedding.value_lr_mul": 75.0,
             "model.embedding.value_decay": 1 / 30,
             "model.plan.x0": True,
             "model.plan.residual": 1.1,
             "model.plan.skips": "gated",
             "model.plan.backout": True,
             "model.plan.without": "attention",
-            "model.plan.rate": 5.0,
+            "model.plan.lr_mul": 5.0,
             "model.plan.stream_dtype": "bfloat16",
             "model.attention.scale": 0.1,
             "model.attention.long_layers": (3, 10),
             "model.attention.yarn": True,
             "model.head.tied": "split",
             "model.head.multiple": 128,
-            "model.head.cap": "sigmoid23",
+            "model.head.softcap": "sigmoid23",
             "optim.adam.lr": 0.008,
             "optim.adam.betas": (0.65, 0.95),
             "optim.adam.eps": 1e-10,
@@ -637,8 +641,8 @@ PRESETS: dict[str, tuple[str, Changes]] = {  # name → the run that it starts f
             "schedule.val_windows": (0, 2560),
             "data.path": FINEWEB,
             "data.mode": "documents",
-            "data.step_tokens": 131_072,
-            "data.pass_tokens": 65_536,
+            "data.batch_tokens": 131_072,
+            "data.max_forward_tokens": 65_536,
             "steps": 2100,
         },
     ),
@@ -653,8 +657,8 @@ PRESETS: dict[str, tuple[str, Changes]] = {  # name → the run that it starts f
             "model.heads": 4,
             "model.width": 512,
             "model.attention.long_layers": (2, 7),
-            "data.step_tokens": 65_536,
-            "data.pass_tokens": 32_768,
+            "data.batch_tokens": 65_536,
+            "data.max_forward_tokens": 32_768,
             "val_tokens": 4_194_304,
             "log_every": 20,
             "target": 4.0,
@@ -724,7 +728,7 @@ HISTORY: dict[str, tuple[str, dict[str, Any]]] = {
         {
             "model.embedding.norm": True,
             "model.embedding.std": 1.0,
-            "model.embedding.rate": 0.3 / 0.002,
+            "model.embedding.lr_mul": 0.3 / 0.002,
             "model.head.tied": "untied",
             "optim.adam.lr": 0.002,
             "optim.grad_clip": 0.0,
@@ -740,8 +744,8 @@ HISTORY: dict[str, tuple[str, dict[str, Any]]] = {
         {
             "model.embedding.values": "first",
             "model.plan.x0": True,
-            "model.plan.rate": 0.02 / 0.002,
-            "model.head.cap": "tanh30",
+            "model.plan.lr_mul": 0.02 / 0.002,
+            "model.head.softcap": "tanh30",
             "schedule.momentum_min": 0.85,
             "schedule.momentum_ramp": (500, 0),
             "steps": 3200,
@@ -751,9 +755,9 @@ HISTORY: dict[str, tuple[str, dict[str, Any]]] = {
     "record11": (
         "record9",
         {
-            "model.embedding.rate": 0.6 / 0.008,
+            "model.embedding.lr_mul": 0.6 / 0.008,
             "model.plan.skips": "unet",
-            "model.plan.rate": 0.04 / 0.008,
+            "model.plan.lr_mul": 0.04 / 0.008,
             "optim.adam.lr": 0.008,
             "optim.matrix_lr": 0.04,
             "schedule.cooldown_frac": 0.3,
@@ -788,7 +792,7 @@ HISTORY: dict[str, tuple[str, dict[str, Any]]] = {
         {
             "model.embedding.values": "all",
             "model.embedding.value_std": 1.0,
-            "model.embedding.value_rate": 0.6 / 0.008,
+            "model.embedding.value_lr_mul": 0.6 / 0.008,
             "schedule.cooldown_frac": 0.39,
             "steps": 1530,
         },
@@ -798,7 +802,7 @@ HISTORY: dict[str, tuple[str, dict[str, Any]]] = {
         "record14",
         {
             "model.embedding.values": "mirror",
-            "model.embedding.value_mix": "free",
+            "model.embedding.value_residual": "free",
             "schedule.cooldown_frac": 0.4,
             "schedule.stages": widening(13.5, 14, 128),
             "steps": 1480,
@@ -822,7 +826,7 @@ HISTORY: dict[str, tuple[str, dict[str, Any]]] = {
             "model.block.fan_in": True,
             "model.attention.scale": 0.12,
             "model.attention.long_layers": (0, 4, 7, 11),
-            "model.head.cap": "sigmoid30",
+            "model.head.softcap": "sigmoid30",
             "optim.adam.eps": 1e-10,
             "schedule.final_lr_frac": 0.1,
             "schedule.stages": widening(13.5, 14, 128, 2),
@@ -840,7 +844,7 @@ HISTORY: dict[str, tuple[str, dict[str, Any]]] = {
                 Stage(1 / 3, 1, 1.0, 2048, (n // 2 * 128, n * 128)) for n in (3, 7, 11)
             ),
             "data.mode": "documents",
-            "data.step_tokens": 393_216,
+            "data.batch_tokens": 393_216,
             "steps": 1670,
         },
     ),
@@ -866,12 +870,12 @@ def known_presets() -> dict[str, tuple[str, Changes]]:
 
 
 def preset(name: str) -> Config:
-    """A run by its name. Raises Problem, with the names that there are, for any other."""
+    """A run by its name. Raises UserError, with the names that there are, for any other."""
     known = PRESETS if name in PRESETS else known_presets()
     if name not in known:
         near = difflib.get_close_matches(name, known, 1)
         hint = f"did you mean {near[0]}? " if near else ""
-        raise Problem(f"there is no preset “{name}”", f"{hint}Known are {', '.join(known)}")
+        raise UserError(f"there is no preset “{name}”", f"{hint}Known are {', '.join(known)}")
     parent, changes = known[name]
     return vary(preset(parent) if parent else Config(), {"preset": name} | changes)
 
@@ -914,7 +918,7 @@ for spec in assign_optimizers(param_specs(five.model, 50_257), five.optim):
 try:
     preset("smal")
     raise AssertionError("accepted")
-except Problem as problem:
+except UserError as problem:
     print(problem)
 
 # %% [markdown]
@@ -933,9 +937,9 @@ MODEL_SIZES = [f"model.{name}" for name in ("layers", "heads", "width", "context
 DATA_SIZES = [
     "data.path",
     "data.seq_len",
-    "data.step_tokens",
-    "data.grad_shards",
-    "data.pass_tokens",
+    "data.batch_tokens",
+    "data.micro_batches",
+    "data.max_forward_tokens",
 ]
 NUMBERS = ("precision", "optim.muon.param_dtype", "optim.muon.ns_dtype", "model.plan.stream_dtype")
 SIZES = (*MODEL_SIZES, *DATA_SIZES, *NUMBERS)
@@ -1044,25 +1048,25 @@ def value_from_json(value: Any, kind: Any, prefix: str) -> Any:
 
 
 def config_from_json(saved: Any, kind: Any = Config, prefix: str = "") -> Any:
-    """Rebuild a config from its `dataclasses.asdict` form after a trip through JSON; Problem for anything else."""
+    """Rebuild a config from its `dataclasses.asdict` form after a trip through JSON; UserError for anything else."""
     if not isinstance(saved, dict):
         what = f"the saved {prefix[:-1] or 'config'} is no group of fields: {reprlib.repr(saved)}"
-        raise Problem(what, OTHER_CODE)
+        raise UserError(what, OTHER_CODE)
     kinds, values = get_type_hints(kind), dict[str, Any]()
     lost = [name for name in ALWAYS if kind is Config and name not in saved]
     if lost:
-        raise Problem(f"the saved run lacks {', '.join(lost)}", OTHER_CODE)
+        raise UserError(f"the saved run lacks {', '.join(lost)}", OTHER_CODE)
     unknown = sorted(map(str, set(saved) - set(kinds)))
     if unknown:
         what = f"the saved run has fields that today's {kind.__name__} lacks: {visible(', '.join(unknown))}"
-        raise Problem(what, OTHER_CODE)
+        raise UserError(what, OTHER_CODE)
     for name, value in saved.items():
         values[name] = value_from_json(value, kinds[name], f"{prefix}{name}.")
     config = kind(**values)
     try:
         check_ranges(config, prefix)
-    except Problem as problem:
-        raise Problem(f"the saved {problem.what}", OTHER_CODE) from None
+    except UserError as problem:
+        raise UserError(f"the saved {problem.what}", OTHER_CODE) from None
     return config
 
 
@@ -1082,7 +1086,7 @@ for wrong_save in (known_by_heart | wrong for wrong in wrong_saves):
     try:
         config_from_json(wrong_save)
         raise AssertionError("accepted")
-    except Problem as problem:
+    except UserError as problem:
         print(problem)
 
 # %% [markdown]
@@ -1113,7 +1117,7 @@ def check_switches(arguments: list[str], command: Any) -> None:
                 equals or following.lower() in ("true", "false")
             ):
                 what = f"{given} takes no value, and was given “{value or following}”"
-                raise Problem(what, " or ".join(both))
+                raise UserError(what, " or ".join(both))
 
 
 def table_as_json(info: Any) -> Any:
@@ -1129,7 +1133,7 @@ def table_as_json(info: Any) -> Any:
             rows = value_from_json(json.loads(arguments[0]), info.type, "row ")
             check_value("the table", rows, info.type, "[{}]")
             return rows
-        except Problem as problem:
+        except UserError as problem:
             raise ValueError(problem.what.removeprefix("the saved ")) from None
 
     return PrimitiveConstructorSpec(
@@ -1181,7 +1185,7 @@ for flags in (["--compile=False"], ["--optim.adam.cautious", "true"], ["--no_com
     try:
         read_command(Example, flags, "cpu", "example")
         raise AssertionError("accepted")
-    except Problem as problem:
+    except UserError as problem:
         print(problem)
 
 # %% [markdown]
@@ -1223,7 +1227,7 @@ homes = {"Config": "config", "DataConfig": "data.loader", "GPTConfig": "model.gp
 homes |= {"OptimConfig": "optim.optimizer", "AdamConfig": "optim.adam", "MuonConfig": "optim.muon"}
 homes |= {"ScheduleConfig": "schedule", "BlockConfig": "model.mlp"}
 homes |= {"RotaryConfig": "model.rotary", "HeadConfig": "model.head"}
-homes |= {"EmbeddingConfig": "model.embedding", "PlanConfig": "model.plan"}
+homes |= {"EmbeddingConfig": "model.embedding", "PlanConfig": "model.layout"}
 homes |= {"AttentionConfig": "model.attention"}
 explained = 0
 for kind, home in homes.items():
@@ -1310,7 +1314,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from speedrun.data.loader import Shards
-from speedrun.lab.errors import Problem
+from speedrun.lab.errors import UserError
 from speedrun.lab.hardware import look
 from speedrun.lab.results import load_result
 from speedrun.lab.runlog import read_metrics, series
@@ -1397,7 +1401,7 @@ def cpu_base() -> Config:
 def gpu_base(data: str) -> Config:
     """The run in which ideas are compared on a GPU: 30 million parameters, 400 steps of 32,768 tokens."""
     sizes = {"model.layers": 6, "model.heads": 6, "model.width": 384, "model.init_std": 0.03}
-    reads = {"data.path": data, "data.step_tokens": 32_768, "data.grad_shards": 1}
+    reads = {"data.path": data, "data.batch_tokens": 32_768, "data.micro_batches": 1}
     lasts: dict[str, Any] = {"steps": 400, "schedule.warmup_steps": 40, "val_tokens": 1_048_576}
     adamw = {"optim.matrices": "adam", "optim.matrix_lr": 0.0, "schedule.momentum_min": 0.0}
     adamw |= fields_of(MuonConfig(weight_decay=0.1), "optim.muon.")  # should an arm have it
@@ -1557,7 +1561,7 @@ def each_on_gpus(runs: Sequence[Config]) -> Iterator[tuple[int, dict]]:
     """
     context, gpus = get_context("spawn"), len(look().gpus)
     if not gpus:
-        raise Problem("this is measured on a GPU, and PyTorch sees none", "make doctor says why")
+        raise UserError("this is measured on a GPU, and PyTorch sees none", "make doctor says why")
     numbers, groups = context.Queue(), groups_of(runs, gpus)
     for number in (*range(gpus), *range(gpus)):
         numbers.put(number)
@@ -1652,8 +1656,8 @@ ARMS: dict[str, dict[str, Any]] = {
     "deviation 0.10": {"model.init_std": 0.10},
     "half the rate": {"optim.adam.lr": 1e-3},
     "twice the rate": {"optim.adam.lr": 4e-3},
-    "half the batch": {"data.step_tokens": 512, "steps": 18_000},
-    "twice the batch": {"data.step_tokens": 2048, "steps": 4500},
+    "half the batch": {"data.batch_tokens": 512, "steps": 18_000},
+    "twice the batch": {"data.batch_tokens": 2048, "steps": 4500},
     "rows of 32": {"data.seq_len": 32, "model.context": 32},
     "rows of 128": {"data.seq_len": 128, "model.context": 128},
     "one layer": {"model.layers": 1},
@@ -1692,7 +1696,7 @@ dear = ("deviation 0.02, GPT-2's", "rows of 32", "one layer")
 assert seen == {"four layers", "rows of 128", *dear} and gap["four layers"] < 0
 assert visible < gap[dear[0]] < gap[dear[1]] < gap[dear[2]]
 tokens_read = [
-    run["config"]["steps"] * run["config"]["data"]["step_tokens"]
+    run["config"]["steps"] * run["config"]["data"]["batch_tokens"]
     for runs in arms.values()
     for run in runs
 ]

@@ -101,7 +101,7 @@ from tqdm import tqdm
 
 from speedrun.config import Config, check_config, config_from_json, fields_of, schedule_of, vary
 from speedrun.data.loader import Batch, Loader, Position, Shards, validation_batches
-from speedrun.lab.errors import Problem, quoted, run_main, visible
+from speedrun.lab.errors import UserError, quoted, run_main, visible
 from speedrun.lab.files import claim, new_folder
 from speedrun.lab.hardware import Machine, setup
 from speedrun.lab.provenance import commit, module_file, module_hashes, root, stamp
@@ -128,14 +128,14 @@ def choose_device(device: str, backend: str, rank: int, local: int) -> torch.dev
     """The device of a rank; local: its number on this machine. device: auto, cpu or cuda."""
     gpus = torch.cuda.device_count() if device != "cpu" and torch.cuda.is_available() else 0
     if device == "cuda" and not gpus:
-        raise Problem(
+        raise UserError(
             "--device cuda, but PyTorch sees no GPU", "make doctor says why; or --device cpu"
         )
     if not gpus:
         return torch.device("cpu")
     if local >= gpus and backend != "gloo":
         what = f"rank {rank} has no GPU of its own: there are {gpus}"
-        raise Problem(what, f"--gpus {gpus}, or --backend gloo to share one, slowly")
+        raise UserError(what, f"--gpus {gpus}, or --backend gloo to share one, slowly")
     return torch.device("cuda", local % gpus)
 
 
@@ -153,7 +153,7 @@ def rank_numbers() -> tuple[int, int, int]:
         what = "the environment names no rank: " + ", ".join(
             f"{k}={v}" for k, v in said.items() if v
         )
-        raise Problem(
+        raise UserError(
             what, "unset RANK WORLD_SIZE LOCAL_RANK; python -m speedrun.launch starts ranks"
         )
     return rank, world, local
@@ -173,7 +173,7 @@ def join_ranks(device: str, backend: str) -> Ranks:
         meeting = os.environ.get("SPEEDRUN_STORE")
         if not meeting and not os.environ.get("MASTER_ADDR"):
             what = f"WORLD_SIZE={world}, but nobody says where the ranks meet (MASTER_ADDR)"
-            raise Problem(
+            raise UserError(
                 what, "unset RANK WORLD_SIZE; or python -m speedrun.launch, which starts them"
             )
         auto = "nccl" if chosen.type == "cuda" else "gloo"
@@ -194,14 +194,14 @@ have = torch.cuda.device_count() if torch.cuda.is_available() else 0
 try:
     choose_device("cuda", "nccl", rank=have, local=have)  # one rank more than there are GPUs
     raise AssertionError("accepted")
-except Problem as problem:
+except UserError as problem:
     print(problem)
 for words in ({"RANK": "1"}, {"RANK": "0", "WORLD_SIZE": "two"}, {"RANK": "0", "WORLD_SIZE": "2"}):
     os.environ |= words
     try:
         join_ranks("cpu", "auto")
         raise AssertionError(f"{words} was believed")
-    except Problem as problem:
+    except UserError as problem:
         print(problem.what)
     for name in words:
         del os.environ[name]
@@ -347,7 +347,7 @@ for matrices in ("adam", "muon", "soap"):
     print(f"optim.matrices={matrices}: {dict(counts)}, in {len(optimizer.states)} updates")
 
 # %% [markdown]
-# A step is `grad_shards` micro-batches, of which a rank reads its share in equal parts. Their losses are means over equally many tokens, so the gradient of the whole batch is the mean of the parts' gradients. Dividing each loss by the number of parts of the whole step before going backward, and *summing* over parts and ranks, gives exactly that, however they are dealt out. (The first of these sums is `accumulate`'s, the second the optimizer's.)
+# A step is `micro_batches` micro-batches, of which a rank reads its share in equal parts. Their losses are means over equally many tokens, so the gradient of the whole batch is the mean of the parts' gradients. Dividing each loss by the number of parts of the whole step before going backward, and *summing* over parts and ranks, gives exactly that, however they are dealt out. (The first of these sums is `accumulate`'s, the second the optimizer's.)
 
 
 # %%
@@ -371,18 +371,18 @@ def forward_loss(
 def accumulate(
     forward,
     batches: Iterable[Batch],
-    grad_shards: int,
+    micro_batches: int,
     device: torch.device,
     precision: str,
     told: AttentionSettings | None = None,
 ) -> Tensor:
     """Forward and backward through this rank's batches. Gradients add up; returns its part of the mean loss.
 
-    grad_shards: how many batches the step has, on all ranks together.
+    micro_batches: how many batches the step has, on all ranks together.
     """
     total = torch.zeros((), device=device)
     for batch in batches:
-        loss = forward_loss(forward, batch, device, precision, told) / grad_shards
+        loss = forward_loss(forward, batch, device, precision, told) / micro_batches
         loss.backward()
         total += loss.detach()
     return total
@@ -405,7 +405,7 @@ if not (data_folder("data/embedded") / "manifest.json").exists():
     build_embedded(root() / "data" / "embedded", root() / "data" / "wheels")
 gradients = {}
 for parts in (1, 2, 4, 8):
-    loader = Loader(DataConfig(seq_len=64, step_tokens=1024, grad_shards=parts))
+    loader = Loader(DataConfig(seq_len=64, batch_tokens=1024, micro_batches=parts))
     model = GPT(GPTConfig(2, 2, 32, 64), 288).double()
     accumulate(model, loader.next(), parts, ranks.device, "float32")
     gradients[parts] = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
@@ -425,7 +425,7 @@ print(f"1,024 tokens in 1, 2, 4 or 8 parts: the gradients differ by {worst:.0e} 
 
 # %%
 #| export
-def nonfinite_error(run: "Run", loss: float = 0.0) -> Problem:
+def nonfinite_error(run: "Run", loss: float = 0.0) -> UserError:
     """What to say about a loss, or steps left out, that are not finite: which parameter, what still happened, the way on."""
     named, gradients = run.model.named_parameters(), run.optimizer.nonfinite_params()
     weights = [name for name, p in named if not torch.isfinite(p).all()]
@@ -441,7 +441,7 @@ def nonfinite_error(run: "Run", loss: float = 0.0) -> Problem:
     if saved := checkpoints(run.folder):
         back = f"--resume {quoted(run.folder)} goes back to {saved[-1].name}"
         fix = f"{back}; or begin again with {fix}"
-    return Problem(f"step {run.step}: {what}", fix)
+    return UserError(f"step {run.step}: {what}", fix)
 
 
 # %% [markdown]
@@ -582,7 +582,7 @@ def agree_on_stop(
     if time.monotonic() - since > patience_s:
         found = sum(map(bool, told))
         what = f"rank {ranks.rank} was asked to stop, but only {found} of {ranks.world} ranks were"
-        raise Problem(what, "interrupt the launcher, not a rank")
+        raise UserError(what, "interrupt the launcher, not a rank")
     return None
 
 
@@ -622,7 +622,7 @@ assert agree_on_stop(*alone_of_nine, step=7, since=time.monotonic()) is None
 try:
     agree_on_stop(*alone_of_nine, step=8, since=time.monotonic() - 21)
     raise AssertionError("eight ranks were never asked")
-except Problem as problem:
+except UserError as problem:
     print(f"asked before steps 5 and 6, both stop before step {stopped[0]}; and {problem.what}")
 
 # %% [markdown]
@@ -828,7 +828,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from speedrun.lab.errors import Problem, quoted, visible
+from speedrun.lab.errors import UserError, quoted, visible
 from speedrun.lab.files import atomic_write, file_sha256, sync
 
 
@@ -920,7 +920,7 @@ FACTS: dict[str, Any] = {
 }  # fmt: skip
 
 
-def damaged(path: Path, why: object) -> Problem:
+def damaged(path: Path, why: object) -> UserError:
     """What to say about a checkpoint that is not whole, and the way on, which removes nothing."""
     run = path.parent.parent
     others = [other.name for other in checkpoints(run) if other != path]
@@ -930,7 +930,7 @@ def damaged(path: Path, why: object) -> Problem:
         else "and begin again with another --out"
     )
     fix = f"put it aside (mv {quoted(path)} {quoted(run)}/), {again}"
-    return Problem(f"{path} is not a whole checkpoint: {visible(why)}", fix)
+    return UserError(f"{path} is not a whole checkpoint: {visible(why)}", fix)
 
 
 def readable(path: Path) -> Path:
@@ -939,7 +939,7 @@ def readable(path: Path) -> Path:
         open(path, "rb").close()
     except PermissionError:
         fix = f"its owner can permit it: chmod -R a+rX {quoted(path.parent.parent.parent)}"
-        raise Problem(f"{path} may not be read by this user", fix) from None
+        raise UserError(f"{path} may not be read by this user", fix) from None
     except OSError as error:
         raise damaged(path.parent, f"{path.name}: {error.strerror}") from None
     return path
@@ -948,7 +948,7 @@ def readable(path: Path) -> Path:
 # %%
 #| export
 def load_facts(path: Path) -> dict:
-    """What a checkpoint folder says about its run, each fact of its type. Raises Problem."""
+    """What a checkpoint folder says about its run, each fact of its type. Raises UserError."""
     try:
         facts = {"world": None}  # which older checkpoints do not say
         facts |= json.loads(readable(path / "state.json").read_text(encoding="utf-8"))
@@ -963,7 +963,7 @@ def load_facts(path: Path) -> dict:
 
 
 def load_tensors(path: Path, kind: str, facts: dict) -> dict[str, Tensor]:
-    """The tensors of a checkpoint, on the CPU; kind: model or optimizer. Raises Problem where a bit has changed."""
+    """The tensors of a checkpoint, on the CPU; kind: model or optimizer. Raises UserError where a bit has changed."""
     file, hashes = readable(path / f"{kind}.safetensors"), facts.get("sha256")
     if hashes is not None:  # checkpoints of before 28 November 2026 have none
         wanted = hashes.get(kind) if isinstance(hashes, dict) else None
@@ -988,14 +988,14 @@ def latest_checkpoint(folder: Path) -> Path:
     found = checkpoints(folder)
     if not found:
         fix = "a run that ended before it saved begins again with another --out; its folder is not touched"
-        raise Problem(
+        raise UserError(
             f"{folder} has no checkpoint", fix if folder.exists() else "look for a misspelt name"
         )
     return found[-1]
 
 
 def check_tensors(path: Path, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
-    """Raise Problem unless two sets of named tensors have the same names, shapes and dtypes."""
+    """Raise UserError unless two sets of named tensors have the same names, shapes and dtypes."""
     for name in sorted(found.keys() ^ wanted.keys()):
         raise damaged(path, f"{name} is {'missing' if name in wanted else 'not of this model'}")
     for name, tensor in found.items():
@@ -1025,7 +1025,7 @@ for file, content in (
     try:
         load_checkpoint(newest)
         raise AssertionError("accepted")
-    except Problem as problem:
+    except UserError as problem:
         assert "step-0000020" in problem.fix and "mv " in problem.fix
         print(problem.what.replace(str(scratch), "runs/example"))
     tensors.write_bytes(whole_bytes)
@@ -1065,13 +1065,13 @@ FREE = ("max_steps", "data.path", "device", "backend")  # what may change when a
 
 
 def check_same_run(path: Path, facts: dict, run: Run) -> None:
-    """Raise Problem where a checkpoint is of other data, or of other settings, than the folder that it lies in."""
+    """Raise UserError where a checkpoint is of other data, or of other settings, than the folder that it lies in."""
     manifest, folder = run.loader.shards.manifest, run.loader.shards.folder
     if facts["data_sha256"] != manifest.sha256:
         what = f"{path} was trained on other data than {folder} lists now"
         count = facts.get("train_shards", "N")
         again = f"shards fetched since: python -m speedrun.data fineweb --shards {count} lists those of then"
-        raise Problem(what, f"{again}; other text: --data.path FOLDER")
+        raise UserError(what, f"{again}; other text: --data.path FOLDER")
     now = facts_of(run)
     for name in ("vocab_size", "tokenizer", "train_shards"):
         value = now[name]
@@ -1085,7 +1085,7 @@ def check_same_run(path: Path, facts: dict, run: Run) -> None:
         if other:
             values = f"{other[0]} is {now[other[0]]}, and was {begun[other[0]]}"
             what = f"{path} is of another run: {visible(values)}"
-            raise Problem(what, f"put it aside: mv {quoted(path)} {quoted(run.folder)}/")
+            raise UserError(what, f"put it aside: mv {quoted(path)} {quoted(run.folder)}/")
 
 
 def resume(run: Run) -> None:
@@ -1118,10 +1118,10 @@ def resume(run: Run) -> None:
 
 # %%
 #| export train
-def keep(run: Run, patience_s: float = 0.0) -> Path | None:
+def save(run: Run, patience_s: float = 0.0) -> Path | None:
     """Save a checkpoint (rank 0), off the clock; tries again for `patience_s`. None where it failed, which is said.
 
-    Raises Problem on every rank if a number is broken: such a state is not worth going back to.
+    Raises UserError on every rank if a number is broken: such a state is not worth going back to.
     """
     if run.nonfinite_steps.item():
         raise nonfinite_error(run)
@@ -1155,11 +1155,11 @@ def try_to_save(run: Run, named: dict, moments: dict) -> OSError | None:
 # %%
 train_step(run)
 run.folder = Path("/dev/null")  # no folder can be made there
-assert keep(run) is None and (scratch / "step" / "log.txt").read_text().startswith(
+assert save(run) is None and (scratch / "step" / "log.txt").read_text().startswith(
     "no checkpoint at step 2"
 )
 run.folder = scratch / "step"
-kept = keep(run)
+kept = save(run)
 train_step(run)
 resume(run)
 assert run.step == 2 and load_checkpoint(kept)[2]["position"] == list(run.loader.position)
@@ -1254,7 +1254,7 @@ print(f"{run.config.warmup} steps were taken and taken back, in {seconds:.1f} s"
 # %%
 #| export train
 def log_step(run: Run, loss: Tensor, marks: Marks) -> None:
-    """Log the last step's training loss, as the mean over all ranks. Raises Problem if the loss or a step that was left out was not finite."""
+    """Log the last step's training loss, as the mean over all ranks. Raises UserError if the loss or a step that was left out was not finite."""
     together = all_reduce_sum(torch.stack([loss, run.nonfinite_steps]), run.ranks.world)
     mean, left_out = together.tolist()
     if left_out or not math.isfinite(mean):
@@ -1336,7 +1336,7 @@ def run_loop(run: Run, step=train_step) -> str:
             log_step(run, loss, marks)
         if run.step % (config.checkpoint_every or last) == 0 and run.step < last:
             with paused(run.clock, marks):
-                keep(run)
+                save(run)
 
 
 # %% [markdown]
@@ -1440,8 +1440,8 @@ print(epochs_line(long))
 # %%
 #| export train
 def finish(run: Run, why: str) -> None:
-    """Save, and write down how it ended: finished or interrupted. Raises Problem (rank 0) if that is not on the disk."""
-    kept = keep(run, 30.0 if why == "finished" else 5.0)
+    """Save, and write down how it ended: finished or interrupted. Raises UserError (rank 0) if that is not on the disk."""
+    kept = save(run, 30.0 if why == "finished" else 5.0)
     memory, ms = memory_mb(run.ranks.device), run.clock.ms
     facts = {"train_time_ms": ms, "memory_mb": memory, "checkpoint": str(kept)}
     run.log.record("end", step=run.step, reason=why, **facts)
@@ -1455,7 +1455,7 @@ def finish(run: Run, why: str) -> None:
         run.log.line(f"to resume: python -m speedrun.train --resume {quoted(run.folder)}")
 
 
-def unsaved(run: Run, lost: list[str]) -> Problem:
+def unsaved(run: Run, lost: list[str]) -> UserError:
     """What to say where the end of a run could not be written."""
     size = sum(p.numel() * p.element_size() for p in run.model.parameters()) * 3 / 1e6
     older = [path.name for path in checkpoints(run.folder)]
@@ -1465,7 +1465,9 @@ def unsaved(run: Run, lost: list[str]) -> Problem:
         if older
         else "then train again"
     )
-    return Problem(f"step {run.step} is reached, but not saved: {', '.join(lost)}", f"{room}; {on}")
+    return UserError(
+        f"step {run.step} is reached, but not saved: {', '.join(lost)}", f"{room}; {on}"
+    )
 
 
 # %% [markdown]
@@ -1487,13 +1489,13 @@ def sole_owner(folder: Path):
 
 
 def refuse_old_run(folder: Path) -> None:
-    """Raise Problem if a folder holds a run: a new one never writes over it."""
+    """Raise UserError if a folder holds a run: a new one never writes over it."""
     if (folder / "metrics.jsonl").exists():
         resumed = f"--resume {quoted(folder)}, or another --out"
         fix = (
             resumed if checkpoints(folder) else "another --out (that run ended before it had saved)"
         )
-        raise Problem(f"{folder} holds a run already", fix)
+        raise UserError(f"{folder} holds a run already", fix)
 
 
 def train(
@@ -1580,7 +1582,7 @@ def poisoned_step(run: Run) -> Tensor:
 try:
     run_loop(run, step=poisoned_step)
     raise AssertionError("an infinity went unnoticed")
-except Problem as problem:
+except UserError as problem:
     assert problem.what.startswith("step 16: parameter mlp_up is not finite"), "found when saving"
     assert "goes back to step-0000012" in problem.fix, "no broken state was saved"
     print(str(problem).replace(str(scratch), "runs"))
@@ -1658,7 +1660,7 @@ def run_folder(command: TrainCommand) -> Path:
     if command.out or command.resume:
         return Path(command.out or command.resume)
     if rank_numbers()[1] > 1:
-        raise Problem(
+        raise UserError(
             "several ranks need one folder", "--out runs/NAME; or python -m speedrun.launch"
         )
     return new_folder(root() / "runs" / f"{datetime.now():%Y%m%d-%H%M%S}-{command.config.preset}")
@@ -1682,7 +1684,7 @@ def run_config(command: TrainCommand) -> Config:
     ignored = ", ".join(sorted(set(said) - set(FREE)))
     if ignored:
         what = f"--resume goes on with the run's own settings: {ignored} would be ignored"
-        raise Problem(what, "leave them out, or start another run")
+        raise UserError(what, "leave them out, or start another run")
     own = {name: said[name] for name in FREE if name in said}
     if "data.path" in own:
         own["data.path"] = settled(own["data.path"])
@@ -1700,7 +1702,7 @@ assert run_config(moved) == vary(brief, {"data.path": "/elsewhere"})
 try:
     run_config(dataclasses.replace(later, config=vary(later.config, {"optim.adam.lr": 1.0})))
     raise AssertionError("ignored in silence")
-except Problem as problem:
+except UserError as problem:
     print(problem)
 
 # %% [markdown]
@@ -1741,7 +1743,7 @@ def check_compiler(config: Config, machine: Machine) -> None:
     """Refuse to begin what torch.compile cannot end: it writes C++, on GPUs as well."""
     if config.compile and not machine.compiler:
         fix = "--no-compile; or install a C++ compiler: make doctor says how"
-        raise Problem("compile=True, and there is no C++ compiler here", fix)
+        raise UserError("compile=True, and there is no C++ compiler here", fix)
 
 
 def run_command(arguments: list[str], interrupts: Interrupts) -> int:
@@ -1936,14 +1938,14 @@ def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
         warm_up(run)
         data = {"steps": time_steps(run, repeats), "pieces": time_pieces(run, repeats)}
     manifest = run.loader.shards.manifest
-    data |= {"config": dataclasses.asdict(config), "tokens": config.data.step_tokens}
+    data |= {"config": dataclasses.asdict(config), "tokens": config.data.batch_tokens}
     corpus = {"name": manifest.source, "sha256": manifest.sha256}
     return data, stamp(command, modules, repeats, corpus=corpus)
 
 
 # %%
 WIDE = {"model.layers": 12, "model.heads": 12, "model.width": 768, "precision": "bfloat16"}
-timed_run = tier.pick(cpu={}, gpu=WIDE | {"data.step_tokens": 4096}) | {"device": tier.device}
+timed_run = tier.pick(cpu={}, gpu=WIDE | {"data.batch_tokens": 4096}) | {"device": tier.device}
 run = assemble(vary(brief, timed_run), scratch / "timed", echo=None)
 pieces, whole_step = time_pieces(run, 5), statistics.median(time_steps(run, 2)["true"])
 assert max(pieces, key=pieces.get) == "forward and backward"

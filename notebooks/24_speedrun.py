@@ -134,7 +134,7 @@ from speedrun.presets import as_arguments, known_presets, preset, read_command
 from speedrun.data.shards import data_folder, load_manifest
 from speedrun.data.sources import FINEWEB_SHARDS, SHARD_TOKENS, build_embedded, fetch_fineweb
 from speedrun.lab.bounds import check_ranges
-from speedrun.lab.errors import Problem, quoted, run_main
+from speedrun.lab.errors import UserError, quoted, run_main
 from speedrun.lab.files import claim
 from speedrun.lab.doctor import gpu_problem
 from speedrun.lab.hardware import Machine, look, setup
@@ -305,7 +305,7 @@ class Plan:
     def __str__(self) -> str:
         ranks = f"{self.world} rank{'s' * (self.world > 1)}"
         if self.idle:
-            ranks += f" ({self.idle} GPUs stay idle: a step is {self.config.data.grad_shards} micro-batches)"
+            ranks += f" ({self.idle} GPUs stay idle: a step is {self.config.data.micro_batches} micro-batches)"
         download = (
             f"{self.download_gb:.1f} GB to download" if self.download_gb else "nothing to download"
         )
@@ -326,7 +326,7 @@ def missing_shards(config: Config) -> tuple[int, float]:
     shards = min(math.ceil((tokens + 1) / SHARD_TOKENS), FINEWEB_SHARDS)
     try:
         have = {file.name for file in load_manifest(data_folder(config.data.path)).files}
-    except Problem:
+    except UserError:
         have = set()
     wanted = {"fineweb_val_000000.bin"} | {
         f"fineweb_train_{i:06d}.bin" for i in range(1, shards + 1)
@@ -341,8 +341,8 @@ def make_plan(config: Config, machine: Machine, gpus: int, runs: list[dict]) -> 
     on_gpu = machine.device == "cuda" and config.device != "cpu"
     there = len(machine.gpus) if on_gpu else 1
     if gpus < 0:
-        raise Problem(f"--gpus {gpus}", "--gpus 2, say; 0: one rank per GPU")
-    world = gpus or largest_divisor(max(1, config.data.grad_shards), there)
+        raise UserError(f"--gpus {gpus}", "--gpus 2, say; 0: one rank per GPU")
+    world = gpus or largest_divisor(max(1, config.data.micro_batches), there)
     check_config(config, world)
     fineweb, vocab = (
         config.data.path == "data/fineweb10B",
@@ -387,12 +387,14 @@ print(record, small, six, sep="\n")
 # %%
 #| export
 def check_gpus(plan: Plan, machine: Machine, echo=print) -> None:
-    """Where there are GPUs that PyTorch cannot use, say so before anything long: raise Problem for a run that asks."""
+    """Where there are GPUs that PyTorch cannot use, say so before anything long: raise UserError for a run that asks."""
     problem = gpu_problem(machine)
     if problem is None or plan.config.device == "cpu":
         return
     if plan.asks:
-        raise Problem(problem.what, f"{problem.fix}; or --device cpu, to train there all the same")
+        raise UserError(
+            problem.what, f"{problem.fix}; or --device cpu, to train there all the same"
+        )
     echo(f"on the CPU, since {problem}")
 
 
@@ -408,14 +410,14 @@ def prepare_data(plan: Plan, echo=print) -> None:
 
 
 def confirm(plan: Plan, yes: bool) -> None:
-    """Ask before much time or traffic. Without a terminal, or at a no, raise Problem."""
+    """Ask before much time or traffic. Without a terminal, or at a no, raise UserError."""
     if plan.asks and not yes:
         try:
             answer = input(f"{plan}\ngo on? [y/N] ") if sys.stdin and sys.stdin.isatty() else ""
         except (EOFError, OSError):
             answer = ""
         if not answer.lower().startswith("y"):
-            raise Problem(
+            raise UserError(
                 f"not started: {plan}",
                 "make speedrun YES=1 (or --yes), or a smaller preset or --max-steps",
             )
@@ -432,7 +434,7 @@ for refused in (
     try:
         refused()
         raise AssertionError("went on")
-    except Problem as problem:
+    except UserError as problem:
         print(str(problem).replace(str(scratch), "somewhere"))
 
 # %% [markdown]
@@ -763,13 +765,13 @@ def diagnosis(folder: Path, status: int, begin: int = 0) -> str:
 
 # %%
 #| export
-def failure(folder: Path, why: str) -> Problem:
+def failure(folder: Path, why: str) -> UserError:
     """The end of a failed run, with the way to go on."""
     saved, last_words = checkpoints(folder), folder / "output.txt"
     fix = f"it had no checkpoint yet; its last words are in {last_words}"
     if saved:
         fix = f"python -m speedrun.launch --resume {quoted(folder)} goes on from {saved[-1].name}"
-    return Problem(f"the run in {folder} failed: {why}", fix)
+    return UserError(f"the run in {folder} failed: {why}", fix)
 
 
 # %% tags=["demonstration"]
@@ -797,7 +799,7 @@ def run_ranks(
     device: str = "cpu",
     check=lambda: None,
 ) -> None:
-    """Run a program on `world` ranks to its end, showing its output. Raises Problem if it fails. check: called now and then.
+    """Run a program on `world` ranks to its end, showing its output. Raises UserError if it fails. check: called now and then.
 
     When interrupted (KeyboardInterrupt), or when one hangs, the ranks have `grace_s` seconds to save. The folder must be the caller's own.
     """
@@ -837,7 +839,7 @@ silent = scratch / "silent"
 try:
     run_ranks([str(rude), str(silent)], 1, silent, Patience(train=1.0), grace_s=1.0)
     raise AssertionError("nobody noticed")
-except Problem as problem:
+except UserError as problem:
     assert "rank 0 hangs" in problem.what and "phase train, step 7" in problem.what
     assert "rude.py" in problem.what, "and it was asked where it is"
     print(str(problem).replace(str(scratch), "runs"))
@@ -893,7 +895,7 @@ class LaunchCommand:
 #| export
 @contextlib.contextmanager
 def launchers_own(folder: Path, again: bool):
-    """A run's folder, this launcher's alone in this block. Raises Problem where a run, or its last rank, is at work."""
+    """A run's folder, this launcher's alone in this block. Raises UserError where a run, or its last rank, is at work."""
     folder.mkdir(parents=True, exist_ok=True)
     lock = claim(folder, "launch")
     try:
@@ -918,7 +920,7 @@ def rank_program(command: LaunchCommand, config: Config, folder: Path) -> list[s
 # %%
 #| export
 def launch(command: LaunchCommand, echo=print, told: bool = False, check=lambda: None) -> Path:
-    """Prepare the data and train on all ranks. Returns the run's folder; raises Problem if the run fails.
+    """Prepare the data and train on all ranks. Returns the run's folder; raises UserError if the run fails.
 
     told: whoever reads the output knows the plan. check: called now and then, may raise KeyboardInterrupt.
     """
@@ -1020,7 +1022,7 @@ import math
 from pathlib import Path
 
 from speedrun.config import config_from_json, schedule_of
-from speedrun.lab.errors import Problem, quoted
+from speedrun.lab.errors import UserError, quoted
 from speedrun.lab.results import public_table
 from speedrun.lab.runlog import read_metrics, series
 
@@ -1046,7 +1048,7 @@ def read_run(folder: Path) -> dict:
     records = read_metrics(Path(folder) / "metrics.jsonl")
     first, last = records[0], records[-1]
     if last["kind"] != "end":
-        raise Problem(
+        raise UserError(
             f"the run in {folder} has not ended",
             f"python -m speedrun.launch --resume {quoted(folder)}",
         )
@@ -1089,7 +1091,7 @@ print(
 # %%
 #| export
 def loss_lines(run: dict) -> list[tuple[str, str]]:
-    """The loss in nats a token and, where the bytes of the text are known, in nats and bits a byte; and the target."""
+    """The loss in nats a token and, where the bytes of the text are known, in nats and bits a byte (bits per byte, bpb); and the target."""
     loss, target, per_token = (
         run["curve"][-1]["val_loss"],
         run["config"]["target"],
@@ -1304,7 +1306,7 @@ from pathlib import Path
 
 from speedrun.config import config_from_json
 from speedrun.presets import as_arguments
-from speedrun.lab.errors import Problem
+from speedrun.lab.errors import UserError
 from speedrun.measure.study import measured_run
 
 NAMES = ()  # any name: python scripts/measure.py speedrun NAME RUN_FOLDER …
@@ -1313,14 +1315,14 @@ NAMES = ()  # any name: python scripts/measure.py speedrun NAME RUN_FOLDER …
 def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
     """Collect finished runs (their folders) under a name. Returns data, and the stamp of the first run for all."""
     if not arguments:
-        raise Problem(
+        raise UserError(
             f"no run is given for {name}", f"python scripts/measure.py speedrun {name} runs/…"
         )
     runs = [measured_run(Path(folder)) for folder in arguments]
     stamps = [run.pop("stamp") for run in runs]
     if len({(stamp["gpu"], stamp["torch"], stamp["corpus"]["sha256"]) for stamp in stamps}) > 1:
         what = f"the runs of {name} were made on different machines, versions or texts"
-        raise Problem(what, "measure them together")
+        raise UserError(what, "measure them together")
     arguments = as_arguments(config_from_json(runs[0]["config"]))
     again = {"command": shlex.join(["python", "-m", "speedrun.launch", *arguments])}
     seeds = [seed for stamp in stamps for seed in stamp["seeds"]]
@@ -1334,7 +1336,7 @@ assert together["n"] == 1 and collected["runs"][0]["curve"] == run["curve"]
 try:
     measure("example", [], "…")
     raise AssertionError("measured nothing")
-except Problem as problem:
+except UserError as problem:
     print(problem)
 
 # %%

@@ -68,8 +68,8 @@ if FULL.exists():
 # All five raise: `OSError` (with three different numbers), `AttributeError` on `None`, and `UnicodeEncodeError`. None of them should end a run. That is the general shape of the faults in this chapter: **one exception was foreseen, and its siblings were not**. `BrokenPipeError` had been caught,
 # since somebody once typed `| head`; the other four had not. So every command of this book goes through one door, and that door knows the kinds:
 #
-# - what its reader can mend is a `Problem`, and is printed with its way out;
-# - what the operating system refuses (no room, no permission, no such folder) becomes a `Problem`, with the file's name and the way out for that refusal;
+# - what its reader can mend is a `UserError`, and is printed with its way out;
+# - what the operating system refuses (no room, no permission, no such folder) becomes a `UserError`, with the file's name and the way out for that refusal;
 # - what fails while *printing* is nobody's problem;
 # - everything else is a bug of ours, and keeps its traceback.
 #
@@ -79,7 +79,7 @@ if FULL.exists():
 #
 # ### Errors with a way out
 #
-# A message that only says what went wrong leaves its reader where the program stopped. An error that somebody can mend is a `Problem`: what is wrong, with the name and the value, and the way out.
+# A message that only says what went wrong leaves its reader where the program stopped. An error that somebody can mend is a `UserError`: what is wrong, with the name and the value, and the way out.
 
 # %%
 #| default_exp lab.errors
@@ -94,7 +94,7 @@ from collections.abc import Callable
 from typing import Any
 
 
-class Problem(Exception):
+class UserError(Exception):
     """Something its reader can mend: what is wrong, with the name and the value, and the way out.
 
     The way out must not be able to make it worse: it never says “delete” of a file that could not be opened.
@@ -129,7 +129,9 @@ def check_words(arguments: list[str]) -> None:
     """Refuse command-line arguments that would move a terminal's cursor when a message repeats them."""
     for word in arguments:
         if not word.replace("\n", "").replace("\t", "").isprintable():
-            raise Problem(f"“{visible(word)}” holds control characters", "type that argument anew")
+            raise UserError(
+                f"“{visible(word)}” holds control characters", "type that argument anew"
+            )
 
 
 # %%
@@ -139,7 +141,7 @@ assert "\ud800" not in visible("half a character: \ud800")  # which no terminal 
 try:
     check_words(["--out", "fine\n", "--device", "\x1b[2J"])
     raise AssertionError("accepted")
-except Problem as problem:
+except UserError as problem:
     assert r"\x1b[2J" in problem.what
 print(visible("a name that clears the screen: \x1b[2J"))
 
@@ -169,12 +171,12 @@ WAYS_OUT = {
 }
 
 
-def explained(error: OSError) -> Problem | None:
-    """What the operating system refused, as a Problem; None for what needs its traceback."""
+def explained(error: OSError) -> UserError | None:
+    """What the operating system refused, as a UserError; None for what needs its traceback."""
     if error.errno not in WAYS_OUT or isinstance(error, BrokenPipeError):
         return None
     names = [visible(name) for name in (error.filename, error.filename2) if name is not None]
-    return Problem(f"{' → '.join(names) or 'a file'}: {error.strerror}", WAYS_OUT[error.errno])
+    return UserError(f"{' → '.join(names) or 'a file'}: {error.strerror}", WAYS_OUT[error.errno])
 
 
 # %%
@@ -252,7 +254,7 @@ if FULL.exists():
 # %%
 #| export
 def run_main(command: Callable[[], int | None]) -> int:
-    """Run a command and return its exit status: 0, or what it returns; 1, a Problem, printed; 130, interrupted."""
+    """Run a command and return its exit status: 0, or what it returns; 1, a UserError, printed; 130, interrupted."""
     streams = sys.stdout, sys.stderr
     with contextlib.redirect_stdout(Steady(streams[0])), contextlib.redirect_stderr(Steady(streams[1])):  # fmt: skip
         try:
@@ -261,7 +263,7 @@ def run_main(command: Callable[[], int | None]) -> int:
             problem = explained(error)
             if problem is None:
                 raise
-        except Problem as told:
+        except UserError as told:
             problem = told
         except KeyboardInterrupt:
             return 130
@@ -275,7 +277,7 @@ def run_main(command: Callable[[], int | None]) -> int:
 
 # %%
 def refuses() -> None:
-    raise Problem(
+    raise UserError(
         "data/fineweb holds no manifest.json", "python -m speedrun.data manifest data/fineweb"
     )
 
@@ -450,14 +452,14 @@ print("eight runs of one second:", ", ".join(sorted(folder.name[16:] for folder 
 def claim(folder: Path, role: str) -> FileLock:
     """Be the only process with this role (`launch` or `train`) in a run's folder until it ends or lets go (`release()`).
 
-    Raises Problem where another process has it. Touches nothing else in the folder.
+    Raises UserError where another process has it. Touches nothing else in the folder.
     """
     lock = FileLock(folder / f".{role}.lock", timeout=0, mode=0o666)
     try:
         lock.acquire()
     except Timeout:
         what = f"another process is at work in {folder}"
-        raise Problem(what, "wait until it ends, or stop it; or choose another --out") from None
+        raise UserError(what, "wait until it ends, or stop it; or choose another --out") from None
     return lock
 
 
@@ -474,7 +476,7 @@ live = subprocess.Popen([sys.executable, "-c", holder], stdout=subprocess.PIPE, 
 assert live.stdout.readline() == "mine\n"
 try:
     claim(scratch, "train")
-except Problem as problem:
+except UserError as problem:
     print(problem)
 else:
     raise AssertionError("two processes had it at once")

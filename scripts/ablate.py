@@ -7,7 +7,7 @@ Each arm is the base with its fields changed: --arm "no QK-norm" model.block.qk_
 same data; on the GPUs of this machine, or on its cores. OUT.json is written as soon as an arm is done, with its stamp; what is in it already is kept, if the code and the base are the same.
 """
 
-from speedrun.lab.errors import Problem, prepare_command, run_main
+from speedrun.lab.errors import UserError, prepare_command, run_main
 
 if __name__ == "__main__":
     prepare_command()
@@ -40,7 +40,7 @@ def changes_in(words: list[str]) -> dict[str, Any]:
     for word in words:
         name, equals, text = word.partition("=")
         if not equals:
-            raise Problem(
+            raise UserError(
                 f"“{word}” is no FIELD=VALUE", "--arm NAME model.block.qk_norm=False, say"
             )
         try:
@@ -55,7 +55,7 @@ def read_arms(base: Config, given: list[list[str]]) -> dict[str, Config]:
     arms = {"control": base}
     for name, *words in given:
         if name in arms:
-            raise Problem(f"two arms are called “{name}”", "give each --arm a name of its own")
+            raise UserError(f"two arms are called “{name}”", "give each --arm a name of its own")
         arms[name] = check_config(vary(base, changes_in(words)))
     return arms
 
@@ -70,9 +70,9 @@ def kept(path: Path, facts: dict, base: Config) -> dict[str, list[dict]]:
         arms, base_then = old["data"]["arms"], old["base"]
         same = all(old["stamp"][key] == facts[key] for key in ("modules", "gpu", "cpu", "torch", "corpus"))  # fmt: skip
     except (ValueError, KeyError, TypeError):
-        raise Problem(f"{path} is there, and holds no ablations", other) from None
+        raise UserError(f"{path} is there, and holds no ablations", other) from None
     if not same or base_then != json.loads(as_json(base)):
-        raise Problem(f"{path} holds runs of another base, other code or another machine", other)
+        raise UserError(f"{path} holds runs of another base, other code or another machine", other)
     return arms
 
 
@@ -133,7 +133,7 @@ def report(arms: dict[str, list[dict]]) -> list[str]:
             )
         lines.append(f"{told}  {seconds:.1f} s")
     if study:
-        lines.append(f"one deviation for all: {study.deviation:.4f}; p for all arms together")
+        lines.append(f"one deviation for all: {study.pooled_sd:.4f}; p for all arms together")
     return lines
 
 
@@ -147,7 +147,7 @@ def main(arguments: list[str]) -> int:
     setup()
     if min(options.seeds, options.control) < 1:
         what = f"--seeds {options.seeds} --control {options.control}: every arm is trained"
-        raise Problem(what, "1 or more of each; a claim wants 3 and 9")
+        raise UserError(what, "1 or more of each; a claim wants 3 and 9")
     usual = "small" if look().gpus else "cpu"
     base = check_config(read_command(lambda run: run, flags, usual, "scripts/ablate.py"))
     runs = read_arms(base, options.arm)

@@ -5,7 +5,7 @@ import re
 
 from pybtex.database import Entry, parse_file
 
-from speedrun.lab.errors import Problem, visible
+from speedrun.lab.errors import UserError, visible
 from speedrun.lab.provenance import root
 
 ADDRESSES = {"doi": "https://doi.org/", "url": "", "eprint": "https://arxiv.org/abs/"}
@@ -33,7 +33,7 @@ def author_year(key: str) -> tuple[str, str]:
     """How a text cites an entry (Jordan et al., 2024), and its address, "" where it has none."""
     if key not in bibliography():
         what = f"a chapter cites “{visible(key)}”, and book/references.bib has no such entry"
-        raise Problem(what, "look for a misspelt key, or add the entry")
+        raise UserError(what, "look for a misspelt key, or add the entry")
     entry = bibliography()[key]
     names = [surname(person) for person in entry.persons["author"]]
     short = len(names) < 3 and "others" not in names

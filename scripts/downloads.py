@@ -24,7 +24,7 @@ from pybtex.backends.markdown import Backend
 from pybtex.style.formatting.unsrt import Style
 from repository import page_of, repository
 
-from speedrun.lab.errors import Problem, run_main, visible
+from speedrun.lab.errors import UserError, run_main, visible
 from speedrun.lab.provenance import root
 
 FOLDER = "annotated-speedrun"
@@ -93,10 +93,10 @@ def plain(text: str, address: str, where: str = "a chapter") -> str:
     return done
 
 
-def unknown(where: str, what: str) -> Problem:
+def unknown(where: str, what: str) -> UserError:
     """The refusal of a form that would stand raw, or lead nowhere, in a notebook outside the book."""
     fix = "write it another way, or teach plain() in scripts/downloads.py this form"
-    return Problem(f"{where}: a download cannot show “{visible(what)}”", fix)
+    return UserError(f"{where}: a download cannot show “{visible(what)}”", fix)
 
 
 def references(sources: list[str]) -> list[nbformat.NotebookNode]:
@@ -153,7 +153,7 @@ def write_downloads(folder: Path, chosen: list[Chapter]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for chapter in chosen:
         if not chapter.output.exists():
-            raise Problem(f"{chapter.name} was never executed", "make book executes all chapters")
+            raise UserError(f"{chapter.name} was never executed", "make book executes all chapters")
         executed = nbformat.read(chapter.output, as_version=4)
         nbformat.write(portable(executed, address, chapter.name), folder / f"{chapter.name}.ipynb")
 

@@ -22,7 +22,7 @@ import nbformat
 from folds import fold
 from tangle import chapter_paths
 
-from speedrun.lab.errors import Problem, quoted, run_main, visible
+from speedrun.lab.errors import UserError, quoted, run_main, visible
 from speedrun.lab.files import atomic_write
 from speedrun.lab.provenance import root
 
@@ -158,13 +158,13 @@ def write_one(chapter: Path, folder: Path, ledger: dict[str, str]) -> Path:
 def write_exercises(wanted: Sequence[str] = (), folder: Path | None = None) -> list[Path]:
     """Write the notebooks of the chapters whose number or name begins with one of `wanted` (none: of all). Returns their paths.
 
-    Raises Problem for a chapter that does not exist, before anything is written, and OSError where the folder cannot be written.
+    Raises UserError for a chapter that does not exist, before anything is written, and OSError where the folder cannot be written.
     """
     chapters = chapter_paths(root())
     for start in wanted:
         if not any(path.stem.startswith(start) for path in chapters):
             there = ", ".join(path.stem for path in chapters)
-            raise Problem(f"no chapter begins with “{visible(start)}”", f"there are {there}")
+            raise UserError(f"no chapter begins with “{visible(start)}”", f"there are {there}")
     folder = folder or root() / "exercises"
     folder.mkdir(parents=True, exist_ok=True)
     ledger = read_ledger(folder / ".written.json")

@@ -24,7 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
 from typing import Any
 
-from speedrun.lab.errors import Problem
+from speedrun.lab.errors import UserError
 from speedrun.lab.hardware import look, setup
 from speedrun.lab.provenance import root
 from speedrun.lab.results import result_names, save_result
@@ -39,7 +39,7 @@ def measured(module: Any, name: str, rest: list[str], command: str) -> tuple[dic
 
     runs = module.study()
     if name not in runs:
-        raise Problem(f"the study has no run “{name}”", f"missing, or one of {', '.join(runs)}")
+        raise UserError(f"the study has no run “{name}”", f"missing, or one of {', '.join(runs)}")
     run = vary(runs[name], {"data.path": rest[0]} if rest else {})
     return train_alone(run, command, getattr(module, "after", None))
 

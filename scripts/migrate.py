@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from speedrun.config import Config, config_from_json, fields_of
-from speedrun.lab.errors import Problem, run_main
+from speedrun.lab.errors import UserError, run_main
 from speedrun.lab.files import atomic_write
 from speedrun.lab.provenance import root
 
@@ -79,7 +79,7 @@ def one_optimizer(old: Flat) -> Flat:
     """From two optimizers and a switch between them to one; the model's groups go into the model."""
     new = {RENAMED.get(name, name): value for name, value in old.items()}
     if new.pop("architecture", "gpt") != "gpt":
-        raise Problem("architecture=baseline is no run of today's", "check out an older commit")
+        raise UserError("architecture=baseline is no run of today's", "check out an older commit")
     rule = new.pop("matrix.rule", "adamw")
     new["optim.matrices"], new["preset"] = MATRICES[rule], PRESETS.get(old["preset"], old["preset"])
     decay = new.pop("optim.weight_decay")
@@ -91,7 +91,9 @@ def one_optimizer(old: Flat) -> Flat:
     gram = new.get("optim.muon.ns_dtype") == "float16"
     polar = new.get("optim.muon.orthogonalizer") == "polar_express"
     if rule == "muon" and polar and new.get("muon.gram", gram) != gram:
-        raise Problem("muon.gram is on in float16 and off in bfloat16", "check out an older commit")
+        raise UserError(
+            "muon.gram is on in float16 and off in bfloat16", "check out an older commit"
+        )
     for name in ("sharing.adam_decay", "sharing.adam_every", "muon.gram"):
         new.pop(name, None)
     kind, squared = new.pop("muon.decay", "plain"), new.pop("muon.decay_factor", 1.2)
@@ -120,23 +122,45 @@ def two_optimizers(new: Flat) -> Flat:
     old["sharing.on"], old["optim.weight_decay"] = shared, adam
     if shared:
         if new["optim.grad_clip"]:
-            raise Problem("old code does not clip under this Adam", "optim.grad_clip 0")
+            raise UserError("old code does not clip under this Adam", "optim.grad_clip 0")
         old["sharing.adam_decay"], old["sharing.adam_every"] = adam / TABLE_DECAY, every
         old["optim.weight_decay"] = decay if muon and not squared else 0.1
     elif every != 1:
-        raise Problem("old code updates all parameters in every step", "optim.adam.every 1")
+        raise UserError("old code updates all parameters in every step", "optim.adam.every 1")
     if squared:
         old["muon.decay"], old["muon.decay_factor"] = "cautious" if cautious else "squared", decay
     elif muon and decay != old["optim.weight_decay"]:
         old["muon.decay"] = "none"
         if decay or cautious:
-            raise Problem("old code has one weight decay for all", "equal ones")
+            raise UserError("old code has one weight decay for all", "equal ones")
     else:
         old["muon.decay"] = "plain"
     return old
 
 
-STEPS = (Step("speedrun.params", lambda flat: "optim.lr" in flat, one_optimizer, two_optimizers),)
+FIELDS_WORDS = {  # before the field's words → since
+    "data.step_tokens": "data.batch_tokens",
+    "data.grad_shards": "data.micro_batches",
+    "data.pass_tokens": "data.max_forward_tokens",
+    "data.max_document": "data.max_doc_tokens",
+    "model.embedding.rate": "model.embedding.lr_mul",
+    "model.embedding.value_rate": "model.embedding.value_lr_mul",
+    "model.embedding.value_mix": "model.embedding.value_residual",
+    "model.plan.rate": "model.plan.lr_mul",
+    "model.head.rate": "model.head.lr_mul",
+    "model.head.cap": "model.head.softcap",
+}
+
+
+def renamed(names: dict[str, str]) -> Callable[[Flat], Flat]:
+    """A change of names and nothing else."""
+    return lambda flat: {names.get(name, name): value for name, value in flat.items()}
+
+
+STEPS = (
+    Step("speedrun.params", lambda flat: "optim.lr" in flat, one_optimizer, two_optimizers),
+    Step("speedrun.model.layout", lambda flat: "data.step_tokens" in flat, renamed(FIELDS_WORDS), renamed(backwards(FIELDS_WORDS))),
+)  # fmt: skip
 
 
 def leaves(part: dict, prefix: str = "") -> Flat:

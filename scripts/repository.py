@@ -5,7 +5,7 @@ import re
 import tomllib
 from pathlib import Path
 
-from speedrun.lab.errors import Problem, visible
+from speedrun.lab.errors import UserError, visible
 from speedrun.lab.provenance import root
 
 ADDRESS = re.compile(
@@ -24,7 +24,7 @@ def repository(settings: Path | None = None) -> str:
     if address and not (isinstance(address, str) and ADDRESS.fullmatch(address)):
         shown = re.sub(r"//[^@/]*@", "//…@", visible(address))
         what = f"the repository's address ({path.name}, or SPEEDRUN_REPOSITORY) is “{shown}”"
-        raise Problem(
+        raise UserError(
             what,
             "give it as git clone takes it, without a name or password: https://github.com/OWNER/NAME",
         )

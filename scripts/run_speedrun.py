@@ -32,7 +32,7 @@ from papermill.engines import NBClientEngine, papermill_engines
 
 from speedrun.checkpoint import checkpoints
 from speedrun.config import Config
-from speedrun.lab.errors import Problem, explained, quoted, run_main
+from speedrun.lab.errors import UserError, explained, quoted, run_main
 from speedrun.lab.files import claim, new_folder
 from speedrun.lab.hardware import setup
 from speedrun.lab.provenance import root
@@ -175,7 +175,7 @@ def run_command(arguments: list[str], interrupts: Insisting) -> int:
         "--resume": "python -m speedrun.launch --resume RUN",
     }.items():
         if any(word.split("=")[0] == flag for word in flags):
-            raise Problem(f"make speedrun does not take {flag}", instead)
+            raise UserError(f"make speedrun does not take {flag}", instead)
     machine, runs = setup(), measured_runs()
     preset, why = choose_preset(machine, memory_needed_gb("record", runs))
     preset, why = (options.preset, "as asked") if options.preset else (preset, why)
@@ -204,11 +204,11 @@ def run_command(arguments: list[str], interrupts: Insisting) -> int:
         except papermill.PapermillExecutionError as error:
             page = folder / "speedrun.html"
             where = f"the notebook up to there: {page}" if page.exists() else "see above"
-            raise Problem(f"a cell failed: {error.ename}: {error.evalue}", where) from None
+            raise UserError(f"a cell failed: {error.ename}: {error.evalue}", where) from None
         except RuntimeError as error:
             if "Kernel died" not in str(error):
                 raise
-            raise Problem(
+            raise UserError(
                 f"{sys.executable} could not start a notebook: {error}", "make setup"
             ) from None
         print_what_there_is(folder, notebook)

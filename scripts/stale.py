@@ -32,7 +32,7 @@ from speedrun.config import Config, config_from_json, fields_of, vary
 from speedrun.cpu_size import RAMPS, at_cpu_size
 from speedrun.data.shards import data_folder
 from speedrun.lab import provenance
-from speedrun.lab.errors import Problem, run_main, visible
+from speedrun.lab.errors import UserError, run_main, visible
 from speedrun.lab.files import atomic_write
 from speedrun.lab.provenance import (
     canonical,
@@ -58,7 +58,7 @@ OUR_IMPORTS = ("from speedrun", "import speedrun")
 for pure in ("code_hash", "imported_names"):  # asked again for every result, of the same texts
     setattr(provenance, pure, functools.cache(getattr(provenance, pure)))
 TINY: dict[str, Any] = {"model.width": 32, "model.heads": 2, "model.layers": 7, "model.context": 32}
-TINY |= {"data.seq_len": 32, "data.step_tokens": 256, "data.grad_shards": 2, "val_tokens": 256}
+TINY |= {"data.seq_len": 32, "data.batch_tokens": 256, "data.micro_batches": 2, "val_tokens": 256}
 TINY |= {"val_every": 5, "log_every": 1, "seed": 0, "compile": False, "device": "cpu"}
 TINY |= {"wandb": "", "warmup": 0, "checkpoint_every": 0, "backend": "auto"}
 ARITHMETIC = (
@@ -127,10 +127,10 @@ with open(answers, "w", encoding="utf-8") as file:
 
 
 def git(*words: str) -> str:
-    """What git says about this project; Problem if it says no."""
+    """What git says about this project; UserError if it says no."""
     done = subprocess.run(["git", "-C", str(root()), *words], capture_output=True, encoding="utf-8")
     if done.returncode:
-        raise Problem(
+        raise UserError(
             f"git {' '.join(words[:2])} failed: {visible(done.stderr.strip())}",
             "run it in a clone with its history",
         )
@@ -377,7 +377,10 @@ def tiny(saved: dict, data: Path) -> Config:
     """The run of a saved config, very small: its decisions, and its arithmetic, stay."""
     whole = config_from_json(saved)
     own = fields_of(whole)
-    sizes = TINY | {"data.path": str(data), "data.pass_tokens": 256 * bool(whole.data.pass_tokens)}
+    sizes = TINY | {
+        "data.path": str(data),
+        "data.max_forward_tokens": 256 * bool(whole.data.max_forward_tokens),
+    }
     if not whole.schedule.momentum_min:  # then there are no ramps, and old code may have none
         sizes["schedule.momentum_ramp"] = Config().schedule.momentum_ramp
     return vary(at_cpu_size(whole), sizes | {name: own[name] for name in ARITHMETIC})
@@ -407,7 +410,7 @@ def checked_out(commit: str):
         ["git", "-C", str(root()), "archive", "--format=zip", commit], capture_output=True
     )
     if packed.returncode:
-        raise Problem(
+        raise UserError(
             f"git archive {commit} failed: {visible(packed.stderr.decode(errors='replace').strip())}",
             "run it in a clone with its history",
         )
@@ -464,7 +467,7 @@ def answers(path: Path, count: int) -> list[dict]:
 def keep_proof(path: Path, result: dict, today: dict[str, str], facts: dict) -> None:
     """Write a proof into a result's file, with the hashes of the code that it was given for."""
     if module_hashes(result["stamp"]["modules"]) != today:
-        raise Problem("the code has changed while it was proved", "run it again")
+        raise UserError("the code has changed while it was proved", "run it again")
     proof = {"modules": today, **facts}
     text = json.dumps(result | {"proof": proof}, indent=1, ensure_ascii=False)
     atomic_write(path, text + "\n")
@@ -507,7 +510,7 @@ def prove(results: dict[Path, dict]):
             try:
                 small = [tiny(saved, data) for saved in configs]
                 groups[commit][path] = (modules, {way(run): run for run in small})
-            except Problem as problem:
+            except UserError as problem:
                 yield path, f"not proved: {problem.what}"
     for commit, members in groups.items():
         yield from prove_group(results, commit, members)

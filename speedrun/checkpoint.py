@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from speedrun.lab.errors import Problem, quoted, visible
+from speedrun.lab.errors import UserError, quoted, visible
 from speedrun.lab.files import atomic_write, file_sha256, sync
 
 
@@ -92,7 +92,7 @@ FACTS: dict[str, Any] = {
 }  # fmt: skip
 
 
-def damaged(path: Path, why: object) -> Problem:
+def damaged(path: Path, why: object) -> UserError:
     """What to say about a checkpoint that is not whole, and the way on, which removes nothing."""
     run = path.parent.parent
     others = [other.name for other in checkpoints(run) if other != path]
@@ -102,7 +102,7 @@ def damaged(path: Path, why: object) -> Problem:
         else "and begin again with another --out"
     )
     fix = f"put it aside (mv {quoted(path)} {quoted(run)}/), {again}"
-    return Problem(f"{path} is not a whole checkpoint: {visible(why)}", fix)
+    return UserError(f"{path} is not a whole checkpoint: {visible(why)}", fix)
 
 
 def readable(path: Path) -> Path:
@@ -111,14 +111,14 @@ def readable(path: Path) -> Path:
         open(path, "rb").close()
     except PermissionError:
         fix = f"its owner can permit it: chmod -R a+rX {quoted(path.parent.parent.parent)}"
-        raise Problem(f"{path} may not be read by this user", fix) from None
+        raise UserError(f"{path} may not be read by this user", fix) from None
     except OSError as error:
         raise damaged(path.parent, f"{path.name}: {error.strerror}") from None
     return path
 
 
 def load_facts(path: Path) -> dict:
-    """What a checkpoint folder says about its run, each fact of its type. Raises Problem."""
+    """What a checkpoint folder says about its run, each fact of its type. Raises UserError."""
     try:
         facts = {"world": None}  # which older checkpoints do not say
         facts |= json.loads(readable(path / "state.json").read_text(encoding="utf-8"))
@@ -133,7 +133,7 @@ def load_facts(path: Path) -> dict:
 
 
 def load_tensors(path: Path, kind: str, facts: dict) -> dict[str, Tensor]:
-    """The tensors of a checkpoint, on the CPU; kind: model or optimizer. Raises Problem where a bit has changed."""
+    """The tensors of a checkpoint, on the CPU; kind: model or optimizer. Raises UserError where a bit has changed."""
     file, hashes = readable(path / f"{kind}.safetensors"), facts.get("sha256")
     if hashes is not None:  # checkpoints of before 28 November 2026 have none
         wanted = hashes.get(kind) if isinstance(hashes, dict) else None
@@ -156,14 +156,14 @@ def latest_checkpoint(folder: Path) -> Path:
     found = checkpoints(folder)
     if not found:
         fix = "a run that ended before it saved begins again with another --out; its folder is not touched"
-        raise Problem(
+        raise UserError(
             f"{folder} has no checkpoint", fix if folder.exists() else "look for a misspelt name"
         )
     return found[-1]
 
 
 def check_tensors(path: Path, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
-    """Raise Problem unless two sets of named tensors have the same names, shapes and dtypes."""
+    """Raise UserError unless two sets of named tensors have the same names, shapes and dtypes."""
     for name in sorted(found.keys() ^ wanted.keys()):
         raise damaged(path, f"{name} is {'missing' if name in wanted else 'not of this model'}")
     for name, tensor in found.items():

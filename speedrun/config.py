@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from speedrun.data.loader import DataConfig, check_options
-from speedrun.lab.errors import Problem, visible
+from speedrun.lab.errors import UserError, visible
 from speedrun.model.gpt import GPTConfig
 from speedrun.optim.optimizer import OptimConfig
 from speedrun.schedule import Schedule, ScheduleConfig, Stage, check_schedule
@@ -90,58 +90,62 @@ def largest_divisor(number: int, limit: int) -> int:
 
 
 def check_model(model: GPTConfig) -> None:
-    """Raise Problem for heads that cannot share the width or be turned, and for connections between layers where there is one."""
+    """Raise UserError for heads that cannot share the width or be turned, and for connections between layers where there is one."""
     size, rest = divmod(model.width, model.heads)
     if rest:
         what = f"a width of {model.width} cannot be shared by {model.heads} heads"
-        raise Problem(what, f"--model.heads {largest_divisor(model.width, model.heads)}")
+        raise UserError(what, f"--model.heads {largest_divisor(model.width, model.heads)}")
     if model.rotary.positions != "learned" and size % 4:
         what = f"heads of {size} numbers cannot be taken in pairs to turn, and half of those"
-        raise Problem(what, "a --model.width of 4 times --model.heads, or a multiple")
+        raise UserError(what, "a --model.width of 4 times --model.heads, or a multiple")
     usual, fields = fields_of(GPTConfig(), "model."), fields_of(model, "model.")
     names = ("embedding.values", "plan.skips", "plan.backout", "plan.without")
     wants = [n for n in (f"model.{name}" for name in names) if fields[n] != usual[n]]
     if wants and model.layers < 2:
         what = f"{', '.join(wants)}: this is between layers, and model.layers is 1"
-        raise Problem(what, "--model.layers 2, or more")
+        raise UserError(what, "--model.layers 2, or more")
 
 
 def check_optim(optim: OptimConfig, precision: str) -> None:
-    """Raise Problem for 16-bit weights in a model that computes in float32, and for two meanings of one decay."""
+    """Raise UserError for 16-bit weights in a model that computes in float32, and for two meanings of one decay."""
     dtype = optim.muon.param_dtype
     if dtype != "float32" and precision == "float32":
         what = f"optim.muon.param_dtype={dtype} in a model that computes in float32"
-        raise Problem(what, "--optim.muon.param-dtype float32, or 16 bits for --precision as well")
+        raise UserError(
+            what, "--optim.muon.param-dtype float32, or 16 bits for --precision as well"
+        )
     if optim.matrices == "soap" and optim.adam.cautious:
         what = "optim.matrices=soap with optim.adam.cautious: SOAP decays as AdamW does"
-        raise Problem(what, "--optim.adam.no-cautious, or --optim.matrices muon")
+        raise UserError(what, "--optim.adam.no-cautious, or --optim.matrices muon")
 
 
 def check_documents(config: Config) -> None:
-    """Raise Problem for windows in rows that are no documents, and for documents in a model whose positions end."""
+    """Raise UserError for windows in rows that are no documents, and for documents in a model whose positions end."""
     windows = [stage.windows for stage in config.schedule.stages]
     if config.data.mode == "stream":
         if any(any(pair) for pair in (*windows, config.schedule.val_windows)):
-            raise Problem(
+            raise UserError(
                 "windows in the schedule, and data.mode=stream: rows of the stream are seen whole",
                 "--data.mode documents or packed, or no windows",
             )
         if (backend := config.model.attention.backend) != "auto":
-            raise Problem(
+            raise UserError(
                 f"model.attention.backend={backend}, and data.mode=stream: PyTorch computes attention in rows of the stream",
                 "--model.attention.backend auto; or --data.mode documents or packed",
             )
     elif config.model.rotary.positions == "learned":
         kind = config.model.rotary.positions
         what = f"data.mode={config.data.mode} and {kind} positions: there are positions for model.context tokens only"
-        raise Problem(what, "--model.rotary.positions rotary, or --data.mode stream")
+        raise UserError(what, "--model.rotary.positions rotary, or --data.mode stream")
     dtype = config.model.plan.stream_dtype
     if dtype != "float32" and config.precision == "float32":
         what = f"model.plan.stream_dtype={dtype} in a model that computes in float32"
-        raise Problem(what, "--model.plan.stream-dtype float32, or 16 bits for --precision as well")
+        raise UserError(
+            what, "--model.plan.stream-dtype float32, or 16 bits for --precision as well"
+        )
     if config.model.attention.yarn and not all(long for _, long in windows):
         what = "model.attention.yarn, and a stage without a long window: there is nothing to follow"
-        raise Problem(what, "--model.attention.no-yarn, or windows in every stage")
+        raise UserError(what, "--model.attention.no-yarn, or windows in every stage")
 
 
 def check_config(config: Config, world: int = 1) -> Config:
@@ -151,17 +155,17 @@ def check_config(config: Config, world: int = 1) -> Config:
     check_documents(config)
     if data.mode == "stream" and data.seq_len > context:
         what = f"rows of {data.seq_len} tokens (data.seq_len) do not fit {context} positions (model.context)"
-        raise Problem(what, f"--data.seq-len {context}, or --model.context {data.seq_len}")
+        raise UserError(what, f"--data.seq-len {context}, or --model.context {data.seq_len}")
     check_model(config.model)
     check_optim(config.optim, config.precision)
     check_schedule(config.schedule, config.steps)
     for name in ("mtp_weights", "prefix_weight"):  # what no model of ours has yet
         if any(getattr(stage, name) != getattr(Stage(), name) for stage in config.schedule.stages):
             what = f"schedule.stages with {name}: this model has no such thing"
-            raise Problem(what, f"leave {name} out")
+            raise UserError(what, f"leave {name} out")
     if config.val_tokens < world * micro:
         what = f"val_tokens={config.val_tokens} are less than a micro-batch of {micro} for each of {world} ranks"
-        raise Problem(what, f"--val-tokens {world * micro} or more")
+        raise UserError(what, f"--val-tokens {world * micro} or more")
     return config
 
 
@@ -169,11 +173,11 @@ def schedule_of(config: Config) -> Schedule:
     """A run's settings as functions of the step."""
     adam, muon, data = config.optim.adam, config.optim.muon, config.data
     peaks = (adam.lr, config.optim.matrix_lr or adam.lr, muon.momentum)
-    return Schedule(config.schedule, config.steps, *peaks, data.step_tokens, data.max_document)
+    return Schedule(config.schedule, config.steps, *peaks, data.batch_tokens, data.max_doc_tokens)
 
 
 # %% Varying
-def no_field(name: str, known: dict[str, Any], prefix: str) -> Problem:
+def no_field(name: str, known: dict[str, Any], prefix: str) -> UserError:
     """What to say about a name that no field has."""
     inside = [prefix + other for other in known if other.startswith(f"{name}.")]
     near = difflib.get_close_matches(name, known, 1)
@@ -181,7 +185,7 @@ def no_field(name: str, known: dict[str, Any], prefix: str) -> Problem:
         fix = f"it is a group: vary its fields, such as {inside[0]}"
     else:
         fix = f"did you mean {prefix}{near[0]}?" if near else f"the fields are {', '.join(known)}"
-    return Problem(f"a run has no field “{prefix}{name}”", fix)
+    return UserError(f"a run has no field “{prefix}{name}”", fix)
 
 
 def vary(config: Any, changes: dict[str, Any], prefix: str = "") -> Any:
@@ -222,23 +226,23 @@ def value_from_json(value: Any, kind: Any, prefix: str) -> Any:
 
 
 def config_from_json(saved: Any, kind: Any = Config, prefix: str = "") -> Any:
-    """Rebuild a config from its `dataclasses.asdict` form after a trip through JSON; Problem for anything else."""
+    """Rebuild a config from its `dataclasses.asdict` form after a trip through JSON; UserError for anything else."""
     if not isinstance(saved, dict):
         what = f"the saved {prefix[:-1] or 'config'} is no group of fields: {reprlib.repr(saved)}"
-        raise Problem(what, OTHER_CODE)
+        raise UserError(what, OTHER_CODE)
     kinds, values = get_type_hints(kind), dict[str, Any]()
     lost = [name for name in ALWAYS if kind is Config and name not in saved]
     if lost:
-        raise Problem(f"the saved run lacks {', '.join(lost)}", OTHER_CODE)
+        raise UserError(f"the saved run lacks {', '.join(lost)}", OTHER_CODE)
     unknown = sorted(map(str, set(saved) - set(kinds)))
     if unknown:
         what = f"the saved run has fields that today's {kind.__name__} lacks: {visible(', '.join(unknown))}"
-        raise Problem(what, OTHER_CODE)
+        raise UserError(what, OTHER_CODE)
     for name, value in saved.items():
         values[name] = value_from_json(value, kinds[name], f"{prefix}{name}.")
     config = kind(**values)
     try:
         check_ranges(config, prefix)
-    except Problem as problem:
-        raise Problem(f"the saved {problem.what}", OTHER_CODE) from None
+    except UserError as problem:
+        raise UserError(f"the saved {problem.what}", OTHER_CODE) from None
     return config

@@ -15,9 +15,9 @@ MODEL_SIZES = [f"model.{name}" for name in ("layers", "heads", "width", "context
 DATA_SIZES = [
     "data.path",
     "data.seq_len",
-    "data.step_tokens",
-    "data.grad_shards",
-    "data.pass_tokens",
+    "data.batch_tokens",
+    "data.micro_batches",
+    "data.max_forward_tokens",
 ]
 NUMBERS = ("precision", "optim.muon.param_dtype", "optim.muon.ns_dtype", "model.plan.stream_dtype")
 SIZES = (*MODEL_SIZES, *DATA_SIZES, *NUMBERS)

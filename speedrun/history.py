@@ -56,7 +56,7 @@ HISTORY: dict[str, tuple[str, dict[str, Any]]] = {
         {
             "model.embedding.norm": True,
             "model.embedding.std": 1.0,
-            "model.embedding.rate": 0.3 / 0.002,
+            "model.embedding.lr_mul": 0.3 / 0.002,
             "model.head.tied": "untied",
             "optim.adam.lr": 0.002,
             "optim.grad_clip": 0.0,
@@ -72,8 +72,8 @@ HISTORY: dict[str, tuple[str, dict[str, Any]]] = {
         {
             "model.embedding.values": "first",
             "model.plan.x0": True,
-            "model.plan.rate": 0.02 / 0.002,
-            "model.head.cap": "tanh30",
+            "model.plan.lr_mul": 0.02 / 0.002,
+            "model.head.softcap": "tanh30",
             "schedule.momentum_min": 0.85,
             "schedule.momentum_ramp": (500, 0),
             "steps": 3200,
@@ -83,9 +83,9 @@ HISTORY: dict[str, tuple[str, dict[str, Any]]] = {
     "record11": (
         "record9",
         {
-            "model.embedding.rate": 0.6 / 0.008,
+            "model.embedding.lr_mul": 0.6 / 0.008,
             "model.plan.skips": "unet",
-            "model.plan.rate": 0.04 / 0.008,
+            "model.plan.lr_mul": 0.04 / 0.008,
             "optim.adam.lr": 0.008,
             "optim.matrix_lr": 0.04,
             "schedule.cooldown_frac": 0.3,
@@ -120,7 +120,7 @@ HISTORY: dict[str, tuple[str, dict[str, Any]]] = {
         {
             "model.embedding.values": "all",
             "model.embedding.value_std": 1.0,
-            "model.embedding.value_rate": 0.6 / 0.008,
+            "model.embedding.value_lr_mul": 0.6 / 0.008,
             "schedule.cooldown_frac": 0.39,
             "steps": 1530,
         },
@@ -130,7 +130,7 @@ HISTORY: dict[str, tuple[str, dict[str, Any]]] = {
         "record14",
         {
             "model.embedding.values": "mirror",
-            "model.embedding.value_mix": "free",
+            "model.embedding.value_residual": "free",
             "schedule.cooldown_frac": 0.4,
             "schedule.stages": widening(13.5, 14, 128),
             "steps": 1480,
@@ -154,7 +154,7 @@ HISTORY: dict[str, tuple[str, dict[str, Any]]] = {
             "model.block.fan_in": True,
             "model.attention.scale": 0.12,
             "model.attention.long_layers": (0, 4, 7, 11),
-            "model.head.cap": "sigmoid30",
+            "model.head.softcap": "sigmoid30",
             "optim.adam.eps": 1e-10,
             "schedule.final_lr_frac": 0.1,
             "schedule.stages": widening(13.5, 14, 128, 2),
@@ -172,7 +172,7 @@ HISTORY: dict[str, tuple[str, dict[str, Any]]] = {
                 Stage(1 / 3, 1, 1.0, 2048, (n // 2 * 128, n * 128)) for n in (3, 7, 11)
             ),
             "data.mode": "documents",
-            "data.step_tokens": 393_216,
+            "data.batch_tokens": 393_216,
             "steps": 1670,
         },
     ),

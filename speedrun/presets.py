@@ -13,7 +13,7 @@ import json
 from collections.abc import Callable
 from typing import Any, get_args
 
-from speedrun.lab.errors import Problem, check_words
+from speedrun.lab.errors import UserError, check_words
 from speedrun.optim.muon import MuonConfig
 from speedrun.schedule import Stage
 
@@ -53,9 +53,9 @@ PRESETS: dict[str, tuple[str, Changes]] = {  # name → the run that it starts f
             ),
             "schedule.val_windows": (0, 0),
             "data.path": "data/embedded",
-            "data.step_tokens": 1024,
-            "data.grad_shards": 2,
-            "data.pass_tokens": 1024,
+            "data.batch_tokens": 1024,
+            "data.micro_batches": 2,
+            "data.max_forward_tokens": 1024,
             "steps": 1600,
             "precision": "float32",
             "compile": False,
@@ -77,8 +77,8 @@ PRESETS: dict[str, tuple[str, Changes]] = {  # name → the run that it starts f
             "schedule.warmup_steps": 100,
             "data.path": "data/embedded",
             "data.seq_len": 128,
-            "data.step_tokens": 1024,
-            "data.grad_shards": 2,
+            "data.batch_tokens": 1024,
+            "data.micro_batches": 2,
             "steps": 8000,
             "precision": "float32",
             "compile": False,
@@ -104,8 +104,8 @@ PRESETS: dict[str, tuple[str, Changes]] = {  # name → the run that it starts f
             "schedule.shape": "trapezoid",
             "schedule.momentum_min": 0.85,
             "data.path": FINEWEB,
-            "data.step_tokens": 65_536,
-            "data.pass_tokens": 32_768,
+            "data.batch_tokens": 65_536,
+            "data.max_forward_tokens": 32_768,
             "steps": 1520,
             "val_every": 190,
             "val_tokens": 4_194_304,
@@ -130,22 +130,22 @@ PRESETS: dict[str, tuple[str, Changes]] = {  # name → the run that it starts f
             "model.embedding.norm": True,
             "model.embedding.smear": True,
             "model.embedding.values": "ends",
-            "model.embedding.value_mix": "gates",
-            "model.embedding.value_rate": 75.0,
+            "model.embedding.value_residual": "gates",
+            "model.embedding.value_lr_mul": 75.0,
             "model.embedding.value_decay": 1 / 30,
             "model.plan.x0": True,
             "model.plan.residual": 1.1,
             "model.plan.skips": "gated",
             "model.plan.backout": True,
             "model.plan.without": "attention",
-            "model.plan.rate": 5.0,
+            "model.plan.lr_mul": 5.0,
             "model.plan.stream_dtype": "bfloat16",
             "model.attention.scale": 0.1,
             "model.attention.long_layers": (3, 10),
             "model.attention.yarn": True,
             "model.head.tied": "split",
             "model.head.multiple": 128,
-            "model.head.cap": "sigmoid23",
+            "model.head.softcap": "sigmoid23",
             "optim.adam.lr": 0.008,
             "optim.adam.betas": (0.65, 0.95),
             "optim.adam.eps": 1e-10,
@@ -171,8 +171,8 @@ PRESETS: dict[str, tuple[str, Changes]] = {  # name → the run that it starts f
             "schedule.val_windows": (0, 2560),
             "data.path": FINEWEB,
             "data.mode": "documents",
-            "data.step_tokens": 131_072,
-            "data.pass_tokens": 65_536,
+            "data.batch_tokens": 131_072,
+            "data.max_forward_tokens": 65_536,
             "steps": 2100,
         },
     ),
@@ -187,8 +187,8 @@ PRESETS: dict[str, tuple[str, Changes]] = {  # name → the run that it starts f
             "model.heads": 4,
             "model.width": 512,
             "model.attention.long_layers": (2, 7),
-            "data.step_tokens": 65_536,
-            "data.pass_tokens": 32_768,
+            "data.batch_tokens": 65_536,
+            "data.max_forward_tokens": 32_768,
             "val_tokens": 4_194_304,
             "log_every": 20,
             "target": 4.0,
@@ -204,12 +204,12 @@ def known_presets() -> dict[str, tuple[str, Changes]]:
 
 
 def preset(name: str) -> Config:
-    """A run by its name. Raises Problem, with the names that there are, for any other."""
+    """A run by its name. Raises UserError, with the names that there are, for any other."""
     known = PRESETS if name in PRESETS else known_presets()
     if name not in known:
         near = difflib.get_close_matches(name, known, 1)
         hint = f"did you mean {near[0]}? " if near else ""
-        raise Problem(f"there is no preset “{name}”", f"{hint}Known are {', '.join(known)}")
+        raise UserError(f"there is no preset “{name}”", f"{hint}Known are {', '.join(known)}")
     parent, changes = known[name]
     return vary(preset(parent) if parent else Config(), {"preset": name} | changes)
 
@@ -237,7 +237,7 @@ def check_switches(arguments: list[str], command: Any) -> None:
                 equals or following.lower() in ("true", "false")
             ):
                 what = f"{given} takes no value, and was given “{value or following}”"
-                raise Problem(what, " or ".join(both))
+                raise UserError(what, " or ".join(both))
 
 
 def table_as_json(info: Any) -> Any:
@@ -253,7 +253,7 @@ def table_as_json(info: Any) -> Any:
             rows = value_from_json(json.loads(arguments[0]), info.type, "row ")
             check_value("the table", rows, info.type, "[{}]")
             return rows
-        except Problem as problem:
+        except UserError as problem:
             raise ValueError(problem.what.removeprefix("the saved ")) from None
 
     return PrimitiveConstructorSpec(

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 
 from speedrun.config import config_from_json, schedule_of
-from speedrun.lab.errors import Problem, quoted
+from speedrun.lab.errors import UserError, quoted
 from speedrun.lab.results import public_table
 from speedrun.lab.runlog import read_metrics, series
 
@@ -30,7 +30,7 @@ def read_run(folder: Path) -> dict:
     records = read_metrics(Path(folder) / "metrics.jsonl")
     first, last = records[0], records[-1]
     if last["kind"] != "end":
-        raise Problem(
+        raise UserError(
             f"the run in {folder} has not ended",
             f"python -m speedrun.launch --resume {quoted(folder)}",
         )
@@ -53,7 +53,7 @@ def read_run(folder: Path) -> dict:
 
 
 def loss_lines(run: dict) -> list[tuple[str, str]]:
-    """The loss in nats a token and, where the bytes of the text are known, in nats and bits a byte; and the target."""
+    """The loss in nats a token and, where the bytes of the text are known, in nats and bits a byte (bits per byte, bpb); and the target."""
     loss, target, per_token = (
         run["curve"][-1]["val_loss"],
         run["config"]["target"],

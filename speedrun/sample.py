@@ -28,7 +28,7 @@ from speedrun.config import check_config, config_from_json, schedule_of, vary
 from speedrun.data.shards import data_folder, load_manifest, read_shard
 from speedrun.data.tokenizer import Tokenizer, get_tokenizer
 from speedrun.lab.bounds import check_ranges
-from speedrun.lab.errors import Problem, check_words, explained, run_main
+from speedrun.lab.errors import UserError, check_words, explained, run_main
 from speedrun.lab.hardware import setup
 from speedrun.model.attention import AttentionSettings, Packed
 from speedrun.model.gpt import GPT, attention_settings
@@ -40,7 +40,7 @@ class Trained:
 
     model: nn.Module
     tokenizer: Tokenizer
-    context: int
+    seq_len: int
     step: int
     data: Path
     told: AttentionSettings | None = None
@@ -56,7 +56,7 @@ class Trained:
 
 
 def load_trained(folder: Path, device: str = "cpu") -> Trained:
-    """The model of a run's latest checkpoint, uncompiled and in float32. Reads no optimizer state. Raises Problem."""
+    """The model of a run's latest checkpoint, uncompiled and in float32. Reads no optimizer state. Raises UserError."""
     path = latest_checkpoint(Path(folder))
     facts = load_facts(path)
     weights, config = load_tensors(path, "model", facts), config_from_json(facts["config"])
@@ -68,23 +68,23 @@ def load_trained(folder: Path, device: str = "cpu") -> Trained:
     weights = {k: w.float() if w.dtype == torch.bfloat16 else w for k, w in weights.items()}
     check_tensors(path, weights, dict(model.named_parameters()))
     model.load_state_dict(weights)
-    data, context, told = data_folder(config.data.path), config.data.seq_len, None
+    data, length, told = data_folder(config.data.path), config.data.seq_len, None
     if config.data.mode != "stream":
         stages = config.schedule.stages
-        context = max(stage.max_doc_tokens or config.data.max_document for stage in stages)
+        length = max(stage.max_doc_tokens or config.data.max_doc_tokens for stage in stages)
         number = schedule_of(config).at(min(facts["step"], config.steps - 1)).stage
         windows = [stage.windows for stage in stages]
         told = attention_settings(config.model, windows, torch.device(device))[number]
-    return Trained(model.eval(), tokenizer, context, facts["step"], data, told)
+    return Trained(model.eval(), tokenizer, length, facts["step"], data, told)
 
 
 def choose(logits: Tensor, temperature: float, top_k: int, generator: torch.Generator) -> int:
     """Draw a token from logits, (vocab,), among the `top_k` likeliest (0: all). Temperature 0: the likeliest.
 
-    Raises Problem where a logit is not finite: such a model has nothing to say.
+    Raises UserError where a logit is not finite: such a model has nothing to say.
     """
     if not torch.isfinite(logits).all():
-        raise Problem(
+        raise UserError(
             "the model's logits are not finite", "sample an earlier checkpoint of the run"
         )
     if temperature <= 0:
@@ -104,7 +104,7 @@ def generate(
     tokens = [trained.tokenizer.document, *trained.tokenizer.encode(prompt).tolist()]
     start = len(tokens)
     for _ in range(count):
-        window = torch.tensor([tokens[-trained.context :]], device=device)
+        window = torch.tensor([tokens[-trained.seq_len :]], device=device)
         logits = trained.logits(window)[0, -1].float().cpu()
         tokens.append(choose(logits, temperature, top_k, generator))
     return trained.tokenizer.decode(tokens[start:])
@@ -151,7 +151,7 @@ def losses_of_rows(trained: Trained, rows: int = 2000) -> Tensor:
     A row is as long as the model's context; a model of documents reads the first documents that have 512 tokens, and of each so many.
     """
     manifest, alone = load_manifest(trained.data), trained.told is not None
-    path, length = trained.data / manifest.split("val")[0].name, trained.context
+    path, length = trained.data / manifest.split("val")[0].name, trained.seq_len
     tokens = read_shard(path, manifest.vocab_size).astype("int64")
     begins = np.arange(0, len(tokens) - length, length)
     if alone:
@@ -206,7 +206,7 @@ def run_command(arguments: list[str]) -> None:
     check_ranges(command)
     if command.device == "cuda" and not torch.cuda.is_available():
         what = "--device cuda, but PyTorch sees no GPU"
-        raise Problem(what, "make doctor says why; or --device cpu")
+        raise UserError(what, "make doctor says why; or --device cpu")
     trained = load_trained(command.run, command.device)
     knobs = (command.temperature, command.top_k, command.seed)
     text = command.prompt + generate(trained, command.prompt, command.tokens, *knobs)
@@ -217,7 +217,7 @@ def run_command(arguments: list[str]) -> None:
         print(f"\nnot kept in sample.txt: {explained(error) or error}", file=sys.stderr)
     try:
         known, count = set(words_of(training_text(trained.data))), len(words_of(text))
-    except Problem as problem:
+    except UserError as problem:
         print(f"\nits words were not counted: {problem}", file=sys.stderr)
         return
     share = known_share(text, known)

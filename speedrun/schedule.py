@@ -19,7 +19,7 @@ from speedrun.lab.bounds import (
     PositiveInt,
     Share,
 )
-from speedrun.lab.errors import Problem
+from speedrun.lab.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,11 @@ class Stage:
     duration: Annotated[float, Interval(ge=0, le=1)] = 1.0
     """Share of the scheduled steps; 0: the extension, which comes last."""
     batch_mul: PositiveInt = 1
-    """Tokens a step, as a multiple of data.step_tokens."""
+    """Tokens a step, as a multiple of data.batch_tokens."""
     lr_mul: PositiveFloat = 1.0
     """Learning rate before it falls, as a multiple of its peak. The extension's is the floor, whatever stands here."""
     max_doc_tokens: NonNegativeInt = 0
-    """Longest piece of a document; 0: data.max_document."""
+    """Longest piece of a document; 0: data.max_doc_tokens."""
     windows: tuple[NonNegativeInt, NonNegativeInt] = (0, 0)
     """How many tokens short and long attention look back; 0: all."""
     mtp_weights: tuple[tuple[NonNegativeFloat, ...], tuple[NonNegativeFloat, ...]] = (
@@ -54,7 +54,7 @@ class ScheduleConfig:
     shape: Literal["cosine", "trapezoid"] = "cosine"
     """The learning rate after the warm-up. cosine: falls at once. trapezoid: held, then along a line."""
     cooldown_frac: Share = 0.6
-    """trapezoid: the share of the scheduled steps in which the learning rate falls."""
+    """trapezoid: the share of the scheduled steps in which the learning rate falls (warmdown_ratio in nanochat)."""
     final_lr_frac: Annotated[float, Interval(ge=0, le=1)] = 0.0
     """Learning rate at the end, and in the extension, as a share of the peak."""
     momentum_min: Annotated[Beta, "0: momentum stays as it is"] = 0.0
@@ -210,7 +210,7 @@ class Schedule:
 
 # %% The table
 def check_schedule(config: ScheduleConfig, steps: int) -> None:
-    """Raise Problem, which says why, about stages that no run of so many steps could follow."""
+    """Raise UserError, which says why, about stages that no run of so many steps could follow."""
     stages, floor = config.stages, config.final_lr_frac
     durations = [stage.duration for stage in stages]
     edges = Schedule(config, steps).boundaries if stages else ()
@@ -229,4 +229,4 @@ def check_schedule(config: ScheduleConfig, steps: int) -> None:
     wrong = [what for what, holds in sound.items() if not holds]
     if wrong:
         what = f"schedule.stages in a run of {steps} steps, {config.extension_steps} of them the extension's, want {'; '.join(wrong)}"
-        raise Problem(what, "other stages, more --steps, or fewer --schedule.extension-steps")
+        raise UserError(what, "other stages, more --steps, or fewer --schedule.extension-steps")

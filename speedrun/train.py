@@ -48,7 +48,7 @@ from tqdm import tqdm
 
 from speedrun.config import Config, check_config, config_from_json, fields_of, schedule_of, vary
 from speedrun.data.loader import Batch, Loader, Position, Shards, validation_batches
-from speedrun.lab.errors import Problem, quoted, run_main, visible
+from speedrun.lab.errors import UserError, quoted, run_main, visible
 from speedrun.lab.files import claim, new_folder
 from speedrun.lab.hardware import Machine, setup
 from speedrun.lab.provenance import commit, module_file, module_hashes, root, stamp
@@ -73,14 +73,14 @@ def choose_device(device: str, backend: str, rank: int, local: int) -> torch.dev
     """The device of a rank; local: its number on this machine. device: auto, cpu or cuda."""
     gpus = torch.cuda.device_count() if device != "cpu" and torch.cuda.is_available() else 0
     if device == "cuda" and not gpus:
-        raise Problem(
+        raise UserError(
             "--device cuda, but PyTorch sees no GPU", "make doctor says why; or --device cpu"
         )
     if not gpus:
         return torch.device("cpu")
     if local >= gpus and backend != "gloo":
         what = f"rank {rank} has no GPU of its own: there are {gpus}"
-        raise Problem(what, f"--gpus {gpus}, or --backend gloo to share one, slowly")
+        raise UserError(what, f"--gpus {gpus}, or --backend gloo to share one, slowly")
     return torch.device("cuda", local % gpus)
 
 
@@ -96,7 +96,7 @@ def rank_numbers() -> tuple[int, int, int]:
         what = "the environment names no rank: " + ", ".join(
             f"{k}={v}" for k, v in said.items() if v
         )
-        raise Problem(
+        raise UserError(
             what, "unset RANK WORLD_SIZE LOCAL_RANK; python -m speedrun.launch starts ranks"
         )
     return rank, world, local
@@ -116,7 +116,7 @@ def join_ranks(device: str, backend: str) -> Ranks:
         meeting = os.environ.get("SPEEDRUN_STORE")
         if not meeting and not os.environ.get("MASTER_ADDR"):
             what = f"WORLD_SIZE={world}, but nobody says where the ranks meet (MASTER_ADDR)"
-            raise Problem(
+            raise UserError(
                 what, "unset RANK WORLD_SIZE; or python -m speedrun.launch, which starts them"
             )
         auto = "nccl" if chosen.type == "cuda" else "gloo"
@@ -222,18 +222,18 @@ def forward_loss(
 def accumulate(
     forward,
     batches: Iterable[Batch],
-    grad_shards: int,
+    micro_batches: int,
     device: torch.device,
     precision: str,
     told: AttentionSettings | None = None,
 ) -> Tensor:
     """Forward and backward through this rank's batches. Gradients add up; returns its part of the mean loss.
 
-    grad_shards: how many batches the step has, on all ranks together.
+    micro_batches: how many batches the step has, on all ranks together.
     """
     total = torch.zeros((), device=device)
     for batch in batches:
-        loss = forward_loss(forward, batch, device, precision, told) / grad_shards
+        loss = forward_loss(forward, batch, device, precision, told) / micro_batches
         loss.backward()
         total += loss.detach()
     return total
@@ -247,7 +247,7 @@ def all_reduce_sum(tensor: Tensor, world: int) -> Tensor:
 
 
 # %% Non-finite gradients
-def nonfinite_error(run: "Run", loss: float = 0.0) -> Problem:
+def nonfinite_error(run: "Run", loss: float = 0.0) -> UserError:
     """What to say about a loss, or steps left out, that are not finite: which parameter, what still happened, the way on."""
     named, gradients = run.model.named_parameters(), run.optimizer.nonfinite_params()
     weights = [name for name, p in named if not torch.isfinite(p).all()]
@@ -263,7 +263,7 @@ def nonfinite_error(run: "Run", loss: float = 0.0) -> Problem:
     if saved := checkpoints(run.folder):
         back = f"--resume {quoted(run.folder)} goes back to {saved[-1].name}"
         fix = f"{back}; or begin again with {fix}"
-    return Problem(f"step {run.step}: {what}", fix)
+    return UserError(f"step {run.step}: {what}", fix)
 
 
 # %% Heartbeats
@@ -355,7 +355,7 @@ def agree_on_stop(
     if time.monotonic() - since > patience_s:
         found = sum(map(bool, told))
         what = f"rank {ranks.rank} was asked to stop, but only {found} of {ranks.world} ranks were"
-        raise Problem(what, "interrupt the launcher, not a rank")
+        raise UserError(what, "interrupt the launcher, not a rank")
     return None
 
 
@@ -506,13 +506,13 @@ FREE = ("max_steps", "data.path", "device", "backend")  # what may change when a
 
 
 def check_same_run(path: Path, facts: dict, run: Run) -> None:
-    """Raise Problem where a checkpoint is of other data, or of other settings, than the folder that it lies in."""
+    """Raise UserError where a checkpoint is of other data, or of other settings, than the folder that it lies in."""
     manifest, folder = run.loader.shards.manifest, run.loader.shards.folder
     if facts["data_sha256"] != manifest.sha256:
         what = f"{path} was trained on other data than {folder} lists now"
         count = facts.get("train_shards", "N")
         again = f"shards fetched since: python -m speedrun.data fineweb --shards {count} lists those of then"
-        raise Problem(what, f"{again}; other text: --data.path FOLDER")
+        raise UserError(what, f"{again}; other text: --data.path FOLDER")
     now = facts_of(run)
     for name in ("vocab_size", "tokenizer", "train_shards"):
         value = now[name]
@@ -526,7 +526,7 @@ def check_same_run(path: Path, facts: dict, run: Run) -> None:
         if other:
             values = f"{other[0]} is {now[other[0]]}, and was {begun[other[0]]}"
             what = f"{path} is of another run: {visible(values)}"
-            raise Problem(what, f"put it aside: mv {quoted(path)} {quoted(run.folder)}/")
+            raise UserError(what, f"put it aside: mv {quoted(path)} {quoted(run.folder)}/")
 
 
 def resume(run: Run) -> None:
@@ -557,10 +557,10 @@ def resume(run: Run) -> None:
         run.log.line(f"it goes on as it would have up to rounding: {why}")
 
 
-def keep(run: Run, patience_s: float = 0.0) -> Path | None:
+def save(run: Run, patience_s: float = 0.0) -> Path | None:
     """Save a checkpoint (rank 0), off the clock; tries again for `patience_s`. None where it failed, which is said.
 
-    Raises Problem on every rank if a number is broken: such a state is not worth going back to.
+    Raises UserError on every rank if a number is broken: such a state is not worth going back to.
     """
     if run.nonfinite_steps.item():
         raise nonfinite_error(run)
@@ -646,7 +646,7 @@ def warm_up(run: Run) -> float:
 
 # %% Logging
 def log_step(run: Run, loss: Tensor, marks: Marks) -> None:
-    """Log the last step's training loss, as the mean over all ranks. Raises Problem if the loss or a step that was left out was not finite."""
+    """Log the last step's training loss, as the mean over all ranks. Raises UserError if the loss or a step that was left out was not finite."""
     together = all_reduce_sum(torch.stack([loss, run.nonfinite_steps]), run.ranks.world)
     mean, left_out = together.tolist()
     if left_out or not math.isfinite(mean):
@@ -719,7 +719,7 @@ def run_loop(run: Run, step=train_step) -> str:
             log_step(run, loss, marks)
         if run.step % (config.checkpoint_every or last) == 0 and run.step < last:
             with paused(run.clock, marks):
-                keep(run)
+                save(run)
 
 
 def describe_code() -> dict:
@@ -787,8 +787,8 @@ def memory_mb(device: torch.device) -> dict[str, int]:
 
 
 def finish(run: Run, why: str) -> None:
-    """Save, and write down how it ended: finished or interrupted. Raises Problem (rank 0) if that is not on the disk."""
-    kept = keep(run, 30.0 if why == "finished" else 5.0)
+    """Save, and write down how it ended: finished or interrupted. Raises UserError (rank 0) if that is not on the disk."""
+    kept = save(run, 30.0 if why == "finished" else 5.0)
     memory, ms = memory_mb(run.ranks.device), run.clock.ms
     facts = {"train_time_ms": ms, "memory_mb": memory, "checkpoint": str(kept)}
     run.log.record("end", step=run.step, reason=why, **facts)
@@ -802,7 +802,7 @@ def finish(run: Run, why: str) -> None:
         run.log.line(f"to resume: python -m speedrun.train --resume {quoted(run.folder)}")
 
 
-def unsaved(run: Run, lost: list[str]) -> Problem:
+def unsaved(run: Run, lost: list[str]) -> UserError:
     """What to say where the end of a run could not be written."""
     size = sum(p.numel() * p.element_size() for p in run.model.parameters()) * 3 / 1e6
     older = [path.name for path in checkpoints(run.folder)]
@@ -812,7 +812,9 @@ def unsaved(run: Run, lost: list[str]) -> Problem:
         if older
         else "then train again"
     )
-    return Problem(f"step {run.step} is reached, but not saved: {', '.join(lost)}", f"{room}; {on}")
+    return UserError(
+        f"step {run.step} is reached, but not saved: {', '.join(lost)}", f"{room}; {on}"
+    )
 
 
 @contextlib.contextmanager
@@ -828,13 +830,13 @@ def sole_owner(folder: Path):
 
 
 def refuse_old_run(folder: Path) -> None:
-    """Raise Problem if a folder holds a run: a new one never writes over it."""
+    """Raise UserError if a folder holds a run: a new one never writes over it."""
     if (folder / "metrics.jsonl").exists():
         resumed = f"--resume {quoted(folder)}, or another --out"
         fix = (
             resumed if checkpoints(folder) else "another --out (that run ended before it had saved)"
         )
-        raise Problem(f"{folder} holds a run already", fix)
+        raise UserError(f"{folder} holds a run already", fix)
 
 
 def train(
@@ -909,7 +911,7 @@ def run_folder(command: TrainCommand) -> Path:
     if command.out or command.resume:
         return Path(command.out or command.resume)
     if rank_numbers()[1] > 1:
-        raise Problem(
+        raise UserError(
             "several ranks need one folder", "--out runs/NAME; or python -m speedrun.launch"
         )
     return new_folder(root() / "runs" / f"{datetime.now():%Y%m%d-%H%M%S}-{command.config.preset}")
@@ -933,7 +935,7 @@ def run_config(command: TrainCommand) -> Config:
     ignored = ", ".join(sorted(set(said) - set(FREE)))
     if ignored:
         what = f"--resume goes on with the run's own settings: {ignored} would be ignored"
-        raise Problem(what, "leave them out, or start another run")
+        raise UserError(what, "leave them out, or start another run")
     own = {name: said[name] for name in FREE if name in said}
     if "data.path" in own:
         own["data.path"] = settled(own["data.path"])
@@ -970,7 +972,7 @@ def check_compiler(config: Config, machine: Machine) -> None:
     """Refuse to begin what torch.compile cannot end: it writes C++, on GPUs as well."""
     if config.compile and not machine.compiler:
         fix = "--no-compile; or install a C++ compiler: make doctor says how"
-        raise Problem("compile=True, and there is no C++ compiler here", fix)
+        raise UserError("compile=True, and there is no C++ compiler here", fix)
 
 
 def run_command(arguments: list[str], interrupts: Interrupts) -> int:

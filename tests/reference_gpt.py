@@ -38,37 +38,37 @@ def logits_of(w, config, tokens):
         return y + w[f"{name}_bias"][layer] if block.biases else y
 
     last = config.layers - 1
-    deaf = {"attention": last // 2 + 1 + last % 2, "both": last // 2 + 1 + last % 2}.get(
+    no_attn = {"attention": last // 2 + 1 + last % 2, "both": last // 2 + 1 + last % 2}.get(
         config.plan.without, -1
     )
-    dull = 0 if config.plan.without in ("mlp", "both") else -1
-    rank = {"attention": lambda n: n - (n > deaf >= 0), "mlp": lambda n: n - (n > dull >= 0)}
+    no_mlp = 0 if config.plan.without in ("mlp", "both") else -1
+    rank = {"attention": lambda n: n - (n > no_attn >= 0), "mlp": lambda n: n - (n > no_mlp >= 0)}
     stream = begun(w, config, tokens)
     start, outputs, first = list(stream), [], None
     for layer in range(config.layers):
         stream = entering(w, config.plan, config.layers, layer, stream, start, outputs)
-        if layer != deaf:
+        if layer != no_attn:
             at = rank["attention"](layer)
             normed = [norm(x, "attention_norm", at) for x in stream]
             qkv = [linear(x, "attention_qkv", at) for x in normed]
             wide = 2 * config.width
             first = [x[wide:] for x in qkv] if first is None else first
             for i, x in enumerate(qkv):
-                v = values(w, config, layer, deaf, x[wide:], first[i], normed[i], tokens[i])
+                v = values(w, config, layer, no_attn, x[wide:], first[i], normed[i], tokens[i])
                 qkv[i] = torch.cat([x[:wide], v])
             mixed = attention(qkv, config.heads, config)
             stream = [x + linear(y, "attention_out", at) for x, y in zip(stream, mixed)]
         for i, x in enumerate(stream):
-            if layer != dull:
+            if layer != no_mlp:
                 at = rank["mlp"](layer)
                 hidden = linear(norm(x, "mlp_norm", at), "mlp_up", at)
                 stream[i] = x + linear(bend(hidden, block.activation), "mlp_down", at)
         outputs.append(list(stream))
     if config.plan.backout:
         middle = {2: 0, 3: 1, 4: 2, 5: 3, 6: 4, 7: 4, 8: 5}[config.layers]
-        stream = [x - w["backout_weight"][0] * y for x, y in zip(stream, outputs[middle])]
+        stream = [x - w["backout_lambda"][0] * y for x, y in zip(stream, outputs[middle])]
     head = w["token_embedding"] if config.head.tied == "tied" else w["head"].T
-    return [bounded(head @ norm(x, "final_norm"), config.head.cap) for x in stream]
+    return [bounded(head @ norm(x, "final_norm"), config.head.softcap) for x in stream]
 
 
 def logistic(z):
@@ -77,12 +77,14 @@ def logistic(z):
 
 def begun(w, config, tokens):
     """The vectors with which the first layer begins."""
-    looked_up = [w["token_embedding"][t] for t in tokens]
-    stream = list(looked_up)
+    lookup_value_embeds = [w["token_embedding"][t] for t in tokens]
+    stream = list(lookup_value_embeds)
     if config.embedding.smear:
         for i in range(1, len(tokens)):
-            share = w["smear_weight"][0] * logistic((w["smear_gate"] * looked_up[i][:12]).sum())
-            stream[i] = looked_up[i] + share * looked_up[i - 1]
+            share = w["smear_lambda"][0] * logistic(
+                (w["smear_gate"] * lookup_value_embeds[i][:12]).sum()
+            )
+            stream[i] = lookup_value_embeds[i] + share * lookup_value_embeds[i - 1]
     if config.rotary.positions == "learned":
         stream = [x + w["position_embedding"][i] for i, x in enumerate(stream)]
     return [root_mean_square(x) for x in stream] if config.embedding.norm else stream
@@ -101,7 +103,7 @@ def entering(w, plan, layers, layer, stream, start, outputs):
             if plan.skips in ("unet", "sigmoid")
             else [layer]
         )
-        weight = w["skip_weight"][late.index(layer)]
+        weight = w["skip_lambdas"][late.index(layer)]
         if plan.skips != "unet":
             weight = logistic(weight)
         found = []
@@ -110,7 +112,7 @@ def entering(w, plan, layers, layer, stream, start, outputs):
             found.append(x + weight * gate * y)
         stream = found
     if plan.x0:
-        a, b = w["stream_weight"][layer], w["x0_weight"][layer]
+        a, b = w["resid_lambdas"][layer], w["x0_lambdas"][layer]
         stream = [a * x + b * x0 for x, x0 in zip(stream, start)]
     return stream
 
@@ -144,11 +146,11 @@ def table_of_layer(kind, layers, layer):
     return None
 
 
-def values(w, config, layer, deaf, own, first, normed, token):
+def values(w, config, layer, no_attn, own, first, normed, token):
     """A token's values in a layer: its own, end to end, and what is mixed in."""
     embedding = config.embedding
     wanted = [
-        None if n == deaf else table_of_layer(embedding.values, config.layers, n)
+        None if n == no_attn else table_of_layer(embedding.values, config.layers, n)
         for n in range(config.layers)
     ]
     if wanted[layer] is None:
@@ -160,18 +162,18 @@ def values(w, config, layer, deaf, own, first, normed, token):
         words = len(w["value_embedding"]) // len(used)
         other = w["value_embedding"][used.index(wanted[layer]) * words + token]
     at = [n for n in range(config.layers) if wanted[n] is not None].index(layer)
-    if embedding.value_mix == "gates":
+    if embedding.value_residual == "gates":
         size = len(own) // config.heads
-        gates = [2 * logistic((row * normed[:12]).sum()) for row in w["value_gate"][at]]
+        gates = [2 * logistic((row * normed[:12]).sum()) for row in w["ve_gate"][at]]
         return torch.cat(
             [
                 own[h * size : (h + 1) * size] + g * other[h * size : (h + 1) * size]
                 for h, g in enumerate(gates)
             ]
         )
-    if embedding.value_mix == "free":
-        return w["value_mix"][at][0] * own + w["value_mix"][at][1] * other
-    return (1 - w["value_mix"][at]) * own + w["value_mix"][at] * other
+    if embedding.value_residual == "free":
+        return w["ve_lambdas"][at][0] * own + w["ve_lambdas"][at][1] * other
+    return (1 - w["ve_lambdas"][at]) * own + w["ve_lambdas"][at] * other
 
 
 def bounded(z, cap):

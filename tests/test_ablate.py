@@ -132,9 +132,9 @@ def test_weights_over_a_run_are_kept_to_five_digits():
     sys.path.insert(0, str(ROOT / "scripts"))
     from ablate import brief
 
-    told = {"x0_weight": [[0, [0.123456789, -2e-7]]], "skip_gate": [[0, [[0.0] * 65]]]}
-    assert brief(told) == {"x0_weight": [[0, [0.12346, -2e-7]]]}
-    mix = {"value_mix": [[5, [[0.5, 1.0], [0.25, 3.0]]]]}
+    told = {"x0_lambdas": [[0, [0.123456789, -2e-7]]], "skip_gate": [[0, [[0.0] * 65]]]}
+    assert brief(told) == {"x0_lambdas": [[0, [0.12346, -2e-7]]]}
+    mix = {"ve_lambdas": [[5, [[0.5, 1.0], [0.25, 3.0]]]]}
     assert brief(mix) == mix
 
 

@@ -32,7 +32,7 @@ from speedrun.kernels.attention import (
     launch_forward,
     room_for_squares,
 )
-from speedrun.lab.errors import Problem
+from speedrun.lab.errors import UserError
 from speedrun.lab.runlog import read_metrics, series
 from speedrun.launch import run_ranks
 from speedrun.model.attention import Packed, choose_backend, sdpa_op
@@ -232,7 +232,7 @@ class TestKernels:
         )
         for name in ("triton", "fa2", "fa3"):
             with pytest.raises(
-                Problem, match=f"model.attention.backend={name}: it needs an NVIDIA GPU"
+                UserError, match=f"model.attention.backend={name}: it needs an NVIDIA GPU"
             ):
                 choose_backend(name, cpu, torch.bfloat16, 64)
 
@@ -240,8 +240,8 @@ class TestKernels:
 MODEL = {
     "model.layers": 4, "model.heads": 2, "model.width": 32, "model.init_std": 0.3, "model.block.norm": "rms", "model.block.biases": False,
     "model.block.qk_norm": True, "model.rotary.positions": "half", "model.embedding.norm": True, "model.embedding.values": "ends",
-    "model.embedding.value_mix": "gates", "model.plan.x0": True, "model.plan.skips": "gated", "model.plan.backout": True,
-    "model.plan.without": "attention", "model.head.cap": "sigmoid23", "model.attention.long_layers": (1, 3),
+    "model.embedding.value_residual": "gates", "model.plan.x0": True, "model.plan.skips": "gated", "model.plan.backout": True,
+    "model.plan.without": "attention", "model.head.softcap": "sigmoid23", "model.attention.long_layers": (1, 3),
 }  # fmt: skip
 
 
@@ -279,7 +279,7 @@ class TestModel:
         config = vary(Config(), MODEL | {"model.embedding.smear": True}).model
         model = GPT(config, 50)
         with torch.no_grad():
-            model.smear_weight.fill_(1.0)
+            model.smear_lambda.fill_(1.0)
         tokens = torch.randint(50, (1, 30), generator=torch.Generator().manual_seed(1))
         together = model(tokens, None, packed_of([0, 10, 30], config))[:, 10:]
         assert not torch.allclose(together, model(tokens[:, 10:]), atol=1e-3)
@@ -319,7 +319,7 @@ class TestModel:
 
 class TestLoader:
     def test_validation_rows_have_their_documents_bounds(self, embedded):
-        options = DataConfig(str(embedded), "documents", step_tokens=2048, grad_shards=2)
+        options = DataConfig(str(embedded), "documents", batch_tokens=2048, micro_batches=2)
         shards = Shards(embedded, "val")
         (batch,) = validation_batches(shards, options, 16_384)
         assert batch.inputs.shape == (1, 16_384) and len(batch.cu_seqlens) == slots_for(16_384) + 1
@@ -334,11 +334,15 @@ class TestLoader:
         assert torch.equal(halves, batch.inputs[0])
 
     def test_joined_rows_are_the_same_documents(self, embedded):
-        options = DataConfig(str(embedded), "documents", step_tokens=4096, grad_shards=4)
+        options = DataConfig(str(embedded), "documents", batch_tokens=4096, micro_batches=4)
         apart = Loader(options).next()
         joined = Loader(
             DataConfig(
-                str(embedded), "documents", step_tokens=4096, grad_shards=4, pass_tokens=2048
+                str(embedded),
+                "documents",
+                batch_tokens=4096,
+                micro_batches=4,
+                max_forward_tokens=2048,
             )
         ).next()
         assert len(apart) == 4 and len(joined) == 2
@@ -354,7 +358,7 @@ class TestLoader:
         row = torch.arange(3001)
         packed_batch(row, np.arange(0, 3000, 12))
         with pytest.raises(
-            Problem, match="a row of 3000 tokens has 300 documents, and room for 256"
+            UserError, match="a row of 3000 tokens has 300 documents, and room for 256"
         ):
             packed_batch(row, np.arange(0, 3000, 10))
 
@@ -391,7 +395,7 @@ class TestTrainer:
         ],
     )
     def test_what_rows_of_the_stream_cannot_do_is_refused(self, brief, name, value, why):
-        with pytest.raises(Problem, match=why):
+        with pytest.raises(UserError, match=why):
             check_config(vary(brief, {name: value}))
 
     @pytest.mark.parametrize("name", ["record", "record9", "record12"])
@@ -426,7 +430,7 @@ class TestTrainer:
         ],
     )
     def test_ranks_train_as_one_in_every_stage(self, brief, tmp_path, mode, world):
-        sizes = {"data.mode": mode, "data.grad_shards": 4, "data.step_tokens": 2048}
+        sizes = {"data.mode": mode, "data.micro_batches": 4, "data.batch_tokens": 2048}
         run = vary(brief, DOCUMENTS | sizes)
         train(run, tmp_path / "one", echo=None)
         rank = ["-m", "speedrun.train", "--out", str(tmp_path / "two"), *as_arguments(run)]
@@ -454,7 +458,7 @@ class TestTrainer:
         assert told_now(runs[0]).windows.tolist() == [24, 120], (
             "before the last step as in training"
         )
-        with pytest.raises(Problem, match="data.mode=stream"):
+        with pytest.raises(UserError, match="data.mode=stream"):
             check_config(vary(brief, {"schedule.val_windows": (0, 500)}))
 
     def test_flex_attention_trains_as_the_default_does(self, brief, tmp_path):
@@ -468,7 +472,7 @@ class TestTrainer:
         assert curves[1] == pytest.approx(curves[0], abs=1e-4)
 
     def test_packed_rows_are_the_stream_with_borders(self, embedded):
-        options = DataConfig(str(embedded), "packed", step_tokens=4096, grad_shards=4)
+        options = DataConfig(str(embedded), "packed", batch_tokens=4096, micro_batches=4)
         plain = Loader(DataConfig(str(embedded), "stream", 1024, 4096, 4))
         loader = Loader(options)
         for _ in range(3):
@@ -496,7 +500,7 @@ class TestTrainer:
 
         run = train(vary(brief, DOCUMENTS), tmp_path, echo=None)
         trained = load_trained(tmp_path)
-        assert trained.context == run.config.data.max_document
+        assert trained.seq_len == run.config.data.max_doc_tokens
         assert torch.equal(trained.told.windows, run.told[2].windows)
         tokens = torch.randint(288, (1, 100), generator=torch.Generator().manual_seed(0))
         ends = torch.tensor([0, 100], dtype=torch.int32)
@@ -505,7 +509,7 @@ class TestTrainer:
         assert len(generate(trained, "def ", 5)) and not torch.allclose(
             known, run.model(tokens), atol=1e-3
         )
-        assert losses_of_rows(trained, 2).shape == (2, min(512, trained.context))
+        assert losses_of_rows(trained, 2).shape == (2, min(512, trained.seq_len))
 
     def test_it_learns(self, brief, tmp_path):
         long = vary(brief, DOCUMENTS | {"steps": 60, "optim.adam.lr": 4e-3})

@@ -17,7 +17,7 @@ from speedrun.config import Config, check_config, config_from_json, fields_of, v
 from speedrun.cpu_size import at_cpu_size
 from speedrun.data.loader import DataConfig, check_options
 from speedrun.lab.bounds import check_ranges
-from speedrun.lab.errors import Problem
+from speedrun.lab.errors import UserError
 from speedrun.launch import LaunchCommand
 from speedrun.model.gpt import GPT, param_specs
 from speedrun.presets import as_arguments, known_presets, preset, read_command
@@ -70,10 +70,10 @@ class TestPresets:
         run = preset(name)
         assert run.preset == name
         for world in (1, 2, 4, 8):
-            if run.data.grad_shards % world == 0:
+            if run.data.micro_batches % world == 0:
                 assert check_config(run, world) is run
             else:
-                with pytest.raises(Problem, match="grad_shards"):
+                with pytest.raises(UserError, match="micro_batches"):
                     check_config(run, world)
 
     def test_json_and_arguments_lead_back(self, name):
@@ -137,7 +137,7 @@ class TestVarying:
         ],
     )
     def test_nonsense_is_refused(self, changes, words):
-        with pytest.raises(Problem) as caught:
+        with pytest.raises(UserError) as caught:
             vary(Config(), changes)
         assert words in str(caught.value)
 
@@ -176,7 +176,7 @@ class TestBounds:
     @pytest.mark.parametrize("name", LISTS)
     def test_each_number_of_a_list_is_inside(self, name):
         for value in (-1, 10**30, True, None, "1", math.nan, (), 1.5):
-            with pytest.raises(Problem, match=f"^{name}=.* must be"):
+            with pytest.raises(UserError, match=f"^{name}=.* must be"):
                 check_config(put(Config(), name, (0, value)))
         assert check_config(vary(Config(), {name: (0, 3)}))
 
@@ -186,7 +186,7 @@ class TestBounds:
         bad += [math.nan, math.inf, -math.inf, 1e30, 10**400] + [1.0] * isinstance(usual, int)
         for value in bad:
             value = (usual[0], value) if name in TUPLES else value
-            with pytest.raises(Problem) as caught:
+            with pytest.raises(UserError) as caught:
                 check_config(put(Config(), name, value))
             assert caught.value.what.startswith(f"{name}=") and "must be" in caught.value.what
         flags = caught.value.fix.split(",")[0].split()
@@ -201,7 +201,7 @@ class TestBounds:
         (usual,) = fields_of(Config())[table]
         for value in (-1, 10**30, True, None, "1", math.nan, math.inf, (), (math.nan, math.nan)):
             row = dataclasses.replace(usual, **{field: value})
-            with pytest.raises(Problem, match=f"^{name}=.* must be") as caught:
+            with pytest.raises(UserError, match=f"^{name}=.* must be") as caught:
                 check_config(put(Config(), table, (row,)))
             assert caught.value.fix.startswith(f"{name}={getattr(usual, field)!r}, say")
 
@@ -228,7 +228,7 @@ class TestBounds:
         ],
     )
     def test_what_it_must_be_is_said(self, name, value, words):
-        with pytest.raises(Problem, match=words):
+        with pytest.raises(UserError, match=words):
             check_config(put(Config(), name, value))
 
     def test_ends_that_mean_something_are_inside(self):
@@ -246,15 +246,15 @@ class TestBounds:
         }
         check_ranges(vary(Config(), ends))
 
-    @pytest.mark.parametrize("name", ["seq_len", "step_tokens", "grad_shards", "max_document"])
+    @pytest.mark.parametrize("name", ["seq_len", "batch_tokens", "micro_batches", "max_doc_tokens"])
     def test_the_loader_checks_its_own(self, name):
-        with pytest.raises(Problem, match=f"data.{name}=0 is not allowed"):
+        with pytest.raises(UserError, match=f"data.{name}=0 is not allowed"):
             check_options(dataclasses.replace(DataConfig(), **{name: 0}))
 
 
 SMALL = {"model.layers": (1, 5), "model.heads": (1, 4), "model.width": (1, 40)}
-SMALL |= {"model.context": (1, 16), "data.seq_len": (1, 16), "data.step_tokens": (1, 64)}
-SMALL |= {"data.grad_shards": (1, 4), "val_tokens": (1, 64), "model.head.multiple": (1, 300)}
+SMALL |= {"model.context": (1, 16), "data.seq_len": (1, 16), "data.batch_tokens": (1, 64)}
+SMALL |= {"data.micro_batches": (1, 4), "val_tokens": (1, 64), "model.head.multiple": (1, 300)}
 SMALL |= {"optim.muon.ns_steps": (0, 7)}
 FIXED = {"preset", "device", "backend", "compile", "wandb", "data.path"}
 DRAWS = {
@@ -263,7 +263,7 @@ DRAWS = {
     if name not in FIXED
 }
 TINY = {"model.layers": 2, "model.heads": 2, "model.width": 16, "model.context": 8}
-TINY |= {"data.seq_len": 8, "data.step_tokens": 16, "data.grad_shards": 2, "val_tokens": 64}
+TINY |= {"data.seq_len": 8, "data.batch_tokens": 16, "data.micro_batches": 2, "val_tokens": 64}
 
 
 def one_step(run: Config, vocab: int = 31) -> None:
@@ -287,7 +287,7 @@ def test_what_is_accepted_can_be_built_and_takes_a_step():
         changes = {name: data.draw(DRAWS[name], label=name) for name in names}
         try:
             run = check_config(vary(start, changes))
-        except Problem:
+        except UserError:
             counts["refused"] += 1
             return
         one_step(run)
@@ -305,7 +305,7 @@ def test_what_is_accepted_can_be_built_and_takes_a_step():
         {
             "model.width": 12,
             "model.embedding.values": "outer",
-            "model.embedding.value_mix": "gates",
+            "model.embedding.value_residual": "gates",
         },
         {"seed": 2**63 - 1},
     ],
@@ -337,7 +337,7 @@ class TestSavedRuns:
             at[last] = value
         try:
             run = check_config(config_from_json(saved))
-        except Problem as problem:
+        except UserError as problem:
             problem.what.encode()  # half a character could not be printed
             assert "\x1b" not in str(problem)
         else:
@@ -346,12 +346,12 @@ class TestSavedRuns:
     @given(JSON)
     @settings(max_examples=100, derandomize=True, database=None)
     def test_anything_else_is_a_problem(self, value):
-        with pytest.raises(Problem):
+        with pytest.raises(UserError):
             config_from_json(value)
 
     @pytest.mark.parametrize("value", [7, [1], None, "x", {}, {"model": 7}, {"\ud800": 1}, {1: 2}])
     def test_so_is_this(self, value):
-        with pytest.raises(Problem) as caught:
+        with pytest.raises(UserError) as caught:
             config_from_json(value)
         caught.value.what.encode()
 
@@ -360,7 +360,7 @@ class TestSavedRuns:
         for _ in range(100_000):
             deep = [deep]
         for value in (deep, SAVED | {"steps": deep}, SAVED | {"model": deep}):
-            with pytest.raises(Problem):
+            with pytest.raises(UserError):
                 config_from_json(value)
 
     @pytest.mark.parametrize(
@@ -376,7 +376,7 @@ class TestSavedRuns:
         ],
     )
     def test_the_field_and_its_value_are_named(self, changes, words):
-        with pytest.raises(Problem, match=words) as caught:
+        with pytest.raises(UserError, match=words) as caught:
             config_from_json(SAVED | changes)
         assert "--" not in caught.value.fix, "no flag can mend what is saved"
 
@@ -390,7 +390,7 @@ class TestStopping:
     @pytest.mark.parametrize("name", NAMES)
     def test_what_takes_hours_is_saved_now_and_then(self, name):
         run = preset(name)
-        long = run.steps * run.data.step_tokens > 5 * 10**8
+        long = run.steps * run.data.batch_tokens > 5 * 10**8
         assert (0 < run.checkpoint_every <= 1000) if long else run.checkpoint_every == 0
 
 
@@ -423,7 +423,7 @@ class TestCommands:
         ],
     )
     def test_a_switch_with_a_value_is_told_how(self, flags, both):
-        with pytest.raises(Problem) as caught:
+        with pytest.raises(UserError) as caught:
             read_command(lambda run: LaunchCommand(TrainCommand(run)), flags, "cpu", "x")
         assert both in caught.value.fix and "takes no value" in caught.value.what
 

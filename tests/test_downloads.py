@@ -21,7 +21,7 @@ from execute import chapters
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from repository import page_of, repository, web_address
 
-from speedrun.lab.errors import Problem
+from speedrun.lab.errors import UserError
 from speedrun.lab.provenance import root
 
 HUB = "https://github.com/somebody/a-book"
@@ -60,13 +60,13 @@ class TestTheOneSetting:
     @pytest.mark.parametrize("address", ["a book", "github.com/a/b", "https://", "ftp://a/b", 'https://a.b/"c', "https://a.b/c\nd", "--upload-pack=x", "https://me:secret@a.b/c", "https://secret@a.b/c", "ssh://git:secret@a.b/c"])  # fmt: skip
     def test_what_is_no_address_or_holds_a_password_is_refused(self, monkeypatch, address):
         monkeypatch.setenv("SPEEDRUN_REPOSITORY", address)
-        with pytest.raises(Problem, match="the repository's address") as caught:
+        with pytest.raises(UserError, match="the repository's address") as caught:
             repository()
         assert "secret" not in str(caught.value) and "OWNER/NAME" in caught.value.fix
 
     def test_a_number_is_no_address(self, tmp_path, monkeypatch):
         monkeypatch.delenv("SPEEDRUN_REPOSITORY", raising=False)
-        with pytest.raises(Problem, match="“5”"):
+        with pytest.raises(UserError, match="“5”"):
             repository(self.settings(tmp_path, "[tool.speedrun]\nrepository = 5"))
 
     @pytest.mark.parametrize("address", [HUB, HUB + ".git", HUB + "/", "git@github.com:somebody/a-book.git", "ssh://git@github.com/somebody/a-book"])  # fmt: skip
@@ -121,11 +121,11 @@ class TestPlainMarkdown:
 
     @pytest.mark.parametrize("text", ["```{figure} a.png\n```", "see {ref}`x`", "(x)=\n# A", "a {{ b }}", "a\n: b", "a[^1]\n\n[^1]: b", "% a", "![a](b.png)", "[a](#b)", "[a][b]\n\n[b]: c.md", "- a\n\n  ```{note}\n  b\n  ```", "+++", "a <b>c</b>"])  # fmt: skip
     def test_what_another_jupyter_would_show_raw_is_refused(self, text):
-        with pytest.raises(Problem, match="05_x: a download cannot show"):
+        with pytest.raises(UserError, match="05_x: a download cannot show"):
             downloads.plain(text, HUB, "05_x")
 
     def test_an_unknown_citation(self):
-        with pytest.raises(Problem, match="cites “nobody1900”"):
+        with pytest.raises(UserError, match="cites “nobody1900”"):
             downloads.plain("{cite}`nobody1900`", "")
 
     @pytest.mark.parametrize("name", [chapter.name for chapter in chapters()])

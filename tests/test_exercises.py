@@ -16,7 +16,7 @@ import nbformat
 import pytest
 from wrong_answers import WRONG
 
-from speedrun.lab.errors import Problem
+from speedrun.lab.errors import UserError
 from speedrun.lab.provenance import canonical, root
 
 NOTEBOOKS = sorted((root() / "notebooks").glob("*.py"))
@@ -143,7 +143,7 @@ class TestWriting:
         assert len(exercises.write_exercises()) == 2 == len(list(folder.glob("*.ipynb")))
 
     def test_a_chapter_that_is_not_there(self, folder):
-        with pytest.raises(Problem, match="no chapter begins with “77”\n.*05_one, 06_two"):
+        with pytest.raises(UserError, match="no chapter begins with “77”\n.*05_one, 06_two"):
             exercises.write_exercises(["06", "77"])
         assert not folder.exists()
 

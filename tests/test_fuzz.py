@@ -7,11 +7,11 @@
 
 A case is made from (seed, kind, number) alone. Its command runs in a forked child (zygote.py), which may crash. What is counted:
 
-    clean             refused: a Problem with its way out, status 1 or, for a command line, 2 with its usage
+    clean             refused: a UserError with its way out, status 1 or, for a command line, 2 with its usage
     accepted          done, and rightly so: see below
     wrongly accepted  done, although the input was wrong
     wrongly refused   refused, although nothing that the command needs was damaged: a copy beside a checkpoint
-    traceback         an exception that is no Problem, or a printed traceback
+    traceback         an exception that is no UserError, or a printed traceback
     mute              a status other than 0 without a way out, or a message with a control character in it
     crash             ended by a signal
     hang              nothing for 20 seconds
@@ -58,7 +58,7 @@ import zygote
 from zygote import Said, call, run_command
 
 HEADER, TRAIN_TOKENS, VOCABULARY = 1024, 800, 288
-SIZES = "--model.layers 2 --model.heads 2 --model.width 16 --model.context 16 --data.seq-len 16 --data.step-tokens 512"
+SIZES = "--model.layers 2 --model.heads 2 --model.width 16 --model.context 16 --data.seq-len 16 --data.batch-tokens 512"
 TIMES = "--val-every 6 --val-tokens 512 --log-every 1 --warmup 0 --schedule.warmup-steps 2 --checkpoint-every 2"
 TINY = ["--preset", "smoke", *SIZES.split(), *TIMES.split()]
 SEED = int(os.environ.get("FUZZ_SEED", "1"))
@@ -174,7 +174,7 @@ def read_by_documents(m: Material) -> Said:
     from speedrun.lab.errors import run_main
 
     def read() -> None:
-        options = DataConfig(path=str(m.work / "data"), mode="documents", step_tokens=256, grad_shards=2, max_document=64)  # fmt: skip
+        options = DataConfig(path=str(m.work / "data"), mode="documents", batch_tokens=256, micro_batches=2, max_doc_tokens=64)  # fmt: skip
         loader = Loader(options)
         for _ in range(5):
             for batch in loader.next():

@@ -113,9 +113,9 @@ class TestOneGPU:
             assert (weight - broken[name]).norm() <= 1e-4 * weight.norm() + 1e-6, name
 
     def test_an_infinity_is_named(self, brief, tmp_path):
-        from speedrun.lab.errors import Problem
+        from speedrun.lab.errors import UserError
 
-        with pytest.raises(Problem, match="not finite"):
+        with pytest.raises(UserError, match="not finite"):
             train(vary(brief, {"device": "cuda", "optim.adam.lr": 1e9}), tmp_path, echo=None)
 
     def test_the_launcher_trains_and_never_touches_cuda(self, brief, tmp_path):
@@ -320,7 +320,7 @@ class TestManyGPUs:
 
     @staticmethod
     def here(brief, **changes):
-        return vary(brief, {"device": "cuda", "data.grad_shards": 8} | changes)
+        return vary(brief, {"device": "cuda", "data.micro_batches": 8} | changes)
 
     @on_each
     def test_many_gpus_agree_with_one(self, world, brief, tmp_path):
@@ -346,7 +346,7 @@ class TestManyGPUs:
     def test_a_killed_rank_is_reported_and_nobody_is_left(self, world, brief, tmp_path):
         import psutil
 
-        from speedrun.lab.errors import Problem
+        from speedrun.lab.errors import UserError
         from speedrun.launch import pulses
 
         killed, last = [], world - 1
@@ -357,6 +357,6 @@ class TestManyGPUs:
                 psutil.Process(killed[0]).kill()
 
         long = self.here(brief, steps=100_000, val_every=100_000)
-        with pytest.raises(Problem, match=f"rank {last} was killed by SIGKILL"):
+        with pytest.raises(UserError, match=f"rank {last} was killed by SIGKILL"):
             run_ranks(self.program(long, tmp_path), world, tmp_path, echo=kill_the_last)
         assert not any(psutil.pid_exists(pulse.pid) for pulse in pulses(tmp_path))

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from scipy import stats as scipy_stats
 
 from speedrun.lab import doctor, hardware, provenance, results, runlog, stats
-from speedrun.lab.errors import Problem
+from speedrun.lab.errors import UserError
 
 
 def machine_with(gpus, cuda, system="Linux x86_64") -> hardware.Machine:
@@ -261,13 +261,13 @@ class TestStats:
         losses = {"control": [3.1, 3.2, 3.15], "a": [3.0, 3.1, 3.05], "b": [3.3, 3.2, 3.26]}
         study = stats.study_of(losses)
         squares = sum(2 * scipy_stats.tvar(values) for values in losses.values())
-        assert study.freedom == 6 and study.deviation == pytest.approx((squares / 6) ** 0.5)
-        t = (study.rise("b") - study.rise("a")) / (study.deviation * (2 / 3) ** 0.5)
-        assert study.between("a", "b") == pytest.approx(2 * scipy_stats.t.sf(t, 6))
-        assert study.rise("a") == pytest.approx(-0.1) and study.line("a").startswith("a ")
-        height = scipy_stats.t.isf(0.05 / 4, 6) * study.deviation * (2 / 3) ** 0.5
-        assert study.visible(3) == pytest.approx(height)
-        assert study.visible(3, 0.9) > height
+        assert study.dof == 6 and study.pooled_sd == pytest.approx((squares / 6) ** 0.5)
+        t = (study.delta("b") - study.delta("a")) / (study.pooled_sd * (2 / 3) ** 0.5)
+        assert study.pairwise_p("a", "b") == pytest.approx(2 * scipy_stats.t.sf(t, 6))
+        assert study.delta("a") == pytest.approx(-0.1) and study.line("a").startswith("a ")
+        height = scipy_stats.t.isf(0.05 / 4, 6) * study.pooled_sd * (2 / 3) ** 0.5
+        assert study.detectable(3) == pytest.approx(height)
+        assert study.detectable(3, 0.9) > height
 
     def test_more_runs_see_smaller_differences(self):
         needed = [stats.runs_needed(d, 0.0013) for d in (0.004, 0.002, 0.001)]
@@ -329,7 +329,7 @@ log.line("d")
 
     def test_a_broken_line_in_the_middle_is_named(self, tmp_path):
         (tmp_path / "m.jsonl").write_text('{"kind": "a"}\nnonsense\n{"kind": "b"}\n')
-        with pytest.raises(Problem, match=r"m\.jsonl, line 2: not a record"):
+        with pytest.raises(UserError, match=r"m\.jsonl, line 2: not a record"):
             runlog.read_metrics(tmp_path / "m.jsonl")
 
     @given(st.integers(0, 10**6), st.integers(1, 10**6), st.floats(0, 1e9), st.floats(0.001, 99))

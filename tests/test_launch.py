@@ -15,7 +15,7 @@ import pytest
 
 from speedrun.config import vary
 from speedrun.data.loader import DataConfig
-from speedrun.lab.errors import Problem
+from speedrun.lab.errors import UserError
 from speedrun.lab.hardware import GPU, Machine
 from speedrun.launch import (
     Patience,
@@ -139,7 +139,7 @@ class TestNoRankOutlivesAnybody:
         assert all_gone([*ranks, launcher])
 
     def test_silence_is_noticed_and_located(self, rude, tmp_path):
-        with pytest.raises(Problem) as caught:
+        with pytest.raises(UserError) as caught:
             patience, silent = Patience(train=1.0), lambda line: None
             run_ranks(rude, 2, tmp_path / "run", patience, echo=silent, grace_s=1.0)
         assert "hangs: silent for" in caught.value.what and "rude.py" in caught.value.what
@@ -185,14 +185,14 @@ class TestWatching:
 
     def test_a_rank_that_fails_is_named_and_its_last_words_kept(self, tmp_path):
         fail = program(tmp_path, "sys.stderr.write('the reason\\n')\nsys.exit(3 if rank == 1 else 0)\n")  # fmt: skip
-        with pytest.raises(Problem, match="rank 1 ended with status 3") as caught:
+        with pytest.raises(UserError, match="rank 1 ended with status 3") as caught:
             run_ranks(fail, 2, tmp_path / "run", echo=lambda line: None)
         assert "output.txt" in caught.value.fix
         assert "the reason" in (tmp_path / "run" / "output.txt").read_text()
 
     def test_a_rank_that_is_killed_is_named(self, tmp_path):
         die = program(tmp_path, "import signal\ntime.sleep(1)\nos.kill(os.getpid(), signal.SIGKILL) if rank == 0 else time.sleep(60)\n")  # fmt: skip
-        with pytest.raises(Problem, match="rank 0 was killed by SIGKILL"):
+        with pytest.raises(UserError, match="rank 0 was killed by SIGKILL"):
             run_ranks(die, 2, tmp_path / "run", echo=lambda line: None)
 
     def test_lines_of_two_ranks_do_not_mix(self, tmp_path):
@@ -243,7 +243,7 @@ class TestPlanning:
             vary(preset("record1"), {"data.path": "data/fineweb10B"}), machine, 0, known
         )
         assert plan.asks and plan.download_gb > 5 and plan.minutes > 30
-        with pytest.raises(Problem, match="not started") as caught:
+        with pytest.raises(UserError, match="not started") as caught:
             confirm(plan, yes=False)
         assert "YES=1" in caught.value.fix
         confirm(plan, yes=True)
@@ -253,7 +253,7 @@ class TestPlanning:
             if goes_on:
                 confirm(plan, yes=False)
             else:
-                with pytest.raises(Problem):
+                with pytest.raises(UserError):
                     confirm(plan, yes=False)
 
     def test_a_short_part_of_a_long_run_downloads_little(self):
@@ -263,7 +263,7 @@ class TestPlanning:
 
     def test_data_that_are_not_there_are_a_problem(self, tmp_path):
         run = replace(preset("smoke"), data=replace(preset("smoke").data, path=str(tmp_path)))
-        with pytest.raises(Problem, match="holds no manifest"):
+        with pytest.raises(UserError, match="holds no manifest"):
             prepare_data(make_plan(run, BARE, 0, []))
 
     def test_a_run_that_nobody_can_time_asks_first(self):
@@ -273,16 +273,16 @@ class TestPlanning:
         assert days.asks and days.minutes > 24 * 60 and "guess" in days.how
 
     def test_fewer_than_no_ranks_are_refused(self):
-        with pytest.raises(Problem, match="--gpus -1"):
+        with pytest.raises(UserError, match="--gpus -1"):
             make_plan(preset("cpu"), BARE, -1, [])
 
     def test_gpus_that_pytorch_cannot_use_are_named_before_anything_long(self, monkeypatch):
         from speedrun import launch as module
 
-        monkeypatch.setattr(module, "gpu_problem", lambda machine: Problem("the driver is too old", "update it"))  # fmt: skip
+        monkeypatch.setattr(module, "gpu_problem", lambda machine: UserError("the driver is too old", "update it"))  # fmt: skip
         said = []
         run = vary(preset("record"), {"data.path": "data/fineweb10B"})
-        with pytest.raises(Problem, match="driver is too old"):
+        with pytest.raises(UserError, match="driver is too old"):
             module.check_gpus(make_plan(run, BARE, 0, []), BARE, said.append)
         module.check_gpus(make_plan(vary(run, {"device": "cpu"}), BARE, 0, []), BARE, said.append)
         known = [{"preset": "smoke", "device": "CPU", "flops_per_second": 1e13}]
@@ -291,7 +291,7 @@ class TestPlanning:
 
     def test_ranks_that_do_not_divide_a_step_are_refused_before_anything_starts(self):
         run = replace(preset("record1"), data=DataConfig(path="data/fineweb10B"))
-        with pytest.raises(Problem, match="3 ranks cannot share 8 micro-batches"):
+        with pytest.raises(UserError, match="3 ranks cannot share 8 micro-batches"):
             make_plan(run, replace(BARE, gpus=(CARD,) * 3), 3, [])
         plan = make_plan(run, replace(BARE, gpus=(CARD,) * 3), 0, [])
         assert (plan.world, plan.idle) == (2, 1) and "1 GPUs stay idle" in str(plan)

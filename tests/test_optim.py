@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from speedrun.checkpoint import latest_checkpoint, load_checkpoint
 from speedrun.config import Config, check_config, fields_of, vary
-from speedrun.lab.errors import Problem
+from speedrun.lab.errors import UserError
 from speedrun.optim.muon import MuonConfig, join_bf16, muon_state, muon_step
 from speedrun.optim.newton_schulz import QUINTIC, nesterov_momentum, newton_schulz, polar_factor
 from speedrun.optim.optimizer import MuonAdam, OptimConfig
@@ -345,7 +345,7 @@ class TestRecordMuon:
         ],
     )
     def test_refusals(self, changes, said):
-        with pytest.raises(Problem, match=said):
+        with pytest.raises(UserError, match=said):
             check_config(vary(preset("cpu_gpt2"), changes))
 
 
@@ -375,10 +375,10 @@ def test_weights_that_mix_are_told_over_the_run(brief, tmp_path):
     )
     live = assemble(run, tmp_path, echo=None)
     told = retrain(live, run)["learned"]
-    assert set(told) == {"stream_weight", "x0_weight", "backout_weight"}
-    assert told["stream_weight"][0] == [0, [1.5] * run.model.layers]
-    step, last = told["x0_weight"][-1]
-    assert step == run.steps and last == live.model.x0_weight.tolist() != [0.0] * run.model.layers
+    assert set(told) == {"resid_lambdas", "x0_lambdas", "backout_lambda"}
+    assert told["resid_lambdas"][0] == [0, [1.5] * run.model.layers]
+    step, last = told["x0_lambdas"][-1]
+    assert step == run.steps and last == live.model.x0_lambdas.tolist() != [0.0] * run.model.layers
 
 
 class TestRatesOfTheMatrices:

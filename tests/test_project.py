@@ -533,7 +533,7 @@ class TestEncodings:
     )
     def test_every_script_goes_through_the_one_door(self, script):
         text = (ROOT / "scripts" / f"{script}.py").read_text(encoding="utf-8")
-        assert "sys.exit(run_main(" in text and "except Problem" not in text
+        assert "sys.exit(run_main(" in text and "except UserError" not in text
 
 
 class TestKernel:
@@ -582,7 +582,7 @@ class TestMessages:
 
     @staticmethod
     def messages() -> dict[str, str]:
-        """First constant words of every Problem that the package raises → the module."""
+        """First constant words of every UserError that the package raises → the module."""
         found = {}
         for module in MODULES:
             tree = ast.parse(source_of(module))
@@ -596,7 +596,7 @@ class TestMessages:
                     named.setdefault(node.targets[0].id, []).append(node.value)
             for node in ast.walk(tree):
                 if isinstance(node, ast.Call) and getattr(node.func, "id", "") in (
-                    "Problem",
+                    "UserError",
                     "bad_shard",
                 ):
                     value = node.args[-1] if node.func.id == "bad_shard" else node.args[0]
@@ -773,3 +773,58 @@ def test_every_text_in_notebooks_is_a_chapter():
     from tangle import chapter_paths
 
     assert NOTEBOOKS and chapter_paths(ROOT) == NOTEBOOKS
+
+
+RETIRED = {  # ours → the field's, which is what is used now
+    "stream_weight": "resid_lambdas",
+    "x0_weight": "x0_lambdas",
+    "skip_weight": "skip_lambdas",
+    "backout_weight": "backout_lambda",
+    "smear_weight": "smear_lambda",
+    "value_gate": "ve_gate",
+    "value_mix": "ve_lambdas",
+    "value_rate": "value_lr_mul",
+    "READS": "GATE_CHANNELS",
+    "capped": "softcap",
+    "looked_up": "lookup_value_embeds",
+    "with_value": "add_value_embed",
+    "step_tokens": "batch_tokens",
+    "grad_shards": "micro_batches",
+    "pass_tokens": "max_forward_tokens",
+    "max_document": "max_doc_tokens",
+    "Problem": "UserError",
+    "deaf": "no_attn",
+    "dull": "no_mlp",
+    "switches_of": "GPTConfig",
+    "BankOptimizer": "MuonAdam",
+    "even_rows": "normuon",
+    "freedom": "dof",
+}
+TERMS = ["resid_lambdas", "x0_lambdas", "lr_mul", "wd_mul", "softcap", "lm_head", "qk_bank", "vo_bank", "mlp_bank", "max_seq_len", "block_size", "grad_accum_steps", "device_batch_size", "cooldown_frac", "warmdown_ratio", "exp_avg", "exp_avg_sq", "momentum_buffer", "world_size", "ReLU²", "QK-norm", "NorMuon", "RoPE", "YaRN", "ZeRO", "FlexAttention", "FlashAttention", "smear", "backout", "mantissa", "untie"]  # fmt: skip
+TERMS += ["batch size", "learning rate", "weight decay", "weight tying", "gradient accumulation"]
+TERMS += ["logit softcap", "value embedding", "Polar Express", "Newton–Schulz", "CUDA graph"]
+TERMS += [
+    "cautious weight decay",
+    "document mask",
+    "sliding window",
+    "reduce-scatter",
+    "all-gather",
+]
+TERMS += ["bits per byte", "Gram Newton–Schulz", "micro-batch", "U-net", "perplexity"]
+
+
+class TestFieldsWords:
+    @pytest.mark.parametrize("ours", RETIRED)
+    def test_a_retired_name_does_not_come_back(self, ours):
+        """As an identifier or an option; prose may use the word."""
+        import tokenize
+
+        for path in [*NOTEBOOKS, *(ROOT / "speedrun").rglob("*.py")]:
+            with tokenize.open(path) as file:
+                names = {t.string for t in tokenize.generate_tokens(file.readline) if t.type == tokenize.NAME}  # fmt: skip
+            assert ours not in names, f"{path.name}: {RETIRED[ours]} is the field's word"
+
+    @pytest.mark.parametrize("term", TERMS)
+    def test_whoever_searches_for_the_fields_word_finds_it(self, term):
+        found = [p.name for p in NOTEBOOKS if term.lower() in p.read_text(encoding="utf-8").lower()]
+        assert found, term

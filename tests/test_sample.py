@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 
-from speedrun.lab.errors import Problem
+from speedrun.lab.errors import UserError
 from speedrun.lab.results import load_result
 from speedrun.sample import choose, known_share, load_trained, main, training_text, words_of
 from speedrun.train import train
@@ -59,7 +59,7 @@ class TestCommand:
         from speedrun.config import vary
 
         train(vary(brief, {"data.seq_len": 64}), tmp_path, echo=None)
-        assert load_trained(tmp_path).context == 64
+        assert load_trained(tmp_path).seq_len == 64
 
     def test_a_stream_in_bfloat16_is_read_in_float32(self, embedded, tmp_path):
         """The record's: its sample is drawn without autocast."""
@@ -77,7 +77,7 @@ class TestCommand:
     def test_a_folder_without_a_run(self, tmp_path, capsys):
         assert main([str(tmp_path)]) == 1
         assert "has no checkpoint" in capsys.readouterr().err
-        with pytest.raises(Problem):
+        with pytest.raises(UserError):
             load_trained(tmp_path)
 
     def test_what_cannot_be_counted_is_said_and_the_sample_is_kept(self, brief, tmp_path, capsys):

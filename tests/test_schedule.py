@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from speedrun.config import check_config, config_from_json, schedule_of, vary
 from speedrun.cpu_size import at_cpu_size
-from speedrun.lab.errors import Problem
+from speedrun.lab.errors import UserError
 from speedrun.lab.runlog import read_metrics, series
 from speedrun.measure.schedule import schedule_table, turning_points
 from speedrun.presets import PRESETS, known_presets, preset
@@ -150,12 +150,12 @@ class TestInARun:
     @pytest.mark.parametrize("share", [0.0, -0.5, 1.5, math.nan, math.inf])
     @pytest.mark.parametrize("name", ["cooldown_frac", "untie_at"])
     def test_nonsense_is_refused(self, name, share):
-        with pytest.raises(Problem, match=f"schedule.{name}=.* must be"):
+        with pytest.raises(UserError, match=f"schedule.{name}=.* must be"):
             check_config(vary(preset("cpu_gpt2"), {f"schedule.{name}": share}))
 
     @pytest.mark.parametrize("share", [-0.1, 1.1, math.nan])
     def test_a_final_rate_that_is_no_share_of_the_peak_is_refused(self, share):
-        with pytest.raises(Problem, match="schedule.final_lr_frac=.* must be"):
+        with pytest.raises(UserError, match="schedule.final_lr_frac=.* must be"):
             check_config(vary(preset("cpu_gpt2"), {"schedule.final_lr_frac": share}))
 
     @pytest.mark.parametrize("share", [1e-9, 0.6, 1.0])
@@ -338,13 +338,13 @@ HALVES = (Stage(0.5), Stage(0.5, batch_mul=2))
     ],
 )
 def test_a_schedule_that_makes_no_sense_says_why(brief, change, words):
-    with pytest.raises(Problem, match=words):
+    with pytest.raises(UserError, match=words):
         check_config(vary(brief, change))
 
 
 def test_stages_that_are_none_are_refused_at_once(brief):
     for nonsense in (3, (3,), ({"duration": 1.0},), [Stage()]):
-        with pytest.raises(Problem, match="schedule.stages=.* must be"):
+        with pytest.raises(UserError, match="schedule.stages=.* must be"):
             vary(brief, {"schedule.stages": nonsense})
 
 
@@ -378,15 +378,15 @@ class TestInAStagedRun:
         logged = [row["lr"] for row in series(records, "step")]
         assert logged == [now.lr for now in every_step(schedule)]
         assert schedule.boundaries == (0, 3, 9, 12, 14)
-        read = [now.batch_tokens // brief.data.step_tokens for now in every_step(schedule)]
+        read = [now.batch_tokens // brief.data.batch_tokens for now in every_step(schedule)]
         assert read == [1] * 3 + [3] * 6 + [2] * 3 + [4] * 2
         total, there = schedule.tokens_before(14), run.loader.shards.total
-        assert total == 35 * brief.data.step_tokens < there
+        assert total == 35 * brief.data.batch_tokens < there
         assert run.loader.position.offset == total and run.loader.position.epoch == 0
 
     def test_a_stage_is_what_a_run_with_that_batch_does(self, brief, tmp_path):
         """The same tokens in the same batches, told as one stage or as two."""
-        whole = vary(brief, {"log_every": 1, "data.step_tokens": 2 * brief.data.step_tokens})
+        whole = vary(brief, {"log_every": 1, "data.batch_tokens": 2 * brief.data.batch_tokens})
         same = vary(brief, {"log_every": 1, "schedule.stages": (Stage(0.5, 2), Stage(0.5, 2))})
         runs = [train(run, tmp_path / str(n), echo=None) for n, run in enumerate((whole, same))]
         for name, p in runs[0].model.named_parameters():
@@ -405,7 +405,7 @@ class TestInAStagedRun:
         run = assemble(vary(brief, STAGED | {"warmup": 2}), tmp_path, echo=None)
         seen, real = [], run.loader.next
         run.loader.next = lambda *told: (
-            seen.append(told[0] // brief.data.step_tokens),
+            seen.append(told[0] // brief.data.batch_tokens),
             real(*told),
         )[1]
         from speedrun.train import warm_up
@@ -420,7 +420,7 @@ class TestInAStagedRun:
         self, brief, tmp_path
     ):
         stages = (Stage(0.5), Stage(0.5, batch_mul=10**6))
-        with pytest.raises(Problem, match="a step reads .* tokens .*, the training shards hold"):
+        with pytest.raises(UserError, match="a step reads .* tokens .*, the training shards hold"):
             assemble(vary(brief, {"schedule.stages": stages}), tmp_path, echo=None)
 
     def test_at_cpu_size_every_stage_is_there(self):

@@ -113,7 +113,11 @@ class TestTinyRuns:
             {"optim.muon.ns_dtype": "bfloat16"},
             {"optim.muon.ns_steps": 6},
         )
-        other += ({"optim.adam.every": 2}, {"schedule.warmup_steps": 0}, {"data.pass_tokens": 0})
+        other += (
+            {"optim.adam.every": 2},
+            {"schedule.warmup_steps": 0},
+            {"data.max_forward_tokens": 0},
+        )
         assert {way(changes) for changes in same} == {way({})}
         assert len({way({}), *map(way, other)}) == 1 + len(other)
 
@@ -147,8 +151,8 @@ OTHERWISE = {  # whole numbers about steps that do not shrink with a run, and wh
     "log_every": "likewise",
     "checkpoint_every": "likewise",
     "warmup": "undone, and not part of the schedule",
-    "data.step_tokens": "tokens",
-    "data.grad_shards": "micro-batches",
+    "data.batch_tokens": "tokens",
+    "data.micro_batches": "micro-batches",
     "schedule.stages.0.batch_mul": "a multiple",
     "optim.adam.every": "a period: a small run has many",
     "optim.muon.ns_steps": "iterations of a polynomial",

@@ -8,7 +8,7 @@ import pytest
 
 from speedrun.config import vary
 from speedrun.cpu_size import at_cpu_size
-from speedrun.lab.errors import Problem
+from speedrun.lab.errors import UserError
 from speedrun.lab.hardware import look
 from speedrun.measure import ablations, documents
 from speedrun.measure.study import train_alone
@@ -39,7 +39,7 @@ class TestMissing:
         assert measure.make_missing("x", ["a_0", "b_1", "a_1"], []) == 1 and len(made) == 3
 
     def test_a_run_that_the_study_does_not_have(self):
-        with pytest.raises(Problem, match="no run “stages_7”"):
+        with pytest.raises(UserError, match="no run “stages_7”"):
             measure.measured(ablations, "stages_7", [], "…")
 
 
@@ -78,7 +78,7 @@ class TestScaling:
     def test_only_gpus_that_are_there(self):
         from speedrun.measure.many_gpus import measure
 
-        with pytest.raises(Problem, match="“run_512” is measured on GPUs, here are"):
+        with pytest.raises(UserError, match="“run_512” is measured on GPUs, here are"):
             measure("run_512", [], "python scripts/measure.py many_gpus run_512")
 
     def test_transfers_are_noted_as_they_begin(self):

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from speedrun.checkpoint import checkpoints, latest_checkpoint, load_checkpoint
 from speedrun.config import vary
-from speedrun.lab.errors import Problem
+from speedrun.lab.errors import UserError
 from speedrun.lab.runlog import RunLog, read_metrics, series
 from speedrun.launch import Patience, Silence, pulses, run_ranks
 from speedrun.presets import as_arguments
@@ -78,7 +78,7 @@ class TestOneOwner:
         kept = checkpoints(out)
         for again in (["--resume", str(out)], ["--out", str(out), "--preset", "smoke"]):
             assert main(again) == 1
-        with pytest.raises(Problem, match="another process is at work"):
+        with pytest.raises(UserError, match="another process is at work"):
             from speedrun.launch import launchers_own
 
             with launchers_own(out, again=True):
@@ -113,7 +113,7 @@ class TestOneOwner:
         from speedrun.launch import launchers_own
 
         saving = claim(tmp_path, "train")
-        with pytest.raises(Problem, match="another process"), launchers_own(tmp_path, again=True):
+        with pytest.raises(UserError, match="another process"), launchers_own(tmp_path, again=True):
             pass
         saving.release()
         with launchers_own(tmp_path, again=True):
@@ -213,7 +213,7 @@ class TestClocks:
     def test_a_step_of_many_micro_batches_beats_after_each(self, brief, tmp_path):
         from speedrun.train import assemble, train_step
 
-        run = assemble(vary(brief, {"data.grad_shards": 8}), tmp_path, echo=None)
+        run = assemble(vary(brief, {"data.micro_batches": 8}), tmp_path, echo=None)
         before = run.heart.count
         train_step(run)
         assert run.heart.count - before == 8
@@ -277,7 +277,7 @@ class TestEnvironment:
     def test_a_run_planned_for_gpus_never_falls_to_the_cpu(self, monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         monkeypatch.setenv("SPEEDRUN_DEVICE", "cuda")
-        with pytest.raises(Problem, match="PyTorch sees no GPU"):
+        with pytest.raises(UserError, match="PyTorch sees no GPU"):
             join_ranks("auto", "auto")
         assert join_ranks("cpu", "auto").device.type == "cpu", "asked for by name"
 
@@ -386,7 +386,7 @@ class TestDamage:
         self, finished, brief, kind, change
     ):
         damage_tensors(latest_checkpoint(finished), kind, change)
-        with pytest.raises(Problem, match="is not a whole checkpoint") as caught:
+        with pytest.raises(UserError, match="is not a whole checkpoint") as caught:
             train(vary(brief, {"max_steps": 12}), finished, again=True, echo=None)
         assert "step-0000006" in caught.value.fix and "mv " in caught.value.fix
         assert "delete" not in str(caught.value)
@@ -397,7 +397,7 @@ class TestDamage:
         content = bytearray(file.read_bytes())
         content[-5] ^= 4
         file.write_bytes(content)
-        with pytest.raises(Problem, match="SHA-256"):
+        with pytest.raises(UserError, match="SHA-256"):
             train(brief, finished, again=True, echo=None)
 
     @pytest.mark.parametrize(
@@ -427,7 +427,7 @@ class TestDamage:
         train(vary(brief, {"seed": 5}), tmp_path / "other", echo=None)
         shutil.rmtree(finished / "checkpoints")
         shutil.copytree(tmp_path / "other" / "checkpoints", finished / "checkpoints")
-        with pytest.raises(Problem, match="is of another run: seed is 5, and was 0"):
+        with pytest.raises(UserError, match="is of another run: seed is 5, and was 0"):
             train(brief, finished, again=True, echo=None)
 
     def test_a_checkpoint_from_before_hashes_still_loads(self, finished):
@@ -446,7 +446,7 @@ class TestDamage:
             return real(file, *given, **named)
 
         monkeypatch.setattr(builtins, "open", refuse)
-        with pytest.raises(Problem, match="may not be read by this user") as caught:
+        with pytest.raises(UserError, match="may not be read by this user") as caught:
             load_checkpoint(latest_checkpoint(finished))
         assert "chmod" in caught.value.fix and "mv" not in caught.value.fix
 
@@ -466,7 +466,7 @@ class TestDamage:
 
     def test_shards_that_came_since_are_named_with_a_command_that_helps(self, finished, brief):
         damage_facts(latest_checkpoint(finished), lambda f: f | {"data_sha256": "0" * 64, "train_shards": 1})  # fmt: skip
-        with pytest.raises(Problem, match="trained on other data") as caught:
+        with pytest.raises(UserError, match="trained on other data") as caught:
             train(brief, finished, again=True, echo=None)
         assert "--shards 1 lists those of then" in caught.value.fix
 
@@ -479,7 +479,7 @@ class TestDisks:
 
         real = runlog.append_whole
         monkeypatch.setattr(runlog, "append_whole", lambda path, text: OSError(28, "No space left on device") if path.name == "log.txt" else real(path, text))  # fmt: skip
-        with pytest.raises(Problem, match="not saved: log.txt"):
+        with pytest.raises(UserError, match="not saved: log.txt"):
             train(brief, tmp_path, echo=None)
         assert checkpoints(tmp_path)
 
@@ -511,8 +511,8 @@ class TestDisks:
             code = f"""
 import sys
 from speedrun import train as module
-keep = module.keep
-module.keep = lambda run, patience_s=0.0: keep(run, 0.0)
+save = module.save
+module.save = lambda run, patience_s=0.0: save(run, 0.0)
 sys.exit(module.main({["--out", str(disk / "run"), *as_arguments(vary(brief, {"checkpoint_every": 4, "model.width": 64}))]!r}))
 """
             done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -601,7 +601,7 @@ class TestInterrupts:
             f"Path({str(tmp_path)!r}, 'heartbeat', 'rank0.json').write_text(json.dumps({{'phase': 'train', 'step': 1, 'pid': {stranger.pid}, 'count': 1}}))\n"
             "time.sleep(60)\n"
         )
-        with pytest.raises(Problem, match="rank 0 hangs"):
+        with pytest.raises(UserError, match="rank 0 hangs"):
             run_ranks([str(program)], 1, tmp_path, Patience(train=0.5), echo=lambda line: None, grace_s=0.5)  # fmt: skip
         assert stranger.poll() is None
         stranger.kill()
@@ -615,7 +615,7 @@ class TestInterrupts:
                 killed.append(next(p.pid for p in pulses(tmp_path) if p.rank == 1))
                 os.kill(killed[0], signal.SIGKILL)
 
-        with pytest.raises(Problem, match=r"rank 1 was killed by SIGKILL in phase train, step (\d+)") as caught:  # fmt: skip
+        with pytest.raises(UserError, match=r"rank 1 was killed by SIGKILL in phase train, step (\d+)") as caught:  # fmt: skip
             run_ranks(["-m", "speedrun.train", "--out", str(tmp_path), *as_arguments(long)], 2, tmp_path, echo=kill_rank_1)  # fmt: skip
         assert int(caught.value.what.rsplit(" ", 1)[1]) >= 30
         assert series(read_metrics(tmp_path / "metrics.jsonl"), "step")[-1]["step"] >= 30

@@ -9,13 +9,13 @@ from torch.nn.functional import cross_entropy
 
 from speedrun.config import Config, check_config, fields_of, vary
 from speedrun.cpu_size import at_cpu_size
-from speedrun.lab.errors import Problem
+from speedrun.lab.errors import UserError
 from speedrun.lab.runlog import read_metrics, series
 from speedrun.model.embedding import EmbeddingConfig
 from speedrun.model.gpt import GPT, GPTConfig, param_specs
 from speedrun.model.head import HeadConfig
+from speedrun.model.layout import PlanConfig
 from speedrun.model.mlp import BlockConfig
-from speedrun.model.plan import PlanConfig
 from speedrun.model.rotary import RotaryConfig
 from speedrun.presets import preset
 from speedrun.train import assemble, train, train_step
@@ -33,32 +33,32 @@ ON = {
     "model.rotary.pairs": "neighbours",
     "model.embedding.norm": True,
     "model.embedding.std": 0.5,
-    "model.embedding.rate": 0.5,
+    "model.embedding.lr_mul": 0.5,
     "model.embedding.smear": True,
     "model.embedding.values": "ends",
-    "model.embedding.value_mix": "gates",
+    "model.embedding.value_residual": "gates",
     "model.embedding.value_std": 0.02,
-    "model.embedding.value_rate": 2.0,
+    "model.embedding.value_lr_mul": 2.0,
     "model.embedding.value_decay": 0.5,
     "model.plan.x0": True,
     "model.plan.residual": 1.1,
     "model.plan.skips": "gated",
     "model.plan.backout": True,
     "model.plan.without": "both",
-    "model.plan.rate": 0.5,
+    "model.plan.lr_mul": 0.5,
     "model.head.tied": "untied",
     "model.head.std": 0.01,
-    "model.head.rate": 0.5,
+    "model.head.lr_mul": 0.5,
     "model.head.multiple": 8,
-    "model.head.cap": "sigmoid23",
+    "model.head.softcap": "sigmoid23",
 }
 GROUPS: dict[str, type] = {"block": BlockConfig, "rotary": RotaryConfig, "head": HeadConfig}
 GROUPS |= {"embedding": EmbeddingConfig, "plan": PlanConfig}
 TURN = {"model.rotary.positions": "rotary"}
 WAYS: dict[str, dict] = {"none": {}} | {name: {name: value} for name, value in ON.items()}
-WAYS |= {cap: {"model.head.cap": cap} for cap in ("tanh30", "tanh15", "sigmoid30")}
+WAYS |= {cap: {"model.head.softcap": cap} for cap in ("tanh30", "tanh15", "sigmoid30")}
 WAYS |= {kind: {"model.embedding.values": kind} for kind in ("first", "all", "mirror", "outer")}
-WAYS |= {mix: {"model.embedding.values": "mirror", "model.embedding.value_mix": mix} for mix in ("free", "gates")}  # fmt: skip
+WAYS |= {mix: {"model.embedding.values": "mirror", "model.embedding.value_residual": mix} for mix in ("free", "gates")}  # fmt: skip
 WAYS |= {
     kind: {"model.plan.skips": kind, "model.plan.x0": True} for kind in ("unet", "sigmoid", "one")
 }
@@ -160,7 +160,7 @@ class TestWhatIsOffIsNotThere:
             assert row.layers == wanted and (not wanted or row.shape[0] == 3), row.name
 
     def test_one_layer_has_nothing_to_connect(self):
-        with pytest.raises(Problem, match="model.layers is 1"):
+        with pytest.raises(UserError, match="model.layers is 1"):
             check_config(vary(preset("cpu_gpt2"), {"model.layers": 1, "model.plan.backout": True}))
         check_config(vary(preset("cpu_gpt2"), {"model.layers": 1, "model.plan.x0": True}))
 
@@ -206,12 +206,12 @@ class TestTheSplitHead:
 RATES: dict = {
     "model.head.tied": "untied",
     "model.head.std": 0.01,
-    "model.head.rate": 0.25,
+    "model.head.lr_mul": 0.25,
     "model.plan.x0": True,
-    "model.plan.rate": 2.0,
+    "model.plan.lr_mul": 2.0,
     "model.embedding.values": "ends",
-    "model.embedding.rate": 0.5,
-    "model.embedding.value_rate": 4.0,
+    "model.embedding.lr_mul": 0.5,
+    "model.embedding.value_lr_mul": 4.0,
     "optim.adam.weight_decay": 0.0,
 }
 
@@ -229,7 +229,7 @@ def test_rates_of_their_own(cautious, matrix_lr, embedded, tmp_path):
     rates = {name: (p - before[name]).abs().max().item() / whole for name, p in named}
     wanted = dict.fromkeys(rates, 1.0) | {"head": 0.25, "token_embedding": 0.5}
     wanted |= {"value_embedding": 4.0}
-    wanted |= dict.fromkeys(("stream_weight", "x0_weight", "value_mix"), 2.0)
+    wanted |= dict.fromkeys(("resid_lambdas", "x0_lambdas", "ve_lambdas"), 2.0)
     if matrix_lr:
         ratio = matrix_lr / run.optim.adam.lr
         wanted |= dict.fromkeys(("attention_qkv", "attention_out", "mlp_up", "mlp_down"), ratio)

@@ -14,7 +14,7 @@ from test_lab import H100 as H100_LINE
 from test_lab import fake_smi
 
 from speedrun.lab import doctor, tier
-from speedrun.lab.errors import Problem
+from speedrun.lab.errors import UserError
 from speedrun.lab.hardware import GPU, Machine
 from speedrun.lab.provenance import root
 
@@ -77,7 +77,7 @@ class TestChoice:
         ],
     )
     def test_what_cannot_be_is_refused_with_a_way_out(self, machine, asked, words):
-        with pytest.raises(Problem) as caught:
+        with pytest.raises(UserError) as caught:
             tier.tier_of(machine, asked)
         assert words in caught.value.what and "TIER=C" in caught.value.fix
 
@@ -123,7 +123,7 @@ class TestFirstLine:
         assert choose(machine, asked)[1:] == (f"{line}\n", sees)
 
     def test_a_kernel_that_holds_a_gpu_cannot_go_back(self, choose):
-        with pytest.raises(Problem, match="restart the kernel"):
+        with pytest.raises(UserError, match="restart the kernel"):
             choose(with_gpus(H100), "C", started=True)
         assert choose(with_gpus(H100), "1", started=True)[0].name == "1"
 
@@ -186,7 +186,7 @@ class TestWhoElseAsks:
             state = execute.state_of(chapter)
             assert (state["tier"], state["device"]) == wanted
         monkeypatch.setenv("TIER", "two")
-        with pytest.raises(Problem, match="TIER=two"):
+        with pytest.raises(UserError, match="TIER=two"):
             execute.state_of(chapter)
 
     @pytest.mark.parametrize(("machine", "most"), [(BARE, 2), (with_gpus(T4), 1)])

@@ -22,7 +22,7 @@ from speedrun.checkpoint import (
 )
 from speedrun.config import vary
 from speedrun.cpu_size import at_cpu_size
-from speedrun.lab.errors import Problem
+from speedrun.lab.errors import UserError
 from speedrun.lab.runlog import read_log, read_metrics, series
 from speedrun.launch import run_ranks
 from speedrun.presets import as_arguments, known_presets, preset
@@ -349,7 +349,7 @@ class TestResuming:
         write_corpus(
             tmp_path / "d", {"train": texts, "val": texts}, byte_tokenizer(), "other", "…", 10**6
         )
-        with pytest.raises(Problem, match="was trained on other data"):
+        with pytest.raises(UserError, match="was trained on other data"):
             train(
                 vary(brief, {"data.path": str(tmp_path / "d")}),
                 tmp_path / "run",
@@ -374,8 +374,8 @@ import resource, signal, sys
 from speedrun import train as module
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, 400_000))
-keep, waited = module.keep, []
-module.keep = lambda run, patience_s=0.0: (waited.append(patience_s), keep(run, patience_s / 30))[1]
+save, waited = module.save, []
+module.save = lambda run, patience_s=0.0: (waited.append(patience_s), save(run, patience_s / 30))[1]
 status = module.main({command(vary(brief, {"checkpoint_every": 6, "model.width": 64}), tmp_path)[3:]!r})
 print("waited", waited)
 sys.exit(status)
@@ -437,7 +437,7 @@ sys.exit(status)
                     run.model.attention_out[0, 1, 1] = value
             return train_step(run)
 
-        with pytest.raises(Problem, match="step 6: parameter attention_out is not finite"):
+        with pytest.raises(UserError, match="step 6: parameter attention_out is not finite"):
             run_loop(run, step=poisoned)
         others = (p for name, p in run.model.named_parameters() if name != "attention_out")
         assert all(torch.isfinite(p).all() for p in others)
@@ -446,7 +446,7 @@ sys.exit(status)
         from speedrun import train as module
 
         monkeypatch.setattr(module, "evaluate", lambda run, batches: math.nan)
-        with pytest.raises(Problem, match="step 0: the loss is nan"):
+        with pytest.raises(UserError, match="step 0: the loss is nan"):
             train(brief, tmp_path, echo=None)
 
     def test_a_rate_that_explodes_stops_the_run(self, brief, tmp_path):
@@ -481,7 +481,7 @@ class TestTwoRanks:
     def test_they_read_and_learn_the_same_in_every_stage(self, brief, tmp_path, world):
         stages = (Stage(0.5), Stage(0.5, batch_mul=3, lr_mul=1.5), Stage(0, batch_mul=2))
         changes = {"schedule.stages": stages, "schedule.extension_steps": 2, "log_every": 1}
-        long = vary(brief, changes | {"data.grad_shards": 4, "data.step_tokens": 2048})
+        long = vary(brief, changes | {"data.micro_batches": 4, "data.batch_tokens": 2048})
         one = train(long, tmp_path / "one", echo=None)
         rank = ["-m", "speedrun.train", "--out", str(tmp_path / "all"), *as_arguments(long)]
         run_ranks(rank, world, tmp_path / "all")
@@ -516,7 +516,7 @@ class TestTwoRanks:
         assert curve(folder)[-1] == pytest.approx(curve(tmp_path / "whole")[-1], abs=1e-3)
 
     def test_three_ranks_cannot_share_two_micro_batches(self, brief, tmp_path):
-        with pytest.raises(Problem, match="rank 0 ended with status 1|failed"):
+        with pytest.raises(UserError, match="rank 0 ended with status 1|failed"):
             run_ranks(
                 ["-m", "speedrun.train", "--out", str(tmp_path), *as_arguments(brief)],
                 3,
@@ -569,7 +569,7 @@ class TestAdamEveryOtherStep:
                 run.model.mlp_up.grad[0, 1, 1] = math.nan
             return train_step(run)
 
-        with pytest.raises(Problem, match="step 6: the gradient of mlp_up is not finite"):
+        with pytest.raises(UserError, match="step 6: the gradient of mlp_up is not finite"):
             run_loop(run, step=poisoned)
         assert all(torch.isfinite(p).all() for p in run.model.parameters())
 

@@ -28,7 +28,7 @@ from exercises import write_exercises
 from kernel import own_kernel
 
 from book import records_table
-from speedrun.lab.errors import Problem
+from speedrun.lab.errors import UserError
 from speedrun.lab.files import atomic_write
 from speedrun.lab.provenance import root
 
@@ -41,7 +41,7 @@ def address(wanted: str | None, exercises: bool) -> str:
     found = chapters([wanted.zfill(2) if wanted.isdecimal() and wanted != "0" else wanted])
     if len(found) > 1:
         names = ", ".join(chapter.name for chapter in found)
-        raise Problem(f"{wanted} begins the names of {names}", "name one: make lab NB=06")
+        raise UserError(f"{wanted} begins the names of {names}", "name one: make lab NB=06")
     return f"/lab/tree/{folder}/{found[0].name}.{suffix}"
 
 
@@ -71,7 +71,7 @@ def main() -> int:
     options = parser.parse_args(words[:split])
     if len(options.chapter) > 1:
         what = f"{' and '.join(options.chapter)} are several chapters"
-        raise Problem(what, "name the first to open: the others are in the file browser")
+        raise UserError(what, "name the first to open: the others are in the file browser")
     first = address(next(iter(options.chapter), None), options.exercises)
     prepare()
     variables = environment()

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from speedrun.lab.bounds import NonNegativeInt, PositiveInt, check_ranges
-from speedrun.lab.errors import Problem
+from speedrun.lab.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -28,29 +28,33 @@ class DataConfig:
     """stream: rows cut from the stream wherever they fall. packed: long such rows, in which no document sees another. documents: whole documents, from their beginning."""
     seq_len: PositiveInt = 1024
     """stream: tokens a row. In the other modes a micro-batch is one row, and this is not used."""
-    step_tokens: PositiveInt = 524_288
-    """Tokens a step, over all ranks."""
-    grad_shards: PositiveInt = 8
-    """Equal micro-batches a step; a multiple of the number of ranks."""
-    max_document: PositiveInt = 2048
+    batch_tokens: PositiveInt = 524_288
+    """The batch size: tokens a step, over all ranks."""
+    micro_batches: PositiveInt = 8
+    """Equal micro-batches a step; a multiple of the number of ranks. Gradient accumulation: each rank adds up micro_batches / ranks of them (grad_accum_steps elsewhere)."""
+    max_doc_tokens: PositiveInt = 2048
     """Documents mode: the longest piece of a document that is used."""
-    pass_tokens: NonNegativeInt = 0
-    """A rank's micro-batches are joined up to this many tokens for a pass of the model; 0: never."""
+    max_forward_tokens: NonNegativeInt = 0
+    """A rank's micro-batches are joined up to this many tokens for a forward and backward pass (device_batch_size elsewhere); 0: never."""
 
 
 def check_options(options: DataConfig, world: int = 1) -> int:
     """Tokens a micro-batch, after checking that everything divides."""
     check_ranges(options, "data.")
-    shards, tokens = options.grad_shards, options.step_tokens
+    shards, tokens = options.micro_batches, options.batch_tokens
     if shards % world:
-        what = f"{world} ranks cannot share {shards} micro-batches a step evenly (data.grad_shards)"
-        fix = f"a divisor of {shards} as the number of GPUs, or --data.grad-shards a multiple of {world}"
-        raise Problem(what, fix)
+        what = (
+            f"{world} ranks cannot share {shards} micro-batches a step evenly (data.micro_batches)"
+        )
+        fix = f"a divisor of {shards} as the number of GPUs, or --data.micro-batches a multiple of {world}"
+        raise UserError(what, fix)
     row = options.seq_len if options.mode == "stream" else 1
     if tokens % (shards * row):
-        what = f"data.step_tokens={tokens} is no multiple of grad_shards × row = {shards} × {row}"
-        raise Problem(
-            what, f"--data.step-tokens {max(1, round(tokens / shards / row)) * shards * row}"
+        what = (
+            f"data.batch_tokens={tokens} is no multiple of micro_batches × row = {shards} × {row}"
+        )
+        raise UserError(
+            what, f"--data.batch-tokens {max(1, round(tokens / shards / row)) * shards * row}"
         )
     return tokens // shards
 
@@ -74,7 +78,7 @@ class Shards:
         self.files = self.manifest.split(split)
         if not self.files:
             fix = "a data folder needs training and validation shards: pack its text into another"
-            raise Problem(f"{self.folder}: the manifest lists no {split} shard", fix)
+            raise UserError(f"{self.folder}: the manifest lists no {split} shard", fix)
         self.ends = np.cumsum([file.tokens for file in self.files])
         self.total = int(self.ends[-1])
         self.thread, self.held = ThreadPoolExecutor(1), dict[int, Future]()
@@ -120,12 +124,12 @@ class Batch(NamedTuple):
 
 def next_slice(total: int, options: DataConfig, at: Position) -> tuple[int, Position]:
     """Stream mode: where a step's tokens start, and the position after it; too short a rest begins a new epoch."""
-    if options.step_tokens + 1 > total:
-        what = f"a step reads {options.step_tokens + 1:,} tokens (data.step_tokens), the training shards hold {total:,}"
-        raise Problem(what, "add shards, or lower --data.step-tokens")
-    if at.offset + options.step_tokens + 1 > total:
+    if options.batch_tokens + 1 > total:
+        what = f"a step reads {options.batch_tokens + 1:,} tokens (data.batch_tokens), the training shards hold {total:,}"
+        raise UserError(what, "add shards, or lower --data.batch-tokens")
+    if at.offset + options.batch_tokens + 1 > total:
         at = Position(at.epoch + 1)
-    return at.offset, Position(at.epoch, at.offset + options.step_tokens)
+    return at.offset, Position(at.epoch, at.offset + options.batch_tokens)
 
 
 def rows(tokens: np.ndarray, seq_len: int) -> Batch:
@@ -165,7 +169,7 @@ def packed_batch(row: torch.Tensor, borders: np.ndarray) -> Batch:
     ends = np.append(begins[begins < count], count)
     if len(ends) - 1 > slots_for(count):
         what = f"a row of {count} tokens has {len(ends) - 1} documents, and room for {slots_for(count)}"
-        raise Problem(what, "--data.mode stream; or text whose documents have 64 tokens or more")
+        raise UserError(what, "--data.mode stream; or text whose documents have 64 tokens or more")
     cu_seqlens = np.full(slots_for(count) + 1, count, np.int32)
     cu_seqlens[: len(ends)] = ends
     longest = torch.tensor(int(np.diff(ends).max()), dtype=torch.int32)
@@ -184,31 +188,31 @@ def document_batch(tokens: np.ndarray, slices: list[tuple[int, int]]) -> Batch:
     return packed_batch(row, np.cumsum([0] + [b - a for a, b in slices]))
 
 
-def plan_step(shards: Shards, options: DataConfig, at: Position) -> tuple[list, int, Position]:
+def plan_documents(shards: Shards, options: DataConfig, at: Position) -> tuple[list, int, Position]:
     """Documents mode: slices for each micro-batch of the next step, the shard they are in, and the position after it."""
-    need = options.step_tokens // options.grad_shards + 1
+    need = options.batch_tokens // options.micro_batches + 1
     for _ in range(len(shards.files) + 1):
         tokens, starts = shards.shard(at.offset)
         stops, document, plan = np.append(starts[1:], len(tokens)), at.document, []
-        while len(plan) < options.grad_shards:
-            filled = fill(starts, stops, document, need, options.max_document)
+        while len(plan) < options.micro_batches:
+            filled = fill(starts, stops, document, need, options.max_doc_tokens)
             if filled is None:
                 break
             plan.append(filled[0])
             document = filled[1]
-        if len(plan) == options.grad_shards:
+        if len(plan) == options.micro_batches:
             return plan, at.offset, Position(at.epoch, at.offset, document)
         last = at.offset + 1 == len(shards.files)
         at = Position(at.epoch + last, 0 if last else at.offset + 1)
-    raise Problem(
-        f"no shard of {shards.folder} holds the documents of one step", "lower --data.step-tokens"
+    raise UserError(
+        f"no shard of {shards.folder} holds the documents of one step", "lower --data.batch-tokens"
     )
 
 
 def joined_micro_batches(options: DataConfig, share: int) -> int:
-    """How many of a rank's `share` micro-batches make one batch: as many as fit pass_tokens, and divide them evenly."""
-    micro = options.step_tokens // options.grad_shards
-    most = options.pass_tokens // micro
+    """How many of a rank's `share` micro-batches make one batch: as many as fit max_forward_tokens, and divide them evenly."""
+    micro = options.batch_tokens // options.micro_batches
+    most = options.max_forward_tokens // micro
     return next(n for n in range(max(1, min(most, share)), 0, -1) if share % n == 0)
 
 
@@ -221,7 +225,7 @@ def pinned(batch: Batch) -> Batch:
 def next_stream(loader: "Loader", options: DataConfig) -> list[Batch]:
     """A rank's part of the next slice of the stream."""
     start, loader.position = next_slice(loader.shards.total, options, loader.position)
-    micro, mine = options.step_tokens // options.grad_shards, loader.mine
+    micro, mine = options.batch_tokens // options.micro_batches, loader.mine
     own = loader.shards.read(start + mine[0] * micro, len(mine) * micro + 1)
     size = micro * joined_micro_batches(options, len(mine))
     cuts = range(0, len(mine) * micro, size)
@@ -231,14 +235,14 @@ def next_stream(loader: "Loader", options: DataConfig) -> list[Batch]:
 def next_packed(loader: "Loader", options: DataConfig) -> list[Batch]:
     """A rank's part of the next slice of the stream, a row for each micro-batch."""
     start, loader.position = next_slice(loader.shards.total, options, loader.position)
-    micro, document = options.step_tokens // options.grad_shards, loader.shards.manifest.document
+    micro, document = options.batch_tokens // options.micro_batches, loader.shards.manifest.document
     pieces = [loader.shards.read(start + i * micro, micro + 1) for i in loader.mine]
     return join_batches([packed_row(piece, document) for piece in pieces], options)
 
 
 def next_documents(loader: "Loader", options: DataConfig) -> list[Batch]:
     """A rank's part of the next documents."""
-    plan, number, loader.position = plan_step(loader.shards, options, loader.position)
+    plan, number, loader.position = plan_documents(loader.shards, options, loader.position)
     tokens, _ = loader.shards.shard(number)
     return join_batches([document_batch(tokens, plan[i]) for i in loader.mine], options)
 
@@ -273,26 +277,26 @@ class Loader:
         check_options(options, world)
         self.options, self.pin = options, pin
         self.shards, self.position = Shards(options.path, "train"), Position()
-        share = options.grad_shards // world
+        share = options.micro_batches // world
         self.mine = range(rank * share, (rank + 1) * share)
 
     def step_options(self, batch_tokens: int = 0, max_doc_tokens: int = 0) -> DataConfig:
-        """The options of one step. 0: step_tokens, and max_document, as they are."""
-        tokens = batch_tokens or self.options.step_tokens
-        longest = max_doc_tokens or self.options.max_document
-        return replace(self.options, step_tokens=tokens, max_document=longest)
+        """The options of one step. 0: batch_tokens, and max_doc_tokens, as they are."""
+        tokens = batch_tokens or self.options.batch_tokens
+        longest = max_doc_tokens or self.options.max_doc_tokens
+        return replace(self.options, batch_tokens=tokens, max_doc_tokens=longest)
 
     def check(self, batch_tokens: int = 0, max_doc_tokens: int = 0) -> None:
-        """Raise Problem where the training shards hold no step of that size."""
+        """Raise UserError where the training shards hold no step of that size."""
         options = self.step_options(batch_tokens, max_doc_tokens)
         check_options(options)
         if options.mode == "documents":
-            plan_step(self.shards, options, Position())
+            plan_documents(self.shards, options, Position())
         else:
             next_slice(self.shards.total, options, Position())
 
     def next(self, batch_tokens: int = 0, max_doc_tokens: int = 0) -> list[Batch]:
-        """The next step's micro-batches for this rank, as many at a time as fit pass_tokens. 0: as in the options."""
+        """The next step's micro-batches for this rank, as many at a time as fit max_forward_tokens. 0: as in the options."""
         options = self.step_options(batch_tokens, max_doc_tokens)
         make = {"stream": next_stream, "packed": next_packed, "documents": next_documents}
         batches = make[options.mode](self, options)
@@ -314,7 +318,7 @@ def validation_batches(
         what = (
             f"validation reads micro-batches of {micro:,} tokens; {there:,} are asked for or there"
         )
-        raise Problem(what, "raise --val-tokens, or lower --data.step-tokens")
+        raise UserError(what, "raise --val-tokens, or lower --data.batch-tokens")
     for number in range(rank, there // micro, world):
         own, document = shards.read(number * micro, micro + 1), shards.manifest.document
         yield packed_row(own, document) if packed else rows(own, options.seq_len)

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from speedrun.lab.errors import WAYS_OUT, Problem, quoted, visible
+from speedrun.lab.errors import WAYS_OUT, UserError, quoted, visible
 from speedrun.lab.files import atomic_write, file_sha256
 from speedrun.lab.provenance import note_opened, root
 
@@ -121,15 +121,15 @@ def manifest_of(fields: Any) -> Manifest:
     return manifest
 
 
-def no_manifest(folder: Path) -> Problem:
+def no_manifest(folder: Path) -> UserError:
     """The complaint about a folder without a manifest, or about no folder; it names every place that was looked at."""
     if folder.is_dir():
         fix = f"if it has shards: python -m speedrun.data manifest {quoted(folder)} --tokenizer gpt2 (or bytes); if not: … embedded, fineweb or pack"
-        return Problem(f"{folder} holds no manifest.json", fix)
+        return UserError(f"{folder} holds no manifest.json", fix)
     here = Path.cwd() / folder.relative_to(root()) if folder.is_relative_to(root()) else folder
     places = " nor ".join(dict.fromkeys([str(here.absolute()), str(folder.absolute())]))
     fix = "look for a misspelt name; python -m speedrun.data --help says what makes a data folder"
-    return Problem(f"there is no folder {visible(places, 4096)}", fix)
+    return UserError(f"there is no folder {visible(places, 4096)}", fix)
 
 
 def load_manifest(folder: str | Path) -> Manifest:
@@ -145,20 +145,20 @@ def load_manifest(folder: str | Path) -> Manifest:
         raise unreadable(path, error) from None
     except (ValueError, RecursionError) as error:
         fix = f"move it elsewhere, then: python -m speedrun.data manifest {quoted(folder)} --tokenizer gpt2 (or bytes)"
-        raise Problem(f"{path} is not a manifest: {visible(error)}", fix) from None
+        raise UserError(f"{path} is not a manifest: {visible(error)}", fix) from None
     if manifest.tokenizer not in TOKENIZERS:
         what = f"{path}: there is no tokenizer “{visible(manifest.tokenizer)}”"
-        raise Problem(what, f"known are {', '.join(TOKENIZERS)}; a newer version may know it")
+        raise UserError(what, f"known are {', '.join(TOKENIZERS)}; a newer version may know it")
     note_opened(path)
     return manifest
 
 
-def unreadable(path: Path, error: OSError) -> Problem:
+def unreadable(path: Path, error: OSError) -> UserError:
     """What the system refused about a file of a data folder."""
     if isinstance(error, PermissionError):
-        return Problem(f"{path} may not be read by this user", f"its owner: chmod -R a+rX {quoted(path.parent)}")  # fmt: skip
+        return UserError(f"{path} may not be read by this user", f"its owner: chmod -R a+rX {quoted(path.parent)}")  # fmt: skip
     what = f"{path} cannot be read: {error.strerror or error}"
-    return Problem(what, WAYS_OUT.get(error.errno or 0, "copy it again from where it came"))
+    return UserError(what, WAYS_OUT.get(error.errno or 0, "copy it again from where it came"))
 
 
 # %% Reading checks
@@ -199,7 +199,7 @@ FINEWEB_NAME = r"fineweb_(train|val)_\d{6}\.bin"
 
 def how_to_make(folder: Path) -> str | None:
     """The command that makes a data folder again, if it is one of ours; composed here, never taken from its manifest."""
-    with contextlib.suppress(Problem):
+    with contextlib.suppress(UserError):
         manifest = load_manifest(folder)
         if manifest.sha256 == EMBEDDED_SHA256:
             return f"python -m speedrun.data embedded --out {quoted(folder)}"
@@ -218,9 +218,9 @@ def how_to_mend(path: Path) -> str:
     return recognise(path, head, FORMATS + LOOKALIKES) or (again if made else other)
 
 
-def bad_shard(path: Path, at: int, what: str) -> Problem:
+def bad_shard(path: Path, at: int, what: str) -> UserError:
     """The complaint about one byte of one file, with its cure."""
-    return Problem(f"{path}, byte {at}: {what}", how_to_mend(path))
+    return UserError(f"{path}, byte {at}: {what}", how_to_mend(path))
 
 
 def check_header(path: Path, size: int, head: bytes) -> int:
@@ -243,17 +243,19 @@ def check_header(path: Path, size: int, head: bytes) -> int:
 
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[tuple[BinaryIO, os.stat_result]]:
-    """A shard that is open for reading, and its facts; what the system refuses meanwhile becomes a Problem."""
+    """A shard that is open for reading, and its facts; what the system refuses meanwhile becomes a UserError."""
     try:
         if path.exists() and not path.is_file():
             fix = how_to_make(path.parent) or "copy the shard there"
-            raise Problem(f"{path} is no file", f"move it elsewhere, then: {fix}")
+            raise UserError(f"{path} is no file", f"move it elsewhere, then: {fix}")
         with open(path, "rb") as file:
             yield file, os.fstat(file.fileno())
     except FileNotFoundError:
-        raise Problem(f"{path} is missing", how_to_mend(path)) from None
+        raise UserError(f"{path} is missing", how_to_mend(path)) from None
     except MemoryError:
-        raise Problem(f"{path} does not fit into memory", "cut it into shards of 200 MB") from None
+        raise UserError(
+            f"{path} does not fit into memory", "cut it into shards of 200 MB"
+        ) from None
     except OSError as error:
         raise unreadable(path, error) from None
 
@@ -292,7 +294,7 @@ def check_sha256(path: Path, stat: os.stat_result, parts: tuple, sha256: str, ag
     for part in parts:
         digest.update(part)
     if digest.hexdigest() != sha256:
-        raise Problem(f"{path}: its SHA-256 is not the manifest's {sha256}", how_to_mend(path))
+        raise UserError(f"{path}: its SHA-256 is not the manifest's {sha256}", how_to_mend(path))
     remember(path, facts)
 
 

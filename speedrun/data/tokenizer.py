@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from speedrun.lab.errors import Problem
+from speedrun.lab.errors import UserError
 
 SPACE, LONGEST_RUN = 32, 32
 FIRST_RUN = 256  # two spaces; 286 is thirty-two
@@ -74,7 +74,7 @@ def gpt2_tokenizer() -> Tokenizer:
         bpe = tiktoken.get_encoding("gpt2")
     except (OSError, ValueError) as error:
         fix = "run this once with a network; or set TIKTOKEN_CACHE_DIR to a folder with tiktoken's files"
-        raise Problem(f"the GPT-2 vocabulary could not be loaded: {error}", fix) from None
+        raise UserError(f"the GPT-2 vocabulary could not be loaded: {error}", fix) from None
 
     def encode(text: str) -> np.ndarray:
         return np.array(bpe.encode_ordinary(text), dtype=np.uint16)
@@ -94,5 +94,5 @@ MAKERS = dict(zip(TOKENIZERS, (byte_tokenizer, gpt2_tokenizer)))
 def get_tokenizer(name: str) -> Tokenizer:
     """The tokenizer that a manifest names."""
     if name not in TOKENIZERS:
-        raise Problem(f"there is no tokenizer “{name}”", f"known are {', '.join(TOKENIZERS)}")
+        raise UserError(f"there is no tokenizer “{name}”", f"known are {', '.join(TOKENIZERS)}")
     return MAKERS[name]()

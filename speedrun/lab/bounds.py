@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from annotated_types import Interval
 
-from speedrun.lab.errors import Problem
+from speedrun.lab.errors import UserError
 
 PositiveInt = Annotated[int, Interval(ge=1, le=2**63 - 1)]
 NonNegativeInt = Annotated[int, Interval(ge=0, le=2**63 - 1)]
@@ -73,7 +73,7 @@ def check_value(name: str, value: Any, kind: Any, usual: Any) -> None:
         what = f"{name}={reprlib.repr(value)} is not allowed: it must be {' and '.join(wrong)}"
         in_table = any(part.isdigit() for part in name.split("."))
         way = f"{name}={usual!r}" if in_table else " ".join(as_flags(name, usual))
-        raise Problem(what, "; ".join([f"{way}, say", *notes]))
+        raise UserError(what, "; ".join([f"{way}, say", *notes]))
 
 
 def check_ranges(options: Any, prefix: str = "") -> None:

@@ -7,7 +7,7 @@ from speedrun.lab.hardware import GPU, Machine, PACKAGES, look
 # %% A GPU that torch cannot use
 import re
 
-from speedrun.lab.errors import Problem
+from speedrun.lab.errors import UserError
 
 LEAST_DRIVER = {11: "450.80.02", 12: "525.60.13", 13: "580.65.06"}  # on Linux, by CUDA
 WINDOWS_DRIVER = {11: "452.39", 12: "528.33", 13: "580"}
@@ -20,13 +20,13 @@ def numbers(version: str) -> tuple[int, ...]:
     return tuple(map(int, re.findall(r"\d+", version)))
 
 
-def gpu_problem(machine: Machine) -> Problem | None:
+def gpu_problem(machine: Machine) -> UserError | None:
     """Why torch cannot use the GPU that is there, and the way out; None if it can, if there is none, or without torch."""
     if not machine.gpus or not machine.versions["torch"] or machine.no_torch:
         return None
     if machine.cuda is None:
         fix = f"pip install --force-reinstall torch, from the default index; or, {ON_CPU}"
-        return Problem("there is a GPU, but this torch was built for the CPU", fix)
+        return UserError("there is a GPU, but this torch was built for the CPU", fix)
     gpu, wanted = machine.gpus[0], numbers(machine.cuda)[0]
     least = WINDOWS_DRIVER if machine.system.startswith("Windows") else LEAST_DRIVER
     have = numbers(gpu.driver)
@@ -35,9 +35,9 @@ def gpu_problem(machine: Machine) -> Problem | None:
     if have and wanted in least and runs < wanted:
         what = f"the driver {gpu.driver} is too old for the CUDA {machine.cuda} of this torch"
         fix = f"update the NVIDIA driver to {least[wanted]} or newer; or, "
-        return Problem(what, fix + (older if runs == 12 else ON_CPU))
+        return UserError(what, fix + (older if runs == 12 else ON_CPU))
     if wanted >= 13 and (0, 0) < gpu.capability < (7, 5):
-        return Problem(f"{gpu.name} is too old for the CUDA {machine.cuda} of this torch", older)
+        return UserError(f"{gpu.name} is too old for the CUDA {machine.cuda} of this torch", older)
     return None
 
 

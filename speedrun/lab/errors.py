@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 
-class Problem(Exception):
+class UserError(Exception):
     """Something its reader can mend: what is wrong, with the name and the value, and the way out.
 
     The way out must not be able to make it worse: it never says “delete” of a file that could not be opened.
@@ -40,7 +40,9 @@ def check_words(arguments: list[str]) -> None:
     """Refuse command-line arguments that would move a terminal's cursor when a message repeats them."""
     for word in arguments:
         if not word.replace("\n", "").replace("\t", "").isprintable():
-            raise Problem(f"“{visible(word)}” holds control characters", "type that argument anew")
+            raise UserError(
+                f"“{visible(word)}” holds control characters", "type that argument anew"
+            )
 
 
 # %% What the operating system refuses
@@ -62,12 +64,12 @@ WAYS_OUT = {
 }
 
 
-def explained(error: OSError) -> Problem | None:
-    """What the operating system refused, as a Problem; None for what needs its traceback."""
+def explained(error: OSError) -> UserError | None:
+    """What the operating system refused, as a UserError; None for what needs its traceback."""
     if error.errno not in WAYS_OUT or isinstance(error, BrokenPipeError):
         return None
     names = [visible(name) for name in (error.filename, error.filename2) if name is not None]
-    return Problem(f"{' → '.join(names) or 'a file'}: {error.strerror}", WAYS_OUT[error.errno])
+    return UserError(f"{' → '.join(names) or 'a file'}: {error.strerror}", WAYS_OUT[error.errno])
 
 
 # %% Printing never ends a run
@@ -107,7 +109,7 @@ def let_go(stream: Any) -> None:
 
 # %% One door for every command
 def run_main(command: Callable[[], int | None]) -> int:
-    """Run a command and return its exit status: 0, or what it returns; 1, a Problem, printed; 130, interrupted."""
+    """Run a command and return its exit status: 0, or what it returns; 1, a UserError, printed; 130, interrupted."""
     streams = sys.stdout, sys.stderr
     with contextlib.redirect_stdout(Steady(streams[0])), contextlib.redirect_stderr(Steady(streams[1])):  # fmt: skip
         try:
@@ -116,7 +118,7 @@ def run_main(command: Callable[[], int | None]) -> int:
             problem = explained(error)
             if problem is None:
                 raise
-        except Problem as told:
+        except UserError as told:
             problem = told
         except KeyboardInterrupt:
             return 130

@@ -1,7 +1,7 @@
 # Tangled from notebooks/93_errors_and_files.py: edit the notebook, then run "make tangle". Edits made here are lost.
 
 
-from speedrun.lab.errors import Problem
+from speedrun.lab.errors import UserError
 
 
 # %% A file, whole or not at all
@@ -61,12 +61,12 @@ def new_folder(path: Path) -> Path:
 def claim(folder: Path, role: str) -> FileLock:
     """Be the only process with this role (`launch` or `train`) in a run's folder until it ends or lets go (`release()`).
 
-    Raises Problem where another process has it. Touches nothing else in the folder.
+    Raises UserError where another process has it. Touches nothing else in the folder.
     """
     lock = FileLock(folder / f".{role}.lock", timeout=0, mode=0o666)
     try:
         lock.acquire()
     except Timeout:
         what = f"another process is at work in {folder}"
-        raise Problem(what, "wait until it ends, or stop it; or choose another --out") from None
+        raise UserError(what, "wait until it ends, or stop it; or choose another --out") from None
     return lock

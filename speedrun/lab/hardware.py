@@ -2,7 +2,7 @@
 
 
 # %% Errors with a way out
-from speedrun.lab.errors import Problem
+from speedrun.lab.errors import UserError
 
 
 # %% Looking without touching
@@ -235,7 +235,7 @@ class Unlaunchable:
     def __getitem__(self, grid):
         where = f"{platform.system()}, Python {platform.python_version()}"
         fix = "pip install triton (Linux only), or call the plain reference beside the kernel"
-        raise Problem(f"kernel {self.__name__} cannot be launched: no Triton on {where}", fix)
+        raise UserError(f"kernel {self.__name__} cannot be launched: no Triton on {where}", fix)
 
 
 def jit(kernel):

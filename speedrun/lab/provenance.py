@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import speedrun
-from speedrun.lab.errors import Problem
+from speedrun.lab.errors import UserError
 from speedrun.lab.hardware import look, run_tool
 
 
@@ -40,7 +40,7 @@ def root() -> Path:
     folder = Path(speedrun.__file__).resolve().parent.parent
     if not (folder / "book" / "data").is_dir():
         what = f"there is no project around {folder / 'speedrun'}: book/data is missing"
-        raise Problem(what, "pip install -e . in a clone of the repository")
+        raise UserError(what, "pip install -e . in a clone of the repository")
     return folder
 
 

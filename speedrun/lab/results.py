@@ -9,7 +9,7 @@ import csv
 import json
 from pathlib import Path
 
-from speedrun.lab.errors import Problem
+from speedrun.lab.errors import UserError
 from speedrun.lab.files import atomic_write
 
 
@@ -53,7 +53,7 @@ def load_result(slug: str, name: str) -> dict:
     note_opened(path)
     if not path.is_file():
         what = f"book/results/{slug}/{name}.json does not exist: nobody has measured that yet"
-        raise Problem(what, f"python scripts/measure.py {slug} {name}")
+        raise UserError(what, f"python scripts/measure.py {slug} {name}")
     return json.loads(path.read_text(encoding="utf-8"))
 
 

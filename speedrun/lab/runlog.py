@@ -9,7 +9,7 @@ import re
 import time
 from pathlib import Path
 
-from speedrun.lab.errors import Problem
+from speedrun.lab.errors import UserError
 
 LINE = re.compile(
     r"step:(?P<step>\d+)/(?P<steps>\d+)(?: train_loss:(?P<train_loss>\S+))?"
@@ -112,7 +112,7 @@ def read_metrics(path: str | Path) -> list[dict]:
         except json.JSONDecodeError as error:
             if number < len(lines):
                 fix = "take that line out; the others are whole"
-                raise Problem(f"{path}, line {number}: not a record: {error}", fix) from None
+                raise UserError(f"{path}, line {number}: not a record: {error}", fix) from None
     return records
 
 

@@ -57,9 +57,9 @@ def beside(sample: Sample, control: Sample) -> str:
 # %% How many runs?
 def power(difference: float, sd: float, n: int, alpha: float = 0.01) -> float:
     """Chance that n runs against n show a true difference of means, in a one-sided t-test at level alpha."""
-    freedom = 2 * n - 2
-    threshold = stats.t.ppf(1 - alpha, freedom)
-    return float(stats.nct.sf(threshold, freedom, difference / (sd * math.sqrt(2 / n))))
+    dof = 2 * n - 2
+    threshold = stats.t.ppf(1 - alpha, dof)
+    return float(stats.nct.sf(threshold, dof, difference / (sd * math.sqrt(2 / n))))
 
 
 def runs_needed(difference: float, sd: float, alpha: float = 0.01, wanted: float = 0.9) -> int:
@@ -97,36 +97,36 @@ class Study:
     """Arms beside one control: samples and, for all but the control, Dunnett's p, by name; one deviation for all, and its degrees of freedom."""
 
     samples: dict[str, Sample]
-    chance: dict[str, float]
-    deviation: float
-    freedom: int
+    p_values: dict[str, float]
+    pooled_sd: float
+    dof: int
 
-    def rise(self, arm: str) -> float:
+    def delta(self, arm: str) -> float:
         """How far an arm's mean is above the control's."""
         return self.samples[arm].mean - self.samples["control"].mean
 
     def line(self, arm: str) -> str:
         """An arm beside the control, for printing."""
-        return f"{arm:36} {self.samples[arm]}  {self.rise(arm):+.4f}, {p_text(self.chance[arm])}"
+        return f"{arm:36} {self.samples[arm]}  {self.delta(arm):+.4f}, {p_text(self.p_values[arm])}"
 
-    def visible(self, n: int, power: float = 0.5, alpha: float = 0.05) -> float:
+    def detectable(self, n: int, power: float = 0.5, alpha: float = 0.05) -> float:
         """About the true difference that an arm of n runs shows with this probability at p < alpha (by Bonferroni's threshold, which is near)."""
-        error = self.deviation * math.sqrt(1 / n + 1 / self.samples["control"].n)
-        height = stats.t.isf(alpha / len(self.chance) / 2, self.freedom)
-        return float(error * (height + stats.t.ppf(power, self.freedom)))
+        error = self.pooled_sd * math.sqrt(1 / n + 1 / self.samples["control"].n)
+        height = stats.t.isf(alpha / len(self.p_values) / 2, self.dof)
+        return float(error * (height + stats.t.ppf(power, self.dof)))
 
-    def between(self, a: str, b: str) -> float:
+    def pairwise_p(self, a: str, b: str) -> float:
         """Two-sided p-value of the difference of two arms, as if nothing else had been asked: Student's test with the common deviation."""
         one, two = self.samples[a], self.samples[b]
-        t = (one.mean - two.mean) / (self.deviation * math.sqrt(1 / one.n + 1 / two.n))
-        return float(2 * stats.t.sf(abs(t), self.freedom))
+        t = (one.mean - two.mean) / (self.pooled_sd * math.sqrt(1 / one.n + 1 / two.n))
+        return float(2 * stats.t.sf(abs(t), self.dof))
 
 
 def study_of(losses: Mapping[str, Sequence[float]]) -> Study:
     """A study from each arm's losses, those of “control” among them."""
     samples = {arm: describe(values) for arm, values in losses.items()}
-    freedom = sum(sample.n - 1 for sample in samples.values())
+    dof = sum(sample.n - 1 for sample in samples.values())
     squares = math.fsum((sample.n - 1) * sample.sd**2 for sample in samples.values())
     others = {arm: values for arm, values in losses.items() if arm != "control"}
     chance = against_control(others, losses["control"])
-    return Study(samples, chance, math.sqrt(squares / freedom), freedom)
+    return Study(samples, chance, math.sqrt(squares / dof), dof)

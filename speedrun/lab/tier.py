@@ -11,7 +11,7 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-from speedrun.lab.errors import Problem, visible
+from speedrun.lab.errors import UserError, visible
 
 
 @dataclass(frozen=True)
@@ -35,17 +35,17 @@ class Tier:
 
 
 def tier_of(machine: Machine, asked: str) -> Tier:
-    """The tier that `TIER=asked` chooses: C, 1, or if empty 1 where a GPU has CHAPTER_GB and else C. Raises Problem."""
+    """The tier that `TIER=asked` chooses: C, 1, or if empty 1 where a GPU has CHAPTER_GB and else C. Raises UserError."""
     if asked not in ("", "C", "c", "1"):
         fix = "TIER=C keeps to the CPU, TIER=1 takes one GPU; without TIER the machine decides"
-        raise Problem(f"TIER={visible(asked)} is no tier of a chapter", fix)
+        raise UserError(f"TIER={visible(asked)} is no tier of a chapter", fix)
     gpus = usable_gpus(machine)
     large = [gpu for gpu in gpus if gpu.memory_gb >= CHAPTER_GB]
     if asked == "1" and not gpus:
         trouble = gpu_problem(machine)
         why = trouble.what if trouble else "PyTorch finds no GPU here"
         fix = "python -m speedrun.lab.doctor says more; a kernel that was at tier C has to be restarted; or TIER=C"  # fmt: skip
-        raise Problem(f"TIER=1 wants a GPU: {why}", fix)
+        raise UserError(f"TIER=1 wants a GPU: {why}", fix)
     if asked == "1" and not large:
         return Tier(max(gpus, key=lambda gpu: gpu.memory_gb))
     return Tier(large[0] if large and asked in ("", "1") else None)
@@ -63,11 +63,11 @@ def reason(tier: Tier, machine: Machine, asked: str) -> str:
 
 
 def show_only(tier: Tier, machine: Machine) -> None:
-    """Hide all GPUs but the tier's from this process and those that it starts. Raises Problem if CUDA is initialised already."""
+    """Hide all GPUs but the tier's from this process and those that it starts. Raises UserError if CUDA is initialised already."""
     cuda = getattr(sys.modules.get("torch"), "cuda", None)
     if tier.gpu is None and cuda is not None and cuda.is_initialized():
         what = "this kernel has a GPU in use, and tier C keeps to the CPU"
-        raise Problem(what, "restart the kernel, and run the chapter from its first cell")
+        raise UserError(what, "restart the kernel, and run the chapter from its first cell")
     if tier.gpu is None:
         os.environ["CUDA_VISIBLE_DEVICES"] = "-1"  # an empty variable is none at all on Windows
     elif len(machine.gpus) > 1:

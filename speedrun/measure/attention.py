@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from speedrun.lab.errors import Problem
+from speedrun.lab.errors import UserError
 from speedrun.lab.provenance import stamp
 from speedrun.model.masks import flex_attention_packed
 
@@ -205,7 +205,7 @@ def times_of(backend: str, tokens: int, cap: int, window: int) -> dict[str, Any]
 def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
     """Times of all backends, forward and backward, in turn; errors in the shortest rows against float64."""
     if not torch.cuda.is_available():
-        raise Problem(f"{name} times kernels", "run it on an NVIDIA GPU")
+        raise UserError(f"{name} times kernels", "run it on an NVIDIA GPU")
     rows, backends = [], [*WAYS, "fa2", "flex"]
     for backend in backends + ["fa3", "fa3 operator"] * bool(arguments):
         if backend == "fa3":

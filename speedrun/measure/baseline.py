@@ -11,7 +11,7 @@ import time
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from speedrun.lab.errors import Problem
+from speedrun.lab.errors import UserError
 from speedrun.lab.provenance import stamp
 from speedrun.model import gpt
 
@@ -77,7 +77,7 @@ def make_step(tokens: torch.Tensor, bf16: bool, compiled: bool):
 def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
     """Profile a step of the 124M model in each of the FORMS on one GPU. Returns data and stamp."""
     if not torch.cuda.is_available():
-        raise Problem(
+        raise UserError(
             "the profile of the baseline needs a GPU",
             "the committed one is book/results/baseline/step.json",
         )

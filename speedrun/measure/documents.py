@@ -22,9 +22,9 @@ def study() -> dict[str, Config]:
     """
     plain = {"schedule.stages": (Stage(1.0, 1, 1.5, 1024),), "model.attention.yarn": False}
     sizes: dict[str, Any] = {
-        "data.step_tokens": 4096,
-        "data.pass_tokens": 2048,
-        "data.grad_shards": 4,
+        "data.batch_tokens": 4096,
+        "data.max_forward_tokens": 2048,
+        "data.micro_batches": 4,
     }
     base = vary(preset("cpu"), plain | sizes | {"steps": 600, "data.mode": "documents"})
     arms: dict[str, dict[str, Any]] = {

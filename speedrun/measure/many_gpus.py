@@ -29,7 +29,7 @@ from speedrun.schedule import StepSettings
 from speedrun.params import ParamSpec
 from speedrun.config import vary
 from speedrun.presets import RECORD_MUON, preset
-from speedrun.lab.errors import Problem
+from speedrun.lab.errors import UserError
 from speedrun.lab.provenance import root, stamp
 
 NAMES = ("wire",)
@@ -80,7 +80,7 @@ def sent_by_machine() -> float:
     """Bytes that this machine has sent through all network devices, the loopback among them, by the number of ranks."""
     path = Path("/proc/net/dev")
     if not path.exists():
-        raise Problem("bytes are counted in /proc/net/dev", "measure this on Linux")
+        raise UserError("bytes are counted in /proc/net/dev", "measure this on Linux")
     lines = path.read_text().splitlines()[2:]
     return sum(int(line.split(":")[1].split()[8]) for line in lines) / dist_info()[1]
 
@@ -98,7 +98,9 @@ def sent_by_gpu(index: int) -> float:
     (value,) = pynvml.nvmlDeviceGetFieldValues(handle, [(counter, every)])
     if value.nvmlReturn:
         error = pynvml.NVMLError(value.nvmlReturn)
-        raise Problem(f"GPU {index} does not count what its NVLinks send: {error}", "count on gloo")
+        raise UserError(
+            f"GPU {index} does not count what its NVLinks send: {error}", "count on gloo"
+        )
     return 1024 * value.value.ullVal
 
 
@@ -339,7 +341,7 @@ def sent_so_far(device: torch.device) -> float | None:
     wait_for(device.type)
     if dist_info()[1] > 1:
         dist.barrier()
-    with contextlib.suppress(Problem):
+    with contextlib.suppress(UserError):
         return sent_by_gpu(device.index or 0) if device.type == "cuda" else sent_by_machine()
     return None
 
@@ -490,7 +492,7 @@ def on_gpus(name: str) -> dict:
     """A measurement on this machine's GPUs."""
     count = torch.cuda.device_count()
     if count < (1 if name == "step" else 2):
-        raise Problem(f"“{name}” is measured on GPUs, here are {count}", "make doctor says why")
+        raise UserError(f"“{name}” is measured on GPUs, here are {count}", "make doctor says why")
     if name != "step":
         return on_ranks(2, name, "cuda")
     worlds = {str(w): on_ranks(w, "step", "cuda") for w in RANKS if w <= count}
@@ -503,7 +505,7 @@ def run_on_gpus(world: int, path: str, command: str) -> tuple[dict, dict]:
 
     if (count := torch.cuda.device_count()) < world:
         what = f"“run_{world}” is measured on GPUs, here are {count}"
-        raise Problem(what, "make doctor says why")
+        raise UserError(what, "make doctor says why")
     run = preset("record_200m")
     run = vary(run, {"data.path": str(Path(path or run.data.path).absolute())})
     of = ["speedrun.train", "speedrun.measure.many_gpus"]

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from speedrun.data.loader import Shards
-from speedrun.lab.errors import Problem
+from speedrun.lab.errors import UserError
 from speedrun.lab.hardware import look
 from speedrun.lab.results import load_result
 from speedrun.lab.runlog import read_metrics, series
@@ -101,7 +101,7 @@ def cpu_base() -> Config:
 def gpu_base(data: str) -> Config:
     """The run in which ideas are compared on a GPU: 30 million parameters, 400 steps of 32,768 tokens."""
     sizes = {"model.layers": 6, "model.heads": 6, "model.width": 384, "model.init_std": 0.03}
-    reads = {"data.path": data, "data.step_tokens": 32_768, "data.grad_shards": 1}
+    reads = {"data.path": data, "data.batch_tokens": 32_768, "data.micro_batches": 1}
     lasts: dict[str, Any] = {"steps": 400, "schedule.warmup_steps": 40, "val_tokens": 1_048_576}
     adamw = {"optim.matrices": "adam", "optim.matrix_lr": 0.0, "schedule.momentum_min": 0.0}
     adamw |= fields_of(MuonConfig(weight_decay=0.1), "optim.muon.")  # should an arm have it
@@ -239,7 +239,7 @@ def each_on_gpus(runs: Sequence[Config]) -> Iterator[tuple[int, dict]]:
     """
     context, gpus = get_context("spawn"), len(look().gpus)
     if not gpus:
-        raise Problem("this is measured on a GPU, and PyTorch sees none", "make doctor says why")
+        raise UserError("this is measured on a GPU, and PyTorch sees none", "make doctor says why")
     numbers, groups = context.Queue(), groups_of(runs, gpus)
     for number in (*range(gpus), *range(gpus)):
         numbers.put(number)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from speedrun.config import config_from_json
 from speedrun.presets import as_arguments
-from speedrun.lab.errors import Problem
+from speedrun.lab.errors import UserError
 from speedrun.measure.study import measured_run
 
 NAMES = ()  # any name: python scripts/measure.py speedrun NAME RUN_FOLDER …
@@ -16,14 +16,14 @@ NAMES = ()  # any name: python scripts/measure.py speedrun NAME RUN_FOLDER …
 def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
     """Collect finished runs (their folders) under a name. Returns data, and the stamp of the first run for all."""
     if not arguments:
-        raise Problem(
+        raise UserError(
             f"no run is given for {name}", f"python scripts/measure.py speedrun {name} runs/…"
         )
     runs = [measured_run(Path(folder)) for folder in arguments]
     stamps = [run.pop("stamp") for run in runs]
     if len({(stamp["gpu"], stamp["torch"], stamp["corpus"]["sha256"]) for stamp in stamps}) > 1:
         what = f"the runs of {name} were made on different machines, versions or texts"
-        raise Problem(what, "measure them together")
+        raise UserError(what, "measure them together")
     arguments = as_arguments(config_from_json(runs[0]["config"]))
     again = {"command": shlex.join(["python", "-m", "speedrun.launch", *arguments])}
     seeds = [seed for stamp in stamps for seed in stamp["seeds"]]

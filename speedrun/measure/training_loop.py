@@ -124,6 +124,6 @@ def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
         warm_up(run)
         data = {"steps": time_steps(run, repeats), "pieces": time_pieces(run, repeats)}
     manifest = run.loader.shards.manifest
-    data |= {"config": dataclasses.asdict(config), "tokens": config.data.step_tokens}
+    data |= {"config": dataclasses.asdict(config), "tokens": config.data.batch_tokens}
     corpus = {"name": manifest.source, "sha256": manifest.sha256}
     return data, stamp(command, modules, repeats, corpus=corpus)

@@ -45,8 +45,8 @@ def study() -> dict[str, Config]:
     """The laptop's run on whole files, three seeds; makes the files. Its long layer looks back over 256, then 512 tokens."""
     whole_files(root() / "data" / "files")
     stages = tuple(Stage(1 / 2, 1, 1.5, LONGEST, (64, long)) for long in (256, TRAINED))
-    reads = {"data.path": "data/files", "data.max_document": LONGEST, "data.grad_shards": 1}
-    sizes = {"data.step_tokens": LONGEST, "data.pass_tokens": LONGEST, "steps": 600}
+    reads = {"data.path": "data/files", "data.max_doc_tokens": LONGEST, "data.micro_batches": 1}
+    sizes = {"data.batch_tokens": LONGEST, "data.max_forward_tokens": LONGEST, "steps": 600}
     run = vary(preset("cpu"), reads | sizes | {"schedule.stages": stages})
     return runs_of({"files": run}, (0, 1, 2))
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from speedrun.lab.bounds import NonNegativeFloat, NonNegativeInt
-from speedrun.lab.errors import Problem
+from speedrun.lab.errors import UserError
 from speedrun.lab.hardware import find_triton
 
 Backend = Literal["auto", "triton", "fa2", "fa3", "flex", "sdpa"]
@@ -87,11 +87,11 @@ def why_not(backend: str, device: torch.device, dtype: torch.dtype, head_dim: in
 
 
 def choose_backend(asked: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
-    """The backend that will be used. Raises Problem for one that was asked for by name and cannot."""
+    """The backend that will be used. Raises UserError for one that was asked for by name and cannot."""
     there = (device, dtype, head_dim)
     if asked != "auto":
         if reason := why_not(asked, *there):
-            raise Problem(
+            raise UserError(
                 f"model.attention.backend={asked}: {reason}", "--model.attention.backend auto"
             )
         return asked

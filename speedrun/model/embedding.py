@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from speedrun.lab.bounds import NonNegativeFloat, PositiveFloat
 
-READS = 12  # how many of a vector's numbers a gate looks at
+GATE_CHANNELS = 12  # how many of a vector's numbers a gate looks at
 Value = int | Literal["first"] | None
 
 
@@ -24,18 +24,18 @@ class EmbeddingConfig:
     """RMS norm behind the lookup, so that only a vector's direction counts."""
     std: NonNegativeFloat = 0.0
     """Deviation of the first vectors; 0: model.init_std."""
-    rate: PositiveFloat = 1.0
-    """The embedding's rate as a multiple of optim.adam.lr."""
+    lr_mul: PositiveFloat = 1.0
+    """The embedding's learning rate as a multiple of optim.adam.lr."""
     smear: bool = False
     """Each token's vector gets a little of the one before, through a gate."""
     values: Literal["none", "first", "all", "mirror", "outer", "ends"] = "none"
     """What is mixed into attention's values: the first layer's, or rows of tables. all: a table a layer. mirror: one for first and last, and so on. outer: three, for the first and the last three layers. ends: five, for the first two and the last three."""
-    value_mix: Literal["share", "free", "gates"] = "share"
+    value_residual: Literal["share", "free", "gates"] = "share"
     """share: two learned weights that add up to 1, from halves. free: two. gates: 1 for the values, and a gate for every token and head."""
     value_std: NonNegativeFloat = 0.01
     """Deviation of the tables' first entries; record 70's is 0.01, record 14's was 1."""
-    value_rate: PositiveFloat = 1.0
-    """The tables' rate as a multiple of optim.adam.lr."""
+    value_lr_mul: PositiveFloat = 1.0
+    """The tables' learning rate as a multiple of optim.adam.lr."""
     value_decay: NonNegativeFloat = 1.0
     """The tables' weight decay as a multiple of optim.adam.weight_decay."""
 
@@ -57,28 +57,28 @@ def values_by_layer(layers: int, kind: str) -> list[Value]:
 
 # %% Gates and smear
 def gate(x: Tensor, weight: Tensor) -> Tensor:
-    """A number between 0 and 2 for every vector of x, (…, width); with a weight of (heads, READS), and not (READS,), one a head."""
-    return 2 * torch.sigmoid(F.linear(x[..., :READS], weight))
+    """A number between 0 and 2 for every vector of x, (…, width); with a weight of (heads, GATE_CHANNELS), and not (GATE_CHANNELS,), one a head."""
+    return 2 * torch.sigmoid(F.linear(x[..., :GATE_CHANNELS], weight))
 
 
 def smeared(x: Tensor, weights: Mapping[str, Any]) -> Tensor:
     """x, (batch, tokens, width), with a share of every vector added to the next one."""
-    share = weights["smear_weight"] * gate(x[:, 1:], weights["smear_gate"]) / 2
+    share = weights["smear_lambda"] * gate(x[:, 1:], weights["smear_gate"]) / 2
     return torch.cat([x[:, :1], x[:, 1:] + share[..., None] * x[:, :-1]], 1)
 
 
-def looked_up(inputs: Tensor, table: Tensor, tables: int) -> tuple[Tensor, ...]:
+def lookup_value_embeds(inputs: Tensor, table: Tensor, tables: int) -> tuple[Tensor, ...]:
     """Rows of value tables that stand on top of each other, in one gather: (batch, tokens, width) of each."""
     begins = len(table) // tables * torch.arange(tables, device=inputs.device)
     return F.embedding(inputs[..., None] + begins, table).unbind(-2)
 
 
-def with_value(
-    v: Tensor, other: Tensor, x: Tensor, weights: Mapping[str, Tensor], kind: str
+def add_value_embed(
+    v: Tensor, ve: Tensor, x: Tensor, weights: Mapping[str, Tensor], kind: str
 ) -> Tensor:
     """Attention's values, (batch, heads, tokens, head_dim), with others mixed in. x: (batch, tokens, width), what attention reads."""
     if kind == "gates":
-        return v + gate(x, weights["value_gate"]).mT[..., None] * other
-    weight = weights["value_mix"]
+        return v + gate(x, weights["ve_gate"]).mT[..., None] * ve
+    weight = weights["ve_lambdas"]
     own, others = (1 - weight, weight) if kind == "share" else weight.unbind()
-    return own * v + others * other
+    return own * v + others * ve

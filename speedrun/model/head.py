@@ -17,18 +17,18 @@ Cap = Literal["none", "tanh30", "tanh15", "sigmoid30", "sigmoid23"]
 
 @dataclass(frozen=True)
 class HeadConfig:
-    """From the last vectors to the loss. The defaults are GPT-2's."""
+    """From the last vectors to the loss; the matrix `head` is upstream's lm_head. The defaults are GPT-2's."""
 
     tied: Literal["tied", "untied", "split"] = "tied"
-    """tied: the embedding is the head. untied: two matrices. split: two that are kept equal until schedule.untie_at."""
+    """Weight tying (Press and Wolf 2016). tied: the embedding is the head. untied: two matrices. split: two that are kept equal until schedule.untie_at."""
     std: NonNegativeFloat = 0.0
     """untied: deviation of the head's first weights; 0: zeros."""
-    rate: PositiveFloat = 1.0
-    """untied: the head's rate as a multiple of optim.adam.lr."""
+    lr_mul: PositiveFloat = 1.0
+    """untied: the head's learning rate as a multiple of optim.adam.lr."""
     multiple: Annotated[int, Interval(ge=1, le=2**16)] = 1
     """The vocabulary is padded to a multiple of this, by rows that no token uses."""
-    cap: Cap = "none"
-    """How logits are bounded: 30 tanh(z/30), 15 tanh(z/15), 30 sigmoid(z/7.5), 23 sigmoid((z+5)/7.5)."""
+    softcap: Cap = "none"
+    """The logit softcap (Gemma 2), by which logits are bounded: 30 tanh(z/30), 15 tanh(z/15), 30 sigmoid(z/7.5), 23 sigmoid((z+5)/7.5)."""
 
 
 def padded(vocab_size: int, multiple: int) -> int:
@@ -37,7 +37,7 @@ def padded(vocab_size: int, multiple: int) -> int:
 
 
 # %% Caps
-def capped(logits: Tensor, cap: Cap) -> Tensor:
+def softcap(logits: Tensor, cap: Cap) -> Tensor:
     """Logits, bounded as the option says; in their own dtype."""
     if cap.startswith("tanh"):
         bound = float(cap.removeprefix("tanh"))
@@ -49,5 +49,5 @@ def capped(logits: Tensor, cap: Cap) -> Tensor:
 
 def loss_of(logits: Tensor, targets: Tensor, cap: Cap) -> Tensor:
     """Mean cross-entropy in nats of (…, vocab) logits, computed in float32; bits are nats / ln 2."""
-    bounded = capped(logits.float(), cap)
+    bounded = softcap(logits.float(), cap)
     return F.cross_entropy(bounded.flatten(0, -2), targets.flatten())

@@ -30,7 +30,7 @@ def document_numbers(cu_seqlens: Tensor, tokens: int) -> Tensor:
 
 
 def document_mask(documents: Tensor) -> MaskMod:
-    """Queries and keys of one document. documents: (tokens,), as `document_numbers` has them."""
+    """The document mask: queries and keys of one document. documents: (tokens,), as `document_numbers` has them."""
     return lambda b, h, q_idx, kv_idx: (documents[q_idx] == documents[kv_idx]) & (documents[q_idx] >= 0)  # fmt: skip
 
 

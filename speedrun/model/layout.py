@@ -1,7 +1,7 @@
 # Tangled from notebooks/07_plumbing.py: edit the notebook, then run "make tangle". Edits made here are lost.
 
 
-from speedrun.model.embedding import EmbeddingConfig, READS, Value, gate, values_by_layer
+from speedrun.model.embedding import EmbeddingConfig, GATE_CHANNELS, Value, gate, values_by_layer
 
 
 # %% The plan
@@ -31,8 +31,8 @@ class PlanConfig:
     """A share of the stream as it was after three quarters of the layers is taken out at the end; learned, from 0.5."""
     without: Literal["nothing", "attention", "mlp", "both"] = "nothing"
     """attention: the second layer of the later half has none. mlp: the first has none."""
-    rate: PositiveFloat = 1.0
-    """The rate of all weights that mix, as a multiple of optim.adam.lr."""
+    lr_mul: PositiveFloat = 1.0
+    """The learning rate of all weights that mix, as a multiple of optim.adam.lr."""
     stream_dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the residual stream; bfloat16: from the embedding on."""
 
@@ -58,18 +58,20 @@ def skip_pairs(layers: int, kind: str) -> dict[int, int]:
     return pairs if kind != "none" else {}
 
 
-def make_plan(
+def make_layout(
     layers: int, options: PlanConfig, embedding: EmbeddingConfig
 ) -> tuple[LayerSpec, ...]:
     """One row for each layer."""
     skips, values = skip_pairs(layers, options.skips), values_by_layer(layers, embedding.values)
-    deaf = min(layers // 2 + 1, layers - 1) if options.without in ("attention", "both") else None
-    dull = 0 if options.without in ("mlp", "both") else None
-    if deaf is not None:
-        values[deaf] = None
+    no_attn = min(layers // 2 + 1, layers - 1) if options.without in ("attention", "both") else None
+    no_mlp = 0 if options.without in ("mlp", "both") else None
+    if no_attn is not None:
+        values[no_attn] = None
     used = sorted({value for value in values if isinstance(value, int)})
     values = [used.index(value) if isinstance(value, int) else value for value in values]
-    return tuple(LayerSpec(n != deaf, n != dull, skips.get(n), values[n]) for n in range(layers))
+    return tuple(
+        LayerSpec(n != no_attn, n != no_mlp, skips.get(n), values[n]) for n in range(layers)
+    )
 
 
 def tables_of(plan: Sequence[LayerSpec]) -> int:
@@ -84,27 +86,29 @@ def scalar_specs(
     skipping = tuple(n for n, spec in enumerate(plan) if spec.skip is not None)
     valued = tuple(n for n, spec in enumerate(plan) if spec.value is not None)
     everyone = tuple(range(len(plan)))
-    row: Any = partial(ParamSpec, lr_mul=config.rate, is_scalar=True)
-    specs = [row("smear_weight", (1,)), row("smear_gate", (READS,))] if embedding.smear else []
+    row: Any = partial(ParamSpec, lr_mul=config.lr_mul, is_scalar=True)
+    specs = (
+        [row("smear_lambda", (1,)), row("smear_gate", (GATE_CHANNELS,))] if embedding.smear else []
+    )
     if config.x0:
-        specs.append(row("stream_weight", (len(plan),), everyone, init_mean=config.residual))
-        specs.append(row("x0_weight", (len(plan),), everyone))
+        specs.append(row("resid_lambdas", (len(plan),), everyone, init_mean=config.residual))
+        specs.append(row("x0_lambdas", (len(plan),), everyone))
     if skipping:
         mean = 1.0 if config.skips == "unet" else -1.5
-        specs.append(row("skip_weight", (len(skipping),), skipping, init_mean=mean))
+        specs.append(row("skip_lambdas", (len(skipping),), skipping, init_mean=mean))
     if config.skips == "gated":
-        specs.append(row("skip_gate", (1, READS), skipping))
-    if valued and embedding.value_mix == "gates":
-        specs.append(row("value_gate", (len(valued), heads, READS), valued))
+        specs.append(row("skip_gate", (1, GATE_CHANNELS), skipping))
+    if valued and embedding.value_residual == "gates":
+        specs.append(row("ve_gate", (len(valued), heads, GATE_CHANNELS), valued))
     elif valued:
-        shape = (len(valued),) if embedding.value_mix == "share" else (len(valued), 2)
-        specs.append(row("value_mix", shape, valued, init_mean=0.5))
+        shape = (len(valued),) if embedding.value_residual == "share" else (len(valued), 2)
+        specs.append(row("ve_lambdas", shape, valued, init_mean=0.5))
     if config.backout:
-        specs.append(row("backout_weight", (1,), init_mean=0.5))
+        specs.append(row("backout_lambda", (1,), init_mean=0.5))
     return specs
 
 
-def enter(
+def mix_residual(
     x: Tensor,
     x0: Tensor,
     outputs: Sequence[Tensor],
@@ -114,18 +118,18 @@ def enter(
 ) -> Tensor:
     """What a layer gets, (batch, tokens, width): the stream, with an earlier layer's output and x0 mixed in."""
     if spec.skip is not None:
-        weight = weights["skip_weight"]
+        weight = weights["skip_lambdas"]
         weight = weight if skips == "unet" else torch.sigmoid(weight)
         if skips == "gated":
             weight = weight * gate(x0, weights["skip_gate"])[..., None]
         x = x + weight * outputs[spec.skip]
-    if "x0_weight" in weights:
-        x = weights["stream_weight"] * x + weights["x0_weight"] * x0
+    if "x0_lambdas" in weights:
+        x = weights["resid_lambdas"] * x + weights["x0_lambdas"] * x0
     return x
 
 
-def leave(x: Tensor, outputs: Sequence[Tensor], weights: Mapping[str, Any]) -> Tensor:
+def apply_backout(x: Tensor, outputs: Sequence[Tensor], weights: Mapping[str, Any]) -> Tensor:
     """What the final norm gets: the stream, less a share of what it was after three quarters of the layers."""
-    if weights.get("backout_weight") is None:
+    if weights.get("backout_lambda") is None:
         return x
-    return x - weights["backout_weight"] * outputs[min(2 * len(outputs) // 3, len(outputs) - 2)]
+    return x - weights["backout_lambda"] * outputs[min(2 * len(outputs) // 3, len(outputs) - 2)]
