@@ -8,6 +8,7 @@ everything; what old code does not know is left out where it is off, and refused
 
 import dataclasses
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -63,12 +64,21 @@ TABLE_DECAY = 150.0  # the multiple of sharing.adam_decay that tables had
 
 
 class Step(NamedTuple):
-    """One change of names. since: a module that the package has had since then."""
+    """One change of names. since: a module that the package has had since then. words: what was renamed in code, as patterns, and to what."""
 
     since: str
     is_old: Callable[[Flat], bool]
     forward: Callable[[Flat], Flat]
     back: Callable[[Flat], Flat]
+    words: tuple[tuple[str, str], ...] = ()
+
+
+def reworded(text: str, steps: int) -> str:
+    """Code from before the last `steps` changes, in the words since: what differs from today's then is more than names."""
+    for step in STEPS[len(STEPS) - steps :]:
+        for pattern, new in step.words:
+            text = re.sub(pattern, new, text)
+    return text
 
 
 def backwards(names: dict) -> dict:
@@ -152,6 +162,45 @@ FIELDS_WORDS = {  # before the field's words → since
 }
 
 
+CODE_WORDS = {
+    "stream_weight": "resid_lambdas",
+    "x0_weight": "x0_lambdas",
+    "skip_weight": "skip_lambdas",
+    "backout_weight": "backout_lambda",
+    "smear_weight": "smear_lambda",
+    "value_gate": "ve_gate",
+    "READS": "GATE_CHANNELS",
+    "capped": "softcap",
+    "looked_up": "lookup_value_embeds",
+    "with_value": "add_value_embed",
+    "Problem": "UserError",
+    "plan_step": "plan_documents",
+    "plan_of": "layout_of",
+    "speedrun.model.plan": "speedrun.model.layout",
+    "enter(?=[(,])": "mix_residual",
+    "leave(?=[(,])": "apply_backout",
+    "deaf": "no_attn",
+    "dull": "no_mlp",
+    "chance": "p_values",
+    "deviation": "pooled_sd",
+    "freedom": "dof",
+    "step_tokens": "batch_tokens",
+    "grad_shards": "micro_batches",
+    "pass_tokens": "max_forward_tokens",
+    "max_document": "max_doc_tokens",
+    "value_rate": "value_lr_mul",
+    "step-tokens": "batch-tokens",
+    "grad-shards": "micro-batches",
+    "pass-tokens": "max-forward-tokens",
+    "max-document": "max-doc-tokens",
+    "embedding.value_mix": "embedding.value_residual",
+    "embedding.rate": "embedding.lr_mul",
+    "plan.rate": "plan.lr_mul",
+    "head.rate": "head.lr_mul",
+    "head.cap": "head.softcap",
+}  # before the field's words → since
+
+
 def renamed(names: dict[str, str]) -> Callable[[Flat], Flat]:
     """A change of names and nothing else."""
     return lambda flat: {names.get(name, name): value for name, value in flat.items()}
@@ -159,7 +208,7 @@ def renamed(names: dict[str, str]) -> Callable[[Flat], Flat]:
 
 STEPS = (
     Step("speedrun.params", lambda flat: "optim.lr" in flat, one_optimizer, two_optimizers),
-    Step("speedrun.model.layout", lambda flat: "data.step_tokens" in flat, renamed(FIELDS_WORDS), renamed(backwards(FIELDS_WORDS))),
+    Step("speedrun.model.layout", lambda flat: "data.step_tokens" in flat, renamed(FIELDS_WORDS), renamed(backwards(FIELDS_WORDS)), tuple((rf"\b{old}" + r"\b" * old[-1].isalnum(), new) for old, new in CODE_WORDS.items())),
 )  # fmt: skip
 
 

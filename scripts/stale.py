@@ -26,7 +26,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from migrate import STEPS, configs_in, in_older_names
+from migrate import STEPS, configs_in, in_older_names, reworded
 
 from speedrun.config import Config, config_from_json, fields_of, vary
 from speedrun.cpu_size import RAMPS, at_cpu_size
@@ -187,9 +187,14 @@ def hash_of(blob: str) -> str:
 
 
 def source_at(commit: str, module: str) -> str:
-    """A module's text at a commit, empty if it did not exist."""
+    """A module's text at a commit, in today's words; empty if it did not exist."""
     blob = blobs(commit).get(module)
-    return text_of(blob) if blob else ""
+    return todays_words(blob, names_at(commit)) if blob else ""
+
+
+@functools.cache
+def todays_words(blob: str, steps: int) -> str:
+    return reworded(text_of(blob), steps)
 
 
 def holds(commit: str, modules: dict[str, str]) -> bool:
@@ -388,7 +393,7 @@ def tiny(saved: dict, data: Path) -> Config:
 
 def names_at(commit: str) -> int:
     """How many changes of names came after a commit."""
-    return sum(not source_at(commit, step.since) for step in STEPS)
+    return sum(step.since not in blobs(commit) for step in STEPS)
 
 
 def way(run: Config) -> str:

@@ -358,3 +358,22 @@ class TestProof:
             path.write_text(json.dumps(result))
         said, _ = prove(project)
         assert set(said.values()) == {"not proved: no commit holds the code that was measured"}
+
+
+class TestWords:
+    def test_a_rename_is_no_change_and_anything_more_is(self):
+        from migrate import reworded
+
+        old = (
+            'def capped(z, step_tokens):\n    raise Problem(f"--data.step-tokens {step_tokens}")\n'
+        )
+        new = 'def softcap(z, batch_tokens):\n    raise UserError(f"--data.batch-tokens {batch_tokens}")\n'
+        assert stale.changes({"m": reworded(old, 1)}, {"m": new}) == {"m": []}
+        assert stale.changes({"m": reworded(old, 0)}, {"m": new})["m"]
+        other = new.replace("raise", "return")
+        assert stale.changes({"m": reworded(old, 1)}, {"m": other})["m"]
+
+    def test_a_longer_word_is_left_alone(self):
+        from migrate import reworded
+
+        assert reworded("missteps step_tokens_x x.head.capital", 1) == "missteps step_tokens_x x.head.capital"  # fmt: skip
