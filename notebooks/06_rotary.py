@@ -253,7 +253,7 @@ print(
 #
 # ### Sixteen bits
 #
-# Since record 32 cosines and sines are kept in bfloat16. A cosine rounded to eight bits is off by at most two thousandths. An *angle* rounded so is another matter: beyond position 256 bfloat16 has no odd numbers. So angles are float32, and only their cosines are rounded:
+# Records 5 to 13 kept cosines and sines in bfloat16, and so do all since record 32. A cosine rounded to eight bits is off by at most two thousandths. An *angle* rounded so is another matter: beyond position 256 bfloat16 has no odd numbers. So angles are float32, and only their cosines are rounded:
 
 # %%
 exact = torch.outer(torch.arange(1024).double(), spectrum["rotary"].double())
@@ -535,7 +535,7 @@ print({f"record {n}": f"{s:.1f} s" for n, s in seconds.items()})
 #
 # ## What it costs, and when it fails
 #
-# Two multiplications a number, for queries and keys, in every layer, and tables: half a MiB in float32 for 1,024 positions and heads of 128, 67 MB in bfloat16 for the 262,144 of the record's validation.
+# Two multiplications a number, for queries and keys, in every layer, and tables: half a MiB in float32 for 1,024 positions and heads of 128, 67 MB in bfloat16 for rows of 262,144. (Upstream stores every angle twice, as it is and for paired heads, and needs some 800 for its validation.)
 #
 # What it does not give is an absolute position. What such a model knows of that, it infers from the causal mask, or from a token that stands at every beginning.
 #

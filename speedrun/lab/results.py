@@ -21,7 +21,7 @@ def freshness(result: dict) -> str:
 
 
 def public_table(name: str) -> list[dict]:
-    """A table of the public record history, book/data/<name>.csv, as dicts of strings: records, curves or variance."""
+    """A table of the public record history, book/data/<name>.csv, as dicts of strings: records, curves, variance, or chain9 (record 9, one change after the other)."""
     path = root() / "book" / "data" / f"{name}.csv"
     note_opened(path)
     with open(path, encoding="utf-8", newline="") as file:
