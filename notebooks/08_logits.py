@@ -228,7 +228,7 @@ assert as_embedding.any(1).sum() == read < 64 and as_head.any(1).all()
 print(f"as an embedding {read} rows have a gradient, as a head all {len(as_head)} have")
 
 # %% [markdown]
-# There is a second thing about a shared matrix. At the start blocks do little or nothing, and what reaches the head is the embedding of the token that was just read, at length $\sqrt d$. Its product with its own row is $\sqrt d$ times that row's length, far more than with any other. So an untrained model with a tied head is sure of something: that the next token is the last one again.
+# There is a second thing about a shared matrix. Record 5 let the last matrices of attention and MLP begin with zeros ([chapter 05](05_modern_block.py)), so that at the start no block does anything. What reaches the head then is the embedding of the token that was just read, at length $\sqrt d$. Its product with its own row is $\sqrt d$ times that row's length, far more than with any other. So an untrained model with *idle blocks* and a tied head is sure of something: that the next token is the last one again. GPT-2's untrained blocks are not idle, and it is sure of nothing.
 
 # %%
 from speedrun.model.mlp import BlockConfig
@@ -244,9 +244,13 @@ again = chance.gather(-1, row[:, :-1, None]).mean().item()
 first = {"tied": fresh(row[:, :-1], row[:, 1:]).item()}
 untied = GPT(replace(turned, head=HeadConfig(tied="untied")), 288).to(tier.device)
 first["untied, zeros"] = untied(row[:, :-1], row[:, 1:]).item()
+plain = GPT(laptop, 288).to(tier.device)
+busy = plain(row[:, :-1]).softmax(-1).gather(-1, row[:, :-1, None]).mean().item()
+first["tied, GPT-2's blocks"] = plain(row[:, :-1], row[:, 1:]).item()
+assert busy < 0.02 and abs(first["tied, GPT-2's blocks"] - math.log(288)) < 0.2
 assert 0.6 < again < 0.8 and first["tied"] > math.log(288) + 0.9
 assert abs(first["untied, zeros"] - math.log(288)) < 1e-5
-print(f"untrained, it expects the same token again at {again:.0%}")
+print(f"untrained, it expects the same token again at {again:.0%}; GPT-2 at {busy:.0%}")
 print(
     "first loss:",
     {head: f"{loss:.2f}" for head, loss in first.items()},
@@ -254,7 +258,7 @@ print(
 )
 
 # %% [markdown]
-# That costs more than a nat at the first step. What counts is the width times the deviation, here 6.4. For GPT-2's it is 15, and for record 51's shared matrix, drawn with 0.005, it is 3.8:
+# That costs more than a nat at the first step. What counts is the width times the deviation, here 6.4. At a width of 768, for rows drawn with GPT-2's 0.02, it is 15, and for record 51's shared matrix, drawn with 0.005, it is 3.8:
 
 
 # %%
@@ -270,7 +274,18 @@ assert guess[0.02] > 0.98 and guess[0.005] < 0.002
 print({f"768 wide, {std}": f"{share:.1%}" for std, share in guess.items()})
 
 # %% [markdown]
-# (Learned positions, which are added to the embedding at the start, dilute it.)
+# If the share is nearly one, the loss of any *other* token is nearly the logit of that one: width times deviation. PyTorch draws a linear layer's rows with a deviation of $1/\sqrt{3d}$, which is what records 5 to 7 had. That predicts their first loss:
+
+# %%
+at_first = {row["record"]: float(row["val_loss"]) for row in public_table("curves") if row["step"] == "0"}  # fmt: skip
+predicted = 768 / math.sqrt(3 * 768)
+assert all(abs(at_first[n] - predicted) < 0.05 for n in ("5", "6", "7"))
+assert all(at_first[n] < 11.02 for n in ("1", "2", "4"))
+assert abs(at_first["8"] - math.log(50_304)) < 1e-3
+print(f"predicted {predicted:.2f};", {n: at_first[n] for n in ("1", "2", "4", "5", "6", "7", "8")})
+
+# %% [markdown]
+# Record 8 gave the head a matrix of its own, which begins with zeros, and since then every record begins at the logarithm of its vocabulary, or near it: record 51 tied the two again, but drew them with 0.005.
 #
 # How unlike are the two gradients, in a model that has begun to learn? Train the laptop's model for 150 steps, give its weights to one with two matrices, and look at the two gradients of the same rows:
 
