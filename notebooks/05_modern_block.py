@@ -295,6 +295,9 @@ print("in the first step these learn:", ", ".join(sorted(moved)))
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Validation loss of record 4 less record 5's by step, beside the difference of records 5 and 6, whose models are the same"}}
 import matplotlib.pyplot as plt
 
+from speedrun.lab.results import figure_style
+
+figure_style()
 logged: dict[str, dict[int, float]] = {}
 for row in public_table("curves"):
     logged.setdefault(row["record"], {})[int(row["step"])] = float(row["val_loss"])
@@ -325,7 +328,7 @@ axis.set_xlabel("steps of 524,288 tokens, 8×H100, FineWeb")
 axis.set_ylabel("saves (nats a token)")
 axis.legend(fontsize=8)
 axis.set_title(
-    f"The seven save {seven[500]:.2f} nats at step 500, and {seven[3500]:.3f} from step 2,500 on"
+    f"The seven save {seven[500]:.2f} nats at step 500, and {seven[3500]:.2f} from step 2,500 on"
 )
 plt.show()
 

@@ -567,9 +567,12 @@ for seed in range(3):
 figure_style()
 fig, axis = plt.subplots(figsize=(6, 3.4), layout="constrained")
 for n, (way, by) in enumerate(moved.items()):
-    wide = {w: each for w, each in by.items() if w >= 256 or way != "as trained"}
-    axis.plot([TRAINED, *(w for w in wide if w > TRAINED)], [0, *(np.mean(each) for w, each in wide.items() if w > TRAINED)], color=f"C{n}", label=way.replace("as trained", "unchanged"))  # fmt: skip
-    for w, each in wide.items():
+    drawn = {TRAINED: [0.0]} | {w: each for w, each in by.items() if w >= 256}
+    line = {w: np.mean(drawn[w]) for w in sorted(drawn)}
+    axis.plot(
+        [*line], [*line.values()], color=f"C{n}", label=way.replace("as trained", "unchanged")
+    )
+    for w, each in drawn.items():
         axis.plot([w] * len(each), each, "o", ms=3, color=f"C{n}")
 axis.axhline(0, color="0.4", lw=0.8, ls=":")
 axis.set_xscale("log", base=2)
@@ -580,7 +583,7 @@ axis.legend(fontsize=8)
 axis.set_title(
     f"Twice the window: {np.mean(with_both[1024]):+.3f} with both, {np.mean(plain[1024]):+.3f} unchanged"
 )
-fig.text(0.99, -0.03, measured_on(seen[0]), ha="right", fontsize=6.5)
+fig.text(0.99, -0.03, measured_on(seen[0]).replace("n=1", "n=3"), ha="right", fontsize=6.5)
 plt.show()
 
 # %% [markdown]

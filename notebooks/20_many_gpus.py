@@ -2137,7 +2137,13 @@ for kind, what, a, b in last["transfers"]:
     )
     if b - a > 300:
         axis.text(
-            (a + b) / 2000, -lane, what.replace("_", "\n"), ha="center", va="center", fontsize=7
+            (a + b) / 2000,
+            -lane,
+            what.replace("_", "\n"),
+            ha="center",
+            va="center",
+            fontsize=7,
+            color="w",
         )
 axis.set_xlim((begins - 800) / 1000, None)
 axis.set_yticks([0, -1, -2, -3], ["sums", "gathers", "products", "all else"])
