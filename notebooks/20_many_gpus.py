@@ -2106,11 +2106,12 @@ whole_runs = {w: load_result("many_gpus", f"run_{w}")["data"] for w in (1, 2, 4)
 step_ms = {w: [statistics.median(s["ms"]) for s in run["stages"]] for w, run in whole_runs.items()}
 for w, run in whole_runs.items():
     for stage, ms, alone in zip(run["stages"], step_ms[w], step_ms[1]):
-        gained = alone / ms
+        wire, formula = stage["sent"] / 1e6, stage["formula"] / 1e6
         print(
-            f"{w} GPUs, {stage['tokens']:>7,} tokens: {ms:6.1f} ms a step, {gained:.2f} times as fast; "
-            f"{stage['sent'] / 1e6:6.1f} MB sent, by formula {stage['formula'] / 1e6:6.1f}"
+            f"{w} GPUs, {stage['tokens']:>7,} tokens: {ms:5.1f} ms, {alone / ms:.2f} times as fast;",
+            end=" ",
         )
+        print(f"{wire:6.1f} MB sent ({formula:.1f})")
         assert abs(stage["sent"] - stage["formula"]) < 1e-4 * max(1, stage["formula"])
 faster = {w: [alone / ms for alone, ms in zip(step_ms[1], step_ms[w])] for w in (2, 4)}
 assert all(1.95 < gained < 2.0 for gained in faster[2])
