@@ -69,10 +69,10 @@ class TestScaling:
         """gloo sums by an all-reduce, of which each rank throws half away: between once and twice the formula."""
         from speedrun.measure.many_gpus import on_ranks
 
-        found = on_ranks(2, "run", rest=[str(embedded.absolute())])["stages"]
+        found = on_ranks(2, "run", rest=[str(embedded.absolute()), "4"])["stages"]
         assert [stage["tokens"] for stage in found] == [1024, 2048, 3072]
         for stage in found:
-            assert len(stage["ms"]) == 20 and min(stage["ms"]) > 0
+            assert len(stage["ms"]) == 4 and min(stage["ms"]) > 0
             assert 1.4 < stage["sent"] / stage["formula"] < 1.6
 
     def test_only_gpus_that_are_there(self):

@@ -346,7 +346,7 @@ def sent_so_far(device: torch.device) -> float | None:
     return None
 
 
-def stage_of_rank(run: Any, start: int) -> dict:
+def stage_of_rank(run: Any, start: int, steps: int) -> dict:
     """Milliseconds of steps in the stage that begins at `start`, and bytes that this rank sends in a step, as counted and by formula."""
     from speedrun.train import Marks, train_step
 
@@ -356,11 +356,11 @@ def stage_of_rank(run: Any, start: int) -> dict:
         train_step(run)
     before = sent_so_far(run.ranks.device)
     marks.restart()
-    for _ in range(RUN_STEPS):
+    for _ in range(steps):
         train_step(run)
         marks.mark()
     after = sent_so_far(run.ranks.device)
-    counted = None if before is None or after is None else (after - before) / RUN_STEPS
+    counted = None if before is None or after is None else (after - before) / steps
     found = {"step": start, "tokens": tokens, "ms": marks.drain()}
     return found | {"sent": counted, "formula": bytes_of_step(run.optimizer)}
 
@@ -434,7 +434,7 @@ def trace_of_run(run: Any) -> dict:
     return {"lanes": stretches(spans, gap=20.0), "transfers": named_transfers(spans, begun)}
 
 
-def run_of_rank(device: str, path: str) -> dict:
+def run_of_rank(device: str, path: str, steps: int | str = RUN_STEPS) -> dict:
     """Stages, bytes and a trace of `record_200m` on this rank. On a CPU: of the same at CPU size, without a trace."""
     from speedrun.cpu_size import at_cpu_size
     from speedrun.train import assemble, memory_mb, warm_up
@@ -448,8 +448,8 @@ def run_of_rank(device: str, path: str) -> dict:
         found: dict[str, Any] = {"warm_up_s": warm_up(run)}
         if device == "cuda":
             found["trace"] = trace_of_run(run)
-        long = [s for s in run.schedule.starts if s + RUN_STEPS + 2 < config.steps]
-        found["stages"] = [stage_of_rank(run, start) for start in long]
+        long = [s for s in run.schedule.starts if s + int(steps) + 2 < config.steps]
+        found["stages"] = [stage_of_rank(run, start, int(steps)) for start in long]
         return found | {"memory_mb": memory_mb(run.ranks.device)}
 
 
