@@ -302,7 +302,7 @@ class TestProof:
         file, old, new, differ = ALONE[what]
         edit(project / "speedrun" / file, old, new)
         said, results = prove(project)
-        for name in ("record1", "small"):
+        for name in ("record1", "small_gpt2"):
             wanted = "trains differently: run 1 of 1, from step" if name in differ else SAME
             assert said[name].startswith(wanted), said
             assert ("proof" in results[name]) == (name not in differ)
@@ -314,14 +314,14 @@ class TestProof:
         )
         edit(mlp, '    return linear(hidden, weights, "mlp_down")', '    hidden = 2 * hidden if options.twice else hidden\n    return linear(hidden, weights, "mlp_down")')  # fmt: skip
         said, results = prove(project)
-        assert said == {"record1": SAME, "small": SAME}
+        assert said == {"record1": SAME, "small_gpt2": SAME}
         proof = results["record1"]["proof"]
         assert set(proof["modules"]) == set(results["record1"]["stamp"]["modules"])
         assert prove(project)[0] == {}, "not stale any more"
         proved = commit(project, "a switch")
         edit(mlp, "2 * hidden if", "3 * hidden if")
         said, results = prove(project)
-        assert said == {"record1": SAME, "small": SAME}
+        assert said == {"record1": SAME, "small_gpt2": SAME}
         assert results["record1"]["proof"]["commit"] == proved != proof["commit"]
         edit(mlp, "if options.twice", "if not options.twice")
         assert "trains differently: run 1 of 1" in prove(project)[0]["record1"]
@@ -334,17 +334,17 @@ class TestProof:
         edit(project / "speedrun/train.py", "    run.step += 1\n", f"    run.step += 1{add}\n")  # fmt: skip
         said, _ = prove(project)
         refused = "not proved: speedrun.fast: “nothing” has changed and is about GPUs"
-        assert said == {"record1": refused if called else SAME, "small": SAME}
+        assert said == {"record1": refused if called else SAME, "small_gpt2": SAME}
 
     def test_an_old_module_that_the_run_does_not_enter_does_not_count(self, project):
         edit(project / "speedrun/optim/soap.py", "return torch.linalg.eigh(covariance)[1].flip(-1)", "return torch.linalg.eigh(covariance.cuda())[1].flip(-1)")  # fmt: skip
-        assert prove(project)[0] == {"record1": SAME, "small": SAME}
+        assert prove(project)[0] == {"record1": SAME, "small_gpt2": SAME}
 
     def test_a_path_that_only_gpus_take_is_never_proved(self, project):
         edit(project / "speedrun/train.py", "torch.cuda.synchronize(self.device)", "torch.cuda.synchronize()")  # fmt: skip
         said, results = prove(project)
         assert "“Clock.wait” has changed and is about GPUs" in said["record1"]
-        assert said["small"] == SAME and "proof" not in results["record1"]
+        assert said["small_gpt2"] == SAME and "proof" not in results["record1"]
 
     def test_code_that_does_not_run_is_not_proved(self, project):
         edit(project / "speedrun/train.py", "    run.step += 1\n", "    run.step += one\n")
