@@ -1,5 +1,6 @@
 """Build the book from the executed chapters: _build/site/index.html. Warnings are errors, and all of them are shown."""
 
+import functools
 import html
 import json
 import re
@@ -12,10 +13,13 @@ import nbformat
 from downloads import without_paths, write_downloads
 from execute import EXECUTED, Chapter, chapters, run_chapters, why_stale
 
+from speedrun.lab import provenance
 from speedrun.lab.errors import run_main
 from speedrun.lab.provenance import root
 from speedrun.lab.results import freshness, public_table
 
+for pure in ("code_hash", "imported_names"):  # asked again for every result, of the same texts
+    setattr(provenance, pure, functools.cache(getattr(provenance, pure)))
 SOURCE, SITE = root() / "_build" / "book", root() / "_build" / "site"
 
 
