@@ -1444,6 +1444,8 @@ print(
 )
 stages = {w: load_result("many_gpus", f"run_{w}")["data"]["stages"] for w in (1, 2, 4)}
 step_ms = {w: [median(stage["ms"]) for stage in found] for w, found in stages.items()}
+faster_since = 1 - sum(step_ms[2]) / 3 * preset("record_200m").steps / 1000 / on[2][0]["seconds"]
+assert 0.005 < faster_since < 0.015, "on two GPUs, since D is written down"
 on_eight_worse = (
     sum(b - (a - b) / 2 for a, b in zip(step_ms[2], step_ms[4])) / 3 * full.steps / 1000
 )
