@@ -989,6 +989,7 @@ print(*checked)
 #| default_exp model.attention
 #| export
 from dataclasses import dataclass
+from importlib.metadata import distributions
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -999,7 +1000,7 @@ from speedrun.lab.bounds import NonNegativeFloat, NonNegativeInt
 from speedrun.lab.errors import UserError
 from speedrun.lab.hardware import find_triton
 
-Backend = Literal["auto", "triton", "fa2", "fa3", "flex", "sdpa"]
+Backend = Literal["auto", "triton", "fa2", "fa3", "fa4", "flex", "sdpa"]
 
 
 @dataclass(frozen=True)
@@ -1091,16 +1092,36 @@ sdpa_op.register_autograd(
 )
 
 # %% [markdown]
-# `fa2` and `fa3` are one operator: PyTorch's FlashAttention takes bounds and a window, and a version 3 that has been activated takes its place. PyTorch's public function wants the window as an integer, which would be compiled into the graph; here it is read at the launch, too.
+# `fa2`, `fa3` and `fa4` are one operator: PyTorch's FlashAttention takes bounds and a window, a version 3 that has been activated takes its place, and version 4 is a package of its own, compiled when it is first called (`pip install "flash-attn-4>=4.0.0b36"`; PyTorch 2.11's activation would refuse its backward pass a window). PyTorch's public function wants the window as an integer, which would be compiled into the graph; here it is read at the launch, too.
+
+
+# %%
+#| export kernels.attention
+def flash4(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: Tensor, window: Tensor, scale: Tensor, state: tuple = ()
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """FlashAttention-4's forward pass, output and logsumexp; with (output, its gradient, logsumexp) as state its backward pass: gradients of q, k and v."""
+    from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd
+
+    ends = {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens}
+    most = {"max_seqlen_q": longest.item(), "max_seqlen_k": longest.item()}
+    sides = {"causal": True, "window_size_left": window.item(), "window_size_right": 0}
+    told: Any = {**ends, **most, **sides, "softmax_scale": scale.item()}
+    if state:
+        return _flash_attn_bwd(q, k, v, *state, **told)[:3]
+    return _flash_attn_fwd(q, k, v, **told, return_lse=True)[:2]
 
 
 # %%
 #| export kernels.attention
 @torch.library.custom_op(f"{NAMESPACE}::flash", mutates_args=())
 def flash_op(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: Tensor, window: Tensor, scale: Tensor
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: Tensor, window: Tensor, scale: Tensor, fa4: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The FlashAttention that PyTorch has (2, or an activated 3), with a window that is data: output, logsumexp, state of no dropout."""
+    """The FlashAttention that PyTorch has (2, or an activated 3), or version 4, with a window that is data: output, logsumexp, state of no dropout."""
+    if fa4:
+        out, lse = flash4(q, k, v, cu_seqlens, longest, window, scale)
+        return out, lse, q.new_empty(2, dtype=torch.uint64)
     ends, most = (cu_seqlens, cu_seqlens), longest.item()
     sides = {"window_size_left": window.item(), "window_size_right": 0}
     out, lse, state, *_ = torch.ops.aten._flash_attention_forward(
@@ -1111,20 +1132,25 @@ def flash_op(
 
 @torch.library.custom_op(f"{NAMESPACE}::flash_backward", mutates_args=())
 def flash_backward_op(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: Tensor, window: Tensor, scale: Tensor, out: Tensor, lse: Tensor, state: Tensor
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: Tensor, window: Tensor, scale: Tensor, out: Tensor, lse: Tensor, state: Tensor, fa4: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k and v."""
-    ends, most = (cu_seqlens, cu_seqlens), longest.item()
+    grad, ends, most = grad.contiguous(), (cu_seqlens, cu_seqlens), longest.item()
+    if fa4:
+        dq, dk, dv = flash4(q, k, v, cu_seqlens, longest, window, scale, (out, grad, lse))
+        return dq, dk, dv
     sides = {"window_size_left": window.item(), "window_size_right": 0}
     unused = torch.empty(0, device=q.device)
     dq, dk, dv = torch.ops.aten._flash_attention_backward(
-        grad.contiguous(), q, k, v, out, lse, *ends, most, most, 0.0, True, state, unused, scale=scale.item(), **sides
+        grad, q, k, v, out, lse, *ends, most, most, 0.0, True, state, unused, scale=scale.item(), **sides
     )  # fmt: skip
     return dq, dk, dv
 
 
+# %%
+#| export kernels.attention
 @flash_op.register_fake
-def fake_flash(q, k, v, cu_seqlens, longest, window, scale):
+def fake_flash(q, k, v, cu_seqlens, longest, window, scale, fa4=False):
     lse = q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
     return torch.empty_like(q), lse, q.new_empty(2, dtype=torch.uint64)
 
@@ -1134,10 +1160,16 @@ def fake_flash_backward(grad, q, k, v, *others):
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
-flash_op.register_autograd(
-    lambda ctx, grad, *_: (*flash_backward_op(grad, *ctx.saved_tensors), *4 * (None,)),
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs, *output),
-)
+def keep_for_flash(ctx: Any, inputs: tuple, output: tuple) -> None:
+    ctx.fa4 = inputs[7]
+    ctx.save_for_backward(*inputs[:7], *output)
+
+
+def flash_gradients(ctx: Any, grad: Tensor, *_) -> tuple:
+    return *flash_backward_op(grad, *ctx.saved_tensors, ctx.fa4), *5 * (None,)
+
+
+flash_op.register_autograd(flash_gradients, setup_context=keep_for_flash)
 
 # %% [markdown]
 # A backend that was asked for by name and cannot do the work is refused, with the reason. Nothing is replaced by something else without a word, and no backend drops a window that it does not know. Only `auto` chooses.
@@ -1160,6 +1192,10 @@ def why_not(backend: str, device: torch.device, dtype: torch.dtype, head_dim: in
         return "Triton is not installed"
     if backend == "triton" and head_dim not in HEAD_DIMS:
         return f"its heads have one of {HEAD_DIMS} numbers, not {head_dim}"
+    if backend == "fa4" and not any(distributions(name="flash-attn-4")):
+        return 'the package is not installed (pip install "flash-attn-4>=4.0.0b36")'
+    if backend == "fa4" and torch.cuda.get_device_capability(device)[0] not in (9, 10):
+        return "it computes on Hopper and Blackwell (compute capability 9 and 10)"
     active = getattr(torch.nn.attention, "current_flash_attention_impl", lambda: None)
     if backend == "fa2" and active() == "FA3":
         return "FlashAttention-3 is active in its place"
@@ -1203,8 +1239,9 @@ def attend(
     window, scale = packed.windows[int(long)], packed.scale
     if backend == "triton":
         return attention_op(q, k, v, tiles, window, scale, bounded and q.dtype != torch.float16)[0]
-    if backend in ("fa2", "fa3"):
-        return flash_op(q, k, v, packed.cu_seqlens, packed.longest, window, scale)[0]
+    if backend in ("fa2", "fa3", "fa4"):
+        told = (packed.cu_seqlens, packed.longest, window, scale, backend == "fa4")
+        return flash_op(q, k, v, *told)[0]
     if backend == "flex":
         from speedrun.model.masks import flex_attention_in
 
@@ -1216,7 +1253,7 @@ def attend(
 assert choose_backend("auto", torch.device("cpu"), torch.float32, 128) == "sdpa"
 elsewhere = "cuda"  # a machine that is played
 assert "float32" in why_not("triton", torch.device(elsewhere), torch.float32)
-for name in ("triton", "fa2", "fa3"):
+for name in ("triton", "fa2", "fa3", "fa4"):
     try:
         choose_backend(name, torch.device("cpu"), torch.bfloat16, 128)
     except UserError as problem:
@@ -1345,8 +1382,9 @@ def passes(backend: str, tensors: list[Tensor], cu_seqlens: Tensor, longest: int
         return flash3_passes(q, k, v, grad, cu_seqlens, longest, window)
     if backend.startswith("fa"):
         ends = (cu_seqlens, torch.tensor(longest, dtype=torch.int32), *numbers)
-        forward: Any = partial(flash_op, q, k, v, *ends)
-        return forward, partial(flash_backward_op, grad, q, k, v, *ends, *forward())
+        newest = {"fa4": backend == "fa4"}
+        forward: Any = partial(flash_op, q, k, v, *ends, **newest)
+        return forward, partial(flash_backward_op, grad, q, k, v, *ends, *forward(), **newest)
     asked = [each.detach().requires_grad_() for each in (q, k, v)]
     call: Any = torch.compile(flex_attention_packed, fullgraph=True)
     torch._functorch.config.donated_buffer = False  # the backward pass is timed many times
@@ -1408,7 +1446,9 @@ def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
     """Times of all backends, forward and backward, in turn; errors in the shortest rows against float64."""
     if not torch.cuda.is_available():
         raise UserError(f"{name} times kernels", "run it on an NVIDIA GPU")
-    rows, backends = [], [*WAYS, "fa2", "flex"]
+    rows, backends = [], [*WAYS, "fa2", "flex", "fa4"]
+    if reason := why_not("fa4", torch.device("cuda"), torch.bfloat16):
+        print("without fa4:", backends.pop(), reason)
     for backend in backends + ["fa3", "fa3 operator"] * bool(arguments):
         if backend == "fa3":
             load_flash3(arguments[0])

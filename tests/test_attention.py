@@ -1,6 +1,7 @@
 """Attention over packed documents: kernels against float64, the whole model against documents read alone, the trainer."""
 
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -35,7 +36,7 @@ from speedrun.kernels.attention import (
 from speedrun.lab.errors import UserError
 from speedrun.lab.runlog import read_metrics, series
 from speedrun.launch import run_ranks
-from speedrun.model.attention import Packed, choose_backend, sdpa_op
+from speedrun.model.attention import Packed, attend, choose_backend, prepare_tiles, sdpa_op, why_not
 from speedrun.model.gpt import GPT, attention_settings
 from speedrun.presets import as_arguments, preset
 from speedrun.schedule import Stage
@@ -165,6 +166,31 @@ class TestKernels:
         self.check(torch.float16, dim, "cpu")
 
     @pytest.mark.gpu
+    @pytest.mark.parametrize("cut", ["odd lengths", "an empty tail"])
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("name", ["triton", "fa2", "fa3", "fa4", "flex", "sdpa"])
+    def test_every_backend_on_a_gpu(self, name, dtype, cut):
+        """Those that are there; a row in no document gives zeros, whatever its memory held before."""
+        there = torch.device("cuda")
+        if reason := why_not(name, there, dtype, 64):
+            pytest.skip(reason)
+        bounds, tokens = CUTS[cut]
+        held = [torch.full((tokens, 2, 64), math.nan, dtype=dtype, device=there) for _ in range(64)]
+        q, k, v, grad = (each.to(dtype).double() for each in draw(tokens, 64))
+        config = vary(Config(), {"model.attention.scale": 0.12}).model
+        (told,) = attention_settings(config, [(17, 30)], there)
+        ends = torch.tensor(bounds, dtype=torch.int32, device=there)
+        packed = Packed(ends, torch.tensor(int(np.diff(bounds).max()), dtype=torch.int32), *told)
+        tiles = prepare_tiles(packed, tokens, name)
+        asked = [each.to(there, dtype).requires_grad_() for each in (q, k, v)]
+        del held
+        out = attend(*asked, packed, True, name, False, tiles)
+        found = torch.autograd.grad(out, asked, grad.to(there, dtype))
+        close((out.detach(), *found), known(q, k, v, grad, bounds, 30, 0.12), 1e-2)
+        for each in (out, *found):
+            assert not each[bounds[-1] :].any()
+
+    @pytest.mark.gpu
     @pytest.mark.parametrize("dim", [64, 128])
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     def test_on_a_gpu(self, dtype, dim):
@@ -230,11 +256,66 @@ class TestKernels:
             == choose_backend("sdpa", cpu, torch.float32, 96)
             == "sdpa"
         )
-        for name in ("triton", "fa2", "fa3"):
+        for name in ("triton", "fa2", "fa3", "fa4"):
             with pytest.raises(
                 UserError, match=f"model.attention.backend={name}: it needs an NVIDIA GPU"
             ):
                 choose_backend(name, cpu, torch.bfloat16, 64)
+
+
+class FlashAttention4:
+    """Stands in for the package's two functions, by the names of their arguments in 4.0.0b36."""
+
+    def __init__(self):
+        self.longest = None
+
+    def _flash_attn_fwd(
+        self, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal, window_size_left, window_size_right, return_lse
+    ):  # fmt: skip
+        assert causal and window_size_right == 0 and return_lse and cu_seqlens_q is cu_seqlens_k
+        assert (
+            type(max_seqlen_q) is int and max_seqlen_q == max_seqlen_k
+        )  # a tensor compiles it again
+        self.longest = max_seqlen_q
+        out = attention_by_document(q, k, v, cu_seqlens_q, window_size_left, softmax_scale)
+        return out, torch.zeros(q.shape[1], len(q)), None, None, None
+
+    def _flash_attn_bwd(
+        self, q, k, v, out, dout, lse, softmax_scale, causal, window_size_left, window_size_right, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+    ):  # fmt: skip
+        assert causal and window_size_right == 0 and dout.is_contiguous() and max_seqlen_q == self.longest  # fmt: skip
+        told = (cu_seqlens_q, window_size_left, softmax_scale)
+        return *gradients_by_document(dout, q, k, v, out, *told), None
+
+
+class TestFlashAttention4:
+    @pytest.mark.parametrize("compiled", [False, True])
+    def test_it_is_told_bounds_window_and_scale_as_numbers(self, compiled, monkeypatch):
+        package = FlashAttention4()
+        for name in ("flash_attn", "flash_attn.cute", "flash_attn.cute.interface"):
+            monkeypatch.setitem(sys.modules, name, package)
+        bounds, tokens = CUTS["odd lengths"]
+        q, k, v, grad = draw(tokens)
+        config = vary(Config(), {"model.attention.scale": 0.3}).model
+        (told,) = attention_settings(config, [(5, 17)], torch.device("cpu"))
+        ends = torch.tensor(bounds, dtype=torch.int32)
+        packed = Packed(ends, torch.tensor(65, dtype=torch.int32), *told)
+        call = torch.compile(attend, fullgraph=True, backend="aot_eager") if compiled else attend
+        for long, window in ((False, 5), (True, 17)):
+            asked = [each.clone().requires_grad_() for each in (q, k, v)]
+            out = call(*asked, packed, long, "fa4", True, None)
+            found = out.detach(), *torch.autograd.grad(out, asked, grad)
+            close(found, known(q, k, v, grad, bounds, window), 1e-7)  # the scale is a float32
+        assert package.longest == 65
+
+    def test_it_is_refused_where_it_is_not_installed(self, monkeypatch):
+        there = torch.device("cuda")  # a machine that is played
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+        assert 'pip install "flash-attn-4' in why_not("fa4", there, torch.bfloat16)
+        monkeypatch.setattr("speedrun.model.attention.distributions", lambda name: [name])
+        assert "Hopper and Blackwell" in why_not("fa4", there, torch.bfloat16)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+        assert why_not("fa4", there, torch.bfloat16) == ""
 
 
 MODEL = {

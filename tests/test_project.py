@@ -268,7 +268,7 @@ class TestEnvironment:
         needs = self.project["dependencies"]
         assert "torch>=2.11,<2.14" in needs and "triton>=3.6,<3.8; sys_platform == 'linux'" in needs
         assert self.project["requires-python"] == ">=3.11"
-        assert {"gpu", "book", "dev", "wandb"} == set(self.project["optional-dependencies"])
+        assert {"gpu", "book", "dev", "fa4", "wandb"} == set(self.project["optional-dependencies"])
         named = {
             "torch",
             "triton",

@@ -467,11 +467,29 @@ sdpa_op.register_autograd(
 )
 
 
+def flash4(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: Tensor, window: Tensor, scale: Tensor, state: tuple = ()
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """FlashAttention-4's forward pass, output and logsumexp; with (output, its gradient, logsumexp) as state its backward pass: gradients of q, k and v."""
+    from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd
+
+    ends = {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens}
+    most = {"max_seqlen_q": longest.item(), "max_seqlen_k": longest.item()}
+    sides = {"causal": True, "window_size_left": window.item(), "window_size_right": 0}
+    told: Any = {**ends, **most, **sides, "softmax_scale": scale.item()}
+    if state:
+        return _flash_attn_bwd(q, k, v, *state, **told)[:3]
+    return _flash_attn_fwd(q, k, v, **told, return_lse=True)[:2]
+
+
 @torch.library.custom_op(f"{NAMESPACE}::flash", mutates_args=())
 def flash_op(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: Tensor, window: Tensor, scale: Tensor
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: Tensor, window: Tensor, scale: Tensor, fa4: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The FlashAttention that PyTorch has (2, or an activated 3), with a window that is data: output, logsumexp, state of no dropout."""
+    """The FlashAttention that PyTorch has (2, or an activated 3), or version 4, with a window that is data: output, logsumexp, state of no dropout."""
+    if fa4:
+        out, lse = flash4(q, k, v, cu_seqlens, longest, window, scale)
+        return out, lse, q.new_empty(2, dtype=torch.uint64)
     ends, most = (cu_seqlens, cu_seqlens), longest.item()
     sides = {"window_size_left": window.item(), "window_size_right": 0}
     out, lse, state, *_ = torch.ops.aten._flash_attention_forward(
@@ -482,20 +500,23 @@ def flash_op(
 
 @torch.library.custom_op(f"{NAMESPACE}::flash_backward", mutates_args=())
 def flash_backward_op(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: Tensor, window: Tensor, scale: Tensor, out: Tensor, lse: Tensor, state: Tensor
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: Tensor, window: Tensor, scale: Tensor, out: Tensor, lse: Tensor, state: Tensor, fa4: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k and v."""
-    ends, most = (cu_seqlens, cu_seqlens), longest.item()
+    grad, ends, most = grad.contiguous(), (cu_seqlens, cu_seqlens), longest.item()
+    if fa4:
+        dq, dk, dv = flash4(q, k, v, cu_seqlens, longest, window, scale, (out, grad, lse))
+        return dq, dk, dv
     sides = {"window_size_left": window.item(), "window_size_right": 0}
     unused = torch.empty(0, device=q.device)
     dq, dk, dv = torch.ops.aten._flash_attention_backward(
-        grad.contiguous(), q, k, v, out, lse, *ends, most, most, 0.0, True, state, unused, scale=scale.item(), **sides
+        grad, q, k, v, out, lse, *ends, most, most, 0.0, True, state, unused, scale=scale.item(), **sides
     )  # fmt: skip
     return dq, dk, dv
 
 
 @flash_op.register_fake
-def fake_flash(q, k, v, cu_seqlens, longest, window, scale):
+def fake_flash(q, k, v, cu_seqlens, longest, window, scale, fa4=False):
     lse = q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
     return torch.empty_like(q), lse, q.new_empty(2, dtype=torch.uint64)
 
@@ -505,7 +526,13 @@ def fake_flash_backward(grad, q, k, v, *others):
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
-flash_op.register_autograd(
-    lambda ctx, grad, *_: (*flash_backward_op(grad, *ctx.saved_tensors), *4 * (None,)),
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs, *output),
-)
+def keep_for_flash(ctx: Any, inputs: tuple, output: tuple) -> None:
+    ctx.fa4 = inputs[7]
+    ctx.save_for_backward(*inputs[:7], *output)
+
+
+def flash_gradients(ctx: Any, grad: Tensor, *_) -> tuple:
+    return *flash_backward_op(grad, *ctx.saved_tensors, ctx.fa4), *5 * (None,)
+
+
+flash_op.register_autograd(flash_gradients, setup_context=keep_for_flash)

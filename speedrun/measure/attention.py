@@ -11,6 +11,7 @@ from speedrun.kernels.attention import (
     launch_backward,
     launch_forward,
 )
+from speedrun.model.attention import why_not
 
 
 # %% The problem
@@ -145,8 +146,9 @@ def passes(backend: str, tensors: list[Tensor], cu_seqlens: Tensor, longest: int
         return flash3_passes(q, k, v, grad, cu_seqlens, longest, window)
     if backend.startswith("fa"):
         ends = (cu_seqlens, torch.tensor(longest, dtype=torch.int32), *numbers)
-        forward: Any = partial(flash_op, q, k, v, *ends)
-        return forward, partial(flash_backward_op, grad, q, k, v, *ends, *forward())
+        newest = {"fa4": backend == "fa4"}
+        forward: Any = partial(flash_op, q, k, v, *ends, **newest)
+        return forward, partial(flash_backward_op, grad, q, k, v, *ends, *forward(), **newest)
     asked = [each.detach().requires_grad_() for each in (q, k, v)]
     call: Any = torch.compile(flex_attention_packed, fullgraph=True)
     torch._functorch.config.donated_buffer = False  # the backward pass is timed many times
@@ -206,7 +208,9 @@ def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
     """Times of all backends, forward and backward, in turn; errors in the shortest rows against float64."""
     if not torch.cuda.is_available():
         raise UserError(f"{name} times kernels", "run it on an NVIDIA GPU")
-    rows, backends = [], [*WAYS, "fa2", "flex"]
+    rows, backends = [], [*WAYS, "fa2", "flex", "fa4"]
+    if reason := why_not("fa4", torch.device("cuda"), torch.bfloat16):
+        print("without fa4:", backends.pop(), reason)
     for backend in backends + ["fa3", "fa3 operator"] * bool(arguments):
         if backend == "fa3":
             load_flash3(arguments[0])

@@ -6,6 +6,7 @@ from speedrun.kernels.attention import HEAD_DIMS, attention_op, document_tiles, 
 
 # %% One function over all
 from dataclasses import dataclass
+from importlib.metadata import distributions
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from speedrun.lab.bounds import NonNegativeFloat, NonNegativeInt
 from speedrun.lab.errors import UserError
 from speedrun.lab.hardware import find_triton
 
-Backend = Literal["auto", "triton", "fa2", "fa3", "flex", "sdpa"]
+Backend = Literal["auto", "triton", "fa2", "fa3", "fa4", "flex", "sdpa"]
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,10 @@ def why_not(backend: str, device: torch.device, dtype: torch.dtype, head_dim: in
         return "Triton is not installed"
     if backend == "triton" and head_dim not in HEAD_DIMS:
         return f"its heads have one of {HEAD_DIMS} numbers, not {head_dim}"
+    if backend == "fa4" and not any(distributions(name="flash-attn-4")):
+        return 'the package is not installed (pip install "flash-attn-4>=4.0.0b36")'
+    if backend == "fa4" and torch.cuda.get_device_capability(device)[0] not in (9, 10):
+        return "it computes on Hopper and Blackwell (compute capability 9 and 10)"
     active = getattr(torch.nn.attention, "current_flash_attention_impl", lambda: None)
     if backend == "fa2" and active() == "FA3":
         return "FlashAttention-3 is active in its place"
@@ -119,8 +124,9 @@ def attend(
     window, scale = packed.windows[int(long)], packed.scale
     if backend == "triton":
         return attention_op(q, k, v, tiles, window, scale, bounded and q.dtype != torch.float16)[0]
-    if backend in ("fa2", "fa3"):
-        return flash_op(q, k, v, packed.cu_seqlens, packed.longest, window, scale)[0]
+    if backend in ("fa2", "fa3", "fa4"):
+        told = (packed.cu_seqlens, packed.longest, window, scale, backend == "fa4")
+        return flash_op(q, k, v, *told)[0]
     if backend == "flex":
         from speedrun.model.masks import flex_attention_in
 
