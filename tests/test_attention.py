@@ -278,6 +278,7 @@ class FlashAttention4:
         )  # a tensor compiles it again
         self.longest = max_seqlen_q
         out = attention_by_document(q, k, v, cu_seqlens_q, window_size_left, softmax_scale)
+        out[cu_seqlens_q[-1] :] = math.nan  # as it leaves them
         return out, torch.zeros(q.shape[1], len(q)), None, None, None
 
     def _flash_attn_bwd(
@@ -285,28 +286,33 @@ class FlashAttention4:
     ):  # fmt: skip
         assert causal and window_size_right == 0 and dout.is_contiguous() and max_seqlen_q == self.longest  # fmt: skip
         told = (cu_seqlens_q, window_size_left, softmax_scale)
-        return *gradients_by_document(dout, q, k, v, out, *told), None
+        found = gradients_by_document(dout, q, k, v, out, *told)
+        for each in found:
+            each[cu_seqlens_q[-1] :] = math.nan
+        return *found, None
 
 
 class TestFlashAttention4:
+    @pytest.mark.parametrize("cut", ["odd lengths", "an empty tail"])
     @pytest.mark.parametrize("compiled", [False, True])
-    def test_it_is_told_bounds_window_and_scale_as_numbers(self, compiled, monkeypatch):
+    def test_it_is_told_bounds_window_and_scale_as_numbers(self, compiled, cut, monkeypatch):
         package = FlashAttention4()
         for name in ("flash_attn", "flash_attn.cute", "flash_attn.cute.interface"):
             monkeypatch.setitem(sys.modules, name, package)
-        bounds, tokens = CUTS["odd lengths"]
+        bounds, tokens = CUTS[cut]
         q, k, v, grad = draw(tokens)
         config = vary(Config(), {"model.attention.scale": 0.3}).model
         (told,) = attention_settings(config, [(5, 17)], torch.device("cpu"))
         ends = torch.tensor(bounds, dtype=torch.int32)
-        packed = Packed(ends, torch.tensor(65, dtype=torch.int32), *told)
+        longest = int(np.diff(bounds).max())
+        packed = Packed(ends, torch.tensor(longest, dtype=torch.int32), *told)
         call = torch.compile(attend, fullgraph=True, backend="aot_eager") if compiled else attend
         for long, window in ((False, 5), (True, 17)):
             asked = [each.clone().requires_grad_() for each in (q, k, v)]
             out = call(*asked, packed, long, "fa4", True, None)
             found = out.detach(), *torch.autograd.grad(out, asked, grad)
             close(found, known(q, k, v, grad, bounds, window), 1e-7)  # the scale is a float32
-        assert package.longest == 65
+        assert package.longest == longest
 
     def test_it_is_refused_where_it_is_not_installed(self, monkeypatch):
         there = torch.device("cuda")  # a machine that is played

@@ -124,9 +124,11 @@ def attend(
     window, scale = packed.windows[int(long)], packed.scale
     if backend == "triton":
         return attention_op(q, k, v, tiles, window, scale, bounded and q.dtype != torch.float16)[0]
-    if backend in ("fa2", "fa3", "fa4"):
+    if backend in ("fa2", "fa3", "fa4"):  # which leave rows in no document as their memory was
+        inside = (torch.arange(len(q), device=q.device) < packed.cu_seqlens[-1])[:, None, None]
+        q, k, v = (torch.where(inside, each, 0) for each in (q, k, v))
         told = (packed.cu_seqlens, packed.longest, window, scale, backend == "fa4")
-        return flash_op(q, k, v, *told)[0]
+        return torch.where(inside, flash_op(q, k, v, *told)[0], 0)
     if backend == "flex":
         from speedrun.model.masks import flex_attention_in
 
