@@ -23,6 +23,7 @@ import tempfile
 import time
 import zipfile
 from collections import defaultdict
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,9 @@ GPU_WORDS = (
     "triton",
 )  # what a CPU does not do, or does otherwise
 RANK_WORDS = ("dist.", "world")  # what a process alone does not do
+BESIDE = {
+    ("speedrun.model.attention", "flash_op")
+}  # what the kernels replace wherever there is Triton
 AS_COMMAND = "if __name__ == '__main__'"
 OUR_IMPORTS = ("from speedrun", "import speedrun")
 for pure in ("code_hash", "imported_names"):  # asked again for every result, of the same texts
@@ -270,10 +274,13 @@ def changes_since(commit: str) -> dict[str, list[tuple[str, str]]]:
     return changes(*versions(commit))
 
 
-def used_statements(read, start: list[str]) -> dict[tuple[str, str], set[str]]:
+def used_statements(
+    read, start: list[str], beside: Collection = ()
+) -> dict[tuple[str, str], set[str]]:
     """All statements that the modules in `start` come to by names: (what it defines, canonical form) → modules where it stands.
 
     read: a module's name → its text. Of a module that is imported as a whole, everything counts but what it does as a command.
+    beside: (module, name): what that module imports by this name is not followed.
     """
     parsed: dict[str, list] = {}
     found: dict[tuple[str, str], set[str]] = defaultdict(
@@ -287,8 +294,9 @@ def used_statements(read, start: list[str]) -> dict[tuple[str, str], set[str]]:
         seen.add((module, name))
         if module not in parsed:
             parsed[module] = ast.parse(read(module)).body
+        functions = {n.name for n in parsed[module] if isinstance(n, ast.FunctionDef)}
         for node in parsed[module]:
-            own = defined_by(node)
+            own = defined_by(node) or [called_on(node)] * (called_on(node) in functions)
             if name and own and name not in own or ast.unparse(node).startswith(AS_COMMAND):
                 continue
             if not ast.unparse(node).startswith(OUR_IMPORTS):
@@ -297,11 +305,20 @@ def used_statements(read, start: list[str]) -> dict[tuple[str, str], set[str]]:
                 if isinstance(inner, ast.Name):
                     wanted.append((module, inner.id))
                 elif isinstance(inner, ast.ImportFrom) and "speedrun" in (inner.module or ""):
-                    wanted += [(str(inner.module), alias.name) for alias in inner.names]
+                    names = [alias.name for alias in inner.names]
+                    wanted += [(str(inner.module), n) for n in names if (module, n) not in beside]
                 elif isinstance(inner, ast.Import):
                     names = [alias.name for alias in inner.names]
                     wanted += [(other, "") for other in names if other.startswith("speedrun.")]
     return found
+
+
+def called_on(node: ast.stmt) -> str:
+    """The name that a statement alone calls a method of, `op.register_autograd(…)`; empty: it is none of these."""
+    call = node.value if isinstance(node, ast.Expr) else None
+    asked = call.func if isinstance(call, ast.Call) else None
+    inner = asked.value if isinstance(asked, ast.Attribute) else None
+    return inner.id if isinstance(inner, ast.Name) else ""
 
 
 def defined_by(node: ast.stmt) -> list[str]:
@@ -321,15 +338,17 @@ def defined_by(node: ast.stmt) -> list[str]:
 
 
 @functools.cache
-def used_then_and_now(start: tuple[str, ...], commit: str) -> list[dict]:
+def used_then_and_now(
+    start: tuple[str, ...], commit: str, beside: frozenset = frozenset()
+) -> list[dict]:
     """`used_statements` of modules at a commit, and today's."""
     today = {name: file for name in module_hashes(start) if (file := module_file(name))}
 
     def read(name: str) -> str:
         return today[name].read_text(encoding="utf-8") if name in today else ""
 
-    then = used_statements(lambda name: source_at(commit, name), list(start))
-    return [then, used_statements(read, list(start))]
+    then = used_statements(lambda name: source_at(commit, name), list(start), beside)
+    return [then, used_statements(read, list(start), beside)]
 
 
 def measuring(modules: dict[str, str], slug: str) -> tuple[str, ...]:
@@ -355,25 +374,41 @@ def part_of_training(commit: str) -> frozenset[str]:
     return frozenset(found | set(module_hashes(["speedrun.train", "speedrun.history"])))
 
 
+def changed_where(
+    start: tuple[str, ...], commit: str, beside: frozenset = frozenset()
+) -> set[str] | None:
+    """The modules in which the statements that some come to by names have changed; None if there were none."""
+    then, now = used_then_and_now(start, commit, beside)
+    apart = then.keys() ^ now.keys()
+    return {n for key in apart for n in {*then.get(key, ()), *now.get(key, ())}} if then else None
+
+
+def chose_kernels(result: dict) -> bool:
+    """Whether the runs of a result took the Triton kernels for attention of packed documents, where they had any."""
+    backends = {c["model"].get("attention", {}).get("backend", "auto") for c in configs_in(result["data"])}  # fmt: skip
+    return backends <= {"auto", "triton"} and bool(result["stamp"].get("triton"))
+
+
 def objection(
-    modules: dict[str, str], start: tuple[str, ...], commit: str, gpus: int
+    modules: dict[str, str], start: tuple[str, ...], commit: str, result: dict
 ) -> str | None:
     """Why training a little on a CPU could not show that a result with these modules still stands; None if it could.
 
-    start: those that measure. gpus: on how many it was measured; what a CPU computed, a CPU computes again, without kernels.
+    start: those that measure. What a CPU computed, a CPU computes again, without kernels; of a GPU's kernels all counts that training comes to.
     """
-    changed = changes_since(commit)
-    then, now = used_then_and_now(start, commit)
-    used = {
-        name for key in then.keys() ^ now.keys() for name in {*then.get(key, ()), *now.get(key, ())}
-    }
+    changed, gpus = changes_since(commit), gpus_of(result)
+    beside = frozenset(BESIDE if chose_kernels(result) else ())
+    used = changed_where(start, commit)
+    kernels = changed_where((*start, "speedrun.train"), commit, beside)
     for name in changed_modules(modules):
         if name.startswith("speedrun.kernels.") and gpus:
-            return f"{name} is a kernel"
+            if kernels is None or name in kernels:
+                return f"{name} is a kernel"
+            continue
         if name.startswith("speedrun.measure."):
             continue  # it chose the runs, whose configs are in the result
         apart = name not in part_of_training(commit) and changed[name] and source_at(commit, name)
-        if apart and (name in used or not then):
+        if apart and (used is None or name in used):
             return f"{name} is not part of training: the proof would not run it"
     return None
 
@@ -430,7 +465,8 @@ def about_gpus(modules: dict[str, str], commit: str, gpus: int) -> dict[str, str
     Where a run on the CPU does not enter a module, neither does the same run on a GPU: what leads there has been compared.
     """
     changed, words = changes_since(commit), GPU_WORDS if gpus == 1 else GPU_WORDS + RANK_WORDS
-    ours = [name for name in changed_modules(modules) if not name.startswith("speedrun.measure.")]
+    judged = ("speedrun.measure.", "speedrun.kernels.")  # kernels by `objection`
+    ours = [name for name in changed_modules(modules) if not name.startswith(judged)]
     about = {name: touches_gpus(changed[name], words) for name in ours}
     return {name: where for name, where in about.items() if where}
 
@@ -509,7 +545,7 @@ def prove(results: dict[Path, dict]):
         start = measuring(modules, path.parent.name)
         if not configs:
             yield path, prove_without_runs(path, result, modules, commit)
-        elif why_not := objection(modules, start, commit, gpus_of(result)):
+        elif why_not := objection(modules, start, commit, result):
             yield path, f"not proved: {why_not}"
         else:
             try:
@@ -526,7 +562,9 @@ def prove_without_runs(path: Path, result: dict, modules: dict[str, str], commit
     start = measuring(modules, path.parent.name)
     count = same_statements(start, commit)
     if not count:
-        return f"not proved: {objection(modules, start, commit, gpus_of(result)) or 'it names no training run'}"
+        return (
+            f"not proved: {objection(modules, start, commit, result) or 'it names no training run'}"
+        )
     keep_proof(path, result, today, {"commit": commit, "statements": count})
     return f"same behaviour: the {count} statements that it uses are the same"
 

@@ -83,6 +83,26 @@ class TestWhatChanged:
         assert {name for name, _ in used()} == {"f", "measure", "g", "K"}
         assert used("K * x", "K + x") != used() != used("f(1)", "f(2)")
 
+    def test_what_stands_beside_the_way_of_a_run_does_not_count(self):
+        texts = {
+            "speedrun.a": "from speedrun.b import f, g\n\n\ndef h():\n    return f() if K else g()\n",
+            "speedrun.b": "def f():\n    return 1\n\n\ndef g():\n    return 2\n",
+            "speedrun.c": "from speedrun.a import h\nfrom speedrun.b import g\n\n\ndef measure():\n    return h(), g()\n",
+        }
+
+        def used(start: str, beside: set) -> set:
+            found = stale.used_statements(texts.__getitem__, [start], beside)
+            return {name for name, _ in found}
+
+        assert used("speedrun.a", set()) == {"h", "f", "g"}
+        assert used("speedrun.a", {("speedrun.a", "g")}) == {"h", "f"}
+        assert used("speedrun.c", {("speedrun.a", "g")}) == {"measure", "h", "f", "g"}
+        texts["speedrun.b"] += "\n\ndef k():\n    return 3\n\n\ng.register(k)\n"
+        assert used("speedrun.a", set()) == {"h", "f", "g", "k", ""}
+        assert used("speedrun.a", {("speedrun.a", "g")}) == {"h", "f"}
+        texts["speedrun.b"] = texts["speedrun.b"].replace("g.register(k)", "print.register(k)")
+        assert used("speedrun.a", {("speedrun.a", "g")}) == {"h", "f", "k", ""}
+
     def test_minutes_count_gpus(self):
         assert stale.gpu_minutes({"stamp": {"gpu": "2×NVIDIA H100", "minutes": 3.0}}) == 6.0
         assert stale.gpu_minutes({"stamp": {"gpu": None, "minutes": 3.0}}) == 0.0
@@ -216,7 +236,7 @@ def project(tmp_path, embedded):
     shutil.copy(root() / "pyproject.toml", tree)
     (tree / "data").mkdir()
     (tree / "data" / "embedded").symlink_to(embedded.resolve())
-    stamp = {"command": "…", "modules": module_hashes(["speedrun.train"])}
+    stamp = {"command": "…", "triton": "3.6.0", "modules": module_hashes(["speedrun.train"])}
     folder = tree / "book" / "results" / "example"
     folder.mkdir(parents=True)
     for name, gpu in (("record1", "1×NVIDIA H100"), ("small_gpt2", None)):
@@ -335,6 +355,24 @@ class TestProof:
         said, _ = prove(project)
         refused = "not proved: speedrun.fast: “nothing” has changed and is about GPUs"
         assert said == {"record1": refused if called else SAME, "small_gpt2": SAME}
+
+    @pytest.mark.parametrize("what", ["flash_op", "dkv_kernel", "another backend"])
+    def test_a_kernel_counts_where_a_run_comes_to_it(self, what, project):
+        file = project / "speedrun/kernels/attention.py"
+        if what == "dkv_kernel":
+            edit(file, "def dkv_kernel(", "def dkv_kernel(  # noqa\n    OTHER,")
+        else:
+            edit(file, 'causal": True, "window_size_left', 'causal": 1 == 1, "window_size_left')
+            edit(file, "most, most, 0.0, True, False,", "most, most, 0.00, bool(1), False,")
+        if what == "another backend":
+            path = project / "book/results/example/record1.json"
+            result = json.loads(path.read_text(encoding="utf-8"))
+            for run in stale.configs_in(result["data"]):
+                run["model"]["attention"]["backend"] = "fa2"
+            path.write_text(json.dumps(result), encoding="utf-8")
+        said, _ = prove(project)
+        refused = "not proved: speedrun.kernels.attention is a kernel"
+        assert said == {"record1": SAME if what == "flash_op" else refused, "small_gpt2": SAME}
 
     def test_an_old_module_that_the_run_does_not_enter_does_not_count(self, project):
         edit(project / "speedrun/optim/soap.py", "return torch.linalg.eigh(covariance)[1].flip(-1)", "return torch.linalg.eigh(covariance.cuda())[1].flip(-1)")  # fmt: skip
