@@ -54,9 +54,8 @@ GPU_WORDS = (
     "triton",
 )  # what a CPU does not do, or does otherwise
 RANK_WORDS = ("dist.", "world")  # what a process alone does not do
-BESIDE = {
-    ("speedrun.model.attention", "flash_op")
-}  # what the kernels replace wherever there is Triton
+PEERS = ("flash_op", "flash4_lacks")  # which the kernels replace wherever there is Triton
+BESIDE = frozenset(("speedrun.model.attention", name) for name in PEERS)
 AS_COMMAND = "if __name__ == '__main__'"
 OUR_IMPORTS = ("from speedrun", "import speedrun")
 for pure in ("code_hash", "imported_names"):  # asked again for every result, of the same texts
@@ -397,7 +396,7 @@ def objection(
     start: those that measure. What a CPU computed, a CPU computes again, without kernels; of a GPU's kernels all counts that training comes to.
     """
     changed, gpus = changes_since(commit), gpus_of(result)
-    beside = frozenset(BESIDE if chose_kernels(result) else ())
+    beside = BESIDE if chose_kernels(result) else frozenset()
     used = changed_where(start, commit)
     kernels = changed_where((*start, "speedrun.train"), commit, beside)
     for name in changed_modules(modules):
