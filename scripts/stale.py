@@ -17,6 +17,7 @@ import functools
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -263,8 +264,9 @@ def changes(before: dict[str, str], after: dict[str, str]) -> dict[str, list[tup
 
 
 def touches_gpus(changed: list[tuple[str, str]], words: tuple = GPU_WORDS) -> str | None:
-    """Where, among changed statements, one names something that only GPUs do, or another of the words."""
-    return next((where for where, text in changed if any(word in text for word in words)), None)
+    """Where, among changed statements, one names something that only GPUs do, or another of the words. What an option may be (`X = Literal[…]`) does nothing."""
+    does = [(where, text) for where, text in changed if not re.match(r"\w+ = literal\[", text)]
+    return next((where for where, text in does if any(word in text for word in words)), None)
 
 
 @functools.cache

@@ -43,6 +43,9 @@ class TestWhatChanged:
         assert about_gpus(two, two.replace("x + 1", "1 + x")) is None, "another statement"
         said = "def f():\n    print('one two', cuda)\n"
         assert about_gpus(said, said.replace("one two", "one three")) == "f"
+        names = "A = Literal['cuda', 'cpu']\n"
+        assert about_gpus(names, names.replace("'cpu'", "'cpu', 'tpu'")) is None
+        assert about_gpus("B = 'cuda'\n", "B = 'cuda:1'\n") == "a statement"
 
     def test_what_only_several_ranks_do_counts_for_them(self):
         two = "def total(x, world):\n    if world > 1:\n        dist.all_reduce(x)\n"
