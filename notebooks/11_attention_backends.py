@@ -1092,7 +1092,7 @@ sdpa_op.register_autograd(
 )
 
 # %% [markdown]
-# `fa2`, `fa3` and `fa4` are one operator: PyTorch's FlashAttention takes bounds and a window, a version 3 that has been activated takes its place, and version 4 is a package of its own, compiled when it is first called (`pip install "flash-attn-4>=4.0.0b36"`; PyTorch 2.11's activation would refuse its backward pass a window). PyTorch's public function wants the window as an integer, which would be compiled into the graph; here it is read at the launch, too.
+# `fa2`, `fa3` and `fa4` are one operator: PyTorch's FlashAttention takes bounds and a window, an activated version 3 takes its place, and version 4 is a package of its own (`flash-attn-4`), compiled at its first call. PyTorch's public function wants the window as an integer, which would be compiled into the graph; here it is read at the launch.
 
 
 # %%
@@ -1468,7 +1468,7 @@ def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
 
 
 # %%
-BACKENDS = {"triton": "Triton, bounded", "triton online": "Triton, running maximum", "fa3 operator": "FlashAttention-3, its operator", "fa3": "FlashAttention-3 in PyTorch", "fa2": "FlashAttention-2", "flex": "FlexAttention (with launches)"}  # fmt: skip
+BACKENDS = {"triton": "Triton, bounded", "triton online": "Triton, running maximum", "fa3 operator": "FlashAttention-3, its operator", "fa3": "FlashAttention-3 in PyTorch", "fa4": "FlashAttention-4", "fa2": "FlashAttention-2", "flex": "FlexAttention (with launches)"}  # fmt: skip
 assert len(rows) == len({*BACKENDS, *WAYS}) * len(SHAPES) == len(result["data"]["rows"])
 
 
@@ -1482,15 +1482,16 @@ print("forward + backward, ms", " " * 8, *(f"{tokens // 1024}k/{window}" for tok
 for backend, name in BACKENDS.items():
     pairs = (f"{f:.3f}+{b:.3f}" for f, b in zip(ms_of(backend, "forward"), ms_of(backend, "backward")))  # fmt: skip
     print(f"{name:30}", *pairs)
-to_fa3, in_torch, to_fa2 = (ms_of("triton") / ms_of(other) for other in ("fa3 operator", "fa3", "fa2"))  # fmt: skip
+to_fa3, in_torch, to_fa2, to_fa4 = (ms_of("triton") / ms_of(other) for other in ("fa3 operator", "fa3", "fa2", "fa4"))  # fmt: skip
 print("sum, against FA3's operator:", *(f"{ratio:.2f}" for ratio in to_fa3))
 print("sum, against FA3 in PyTorch:", *(f"{ratio:.2f}" for ratio in in_torch))
+print("sum, against FA4:", *(f"{ratio:.2f}" for ratio in to_fa4))
 print("sum, against FA2:", *(f"{ratio:.2f}" for ratio in to_fa2))
 assert 0.8 < to_fa3.min() < 1 < to_fa3.max() < 1.1 and in_torch.max() < 0.95
-assert 0.5 < to_fa2.min() and to_fa2.max() < 0.65
+assert 0.5 < to_fa2.min() and to_fa2.max() < 0.65 and abs(to_fa4 / to_fa3 - 1).max() < 0.05
 print(measured_on(result))
 
-# %% tags=["hide-input"] mystnb={"image": {"alt": "Forward and backward time at six shapes for the Triton kernel in two forms, FlashAttention-3 alone and in PyTorch, FlashAttention-2 and FlexAttention, with the floors by bytes and by operations"}}
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Forward and backward time at six shapes for the Triton kernel in two forms, FlashAttention-3 alone and in PyTorch, FlashAttention-4, FlashAttention-2 and FlexAttention, with the floors by bytes and by operations"}}
 import matplotlib.pyplot as plt
 
 from speedrun.lab.results import figure_style
@@ -1500,7 +1501,7 @@ fig, axes = plt.subplots(1, 2, figsize=(8.4, 3.8), layout="constrained")
 place = np.arange(len(SHAPES))
 for ax, kind in zip(axes, ("forward", "backward")):
     for n, (backend, name) in enumerate(BACKENDS.items()):
-        ax.bar(place + 0.14 * (n - 2.5), ms_of(backend, kind), 0.14, color=f"C{n}", label=name)
+        ax.bar(place + 0.12 * (n - 3), ms_of(backend, kind), 0.12, color=f"C{n}", label=name)
     for what, style in (("bytes", "-"), ("operations", ":")):
         ends = [floors[shape][f"{kind}, {what}"] for shape in SHAPES]
         ax.hlines(ends, place - 0.42, place + 0.42, color="k", lw=1, ls=style, label=f"floor by {what}")  # fmt: skip
@@ -1538,7 +1539,7 @@ print("against the higher floor, forward:", *(f"{ratio:.1f}" for ratio in above)
 print("against the higher floor, backward:", *(f"{ratio:.1f}" for ratio in above_back))
 
 # %% [markdown]
-# This is one run on one card. In sum the kernel is level with FlashAttention-3's own operator, called without PyTorch between, and takes well under two thirds of FlashAttention-2's time. It is ahead where windows are short, and falls behind by a few per cent as keys become more, perhaps because what it saves are pairs at the borders, of which long windows have fewer. (Through PyTorch's activation, FlashAttention-3's forward pass takes up to twice as long as its operator. The build is that of xformers 0.0.34. FlexAttention's time has its block mask in it, ours no list of tiles, which is made once for all layers.)
+# This is one run on one card. In sum the kernel is level with FlashAttention-3's own operator, called without PyTorch between, and with FlashAttention-4; it takes well under two thirds of FlashAttention-2's time. It is ahead where windows are short, and falls behind by a few per cent as keys become more, perhaps because what it saves are pairs at the borders, of which long windows have fewer. (Through PyTorch's activation, FlashAttention-3's forward pass takes up to twice as long as its operator. The build is that of xformers 0.0.34. FlexAttention's time has its block mask in it, ours no list of tiles, which is made once for all layers.)
 #
 # The missing maximum saves 4 to 17% of the forward pass, more where more keys are seen. The backward pass is the same code in both forms, and takes the same time. And the floors are still far: two to three times in the forward pass, three to four in the backward pass.
 #
@@ -1681,7 +1682,7 @@ print(f"record 29 against 28: {faster:.1f} s, of which {fewer:.1f} s by fewer st
 # - Documents must lie in the row in order, without gaps, with empty slots at the end.
 # - The list of tiles is some small launches of its own, once for each row, shared by all layers. A forward pass is one launch, a backward pass three.
 # - $D$ needs memory for every pair of tiles that a window could touch, for the time of one layer's backward pass. Where there is no room for it, it is computed again, and the backward pass takes longer by what the figure shows.
-# - Descriptors for bulk loads are made on the CPU, anew for each call. That is nearly half of what Python does to launch the kernels (here without the operator around them, and where the CPU was disturbed least; the medians are up to twice as long):
+# - Descriptors for bulk loads are made on the CPU, anew for each call. That is about half of what Python does to launch the kernels (without the operator around them, where the CPU was disturbed least; the medians are up to three times as long):
 
 
 # %%
@@ -1690,11 +1691,11 @@ def busy_ms(backend: str) -> list[float]:
     return [min(rows[backend, tokens, w][f"{kind}_host_ms"] for tokens, _, w in SHAPES) for kind in ("forward", "backward")]  # fmt: skip
 
 
-for backend in ("triton", "no maximum", "fa3 operator", "fa2"):
+for backend in ("triton", "no maximum", "fa3 operator", "fa4", "fa2"):
     forward_host, backward_host = busy_ms(backend)
     print(f"{backend:14} Python is busy for {forward_host:.2f} ms forward, {backward_host:.2f} ms backward")  # fmt: skip
 on_host, without = (sum(busy_ms(backend)) for backend in ("triton", "no maximum"))
-assert 0.2 < on_host < 0.6 < ms_of("triton")[chosen] and 0.4 < 1 - without / on_host < 0.5
+assert 0.2 < on_host < 0.6 < ms_of("triton")[chosen] and 0.4 < 1 - without / on_host < 0.6
 assert ms_of("triton")[:2].max() < on_host
 
 # %% [markdown]
