@@ -55,7 +55,13 @@ GPU_WORDS = (
     "triton",
 )  # what a CPU does not do, or does otherwise
 RANK_WORDS = ("dist.", "world")  # what a process alone does not do
-PEERS = ("flash_op", "flash4_lacks")  # which the kernels replace wherever there is Triton
+PEERS = (
+    "flash_op",
+    "flash4_lacks",
+)  # which no run comes to that does not ask for them, where there is Triton
+IF_PEER = re.compile(
+    r"if backend == '(?:fa2|fa3|fa4)'(?: and |:)(?!.*\n(?:else|elif)\b)", re.DOTALL
+)
 BESIDE = frozenset(("speedrun.model.attention", name) for name in PEERS)
 AS_COMMAND = "if __name__ == '__main__'"
 OUR_IMPORTS = ("from speedrun", "import speedrun")
@@ -384,10 +390,10 @@ def changed_where(
     return {n for key in apart for n in {*then.get(key, ()), *now.get(key, ())}} if then else None
 
 
-def chose_kernels(result: dict) -> bool:
-    """Whether the runs of a result took the Triton kernels for attention of packed documents, where they had any."""
+def without_peers(result: dict) -> bool:
+    """Whether no run of a result can have come to FlashAttention: none asked for it, and there was Triton."""
     backends = {c["model"].get("attention", {}).get("backend", "auto") for c in configs_in(result["data"])}  # fmt: skip
-    return backends <= {"auto", "triton"} and bool(result["stamp"].get("triton"))
+    return backends <= {"auto", "triton", "flex", "sdpa"} and bool(result["stamp"].get("triton"))
 
 
 def objection(
@@ -398,7 +404,7 @@ def objection(
     start: those that measure. What a CPU computed, a CPU computes again, without kernels; of a GPU's kernels all counts that training comes to.
     """
     changed, gpus = changes_since(commit), gpus_of(result)
-    beside = BESIDE if chose_kernels(result) else frozenset()
+    beside = BESIDE if without_peers(result) else frozenset()
     used = changed_where(start, commit)
     kernels = changed_where((*start, "speedrun.train"), commit, beside)
     for name in changed_modules(modules):
@@ -460,12 +466,18 @@ def checked_out(commit: str):
         yield Path(folder)
 
 
-def about_gpus(modules: dict[str, str], commit: str, gpus: int) -> dict[str, str]:
+def about_gpus(modules: dict[str, str], commit: str, result: dict) -> dict[str, str]:
     """Changed and new modules where a statement that names what only GPUs do, or several, has changed: name → where.
 
-    Where a run on the CPU does not enter a module, neither does the same run on a GPU: what leads there has been compared.
+    Where a run on the CPU does not enter a module, neither does the same run on a GPU: what leads there has been compared. A statement that
+    begins by asking for a backend that no run asked for ends there.
     """
-    changed, words = changes_since(commit), GPU_WORDS if gpus == 1 else GPU_WORDS + RANK_WORDS
+    words = GPU_WORDS if gpus_of(result) == 1 else GPU_WORDS + RANK_WORDS
+    changed = changes_since(commit)
+    if without_peers(result):
+        changed = {
+            n: [it for it in them if not IF_PEER.match(it[1])] for n, them in changed.items()
+        }
     judged = ("speedrun.measure.", "speedrun.kernels.")  # kernels by `objection`
     ours = [name for name in changed_modules(modules) if not name.startswith(judged)]
     about = {name: touches_gpus(changed[name], words) for name in ours}
@@ -517,8 +529,7 @@ def keep_proof(path: Path, result: dict, today: dict[str, str], facts: dict) -> 
 
 def same_or_not(result: dict, modules: dict[str, str], commit: str, pairs: list) -> str | None:
     """Why the runs of a result, (with the code then, with today's), do not prove that it stands; None if they do."""
-    gpus = gpus_of(result)
-    doubtful = about_gpus(modules, commit, gpus) if gpus else {}
+    doubtful = about_gpus(modules, commit, result) if gpus_of(result) else {}
     for number, (before, after) in enumerate(pairs, 1):
         which = f"run {number} of {len(pairs)}"
         for whose, told in (("the code of " + commit[:12], before), ("today's code", after)):

@@ -106,6 +106,30 @@ class TestWhatChanged:
         texts["speedrun.b"] = texts["speedrun.b"].replace("g.register(k)", "print.register(k)")
         assert used("speedrun.a", {("speedrun.a", "g")}) == {"h", "f", "k", ""}
 
+    @pytest.mark.parametrize(
+        ("text", "ends"),
+        [
+            ("if backend == 'fa4' and torch.cuda.f(x):\n    return 1", True),
+            ("if backend == 'fa3':\n    return torch.cuda.f(x)", True),
+            ("if backend == 'fa4':\n    return 1\nelse:\n    torch.cuda.f(x)", False),
+            ("if backend == 'fa4':\n    return 1\nelif torch.cuda.f(x):\n    return 2", False),
+            ("if backend == 'fa4' or torch.cuda.f(x):\n    return 1", False),
+            ("if torch.cuda.f(x) and backend == 'fa4':\n    return 1", False),
+            ("if backend == 'triton' and torch.cuda.f(x):\n    return 1", False),
+        ],
+    )
+    def test_a_statement_that_asks_for_another_backend_ends_there(self, text, ends):
+        assert bool(stale.IF_PEER.match(text)) == ends
+
+    def test_runs_that_ask_for_another_backend_are_found(self):
+        def result(triton, *backends: str) -> dict:
+            runs = [{"config": {"model": {"attention": {"backend": name}}}} for name in backends]
+            return {"stamp": {"triton": triton}, "data": {"runs": runs}}
+
+        assert stale.without_peers(result("3.6.0", "auto", "flex"))
+        assert not stale.without_peers(result("3.6.0", "auto", "fa2"))
+        assert not stale.without_peers(result(None, "auto"))
+
     def test_minutes_count_gpus(self):
         assert stale.gpu_minutes({"stamp": {"gpu": "2×NVIDIA H100", "minutes": 3.0}}) == 6.0
         assert stale.gpu_minutes({"stamp": {"gpu": None, "minutes": 3.0}}) == 0.0
