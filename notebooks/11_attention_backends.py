@@ -263,7 +263,6 @@ print(f"D written and read: {2 * computed / 1e6:.0f} MB twice, {written:.3f} ms;
 #| export
 import math
 from collections.abc import Iterator
-from importlib.metadata import distributions
 from typing import Any, NamedTuple
 
 import torch
@@ -990,6 +989,7 @@ print(*checked)
 #| default_exp model.attention
 #| export
 from dataclasses import dataclass
+from importlib.metadata import distributions
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -1097,14 +1097,6 @@ sdpa_op.register_autograd(
 
 # %%
 #| export kernels.attention
-def flash4_lacks(device: torch.device) -> str:
-    """What FlashAttention-4 lacks on a GPU; empty: nothing."""
-    if not any(distributions(name="flash-attn-4")):
-        return 'the package is not installed (pip install "flash-attn-4>=4.0.0b36")'
-    hopper = torch.cuda.get_device_capability(device)[0] in (9, 10)
-    return "" if hopper else "it computes on Hopper and Blackwell (compute capability 9 and 10)"
-
-
 def flash4(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: Tensor, window: Tensor, scale: Tensor, state: tuple = ()
 ) -> tuple[Tensor, ...]:  # fmt: skip
@@ -1200,8 +1192,10 @@ def why_not(backend: str, device: torch.device, dtype: torch.dtype, head_dim: in
         return "Triton is not installed"
     if backend == "triton" and head_dim not in HEAD_DIMS:
         return f"its heads have one of {HEAD_DIMS} numbers, not {head_dim}"
-    if backend == "fa4":
-        return flash4_lacks(device)
+    if backend == "fa4" and not any(distributions(name="flash-attn-4")):
+        return 'the package is not installed (pip install "flash-attn-4>=4.0.0b36")'
+    if backend == "fa4" and torch.cuda.get_device_capability(device)[0] not in (9, 10):
+        return "it computes on Hopper and Blackwell (compute capability 9 and 10)"
     active = getattr(torch.nn.attention, "current_flash_attention_impl", lambda: None)
     if backend == "fa2" and active() == "FA3":
         return "FlashAttention-3 is active in its place"

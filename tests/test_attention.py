@@ -318,7 +318,7 @@ class TestFlashAttention4:
         there = torch.device("cuda")  # a machine that is played
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
         assert 'pip install "flash-attn-4' in why_not("fa4", there, torch.bfloat16)
-        monkeypatch.setattr("speedrun.kernels.attention.distributions", lambda name: [name])
+        monkeypatch.setattr("speedrun.model.attention.distributions", lambda name: [name])
         assert "Hopper and Blackwell" in why_not("fa4", there, torch.bfloat16)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
         assert why_not("fa4", there, torch.bfloat16) == ""

@@ -4,7 +4,6 @@
 # %% The code
 import math
 from collections.abc import Iterator
-from importlib.metadata import distributions
 from typing import Any, NamedTuple
 
 import torch
@@ -466,14 +465,6 @@ sdpa_op.register_autograd(
     lambda ctx, grad: (*sdpa_backward_op(grad, *ctx.saved_tensors), None, None, None),
     setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs, output),
 )
-
-
-def flash4_lacks(device: torch.device) -> str:
-    """What FlashAttention-4 lacks on a GPU; empty: nothing."""
-    if not any(distributions(name="flash-attn-4")):
-        return 'the package is not installed (pip install "flash-attn-4>=4.0.0b36")'
-    hopper = torch.cuda.get_device_capability(device)[0] in (9, 10)
-    return "" if hopper else "it computes on Hopper and Blackwell (compute capability 9 and 10)"
 
 
 def flash4(

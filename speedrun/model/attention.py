@@ -1,18 +1,12 @@
 # Tangled from notebooks/11_attention_backends.py: edit the notebook, then run "make tangle". Edits made here are lost.
 
 
-from speedrun.kernels.attention import (
-    HEAD_DIMS,
-    attention_op,
-    document_tiles,
-    flash4_lacks,
-    flash_op,
-    sdpa_op,
-)
+from speedrun.kernels.attention import HEAD_DIMS, attention_op, document_tiles, flash_op, sdpa_op
 
 
 # %% One function over all
 from dataclasses import dataclass
+from importlib.metadata import distributions
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -85,8 +79,10 @@ def why_not(backend: str, device: torch.device, dtype: torch.dtype, head_dim: in
         return "Triton is not installed"
     if backend == "triton" and head_dim not in HEAD_DIMS:
         return f"its heads have one of {HEAD_DIMS} numbers, not {head_dim}"
-    if backend == "fa4":
-        return flash4_lacks(device)
+    if backend == "fa4" and not any(distributions(name="flash-attn-4")):
+        return 'the package is not installed (pip install "flash-attn-4>=4.0.0b36")'
+    if backend == "fa4" and torch.cuda.get_device_capability(device)[0] not in (9, 10):
+        return "it computes on Hopper and Blackwell (compute capability 9 and 10)"
     active = getattr(torch.nn.attention, "current_flash_attention_impl", lambda: None)
     if backend == "fa2" and active() == "FA3":
         return "FlashAttention-3 is active in its place"
