@@ -615,12 +615,6 @@ def series(records: list[dict], kind: str) -> list[dict]:
     return [by_step[step] for step in sorted(by_step)]
 
 
-def read_log(path: str | Path) -> list[dict]:
-    """The numbers of a text log, ours or the contest's: a dict for each line that has any."""
-    lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
-    return [numbers for line in lines if (numbers := parse_line(line))]
-
-
 # %%
 log = RunLog(scratch / "resumed", echo=None)
 for step, loss in [
@@ -638,13 +632,8 @@ assert [(record["step"], record["val_loss"]) for record in steps] == [
     (10, 3.1),
     (20, 2.6),
 ]
-assert [n["val_loss"] for n in read_log(scratch / "resumed" / "log.txt")] == [
-    5.7,
-    3.0,
-    2.5,
-    3.1,
-    2.6,
-]
+logged = map(parse_line, (scratch / "resumed" / "log.txt").read_text().splitlines())
+assert [numbers["val_loss"] for numbers in logged] == [5.7, 3.0, 2.5, 3.1, 2.6]
 print([(record["step"], record["val_loss"]) for record in steps])
 
 # %% [markdown]

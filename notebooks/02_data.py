@@ -15,7 +15,7 @@
 #
 # ```{admonition} Cost box
 # Any machine: about fifteen seconds, and nothing for a GPU to do; 40 MB of disk for the text that the CPU runs train on, made from two Python packages. A network on the first run, for
-# GPT-2's vocabulary and perhaps a few megabytes of wheel. Ideas of records 12, 26, 29 and 33 (KoszarskyB, classiclarryd, varunneal); the shard format is llm.c's (Andrej Karpathy).
+# GPT-2's vocabulary and perhaps a few megabytes of wheel. Ideas of records 12, 26, 29 and 33 (\@KoszarskyB, \@classiclarryd, \@varunneal); the shard format is that of llm.c, by Andrej Karpathy and its contributors {cite}`llmc`.
 # ```
 #
 # ## The problem
@@ -24,8 +24,8 @@
 # concatenation of documents, though, and a batch cut from it every 1,024 tokens knows nothing of where they begin. The model sees the second half of a recipe, is asked
 # to continue it, and has no way to find out that it is a recipe.
 #
-# Record 12 let each GPU read one sequence of 64 thousand tokens instead, so that documents were seen whole, and masked attention at their borders: **3,000 steps became 1,875**. That left one document per GPU without its head. Record 26 moved the cut to where a document begins, lengthened the cooldown, and took another
-# twenty steps off; record 29 softcap documents at 2,048 tokens, and some twenty-five more went. Nobody had invented a layer. They had stopped throwing away first lines.
+# Record 12 let each GPU read one sequence of 64 thousand tokens instead, masked attention at the borders of documents and limited it to 1,024 tokens back. Together these changes made **1,875 steps of 3,000**; one record cannot say which of them did how much. They left one document per GPU and step without its head. Record 26 moved that cut to where a document begins, lengthened the cooldown, and
+# took **20 of 1,770 steps** off. Record 29 clipped documents at 2,048 tokens, among other things, and 25 more went. Nobody had invented a layer for either. They had stopped throwing away first lines. (Outside the contest, Ding and others report better models when fewer documents are cut {cite}`ding2024`.)
 
 # %%
 from speedrun.lab.tier import choose_tier
@@ -34,8 +34,8 @@ tier = choose_tier()
 
 # %% [markdown]
 # ```{admonition} Prediction
-# The documents of FineWeb {cite}`penedo2024` are on average 690 GPT-2 tokens long, with a median of 403. Cut the stream blindly into rows of 1,024. **What share of all tokens stands
-# in a document whose beginning is in another row?** (A document of 400 tokens is usually whole. One of 3,000 almost never is. Which kind holds most of the tokens?)
+# The documents of FineWeb {cite}`penedo2024` are on average 690 GPT-2 tokens long, with a median of 403, as the pull request of record 78 says (\@ChrisJMcCormick). Cut the stream blindly into rows of 1,024. **What share of all tokens stands
+# in a document whose beginning is in another row?** (A document of 400 tokens is whole more often than not, one of 3,000 never. Which kind holds most of the tokens?)
 # ```
 #
 # First there have to be tokens.
@@ -1264,7 +1264,7 @@ print(
 
 # %% [markdown]
 # Nearly half. But these documents are of our own cutting, and nearly all of them are about as long as a row. What of FineWeb's, with their long tail? The share has a formula. A document of length $L$ that begins anywhere in a row of $T$ leaves, on average, $L^2/2T$ of its tokens beheaded if it is shorter than the row, and $L - T/2$ if it is longer. Check the formula where it can be
-# checked, then use it where we have only a mean and a median. Lengths of texts are roughly log-normal:
+# checked, then use it where we have only a mean and a median, and have to assume a form. A log-normal is a usual one for lengths of texts:
 
 
 # %%
@@ -1283,16 +1283,24 @@ print(f"the formula here: {expected(lengths, 1024):.1%}, counted {lost[1024]:.1%
 print(f"FineWeb, if its lengths are log-normal: {expected(fineweb, 1024):.0%} at T = 1024")
 
 # %% [markdown]
-# Half of FineWeb's documents are shorter than 403 tokens, and still more than half of its *tokens* have lost their beginning, because the few long documents hold most of the text. That does not make them useless. A token 900 places into its row has lost little; what hurts is the start of every row:
+# Half of FineWeb's documents are shorter than 403 tokens. If their lengths are log-normal, more than half of its *tokens* have lost their beginning all the same, because the few long documents hold most of the text. But that is llm.c's row. Before record 26 each of the eight GPUs read one row of 49,152 tokens. What was left to repair, and what did the repair bring?
 
 # %%
-into = np.arange(len(stream)) % 1024  # how far into its row each token stands
-near = float(((began < np.arange(len(stream)) - into) & (into < 64)).mean())
-assert 0.05 < near < 0.07
-print(f"{near:.0%} of all tokens are beheaded and less than 64 places into their row")
+from speedrun.lab.results import public_table
+
+history = {row["record"]: row for row in public_table("records")}
+STEPS = {number: int(history[number]["steps"]) for number in ("11", "12", "25", "26", "28", "29")}
+long_row = int(history["25"]["tokens_per_step_end"]) // 8
+saved = 1 - STEPS["26"] / STEPS["25"]
+assert (STEPS["11"], STEPS["12"]) == (3000, 1875) and STEPS["28"] - STEPS["29"] == 25
+assert (STEPS["25"], STEPS["25"] - STEPS["26"], long_row) == (1770, 20, 49_152)
+assert expected(fineweb, 1024) > 0.5 and 0.02 < expected(fineweb, long_row) < 0.022
+assert 0.01 < saved < 0.012
+print(f"beheaded at T = {long_row:,}: {expected(fineweb, long_row):.1%}")
+print(f"record 26, where no row begins in the middle: {saved:.1%} fewer steps")
 
 # %% [markdown]
-# That is nearer to what the records got for the repair: a per cent or two of the steps, for nothing but another way to read.
+# Long rows alone leave two tokens of a hundred without their beginning, and record 26 got one step of a hundred for giving it back, for little more than another way to read. (It lengthened the cooldown as well, so not all of that need be the data's.)
 #
 # ## Reading, the naive way
 #
@@ -1439,7 +1447,7 @@ print(f"{len(shards.files)} shards, {shards.total:,} tokens, {len(shards.held)} 
 
 # %% [markdown]
 # In the naive mode a step is then a slice: `batch_tokens` tokens and one more, for the last target. Where the stream ends, another **epoch** begins at its start, and says so; the upstream
-# loader runs out of files there and dies with a `TypeError`. The position in the data is three numbers, and they are all that a checkpoint has to keep.
+# loader runs out of files there and stops with an error. The position in the data is three numbers, and they are all that a checkpoint has to keep.
 
 
 # %%
@@ -1865,12 +1873,17 @@ def skipped(longest: int, need: int = 16_384) -> float:
 
 
 few, many = skipped(1024), skipped(512)
+clipped = {most: np.maximum(fineweb - most, 0).sum() / fineweb.sum() for most in (896, 2048)}
+share_read = float(history["89"]["merged_total_tokens"]) / 10.3e9  # of 103 shards, as below
 assert few < 0.05 and 0.4 < many < 0.55 and lengths.max() <= 1024
+assert 0.3 < clipped[896] < 0.35 and 0.1 < clipped[2048] < 0.15 and 30 < 1 / share_read < 31
 print(f"cutting where a micro-batch is full passes over {few:.1%} of this text;")
 print(f"clipping documents at 512 tokens as well, over {many:.1%}")
+for most, share in clipped.items():
+    print(f"clipped at {most:,}, FineWeb would lose {share:.0%} if its lengths are log-normal")
 
 # %% [markdown]
-# A contest run reads a thirtieth of FineWeb's ten billion tokens and can afford that; on a corpus that is read twice it is text you paid for. And an aligned batch is only half of the idea. The rows are aligned, but as long as attention
+# Record 89 clips at 896 tokens in its first third and at 2,048 afterwards. It reads a thirtieth of the ten billion tokens that the contest's files hold, and can afford that; on a corpus that is read twice it is text you paid for. And an aligned batch is only half of the idea. The rows are aligned, but as long as attention
 # runs across borders, a token still looks into the tail of somebody else's document. That needs a mask, and masks are [chapter 09](09_flex_attention.py)'s. GPT-2's presets read the
 # plain stream, as llm.c does; `record` reads documents.
 #
@@ -2441,7 +2454,12 @@ def torn(opens: np.ndarray, lengths: np.ndarray, seq_len: int) -> float:
 
 
 # %%
-for at, long, right in (([0, 4], [4, 4], 0.0), ([0, 3], [3, 5], 0.5), ([2, 5], [3, 3], 0.5)):
+for at, long, right in (
+    ([0, 4], [4, 4], 0.0),
+    ([0, 3], [3, 5], 0.5),
+    ([2, 5], [3, 3], 0.5),
+    ([0, 9], [9, 3], 0.5),
+):
     got = torn(np.array(at), np.array(long), 4)
     assert got == right, (
         f"rows of 4, documents of {long} tokens that open at {at}: {right:.0%} are torn, not {got:.0%}"

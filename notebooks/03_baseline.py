@@ -15,12 +15,13 @@
 #
 # ```{admonition} Cost box
 # About fifteen seconds on two CPU cores; on one GPU, where GPT-2 is profiled at its real size, within three minutes. The profile in the figure was measured on a larger GPU and is committed.
-# Records 1 and 2: Andrej Karpathy and the contributors of llm.c; Keller Jordan.
+# Record 1: Andrej Karpathy and the contributors of llm.c {cite}`llmc`. Record 2: Keller Jordan. GPT-2 is by Alec Radford and others at OpenAI; one matrix for embedding and head is an idea of Ofir Press and Lior Wolf. Karpathy's build-nanogpt {cite}`buildnanogpt` writes
+# the same model step by step.
 # ```
 #
 # ## The problem
 #
-# Record 1 took **2,700 seconds** on eight H100s and read 10.26 billion tokens. It is a good program: C and CUDA by hand around NVIDIA's matrix library, mixed precision, nobody's homework {cite}`llmc`. And yet 88 records later the same loss
+# Record 1 took **2,700 seconds** on eight H100s and read 10.26 billion tokens. It is a good program: C and CUDA by hand around NVIDIA's matrix library, in mixed precision {cite}`llmc`. And yet 88 records later the same loss
 # takes 73.8 seconds and 0.34 billion tokens. Before improving on something by a factor of 37 it is worth knowing *which* thing is being improved on. How much of those 45 minutes was arithmetic that had to be done? How much was
 # the machine waiting? And who says that it takes ten billion tokens?
 
@@ -242,7 +243,7 @@ assert counted == parameter_count(GPTConfig(), VOCAB) == 124_439_808
 print(f"{counted:,} parameters, of which {VOCAB * 768 / counted:.0%} are the embedding")
 
 # %% [markdown]
-# **The arithmetic.** A matrix of $N$ weights costs $2N$ FLOPs per token forward, as much again for the gradient of its input, and as much again for the gradient of itself: $6N$. The embedding is looked up on the way in, which is free, and multiplied on the way out, which is not, so it
+# **The arithmetic.** A matrix of $N$ weights costs $2N$ FLOPs per token forward, as much again for the gradient of its input, and as much again for the gradient of itself: $6N$ {cite}`kaplan2020`. The embedding is looked up on the way in, which is free, and multiplied on the way out, which is not, so it
 # counts once. Attention adds two products, of queries with keys and of probabilities with values. In rows of $T$ tokens, at a width of $d$, they are $2 \cdot 2\,T d$ FLOPs per layer and token, and three times that with the backward pass. A kernel that skips what the mask hides does half of it:
 
 
@@ -293,18 +294,31 @@ print(
 
 # %% [markdown]
 # (The one line gives sixteen minutes. Attention's own products, which no weight pays for, are the seventeenth. The share is called MFU, model FLOPs utilisation.) So a perfect implementation of record 1 would still take seventeen minutes. Of the factor 37, at most 2.6 could ever come from running *this* computation faster in bf16. The rest had to come from computing less: better steps, and fewer of them.
-# The ledger can be closed with one more public number, the tokens that record 89 reads:
+# The ledger can be closed with the public numbers of record 89. It has ten layers with attention and eleven MLPs, and its head has 50,304 rows. For both records count the matrices alone, since attention's products depend on the lengths of documents in one of them:
 
 # %%
-fewer = float(ladder["1"]["total_train_tokens"]) / float(ladder["89"]["merged_total_tokens"])
-times_faster = seconds / float(ladder["89"]["record_time_s"])
-assert 30 < fewer < 31 and 1.15 < times_faster / fewer < 1.25
+last = ladder["89"]
+last_tokens, last_seconds = float(last["merged_total_tokens"]), float(last["record_time_s"])
+last_steps = int(last["merged_scheduled_steps"]) + int(last["merged_extension_steps"])
+fewer = float(ladder["1"]["total_train_tokens"]) / last_tokens
+fewer_steps = int(ladder["1"]["steps"]) / last_steps
+times_faster = seconds / last_seconds
+multiply = (10 * 4 + 11 * 8) * 768**2 + 50_304 * 768  # weights of record 89 that multiply
+products = {
+    "1": flops_per_token(GPTConfig(), VOCAB, 0) * fewer * last_tokens / PEAK / seconds,
+    "89": 6 * multiply * last_tokens / PEAK / last_seconds,
+}
+assert round(times_faster) == 37 and 30 < fewer < 31 and 1.15 < times_faster / fewer < 1.25
+assert round(fewer_steps) == 15 and 1.95 < fewer / fewer_steps < 2.05
+assert 6 * multiply < flops_per_token(GPTConfig(), VOCAB, 0) and round(multiply / 1e6) == 114
+assert 0.34 < products["1"] < 0.36 and 0.39 < products["89"] < 0.41
 print(
-    f"{times_faster:.0f} = {fewer:.0f} (fewer tokens) × {times_faster / fewer:.2f} (more tokens a second)"
+    f"{times_faster:.0f} = {fewer_steps:.1f} (fewer steps) × {fewer / fewer_steps:.1f} (fewer tokens a step) × {times_faster / fewer:.2f} (more tokens a second)"
 )
+print({record: f"{share:.0%} of full speed in bf16" for record, share in products.items()})
 
 # %% [markdown]
-# Thirty-seven is thirty times 1.2. Record 89 reads a thirtieth of the tokens, and passes only a fifth more of them a second. The kernels of 88 records bought time, and nearly all of it was spent again on better steps. The contest is told as a story about kernels; its ledger says otherwise.
+# Thirty-seven is thirty times 1.2, and thirty is fifteen times two: record 89 takes a fifteenth of the steps, each on half as many tokens. It passes only a fifth more tokens a second, and its matrix products keep the eight GPUs only a little busier than record 1's did. (Some of them are in eight bits, for which the data sheet promises twice as much.) What the kernels were worth, this ledger cannot say. A step of record 89 does much that a step of record 1 does not, and would take longer without them. But most of the factor is better steps and smaller batches.
 #
 # **The first loss.** A model that knows nothing should be wrong by $\ln V$: 10.82 nats for 50,257 equally likely tokens. Record 1's log begins at 11.009. Is that a bug? The logits of an untrained model are not zero. The last layer norm
 # leaves a vector of length $\sqrt d$, and its product with an embedding row of standard deviation $\sigma$ scatters with $\sigma\sqrt d$. The mean of $e^z$ over such normal logits is $e^{\sigma^2 d/2}$, so the mean cross-entropy is ${\ln V + \sigma^2 d / 2}$. (That holds because the blocks have drowned the token's own embedding. Without any block the tied head would mostly predict the token that it has just read, and be wrong.)
@@ -319,12 +333,15 @@ with torch.no_grad():
 expected = math.log(VOCAB) + 0.02**2 * 768 / 2
 logged = float(next(row for row in public_table("curves") if row["record"] == "1")["val_loss"])
 assert abs(first - expected) < 0.05 and abs(logged - expected) < 0.05
+doubled = math.log(VOCAB) + 0.04**2 * 768 / 2
+assert doubled - expected > 0.4
 print(
     f"ln V = {math.log(VOCAB):.3f}, with scatter {expected:.3f}; ours {first:.3f}, llm.c's log {logged:.3f}"
 )
+print(f"weights twice as large would begin at {doubled:.2f}")
 
 # %% [markdown]
-# No bug, and a useful habit. The first line of a log can be predicted to a per cent, and when it cannot, nothing after it is worth reading.
+# No bug, and a useful habit. The formula gives the mean over all initial weights. One model scatters around it by some hundredths, on text more than on our random tokens, since a few frequent tokens decide there. That is exact enough to see a wrong standard deviation, or a wrong vocabulary. When a first loss is further away than that, find out why before you read the rest of the log.
 #
 # ### The same logits as Hugging Face's GPT-2
 #
@@ -461,8 +478,8 @@ print(
 # %% [markdown]
 # ## The measurement
 #
-# Thirty-eight per cent of the data sheet is what record 1 reached. Where is the rest? llm.c's own kernels cannot be asked here, and one GPU says nothing about what eight tell each other. But our model does the same arithmetic, and can be profiled. PyTorch's profiler names every kernel that ran and how long it took; sorting the names into a few kinds answers the question. (A fused kernel counts under the first
-# kind that its name matches.) What the kernels do not fill is time in which the GPU waited for Python.
+# Thirty-eight per cent of the data sheet is what record 1 reached. Where is the rest? We did not profile llm.c itself, and one GPU says nothing about what eight tell each other. But our model does the same arithmetic, and can be profiled. PyTorch's profiler names every kernel that ran and how long it took; sorting the names into a few kinds answers the question. (A fused kernel counts under the first
+# kind that its name matches.) What the kernels do not fill is time in which the GPU waited.
 
 # %% tags=["hide-input"]
 #| export measure.baseline
@@ -517,7 +534,7 @@ def profile_step(step, device: torch.device, repeats: int = 3) -> dict[str, floa
 
 
 # %% [markdown]
-# The patterns above are names of CUDA kernels and of PyTorch's own operations. On a CPU the same code sorts the latter, in a step of the small model, which is enough to see that the sorting works; on a GPU the former, in a step of GPT-2 on four rows:
+# The patterns, in the folded cell above, are names of CUDA kernels and of PyTorch's own operations. On a CPU the same code sorts the latter, in a step of the small model, which is enough to see that the sorting works; on a GPU the former, in a step of GPT-2 on four rows:
 
 # %%
 assert (
@@ -547,7 +564,7 @@ assert 0.4 < sum(parts.values()) / times["wall"] < 2.5
 print({kind: f"{ms:.1f} ms" for kind, ms in sorted(parts.items(), key=lambda item: -item[1])})
 
 # %% [markdown]
-# The profile to believe takes a large GPU and the real size: 124 million parameters and 32 rows of 1,024 tokens. It is taken of three forms of the step. The first computes in 32-bit floats, as PyTorch does by default. The second multiplies matrices in bf16, and the third is compiled as well, which fuses the operations between the products.
+# The profile to believe takes a large GPU and the real size: 124 million parameters and 32 rows of 1,024 tokens. It is taken of three forms of the step. The first computes in 32-bit floats, as PyTorch does by default. The second multiplies matrices in bf16 (`with torch.autocast("cuda", torch.bfloat16):` around the model). The third is compiled as well (`torch.compile(model)`), which fuses operations between the products and may choose other kernels for the products. (Should the line under the numbers end in *stale*, code that was measured has changed since.)
 
 # %% tags=["hide-input"]
 #| export measure.baseline
@@ -600,11 +617,20 @@ reached = {form: flops / (times["wall"] / 1000) / 989e12 for form, times in form
 speedup = {form: forms["float32"]["wall"] / times["wall"] for form, times in forms.items()}
 compiled = forms["bf16, compiled"]
 between = 1 - (compiled["matrix products"] + compiled["attention"]) / compiled["wall"]
+saved = {kind: ms - compiled[kind] for kind, ms in forms["bf16"].items()}
+in_products = flops_per_token(GPTConfig(), VOCAB, 0) * result["data"]["tokens"] / 989e12
+in_products /= compiled["matrix products"] / 1000
 assert flops == flops_per_token(GPTConfig(), VOCAB, 1024) * result["data"]["tokens"]
 assert reached["float32"] < reached["bf16"] < reached["bf16, compiled"]
 assert abs(reached["bf16, compiled"] - utilisation) < 0.06 and 0.3 < between < 0.5
 for form, times in forms.items():
     print(f"{form:15} {times['wall']:6.1f} ms a step, {reached[form]:4.0%} of the data sheet")
+assert 0.5 < saved["matrix products"] / saved["wall"] < 0.65 and 0.65 < in_products < 0.75
+assert saved["copies and casts"] > max(saved[kind] for kind in ("loss", "other element-wise"))
+print(
+    f"compiling saves {saved['wall']:.0f} ms: {saved['matrix products']:.0f} in matrix products, {saved['copies and casts']:.0f} in copies and casts"
+)
+print(f"its matrix products run at {in_products:.0%} of the data sheet")
 print(measured_on(result))
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Left: milliseconds of one training step in float32, bf16 and compiled bf16. Right: the shares of the kinds of kernels in each"}}
@@ -645,22 +671,25 @@ right.set_title(f"{between:.0%} of what is left is neither matrix nor attention"
 plt.show()
 
 # %% [markdown]
-# Two lines of PyTorch, a number format and a compiler, bring a naive program to llm.c's level: the compiled step reaches about the share of the data sheet that record 1 did. What is left splits in two. The matrix products run at a good part of the data sheet, and later chapters make them cheaper with eight-bit floats. Everything else moves bytes and multiplies next to nothing:
+# Two lines of PyTorch, a number format and a compiler, bring a naive program on one GPU to about the share of the data sheet that record 1 reached on eight, which also had to exchange gradients. The compiler's gain is not only fusion. More than half of what it saves is in the matrix products, which are the same products in the same format. Why they became faster, the profile does not say. A likely reason is that the compiler pads the 50,257 columns of the head, which PyTorch without it does not; we did not test that here. [Chapter 08](08_logits.py) measures what a padded vocabulary is worth.
+#
+# What is left splits in two. The matrix products run at seven tenths of the data sheet, and later records make some of them cheaper with eight-bit floats. Attention aside, everything else moves bytes and multiplies next to nothing:
 
 # %%
 rest = {
     kind: compiled[kind] for kind in ("other element-wise", "loss", "norms", "copies and casts")
 }
 waiting = compiled["waiting"] / compiled["wall"]
-assert list(rest) == sorted(rest, key=rest.get, reverse=True) and waiting < 0.05
+assert list(rest) == sorted(rest, key=rest.get, reverse=True) and round(100 * waiting) == 2
+assert max(rest.values()) < sum(rest.values()) / 2 and round(10 * in_products) == 7
 print({kind: f"{ms:.1f} ms" for kind, ms in rest.items()}, f"waiting {waiting:.0%}")
 
 # %% [markdown]
-# No single kind dominates, which is why fusing them took so many records. And the machine that waits, of which one hears so much? Two per cent. On one GPU, with batches as large as these, Python keeps ahead of it.
+# No single kind is as much as half of that. And the GPU is idle for two per cent of the step: alone, and with batches as large as these, it hardly waits for Python.
 #
 # ## Record 2: half the tokens
 #
-# Record 2, nine days after record 1, was a port of this program to PyTorch by Keller Jordan. By his recollection it replaced the learned positions by rotary ones ([chapter 06](06_rotary.py)), tripled the learning rate to 0.0018, shortened the warm-up to 250 steps, and let the rate fall along a line at the end. It needed half the tokens:
+# Record 2, nine days after record 1, is Keller Jordan's, in PyTorch; he began with the PyTorch trainer in llm.c's repository. By his recollection it replaced the learned positions by rotary ones ([chapter 06](06_rotary.py)), tripled the learning rate to 0.0018, shortened the warm-up to 250 steps, and let the rate fall along a line at the end. It needed half the tokens:
 
 # %%
 tokens_of = {number: float(ladder[number]["total_train_tokens"]) for number in ("1", "2")}
@@ -672,12 +701,12 @@ print(
 )
 
 # %% [markdown]
-# One port with four changes halved the tokens. That is what an untuned baseline looks like, and it is the reason why this book compares every optimizer with a *tuned* AdamW ([chapter 12](12_newton_schulz.py)) and not with this one. It is also a warning about reading the ladder as a sum. A record's gain is measured against whatever
-# stood there before, and what stood there first had never been pushed.
+# Four changes, in another program, halved the tokens. That is what an untuned baseline looks like, and it is the reason why this book compares every optimizer with a *tuned* AdamW ([chapter 12](12_newton_schulz.py)) and not with this one. It is also a warning about reading the ladder as a sum. A record's gain is measured against whatever
+# stood there before, and what stood there first had not been tuned for this contest.
 #
 # ## Exercises
 #
-# 1. Chinchilla's rule of thumb asks for 20 tokens a parameter: a model that sees fewer is larger than its budget deserves, one that sees more is smaller. Which are the records, and why did the model not shrink when the tokens became fewer? Write `tokens_per_parameter(tokens, parameters)` and compare records 1, 2 and 89. (Record 89 read 338.8 million tokens. It has 643.8 million parameters, most of them in tables that are looked up and never multiplied; count the 114 million that multiply.)
+# 1. Chinchilla's rule of thumb asks for 20 tokens a parameter, as the best use of a given number of FLOPs {cite}`hoffmann2022`: a model that sees fewer is larger than its budget deserves, one that sees more is smaller. Which are the records, and why did the model not shrink when the tokens became fewer? Write `tokens_per_parameter(tokens, parameters)` and compare records 1, 2 and 89. (Record 89 has 643.8 million parameters, most of them in tables that are looked up and never multiplied; count the 114 million that multiply.)
 
 
 # %% tags=["solution"]
@@ -687,17 +716,21 @@ def tokens_per_parameter(tokens: float, parameters: float) -> float:
 
 
 # %%
-ratio = tokens_per_parameter(50, 20)
-assert ratio == 2.5, f"50 tokens for 20 parameters are 2.5 a parameter, not {ratio}"
+for some, weights, right in ((50, 20, 2.5), (1, 8, 0.125)):
+    ratio = tokens_per_parameter(some, weights)
+    assert ratio == right, (
+        f"{some} tokens for {weights} parameters are {right} a parameter, not {ratio}"
+    )
 ratios = {number: tokens_per_parameter(tokens_of[number], counted) for number in ("1", "2")}
-ratios["89"] = tokens_per_parameter(338.8e6, 114e6)
+ratios["89"] = tokens_per_parameter(last_tokens, multiply)
 assert ratios["1"] > 80 and ratios["89"] < 4, (
     f"record 1 read more than 80 tokens a parameter and record 89 fewer than 4, not {ratios}"
 )
 print({record: f"{ratio:.0f} tokens a parameter" for record, ratio in ratios.items()})
 print(
-    "GPT-2's size was inherited; better optimizers need fewer tokens, and small matrices waste a GPU"
+    "The width of GPT-2 was inherited; better optimizers then reached the loss with fewer tokens."
 )
+print("Smaller matrices use a GPU badly, and the contest counts seconds and not FLOPs.")
 
 # %% [markdown]
 # 2. How would longer rows change the share of attention? Write `attention_share(options, vocab_size, seq_len)` with the formula above, causal, and find `half_at`, the row length at which attention is half of the work.
@@ -720,7 +753,7 @@ assert share[0] == 0, f"without a row there is no attention, but its share is {s
 assert abs(share[1024] - 0.071) < 0.001, (
     f"at 1,024 tokens attention is 7.1% of all FLOPs, not {share[1024]:.1%} (causal: half of it is skipped)"
 )
-assert abs(share[half_at] - 0.5) < 0.01, (
-    f"at half_at = {half_at} the share should be 50%, it is {share[half_at]:.1%}"
+assert abs(share[half_at] - 0.5) < 0.0001, (
+    f"at half_at = {half_at} the share should be 50.00%, it is {share[half_at]:.2%}"
 )
 print("share of attention by row length:", {n: f"{share[n]:.0%}" for n in rows[1:]})

@@ -1171,6 +1171,28 @@ def flash_gradients(ctx: Any, grad: Tensor, *_) -> tuple:
 
 flash_op.register_autograd(flash_gradients, setup_context=keep_for_flash)
 
+
+def flash_attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: Tensor, window: Tensor, scale: Tensor, fa4: bool
+) -> Tensor:  # fmt: skip
+    """`flash_op`'s output, with zeros in rows that are in no document; FlashAttention leaves those as their memory was, and their gradients."""
+    inside = (torch.arange(len(q), device=q.device) < cu_seqlens[-1])[:, None, None]
+    q, k, v = (torch.where(inside, each, 0) for each in (q, k, v))
+    out = flash_op(q, k, v, cu_seqlens, longest, window, scale, fa4)[0]
+    return torch.where(inside, out, 0)
+
+
+# %%
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+with FakeTensorMode():  # what the compiler is told
+    rows_of_q = torch.empty(70, 2, 64, dtype=torch.bfloat16)
+    bounds = torch.empty(3, dtype=torch.int32)
+    numbers = (torch.empty((), dtype=torch.int32), torch.empty((), dtype=torch.int32), torch.empty(()))  # fmt: skip
+    for newest in (False, True):
+        out, lse, _ = flash_op(rows_of_q, rows_of_q, rows_of_q, bounds, *numbers, newest)
+        assert out.shape == rows_of_q.shape and lse.shape == (2, 70) and lse.dtype == torch.float32
+
 # %% [markdown]
 # A backend that was asked for by name and cannot do the work is refused, with the reason. Nothing is replaced by something else without a word, and no backend drops a window that it does not know. Only `auto` chooses.
 
@@ -1239,11 +1261,9 @@ def attend(
     window, scale = packed.windows[int(long)], packed.scale
     if backend == "triton":
         return attention_op(q, k, v, tiles, window, scale, bounded and q.dtype != torch.float16)[0]
-    if backend in ("fa2", "fa3", "fa4"):  # which leave rows in no document as their memory was
-        inside = (torch.arange(len(q), device=q.device) < packed.cu_seqlens[-1])[:, None, None]
-        q, k, v = (torch.where(inside, each, 0) for each in (q, k, v))
+    if backend in ("fa2", "fa3", "fa4"):
         told = (packed.cu_seqlens, packed.longest, window, scale, backend == "fa4")
-        return torch.where(inside, flash_op(q, k, v, *told)[0], 0)
+        return flash_attention(q, k, v, *told)
     if backend == "flex":
         from speedrun.model.masks import flex_attention_in
 

@@ -14,8 +14,8 @@
 # # Many GPUs: who updates what
 #
 # ```{admonition} Cost box
-# About half a minute on two CPU cores, where processes that talk through gloo play the GPUs; within three minutes on one GPU. What was measured on one GPU and on two is committed.
-# Record 6: \@kellerjordan0. Record 15: \@leloykun, \@YouJiacheng. Record 22: \@KonstantinWilleke, \@alexrgilbert, \@adricarda, \@tuttyfrutyee, \@vdlad. Record 23: \@ryanyang0. Record 24: \@vagrawal. Records 36 and 39: \@classiclarryd. Record 44: \@akash5474. Record 57: \@classiclarryd, \@YouJiacheng, \@ChrisJMcCormick. Record 61: \@ChrisJMcCormick. Record 68: \@dhrvji. Record 71: \@roeeshenberg.
+# Under a minute on two CPU cores, where processes that talk through gloo play the GPUs; within three minutes on one GPU. What was measured on one, two and four GPUs is committed.
+# Record 6: \@kellerjordan0. Record 15: \@leloykun, \@YouJiacheng. Record 22: \@KonstantinWilleke, \@alexrgilbert, \@adricarda, \@tuttyfrutyee, \@vdlad. Record 23: \@ryanyang0. Record 24: \@vagrawal. Records 36 and 39: \@classiclarryd. Record 44: \@akash5474. Record 53: \@varunneal, \@classiclarryd. Record 57: \@classiclarryd, \@YouJiacheng, \@ChrisJMcCormick. Record 61: \@ChrisJMcCormick. Record 68: \@dhrvji. Record 71: \@roeeshenberg.
 # ```
 #
 # ## The problem
@@ -41,12 +41,12 @@ print(
 # A seventh of every step was saved, although what one GPU alone has updated, all others must now be told. Most of this chapter's records lower the price of telling.
 #
 # ```{admonition} Prediction
-# Record 89 has 75 million weights in matrices and 560 million in tables, nearly all of them in bfloat16. Every step updates the matrices; every second one the tables too. (Head and embedding are tied at first, and updated as one.) With eight GPUs, **how many megabytes does each of them send in a step of either kind?** (Two batches of a rank touch at most a tenth of the rows of the largest table, which has 290 of the 560 million.) Compare with what it would send if every GPU updated the matrices, and only gradients were summed. Then divide by 450 GB/s, an H100's NVLink in one direction: how much of a step of 31 ms would that be, if nothing overlapped?
+# Record 89 has 75 million weights in matrices and 560 million in tables, nearly all of them in bfloat16. Every step updates the matrices; every second one the tables too. (Head and embedding are tied at first, and updated as one.) With eight GPUs, **how many megabytes does each of them send in a step of either kind?** (In the first third of the run two batches of a rank touch at most a tenth of the rows of the largest table, which has 290 of the 560 million.) Compare with what it would send if every GPU updated the matrices, and only gradients were summed. Then divide by 450 GB/s, an H100's NVLink in one direction: how much of a step of 31 ms would that be, if nothing overlapped?
 # ```
 #
 # ## The idea
 #
-# The classic scheme sums gradients over all GPUs, or *ranks*, so that each has the sum (an *all-reduce*), and each updates everything. On a ring of $w$ ranks the sum takes two rounds. In the first, pieces travel around and add up until each rank holds one finished piece, $1/w$ of the whole: a *reduce-scatter*. In the second, finished pieces travel around until everybody has all: an *all-gather*. Each half makes every rank send $\frac{w-1}{w}$ of the bytes.
+# The classic scheme sums gradients over all GPUs, or *ranks*, so that each has the sum (an *all-reduce*), and each updates everything. On a ring of $w$ ranks the sum takes two phases. In the first, pieces travel around and add up until each rank holds one finished piece, $1/w$ of the whole: a *reduce-scatter*. In the second, finished pieces travel around until everybody has all: an *all-gather*. Each half makes every rank send $\frac{w-1}{w}$ of the bytes.
 #
 # > **An all-reduce is a reduce-scatter and an all-gather. Put the update between the halves.**
 #
@@ -55,14 +55,14 @@ print(
 # Three refinements complete the design:
 #
 # - **Small parameters** are not worth sharding. Gates and scalars go into one vector, which is all-reduced in one go, and every rank updates all of it.
-# - **Tables of which a step touches few rows** need not send the others' gradients. A rank sends to each owner the rows that its batch has looked up, with their numbers. (New values are gathered whole.)
+# - **Tables of which a step touches few rows** need not send the others' gradients. A rank sends to each owner the rows that its batch has looked up, with their numbers (8 bytes each; upstream's have 4). (New values are gathered whole.)
 # - **Order.** All sums are begun at once; then for one parameter after the other: wait for its sum, update, begin to gather. While one is updated, the next ones' sums are on their way. Which order is best depends on sizes, so the caller can give it.
 #
 # A table says for each parameter how it is communicated and by which rule it is updated. The optimizer knows no parameter by name, and one rank runs the same code as eight.
 #
 # ## The code
 #
-# Each rank is a process of its own, and all run the same program. `torch.distributed` connects them: over TCP between CPUs, by a library called *gloo*, and over NVLink between GPUs, by *NCCL*. A *collective* is a call that all ranks make in the same order; a rank that leaves one out makes the others wait, until a timeout (ten minutes for NCCL) ends the run. So an error that one rank alone raises is a deadlock for the others; what goes wrong on one is told to all before anyone stops. With two ranks that hold [a b] and [c d]:
+# Each rank is a process of its own, and all run the same program. `torch.distributed` connects them: over TCP between CPUs, by a library called *gloo*, and over NVLink between GPUs, by *NCCL*. A *collective* is a call that all ranks make in the same order; a rank that leaves one out makes the others wait, until a timeout (here of thirty minutes) ends the run. So an error that one rank alone raises is a deadlock for the others; what goes wrong on one is told to all before anyone stops. With two ranks that hold [a b] and [c d]:
 #
 # | collective | the first rank gets | the second |
 # | --- | --- | --- |
@@ -241,7 +241,7 @@ assert small.grad.tolist() == [0.0] * 8 + [1.0] * 4 + [0.0] * 4, "one vector is 
 # %% [markdown]
 # ### Sparse gradients of embedding tables
 #
-# A batch of 16,384 tokens looks up at most as many rows of a table that has 377,280. Autograd still writes a dense gradient, of which nearly all is zero. `announce` tells which rows are not. The gradient of a row that is forgotten stays where it is until the row is next announced, so announce too many rather than too few. How many rows everyone sends must be known to *Python*, which allocates the room; so counts travel between CPUs, where asking means no waiting for a GPU. A batch's rows are known long before its gradient, and `exchange` may be called then; if nobody has, `reduce` does it. It is a collective: call it during the backward pass, on all ranks at the same place.
+# A batch of 16,384 tokens looks up at most as many rows of a table that has 377,280. Autograd still writes a dense gradient, of which nearly all is zero. `announce` tells which rows are not. The gradient of a row that is forgotten stays where it is until the row is next announced, so announce too many rather than too few. How many rows everyone sends must be known to *Python*, which allocates the room; so counts travel between CPUs, where asking means no waiting for a GPU. A batch's rows are known long before its gradient, and `exchange` may be called then; if nobody has, `reduce` does it. It is a collective: call it during the backward pass, on all ranks at the same place. No model of this book has such a table yet; tests and measurements take record 89's.
 
 
 # %%
@@ -367,7 +367,7 @@ print(f"an all-reduce of the matrices: {as_before:.0f} MB")
 print(f"a step with tables, early on: {odd:.0f} MB, {odd / 450:.1f} ms")
 
 # %% [markdown]
-# A sharded update sends what an all-reduce sends. A step with tables (in the first third, where steps are shortest and head and embedding are one) sends 1.65 GB, more than half of it to collect tables: Adam moves rows that nobody has touched this time, so *gathering* a sparse table is dense. At the 450 GB/s of the data sheet that would be an eighth of an average step: worth hiding, and worth doing in every second step only.
+# A sharded update sends what an all-reduce sends. A step with tables (in the first third, where steps are shortest and head and embedding are one) sends 1.65 GB, more than half of it to collect tables: Adam moves rows that nobody has touched this time, so *gathering* a sparse table is dense. At the 450 GB/s of the data sheet that would be an eighth of that third's average step: worth hiding, and worth doing in every second step only.
 #
 # ### The Adam step
 #
@@ -420,7 +420,7 @@ def adam_step(
 ) -> None:
     """One step of Adam with cautious decay, in place, in float32 whatever p and g are.
 
-    bias_corrections: 1 − betaᵗ after t steps. decay: the share that a decaying weight loses. skip: if not zero, nothing happens.
+    bias_corrections: 1 − betaᵗ after t steps; eps is added after them, as in PyTorch, and upstream before. decay: the share that a decaying weight loses. skip: if not zero, nothing happens.
     """
     g = g.float()
     squared = g.square()
@@ -822,11 +822,11 @@ assert vector.rule.lr_mul.tolist()[:9] == [5.0] * 3 + [0.0] * 5 + [1.0]
 # %% [markdown]
 # ### One step
 #
-# Reduce, wait, update, gather: `MuonAdam.step` below is the whole schedule. The sums of whole matrices begin first, if they stand first in the order: they read gradients and write elsewhere. Meanwhile each rank checks whether its gradients of what is due in this step are finite, and one small all-reduce tells everybody. If any is not, the step is skipped: rates are zero, and moments stay. Nor does Adam count it: a mean of $t$ gradients is divided by $1-\beta^t$, and a skipped gradient is not in the mean. Only the device knows that, so the count is kept there. Python does not wait for the answer; `nonfinite_params` asks later, and names the parameter. The price is to read every gradient once more.
+# Reduce, wait, update, gather: `MuonAdam.step` below is the whole schedule. The sums of whole matrices begin first, if they stand first in the order: they read gradients and write elsewhere. Meanwhile each rank checks whether its gradients of what is due in this step are finite, and one small all-reduce tells everybody. If any is not, the step is skipped: rates are zero, and moments stay. Nor does Adam count it: a mean of $t$ gradients is divided by $1-\beta^t$, and a skipped gradient is not in the mean. Only the device knows that, so the count is kept there. Python does not wait for the answer; `nonfinite_params` asks later, and names the parameter. Upstream has no such check; it costs reading every gradient once more.
 #
 # *Clipping* scales the gradient if its norm is too large. It needs the norm of everything that is due before anything is updated, and so gives up the overlap of sums and updates. Each rank has the norm of its own shards, and one more all-reduce adds up the squares. A norm that overflows skips the step, too.
 #
-# On a single GPU each parameter has a *stream* of its own, in which it is updated and cleared; among several, all matrices share one stream and everything else another, and there parameters also wait for their sums and begin to be gathered. Python only fills the streams, and what runs when is decided by what has arrived. Two rules make that safe. A graph is recorded in the stream in which it will run, because libraries keep scratch memory by stream. And what was allocated in one stream and used in another is not freed before the first has waited for the second.
+# On a single GPU each parameter has a *stream* of its own, in which it is updated and cleared; among several, all matrices share one stream and everything else another, and there parameters also wait for their sums and begin to be gathered. Two rules make that safe. A graph is recorded in the stream in which it will run, because libraries keep scratch memory by stream. And what was allocated in one stream and used in another is not freed before the first has waited for the second.
 
 
 # %%
@@ -1288,7 +1288,7 @@ def settings_at(step: int) -> StepSettings:
 
 
 def record_specs(scale: int = 1) -> tuple[ParamSpec, ...]:
-    """Record 89's parameters in our banks, updated much as there; its small ones are lumped together. scale: divides widths and vocabularies."""
+    """Record 89's parameters in its banks, without their padding, updated much as there; its small ones are lumped together. scale: divides widths and vocabularies."""
     d, words = 768 // scale, 50_304 // scale
     bank = partial(ParamSpec, optim="muon", comm="sharded", matrices=1, wd_mul=1.0)
     adam: Any = partial(ParamSpec, optim="adam", comm="sharded", wd_mul=150.0, betas=(0.5, 0.95))
@@ -1938,11 +1938,11 @@ assert abs(times_formula["sparse"][0] - 1) < 0.05
 print(measured_on(nvlink))
 
 # %% [markdown]
-# Large messages cost what the formula says. The one small one, 0.2 MB, costs twice as much. NCCL has a protocol for such in which a flag travels beside every four bytes: it pays bytes for latency.
+# Large messages cost what the formula says. The one small one, 0.2 MB, costs twice as much. NCCL has a protocol for such, LL, in which a flag travels beside every four bytes.
 #
 # ### The clock
 #
-# Now the step, with record 89's shapes at full size, by itself. What could it take at best? Muon's products, by whole tiles of 128 × 128, at the rate at which this GPU multiplies large matrices; of a product that is symmetric, the tiles on and below the diagonal. Then each number that has to be read or written, at the rate at which it copies: 20 bytes for a weight under Muon, 24 under Adam, their gradients' clearing included.
+# Now the step, with record 89's shapes at full size and chapter 13's products, by itself. What could it take at best? Muon's products, by whole tiles of 128 × 128, at the rate at which this GPU multiplies large matrices; of a product that is symmetric, the tiles on and below the diagonal. Then each number that has to be read or written, at the rate at which it copies: 20 bytes for a weight under Muon, 24 under Adam, their gradients' clearing included.
 
 
 # %%
@@ -2099,7 +2099,7 @@ print(f"one step of each, {measured_on(load_result('many_gpus', 'trace'))}")
 # %% [markdown]
 # ### In a whole run
 #
-# How much of it is left in a step that also computes something? Here is the trainer on `record_200m` ([chapter 24](24_speedrun.py) has the whole runs): the same batch for one, two and four H200s, twenty steps of each stage. Its one large table holds five layers' value embeddings, 193 million numbers in bfloat16. Before looking: for how much of a step of 66 ms do four GPUs wait for each other, if a rank sends 0.9 GB in it at 260 GB/s, and nothing is hidden?
+# Here is the trainer on `record_200m` ([chapter 24](24_speedrun.py) has the whole runs): the same batch for one, two and four H200s, twenty steps of each stage. Its one large table holds five layers' value embeddings, 193 million numbers in bfloat16. Before looking: for how much of a step of 66 ms do four GPUs wait for each other, if a rank sends 0.9 GB in it at 260 GB/s, and nothing is hidden?
 
 # %%
 whole_runs = {w: load_result("many_gpus", f"run_{w}")["data"] for w in (1, 2, 4)}
@@ -2189,6 +2189,9 @@ print(f"which is {', '.join(f'{share:.0%}' for share in shares)} of eight times 
 
 
 # %%
+from speedrun.model.gpt import param_specs
+
+
 def state_bytes(numel: int, optim: str) -> int:
     """Optimizer state of a parameter: Adam's two moments in float32; Muon's momentum and its mantissa."""
     return numel * (8 if optim == "adam" else 4 + 2)
@@ -2205,6 +2208,9 @@ sizes = {name: math.prod(spec.shape) for name, spec in record_89.items()}
 assert sum(sizes[name] for name in ("qk", "vo", "mlp")) == MUON_WEIGHTS
 assert (sizes["head"], sizes["values"], sizes["bigram"]) == (HEAD, VALUES, BIGRAM)
 assert busy_share(20, 16) == 5 / 8
+ours = [s for s in param_specs(preset("record").model, 50_257) if s.matrices]
+of_ours = sorted(busy_share(s.shape[0] * s.matrices, 8) for s in ours)
+assert {s.shape[0] for s in ours} == {10, 11} and of_ours == [10 / 16, 11 / 16, 11 / 16, 30 / 32]
 assert 1.1 < 2 * tables / 1e9 < 1.15
 whole = state_bytes(MUON_WEIGHTS, "muon") + state_bytes(tables, "adam")
 of_bank = {name: busy_share(record_89[name].shape[0], 8) for name in ("qk", "vo", "mlp")}
@@ -2297,7 +2303,7 @@ print(measured_on(compared))
 #
 # ## What it costs, and when it fails
 #
-# Padding is work on zeros. Twenty matrices on eight ranks leave a sixth of the time to padding, and on sixteen ranks three eighths. Beyond as many ranks as a bank has matrices, more ranks buy nothing at all.
+# Padding is work on zeros. Twenty matrices on eight ranks leave a sixth of the time to padding, and on sixteen ranks three eighths. `record`'s own banks have ten or eleven, but for one, and leave about a third ([chapter 21](21_model.py)).
 #
 # Gradients that have a fixed place must be *added* there: for tables 1.1 GB of gradients, read twice and written once in every backward pass.
 #

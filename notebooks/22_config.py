@@ -14,7 +14,7 @@
 # # One table of runs
 #
 # ```{admonition} Cost box
-# Any machine: about twenty seconds; there is nothing for a GPU to do. The historic recipes are those of record 1 (Andrej Karpathy and the contributors of llm.c), record 2 (\@kellerjordan0), records 5, 8 and 9 (\@Grad62304977, \@kellerjordan0), record 11 (\@brendanh0gan), records 12 and 14 (\@KoszarskyB), record 13 (\@fernbear.bsky.social), records 16 and 17 (\@YouJiacheng), record 20 (\@leloykun, \@fernbear.bsky.social, \@YouJiacheng, \@brendanh0gan, \@scottjmaddox, \@Grad62304977), record 29 (\@varunneal) and record 31 (\@classiclarryd).
+# Any machine: about twenty seconds; there is nothing for a GPU to do. The historic recipes are those of record 1 (Andrej Karpathy and the contributors of llm.c), record 2 (\@kellerjordan0), records 5, 8 and 9 (\@Grad62304977, \@kellerjordan0), record 11 (\@brendanh0gan), records 12, 14 and 18 (\@KoszarskyB), record 13 (\@fernbear.bsky.social), record 15 (\@leloykun, \@YouJiacheng), records 16, 17 and 19 (\@YouJiacheng), record 20 (\@leloykun, \@fernbear.bsky.social, \@YouJiacheng, \@brendanh0gan, \@scottjmaddox, \@Grad62304977), record 21 (\@leloykun), record 29 (\@varunneal), record 30 (\@EmelyanenkoK) and record 31 (\@classiclarryd). What `record` draws on is credited in the chapters of its techniques.
 # ```
 #
 # ## The problem
@@ -34,7 +34,7 @@ assert 2**25 == 33_554_432
 
 # %% [markdown]
 # ```{admonition} Prediction
-# This chapter defines twenty ways to run the trainer, from a minute on a laptop to record 1: llm.c's recipe, forty-five minutes on eight H100s. A run has more than ninety fields. **In how many of them does a GPT-2 for a laptop differ from record 1?** And in how many does record 11, which took seven minutes?
+# This chapter defines twenty-one ways to run the trainer, from a minute on a laptop to record 1: llm.c's recipe, forty-five minutes on eight H100s. A run has more than ninety fields. **In how many of them does a GPT-2 for a laptop differ from record 1?** And in how many does record 11, which took seven minutes?
 # ```
 #
 # ## The idea
@@ -292,17 +292,23 @@ def check_model(model: GPTConfig) -> None:
     """Raise UserError for heads that cannot share the width or be turned, and for connections between layers where there is one."""
     size, rest = divmod(model.width, model.heads)
     if rest:
-        what = f"a width of {model.width} cannot be shared by {model.heads} heads"
-        raise UserError(what, f"--model.heads {largest_divisor(model.width, model.heads)}")
+        raise UserError(
+            f"a width of {model.width} cannot be shared by {model.heads} heads",
+            f"--model.heads {largest_divisor(model.width, model.heads)}",
+        )
     if model.rotary.positions != "learned" and size % 4:
-        what = f"heads of {size} numbers cannot be taken in pairs to turn, and half of those"
-        raise UserError(what, "a --model.width of 4 times --model.heads, or a multiple")
+        raise UserError(
+            f"heads of {size} numbers cannot be taken in pairs to turn, and half of those",
+            "a --model.width of 4 times --model.heads, or a multiple",
+        )
     usual, fields = fields_of(GPTConfig(), "model."), fields_of(model, "model.")
     names = ("embedding.values", "plan.skips", "plan.backout", "plan.without")
     wants = [n for n in (f"model.{name}" for name in names) if fields[n] != usual[n]]
     if wants and model.layers < 2:
-        what = f"{', '.join(wants)}: this is between layers, and model.layers is 1"
-        raise UserError(what, "--model.layers 2, or more")
+        raise UserError(
+            f"{', '.join(wants)}: this is between layers, and model.layers is 1",
+            "--model.layers 2, or more",
+        )
 
 
 # %%
@@ -316,8 +322,10 @@ def check_optim(optim: OptimConfig, precision: str) -> None:
             what, "--optim.muon.param-dtype float32, or 16 bits for --precision as well"
         )
     if optim.matrices == "soap" and optim.adam.cautious:
-        what = "optim.matrices=soap with optim.adam.cautious: SOAP decays as AdamW does"
-        raise UserError(what, "--optim.adam.no-cautious, or --optim.matrices muon")
+        raise UserError(
+            "optim.matrices=soap with optim.adam.cautious: SOAP decays as AdamW does",
+            "--optim.adam.no-cautious, or --optim.matrices muon",
+        )
 
 
 # %%
@@ -337,9 +345,10 @@ def check_documents(config: Config) -> None:
                 "--model.attention.backend auto; or --data.mode documents or packed",
             )
     elif config.model.rotary.positions == "learned":
-        kind = config.model.rotary.positions
-        what = f"data.mode={config.data.mode} and {kind} positions: there are positions for model.context tokens only"
-        raise UserError(what, "--model.rotary.positions rotary, or --data.mode stream")
+        raise UserError(
+            f"data.mode={config.data.mode} and {config.model.rotary.positions} positions: there are positions for model.context tokens only",
+            "--model.rotary.positions rotary, or --data.mode stream",
+        )
     dtype = config.model.plan.stream_dtype
     if dtype != "float32" and config.precision == "float32":
         what = f"model.plan.stream_dtype={dtype} in a model that computes in float32"
@@ -347,8 +356,10 @@ def check_documents(config: Config) -> None:
             what, "--model.plan.stream-dtype float32, or 16 bits for --precision as well"
         )
     if config.model.attention.yarn and not all(long for _, long in windows):
-        what = "model.attention.yarn, and a stage without a long window: there is nothing to follow"
-        raise UserError(what, "--model.attention.no-yarn, or windows in every stage")
+        raise UserError(
+            "model.attention.yarn, and a stage without a long window: there is nothing to follow",
+            "--model.attention.no-yarn, or windows in every stage",
+        )
 
 
 # %%
@@ -466,7 +477,7 @@ for nonsense in (*mistakes, {"layers": 3}, {"optim.adam.betas": ("a", "b")}):
 #
 # A preset is a name, another run that it starts from, and what it changes: a row of data. Whatever it does not say is GPT-2 as llm.c trains it. So to know what a run has turned on, read its rows.
 #
-# `small` is a run for one GPU and a coffee, `cpu` for a laptop and five minutes, `smoke` for [the page](24_speedrun.py) on which this book trains while you read. `cpu_gpt2` is llm.c's recipe for the laptop, and the run to which the chapters add one idea at a time; `small_gpt2` is GPT-2 under Muon for one GPU, on which [chapter 13](13_muon.py) compares optimizers. The targets of the small runs, 1.15, 1.55 and 2.75 on the embedded text, are a little above what they reach; 4.0 for `small` leaves room, since it has not been run on FineWeb. `record` is the best that these chapters give together, at the contest's size: whole documents, windows and batches that grow, eleven layers, value tables, gates and Muon as it runs today. Why it has 2,100 steps, and what it should reach with them, is a prediction, which [chapter 24](24_speedrun.py) makes. `record_200m` is the same for 200 million tokens, in which ideas can be compared at full size within minutes. The historic runs take twenty minutes to six hours on one GPU of the contest's kind, and save a checkpoint every thousand steps, off the clock, so that a power cut costs minutes.
+# `small` is a run for one GPU and a coffee, `cpu` for a laptop and five minutes, `smoke` for [the page](24_speedrun.py) on which this book trains while you read. `cpu_gpt2` is llm.c's recipe for the laptop, and the run to which the chapters add one idea at a time; `small_gpt2` is GPT-2 under Muon for one GPU, on which [chapter 13](13_muon.py) compares optimizers. The targets of the small runs, 1.15, 1.55 and 2.75 on the embedded text, are a little above what they reach; 4.0 for `small` leaves room, since it has not been run on FineWeb. `record` is the best that these chapters give together, at the contest's size: whole documents, windows and batches that grow, eleven layers, value tables, gates and Muon as it runs today. Why it has 2,100 steps, and what it should reach with them, is a prediction, which [chapter 24](24_speedrun.py) makes. `record_200m` is the same for 200 million tokens, in which ideas can be compared at full size within minutes. The historic runs would take one GPU of the contest's kind twenty minutes to six hours, if it did the work of eight in eight times the official time, and save a checkpoint every thousand steps, off the clock, so that a power cut costs minutes.
 #
 # `small` is `record_200m` with half the tokens in a batch, and eight layers of width 512. `cpu` is `record` made smaller still. It has the same techniques, in three layers of width 128 instead of eleven of 768, all with attention; windows of 64 to 512 tokens; documents cut at 256, 512, and then 1,024 tokens; and batches of 1,024, doubled for the last third of its 1,600 steps.
 #
@@ -496,7 +507,7 @@ RECORD_MUON = MuonConfig(
     down_lr_mul=4.0,
     param_dtype="bf16_mantissa",
 )
-"""Muon as it is today: records 38, 39, 43, 48 and 57, and a Gram Newton–Schulz that no record has yet."""
+"""Muon as it was in record 89, from records 38, 41, 43, 48, 57 and 78, with a Gram Newton–Schulz in float16 that it does not have."""
 
 # %%
 #| export
@@ -669,7 +680,7 @@ PRESETS: dict[str, tuple[str, Changes]] = {  # name → the run that it starts f
 # %% [markdown]
 # ### The runs of history
 #
-# The configurations of historic records, as far as the package has their techniques, are data too, in a module of their own, which is read only when a run starts from one of them. Each names only what differs from the one that it starts from. Record 2 is GPT-2 with [rotary positions](06_rotary.py), norms without parameters and no biases, at a tuned rate of AdamW. Record 5 has Muon and the rest of [a modern block](05_modern_block.py); its $0.1 \cdot 0.0036 \sqrt{\max(\text{rows}, \text{cols})}$ is a rate of 0.01 for square matrices of 768 and twice that for wide and tall ones. Records 8, 9 and 11 brought [a head of its own and a cap](08_logits.py), and [the plumbing](07_plumbing.py). Each of the parameters that Adam updates there has a rate of its own, which is said as a multiple of `optim.adam.lr`: record 8's embedding trained at 0.3, its head at 0.002. Up to there all read FineWeb in rows of 1,024. Record 12 brought [FlexAttention](09_flex_attention.py) over rows of 65,536, and trains through it here, too, as do all up to record 20. Records 13 and 31 made [windows widen](10_windows_and_yarn.py), and record 29 packs whole documents, for FlashAttention. What the package does not have is said beside each: an FP8 head, a gate. From record 16 on the contest's window was counted in blocks of 128 keys, and so reached half a block less far, on average, than a window in tokens does. Initial values that no record names are this package's.
+# The configurations of historic records, as far as the package has their techniques, are data too, in a module of their own, which is read only when a run starts from one of them. Each names only what differs from the one that it starts from. Record 2 is GPT-2 with [rotary positions](06_rotary.py), norms without parameters and no biases, at a tuned rate of AdamW. Record 5 has Muon and the rest of [a modern block](05_modern_block.py); its $0.1 \cdot 0.0036 \sqrt{\max(\text{rows}, \text{cols})}$ is a rate of 0.01 for square matrices of 768 and twice that for wide and tall ones. Records 8, 9 and 11 brought [a head of its own and a cap](08_logits.py), and [the plumbing](07_plumbing.py). Each of the parameters that Adam updates there has a rate of its own, which is said as a multiple of `optim.adam.lr`: record 8's embedding trained at 0.3, its head at 0.002. Up to there all read FineWeb in rows of 1,024. Record 12 brought [FlexAttention](09_flex_attention.py) over rows of 65,536, and trains through it here, too, as do all up to record 20. Records 13 and 31 made [windows widen](10_windows_and_yarn.py), and record 29 packs whole documents, for FlashAttention. Of what the package does not have, an FP8 head and a gate are named where they belong; record 10's 16-bit activations, which all later records kept, are on in none of these. From record 16 on the contest's window was counted in blocks of 128 keys, and so reached half a block less far, on average, than a window in tokens does. Initial values that no record names are this package's.
 
 # %%
 #| default_exp history
@@ -1255,7 +1266,7 @@ differs = {
     name: [key for key in record if row[key] != record[key] and key != "preset"]
     for name, row in table.items()
 }
-assert len(known_presets()) == 21
+assert len(known_presets()) == 21 and len(record) - 1 > 90
 share = {name: len(keys) / (len(record) - 1) for name, keys in differs.items()}
 assert 0.2 < share["cpu_gpt2"] < 0.28 and 0.3 < share["record11"] < 0.37, (
     "a fifth to a quarter, and a third"
@@ -1681,7 +1692,7 @@ def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
 
 # %%
 from speedrun.lab.results import load_result, measured_on
-from speedrun.lab.stats import describe, p_difference
+from speedrun.lab.stats import describe, p_difference, p_text, study_of
 
 result, short = load_result("config", "laptop"), load_result("config", "short")
 arms = result["data"]["arms"]
@@ -1695,6 +1706,9 @@ seen = {arm for arm in gap if abs(gap[arm]) > visible}
 dear = ("deviation 0.02, GPT-2's", "rows of 32", "one layer")
 assert seen == {"four layers", "rows of 128", *dear} and gap["four layers"] < 0
 assert visible < gap[dear[0]] < gap[dear[1]] < gap[dear[2]]
+trained = {arm: [run["val_loss"] for run in runs] for arm, runs in arms.items()}
+study = study_of({"control": trained.pop(start), **trained})
+assert seen == {arm for arm, p in study.p_values.items() if p < 0.05}, "Dunnett's test agrees"
 tokens_read = [
     run["config"]["steps"] * run["config"]["data"]["batch_tokens"]
     for runs in arms.values()
@@ -1703,12 +1717,13 @@ tokens_read = [
 assert len(set(tokens_read)) == 1
 print(f"n = 3 each; visible: {visible:.3f}")
 for arm in sorted(gap, key=gap.get):
-    print(f"{arm:23} {losses[arm].mean:.3f}  {gap[arm]:+.3f}")
+    chance = p_text(study.p_values[arm]) if arm != start else ""
+    print(f"{arm:23} {losses[arm].mean:.3f}  {gap[arm]:+.3f}  {chance}")
 print(measured_on(result))
 
 # %% [markdown]
-# Eleven arms and three seeds make small samples. By chapter 01's own function, three runs a side see nine times out of ten what is nearly five standard deviations large; *visible* is that much. Of the arguments above, one holds: GPT-2's own deviation costs a narrow model dearly. Shorter rows cost more, and half the layers cost most. Batch and rate do not matter within a factor of two, as far as three seeds can
-# see.
+# Eleven arms and three seeds make small samples. By chapter 01's own function, three runs a side see nine times out of ten what is nearly five standard deviations large; *visible* is that much. The same five arms are told from the first version by the test for many arms beside one control, Dunnett's, whose p is printed. Of the arguments for the laptop's choices, one holds: GPT-2's own deviation costs a narrow model dearly. Shorter rows cost more, and half the layers cost most. Whether batch and rate matter within a factor of two, three seeds cannot
+# say: effects well below *visible* escape them.
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Final validation loss of eleven variants of the laptop's run, three seeds each"}}
 import matplotlib.pyplot as plt
@@ -1740,20 +1755,20 @@ brief = {
 gap_short = brief["rows of 128"].mean - brief[start].mean
 gap_long = gap["rows of 128"]
 p_short = p_difference(brief["rows of 128"], brief[start])
-p_long = p_difference(losses["rows of 128"], losses[start])
+p_long = study.p_values["rows of 128"]
 both = {arm: short["data"]["arms"][arm] for arm in ("rows of 128", start)}
 every = {arm: [run["val_loss"] for run in runs] for arm, runs in both.items()}
 assert min(every["rows of 128"]) > max(every[start])
 seconds = {arm: sum(run["seconds"] for run in runs) for arm, runs in both.items()}
 assert 1 < seconds["rows of 128"] / seconds[start] < 1.05
-assert gap_short > 0 > gap_long and p_long < 0.02 and p_short < 0.1
+assert gap_short > 0 > gap_long and p_long < 0.01 and p_short < 0.1
 print(f"3,000 steps: rows of 128 are {gap_short:+.3f} nats against rows of 64, p = {p_short:.3f}")
-print(f"9,000 steps: {gap_long:+.3f}, p = {p_long:.3f}")
+print(f"9,000 steps: {gap_long:+.3f}, {p_text(p_long)} (Dunnett's, one of ten arms)")
 print(f"time on two cores: {seconds['rows of 128'] / seconds[start]:.2f} × that of rows of 64")
 print(measured_on(short))
 
 # %% [markdown]
-# The sign turns. The long difference is likely (one of ten comparisons, at about one in a hundred); the short one is a hint, since each of its three beat each of three, which chance does once in twenty. A likely reason is that a model has to learn to spell before it can use what stands further back, so that a run which ends while it is learning to spell sees only the price of the
+# The sign turns. The long difference is there, by Dunnett's test; the short one is a hint, since each of its three beat each of three, which chance does once in twenty. A likely reason is that a model has to learn to spell before it can use what stands further back, so that a run which ends while it is learning to spell sees only the price of the
 # longer row. Part of the gain may be the exam and not the pupil, since with longer rows validation sees more context, too; in this contest that counts. But a sign that turns is reason enough not to trust the short search. Short runs that stand for long ones are the cheapest instrument in this contest and its favourite way to be wrong. The preset has had rows of 128 since. It still has two
 # layers, and eight thousand steps, because it is meant to take five minutes.
 #
@@ -1802,6 +1817,9 @@ def difference(a: Config, b: Config) -> dict[str, tuple]:
 # %%
 none = difference(preset("cpu_gpt2"), preset("cpu_gpt2"))
 assert none == {}, f"a config does not differ from itself, but yours says in {[*none]}"
+read = config_from_json(json.loads(json.dumps(dataclasses.asdict(preset("cpu_gpt2")))))
+same = difference(preset("cpu_gpt2"), read)
+assert same == {}, f"read from its log a config is the same, but yours says in {[*same]}"
 found = difference(preset("cpu_gpt2"), vary(preset("cpu_gpt2"), {"model.layers": 3, "seed": 7}))
 right = {"model.layers": (2, 3), "seed": (preset("cpu_gpt2").seed, 7)}
 assert found == right, f"layers and seed were changed: {right}, not {found}"

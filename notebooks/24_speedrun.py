@@ -1148,11 +1148,11 @@ for what, value in lines:
 # %% [markdown]
 # ### Drawing it
 #
-# The curves of the public records stand beside ours, never instead of them. They are losses on FineWeb's tokens, so ours get a panel of their own, with its own axes, and the text named.
+# Curves of public records stand beside a run only if it has read the text that they read: a loss says nothing without its text and its vocabulary.
 
 # %%
 #| export
-SHOWN = ("4", "9", "12", "20", "39", "62", "89")
+SHOWN = ("4", "9", "12", "20", "39", "62", "89", "92")
 
 
 def public_curves() -> dict[str, list[dict]]:
@@ -1191,23 +1191,31 @@ assert {"12", "89"} <= set(public_curves()) and abs(
 
 # %%
 #| export
+def unit_of(run: dict) -> tuple[float, str]:
+    """What a loss in nats a token is multiplied by for a page, and the unit: bits a byte where the bytes are known."""
+    if run["bytes_per_token"]:
+        return 1 / (run["bytes_per_token"] * math.log(2)), "bits a byte"
+    return 1.0, f"nats a token ({run['data']['tokenizer']})"
+
+
 def loss_figure(run: dict):
-    """A run (left) beside public records (right), against time (above) and against steps (below)."""
+    """A run's validation loss against training time and against steps, with its target; public records beside it where they have read the same text."""
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(2, 2, figsize=(8.6, 6.2), sharey="col")
-    ours = {f"{run['preset']}, {run['world']} × {run['device']}": run["curve"]}
-    records = {f"record {number}": public_curves()[number] for number in SHOWN}
-    for row, against in zip(axes, ("train_time_ms", "step")):
-        draw_curves(row[0], ours, against)
-        draw_curves(row[1], records, against)
-        row[1].set_ylim(3.2, 4.8)
-        row[1].axhline(3.28, color="0.4", lw=0.8, ls=":")
-    first, last = (run["curve"][i]["val_loss"] for i in (0, -1))
-    axes[0][0].set_title(f"this run: {first:.2f} → {last:.2f} in {run['seconds']:.0f} s")
-    axes[0][1].set_title("the public ladder: FineWeb, 8×H100")
-    for axis in axes[0]:
-        axis.legend(fontsize=8)
+    factor, unit = unit_of(run)
+    curves = {f"{run['preset']}, {run['world']} × {run['device']}": run["curve"]}
+    if run["data"]["name"].startswith("FineWeb") and run["data"]["tokenizer"] == "gpt2":
+        curves |= {f"record {number}": public_curves()[number] for number in SHOWN}
+    told = {k: [p | {"val_loss": factor * p["val_loss"]} for p in c] for k, c in curves.items()}
+    figure, axes = plt.subplots(1, 2, figsize=(8.6, 3.2), sharey=True, layout="constrained")
+    for axis, against in zip(axes, ("train_time_ms", "step")):
+        draw_curves(axis, told, against)
+        axis.axhline(factor * run["config"]["target"], color="0.5", lw=0.8, ls=":", label="target")
+        axis.set_ylabel("")
+    axes[0].set_ylabel(f"validation loss, {unit}")
+    axes[0].legend(fontsize=8)
+    first, last = (factor * run["curve"][i]["val_loss"] for i in (0, -1))
+    figure.suptitle(f"{first:.2f} → {last:.2f} {unit} in {run['seconds']:.0f} s")
     return figure
 
 
@@ -1219,20 +1227,20 @@ def step_figure(run: dict):
 
     steps = run["steps_ms"]
     middle, slow = quantile(steps, 0.5), quantile(steps, 0.99)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(8.6, 2.8), sharey=True, width_ratios=[2, 1])
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(8.6, 2.8), sharey=True, width_ratios=[2, 1], layout="constrained"
+    )
     left.plot(steps, ".", ms=2)
     left.set_xlabel("step")
     left.set_ylabel("ms")
     left.set_ylim(0, 2 * slow)
     right.hist(steps, bins=60, range=(0, 2 * slow), orientation="horizontal")
     right.set_xlabel("steps")
-    kind, most = max(run["memory_mb"].items(), key=lambda item: item[1])
-    left.set_title(f"a step takes {middle:.1f} ms, one in a hundred over {slow:.1f}")
-    right.set_title(f"{most / 1024:.1f} GiB {kind}")
+    figure.suptitle(f"a step takes {middle:.1f} ms, one in a hundred over {slow:.1f}")
     return figure
 
 
-# %% tags=["hide-input"] mystnb={"image": {"alt": "Validation loss of this run and of seven public records, against time and against steps; then the durations of its steps"}}
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Validation loss of this run against time and against steps; then the durations of its steps"}}
 import matplotlib.pyplot as plt
 
 from speedrun.lab.results import figure_style
@@ -1263,7 +1271,7 @@ print(written.stdout)
 # %% [markdown]
 # ### The page that stays
 #
-# papermill keeps the executed notebook, also when a cell fails. A notebook is a poor thing to send to somebody, so the run's folder also gets a web page of it. nbconvert's template fetches three scripts from the network. A report has to open on a train, so they are left out.
+# papermill keeps the executed notebook, also when a cell fails, and nbconvert makes a web page of it. Its template fetches three scripts from the network. A page has to open on a train, so they are left out.
 
 # %%
 #| export
@@ -1290,9 +1298,163 @@ import nbformat
 
 cells = [nbformat.v4.new_markdown_cell("# A run"), nbformat.v4.new_code_cell("1 + 1")]
 nbformat.write(nbformat.v4.new_notebook(cells=cells), scratch / "page.ipynb")
-html = write_html(scratch / "page.ipynb").read_text(encoding="utf-8")
-assert "A run" in html and not re.findall(r"<(?:script|link|img)[^>]+(?:src|href)=.?https?:", html)
-print(f"{len(html) / 1e6:.1f} MB of page, and no address in it that has to answer")
+shown = write_html(scratch / "page.ipynb").read_text(encoding="utf-8")
+assert "A run" in shown and not re.findall(
+    r"<(?:script|link|img)[^>]+(?:src|href)=.?https?:", shown
+)
+print(f"{len(shown) / 1e6:.1f} MB of page, and no address in it that has to answer")
+
+# %% [markdown]
+# But a chapter is a poor thing to send to somebody who wants to know how a run went. For them there is one page about this run and nothing else: five numbers, the curve, the steps, what it writes, the machine, and the command that does it again. Each figure is drawn twice, for a light and for a dark screen.
+
+
+# %%
+#| export
+import html
+from string import Template
+
+PAGE = Template("""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>$title</title><style>
+:root { color-scheme: light dark; --soft: #57606a; --line: #d8dee4; --box: #f6f8fa; }
+@media (prefers-color-scheme: dark) { :root { --soft: #9198a1; --line: #3d444d; --box: #151b23; } }
+body { font: 16px/1.55 system-ui, sans-serif; margin: 0; }
+main { max-width: 860px; margin: 0 auto; padding: 2rem 1rem 4rem; }
+h1 { font-size: 1.7rem; margin: 0 0 .3rem; } h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem; }
+.soft { color: var(--soft); margin: 0; }
+.numbers { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: .7rem; margin: 1.4rem 0; }
+.numbers div { background: var(--box); border: 1px solid var(--line); border-radius: 8px; padding: .7rem .8rem; }
+.numbers dt, .numbers small { color: var(--soft); font-size: .85rem; } .numbers dd { margin: 0; }
+.numbers b { display: block; font-size: 1.35rem; line-height: 1.3; }
+img { width: 100%; height: auto; } table { border-collapse: collapse; width: 100%; }
+td { border-top: 1px solid var(--line); padding: .25rem .8rem .25rem 0; vertical-align: top; overflow-wrap: anywhere; }
+td:first-child { color: var(--soft); white-space: nowrap; }
+pre { background: var(--box); border: 1px solid var(--line); border-radius: 8px; padding: .8rem; white-space: pre-wrap; overflow-wrap: anywhere; }
+</style></head><body><main>
+<h1>$title</h1><p class="soft">$lead</p>
+<dl class="numbers">$numbers</dl>
+$figures
+$sample
+<h2>The same again</h2><pre>$command</pre>
+<h2>The run</h2><table class="table">$facts</table>
+<details><summary>All $count settings</summary><table class="table">$settings</table></details>
+<h2>All of it</h2><p>$files</p>
+</main></body></html>
+""")
+
+
+def rows_of(pairs) -> str:
+    """Rows of an HTML table from pairs of texts."""
+    told = [tuple(html.escape(str(each)) for each in pair) for pair in pairs]
+    return "\n".join(f"<tr><td>{what}</td><td>{value}</td></tr>" for what, value in told)
+
+
+# %%
+#| export
+def five_numbers(run: dict) -> list[tuple[str, str, str]]:
+    """The five numbers of a run's page, as (what, number, what else)."""
+    (factor, unit), loss = unit_of(run), run["curve"][-1]["val_loss"]
+    steps, memory = run["steps_ms"], max(run["memory_mb"].items(), key=lambda item: item[1])
+    slow, rate = quantile(steps, 0.9), run["flops_per_second"] / 1e12
+    nats = f"{loss:.4f} nats a token ({run['data']['tokenizer']})"
+    met = loss_lines(run)[-1]
+    return [
+        ("validation loss", f"{factor * loss:.4f}", unit if unit in nats else f"{unit}; {nats}"),
+        ("training time", f"{run['seconds']:.1f} s", f"{met[0]}: {met[1]}"),
+        ("a step", f"{quantile(steps, 0.5):.1f} ms", f"median; one in ten over {slow:.1f}"),
+        ("tokens a second", f"{run['tokens'] / run['seconds']:,.0f}", f"{rate:.2f} TFLOP/s a rank"),
+        ("memory", f"{memory[1] / 1024:.2f} GiB", f"{memory[0]}, at most"),
+    ]
+
+
+def pictures(draw, run: dict, alt: str) -> str:
+    """A figure for a page, light and dark, as an HTML element that holds both."""
+    import base64
+    import io
+
+    import matplotlib.pyplot as plt
+
+    kinds = {}
+    for kind, style in (("light", "default"), ("dark", "dark_background")):
+        with plt.style.context(style), io.BytesIO() as file:
+            figure = draw(run)
+            figure.savefig(file, dpi=150, transparent=True)
+            plt.close(figure)
+            kinds[kind] = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    dark = f'<source media="(prefers-color-scheme: dark)" srcset="{kinds["dark"]}">'
+    return f'<picture>{dark}<img alt="{html.escape(alt)}" src="{kinds["light"]}"></picture>'
+
+
+# %%
+#| export
+import shlex
+
+from speedrun.config import fields_of
+from speedrun.lab.files import atomic_write
+from speedrun.presets import as_arguments
+
+FILES = {
+    "speedrun.html": "the executed notebook as a page",
+    "speedrun.ipynb": "the executed notebook",
+    "log.txt": "the log",
+    "metrics.jsonl": "all its numbers",
+    "sample.txt": "the sample",
+    "checkpoints": "the checkpoints",
+}
+
+
+def facts_of_run(run: dict, commit: str) -> list[tuple[str, str]]:
+    """What a page says about a run beside its numbers."""
+    stamp, text = run["stamp"], run["data"]
+    versions = ", ".join(f"{what} {stamp[what]}" for what in ("torch", "triton", "python", "driver") if stamp.get(what))  # fmt: skip
+    return [
+        ("preset", f"{run['preset']}, {run['parameters']:,} parameters, {run['step']:,} steps"),
+        ("text", f"{text['name']}: {run['tokens'] / 1e6:.1f}M tokens ({text['tokenizer']})"),
+        ("machine", f"{run['world']} × {run['device']}; {stamp['cpu']}"),
+        ("versions", versions),
+        ("code", f"commit {commit}" if commit else "no commit known"),
+        ("before the clock", f"{run['prepared_s']:.1f} s of compiling and warming up"),
+    ]
+
+
+# %%
+#| export
+def write_report(folder: Path) -> Path:
+    """One page about the finished run in a folder, `report.html`, that needs no network; returns its path. Raises UserError if it has not ended."""
+    run, first = read_run(folder), read_metrics(folder / "metrics.jsonl")[0]
+    config, (factor, unit) = config_from_json(run["config"]), unit_of(run)
+    boxes = [tuple(html.escape(each) for each in box) for box in five_numbers(run)]
+    loss, place = factor * run["curve"][-1]["val_loss"], f"{run['world']} × {run['device']}"
+    gpus = ["--gpus", str(run["world"])] if run["world"] > 1 else []
+    texts = {
+        "title": f"{run['preset']}: {loss:.3f} {unit} in {run['seconds']:.0f} s",
+        "lead": f"{place}, {run['data']['name']}, {run['stamp']['date']}",
+        "command": shlex.join(["python", "-m", "speedrun.launch", *gpus, *as_arguments(config)]),
+        "count": str(len(fields_of(config))),
+    }
+    there = [(name, what) for name, what in FILES.items() if (folder / name).exists()]
+    sample = folder / "sample.txt"
+    written = html.escape(sample.read_text(encoding="utf-8")) if sample.exists() else ""
+    page = PAGE.substitute(
+        {name: html.escape(text) for name, text in texts.items()},
+        numbers="".join(f"<div><dt>{what}</dt><dd><b>{number}</b><small>{more}</small></dd></div>" for what, number, more in boxes),
+        figures=pictures(loss_figure, run, f"Validation loss of this run, down to {loss:.3f} {unit}, against time and against steps")
+        + pictures(step_figure, run, "How long each step took, and how often"),
+        sample=f"<h2>What it writes</h2><pre>{written}</pre>" if written else "",
+        facts=rows_of(facts_of_run(run, first.get("commit") or "")),
+        settings=rows_of(fields_of(config).items()),
+        files=", ".join(f'<a href="{name}">{what}</a>' for name, what in there),
+    )  # fmt: skip
+    atomic_write(folder / "report.html", page)
+    return folder / "report.html"
+
+
+# %% tags=["live"]
+report = write_report(folder)
+page = report.read_text(encoding="utf-8")
+assert page.count("data:image/png") == 4 and "http" not in page.replace("http-equiv", "")
+assert f"{run['seconds']:.1f} s" in page and "speedrun.launch" in page
+print(f"{report.name}: {len(page) / 1e3:.0f} kB")
 
 # %% [markdown]
 # ## The real runs
@@ -1353,7 +1515,7 @@ for name, result in real.items():
     print(f"{'':16} {measured_on(result)}")
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Validation loss against training time of the book's own measured runs, beside public records"}}
-fig, (left, right) = plt.subplots(1, 2, figsize=(8.6, 3.7))
+fig, (left, middle, right) = plt.subplots(1, 3, figsize=(9.4, 3.5), layout="constrained")
 laptops = {name: real[name]["data"]["runs"][0] for name in ("cpu_gpt2", "cpu")}
 draw_curves(left, {name: one["curve"] for name, one in laptops.items()}, "train_time_ms")
 laptop = laptops["cpu"]
@@ -1361,23 +1523,28 @@ per_byte = laptop["curve"][-1]["val_loss"] / laptop["bytes_per_token"]
 left.set_title(f"a laptop's {laptop['seconds'] / 60:.1f} minutes: {per_byte:.2f} nats a byte")
 ours = [real[name]["data"]["runs"][0] for name in ("record_200m_4gpu", "record_200m", "small")]
 labels = [f"{run['preset']}, {run['world']} × {run['device'].split()[1]}" for run in ours]
-draw_curves(right, dict(zip(labels, (run["curve"] for run in ours))), "train_time_ms")
+draw_curves(middle, dict(zip(labels, (run["curve"] for run in ours))), "train_time_ms")
 public = {
-    f"record {number}, 8×H100, FineWeb": public_curves()[number] for number in ("4", "20", "89")
+    f"record {number}, 8 × H100": public_curves()[number] for number in ("4", "20", "89", "90")
 }
-draw_curves(right, public, "train_time_ms", ":")
-right.set_ylim(3.1, 6.6)
-right.legend(fontsize=7.5)
-left.legend(fontsize=7.5)
+draw_curves(right, public, "train_time_ms")
+for ax in (middle, right):
+    ax.set_ylim(3.1, 6.6)
+for ax in (left, middle, right):
+    ax.legend(fontsize=7)
+    ax.tick_params(labelsize=7)
 whole = real["record_200m_4gpu"]["data"]["runs"][0]
 ended = whole["curve"][-1]["val_loss"]
-right.set_title(f"record_200m: {ended:.3f} after {whole['seconds']:.0f} s on four GPUs")
+middle.set_title(f"record_200m: {ended:.3f} after {whole['seconds']:.0f} s on four GPUs")
+right.set_title("public records, on FineWeb")
+for ax in (left, middle, right):
+    ax.title.set_fontsize(8)
 plt.show()
 
 # %% [markdown]
-# *Left: the embedded text on two cores, by llm.c's recipe and by `record`'s made small. Right: ours on English that is **not** FineWeb, 200 million tokens of it for `record_200m` and 100 for `small`, so that heights cannot be compared with the records', only shapes and times. Record 89's public log is of its pull request, 79.5 s; the merged code takes 73.8 s.*
+# *Left: the embedded text on two cores, by llm.c's recipe and by `record`'s made small. Middle: ours on English that is **not** FineWeb, 200 million tokens of it for `record_200m` and 100 for `small`. Right: the contest's logs on FineWeb; record 89's is that of its pull request, 79.5 s, where the merged code takes 73.8 s. No height in one panel can be compared with one in another.*
 #
-# The losses of `record1` in the list are withdrawn: those fifty steps were taken before we knew of the trap that [chapter 23](23_training_loop.py) describes, and their passes were long enough for it. The times stand.
+# The losses of `record1` in the list are withdrawn: those fifty steps were taken before we knew of the trap that [chapter 23](23_training_loop.py) describes, and their passes were long enough for it. Its times were taken with the fused kernel that is switched off since, so they too are those of another program; what switching it off costs has not been measured.
 #
 # What do these curves claim? That the trainer trains, on these machines, at these rates. `record_200m` is `record` with fewer steps, and its runs say what to expect of it:
 

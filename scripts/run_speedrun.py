@@ -15,6 +15,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import re
 import shlex
 import sys
 from collections.abc import Iterator
@@ -50,7 +51,7 @@ from speedrun.launch import (
     pulses,
 )
 from speedrun.presets import read_command
-from speedrun.report import write_html
+from speedrun.report import write_html, write_report
 from speedrun.train import refuse_old_run, settled
 
 NOTEBOOK = "24_speedrun"
@@ -116,11 +117,21 @@ class LiveEngine(NBClientEngine):
         return client.execute()
 
 
+def plain(text: str) -> str:
+    """A chapter's Markdown as any viewer shows it: boxes become quotations, and links that lead to files beside it, words."""
+    quoted_box = re.compile(r"^```\{[^}]+\} ?([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+    text = quoted_box.sub(lambda m: "> **" + m[1] + "**\n>\n" + re.sub("^", "> ", m[2].strip(), flags=re.M), text)  # fmt: skip
+    return re.sub(r"\[([^\]]+)\]\((?!https?:|#)[^)\s]+\)", r"\1", text)
+
+
 def notebook_of_a_run() -> nbformat.NotebookNode:
     """The final chapter without the cells that demonstrate something and train nothing."""
     notebook = jupytext.read(root() / "notebooks" / f"{NOTEBOOK}.py", fmt="py:percent")
     tagged = [cell for cell in notebook.cells if "demonstration" in cell.metadata.get("tags", [])]
     notebook.cells = [cell for cell in notebook.cells if cell not in tagged]
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            cell.source = plain(cell.source)
     return notebook
 
 
@@ -195,7 +206,7 @@ def run_command(arguments: list[str], interrupts: Insisting) -> int:
         parameters = {"preset_name": preset, "gpus": options.gpus, "data": data}
         parameters |= {"target": options.target, "out": str(folder)}
         try:
-            notebook = execute(parameters | {"changes": shlex.join(flags)}, folder)
+            execute(parameters | {"changes": shlex.join(flags)}, folder)
         except (KeyboardInterrupt, asyncio.CancelledError):
             return interrupted(folder, "interrupted")
         except DeadKernelError:  # what papermill makes of Ctrl-C, and of a kernel that was killed
@@ -211,7 +222,9 @@ def run_command(arguments: list[str], interrupts: Insisting) -> int:
             raise UserError(
                 f"{sys.executable} could not start a notebook: {error}", "make setup"
             ) from None
-        print_what_there_is(folder, notebook)
+        with contextlib.suppress(OSError):  # no room: it is told as missing
+            write_report(folder)  # again, since the notebook's page is there by now
+        print_what_there_is(folder)
     return 0
 
 
@@ -238,10 +251,11 @@ def interrupted(folder: Path, why: str) -> int:
     return 130
 
 
-def print_what_there_is(folder: Path, notebook: Path) -> None:
+def print_what_there_is(folder: Path) -> None:
     kept = {
-        "report": notebook.with_suffix(".html"),
-        "notebook": notebook,
+        "report": folder / "report.html",
+        "notebook": folder / "speedrun.ipynb",
+        "its page": folder / "speedrun.html",
         "log": folder / "log.txt",
         "metrics": folder / "metrics.jsonl",
         "checkpoint": folder / "checkpoints",

@@ -93,17 +93,23 @@ def check_model(model: GPTConfig) -> None:
     """Raise UserError for heads that cannot share the width or be turned, and for connections between layers where there is one."""
     size, rest = divmod(model.width, model.heads)
     if rest:
-        what = f"a width of {model.width} cannot be shared by {model.heads} heads"
-        raise UserError(what, f"--model.heads {largest_divisor(model.width, model.heads)}")
+        raise UserError(
+            f"a width of {model.width} cannot be shared by {model.heads} heads",
+            f"--model.heads {largest_divisor(model.width, model.heads)}",
+        )
     if model.rotary.positions != "learned" and size % 4:
-        what = f"heads of {size} numbers cannot be taken in pairs to turn, and half of those"
-        raise UserError(what, "a --model.width of 4 times --model.heads, or a multiple")
+        raise UserError(
+            f"heads of {size} numbers cannot be taken in pairs to turn, and half of those",
+            "a --model.width of 4 times --model.heads, or a multiple",
+        )
     usual, fields = fields_of(GPTConfig(), "model."), fields_of(model, "model.")
     names = ("embedding.values", "plan.skips", "plan.backout", "plan.without")
     wants = [n for n in (f"model.{name}" for name in names) if fields[n] != usual[n]]
     if wants and model.layers < 2:
-        what = f"{', '.join(wants)}: this is between layers, and model.layers is 1"
-        raise UserError(what, "--model.layers 2, or more")
+        raise UserError(
+            f"{', '.join(wants)}: this is between layers, and model.layers is 1",
+            "--model.layers 2, or more",
+        )
 
 
 def check_optim(optim: OptimConfig, precision: str) -> None:
@@ -115,8 +121,10 @@ def check_optim(optim: OptimConfig, precision: str) -> None:
             what, "--optim.muon.param-dtype float32, or 16 bits for --precision as well"
         )
     if optim.matrices == "soap" and optim.adam.cautious:
-        what = "optim.matrices=soap with optim.adam.cautious: SOAP decays as AdamW does"
-        raise UserError(what, "--optim.adam.no-cautious, or --optim.matrices muon")
+        raise UserError(
+            "optim.matrices=soap with optim.adam.cautious: SOAP decays as AdamW does",
+            "--optim.adam.no-cautious, or --optim.matrices muon",
+        )
 
 
 def check_documents(config: Config) -> None:
@@ -134,9 +142,10 @@ def check_documents(config: Config) -> None:
                 "--model.attention.backend auto; or --data.mode documents or packed",
             )
     elif config.model.rotary.positions == "learned":
-        kind = config.model.rotary.positions
-        what = f"data.mode={config.data.mode} and {kind} positions: there are positions for model.context tokens only"
-        raise UserError(what, "--model.rotary.positions rotary, or --data.mode stream")
+        raise UserError(
+            f"data.mode={config.data.mode} and {config.model.rotary.positions} positions: there are positions for model.context tokens only",
+            "--model.rotary.positions rotary, or --data.mode stream",
+        )
     dtype = config.model.plan.stream_dtype
     if dtype != "float32" and config.precision == "float32":
         what = f"model.plan.stream_dtype={dtype} in a model that computes in float32"
@@ -144,8 +153,10 @@ def check_documents(config: Config) -> None:
             what, "--model.plan.stream-dtype float32, or 16 bits for --precision as well"
         )
     if config.model.attention.yarn and not all(long for _, long in windows):
-        what = "model.attention.yarn, and a stage without a long window: there is nothing to follow"
-        raise UserError(what, "--model.attention.no-yarn, or windows in every stage")
+        raise UserError(
+            "model.attention.yarn, and a stage without a long window: there is nothing to follow",
+            "--model.attention.no-yarn, or windows in every stage",
+        )
 
 
 def check_config(config: Config, world: int = 1) -> Config:

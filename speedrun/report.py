@@ -98,7 +98,7 @@ def summary(run: dict) -> list[tuple[str, str]]:
 
 
 # %% Drawing it
-SHOWN = ("4", "9", "12", "20", "39", "62", "89")
+SHOWN = ("4", "9", "12", "20", "39", "62", "89", "92")
 
 
 def public_curves() -> dict[str, list[dict]]:
@@ -129,23 +129,31 @@ def draw_curves(axis, curves: dict[str, list[dict]], against: str, style: str = 
     axis.set_ylabel("validation loss (nats/token)")
 
 
+def unit_of(run: dict) -> tuple[float, str]:
+    """What a loss in nats a token is multiplied by for a page, and the unit: bits a byte where the bytes are known."""
+    if run["bytes_per_token"]:
+        return 1 / (run["bytes_per_token"] * math.log(2)), "bits a byte"
+    return 1.0, f"nats a token ({run['data']['tokenizer']})"
+
+
 def loss_figure(run: dict):
-    """A run (left) beside public records (right), against time (above) and against steps (below)."""
+    """A run's validation loss against training time and against steps, with its target; public records beside it where they have read the same text."""
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(2, 2, figsize=(8.6, 6.2), sharey="col")
-    ours = {f"{run['preset']}, {run['world']} × {run['device']}": run["curve"]}
-    records = {f"record {number}": public_curves()[number] for number in SHOWN}
-    for row, against in zip(axes, ("train_time_ms", "step")):
-        draw_curves(row[0], ours, against)
-        draw_curves(row[1], records, against)
-        row[1].set_ylim(3.2, 4.8)
-        row[1].axhline(3.28, color="0.4", lw=0.8, ls=":")
-    first, last = (run["curve"][i]["val_loss"] for i in (0, -1))
-    axes[0][0].set_title(f"this run: {first:.2f} → {last:.2f} in {run['seconds']:.0f} s")
-    axes[0][1].set_title("the public ladder: FineWeb, 8×H100")
-    for axis in axes[0]:
-        axis.legend(fontsize=8)
+    factor, unit = unit_of(run)
+    curves = {f"{run['preset']}, {run['world']} × {run['device']}": run["curve"]}
+    if run["data"]["name"].startswith("FineWeb") and run["data"]["tokenizer"] == "gpt2":
+        curves |= {f"record {number}": public_curves()[number] for number in SHOWN}
+    told = {k: [p | {"val_loss": factor * p["val_loss"]} for p in c] for k, c in curves.items()}
+    figure, axes = plt.subplots(1, 2, figsize=(8.6, 3.2), sharey=True, layout="constrained")
+    for axis, against in zip(axes, ("train_time_ms", "step")):
+        draw_curves(axis, told, against)
+        axis.axhline(factor * run["config"]["target"], color="0.5", lw=0.8, ls=":", label="target")
+        axis.set_ylabel("")
+    axes[0].set_ylabel(f"validation loss, {unit}")
+    axes[0].legend(fontsize=8)
+    first, last = (factor * run["curve"][i]["val_loss"] for i in (0, -1))
+    figure.suptitle(f"{first:.2f} → {last:.2f} {unit} in {run['seconds']:.0f} s")
     return figure
 
 
@@ -155,16 +163,16 @@ def step_figure(run: dict):
 
     steps = run["steps_ms"]
     middle, slow = quantile(steps, 0.5), quantile(steps, 0.99)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(8.6, 2.8), sharey=True, width_ratios=[2, 1])
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(8.6, 2.8), sharey=True, width_ratios=[2, 1], layout="constrained"
+    )
     left.plot(steps, ".", ms=2)
     left.set_xlabel("step")
     left.set_ylabel("ms")
     left.set_ylim(0, 2 * slow)
     right.hist(steps, bins=60, range=(0, 2 * slow), orientation="horizontal")
     right.set_xlabel("steps")
-    kind, most = max(run["memory_mb"].items(), key=lambda item: item[1])
-    left.set_title(f"a step takes {middle:.1f} ms, one in a hundred over {slow:.1f}")
-    right.set_title(f"{most / 1024:.1f} GiB {kind}")
+    figure.suptitle(f"a step takes {middle:.1f} ms, one in a hundred over {slow:.1f}")
     return figure
 
 
@@ -185,3 +193,136 @@ def write_html(notebook: Path) -> Path:
     path = notebook.with_suffix(".html")
     path.write_text(html, encoding="utf-8")
     return path
+
+
+import html
+from string import Template
+
+PAGE = Template("""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>$title</title><style>
+:root { color-scheme: light dark; --soft: #57606a; --line: #d8dee4; --box: #f6f8fa; }
+@media (prefers-color-scheme: dark) { :root { --soft: #9198a1; --line: #3d444d; --box: #151b23; } }
+body { font: 16px/1.55 system-ui, sans-serif; margin: 0; }
+main { max-width: 860px; margin: 0 auto; padding: 2rem 1rem 4rem; }
+h1 { font-size: 1.7rem; margin: 0 0 .3rem; } h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem; }
+.soft { color: var(--soft); margin: 0; }
+.numbers { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: .7rem; margin: 1.4rem 0; }
+.numbers div { background: var(--box); border: 1px solid var(--line); border-radius: 8px; padding: .7rem .8rem; }
+.numbers dt, .numbers small { color: var(--soft); font-size: .85rem; } .numbers dd { margin: 0; }
+.numbers b { display: block; font-size: 1.35rem; line-height: 1.3; }
+img { width: 100%; height: auto; } table { border-collapse: collapse; width: 100%; }
+td { border-top: 1px solid var(--line); padding: .25rem .8rem .25rem 0; vertical-align: top; overflow-wrap: anywhere; }
+td:first-child { color: var(--soft); white-space: nowrap; }
+pre { background: var(--box); border: 1px solid var(--line); border-radius: 8px; padding: .8rem; white-space: pre-wrap; overflow-wrap: anywhere; }
+</style></head><body><main>
+<h1>$title</h1><p class="soft">$lead</p>
+<dl class="numbers">$numbers</dl>
+$figures
+$sample
+<h2>The same again</h2><pre>$command</pre>
+<h2>The run</h2><table class="table">$facts</table>
+<details><summary>All $count settings</summary><table class="table">$settings</table></details>
+<h2>All of it</h2><p>$files</p>
+</main></body></html>
+""")
+
+
+def rows_of(pairs) -> str:
+    """Rows of an HTML table from pairs of texts."""
+    told = [tuple(html.escape(str(each)) for each in pair) for pair in pairs]
+    return "\n".join(f"<tr><td>{what}</td><td>{value}</td></tr>" for what, value in told)
+
+
+def five_numbers(run: dict) -> list[tuple[str, str, str]]:
+    """The five numbers of a run's page, as (what, number, what else)."""
+    (factor, unit), loss = unit_of(run), run["curve"][-1]["val_loss"]
+    steps, memory = run["steps_ms"], max(run["memory_mb"].items(), key=lambda item: item[1])
+    slow, rate = quantile(steps, 0.9), run["flops_per_second"] / 1e12
+    nats = f"{loss:.4f} nats a token ({run['data']['tokenizer']})"
+    met = loss_lines(run)[-1]
+    return [
+        ("validation loss", f"{factor * loss:.4f}", unit if unit in nats else f"{unit}; {nats}"),
+        ("training time", f"{run['seconds']:.1f} s", f"{met[0]}: {met[1]}"),
+        ("a step", f"{quantile(steps, 0.5):.1f} ms", f"median; one in ten over {slow:.1f}"),
+        ("tokens a second", f"{run['tokens'] / run['seconds']:,.0f}", f"{rate:.2f} TFLOP/s a rank"),
+        ("memory", f"{memory[1] / 1024:.2f} GiB", f"{memory[0]}, at most"),
+    ]
+
+
+def pictures(draw, run: dict, alt: str) -> str:
+    """A figure for a page, light and dark, as an HTML element that holds both."""
+    import base64
+    import io
+
+    import matplotlib.pyplot as plt
+
+    kinds = {}
+    for kind, style in (("light", "default"), ("dark", "dark_background")):
+        with plt.style.context(style), io.BytesIO() as file:
+            figure = draw(run)
+            figure.savefig(file, dpi=150, transparent=True)
+            plt.close(figure)
+            kinds[kind] = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    dark = f'<source media="(prefers-color-scheme: dark)" srcset="{kinds["dark"]}">'
+    return f'<picture>{dark}<img alt="{html.escape(alt)}" src="{kinds["light"]}"></picture>'
+
+
+import shlex
+
+from speedrun.config import fields_of
+from speedrun.lab.files import atomic_write
+from speedrun.presets import as_arguments
+
+FILES = {
+    "speedrun.html": "the executed notebook as a page",
+    "speedrun.ipynb": "the executed notebook",
+    "log.txt": "the log",
+    "metrics.jsonl": "all its numbers",
+    "sample.txt": "the sample",
+    "checkpoints": "the checkpoints",
+}
+
+
+def facts_of_run(run: dict, commit: str) -> list[tuple[str, str]]:
+    """What a page says about a run beside its numbers."""
+    stamp, text = run["stamp"], run["data"]
+    versions = ", ".join(f"{what} {stamp[what]}" for what in ("torch", "triton", "python", "driver") if stamp.get(what))  # fmt: skip
+    return [
+        ("preset", f"{run['preset']}, {run['parameters']:,} parameters, {run['step']:,} steps"),
+        ("text", f"{text['name']}: {run['tokens'] / 1e6:.1f}M tokens ({text['tokenizer']})"),
+        ("machine", f"{run['world']} × {run['device']}; {stamp['cpu']}"),
+        ("versions", versions),
+        ("code", f"commit {commit}" if commit else "no commit known"),
+        ("before the clock", f"{run['prepared_s']:.1f} s of compiling and warming up"),
+    ]
+
+
+def write_report(folder: Path) -> Path:
+    """One page about the finished run in a folder, `report.html`, that needs no network; returns its path. Raises UserError if it has not ended."""
+    run, first = read_run(folder), read_metrics(folder / "metrics.jsonl")[0]
+    config, (factor, unit) = config_from_json(run["config"]), unit_of(run)
+    boxes = [tuple(html.escape(each) for each in box) for box in five_numbers(run)]
+    loss, place = factor * run["curve"][-1]["val_loss"], f"{run['world']} × {run['device']}"
+    gpus = ["--gpus", str(run["world"])] if run["world"] > 1 else []
+    texts = {
+        "title": f"{run['preset']}: {loss:.3f} {unit} in {run['seconds']:.0f} s",
+        "lead": f"{place}, {run['data']['name']}, {run['stamp']['date']}",
+        "command": shlex.join(["python", "-m", "speedrun.launch", *gpus, *as_arguments(config)]),
+        "count": str(len(fields_of(config))),
+    }
+    there = [(name, what) for name, what in FILES.items() if (folder / name).exists()]
+    sample = folder / "sample.txt"
+    written = html.escape(sample.read_text(encoding="utf-8")) if sample.exists() else ""
+    page = PAGE.substitute(
+        {name: html.escape(text) for name, text in texts.items()},
+        numbers="".join(f"<div><dt>{what}</dt><dd><b>{number}</b><small>{more}</small></dd></div>" for what, number, more in boxes),
+        figures=pictures(loss_figure, run, f"Validation loss of this run, down to {loss:.3f} {unit}, against time and against steps")
+        + pictures(step_figure, run, "How long each step took, and how often"),
+        sample=f"<h2>What it writes</h2><pre>{written}</pre>" if written else "",
+        facts=rows_of(facts_of_run(run, first.get("commit") or "")),
+        settings=rows_of(fields_of(config).items()),
+        files=", ".join(f'<a href="{name}">{what}</a>' for name, what in there),
+    )  # fmt: skip
+    atomic_write(folder / "report.html", page)
+    return folder / "report.html"

@@ -184,3 +184,31 @@ class TestReport:
         write_html(tmp_path / "speedrun.ipynb")
         page = visit("speedrun", address=tmp_path.as_uri())
         assert "A run" in page.locator("body").inner_text()
+
+    @pytest.mark.parametrize("scheme", ["light", "dark"])
+    @pytest.mark.parametrize("width", [420, 1280])
+    def test_the_report_fits_and_shows_the_figures_of_its_scheme(
+        self, browser, scheme, width, embedded, tmp_path
+    ):
+        from speedrun.config import vary
+        from speedrun.presets import preset
+        from speedrun.report import write_report
+        from speedrun.train import train
+
+        short = {"steps": 4, "val_every": 2, "val_tokens": 4096, "data.path": str(embedded)}
+        train(vary(preset("smoke"), short), tmp_path / "run", echo=lambda line: None)
+        page = browser.new_page(
+            viewport={"width": width, "height": 900}, color_scheme=scheme, offline=True
+        )
+        page.goto(write_report(tmp_path / "run").as_uri())
+        wide = page.evaluate("document.documentElement.scrollWidth")
+        shown = page.evaluate("[...document.images].map(i => [i.currentSrc, i.naturalWidth])")
+        page.locator("summary").click()
+        text, background = page.locator("body").inner_text(), page.evaluate("matchMedia('(prefers-color-scheme: dark)').matches")  # fmt: skip
+        page.close()
+        assert wide <= width and all(size > 500 for _, size in shown)
+        assert (
+            "bits a byte" in text and "optim.adam.lr" in text and background == (scheme == "dark")
+        )
+        other = {source for source, _ in shown}
+        assert len(other) == 2

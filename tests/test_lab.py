@@ -346,7 +346,8 @@ log.line("d")
             "step:1/1750 train_time:96ms step_avg:96.00ms\n"
             "step:1750/1750 val_loss:3.2791 train_time:169021ms step_avg:96.58ms\npeak memory allocated: 30220 MiB\n"
         )
-        read = runlog.read_log(tmp_path / "log.txt")
+        lines = (tmp_path / "log.txt").read_text().splitlines()
+        read = [numbers for line in lines if (numbers := runlog.parse_line(line))]
         assert [line.get("val_loss") for line in read] == [10.8258, None, 3.2791] and read[-1][
             "train_time_ms"
         ] == 169021

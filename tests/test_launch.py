@@ -1,6 +1,7 @@
 """The launcher and papermill: live lines, silence, failure, and that no rank survives whoever started it."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from speedrun.config import vary
 from speedrun.data.loader import DataConfig
 from speedrun.lab.errors import UserError
 from speedrun.lab.hardware import GPU, Machine
+from speedrun.lab.runlog import read_metrics, series
 from speedrun.launch import (
     Patience,
     choose_preset,
@@ -322,10 +324,27 @@ class TestTheRunScript:
         said = live.communicate(timeout=280)[0]
         assert live.returncode == 0, said
         assert "step:40/40 val_loss:" in said and "missing" not in said
-        for name in ("speedrun.html", "speedrun.ipynb", "log.txt", "metrics.jsonl", "sample.txt"):
+        for name in (
+            "report.html",
+            "speedrun.html",
+            "speedrun.ipynb",
+            "log.txt",
+            "metrics.jsonl",
+            "sample.txt",
+        ):
             assert (tmp_path / "run" / name).stat().st_size > 0 and name in said
+        report = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+        losses = [
+            r["val_loss"] for r in series(read_metrics(tmp_path / "run" / "metrics.jsonl"), "val")
+        ]
+        assert f"{losses[-1]:.4f} nats a token" in report and report.count("data:image/png") == 4
+        links = re.findall(r'href="([^"]+)"', report)
+        assert {"speedrun.html", "log.txt", "checkpoints"} <= {*links}
+        assert all((tmp_path / "run" / link).exists() for link in links)
+        assert "http:" not in report and "https:" not in report
         html = (tmp_path / "run" / "speedrun.html").read_text(encoding="utf-8")
         assert "40 steps" in html or "step:40/40" in html
+        assert "{admonition}" not in html and "24_speedrun.py" not in html
         assert html.count("data:image/png;base64") >= 3
         notebook = jupytext.read(tmp_path / "run" / "speedrun.ipynb")
         (given,) = [

@@ -719,7 +719,14 @@ class TestReadme:
         assert f"{memory_needed_gb('record', [whole, *others]):.0f} GB" in self.text
         for run in (whole, *others):
             assert f"{run['curve'][-1]['val_loss']:.3f} after {run['seconds']:.0f} s" in self.text
-        assert f"in {self.least():.0f} to {self.most():.0f} s on eight H200s" in self.text
+        predicted = f"in {self.least():.0f} to {self.most():.0f} s"
+        assert f"{predicted} on eight H200s" in self.text
+        assert f"{4 * whole['seconds'] / 3600:.2f} hours of one GPU" in self.text
+        intro = (ROOT / "book" / "intro.md").read_text(encoding="utf-8")
+        first, second = (run["curve"][-1]["val_loss"] for run in (whole, others[0]))
+        on_four = f"{first:.3f} and {second:.3f} after {whole['seconds']:.0f} s on four H200s"
+        assert on_four in intro and predicted in intro
+        assert f"{whole['parameters'] / 1e6:.0f} million parameters" in intro
         assert f"{preset('record').steps:,} steps" in self.text
 
     def least(self) -> float:

@@ -23,7 +23,7 @@ from speedrun.checkpoint import (
 from speedrun.config import vary
 from speedrun.cpu_size import at_cpu_size
 from speedrun.lab.errors import UserError
-from speedrun.lab.runlog import read_log, read_metrics, series
+from speedrun.lab.runlog import parse_line, read_metrics, series
 from speedrun.launch import run_ranks
 from speedrun.presets import as_arguments, known_presets, preset
 from speedrun.schedule import Stage
@@ -208,7 +208,8 @@ class TestOneRank:
             "# Tangled from notebooks/21_model.py"
         )
         assert last["kind"] == "end" and last["reason"] == "finished"
-        lines = read_log(tmp_path / "log.txt")
+        logged = (tmp_path / "log.txt").read_text(encoding="utf-8").splitlines()
+        lines = [numbers for line in logged if (numbers := parse_line(line))]
         assert [line["step"] for line in lines if "val_loss" in line] == [0, 6, 12]
         assert all(line["steps"] == 12 for line in lines)
 

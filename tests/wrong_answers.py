@@ -57,15 +57,18 @@ def share_by_area(ladder, gains):  # all to each area, then divided by the sum
         ("torn = lambda opens, lengths, seq_len: float((lengths > seq_len).mean())", "documents of [3, 3] tokens"),
         ("torn = lambda opens, lengths, seq_len: float((opens // seq_len != (opens + lengths) // seq_len).mean())", "are torn"),
         ("torn = lambda opens, lengths, seq_len: float((opens % seq_len != 0).mean())", "documents of [3, 3] tokens"),
+        ("torn = lambda opens, lengths, seq_len: float(((opens + lengths - 1) // seq_len - opens // seq_len).mean())", "documents of [9, 3] tokens"),  # borders, not documents
     ],
     ("03", 1): [
         ("tokens_per_parameter = lambda tokens, parameters: parameters / tokens", "not 0.4"),
         ("tokens_per_parameter = lambda tokens, parameters: tokens // parameters", "2.5 a parameter, not 2"),
+        ("tokens_per_parameter = lambda tokens, parameters: round(tokens / parameters, 1)", "0.125 a parameter, not 0.1"),
     ],
     ("03", 2): [
         ("attention_share = lambda o, v, n: 1 - flops_per_token(o, v, 0, False) / flops_per_token(o, v, n, False)", "causal"),
         ("attention_share = lambda o, v, n: flops_per_token(o, v, n) / flops_per_token(o, v, 0) - 1", "7.1%"),
         ("half_at = 4096", "half_at = 4096"),
+        ("half_at = 13_000", "half_at = 13000"),
         ("truth = attention_share; attention_share = lambda o, v, n: 1 - truth(o, v, n)", "without a row"),
     ],
     ("05", 1): [
@@ -152,6 +155,7 @@ def share_by_area(ladder, gains):  # all to each area, then divided by the sum
         ("iterations_needed = lambda coefficients, smallest, floor: math.ceil(math.log(floor / smallest) / math.log(coefficients[0]))", "8 iterations, not 6"),
         ("truth = iterations_needed; iterations_needed = lambda *arguments: truth(*arguments) + 1", "0 iterations, not 1"),
         ("truth = iterations_needed; iterations_needed = lambda coefficients, smallest, floor: truth(QUINTIC, smallest, floor)", "8 iterations"),
+        ("truth = iterations_needed; iterations_needed = lambda coefficients, smallest, floor: truth((*coefficients[:2], 0.0), smallest, floor)", "1 iterations, not 3"),  # without the fifth power
     ],
     ("12", 2): [
         ("truth = steepest_by_rows; steepest_by_rows = lambda g: -truth(g)", "asks for"),
@@ -170,23 +174,35 @@ def quintics_needed(low, error):  # as if the largest stayed at 1
     return count
 """, "quintics, not"),
         ("quintics_needed = lambda low, error: 5", "0 quintics, not 5"),
+        ("""
+def quintics_needed(low, error):  # with the record's margins
+    sigma, count = np.geomspace(low, 1.0, 200_001), 0
+    ends = sigma
+    while np.abs(1 - ends).max() > error:
+        count += 1
+        ends = mapped(sigma, composed(low, count))
+    return count
+""", "0.12 of 1: 5 quintics, not 6"),
     ],
     ("13", 2): [
         ("truth = cautious_decay; cautious_decay = lambda w, u, decay: u + decay * w * (u * w < 0); at_rest.__globals__['cautious_decay'] = cautious_decay", "which weights does it spare"),
         ("cautious_decay = lambda w, u, decay: u + decay * w * (torch.rand(w.shape) < 0.5)", "which weights does it spare"),
         ("cautious_decay = lambda w, u, decay: u + decay / 2 * w", "which weights does it spare"),
         ("truth = at_rest; at_rest = lambda rate, decay, careful: truth(rate, decay, False)", "caution lets weights settle"),
+        ("truth = at_rest; at_rest = lambda rate, decay, careful: truth(0.01, decay, careful)", "steps twice as long"),
         ("matching_decay = 0.005", "not at the plain decay's"),
         ("matching_decay = 0.0025", "not at the plain decay's"),
     ],
     ("14", 1): [
         ("best_batch = lambda noise_scale, fixed_ms, ms_per_token: noise_scale", "a search finds"),
         ("best_batch = lambda noise_scale, fixed_ms, ms_per_token: math.sqrt(noise_scale * ms_per_token / fixed_ms)", "a search finds"),
+        ("truth = best_batch; costs = np.polyfit([*STEP_MS], [*STEP_MS.values()], 1); best_batch = lambda noise_scale, fixed_ms, ms_per_token: truth(noise_scale, costs[1], costs[0])", "2 times as large, not 1.00"),
         ("best_batch = lambda noise_scale, fixed_ms, ms_per_token: (noise_scale + fixed_ms / ms_per_token) / 2", "a search finds"),
     ],
     ("14", 2): [
         ("steps_to_pay = lambda lengths, cooldown: sum(lengths)", "7,000"),
         ("steps_to_pay = lambda lengths, cooldown: max(lengths)", "not 4,000"),
+        ("steps_to_pay = lambda lengths, cooldown: (1 - cooldown) * lengths[-1] + cooldown * sum(lengths)", "in this order: 3,100"),
         ("steps_to_pay = lambda lengths, cooldown: max(lengths) + cooldown * sum(lengths)", "fall over 100%"),
     ],
     ("20", 1): [
@@ -230,6 +246,7 @@ def makespan(jobs):  # updates do not wait for each other
         ("padding = lambda matrices, ranks: (ranks - matrices % ranks, (ranks - matrices % ranks) / (matrices + ranks - matrices % ranks))", "24 matrices on 8 ranks: 0 empty"),
         ("padding = lambda matrices, ranks: (-matrices % ranks, -matrices % ranks / matrices)", "of the bank with them"),
         ("padding = lambda matrices, ranks: (matrices % ranks, matrices % ranks / (matrices + matrices % ranks))", "not 6 and"),
+        ("padding = lambda matrices, ranks: (-matrices % 8, -matrices % 8 / (matrices + -matrices % 8))", "20 matrices on 16 ranks: 12 empty"),
     ],
     ("22", 1): [
         ("truth = grid; grid = lambda config, changes: truth(config, dict(reversed(changes.items())))", "(rate, seed) should be"),
@@ -240,6 +257,7 @@ def makespan(jobs):  # updates do not wait for each other
         ("truth = difference; difference = lambda a, b: truth(b, a)", "layers and seed were changed"),
         ("truth = difference; difference = lambda a, b: dict([*truth(a, b).items()][:1])", "layers and seed were changed"),
         ("difference = lambda a, b: {name: (value, fields_of(b)[name]) for name, value in fields_of(a).items()}", "does not differ from itself"),
+        ("difference = lambda a, b: {name: (value, fields_of(b)[name]) for name, value in fields_of(a).items() if value is not fields_of(b)[name]}", "read from its log"),
     ],
     ("23", 1): [
         ("truth = steady_ms; steady_ms = lambda steps_ms, skip: (min(steps_ms[skip:]), truth(steps_ms, skip)[1])", "without the first two is 2, not 1"),

@@ -536,3 +536,13 @@ def flash_gradients(ctx: Any, grad: Tensor, *_) -> tuple:
 
 
 flash_op.register_autograd(flash_gradients, setup_context=keep_for_flash)
+
+
+def flash_attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: Tensor, window: Tensor, scale: Tensor, fa4: bool
+) -> Tensor:  # fmt: skip
+    """`flash_op`'s output, with zeros in rows that are in no document; FlashAttention leaves those as their memory was, and their gradients."""
+    inside = (torch.arange(len(q), device=q.device) < cu_seqlens[-1])[:, None, None]
+    q, k, v = (torch.where(inside, each, 0) for each in (q, k, v))
+    out = flash_op(q, k, v, cu_seqlens, longest, window, scale, fa4)[0]
+    return torch.where(inside, out, 0)

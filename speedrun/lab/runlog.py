@@ -120,9 +120,3 @@ def series(records: list[dict], kind: str) -> list[dict]:
     """The records of one kind in order of their step; of several with one step (a resumed run) the last."""
     by_step = {record["step"]: record for record in records if record["kind"] == kind}
     return [by_step[step] for step in sorted(by_step)]
-
-
-def read_log(path: str | Path) -> list[dict]:
-    """The numbers of a text log, ours or the contest's: a dict for each line that has any."""
-    lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
-    return [numbers for line in lines if (numbers := parse_line(line))]

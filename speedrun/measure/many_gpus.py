@@ -46,7 +46,7 @@ def settings_at(step: int) -> StepSettings:
 
 
 def record_specs(scale: int = 1) -> tuple[ParamSpec, ...]:
-    """Record 89's parameters in our banks, updated much as there; its small ones are lumped together. scale: divides widths and vocabularies."""
+    """Record 89's parameters in its banks, without their padding, updated much as there; its small ones are lumped together. scale: divides widths and vocabularies."""
     d, words = 768 // scale, 50_304 // scale
     bank = partial(ParamSpec, optim="muon", comm="sharded", matrices=1, wd_mul=1.0)
     adam: Any = partial(ParamSpec, optim="adam", comm="sharded", wd_mul=150.0, betas=(0.5, 0.95))

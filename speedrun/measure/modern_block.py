@@ -105,11 +105,13 @@ def look_inside(run: Config) -> dict:
     found: dict[str, Any] = {"scores": [], "zeros": []}
     attend, relu = F.scaled_dot_product_attention, F.relu
 
-    def attend_and_note(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> Tensor:
-        scores = (q @ k.mT / math.sqrt(q.shape[-1])).tril()
-        found["scores"].append(scores.abs().max().item())
-        found["bound"] = math.sqrt(q.shape[-1])
-        return attend(q, k, v, is_causal=is_causal)
+    def attend_and_note(
+        q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float | None
+    ) -> Tensor:
+        factor = scale or 1 / math.sqrt(q.shape[-1])
+        found["scores"].append((factor * q @ k.mT).tril().abs().max().item())
+        found["bound"] = factor * q.shape[-1]
+        return attend(q, k, v, is_causal=is_causal, scale=scale)
 
     def relu_and_note(x: Tensor) -> Tensor:
         found["zeros"].append((x <= 0).float().mean().item())

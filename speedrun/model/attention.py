@@ -1,7 +1,13 @@
 # Tangled from notebooks/11_attention_backends.py: edit the notebook, then run "make tangle". Edits made here are lost.
 
 
-from speedrun.kernels.attention import HEAD_DIMS, attention_op, document_tiles, flash_op, sdpa_op
+from speedrun.kernels.attention import (
+    HEAD_DIMS,
+    attention_op,
+    document_tiles,
+    flash_attention,
+    sdpa_op,
+)
 
 
 # %% One function over all
@@ -124,11 +130,9 @@ def attend(
     window, scale = packed.windows[int(long)], packed.scale
     if backend == "triton":
         return attention_op(q, k, v, tiles, window, scale, bounded and q.dtype != torch.float16)[0]
-    if backend in ("fa2", "fa3", "fa4"):  # which leave rows in no document as their memory was
-        inside = (torch.arange(len(q), device=q.device) < packed.cu_seqlens[-1])[:, None, None]
-        q, k, v = (torch.where(inside, each, 0) for each in (q, k, v))
+    if backend in ("fa2", "fa3", "fa4"):
         told = (packed.cu_seqlens, packed.longest, window, scale, backend == "fa4")
-        return torch.where(inside, flash_op(q, k, v, *told)[0], 0)
+        return flash_attention(q, k, v, *told)
     if backend == "flex":
         from speedrun.model.masks import flex_attention_in
 

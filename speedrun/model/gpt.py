@@ -90,7 +90,7 @@ LARGE: dict[str, Any] = {"comm": "sharded", "wd_mul": 1.0}  # all but gains, bia
 
 
 def layer_specs(config: GPTConfig, plan: Sequence[LayerSpec]) -> list[ParamSpec]:
-    """The banks of attention and MLP, in the order in which a layer comes to them (upstream: qk_bank, vo_bank and mlp_bank)."""
+    """The banks of attention and MLP, in the order in which a layer comes to them (upstream has three: qk_bank, vo_bank and mlp_bank)."""
     d, block, specs = config.width, config.block, list[ParamSpec]()
     shapes = {"attention_qkv": (3 * d, d), "attention_out": (d, d)}
     shapes |= {"mlp_up": (4 * d, d), "mlp_down": (d, 4 * d)}

@@ -44,7 +44,7 @@ def adam_step(
 ) -> None:
     """One step of Adam with cautious decay, in place, in float32 whatever p and g are.
 
-    bias_corrections: 1 − betaᵗ after t steps. decay: the share that a decaying weight loses. skip: if not zero, nothing happens.
+    bias_corrections: 1 − betaᵗ after t steps; eps is added after them, as in PyTorch, and upstream before. decay: the share that a decaying weight loses. skip: if not zero, nothing happens.
     """
     g = g.float()
     squared = g.square()

@@ -44,7 +44,7 @@ def newton_schulz(
     """Nearly the polar factor of each matrix in g, (…, rows, cols) → the same shape, in `dtype`.
 
     Singular values, divided by the matrix's Frobenius norm, go through the polynomial `iterations`
-    times; singular vectors stay, and so do zeros. Coefficients: Keller Jordan's of record 4.
+    times; singular vectors stay, and rows and columns of zeros. Coefficients: Keller Jordan's of record 4.
     """
     x = g.to(dtype)
     x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
