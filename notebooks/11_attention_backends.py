@@ -1186,12 +1186,16 @@ def flash_attention(
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 with FakeTensorMode():  # what the compiler is told
-    rows_of_q = torch.empty(70, 2, 64, dtype=torch.bfloat16)
-    bounds = torch.empty(3, dtype=torch.int32)
-    numbers = (torch.empty((), dtype=torch.int32), torch.empty((), dtype=torch.int32), torch.empty(()))  # fmt: skip
-    for newest in (False, True):
-        out, lse, _ = flash_op(rows_of_q, rows_of_q, rows_of_q, bounds, *numbers, newest)
-        assert out.shape == rows_of_q.shape and lse.shape == (2, 70) and lse.dtype == torch.float32
+    fake_q = torch.empty(70, 2, 64, dtype=torch.bfloat16)
+    fake_ends = torch.empty(3, dtype=torch.int32)
+    fake_numbers = (torch.empty((), dtype=torch.int32), torch.empty((), dtype=torch.int32), torch.empty(()))  # fmt: skip
+    for newer in (False, True):
+        fake_out, fake_lse, _ = flash_op(fake_q, fake_q, fake_q, fake_ends, *fake_numbers, newer)
+        assert (
+            fake_out.shape == fake_q.shape
+            and fake_lse.shape == (2, 70)
+            and fake_lse.dtype == torch.float32
+        )
 
 # %% [markdown]
 # A backend that was asked for by name and cannot do the work is refused, with the reason. Nothing is replaced by something else without a word, and no backend drops a window that it does not know. Only `auto` chooses.
