@@ -58,7 +58,8 @@ RANK_WORDS = ("dist.", "world")  # what a process alone does not do
 PEERS = (
     "flash_op",
     "flash_attention",
-)  # which no run comes to that does not ask for it, where there is Triton
+    "flash4_lacks",
+)  # for runs that ask for them, where there is Triton
 IF_PEER = re.compile(
     r"if backend == '(?:fa2|fa3|fa4)'(?: and |:)(?!.*\n(?:else|elif)\b)", re.DOTALL
 )
