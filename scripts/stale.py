@@ -313,7 +313,10 @@ def used_statements(
                 if isinstance(inner, ast.Name):
                     wanted.append((module, inner.id))
                 elif isinstance(inner, ast.ImportFrom) and "speedrun" in (inner.module or ""):
-                    names = [alias.name for alias in inner.names]
+                    one = (
+                        name if inner is node else ""
+                    )  # of several names that are imported together
+                    names = [a.name for a in inner.names if one in ("", a.asname or a.name)]
                     wanted += [(str(inner.module), n) for n in names if (module, n) not in beside]
                 elif isinstance(inner, ast.Import):
                     names = [alias.name for alias in inner.names]

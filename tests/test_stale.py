@@ -100,6 +100,13 @@ class TestWhatChanged:
         assert used("speedrun.a", set()) == {"h", "f", "g"}
         assert used("speedrun.a", {("speedrun.a", "g")}) == {"h", "f"}
         assert used("speedrun.c", {("speedrun.a", "g")}) == {"measure", "h", "f", "g"}
+        texts["speedrun.d"] = (
+            "from speedrun.b import f, g as other\n\n\ndef a():\n    return f()\n\n\ndef b():\n    return other()\n"
+        )
+        texts["speedrun.e"] = "from speedrun.d import a\n\n\ndef measure():\n    return a()\n"
+        assert used("speedrun.e", set()) == {"measure", "a", "f"}
+        texts["speedrun.e"] = texts["speedrun.e"].replace("import a", "import b as a")
+        assert used("speedrun.e", set()) == {"measure", "b", "g"}
         texts["speedrun.b"] += "\n\ndef k():\n    return 3\n\n\ng.register(k)\n"
         assert used("speedrun.a", set()) == {"h", "f", "g", "k"}
         assert used("speedrun.a", {("speedrun.a", "g")}) == {"h", "f"}
