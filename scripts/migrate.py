@@ -59,8 +59,11 @@ RENAMED = {  # before house I → since
 }
 MATRICES = {"adamw": "adam", "muon": "muon", "soap": "soap"}
 DTYPES = {"float32": "float32", "bfloat16": "bfloat16", "split": "bf16_mantissa"}
-PRESETS = {"record": "record1"}
-EARLIER = {"small_gpt2": "small", "cpu_gpt2": "cpu"}  # names that other presets have taken since
+PRESETS = {
+    "record": "record1",
+    "small": "small_gpt2",
+    "cpu": "cpu_gpt2",
+}  # other runs have these names now
 TABLE_DECAY = 150.0  # the multiple of sharing.adam_decay that tables had
 
 
@@ -121,7 +124,7 @@ def two_optimizers(new: Flat) -> Flat:
     names = backwards(RENAMED)
     old = {names.get(name, name): value for name, value in new.items()}
     old |= {"muon.decay_factor": 1.2, "sharing.adam_decay": 0.005, "sharing.adam_every": 2}
-    old["preset"] = (backwards(PRESETS) | EARLIER).get(new["preset"], new["preset"])
+    old["preset"] = backwards(PRESETS).get(new["preset"], new["preset"])
     old["architecture"] = "gpt"
     old["matrix.rule"] = backwards(MATRICES)[old.pop("optim.matrices")]
     old["muon.weights"] = backwards(DTYPES)[old.pop("optim.muon.param_dtype")]
