@@ -910,7 +910,7 @@ assert max(wide) < 1e-5
 # In rows of 16,384 tokens and in bfloat16 the same four errors come from the committed measurement. They lie between 0.19 and 0.37 per cent, which is what rounding to bfloat16 costs:
 
 # %%
-ERRORS = {name: rows[name, 16_384, 384]["errors"] for name in ("triton", "triton online", "fa2", "fa3", "flex")}  # fmt: skip
+ERRORS = {name: rows[name, 16_384, 384]["errors"] for name in ("triton", "triton online", "fa2", "fa3", "fa4", "flex")}  # fmt: skip
 for name, each in ERRORS.items():
     print(f"{name:14}", ", ".join(f"{what} {error:.4f}" for what, error in zip(("output", "dq", "dk", "dv"), each)))  # fmt: skip
 assert max(max(each) for each in ERRORS.values()) < 0.004 and all(

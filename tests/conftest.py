@@ -5,6 +5,7 @@ import shutil
 import signal
 from pathlib import Path
 
+import interpreted  # noqa: F401 first of all: see there
 import pytest
 import torch
 from vocabulary import offline_vocabulary
@@ -12,7 +13,6 @@ from vocabulary import offline_vocabulary
 from speedrun.config import vary
 from speedrun.data.shards import data_folder
 from speedrun.data.sources import build_embedded
-from speedrun.lab.hardware import setup
 from speedrun.lab.provenance import root
 from speedrun.presets import preset
 
@@ -20,7 +20,6 @@ if (
     signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 ):  # started in the background: children would ignore Ctrl-C, too
     signal.signal(signal.SIGINT, signal.default_int_handler)
-setup()
 offline_vocabulary(root() / "_build" / "tiktoken")
 if "PYTEST_XDIST_WORKER" in os.environ:  # two workers with two threads each fight over two cores
     torch.set_num_threads(1)

@@ -138,6 +138,17 @@ class TestKernels:
         for keep in (False, True):  # who loads a block does not change a bit
             assert all(map(torch.equal, found[False, keep], found[True, keep]))
 
+    def test_three_hundred_documents_of_one_token(self):
+        """Each sees itself, so the output is v; no query, no key and no scale matters, so their gradients are zero."""
+        q, k, v, grad = (each.float() for each in draw(300))
+        tiles = document_tiles(torch.arange(301, dtype=torch.int32), 300)
+        asked = [each.requires_grad_() for each in (q, k, v)]
+        numbers = torch.tensor(17, dtype=torch.int32), torch.tensor(0.3)
+        out, _ = attention_op(*asked, tiles, *numbers, True)
+        dq, dk, dv = torch.autograd.grad(out, asked, grad)
+        close((out.detach(), dv), (v.detach().double(), grad.double()), 2e-6)
+        assert max(dq.abs().max(), dk.abs().max()) < 1e-5
+
     def test_squares_are_kept_where_there_is_room(self):
         q, tiles = torch.zeros(65_536, 6, 128, dtype=torch.bfloat16), torch.zeros(3, 2049)
         assert not room_for_squares(q, tiles, 1664)  # 2.7 GB, without a GPU
