@@ -747,7 +747,7 @@ plt.show()
 # %% [markdown]
 # *Computed from the parameter table: GPT-2 124M, rows of 1,024 tokens.*
 #
-# The MLP is the largest part of the work, and the head, a single matrix, comes next with 29 per cent. Attention itself, the part that everybody draws, is seven per cent at this length, or thirteen by the usual formula, which counts the whole square of queries and keys and not the causal half. Size alone does not explain where the records went. Eight-bit floats came to the head first (record 19), one matrix with three scales, which were constants, and to the larger MLP only 65 records later (84, 89), when there was machinery for a scale per layer. For the attention matrices they were tried and not merged. And the loss, which reads what the head writes, was fused four times over.
+# The MLP is the largest part of the work, and the head, a single matrix, comes next with 29 per cent. Attention itself, the part that everybody draws, is seven per cent at this length, or thirteen by the usual formula, which counts the whole square of queries and keys and not the causal half. Size alone does not explain where the records went. Eight-bit floats came to the head first (record 19), one matrix with three scales, which were constants, and to the larger MLP only 65 records later (84, 89), when there was machinery for a scale per layer. For queries, keys and values they came with record 90. And the loss, which reads what the head writes, was fused four times over.
 #
 # ## What it buys, and what it costs
 #

@@ -180,7 +180,7 @@ class TestTheNotebook:
         named = {install_here.name_of(need).lower().replace("-", "_") for need in install_here.needs()}  # fmt: skip
         assert "ipykernel" not in named, "the kernel that runs the cell is not replaced under it"
         distributions = metadata.packages_distributions()
-        optional = {"wandb", "pynvml"}  # imported where they are there
+        optional = {"wandb", "pynvml", "flash_attn"}  # imported where they are there
         # what a requirement of ours brings: papermill PyYAML, ipykernel IPython
         brought = {"yaml": "papermill", "IPython": "ipykernel"}
         for chapter in chapters():
