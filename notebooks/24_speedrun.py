@@ -1520,7 +1520,7 @@ laptops = {name: real[name]["data"]["runs"][0] for name in ("cpu_gpt2", "cpu")}
 draw_curves(left, {name: one["curve"] for name, one in laptops.items()}, "train_time_ms")
 laptop = laptops["cpu"]
 per_byte = laptop["curve"][-1]["val_loss"] / laptop["bytes_per_token"]
-left.set_title(f"a laptop's {laptop['seconds'] / 60:.1f} minutes: {per_byte:.2f} nats a byte")
+titles = [f"a laptop's {laptop['seconds'] / 60:.1f} minutes: {per_byte:.2f} nats a byte"]
 ours = [real[name]["data"]["runs"][0] for name in ("record_200m_4gpu", "record_200m", "small")]
 labels = [f"{run['preset']}, {run['world']} × {run['device'].split()[1]}" for run in ours]
 draw_curves(middle, dict(zip(labels, (run["curve"] for run in ours))), "train_time_ms")
@@ -1535,10 +1535,10 @@ for ax in (left, middle, right):
     ax.tick_params(labelsize=7)
 whole = real["record_200m_4gpu"]["data"]["runs"][0]
 ended = whole["curve"][-1]["val_loss"]
-middle.set_title(f"record_200m: {ended:.3f} after {whole['seconds']:.0f} s on four GPUs")
-right.set_title("public records, on FineWeb")
-for ax in (left, middle, right):
-    ax.title.set_fontsize(8)
+titles += [f"record_200m: {ended:.3f} after {whole['seconds']:.0f} s on four GPUs"]
+titles += ["public records, on FineWeb"]
+for ax, words in zip((left, middle, right), titles):
+    ax.set_title(words, fontsize=8)
 plt.show()
 
 # %% [markdown]
