@@ -2126,20 +2126,20 @@ print(f"four GPUs, first stage: {even:.1f} ms without tables, {odd:.1f} with the
 # %% tags=["hide-input"] mystnb={"image": {"alt": "The last seven milliseconds of a training step on the first of four H200s: which parameter's gradient is summed and whose values are gathered when, above the products and all other kernels"}}
 last = whole_runs[4]["trace"]
 begins = min(begin for _, _, begin, _ in last["transfers"])
-LANES = {"sums": 0, "gathers": 1, "products": 2, "elementwise": 3}
+TRACKS = {"sums": 0, "gathers": 1, "products": 2, "elementwise": 3}
 fig, axis = plt.subplots(figsize=(7.4, 2.9), layout="constrained")
 for kind in ("products", "elementwise"):
     spans = [(a / 1000, (b - a) / 1000) for a, b in last["lanes"][kind] if b > begins - 800]
-    axis.broken_barh(spans, (-LANES[kind] - 0.4, 0.8), color=f"C{LANES[kind]}")
+    axis.broken_barh(spans, (-TRACKS[kind] - 0.4, 0.8), color=f"C{TRACKS[kind]}")
 for kind, what, a, b in last["transfers"]:
-    lane = LANES[kind]
+    track = TRACKS[kind]
     axis.broken_barh(
-        [(a / 1000, (b - a) / 1000)], (-lane - 0.4, 0.8), color=f"C{lane}", ec="w", lw=0.5
+        [(a / 1000, (b - a) / 1000)], (-track - 0.4, 0.8), color=f"C{track}", ec="w", lw=0.5
     )
     if b - a > 300:
         axis.text(
             (a + b) / 2000,
-            -lane,
+            -track,
             what.replace("_", "\n"),
             ha="center",
             va="center",

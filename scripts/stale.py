@@ -55,11 +55,8 @@ GPU_WORDS = (
     "triton",
 )  # what a CPU does not do, or does otherwise
 RANK_WORDS = ("dist.", "world")  # what a process alone does not do
-PEERS = (
-    "flash_op",
-    "flash_attention",
-    "flash4_lacks",
-)  # for runs that ask for them, where there is Triton
+# for runs that ask for them, where there is Triton
+PEERS = ("flash_op", "flash_attention", "flash4_lacks")
 IF_PEER = re.compile(
     r"if backend == '(?:fa2|fa3|fa4)'(?: and |:)(?!.*\n(?:else|elif)\b)", re.DOTALL
 )
@@ -400,12 +397,6 @@ def without_peers(result: dict) -> bool:
     return backends <= {"auto", "triton", "flex", "sdpa"} and bool(result["stamp"].get("triton"))
 
 
-def reads_rows(result: dict) -> bool:
-    """Whether all runs of a result read rows of the stream, whose attention is PyTorch's: they come to no kernel of ours."""
-    modes = {c.get("data", {}).get("mode", "stream") for c in configs_in(result["data"])}
-    return modes == {"stream"}
-
-
 def objection(
     modules: dict[str, str], start: tuple[str, ...], commit: str, result: dict
 ) -> str | None:
@@ -419,7 +410,7 @@ def objection(
     kernels = changed_where((*start, "speedrun.train"), commit, beside)
     for name in changed_modules(modules):
         if name.startswith("speedrun.kernels.") and gpus:
-            if (kernels is None or name in kernels) and not reads_rows(result):
+            if kernels is None or name in kernels:
                 return f"{name} is a kernel"
             continue
         if name.startswith("speedrun.measure."):

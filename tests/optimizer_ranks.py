@@ -187,7 +187,7 @@ def everything(result: dict) -> dict[str, torch.Tensor]:
     return {**result["parameters"], **result["state"]}
 
 
-TOGETHER = ("integers", "float32", "normal", "integers-nan", "float32-clipped", "adamw-float32-clipped", "adamw-integers")  # fmt: skip
+SCENARIOS = ("integers", "float32", "normal", "integers-nan", "float32-clipped", "adamw-float32-clipped", "adamw-integers")  # fmt: skip
 
 
 def starter(folder: Path, device: str = "cpu", together: Sequence[str] = ()):

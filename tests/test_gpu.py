@@ -151,7 +151,7 @@ class TestOneGPU:
 @pytest.fixture(scope="module")
 def on_gpus(tmp_path_factory):
     return optimizer_ranks.starter(
-        tmp_path_factory.mktemp("gpus"), "cuda", optimizer_ranks.TOGETHER
+        tmp_path_factory.mktemp("gpus"), "cuda", optimizer_ranks.SCENARIOS
     )
 
 

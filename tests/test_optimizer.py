@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from optimizer_ranks import (
     CONFIG,
     SCATTER,
+    SCENARIOS,
     TABLE,
-    TOGETHER,
     WORK,
     adamw_table,
     copies,
@@ -42,7 +42,7 @@ from speedrun.presets import RECORD_MUON
 @pytest.fixture(scope="module")
 def on(tmp_path_factory):
     """Runs a scenario on some ranks, once, and says what was left; saved: another run's file to go on from."""
-    return optimizer_ranks.starter(tmp_path_factory.mktemp("ranks"), together=TOGETHER)
+    return optimizer_ranks.starter(tmp_path_factory.mktemp("ranks"), together=SCENARIOS)
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:

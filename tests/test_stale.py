@@ -137,17 +137,6 @@ class TestWhatChanged:
         assert not stale.without_peers(result("3.6.0", "auto", "fa2"))
         assert not stale.without_peers(result(None, "auto"))
 
-    def test_runs_that_read_rows_are_told_from_those_that_read_documents(self):
-        def result(*modes: str) -> dict:
-            return {"data": {"runs": [{"config": {"data": {"mode": mode}}} for mode in modes]}}
-
-        assert stale.reads_rows(result("stream", "stream"))
-        assert stale.reads_rows({"data": {"runs": [{"config": {"data": {}}}]}}), (
-            "before there were any"
-        )
-        assert not stale.reads_rows(result("stream", "documents"))
-        assert not stale.reads_rows({"data": {"ms": [1.0]}}), "no run is told"
-
     def test_minutes_count_gpus(self):
         assert stale.gpu_minutes({"stamp": {"gpu": "2×NVIDIA H100", "minutes": 3.0}}) == 6.0
         assert stale.gpu_minutes({"stamp": {"gpu": None, "minutes": 3.0}}) == 0.0
