@@ -747,6 +747,19 @@ assert (places["whole"][1:, 2:5] > places["masked"][1:, 2:5]).all()
 #
 # A mask that is wrong does not crash. It leaks, or it hides, and both look like progress or bad luck. So the tests for this module compare it with a loop over queries, over random documents and windows. Packed rows hold a changing number of documents, so their borders are padded to a fixed number of slots; otherwise the compiler would begin again with each batch. And outside of `torch.compile` FlexAttention computes the dense product: correct, and quadratic in memory.
 #
+# The factor $s$ may be data, too, if it is put into the queries. In bfloat16 that rounds them a second time:
+
+# %%
+q, k, v = F.rms_norm(torch.randn(3, 256, 1, 128, generator=draw), (128,)).unbind()
+short = [each.bfloat16().transpose(0, 1) for each in (q, k, v)]
+true = dense_attention(*(each.double() for each in short), causal, 0.12)
+rounded = dense_attention((short[0] * 0.12).double(), short[1].double(), short[2].double(), causal, 1.0)  # fmt: skip
+output_rounding = ((true.bfloat16().double() - true).norm() / true.norm()).item()
+scale_rounding = ((rounded - true).norm() / true.norm()).item()
+assert scale_rounding < 3 * output_rounding < 0.01
+print(f"error of the output: {scale_rounding:.4f} from rounding 0.12 q, {output_rounding:.4f} from rounding the output itself")  # fmt: skip
+
+# %% [markdown]
 # ### In a whole run
 #
 # The book's default is a kernel of its own, that of [chapter 11](11_attention_backends.py), which alone takes 0.3 to 0.6 of FlexAttention's time. What does a run lose that stays with FlexAttention? `record_200m`, once through FlexAttention, and twice through the kernel:
@@ -766,21 +779,8 @@ assert min(kernel_s) <= flex_s <= max(kernel_s) and max(kernel_s) < 1.005 * min(
 print(measured_on(load_result("speedrun", "record_200m_flex")))
 
 # %% [markdown]
-# Nothing that these runs can show. In the model the block masks are made once for all layers, and not in each call as where the two are timed alone; no document is longer than 1,024 tokens, so there is less attention in a step than in the timings; and what the compiler may fuse with FlexAttention, norms and rotations, it may not fuse with a kernel that it cannot look into. How much each of the three takes back has not been measured. The three runs were made on one machine, at the same time, the one through FlexAttention on two other cards of it.
+# Nothing that these runs can show. In the model the block masks are made once for all layers, and not in each call as where the two are timed alone; no document is longer than 1,024 tokens, so there is less attention in a step than in the timings; and what the compiler may fuse with FlexAttention, norms and rotations, it may not fuse with a kernel that it cannot look into. How much each of the three takes back has not been measured. The three runs were made on one machine, the one through FlexAttention on two other cards of it.
 #
-# The factor $s$ may be data, too, if it is put into the queries. In bfloat16 that rounds them a second time:
-
-# %%
-q, k, v = F.rms_norm(torch.randn(3, 256, 1, 128, generator=draw), (128,)).unbind()
-short = [each.bfloat16().transpose(0, 1) for each in (q, k, v)]
-true = dense_attention(*(each.double() for each in short), causal, 0.12)
-rounded = dense_attention((short[0] * 0.12).double(), short[1].double(), short[2].double(), causal, 1.0)  # fmt: skip
-output_rounding = ((true.bfloat16().double() - true).norm() / true.norm()).item()
-scale_rounding = ((rounded - true).norm() / true.norm()).item()
-assert scale_rounding < 3 * output_rounding < 0.01
-print(f"error of the output: {scale_rounding:.4f} from rounding 0.12 q, {output_rounding:.4f} from rounding the output itself")  # fmt: skip
-
-# %% [markdown]
 # ## What did not work
 #
 # Record 12's own notes report a deviation of about 0.005 between runs, several times the later records', so that not every run went below 3.28; the doubled rates of record 11 and the shorter run are suspected. A log of record 72 narrows the short windows again in the last third, to two blocks of 128; that was left out when the record was merged. Giving L6 its attention back in record 61's time brought a loss of about 3.275 and 2.9 seconds more, and fifty steps less to pay for it then missed 3.28. When FlashAttention-3 came, odd numbers of blocks did better as long windows than even ones, for no reason that anybody gave {cite}`moddednanogpt`.
