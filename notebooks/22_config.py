@@ -330,6 +330,23 @@ def check_optim(optim: OptimConfig, precision: str) -> None:
 
 # %%
 #| export
+def check_head(config: Config) -> None:
+    """Raise UserError for an FP8 head that the kernel is not made for, and for candidates without it."""
+    head, candidates = config.model.head, [s.candidates for s in config.schedule.stages]
+    if head.fp8 and (head.tied == "tied" or head.softcap != "sigmoid23"):
+        what = (
+            f"model.head.fp8 with model.head.tied={head.tied} and model.head.softcap={head.softcap}"
+        )
+        fix = "--model.head.tied split --model.head.softcap sigmoid23; or --model.head.no-fp8"
+        raise UserError(what, fix)
+    if any(candidates) and not head.fp8:
+        what = "schedule.stages with candidates, and no model.head.fp8: the softmax runs over all words there"
+        raise UserError(what, "--model.head.fp8, or leave candidates out")
+    if odd := [n for n in candidates if n % 16]:
+        what = f"schedule.stages with candidates of {odd[0]}: matrix units want a multiple of 16"
+        raise UserError(what, f"{odd[0] + 16 - odd[0] % 16}")
+
+
 def check_documents(config: Config) -> None:
     """Raise UserError for windows in rows that are no documents, and for documents in a model whose positions end."""
     windows = [stage.windows for stage in config.schedule.stages]
@@ -355,6 +372,7 @@ def check_documents(config: Config) -> None:
         raise UserError(
             what, "--model.plan.stream-dtype float32, or 16 bits for --precision as well"
         )
+    check_head(config)
     if config.model.attention.yarn and not all(long for _, long in windows):
         raise UserError(
             "model.attention.yarn, and a stage without a long window: there is nothing to follow",
@@ -517,6 +535,7 @@ PRESETS: dict[str, tuple[str, Changes]] = {  # name → the run that it starts f
     "cpu": (
         "record",
         {
+            "model.head.fp8": False,
             "model.layers": 3,
             "model.heads": 2,
             "model.width": 128,
@@ -627,6 +646,7 @@ PRESETS: dict[str, tuple[str, Changes]] = {  # name → the run that it starts f
             "model.head.tied": "split",
             "model.head.multiple": 128,
             "model.head.softcap": "sigmoid23",
+            "model.head.fp8": True,
             "optim.adam.lr": 0.008,
             "optim.adam.betas": (0.65, 0.95),
             "optim.adam.eps": 1e-10,
@@ -644,9 +664,10 @@ PRESETS: dict[str, tuple[str, Changes]] = {  # name → the run that it starts f
             "schedule.momentum_min": 0.85,
             "schedule.extension_steps": 40,
             "schedule.stages": (
-                Stage(1 / 3, 1, 1.0, 896, (128, 384)),
-                Stage(1 / 3, 2, 1.52, 2048, (384, 896)),
-                Stage(1 / 3, 3, 1.73, 2048, (640, 1408)),
+                Stage(1 / 3, 1, 1.0, 896, (128, 384), 10_240),
+                Stage(1 / 3, 2, 1.52, 2048, (384, 896), 10_240),
+                Stage(0.27, 3, 1.73, 2048, (640, 1408), 16_384),
+                Stage(1 / 3 - 0.27, 3, 1.73, 2048, (640, 1408)),
                 Stage(0, 3, 1.73, 2048, (768, 1664)),
             ),
             "schedule.val_windows": (0, 2560),
@@ -991,7 +1012,9 @@ def at_cpu_size(config: Config, steps: int = 20) -> Config:
     last = laptop["model.layers"] - 1  # long layers stay where they are in the model's depth
     deep = [round(n * last / max(1, config.model.layers - 1)) for n in own[LONG_LAYERS]]
     changes[LONG_LAYERS] = tuple(sorted({*deep}))
-    changes["schedule.stages"] = fewer(config.schedule.stages, max(2, steps // 4))
+    stages = fewer(config.schedule.stages, max(2, steps // 4))
+    few = [dataclasses.replace(s, candidates=min(s.candidates, 128)) for s in stages]
+    changes["schedule.stages"] = tuple(few)  # of 256 words
     for name in RAMPS:
         if isinstance(own[name], tuple):
             changes[name] = tuple(scaled(count, config.steps, steps) for count in own[name])

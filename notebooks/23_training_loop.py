@@ -358,14 +358,15 @@ def forward_loss(
     device: torch.device,
     precision: str,
     told: AttentionSettings | None = None,
+    candidates: Tensor | None = None,
 ) -> Tensor:
-    """The model's mean loss on a batch, nats a token. told: what attention is told in this stage, for packed documents."""
+    """The model's mean loss on a batch, nats a token. told: what attention is told in this stage, for packed documents. candidates: for the FP8 head."""
     there: list[Any] = [tensor.to(device, non_blocking=True) for tensor in batch[:2]]
     if batch.cu_seqlens is not None and batch.longest is not None and told is not None:
         borders = batch.cu_seqlens.to(device, non_blocking=True)
         there.append(Packed(borders, batch.longest, *told))
     with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-        return forward(*there)
+        return forward(*there, candidates=candidates) if candidates is not None else forward(*there)
 
 
 def accumulate(
@@ -375,6 +376,7 @@ def accumulate(
     device: torch.device,
     precision: str,
     told: AttentionSettings | None = None,
+    candidates: Tensor | None = None,
 ) -> Tensor:
     """Forward and backward through this rank's batches. Gradients add up; returns its part of the mean loss.
 
@@ -382,7 +384,7 @@ def accumulate(
     """
     total = torch.zeros((), device=device)
     for batch in batches:
-        loss = forward_loss(forward, batch, device, precision, told) / micro_batches
+        loss = forward_loss(forward, batch, device, precision, told, candidates) / micro_batches
         loss.backward()
         total += loss.detach()
     return total
@@ -692,7 +694,11 @@ def train_step(run: Run) -> Tensor:
     now, device, precision = run.schedule.at(run.step), run.ranks.device, run.config.precision
     batches = run.loader.next(now.batch_tokens, now.max_doc_tokens)
     parts, beating = len(batches) * run.ranks.world, run.heart.over(batches)
-    loss = accumulate(run.forward, beating, parts, device, precision, run.told[now.stage])
+    stage = (
+        run.told[now.stage],
+        torch.tensor(now.candidates) if run.config.model.head.fp8 else None,
+    )
+    loss = accumulate(run.forward, beating, parts, device, precision, *stage)
     run.optimizer.step(now)
     run.nonfinite_steps += run.optimizer.skip
     run.step += 1

@@ -1643,7 +1643,7 @@ def arms() -> dict[str, dict[str, Any]]:
 
     stages: batch and learning rate are the second's until the extension. windows: as long as the longest document. documents: rows cut anywhere, seen whole.
     """
-    stages = preset("record_200m").schedule.stages
+    stages = tuple(replace(s, candidates=0) for s in preset("record_200m").schedule.stages)
     batch, rate = stages[1].batch_mul, stages[1].lr_mul
     same = (*(replace(s, batch_mul=batch, lr_mul=rate) for s in stages[:-1]), stages[-1])
     wide = tuple(replace(s, windows=(2048, 2048)) for s in stages)
@@ -1658,8 +1658,8 @@ def arms() -> dict[str, dict[str, Any]]:
 
 
 def study() -> dict[str, Config]:
-    """`record_200m` with one part left out, two seeds each. Its runs with everything: book/results/speedrun/record_200m.json."""
-    base = preset("record_200m")
+    """`record_200m` with its head in bfloat16 and one part left out, two seeds each. Its runs with everything: book/results/speedrun/record_200m.json."""
+    base = vary(preset("record_200m"), {"model.head.fp8": False})
     return runs_of({arm: vary(base, changes) for arm, changes in arms().items()}, (0, 1))
 
 

@@ -127,6 +127,23 @@ def check_optim(optim: OptimConfig, precision: str) -> None:
         )
 
 
+def check_head(config: Config) -> None:
+    """Raise UserError for an FP8 head that the kernel is not made for, and for candidates without it."""
+    head, candidates = config.model.head, [s.candidates for s in config.schedule.stages]
+    if head.fp8 and (head.tied == "tied" or head.softcap != "sigmoid23"):
+        what = (
+            f"model.head.fp8 with model.head.tied={head.tied} and model.head.softcap={head.softcap}"
+        )
+        fix = "--model.head.tied split --model.head.softcap sigmoid23; or --model.head.no-fp8"
+        raise UserError(what, fix)
+    if any(candidates) and not head.fp8:
+        what = "schedule.stages with candidates, and no model.head.fp8: the softmax runs over all words there"
+        raise UserError(what, "--model.head.fp8, or leave candidates out")
+    if odd := [n for n in candidates if n % 16]:
+        what = f"schedule.stages with candidates of {odd[0]}: matrix units want a multiple of 16"
+        raise UserError(what, f"{odd[0] + 16 - odd[0] % 16}")
+
+
 def check_documents(config: Config) -> None:
     """Raise UserError for windows in rows that are no documents, and for documents in a model whose positions end."""
     windows = [stage.windows for stage in config.schedule.stages]
@@ -152,6 +169,7 @@ def check_documents(config: Config) -> None:
         raise UserError(
             what, "--model.plan.stream-dtype float32, or 16 bits for --precision as well"
         )
+    check_head(config)
     if config.model.attention.yarn and not all(long for _, long in windows):
         raise UserError(
             "model.attention.yarn, and a stage without a long window: there is nothing to follow",

@@ -51,7 +51,9 @@ def at_cpu_size(config: Config, steps: int = 20) -> Config:
     last = laptop["model.layers"] - 1  # long layers stay where they are in the model's depth
     deep = [round(n * last / max(1, config.model.layers - 1)) for n in own[LONG_LAYERS]]
     changes[LONG_LAYERS] = tuple(sorted({*deep}))
-    changes["schedule.stages"] = fewer(config.schedule.stages, max(2, steps // 4))
+    stages = fewer(config.schedule.stages, max(2, steps // 4))
+    few = [dataclasses.replace(s, candidates=min(s.candidates, 128)) for s in stages]
+    changes["schedule.stages"] = tuple(few)  # of 256 words
     for name in RAMPS:
         if isinstance(own[name], tuple):
             changes[name] = tuple(scaled(count, config.steps, steps) for count in own[name])

@@ -36,6 +36,7 @@ PRESETS: dict[str, tuple[str, Changes]] = {  # name → the run that it starts f
     "cpu": (
         "record",
         {
+            "model.head.fp8": False,
             "model.layers": 3,
             "model.heads": 2,
             "model.width": 128,
@@ -146,6 +147,7 @@ PRESETS: dict[str, tuple[str, Changes]] = {  # name → the run that it starts f
             "model.head.tied": "split",
             "model.head.multiple": 128,
             "model.head.softcap": "sigmoid23",
+            "model.head.fp8": True,
             "optim.adam.lr": 0.008,
             "optim.adam.betas": (0.65, 0.95),
             "optim.adam.eps": 1e-10,
@@ -163,9 +165,10 @@ PRESETS: dict[str, tuple[str, Changes]] = {  # name → the run that it starts f
             "schedule.momentum_min": 0.85,
             "schedule.extension_steps": 40,
             "schedule.stages": (
-                Stage(1 / 3, 1, 1.0, 896, (128, 384)),
-                Stage(1 / 3, 2, 1.52, 2048, (384, 896)),
-                Stage(1 / 3, 3, 1.73, 2048, (640, 1408)),
+                Stage(1 / 3, 1, 1.0, 896, (128, 384), 10_240),
+                Stage(1 / 3, 2, 1.52, 2048, (384, 896), 10_240),
+                Stage(0.27, 3, 1.73, 2048, (640, 1408), 16_384),
+                Stage(1 / 3 - 0.27, 3, 1.73, 2048, (640, 1408)),
                 Stage(0, 3, 1.73, 2048, (768, 1664)),
             ),
             "schedule.val_windows": (0, 2560),

@@ -36,6 +36,8 @@ class Stage:
     """Longest piece of a document; 0: data.max_doc_tokens."""
     windows: tuple[NonNegativeInt, NonNegativeInt] = (0, 0)
     """How many tokens short and long attention look back; 0: all."""
+    candidates: Annotated[int, Interval(ge=0, le=2**24)] = 0
+    """Words that the training loss's softmax runs over (sampled softmax, chapter 19), a multiple of 16; 0: all. Wants model.head.fp8."""
     mtp_weights: tuple[tuple[NonNegativeFloat, ...], tuple[NonNegativeFloat, ...]] = (
         (1.0,),
         (1.0,),
@@ -150,6 +152,7 @@ class StepSettings(NamedTuple):
     """Tokens a step, over all ranks."""
     max_doc_tokens: int = 0
     windows: tuple[int, int] = (0, 0)
+    candidates: int = 0
     mtp_weights: tuple[float, ...] = (1.0,)
     prefix_weight: float = 0.0
     stage: int = 0
@@ -162,7 +165,7 @@ def step_settings(schedule: "Schedule", step: int) -> StepSettings:
     lr, high = learning_rate(schedule, step), schedule.momentum
     momentum = ramp(step, schedule.steps, (config.momentum_min or high, high), config.momentum_ramp)
     matrix_lr, untie = lr * (schedule.matrix_lr / schedule.lr), schedule.unties(step)
-    lengths = (stage.max_doc_tokens or schedule.max_doc_tokens, stage.windows)
+    lengths = (stage.max_doc_tokens or schedule.max_doc_tokens, stage.windows, stage.candidates)
     rates, batch = (lr, matrix_lr, momentum), schedule.batch_tokens * stage.batch_mul
     number = bisect_right(schedule.boundaries, step) - 1
     weights = loss_weights(schedule, step)

@@ -101,6 +101,12 @@ class TestPresets:
             ends = [(table[0].windows, table[-1].windows) for table in (shown, stages)]
             assert ends[0] == ends[1]
             ramps["stages"] = stages
+        else:  # all are kept; a softmax over some of the words runs over some of 256
+            assert [s.candidates > 0 for s in shown] == [s.candidates > 0 for s in stages]
+            assert all(s.candidates < 256 for s in shown)
+            ramps["stages"] = tuple(
+                dataclasses.replace(s, candidates=of.candidates) for s, of in zip(shown, stages)
+            )
         assert vary(small.schedule, ramps) == run.schedule
         assert small.model.block == run.model.block and small.model.plan == vary(
             run.model.plan, {"stream_dtype": "float32"}

@@ -51,6 +51,7 @@ ON = {
     "model.head.lr_mul": 0.5,
     "model.head.multiple": 8,
     "model.head.softcap": "sigmoid23",
+    "model.head.fp8": True,
 }
 GROUPS: dict[str, type] = {"block": BlockConfig, "rotary": RotaryConfig, "head": HeadConfig}
 GROUPS |= {"embedding": EmbeddingConfig, "plan": PlanConfig}

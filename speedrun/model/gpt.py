@@ -16,6 +16,7 @@ from annotated_types import Interval
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from speedrun.kernels.loss import head_loss_op
 from speedrun.lab.bounds import PositiveFloat, PositiveInt
 from speedrun.model.attention import (
     AttentionConfig,
@@ -261,9 +262,16 @@ def loss_in_slabs(self, x: Tensor, targets: Tensor, rows: int = 2**15) -> Tensor
 
 
 def gpt_forward(
-    self, inputs: Tensor, targets: Tensor | None = None, packed: Packed | None = None
+    self,
+    inputs: Tensor,
+    targets: Tensor | None = None,
+    packed: Packed | None = None,
+    candidates: Tensor | None = None,
 ) -> Tensor:
-    """Logits (batch, tokens, vocab) of inputs, (batch, tokens) int64; with targets the mean cross-entropy, nats. packed: of one row."""
+    """Logits (batch, tokens, vocab) of inputs, (batch, tokens) int64; with targets the mean cross-entropy, nats. packed: of one row.
+
+    candidates: () int in CPU memory: in training the loss is that of the FP8 head, with a softmax over so many words, 0 for all.
+    """
     config, look = self.config, look_for(self, inputs, packed)
     x = x0 = embed(self, inputs)
     outputs: list[Tensor] = []
@@ -281,6 +289,8 @@ def gpt_forward(
         outputs.append(x)
     x = apply_backout(x, outputs, self._parameters)
     x = normed(x, self._parameters, "final_norm")
+    if candidates is not None and targets is not None:
+        return head_loss_op(x.flatten(0, 1), self.head, targets.flatten(), candidates)[0]
     if packed is not None and targets is not None and not torch.is_grad_enabled():
         return loss_in_slabs(self, x, targets)
     logits = logits_of(self, x)

@@ -29,6 +29,8 @@ class HeadConfig:
     """The vocabulary is padded to a multiple of this, by rows that no token uses."""
     softcap: Cap = "none"
     """The logit softcap (Gemma 2), by which logits are bounded: 30 tanh(z/30), 15 tanh(z/15), 30 sigmoid(z/7.5), 23 sigmoid((z+5)/7.5)."""
+    fp8: bool = False
+    """Training's loss in one pass with FP8 products (chapter 19), for a head that is not tied, under sigmoid23. Validation stays as it is."""
 
 
 def padded(vocab_size: int, multiple: int) -> int:
