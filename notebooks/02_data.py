@@ -200,15 +200,14 @@ for tokenizer in (get_tokenizer("bytes"), get_tokenizer("gpt2")):
 # ## A shard, and the text in it
 #
 # Tokens are kept in *shards*, in llm.c's format, which is as plain as a format can be. A header of 256 32-bit integers, of which three mean something (a magic number, a version, the number of tokens), then the tokens as
-# 16-bit integers. Nothing in a shard says which vocabulary its integers index, so a *manifest* lies beside the shards and does: tokenizer, vocabulary size, document token, and for each file its tokens, its bytes of text and its SHA-256. Both are read in one place, which refuses whatever is damaged or is not what the manifest says:
+# 16-bit integers. Nothing in a shard says which vocabulary its integers index, so a *manifest* lies beside the shards and does: tokenizer, vocabulary size, document token, and for each file its tokens, its bytes of text and its SHA-256.
+#
+# The contest's text is FineWeb, tokenised, on the Hugging Face hub: 103 shards of 200 MB. That is no download for somebody who wants to see a loss go down on a train. So the small runs of this book, and this page, read a text that every machine can make for itself, equal to the last bit: the Python source of two packages, SymPy and NetworkX, which PyTorch depends on. They are
+# documented well and at length. A twentieth of the files, chosen by a hash of their names, validates. Files are cut at ends of lines into documents of at most 1,024 tokens, and these are shuffled. How all that is done, for FineWeb and for text of your own as well, is [a page of the workshop](94_sources.py). It also builds the functions by which shards and manifests are read, and which refuse whatever is damaged or is not what the manifest says:
 
 # %%
 #| export data.loader
 from speedrun.data.shards import data_folder, load_manifest, read_shard
-
-# %% [markdown]
-# The contest's text is FineWeb, tokenised, on the Hugging Face hub: 103 shards of 200 MB. That is no download for somebody who wants to see a loss go down on a train. So the small runs of this book, and this page, read a text that every machine can make for itself, equal to the last bit: the Python source of two packages, SymPy and NetworkX, which PyTorch depends on. They are
-# documented well and at length. A twentieth of the files, chosen by a hash of their names, validates. Files are cut at ends of lines into documents of at most 1,024 tokens, and these are shuffled. (How all that is done, for FineWeb and for text of your own as well, is [a page of the workshop](94_sources.py).)
 
 # %%
 from speedrun.data.sources import build_embedded
@@ -240,7 +239,7 @@ print(
 print(decode_bytes(first)[:300].decode())
 
 # %% [markdown]
-# Like this one, most of these documents begin in the middle of a file: the very fault that this chapter is about. A small model with a short context is better served by the middle of a thought than by the first lines of every file and nothing else, so here it is paid for.
+# Like this one, most of these documents begin in the middle of a file: the very fault that this chapter is about. It is the price of cutting, which lets a short context see whole thoughts. For a small model we pay it.
 #
 # ## The measurement
 #

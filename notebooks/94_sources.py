@@ -20,7 +20,7 @@
 #
 # ## The problem
 #
-# [Chapter 02](02_data.py) reads shards of tokens, and takes them for what they say they are. That is the one thing which a file of integers does not say. Take a small shard, and flip one bit of it, as a worn memory chip does, or a cable:
+# [Chapter 02](02_data.py) reads shards of tokens, and believes that they are the right ones. Nothing in a file of integers says so. Take a few, and flip one bit, as a failing memory chip does, or a disk:
 
 # %%
 from speedrun.lab.tier import choose_tier
@@ -35,10 +35,10 @@ flipped = bytearray(numbers.tobytes())
 flipped[500] ^= 1
 heard = np.frombuffer(bytes(flipped), "<u2")
 assert len(heard) == len(numbers) and (heard != numbers).sum() == 1 and heard.max() < 288
-print(f"token 250 was {numbers[250]} and is {heard[250]}: a shard like any other")
+print(f"token 250 was {numbers[250]} and is {heard[250]}: numbers like any others")
 
 # %% [markdown]
-# A model trains on it, and the log records the hash of a text that nobody read. Not all damage is so small. A download broke off; a server's error page was saved under the name of a shard; a disk was full when half of a corpus had been written over the old one; a manifest came with the data, from somebody who is not your friend.
+# A model trains on that without a word. Not all damage is so small. A download broke off; a server's error page was saved under the name of a shard; a disk was full when half of a corpus had been written over the old one; a manifest came with the data, from somebody who is not your friend.
 #
 # ```{admonition} Prediction
 # Seven ways to hurt a shard: cut off its last seven bytes; empty it; put a web page in its place; raise its version; let its header announce no tokens; let one token be beyond the vocabulary; flip one bit of a token, within the vocabulary. **How many of the seven does a reader see that checks the header, the size of the file and the range of the tokens?** And how many of two
@@ -47,7 +47,7 @@ print(f"token 250 was {numbers[250]} and is {heard[250]}: a shard like any other
 #
 # ## The idea
 #
-# Whatever comes from outside is held against something that is known: a file against its manifest, a manifest against the rules for its fields, a download against what the hub announced, an installed package against a hash in this chapter. What fails is refused with its name, the place, and a way out that destroys nothing. And what is written appears whole or not at all, so that the old
+# Whatever comes from outside is held against something that is known: a file against its manifest, a manifest against the rules for its fields, a download against what the hub announced, an installed package against a hash on this page. What fails is refused with its name, the place, and a way out that destroys nothing. And what is written appears whole or not at all, so that the old
 # corpus is there until the new one is.
 #
 # ## The code
@@ -1667,7 +1667,7 @@ print((out.getvalue() + errors.getvalue()).replace(f"{scratch}/", "data/"))
 # %% [markdown]
 # ## What it costs, and when it fails
 #
-# The hash costs a fraction of a second for each new shard, once, and hides behind the training of the shard before. Writing beside the old corpus costs the room for two of them. And every rule here has refused something harmless to somebody: a shard named `x.bin`, a folder with one file of one's own in it, a text in Latin-1. Each refusal says how to go on.
+# The hash costs a fraction of a second for each new shard, once, and hides behind the training of the shard before. Writing beside the old corpus costs the room for two of them. And every rule here refuses something harmless as well: a shard named `x.bin`, a folder with one file of one's own in it, a text in Latin-1. Each refusal says how to go on.
 #
 # - **A manifest says what was written, not that it was worth reading.** No hash knows whether a text is good, or whether the validation text also stands in the training text; the exercise looks.
 # - **Whoever can write the manifest can write the hash.** What is checked is damage, and a manifest that breaks its own rules, but not who made it. FineWeb is held against what the hub says over an encrypted connection; the embedded text against numbers in this page.

@@ -463,7 +463,7 @@ print(gpu_problem(aged))
 # %% [markdown]
 # ### Kernels without a GPU
 #
-# Later chapters write GPU kernels in Triton, a Python dialect that is compiled for the device. Triton also has an *interpreter* that runs a kernel on the
+# Some chapters write GPU kernels in Triton, a Python dialect that is compiled for the device. Triton also has an *interpreter* that runs a kernel on the
 # CPU, thousands of times slower and good enough to show that it is right. The switch is read when a kernel is **defined**, which is too late to
 # think of it once the kernels have been imported. So every command and every kernel chapter begins with `setup()`.
 #

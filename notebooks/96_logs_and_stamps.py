@@ -57,7 +57,7 @@ print(
 )
 
 # %% [markdown]
-# Half a record and a whole one stand in one line, and both are lost. A reader that stops at the first bad line loses half of the run as well. That is the smaller worry. The log of the lost lines at least shows that something is missing. A number whose program has changed since looks as good as ever.
+# Half a record and a whole one stand in one line, and both are lost. A reader that stops at the first bad line loses half of the run as well. That is the smaller worry: a torn line shows at least that something is missing. A number whose program has changed since looks as good as ever.
 #
 # ```{admonition} Prediction
 # Somebody changes a module, and a result was measured with it. Of these changes, which must make the result doubtful: a comment; a blank line; a docstring; a constant; the name of a local variable; a newer PyTorch? **Which of the six does a hash of the file see, and which a hash of its syntax tree**, as Python parses it?
@@ -354,8 +354,7 @@ print("only the file:", ", ".join(name for name in changes if not seen[name]))
 
 # %% [markdown]
 # Both hashes see too much, each in its way: the file's changes with every comment, and the tree's with the name of a variable, which computes the same. Neither sees PyTorch; its version stands in the stamp as it is.
-
-# %% [markdown]
+#
 # Which modules does a command run? Those that it imports, and those that they import. We follow the `import` statements in the files, without executing any. The files are found from the
 # package itself: a notebook can be started anywhere. A run also notes the commit, if there is one. A downloaded archive has none; unpacked inside somebody's repository, it must not be given theirs, as git would by itself.
 
