@@ -27,7 +27,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from speedrun.data import shards as shards_module
-from speedrun.data import sources
+from speedrun.data import sources, writer
 from speedrun.data.__main__ import main
 from speedrun.data.loader import (
     DataConfig,
@@ -752,7 +752,7 @@ test_data.small_pack(test_data.Path({str(tmp_path / "d")!r}), texts=20, shard_to
         assert status in (0, 9)
         with contextlib.suppress(UserError):
             read_all(tmp_path / "d")  # never an old manifest over new shards
-        with contextlib.suppress(UserError), sources.staging(tmp_path / "d"):
+        with contextlib.suppress(UserError), writer.staging(tmp_path / "d"):
             pass
         left = {name: data for name, data in contents(tmp_path / "d").items() if name != ".verified.json"}  # fmt: skip
         assert left == before or len(load_manifest(tmp_path / "d").files) == len(left) - 1
@@ -769,7 +769,7 @@ test_data.small_pack(test_data.Path({str(tmp_path / "d")!r}), texts=20, shard_to
         command += ["--tokenizer", "bytes", "--out", str(tmp_path / "d")]
         live = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         deadline = time.monotonic() + 60
-        while not (tmp_path / "d" / sources.STAGING).exists() and time.monotonic() < deadline:
+        while not (tmp_path / "d" / writer.STAGING).exists() and time.monotonic() < deadline:
             time.sleep(0.005)
         live.send_signal(number)
         _, told = live.communicate(timeout=60)
@@ -782,15 +782,15 @@ test_data.small_pack(test_data.Path({str(tmp_path / "d")!r}), texts=20, shard_to
         """It falls between making the lock and noting that it is there: a window of microseconds, opened here."""
         small_pack(tmp_path / "d")
         before = contents(tmp_path / "d")
-        original = getattr(sources, name)
+        original = getattr(writer, name)
 
         def interrupted(*arguments):
             result = original(*arguments)
             os.kill(os.getpid(), signal.SIGINT)
             return result
 
-        monkeypatch.setattr(sources, name, interrupted)
-        with pytest.raises(KeyboardInterrupt), sources.staging(tmp_path / "d") as staged:
+        monkeypatch.setattr(writer, name, interrupted)
+        with pytest.raises(KeyboardInterrupt), writer.staging(tmp_path / "d") as staged:
             (staged / "half").write_text("half")
         assert contents(tmp_path / "d") == before
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
@@ -798,7 +798,7 @@ test_data.small_pack(test_data.Path({str(tmp_path / "d")!r}), texts=20, shard_to
     def test_two_at_once(self, tmp_path):
         small_pack(tmp_path / "d")
         busy = pytest.raises(UserError, match="another process is at work")
-        with sources.staging(tmp_path / "d"), busy:
+        with writer.staging(tmp_path / "d"), busy:
             small_pack(tmp_path / "d")
         small_pack(tmp_path / "d")
 
@@ -842,17 +842,17 @@ test_data.small_pack(test_data.Path({str(tmp_path / "d")!r}), texts=20, shard_to
         real, refused = Path.mkdir, []
 
         def mkdir(path, *args, **kwargs):
-            if path.name == sources.STAGING and not refused:
+            if path.name == writer.STAGING and not refused:
                 refused.append(path)
                 raise FileExistsError(17, "File exists", str(path))
             real(path, *args, **kwargs)
 
         monkeypatch.setattr(Path, "mkdir", mkdir)
-        with sources.staging(tmp_path / "d") as staged:
+        with writer.staging(tmp_path / "d") as staged:
             assert staged.is_dir() and refused == [staged]
         (tmp_path / "d").mkdir()
-        (tmp_path / "d" / sources.STAGING).write_text("a file of that name")
-        with pytest.raises(UserError, match="something of that name|File exists|exists"), sources.staging(tmp_path / "d"):  # fmt: skip
+        (tmp_path / "d" / writer.STAGING).write_text("a file of that name")
+        with pytest.raises(UserError, match="something of that name|File exists|exists"), writer.staging(tmp_path / "d"):  # fmt: skip
             pass
 
     @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")

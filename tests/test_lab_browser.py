@@ -377,14 +377,14 @@ class TestEditing:
         page = show()
         double_click(page, "00_start_here")
         assert "has changed" not in self.said(page, cells=6)
-        double_click(page, "01_are_you_faster")
+        double_click(page, "96_logs_and_stamps")
         old, new = "A table of the public record history", "A table of the public history"
         self.edit(page, old, new)
         assert "speedrun/lab/results.py" in self.toast(page)
         double_click(page, "00_start_here")
         said = self.said(page, cells=6)
         assert "speedrun.lab.results has changed" in said and "Restart the kernel" in said
-        double_click(page, "01_are_you_faster")
+        double_click(page, "96_logs_and_stamps")
         self.edit(page, new, old)
         assert settled(lab) == ""
 

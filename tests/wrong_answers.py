@@ -339,5 +339,81 @@ def careless(path):  # the system decides who made it
 """, "leave time between"),
         ("careless = lambda path: path.mkdir(exist_ok=True) is None", "still believes"),
     ],
+    ("94", 1): [
+        ("""
+def recited(train, val, length):  # each line once
+    known = {line.strip() for text in train for line in text.split(b"\\n")}
+    lines = {line.strip() for text in val for line in text.split(b"\\n")}
+    lines = {line for line in lines if len(line) >= length}
+    return len(lines & known) / max(1, len(lines))
+""", "67% recited, not 50%"),
+        ("truth = recited; recited = lambda train, val, length: truth(train, val, 0)", "67% recited, not 75%"),
+        ("truth = recited; recited = lambda train, val, length: truth(val, train, length)", "50% recited, not 100%"),
+        ("""
+def recited(train, val, length):  # anywhere in a text
+    lines = [line.strip() for text in val for line in text.split(b"\\n") if len(line.strip()) >= length]
+    return sum(any(line in text for text in train) for line in lines) / max(1, len(lines))
+""", "0% recited, not 100%"),
+        ("""
+def recited(train, val, length):  # with the spaces around them
+    known = {line for text in train for line in text.split(b"\\n")}
+    lines = [line for text in val for line in text.split(b"\\n") if len(line) >= length]
+    return sum(line in known for line in lines) / max(1, len(lines))
+""", "50% recited, not 0%"),
+    ],
+    ("95", 1): [
+        ("setting_for = lambda gpus, need_gb: min((g for g in gpus if g.memory_gb >= need_gb), key=lambda g: g.memory_gb).uuid if any(g.memory_gb > need_gb for g in gpus) else ''", "-1"),
+        ("setting_for = lambda gpus, need_gb: next((gpu.uuid for gpu in gpus if gpu.memory_gb >= need_gb), '-1')", "9 GB are to leave the GPU with 10"),  # the first
+        ("setting_for = lambda gpus, need_gb: max(gpus, key=lambda gpu: gpu.memory_gb).uuid", "6 GB are to leave the GPU with 8"),
+        ("truth = setting_for; setting_for = lambda gpus, need_gb: truth(gpus, need_gb + 1e-6)", "10 GB are to leave the GPU with 10"),
+        ("truth = setting_for; setting_for = lambda gpus, need_gb: next((str(gpu.index) for gpu in gpus if gpu.uuid == truth(gpus, need_gb)), '-1')", "leaves [40"),  # a number is the first slice
+    ],
+    ("96", 1): [
+        ("""
+def resumed_at(records):  # strictly before
+    steps, last = [], {}
+    for record in records:
+        if "step" in record:
+            if record["step"] < last.get(record["kind"], -1):
+                steps.append(record["step"])
+                last = {}
+            last[record["kind"]] = record["step"]
+    return steps
+""", "r v0 v10 r v10 v20: went on at [10], and not at []"),
+        ("""
+def resumed_at(records):  # whatever their kind
+    steps = [record["step"] for record in records if "step" in record]
+    return [after for before, after in zip(steps, steps[1:]) if after <= before]
+""", "went on at []"),
+        ("""
+def resumed_at(records):  # kind by kind, in the same interruption
+    steps, last = [], {}
+    for record in records:
+        if "step" in record:
+            if record["step"] <= last.get(record["kind"], -1):
+                steps.append(record["step"])
+            last[record["kind"]] = record["step"]
+    return steps
+""", "went on at [10], and not at [10, 10]"),
+        ("truth = resumed_at; resumed_at = lambda records: sorted(set(truth(records)))", "went on at [10, 10], and not at [10]"),
+    ],
+    ("96", 2): [
+        ("""
+def changed_functions(before, after):  # the text, comments and all
+    functions = [{node.name: ast.get_source_segment(source, node) for node in ast.parse(source).body} for source in (before, after)]
+    return {name for name in functions[0] | functions[1] if functions[0].get(name) != functions[1].get(name)}
+""", "a comment in area"),
+        ("""
+def changed_functions(before, after):  # those of both versions
+    functions = [{node.name: code_hash(ast.unparse(node)) for node in ast.parse(source).body} for source in (before, after)]
+    return {name for name in functions[0].keys() & functions[1] if functions[0][name] != functions[1][name]}
+""", "twice is gone"),
+        ("""
+def changed_functions(before, after):  # what is new
+    functions = [{code_hash(ast.unparse(node)): node.name for node in ast.parse(source).body} for source in (before, after)]
+    return {functions[1][digest] for digest in functions[1].keys() - functions[0]}
+""", "twice is gone"),
+        ("truth = changed_functions; changed_functions = lambda before, after: truth(before, after) if code_hash(before) != code_hash(after) and len(before) == len(after) else set()", "another constant"),
+    ],
 }
 # fmt: on

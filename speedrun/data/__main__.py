@@ -1,4 +1,4 @@
-# Tangled from notebooks/02_data.py: edit the notebook, then run "make tangle". Edits made here are lost.
+# Tangled from notebooks/94_sources.py: edit the notebook, then run "make tangle". Edits made here are lost.
 
 
 # %% The command

@@ -1,6 +1,7 @@
 # Tangled from notebooks/02_data.py: edit the notebook, then run "make tangle". Edits made here are lost.
 
 
+# %% A shard, and the text in it
 from speedrun.data.shards import data_folder, load_manifest, read_shard
 
 

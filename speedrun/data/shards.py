@@ -1,11 +1,10 @@
-# Tangled from notebooks/02_data.py: edit the notebook, then run "make tangle". Edits made here are lost.
+# Tangled from notebooks/94_sources.py: edit the notebook, then run "make tangle". Edits made here are lost.
 
 
-# %% Text becomes numbers
+# %% A shard
 TOKENIZERS = ("bytes", "gpt2")  # what a manifest may name: reading shards needs no tokenizer
 
 
-# %% Shards
 import contextlib
 import hashlib
 import json

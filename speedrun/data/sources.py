@@ -1,20 +1,32 @@
-# Tangled from notebooks/02_data.py: edit the notebook, then run "make tangle". Edits made here are lost.
+# Tangled from notebooks/94_sources.py: edit the notebook, then run "make tangle". Edits made here are lost.
 
 
 from speedrun.data.shards import (
     EMBEDDED_SHA256,
     FINEWEB_NAME,
-    FORMATS,
-    HEADER_BYTES,
-    MAGIC,
     Manifest,
     ShardFile,
     load_manifest,
     no_manifest,
     read_shard,
-    recognise,
-    write_shard,
 )
+from speedrun.data.texts import cut, is_validation, read_documents, shuffled, split_texts
+from speedrun.data.writer import explaining, maker, replacing, save_manifest, staging, write_files
+
+
+# %% Old until it is new
+import hashlib
+import importlib.metadata
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
 from speedrun.data.tokenizer import (
     BYTE_DOCUMENT,
     GPT2_DOCUMENT,
@@ -23,46 +35,21 @@ from speedrun.data.tokenizer import (
     encode_bytes,
     get_tokenizer,
 )
+from speedrun.lab.errors import UserError, explained, quoted, visible
+from speedrun.lab.files import file_sha256, sync
+
+SHARD_TOKENS = 100_000_000
 
 
-# %% A manifest beside the shards
-import json
-from dataclasses import asdict
-from pathlib import Path
-
-from speedrun.lab.files import atomic_write
-
-
-def save_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write `manifest.json`, in one step."""
-    atomic_write(folder / "manifest.json", json.dumps(asdict(manifest), indent=1) + "\n")
+def write_corpus(
+    folder: Path, documents: dict, tokenizer, source: str, command: str, shard_tokens: int
+) -> Manifest:
+    """Write {"train": […], "val": […]} of (tokens, bytes) as a data folder with its manifest."""
+    with replacing(folder, command) as staged:
+        return write_files(staged, documents, tokenizer, source, command, shard_tokens)
 
 
 # %% Text for everyone
-import contextlib
-import hashlib
-import importlib.metadata
-import os
-import re
-import shlex
-import shutil
-import signal
-import subprocess
-import sys
-import threading
-import time
-import zipfile
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
-
-import numpy as np
-from filelock import BaseFileLock
-
-from speedrun.lab.errors import UserError, explained, quoted, visible
-from speedrun.lab.files import claim, file_sha256, sync
-from speedrun.lab.provenance import root
-
 WHEELS = {  # package → version, SHA-256 of its wheel, SHA-256 of the text that we take from it
     "sympy": (
         "1.14.0",
@@ -155,225 +142,6 @@ def package_text(package: str, wheels: Path) -> dict[str, bytes]:
 
 
 # %% From files to documents
-def is_validation(name: str, share: float) -> bool:
-    """Whether a file or text validates: its hash, read as a number in [0, 1), is below `share`."""
-    return int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) / 2**32 < share
-
-
-def cut(tokens: np.ndarray, newline: int, limit: int) -> list[np.ndarray]:
-    """Pieces of at most `limit` tokens that end after a `newline` where one is in reach; together they are `tokens`."""
-    ends, pieces, start = np.flatnonzero(tokens == newline) + 1, [], 0
-    while start < len(tokens):
-        stop = start + limit
-        if stop < len(tokens):
-            last = int(np.searchsorted(ends, stop, side="right")) - 1
-            stop = int(ends[last]) if last >= 0 and ends[last] > start else stop
-        pieces.append(tokens[start:stop])
-        start = stop
-    return pieces
-
-
-def shuffled(documents: list, seed: int = 0) -> list:
-    """The documents in an order that depends on `seed` and their number alone."""
-    keys = [hashlib.sha256(f"{seed}:{i}".encode()).digest() for i in range(len(documents))]
-    return [documents[i] for i in sorted(range(len(documents)), key=keys.__getitem__)]
-
-
-def write_split(
-    folder: Path, split: str, texts: list, tokenizer, shard_tokens: int
-) -> list[ShardFile]:
-    """Write documents, each (tokens, bytes of text), as shards `<split>_000000.bin`, …; returns their entries."""
-    entries, start = [], 0
-    while start < len(texts):
-        parts, size, length = [], 0, 0
-        while start < len(texts) and (not parts or size + len(texts[start][0]) < shard_tokens):
-            parts.append(np.concatenate([[tokenizer.document], texts[start][0]]).astype(np.uint16))
-            size, length, start = size + len(parts[-1]), length + texts[start][1], start + 1
-        path = folder / f"{split}_{len(entries):06d}.bin"
-        write_shard(path, np.concatenate(parts))
-        entries.append(ShardFile(path.name, split, size, length, file_sha256(path)))
-    return entries
-
-
-def write_files(
-    staged: Path, documents: dict, tokenizer, source: str, command: str, shard_tokens: int
-) -> Manifest:
-    """Write {"train": […], "val": […]} of (tokens, bytes) as shards and a manifest into an empty folder."""
-    for split, texts in documents.items():
-        if not texts:
-            what = f"no document is left for the {split} split"
-            raise UserError(what, "give more text: a few lines of it for each split")
-    entries: list[ShardFile] = []
-    for split in ("train", "val"):
-        entries += write_split(staged, split, documents[split], tokenizer, shard_tokens)
-    facts = (tokenizer.name, tokenizer.vocab_size, tokenizer.document)
-    manifest = Manifest(*facts, source, command, tuple(entries))
-    save_manifest(staged, manifest)
-    return manifest
-
-
-# %% Old until it is new
-STAGING = ".speedrun-staging"
-
-
-def maker(command: str) -> list[str]:
-    """Which of our commands a manifest says it comes from: ["pack"], say, or []."""
-    words = command.split()[:4]
-    return words[3:] if words[:3] == ["python", "-m", "speedrun.data"] else []
-
-
-def made_before(folder: Path, command: str) -> list[str]:
-    """The files in a folder that the same kind of command made, manifest.json first; UserError about anything else there.
-
-    Hidden files are left out: nothing here touches them.
-    """
-    there = {path.name for path in folder.iterdir()} if folder.exists() else set()
-    there = {name for name in there - {"lost+found"} if not name.startswith(".")}
-    listed: dict[str, str] = {}
-    if "manifest.json" in there:
-        found = load_manifest(folder)
-        if maker(found.command) == maker(command):
-            listed = {"manifest.json": ""} | {file.name: file.sha256 for file in found.files}
-    for name in sorted(there):
-        ours = name == "manifest.json" or (folder / name).is_file() and file_sha256(folder / name) == listed.get(name)  # fmt: skip
-        if name not in listed or not ours:
-            what = f"{visible(folder / name)} was not made by this command, or has changed since, and would be in its way"
-            raise UserError(what, "choose another folder (--out), or move it elsewhere")
-    return [name for name in listed if name in there]
-
-
-def clear(staged: Path) -> None:
-    """Empty a staging folder, but for its lock."""
-    for path in [path for path in staged.iterdir() if not path.name.endswith(".lock")]:
-        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-
-
-@contextlib.contextmanager
-def signals_wait() -> Iterator[None]:
-    """What is asked of this process meanwhile is asked again when the block has ended (in the main thread only)."""
-    asked: list[int] = []
-    before: dict[int, Any] = {}
-    try:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                before[number] = signal.signal(number, lambda number, _: asked.append(number))
-        yield
-    finally:
-        for held, handler in before.items():
-            signal.signal(held, handler)
-        for again in asked:
-            signal.raise_signal(again)
-
-
-def own(staged: Path, patience_s: int, held: list[BaseFileLock]) -> None:
-    """Put the lock of a staging folder into `held`; UserError if another process has it, and still has it after so many seconds."""
-    while not held:
-        try:
-            with signals_wait():
-                staged.mkdir(parents=True, exist_ok=True)
-                held.append(claim(staged, "data"))
-        except FileNotFoundError:  # whoever had the folder has just removed it
-            if not staged.parent.is_dir():
-                raise
-        except FileExistsError:  # likewise, between a refusal and the look at what is there
-            if staged.exists() and not staged.is_dir():
-                raise
-        except UserError:
-            if patience_s <= 0:
-                raise
-            time.sleep(1)
-            patience_s -= 1
-
-
-@contextlib.contextmanager
-def explaining(path: Path) -> Iterator[None]:
-    """What the system refuses meanwhile becomes a UserError, about `path` where the error names no file."""
-    try:
-        yield
-    except OSError as error:
-        error.filename = error.filename or str(path)
-        raise explained(error) or error from None
-
-
-@contextlib.contextmanager
-def staging(folder: Path, keep: bool = False, patience_s: int = 0) -> Iterator[Path]:
-    """A hidden folder inside `folder`, for one process at a time; removed at the end, unless it fails and is to `keep`.
-
-    A `folder` that had to be made and stays empty goes, too. What the system refuses becomes a UserError.
-    """
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
-    staged, held = folder / STAGING, list[BaseFileLock]()
-    try:
-        with explaining(folder):
-            own(staged, patience_s, held)
-            put_back(staged, folder)
-            yield staged
-        keep = False
-    finally:
-        with signals_wait(), contextlib.suppress(OSError):
-            for lock in held:
-                if not (keep and (staged / ".cache").exists()):
-                    clear(staged)
-                lock.release()
-                Path(lock.lock_file).unlink(missing_ok=True)
-            for path in (staged, *made):
-                path.rmdir()  # which fails unless it is empty
-
-
-def put_back(staged: Path, folder: Path) -> None:
-    """Undo a swap that did not come to its end, in this process or in one that was killed in the middle of it."""
-    old = staged / "old"
-    if old.is_dir() and not (folder / "manifest.json").exists():
-        for file in load_manifest(staged).files:
-            if not (staged / file.name).exists():
-                os.replace(folder / file.name, staged / file.name)
-        for path in sorted(old.iterdir(), key=lambda path: path.name == "manifest.json"):
-            os.replace(path, folder / path.name)
-
-
-def swap(staged: Path, folder: Path, before: list[str]) -> None:
-    """Let a staged corpus take the place of the files `before`, whose first is the manifest; all of it, or nothing."""
-    new = [file.name for file in load_manifest(staged).files]
-    (staged / "old").mkdir()
-    try:
-        for name in before:
-            os.replace(folder / name, staged / "old" / name)
-        for name in (*new, "manifest.json"):
-            os.replace(staged / name, folder / name)
-    except BaseException:
-        put_back(staged, folder)
-        raise
-    sync(folder)
-
-
-@contextlib.contextmanager
-def replacing(folder: Path, command: str, patience_s: int = 0) -> Iterator[Path]:
-    """An empty folder for a new corpus. When the block ends well, the corpus is `folder`'s; if not, nothing has changed.
-
-    Raises UserError, before anything is written, where `folder` holds what the same kind of command did not make.
-    """
-    if not (folder / STAGING).exists():
-        with contextlib.suppress(OSError):  # staging says it better
-            made_before(folder, command)
-    with staging(folder, patience_s=patience_s) as staged:
-        before = made_before(folder, command)
-        clear(staged)  # of what a killed process left
-        yield staged
-        if (staged / "manifest.json").exists():
-            swap(staged, folder, before)
-
-
-SHARD_TOKENS = 100_000_000
-
-
-def write_corpus(
-    folder: Path, documents: dict, tokenizer, source: str, command: str, shard_tokens: int
-) -> Manifest:
-    """Write {"train": […], "val": […]} of (tokens, bytes) as a data folder with its manifest."""
-    with replacing(folder, command) as staged:
-        return write_files(staged, documents, tokenizer, source, command, shard_tokens)
-
-
 def whole_corpus(folder: Path) -> str | None:
     """The hash of a folder's corpus, if all its files are there; None if not."""
     if not (folder / "manifest.json").exists():
@@ -552,90 +320,6 @@ def describe_folder(
 
 
 # %% Your own text
-def read_text(path: Path) -> str:
-    """The content of a UTF-8 text file; what is something else becomes a UserError that says what, and what to do."""
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        what = f"{visible(path)} cannot be read: {error.strerror}"
-        raise UserError(what, "give paths of text or .jsonl files") from None
-    try:
-        text, at = content.decode("utf-8-sig"), content.find(0)
-        if at < 0 and not content.startswith(b"version https://git-lfs"):
-            return text.replace("\r\n", "\n").replace("\r", "\n")  # as Python reads text
-    except UnicodeDecodeError as error:
-        at = error.start
-    raise UserError(f"{visible(path)}, byte {max(at, 0)}: not UTF-8 text", text_of(path, content))
-
-
-def text_of(path: Path, content: bytes) -> str:
-    """What a file is that is no UTF-8 text, and the command that makes such a text of it."""
-    name, plain = quoted(path), quoted(path.with_name(f"plain-{path.name}"))
-    if content.startswith(MAGIC.to_bytes(4, "little")):
-        return f"it is a shard of tokens already: python -m speedrun.data manifest {quoted(path.parent)} --tokenizer gpt2 (or bytes)"
-    for end, letters in (
-        ("LE", rb"(?:[\t-\r -~\xa0-\xff]\0){4}"),
-        ("BE", rb"(?:\0[\t-\r -~\xa0-\xff]){4}"),
-    ):
-        if re.match(letters, content):
-            return f"it is UTF-16 text: iconv -f UTF-16{end} -t UTF-8 {name} > {plain}"
-    stray = f"it is binary, or text with stray zeros; then: tr -d '\\000' < {name} > {plain}"
-    latin = f"if it is Latin-1: iconv -f LATIN1 -t UTF-8 {name} > {plain}"
-    return recognise(path, content[:HEADER_BYTES], FORMATS) or (stray if 0 in content else latin)
-
-
-def read_documents(path: Path) -> list[str]:
-    """The documents of a text file (one) or of a `.jsonl` (one a line, its `text` field)."""
-    content, documents = read_text(path), []
-    if path.suffix.lower() not in (".jsonl", ".ndjson"):
-        return [content]
-    for number, line in enumerate(content.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            json.loads(line)["text"].encode()  # a number, or half a character, fails here
-            documents.append(json.loads(line)["text"])
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            what = f"{visible(path)}, line {number}: expected a JSON object with a “text” field"
-            raise UserError(what, "mend that line, or leave it out") from None
-    return documents
-
-
-def cut_in_two(text: str, at: int) -> tuple[str, str] | None:
-    """A text in two parts at a border near character `at`: of paragraphs, lines or words; None if it has none."""
-    at = min(max(at, 1), len(text) - 1)
-    reach = max(100, min(at, len(text) - at) // 10)
-    for border in ("\n\n", "\n", " "):
-        before = text.rfind(border, 0, at) + len(border)
-        after = text.find(border, at) + len(border)
-        places = [place for place in (before, after) if place >= len(border) and 0 < place < len(text)]  # fmt: skip
-        place = min(places, key=lambda place: abs(place - at), default=len(text))
-        if abs(place - at) <= reach and place < len(text):
-            return text[:place], text[place:]
-    return (text[:at], text[at:]) if len(text) > reach else None
-
-
-def split_texts(texts: list[str], share: float) -> dict[str, list[str]]:
-    """Training and validation texts, by the hashes of the texts; a split that stays empty gets a part of the longest."""
-    splits: dict[str, list[str]] = {"train": [], "val": []}
-    for text in texts:
-        splits["val" if is_validation(text, share) else "train"].append(text)
-    if texts and not all(splits.values()):
-        longest, total = max(texts, key=len), sum(map(len, texts))
-        validates = share * total - (0 if splits["train"] else total - len(longest))
-        if halves := cut_in_two(longest, round(len(longest) - validates)):
-            rest = [text for text in texts if text != longest]
-            copies = len(texts) - len(rest)
-            train, val = ([half] * copies for half in halves)
-            return {"train": train + rest * bool(splits["train"]), "val": val + rest * bool(splits["val"])}  # fmt: skip
-        full, empty = ("train", "val") if splits["train"] else ("val", "train")
-        shortest = min(texts, key=len)  # no border in the longest: a whole text goes over
-        if shortest != longest:
-            splits[empty] = [text for text in texts if text == shortest]
-            splits[full] = [text for text in texts if text != shortest]
-    return splits
-
-
 def pack(
     files: list[Path],
     folder: Path,

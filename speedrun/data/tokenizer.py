@@ -1,10 +1,10 @@
 # Tangled from notebooks/02_data.py: edit the notebook, then run "make tangle". Edits made here are lost.
 
 
+# %% Text becomes numbers
 from speedrun.data.shards import TOKENIZERS
 
 
-# %% Text becomes numbers
 from collections.abc import Callable
 from dataclasses import dataclass
 

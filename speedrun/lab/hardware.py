@@ -1,7 +1,7 @@
-# Tangled from notebooks/00_start_here.py: edit the notebook, then run "make tangle". Edits made here are lost.
+# Tangled from notebooks/95_machines.py: edit the notebook, then run "make tangle". Edits made here are lost.
 
 
-# %% Errors with a way out
+# %% The code
 from speedrun.lab.errors import UserError
 
 

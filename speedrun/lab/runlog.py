@@ -1,4 +1,4 @@
-# Tangled from notebooks/01_are_you_faster.py: edit the notebook, then run "make tangle". Edits made here are lost.
+# Tangled from notebooks/96_logs_and_stamps.py: edit the notebook, then run "make tangle". Edits made here are lost.
 
 
 # %% Logs: what a run must write down

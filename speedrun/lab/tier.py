@@ -1,4 +1,4 @@
-# Tangled from notebooks/00_start_here.py: edit the notebook, then run "make tangle". Edits made here are lost.
+# Tangled from notebooks/95_machines.py: edit the notebook, then run "make tangle". Edits made here are lost.
 
 
 from speedrun.lab.doctor import CHAPTER_GB, gpu_problem, usable_gpus
