@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import re
-import shlex
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass

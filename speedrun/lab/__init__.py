@@ -1,2 +1,2 @@
 # Written by "make tangle". Edits made here are lost.
-"""speedrun.lab: bounds, doctor, errors, files, hardware, provenance, results, runlog, stats, tier."""
+"""speedrun.lab: bench, bounds, doctor, errors, files, hardware, provenance, results, runlog, stats, tier, timer."""
