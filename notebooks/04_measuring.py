@@ -31,12 +31,14 @@ tier = choose_tier()
 
 # %%
 import math
+import os
 import statistics
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler says when it begins and ends
 torch.set_num_threads(1)  # a thread more waits for the slowest core, and neighbours use cores
 torch.manual_seed(0)
 size = tier.pick(cpu=768, gpu=8192)
