@@ -478,17 +478,14 @@ print(
 # %% [markdown]
 # ## The measurement
 #
-# Thirty-eight per cent of the data sheet is what record 1 reached. Where is the rest? We did not profile llm.c itself, and one GPU says nothing about what eight tell each other. But our model does the same arithmetic, and can be profiled. PyTorch's profiler names every kernel that ran and how long it took; sorting the names into a few kinds answers the question. (A fused kernel counts under the first
+# Thirty-eight per cent of the data sheet is what record 1 reached. Where is the rest? We did not profile llm.c itself, and one GPU says nothing about what eight tell each other. But our model does the same arithmetic, and can be profiled. PyTorch's profiler names every kernel that ran and how long it took; sorting the names into a few kinds answers the question ([chapter 04](04_measuring.py) has the tool). (A fused kernel counts under the first
 # kind that its name matches.) What the kernels do not fill is time in which the GPU waited.
 
 # %% tags=["hide-input"]
 #| export measure.baseline
-import re
-import time
-
 import torch
-from torch.profiler import ProfilerActivity, profile
 
+from speedrun.lab.bench import ledger
 from speedrun.lab.errors import UserError
 from speedrun.lab.provenance import stamp
 from speedrun.model import gpt
@@ -502,48 +499,27 @@ KINDS = {  # kind → what its kernels are called; the first that matches counts
     "norms": r"layer_norm|native_layer",
     "copies and casts": r"copy|memcpy|memset|fill|cast|_to_copy",
 }
-
-
-def kind_of(kernel: str) -> str:
-    """The kind of a kernel, by its name."""
-    found = (kind for kind, pattern in KINDS.items() if re.search(pattern, kernel, re.IGNORECASE))
-    return next(found, "other element-wise")
+OTHER = "other element-wise"
 
 
 # %% tags=["hide-input"]
 #| export measure.baseline
 def profile_step(step, device: torch.device, repeats: int = 3) -> dict[str, float]:
     """Milliseconds of one step: `wall`, then per kind of kernel; `waiting` is what the kernels leave of the wall time."""
-    on_gpu = device.type == "cuda"
-    for _ in range(3):
-        step()
-    torch.cuda.synchronize() if on_gpu else None
-    begin = time.perf_counter()
-    for _ in range(repeats):
-        step()
-    torch.cuda.synchronize() if on_gpu else None
-    times = {"wall": 1000 * (time.perf_counter() - begin) / repeats}
-    with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as seen:
-        for _ in range(repeats):
-            step()
-        torch.cuda.synchronize() if on_gpu else None
-    for event in seen.key_averages():
-        spent = event.self_device_time_total if on_gpu else event.self_cpu_time_total
-        times[kind_of(event.key)] = times.get(kind_of(event.key), 0.0) + spent / 1000 / repeats
-    return times | {"waiting": max(0.0, 2 * times["wall"] - sum(times.values()))}
+    times = ledger(step, device.type, repeats, KINDS, OTHER)
+    return {"waiting" if kind == "gaps" else kind: ms for kind, ms in times.items()}
 
 
 # %% [markdown]
 # The patterns, in the folded cell above, are names of CUDA kernels and of PyTorch's own operations. On a CPU the same code sorts the latter, in a step of the small model, which is enough to see that the sorting works; on a GPU the former, in a step of GPT-2 on four rows:
 
 # %%
-assert (
-    kind_of("nvjet_hsh_256x128_64x4_1x2_h_bz_coopA_NNT")
-    == kind_of("aten::addmm")
-    == "matrix products"
-)
-assert kind_of("void pytorch_flash::flash_fwd_kernel") == "attention"
-assert kind_of("triton_poi_fused_gelu_3") == "other element-wise"
+from speedrun.lab.bench import kind_of
+
+products = {kind_of(name, KINDS, OTHER) for name in ("nvjet_hsh_256x128_64x4", "aten::addmm")}
+assert products == {"matrix products"}
+assert kind_of("void pytorch_flash::flash_fwd_kernel", KINDS, OTHER) == "attention"
+assert kind_of("triton_poi_fused_gelu_3", KINDS, OTHER) == OTHER
 
 size, words, rows = tier.pick(cpu=(shape, 288, 16), gpu=(GPTConfig(), VOCAB, 4))
 model = GPT2(size, words).to(tier.device)

@@ -994,7 +994,6 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from speedrun.lab.bounds import NonNegativeFloat, NonNegativeInt
 from speedrun.lab.errors import UserError
@@ -1059,7 +1058,13 @@ assert [field for field in Packed._fields if field in AttentionSettings._fields]
 
 
 # %%
-#| export kernels.attention
+#| export kernels.backends
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
 @torch.library.custom_op(f"{NAMESPACE}::by_document", mutates_args=())
 def sdpa_op(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: Tensor, scale: Tensor
@@ -1096,7 +1101,7 @@ sdpa_op.register_autograd(
 
 
 # %%
-#| export kernels.attention
+#| export kernels.backends
 def flash4(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: Tensor, window: Tensor, scale: Tensor, state: tuple = ()
 ) -> tuple[Tensor, ...]:  # fmt: skip
@@ -1113,7 +1118,7 @@ def flash4(
 
 
 # %%
-#| export kernels.attention
+#| export kernels.backends
 @torch.library.custom_op(f"{NAMESPACE}::flash", mutates_args=())
 def flash_op(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: Tensor, window: Tensor, scale: Tensor, fa4: bool = False
@@ -1148,7 +1153,7 @@ def flash_backward_op(
 
 
 # %%
-#| export kernels.attention
+#| export kernels.backends
 @flash_op.register_fake
 def fake_flash(q, k, v, cu_seqlens, longest, window, scale, fa4=False):
     lse = q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)

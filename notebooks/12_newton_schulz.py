@@ -552,7 +552,7 @@ class SoapRule:
 # %%
 from types import SimpleNamespace
 
-from speedrun.optim.optimizer import OptimConfig
+from speedrun.optim.state import OptimConfig
 
 spec = next(spec for spec in banks if spec.name == "mlp_up")
 own = torch.randn(2, 8, 4, generator=torch.Generator().manual_seed(1)).double()

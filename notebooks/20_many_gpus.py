@@ -336,7 +336,7 @@ class ShardedSparse(Sharded):
 
 
 # %%
-#| export
+#| export optim.traffic
 def bytes_sent(
     comm: str, numel: int, size: int, world: int, rows: float = 0.0, width: int = 1
 ) -> tuple[float, float]:
@@ -462,28 +462,19 @@ from speedrun.params import ParamSpec
 print(", ".join(column.name for column in fields(ParamSpec)))
 
 # %%
-#| default_exp optim.optimizer
+#| default_exp optim.state
 #| export
 import importlib
-import math
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
-from itertools import takewhile
-from types import FunctionType
 from typing import Annotated, Any, Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.nn.utils import get_total_norm
 from torch.optim.adamw import adamw
 
 from speedrun.lab.bounds import NonNegativeFloat
 from speedrun.optim.muon import MuonConfig, matrix_lr_mul, muon_state, muon_step, split_bf16
-from speedrun.schedule import StepSettings
 from speedrun.params import ParamSpec
 
 
@@ -521,7 +512,22 @@ MATRIX_RULES = ("muon", "soap")  # of whole matrices; all others work entry by e
 
 
 # %%
-#| export
+#| export optim.optimizer
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import takewhile
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.utils import get_total_norm
+
+from speedrun.params import ParamSpec
+from speedrun.schedule import StepSettings
+
+
 def check_names(what: str, given: Iterable[str], wanted: Iterable[str], where: str) -> None:
     """Raise ValueError about names that are missing, that are too many, or that stand there twice."""
     counts, needed = Counter(list(given)), set(wanted)
@@ -582,7 +588,18 @@ for wrong in (good[:1], (*good, good[0]), (good[0], replace(good[1], name="tabel
 
 
 # %%
-#| export
+#| export optim.graph
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from speedrun.schedule import StepSettings
+
+
 class StepScalars:
     """The step's learning rates and momentum: floats on a CPU, views of one vector on a GPU, which graphs read."""
 
@@ -644,12 +661,33 @@ def compile_update(function: Callable, on: bool) -> Callable:
 
 
 # %%
+#| export optim.graph
+def new_stream(device: torch.device) -> Any:
+    """A stream of a GPU; None elsewhere."""
+    return torch.cuda.Stream(device) if device.type == "cuda" else None
+
+
+@contextmanager
+def on_stream(stream: Any) -> Iterator[None]:
+    """On a GPU: what is begun here runs in a stream of its own, after all that was begun before."""
+    if stream is None:
+        yield
+    else:
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            yield
+
+
+# %%
 scalars, seen = StepScalars(torch.device("cpu")), []
 call = GraphedCall(lambda: seen.append(scalars["momentum"]))
 for step, momentum in enumerate((0.85, 0.9, 0.95)):
     scalars.set(StepSettings(step, lr=0.25, matrix_lr=0.02, momentum=momentum))
     call()
 assert seen == [0.85, 0.9, 0.95] and scalars["lr"] == 0.25
+with on_stream(new_stream(torch.device("cpu"))):
+    call()
+assert seen[3:] == [0.95], "a CPU has no streams"
 
 updates = torch.zeros(()).double()
 for t in range(1, 1000):
@@ -830,15 +868,11 @@ assert vector.rule.lr_mul.tolist()[:9] == [5.0] * 3 + [0.0] * 5 + [1.0]
 
 
 # %%
+#| default_exp optim.optimizer
 #| export
 def addresses_of(p: Tensor) -> tuple[int, int]:
     """Where a parameter's value and gradient are stored."""
     return p.data_ptr(), 0 if p.grad is None else p.grad.data_ptr()
-
-
-def new_stream(device: torch.device) -> Any:
-    """A stream of a GPU; None elsewhere."""
-    return torch.cuda.Stream(device) if device.type == "cuda" else None
 
 
 def new_streams(states: Mapping[str, ParamState], device: torch.device) -> dict[str, Any]:
@@ -861,17 +895,6 @@ def expand_order(
     chosen = names if order is None else list(order)
     check_names(what, chosen, names, "the table")
     return [state for name in chosen for state in (small if name == REPLICATED else [name])]
-
-
-@contextmanager
-def on_stream(stream: Any) -> Iterator[None]:
-    """On a GPU: what is begun here runs in a stream of its own, after all that was begun before."""
-    if stream is None:
-        yield
-    else:
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            yield
 
 
 # %% [markdown]
@@ -1249,7 +1272,6 @@ print(f"tied for two steps, then untied; {len(saved)} tensors saved and taken ba
 # %% tags=["hide-input"]
 #| default_exp measure.many_gpus
 #| export
-import contextlib
 import hashlib
 import json
 import os
@@ -1271,6 +1293,7 @@ from speedrun.schedule import StepSettings
 from speedrun.params import ParamSpec
 from speedrun.config import vary
 from speedrun.presets import RECORD_MUON, preset
+from speedrun.lab.bench import clocked, wait_for
 from speedrun.lab.errors import UserError
 from speedrun.lab.provenance import root, stamp
 
@@ -1318,6 +1341,21 @@ def record_parameters(scale: int, device: str = "cpu") -> dict[str, nn.Parameter
         exact = spec.name == "scalars" or spec.optim == "muon"
         found[spec.name] = nn.Parameter(p if exact else p.bfloat16())
     return found
+
+
+# %% tags=["hide-input"]
+#| export optim.traffic
+import contextlib
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from speedrun.lab.bench import wait_for
+from speedrun.lab.errors import UserError
 
 
 def sent_by_machine() -> float:
@@ -1373,6 +1411,28 @@ def counted(comm: Any, begin: str, repeats: int = 5) -> float:
 
 
 # %% tags=["hide-input"]
+#| export optim.traffic
+def sent_so_far(device: torch.device) -> float | None:
+    """Bytes that this rank has sent, when all is done: a CPU's by mean of the ranks; None of a GPU that does not count them."""
+    wait_for(device.type)
+    if dist_info()[1] > 1:
+        dist.barrier()
+    with contextlib.suppress(UserError):
+        return sent_by_gpu(device.index or 0) if device.type == "cuda" else sent_by_machine()
+    return None
+
+
+def bytes_of_step(optimizer: MuonAdam) -> float:
+    """Bytes that a rank sends in a step, by formula: the mean of steps with Adam and without. What is tied is not sent."""
+    total, world = 0.0, dist_info()[1]
+    for name in optimizer.states.keys() - optimizer.ties.tied.keys():
+        state = optimizer.states[name]
+        full, kind = state.comm.full, state.specs[0].comm
+        total += sum(bytes_sent(kind, full.numel(), full.element_size(), world)) / state.every
+    return total
+
+
+# %% tags=["hide-input"]
 #| export measure.many_gpus
 def small_record(scale: int, device: str = "cpu", compile: bool = True) -> MuonAdam:
     """Record 89's parameters and table at a fraction of its widths."""
@@ -1404,6 +1464,10 @@ def wire_of_rank(device: str, scale: int = 8, touched: float = 0.2) -> dict:
     return found
 
 
+# %%
+assert bytes_of_step(small_record(48)) == 0.0, "a rank alone sends nothing"
+
+
 # %% tags=["hide-input"]
 #| export measure.many_gpus
 def steps_of_rank(device: str, scale: int = 48, steps: int = 4, micro: int = 4) -> dict:
@@ -1426,22 +1490,6 @@ def steps_of_rank(device: str, scale: int = 48, steps: int = 4, micro: int = 4) 
 
 # %% tags=["hide-input"]
 #| export measure.many_gpus
-def wait_for(device: str) -> None:
-    """Until the device has done all that it was given."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
-def clocked(work: Callable[[], object], device: str) -> tuple[float, float]:
-    """Milliseconds until a work is done, and until Python is."""
-    wait_for(device)
-    begin = time.perf_counter()
-    work()
-    python = time.perf_counter()
-    wait_for(device)
-    return 1000 * (time.perf_counter() - begin), 1000 * (python - begin)
-
-
 def fill_gradients(optimizer: MuonAdam, index: int, tokens: int = 32_768) -> None:
     """Random gradients, the bigram table's in as many of its rows as a pair of record 89's micro-batches may touch."""
     rank, world = dist_info()
@@ -1453,10 +1501,6 @@ def fill_gradients(optimizer: MuonAdam, index: int, tokens: int = 32_768) -> Non
             p.grad *= rows[:, None].to(p.grad)
     if world > 1:
         dist.barrier()
-
-
-# %%
-assert 10 < clocked(lambda: time.sleep(0.01), "cpu")[0] < 100
 
 
 # %% tags=["hide-input"]
@@ -1626,21 +1670,11 @@ def trace_of_rank(device: str, scale: int = 0) -> dict:
 RUN_STEPS = 20  # timed in each stage
 
 
-def sent_so_far(device: torch.device) -> float | None:
-    """Bytes that this rank has sent, when all is done: a CPU's by mean of the ranks; None of a GPU that does not count them."""
-    wait_for(device.type)
-    if dist_info()[1] > 1:
-        dist.barrier()
-    with contextlib.suppress(UserError):
-        return sent_by_gpu(device.index or 0) if device.type == "cuda" else sent_by_machine()
-    return None
-
-
 def stage_of_rank(run: Any, start: int, steps: int) -> dict:
     """Milliseconds of steps in the stage that begins at `start`, and bytes that this rank sends in a step, as counted and by formula."""
-    from speedrun.train import Marks, train_step
+    from speedrun.train import StepTimer, train_step
 
-    run.step, marks = start, Marks(run.ranks.device)
+    run.step, marks = start, StepTimer(run.ranks.device)
     tokens = run.schedule.at(start).batch_tokens
     for _ in range(2):
         train_step(run)
@@ -1654,19 +1688,6 @@ def stage_of_rank(run: Any, start: int, steps: int) -> dict:
     found = {"step": start, "tokens": tokens, "ms": marks.drain()}
     return found | {"sent": counted, "formula": bytes_of_step(run.optimizer)}
 
-
-def bytes_of_step(optimizer: MuonAdam) -> float:
-    """Bytes that a rank sends in a step, by formula: the mean of steps with Adam and without. What is tied is not sent."""
-    total, world = 0.0, dist_info()[1]
-    for name in optimizer.states.keys() - optimizer.ties.tied.keys():
-        state = optimizer.states[name]
-        full, kind = state.comm.full, state.specs[0].comm
-        total += sum(bytes_sent(kind, full.numel(), full.element_size(), world)) / state.every
-    return total
-
-
-# %%
-assert bytes_of_step(small_record(48)) == 0.0, "a rank alone sends nothing"
 
 # %% tags=["hide-input"]
 #| export measure.many_gpus

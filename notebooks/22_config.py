@@ -67,7 +67,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 from speedrun.data.loader import DataConfig, check_options
 from speedrun.lab.errors import UserError, visible
 from speedrun.model.gpt import GPTConfig
-from speedrun.optim.optimizer import OptimConfig
+from speedrun.optim.state import OptimConfig
 from speedrun.schedule import Schedule, ScheduleConfig, Stage, check_schedule
 
 # %% [markdown]
@@ -918,7 +918,7 @@ import sys
 
 from speedrun.lab.results import public_table
 from speedrun.model.gpt import param_specs
-from speedrun.optim.optimizer import assign_optimizers
+from speedrun.optim.state import assign_optimizers
 
 sys.modules.pop("speedrun.history", None)
 assert preset("cpu_gpt2").model.layers == 2 and "speedrun.history" not in sys.modules
@@ -1258,7 +1258,7 @@ import ast
 from speedrun.lab.provenance import is_docstring, module_file
 
 homes = {"Config": "config", "DataConfig": "data.loader", "GPTConfig": "model.gpt"}
-homes |= {"OptimConfig": "optim.optimizer", "AdamConfig": "optim.adam", "MuonConfig": "optim.muon"}
+homes |= {"OptimConfig": "optim.state", "AdamConfig": "optim.adam", "MuonConfig": "optim.muon"}
 homes |= {"ScheduleConfig": "schedule", "BlockConfig": "model.mlp"}
 homes |= {"RotaryConfig": "model.rotary", "HeadConfig": "model.head"}
 homes |= {"EmbeddingConfig": "model.embedding", "PlanConfig": "model.layout"}

@@ -108,7 +108,8 @@ from speedrun.lab.provenance import commit, module_file, module_hashes, root, st
 from speedrun.lab.runlog import RunLog, format_line, parse_line
 from speedrun.model.attention import AttentionSettings, Packed, choose_backend
 from speedrun.model.gpt import GPT, attention_settings, flops_per_token
-from speedrun.optim.optimizer import MuonAdam, assign_optimizers
+from speedrun.optim.optimizer import MuonAdam
+from speedrun.optim.state import assign_optimizers
 from speedrun.schedule import Schedule
 from speedrun.presets import preset, read_command
 
@@ -209,113 +210,25 @@ for words in ({"RANK": "1"}, {"RANK": "0", "WORLD_SIZE": "two"}, {"RANK": "0", "
 # %% [markdown]
 # ### A clock that can be stopped
 #
-# Waiting for the GPU at both ends is what makes it honest. On a CPU there is nothing to wait for.
+# [Chapter 04](04_measuring.py) has the clock: `TrainClock` waits for the GPU before it is started and before it is stopped, and whatever happens `off_the_clock` is not training time. Single steps are timed by the marks of a `StepTimer`, which on a GPU are events in its queue of work, read later, so that looking at the time does not take any.
 
 
 # %%
 #| export
-class Clock:
-    """Training time in ms, stopped for whatever does not count. `elapsed_ms` may carry on from a checkpoint."""
-
-    def __init__(self, device: torch.device, elapsed_ms: float = 0.0):
-        self.device, self.elapsed_ms = device, elapsed_ms
-        self.since: float | None = None
-
-    def wait(self) -> None:
-        """Until the device has done all that it was given."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
-    def start(self) -> None:
-        self.wait()
-        self.since = time.perf_counter()
-
-    def stop(self) -> None:
-        self.wait()
-        self.elapsed_ms, self.since = self.ms, None
-
-    @property
-    def ms(self) -> float:
-        """Training time so far, without waiting for the device."""
-        return self.elapsed_ms + (1000 * (time.perf_counter() - self.since) if self.since else 0.0)
-
+from speedrun.lab.timer import StepTimer, TrainClock, off_the_clock
 
 # %%
-#| export
-@contextlib.contextmanager
-def paused(clock: Clock, marks: "Marks | None" = None):
-    """What happens in this block is not training time, nor part of a step for `marks`."""
-    running = clock.since is not None
-    clock.stop()
-    yield
-    if running:
-        clock.start()
-    if marks is not None:
-        marks.restart()
-
-
-# %%
-clock = Clock(torch.device("cpu"))
+clock, marks = TrainClock(ranks.device), StepTimer(ranks.device)
 clock.start()
+marks.mark()
 time.sleep(0.05)
-with paused(clock):
-    time.sleep(0.2)
-time.sleep(0.05)
+marks.mark()
+with off_the_clock(clock, marks):
+    time.sleep(0.2)  # validating, say
 clock.stop()
-assert 100 <= clock.ms < 300, "two naps count, the pause does not"
-with paused(clock):
-    time.sleep(0.05)
-assert clock.ms == clock.elapsed_ms, "a stopped clock stands still"
-print(f"{clock.ms:.0f} ms of training in 350 ms of life")
-
-# %% [markdown]
-# Single steps are timed by marks. On a GPU a mark is an event in its queue of work, read later, so that looking at the time does not take any.
-
-
-# %%
-#| export
-class Marks:
-    """Durations of single steps: `mark` after each, `drain` now and then. On a GPU a mark costs no waiting."""
-
-    def __init__(self, device: torch.device):
-        self.device, self.marks, self.done = device, [], []
-
-    def mark(self) -> None:
-        if self.device.type == "cuda":
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-            self.marks.append(event)
-        else:
-            self.marks.append(time.perf_counter())
-
-    def drain(self) -> list[float]:
-        """Milliseconds between successive marks since the last drain. The device must have been waited for."""
-        pairs, done = list(zip(self.marks, self.marks[1:])), self.done
-        self.marks, self.done = self.marks[-1:], []
-        gpu = self.device.type == "cuda"
-        return done + [a.elapsed_time(b) if gpu else 1000 * (b - a) for a, b in pairs]
-
-    def restart(self) -> None:
-        """Leave out what happened since the last mark: a validation, say."""
-        self.done, self.marks = self.drain(), []
-        self.mark()
-
-
-# %%
-marks = Marks(torch.device("cpu"))
-marks.mark()
-for nap in (0.02, 0.04):
-    time.sleep(nap)
-    marks.mark()
-time.sleep(0.1)
-marks.restart()  # the long nap does not count
-time.sleep(0.02)
-marks.mark()
-naps = marks.drain()
-assert (
-    len(naps) == 3 and min(naps) >= 20 and naps[1] >= 40 and max(naps) < 100 and marks.drain() == []
-)
-print([f"{duration:.0f} ms" for duration in naps])
+(nap,) = marks.drain()
+assert 50 <= nap <= clock.ms < 250, "a step counts, on both; the pause does not"
+print(f"{clock.ms:.0f} ms of training in 250 ms of life")
 
 # %% [markdown]
 # ### One step
@@ -668,7 +581,7 @@ class Run:
     told: list[AttentionSettings]
     loader: Loader
     validation: Shards
-    clock: Clock
+    clock: TrainClock
     log: Any
     heart: Heartbeat
     nonfinite_steps: Tensor
@@ -792,7 +705,7 @@ def assemble(config: Config, folder: Path, echo=print) -> Run:
     optimizer = build_optimizer(config, model)
     log = open_log(config, folder, echo) if ranks.rank == 0 else SilentLog()
     told = prepare_attention(config, model, device)
-    clock, nonfinite_steps = Clock(device), torch.zeros((), device=device)
+    clock, nonfinite_steps = TrainClock(device), torch.zeros((), device=device)
     parts = (schedule, told, loader, validation, clock, log, heart, nonfinite_steps, Interrupts())
     return Run(config, folder, ranks, model, forward, optimizer, *parts)
 
@@ -1290,7 +1203,7 @@ print(f"{run.config.warmup} steps were taken and taken back, in {seconds:.1f} s"
 
 # %%
 #| export train
-def log_step(run: Run, loss: Tensor, marks: Marks) -> None:
+def log_step(run: Run, loss: Tensor, marks: StepTimer) -> None:
     """Log the last step's training loss, as the mean over all ranks. Raises UserError if the loss or a step that was left out was not finite."""
     together = all_reduce_sum(torch.stack([loss, run.nonfinite_steps]), run.ranks.world)
     mean, left_out = together.tolist()
@@ -1351,13 +1264,13 @@ def choose_stop(run: Run) -> None:
 
 def run_loop(run: Run, step=train_step) -> str:
     """Train from `run.step` to the end. Returns why it ended: finished or interrupted."""
-    config, marks = run.config, Marks(run.ranks.device)
+    config, marks = run.config, StepTimer(run.ranks.device)
     last, run.interrupts.training = config.last_step, True
     run.clock.start()
     marks.restart()
     while True:
         if run.step % config.val_every == 0 or run.step >= last:
-            with paused(run.clock, marks):
+            with off_the_clock(run.clock, marks):
                 validate(run)
             if run.step >= last:
                 return "finished"
@@ -1372,7 +1285,7 @@ def run_loop(run: Run, step=train_step) -> str:
         if run.step % config.log_every == 0 or run.step == last:
             log_step(run, loss, marks)
         if run.step % (config.checkpoint_every or last) == 0 and run.step < last:
-            with paused(run.clock, marks):
+            with off_the_clock(run.clock, marks):
                 save(run)
 
 
@@ -1847,11 +1760,13 @@ print("\n".join([*said[-3:], "…", answer[0], answer[-1]]).replace(str(scratch)
 import dataclasses
 import statistics
 import tempfile
-import time
+from functools import partial
 from pathlib import Path
 
 from speedrun.config import Config, vary
+from speedrun.lab.bench import clocked, sample_in_turn
 from speedrun.lab.provenance import stamp
+from speedrun.lab.timer import StepTimer
 from speedrun.lab.results import load_result
 from speedrun.measure.runs import corpus_of, cpu_base, train_arms, train_many
 from speedrun.presets import preset
@@ -1863,7 +1778,7 @@ PRESET_OF = {"cpu": "cpu", "gpu": "small_gpt2"}
 def pieces_of(run: Run) -> dict:
     """What a training step does, one after the other: name → function."""
     device, precision, world = run.ranks.device, run.config.precision, run.ranks.world
-    marks, batches = Marks(device), []
+    marks, batches = StepTimer(device), []
 
     def model() -> None:
         parts = len(batches[-1]) * world
@@ -1885,14 +1800,8 @@ def pieces_of(run: Run) -> dict:
 #| export measure.training_loop
 def time_pieces(run: Run, repeats: int) -> dict[str, float]:
     """Milliseconds of each piece of a step, waiting for the device after each (medians)."""
-    pieces, seen = pieces_of(run), {}
-    for _ in range(repeats):
-        for name, piece in pieces.items():
-            begin = time.perf_counter()
-            piece()
-            run.clock.wait()
-            seen.setdefault(name, []).append(1000 * (time.perf_counter() - begin))
-    return {name: statistics.median(times) for name, times in seen.items()}
+    taken = sample_in_turn(pieces_of(run), run.ranks.device.type, repeats, warm_up=0)
+    return {name: statistics.median(times) for name, times in taken.items()}
 
 
 # %% tags=["hide-input"]
@@ -1903,22 +1812,19 @@ def time_steps(run: Run, repeats: int, steps: int = 4) -> dict[str, list[float]]
     Each sample is of `steps` steps and begins when the device has nothing to do.
     """
 
-    def timed(ask: bool, wait: bool) -> float:
-        run.clock.wait()
-        begin = time.perf_counter()
+    def take(ask: bool) -> None:
         for _ in range(steps):
             loss = train_step(run)
             if ask:
                 loss.item()
-        if wait:
-            run.clock.wait()
-        return 1000 * (time.perf_counter() - begin) / steps
 
-    kinds = {"without waiting": (False, False), "true": (False, True), "asking": (True, True)}
+    done, python = 0, 1  # which of the two times of `clocked`
+    kinds = {"without waiting": (False, python), "true": (False, done), "asking": (True, done)}
     taken: dict[str, list[float]] = {kind: [] for kind in kinds}
     for _ in range(repeats):
-        for kind, (ask, wait) in kinds.items():
-            taken[kind].append(timed(ask, wait))
+        for kind, (ask, which) in kinds.items():
+            ms = clocked(partial(take, ask), run.ranks.device.type)[which]
+            taken[kind].append(ms / steps)
     return taken
 
 

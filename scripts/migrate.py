@@ -205,14 +205,27 @@ CODE_WORDS = {
 }  # before the field's words → since
 
 
+TIMER_WORDS = {
+    "Clock": "TrainClock",
+    "paused": "off_the_clock",
+    "Marks": "StepTimer",
+}  # before the clock had a module of its own → since
+
+
 def renamed(names: dict[str, str]) -> Callable[[Flat], Flat]:
     """A change of names and nothing else."""
     return lambda flat: {names.get(name, name): value for name, value in flat.items()}
 
 
+def words_of(names: dict[str, str]) -> tuple[tuple[str, str], ...]:
+    """Patterns of whole words, and what each was renamed to."""
+    return tuple((rf"\b{old}" + r"\b" * old[-1].isalnum(), new) for old, new in names.items())
+
+
 STEPS = (
     Step("speedrun.params", lambda flat: "optim.lr" in flat, one_optimizer, two_optimizers),
-    Step("speedrun.model.layout", lambda flat: "data.step_tokens" in flat, renamed(FIELDS_WORDS), renamed(backwards(FIELDS_WORDS)), tuple((rf"\b{old}" + r"\b" * old[-1].isalnum(), new) for old, new in CODE_WORDS.items())),
+    Step("speedrun.model.layout", lambda flat: "data.step_tokens" in flat, renamed(FIELDS_WORDS), renamed(backwards(FIELDS_WORDS)), words_of(CODE_WORDS)),
+    Step("speedrun.lab.timer", lambda flat: False, renamed({}), renamed({}), words_of(TIMER_WORDS)),
 )  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 from speedrun.data.loader import DataConfig, check_options
 from speedrun.lab.errors import UserError, visible
 from speedrun.model.gpt import GPTConfig
-from speedrun.optim.optimizer import OptimConfig
+from speedrun.optim.state import OptimConfig
 from speedrun.schedule import Schedule, ScheduleConfig, Stage, check_schedule
 
 

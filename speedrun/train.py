@@ -55,7 +55,8 @@ from speedrun.lab.provenance import commit, module_file, module_hashes, root, st
 from speedrun.lab.runlog import RunLog, format_line, parse_line
 from speedrun.model.attention import AttentionSettings, Packed, choose_backend
 from speedrun.model.gpt import GPT, attention_settings, flops_per_token
-from speedrun.optim.optimizer import MuonAdam, assign_optimizers
+from speedrun.optim.optimizer import MuonAdam
+from speedrun.optim.state import assign_optimizers
 from speedrun.schedule import Schedule
 from speedrun.presets import preset, read_command
 
@@ -131,69 +132,7 @@ def join_ranks(device: str, backend: str) -> Ranks:
 
 
 # %% A clock that can be stopped
-class Clock:
-    """Training time in ms, stopped for whatever does not count. `elapsed_ms` may carry on from a checkpoint."""
-
-    def __init__(self, device: torch.device, elapsed_ms: float = 0.0):
-        self.device, self.elapsed_ms = device, elapsed_ms
-        self.since: float | None = None
-
-    def wait(self) -> None:
-        """Until the device has done all that it was given."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
-    def start(self) -> None:
-        self.wait()
-        self.since = time.perf_counter()
-
-    def stop(self) -> None:
-        self.wait()
-        self.elapsed_ms, self.since = self.ms, None
-
-    @property
-    def ms(self) -> float:
-        """Training time so far, without waiting for the device."""
-        return self.elapsed_ms + (1000 * (time.perf_counter() - self.since) if self.since else 0.0)
-
-
-@contextlib.contextmanager
-def paused(clock: Clock, marks: "Marks | None" = None):
-    """What happens in this block is not training time, nor part of a step for `marks`."""
-    running = clock.since is not None
-    clock.stop()
-    yield
-    if running:
-        clock.start()
-    if marks is not None:
-        marks.restart()
-
-
-class Marks:
-    """Durations of single steps: `mark` after each, `drain` now and then. On a GPU a mark costs no waiting."""
-
-    def __init__(self, device: torch.device):
-        self.device, self.marks, self.done = device, [], []
-
-    def mark(self) -> None:
-        if self.device.type == "cuda":
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-            self.marks.append(event)
-        else:
-            self.marks.append(time.perf_counter())
-
-    def drain(self) -> list[float]:
-        """Milliseconds between successive marks since the last drain. The device must have been waited for."""
-        pairs, done = list(zip(self.marks, self.marks[1:])), self.done
-        self.marks, self.done = self.marks[-1:], []
-        gpu = self.device.type == "cuda"
-        return done + [a.elapsed_time(b) if gpu else 1000 * (b - a) for a, b in pairs]
-
-    def restart(self) -> None:
-        """Leave out what happened since the last mark: a validation, say."""
-        self.done, self.marks = self.drain(), []
-        self.mark()
+from speedrun.lab.timer import StepTimer, TrainClock, off_the_clock
 
 
 # %% One step
@@ -380,7 +319,7 @@ class Run:
     told: list[AttentionSettings]
     loader: Loader
     validation: Shards
-    clock: Clock
+    clock: TrainClock
     log: Any
     heart: Heartbeat
     nonfinite_steps: Tensor
@@ -455,7 +394,7 @@ def assemble(config: Config, folder: Path, echo=print) -> Run:
     optimizer = build_optimizer(config, model)
     log = open_log(config, folder, echo) if ranks.rank == 0 else SilentLog()
     told = prepare_attention(config, model, device)
-    clock, nonfinite_steps = Clock(device), torch.zeros((), device=device)
+    clock, nonfinite_steps = TrainClock(device), torch.zeros((), device=device)
     parts = (schedule, told, loader, validation, clock, log, heart, nonfinite_steps, Interrupts())
     return Run(config, folder, ranks, model, forward, optimizer, *parts)
 
@@ -651,7 +590,7 @@ def warm_up(run: Run) -> float:
 
 
 # %% Logging
-def log_step(run: Run, loss: Tensor, marks: Marks) -> None:
+def log_step(run: Run, loss: Tensor, marks: StepTimer) -> None:
     """Log the last step's training loss, as the mean over all ranks. Raises UserError if the loss or a step that was left out was not finite."""
     together = all_reduce_sum(torch.stack([loss, run.nonfinite_steps]), run.ranks.world)
     mean, left_out = together.tolist()
@@ -703,13 +642,13 @@ def choose_stop(run: Run) -> None:
 
 def run_loop(run: Run, step=train_step) -> str:
     """Train from `run.step` to the end. Returns why it ended: finished or interrupted."""
-    config, marks = run.config, Marks(run.ranks.device)
+    config, marks = run.config, StepTimer(run.ranks.device)
     last, run.interrupts.training = config.last_step, True
     run.clock.start()
     marks.restart()
     while True:
         if run.step % config.val_every == 0 or run.step >= last:
-            with paused(run.clock, marks):
+            with off_the_clock(run.clock, marks):
                 validate(run)
             if run.step >= last:
                 return "finished"
@@ -724,7 +663,7 @@ def run_loop(run: Run, step=train_step) -> str:
         if run.step % config.log_every == 0 or run.step == last:
             log_step(run, loss, marks)
         if run.step % (config.checkpoint_every or last) == 0 and run.step < last:
-            with paused(run.clock, marks):
+            with off_the_clock(run.clock, marks):
                 save(run)
 
 

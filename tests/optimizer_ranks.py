@@ -21,7 +21,8 @@ import torch.distributed as dist
 from speedrun.measure import many_gpus
 from speedrun.optim.adam import AdamConfig
 from speedrun.optim.comm import dist_info
-from speedrun.optim.optimizer import MuonAdam, OptimConfig
+from speedrun.optim.optimizer import MuonAdam
+from speedrun.optim.state import OptimConfig
 from speedrun.params import ParamSpec
 from speedrun.presets import RECORD_MUON
 from speedrun.schedule import StepSettings

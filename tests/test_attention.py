@@ -27,12 +27,12 @@ from speedrun.kernels.attention import (
     attention_by_document,
     attention_op,
     document_tiles,
-    flash_op,
     gradients_by_document,
     launch_backward,
     launch_forward,
     room_for_squares,
 )
+from speedrun.kernels.backends import flash_op
 from speedrun.lab.errors import UserError
 from speedrun.lab.runlog import read_metrics, series
 from speedrun.launch import run_ranks

@@ -14,6 +14,7 @@ from test_switches import WAYS
 from speedrun.checkpoint import latest_checkpoint, load_checkpoint
 from speedrun.config import vary
 from speedrun.cpu_size import at_cpu_size
+from speedrun.lab.bench import Peak, bench, clocked, ledger, roofline_ms
 from speedrun.lab.hardware import find_gpus, jit, look
 from speedrun.lab.runlog import read_metrics, series
 from speedrun.launch import run_ranks
@@ -50,6 +51,25 @@ class TestOneGPU:
 
         jit(fill_one)[(1,)](pointer)
         assert pointer.item() == 1.0 and type(jit(fill_one)).__name__ == "JITFunction"
+
+    def test_a_product_takes_as_long_as_the_chip_needs_however_it_is_timed(self):
+        a = torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16)
+        out = torch.empty_like(a)
+        works = {"once": lambda: torch.mm(a, a, out=out), "nothing": lambda: None}
+        times = {
+            (cold, graph): bench(works, "cuda", 9, cold=cold, graph=graph)["once"].p50
+            for cold in (False, True)
+            for graph in (False, True)
+        }
+        least = roofline_ms(2 * 4096**3, 0, Peak(2.5e15, 1.0))
+        assert all(least < ms < 100 for ms in times.values()), times
+        assert clocked(works["once"], "cuda")[0] > least
+
+    def test_a_ledger_of_kernels(self):
+        a = torch.randn(2048, 2048, device="cuda", requires_grad=True)
+        book = ledger(lambda: (a @ a).softmax(-1).sum().backward(), "cuda")
+        assert min(book[kind] for kind in ("matmul", "head", "pointwise")) > 0
+        assert sum(ms for kind, ms in book.items() if kind != "wall") < 2 * book["wall"]
 
     def test_float32_training_agrees_with_the_cpu(self, brief, tmp_path):
         here = vary(brief, {"device": "cuda"})

@@ -10,7 +10,8 @@ from speedrun.model.baseline import GPT2, decay_groups, parameter_count
 from speedrun.model.gpt import GPT, GPTConfig, check_heads, flops_per_token, param_specs
 from speedrun.model.rotary import RotaryConfig
 from speedrun.optim.adam import AdamConfig
-from speedrun.optim.optimizer import MuonAdam, OptimConfig, assign_optimizers
+from speedrun.optim.optimizer import MuonAdam
+from speedrun.optim.state import OptimConfig, assign_optimizers
 from speedrun.schedule import StepSettings
 
 SHAPES = [

@@ -13,8 +13,9 @@ from speedrun.config import Config, check_config, fields_of, vary
 from speedrun.lab.errors import UserError
 from speedrun.optim.muon import MuonConfig, join_bf16, muon_state, muon_step
 from speedrun.optim.newton_schulz import QUINTIC, nesterov_momentum, newton_schulz, polar_factor
-from speedrun.optim.optimizer import MuonAdam, OptimConfig
+from speedrun.optim.optimizer import MuonAdam
 from speedrun.optim.soap import SoapConfig, adam_in, eigenbasis, follow, soap_state, soap_update
+from speedrun.optim.state import OptimConfig
 from speedrun.params import ParamSpec
 from speedrun.presets import RECORD_MUON, preset
 from speedrun.schedule import StepSettings

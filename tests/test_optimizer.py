@@ -25,16 +25,13 @@ from torch.nn.utils import clip_grad_norm_
 
 from speedrun.model.gpt import GPTConfig, param_specs
 from speedrun.optim.adam import AdamConfig, adam_step
-from speedrun.optim.comm import Replicated, Sharded, bytes_sent
+from speedrun.optim.comm import Replicated, Sharded
+from speedrun.optim.graph import bias_correction
 from speedrun.optim.muon import MuonConfig, gram_newton_schulz, join_bf16, polar_express, split_bf16
 from speedrun.optim.newton_schulz import apply_odd_polynomials
-from speedrun.optim.optimizer import (
-    MuonAdam,
-    OptimConfig,
-    assign_optimizers,
-    bias_correction,
-    grad_norm,
-)
+from speedrun.optim.optimizer import MuonAdam, grad_norm
+from speedrun.optim.state import OptimConfig, assign_optimizers
+from speedrun.optim.traffic import bytes_sent
 from speedrun.params import ParamSpec
 from speedrun.presets import RECORD_MUON
 

@@ -113,7 +113,7 @@ def less_decay(real):
 
 CHANGES: dict = {  # which curve sees it, what is changed, and how
     "cosine": ("adamw", "speedrun.schedule.learning_rate", late(0.998, 10)),
-    "decay": ("adamw", "speedrun.optim.optimizer.adamw", less_decay),
+    "decay": ("adamw", "speedrun.optim.state.adamw", less_decay),
     "cooldown": ("muon", "speedrun.schedule.learning_rate", late(0.998, 10)),
     "its begin": (
         "muon",

@@ -71,6 +71,24 @@ def share_by_area(ladder, gains):  # all to each area, then divided by the sum
         ("half_at = 13_000", "half_at = 13000"),
         ("truth = attention_share; attention_share = lambda o, v, n: 1 - truth(o, v, n)", "without a row"),
     ],
+    ("04", 1): [
+        ("smallest_square = lambda peak, size: math.ceil(size * peak.flops_s / peak.bytes_s)", "n is 30, not 20"),  # the result is written for nothing
+        ("smallest_square = lambda peak, size: math.ceil(1.5 * peak.flops_s / peak.bytes_s)", "n is 30, not 15"),  # elements of one byte
+        ("smallest_square = lambda peak, size: math.ceil(3 * size * peak.flops_s / peak.bytes_s)", "n is 30, not 60"),  # n³ FLOPs
+        ("smallest_square = lambda peak, size: int(1.5 * size * peak.flops_s / peak.bytes_s) + 1", "n is 30, not 31"),
+        ("smallest_square = lambda peak, size: int(1.5 * size * peak.flops_s / peak.bytes_s)", "n is 4, not 3"),
+    ],
+    ("04", 2): [
+        ("idle_share = lambda spans: 1 - sum(end - begin for begin, end in spans) / (max(e for _, e in spans) - min(b for b, _ in spans))", "two streams at once"),
+        ("idle_share = lambda spans: 1 - covered(spans) / max(end for _, end in spans)", "not in order, and not from 0"),
+        ("""
+def idle_share(spans):  # gaps between one kernel and the next by their begin
+    spans = sorted(spans)
+    gaps = sum(max(0.0, b[0] - a[1]) for a, b in zip(spans, spans[1:]))
+    return gaps / (max(end for _, end in spans) - spans[0][0])
+""", "a short kernel inside a long one"),
+        ("truth = idle_share; idle_share = lambda spans: 1 - truth(spans)", "one after the other"),
+    ],
     ("05", 1): [
         ("numbers_needed = lambda keys, share: max(1, math.ceil(math.log(keys * share / (1 - share)) ** 2))", "2 numbers, not 4"),
         ("truth = numbers_needed; numbers_needed = lambda keys, share: truth(keys, share) + 1", "49 numbers, not 50"),

@@ -4,13 +4,12 @@
 from speedrun.kernels.attention import (
     attention_by_document,
     document_tiles,
-    flash_backward_op,
-    flash_op,
     gradients_by_document,
     has_bulk_loads,
     launch_backward,
     launch_forward,
 )
+from speedrun.kernels.backends import flash_backward_op, flash_op
 from speedrun.model.attention import why_not
 
 

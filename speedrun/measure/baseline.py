@@ -5,12 +5,9 @@ from speedrun.model.baseline import GPT2, decay_groups
 
 
 # %% The measurement
-import re
-import time
-
 import torch
-from torch.profiler import ProfilerActivity, profile
 
+from speedrun.lab.bench import ledger
 from speedrun.lab.errors import UserError
 from speedrun.lab.provenance import stamp
 from speedrun.model import gpt
@@ -24,33 +21,13 @@ KINDS = {  # kind → what its kernels are called; the first that matches counts
     "norms": r"layer_norm|native_layer",
     "copies and casts": r"copy|memcpy|memset|fill|cast|_to_copy",
 }
-
-
-def kind_of(kernel: str) -> str:
-    """The kind of a kernel, by its name."""
-    found = (kind for kind, pattern in KINDS.items() if re.search(pattern, kernel, re.IGNORECASE))
-    return next(found, "other element-wise")
+OTHER = "other element-wise"
 
 
 def profile_step(step, device: torch.device, repeats: int = 3) -> dict[str, float]:
     """Milliseconds of one step: `wall`, then per kind of kernel; `waiting` is what the kernels leave of the wall time."""
-    on_gpu = device.type == "cuda"
-    for _ in range(3):
-        step()
-    torch.cuda.synchronize() if on_gpu else None
-    begin = time.perf_counter()
-    for _ in range(repeats):
-        step()
-    torch.cuda.synchronize() if on_gpu else None
-    times = {"wall": 1000 * (time.perf_counter() - begin) / repeats}
-    with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as seen:
-        for _ in range(repeats):
-            step()
-        torch.cuda.synchronize() if on_gpu else None
-    for event in seen.key_averages():
-        spent = event.self_device_time_total if on_gpu else event.self_cpu_time_total
-        times[kind_of(event.key)] = times.get(kind_of(event.key), 0.0) + spent / 1000 / repeats
-    return times | {"waiting": max(0.0, 2 * times["wall"] - sum(times.values()))}
+    times = ledger(step, device.type, repeats, KINDS, OTHER)
+    return {"waiting" if kind == "gaps" else kind: ms for kind, ms in times.items()}
 
 
 FORMS = {"float32": (False, False), "bf16": (True, False), "bf16, compiled": (True, True)}

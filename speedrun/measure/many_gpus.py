@@ -2,12 +2,13 @@
 
 
 from speedrun.optim.adam import AdamConfig
-from speedrun.optim.comm import bytes_sent, dist_info
-from speedrun.optim.optimizer import MuonAdam, OptimConfig
+from speedrun.optim.comm import dist_info
+from speedrun.optim.optimizer import MuonAdam
+from speedrun.optim.state import OptimConfig
+from speedrun.optim.traffic import HALVES, bytes_of_step, bytes_sent, counted, sent_so_far
 
 
 # %% The measurement
-import contextlib
 import hashlib
 import json
 import os
@@ -29,6 +30,7 @@ from speedrun.schedule import StepSettings
 from speedrun.params import ParamSpec
 from speedrun.config import vary
 from speedrun.presets import RECORD_MUON, preset
+from speedrun.lab.bench import clocked, wait_for
 from speedrun.lab.errors import UserError
 from speedrun.lab.provenance import root, stamp
 
@@ -74,58 +76,6 @@ def record_parameters(scale: int, device: str = "cpu") -> dict[str, nn.Parameter
         exact = spec.name == "scalars" or spec.optim == "muon"
         found[spec.name] = nn.Parameter(p if exact else p.bfloat16())
     return found
-
-
-def sent_by_machine() -> float:
-    """Bytes that this machine has sent through all network devices, the loopback among them, by the number of ranks."""
-    path = Path("/proc/net/dev")
-    if not path.exists():
-        raise UserError("bytes are counted in /proc/net/dev", "measure this on Linux")
-    lines = path.read_text().splitlines()[2:]
-    return sum(int(line.split(":")[1].split()[8]) for line in lines) / dist_info()[1]
-
-
-def sent_by_gpu(index: int) -> float:
-    """Bytes that a GPU has sent through its NVLinks, as its own counters say, in steps of 1,024."""
-    import pynvml  # type: ignore[import-untyped]
-
-    pynvml.nvmlInit()
-    uuid = torch.cuda.get_device_properties(
-        index
-    ).uuid  # NVML counts GPUs that are hidden from us, too
-    handle, every = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}"), 0xFFFFFFFF
-    counter = pynvml.NVML_FI_DEV_NVLINK_THROUGHPUT_DATA_TX
-    (value,) = pynvml.nvmlDeviceGetFieldValues(handle, [(counter, every)])
-    if value.nvmlReturn:
-        error = pynvml.NVMLError(value.nvmlReturn)
-        raise UserError(
-            f"GPU {index} does not count what its NVLinks send: {error}", "count on gloo"
-        )
-    return 1024 * value.value.ullVal
-
-
-HALVES = {"scattered": "reduce", "gathered": "gather"}
-
-
-def counted(comm: Any, begin: str, repeats: int = 5) -> float:
-    """Bytes that a rank sends in one half of an exchange, less a barrier's; a median."""
-    device = comm.shard.device
-    gpu = device.type == "cuda"
-
-    def settled() -> float:
-        dist.barrier()
-        if gpu:
-            torch.cuda.synchronize()
-        time.sleep(0.05)  # until stragglers are through
-        return sent_by_gpu(device.index) if gpu else sent_by_machine()
-
-    found = []
-    for _ in range(repeats):
-        start, before = settled(), settled()
-        getattr(comm, begin)()
-        comm.wait()
-        found.append(settled() - before - (before - start))
-    return statistics.median(found)
 
 
 def small_record(scale: int, device: str = "cpu", compile: bool = True) -> MuonAdam:
@@ -174,22 +124,6 @@ def steps_of_rank(device: str, scale: int = 48, steps: int = 4, micro: int = 4) 
     bits = {name: p.view(torch.uint8).numpy().tobytes() for name, p in found.items()}
     hashes = {name: hashlib.sha256(some).hexdigest() for name, some in bits.items()}
     return {"hash": hashes, "length": {name: p.double().norm().item() for name, p in found.items()}}
-
-
-def wait_for(device: str) -> None:
-    """Until the device has done all that it was given."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
-def clocked(work: Callable[[], object], device: str) -> tuple[float, float]:
-    """Milliseconds until a work is done, and until Python is."""
-    wait_for(device)
-    begin = time.perf_counter()
-    work()
-    python = time.perf_counter()
-    wait_for(device)
-    return 1000 * (time.perf_counter() - begin), 1000 * (python - begin)
 
 
 def fill_gradients(optimizer: MuonAdam, index: int, tokens: int = 32_768) -> None:
@@ -336,21 +270,11 @@ def trace_of_rank(device: str, scale: int = 0) -> dict:
 RUN_STEPS = 20  # timed in each stage
 
 
-def sent_so_far(device: torch.device) -> float | None:
-    """Bytes that this rank has sent, when all is done: a CPU's by mean of the ranks; None of a GPU that does not count them."""
-    wait_for(device.type)
-    if dist_info()[1] > 1:
-        dist.barrier()
-    with contextlib.suppress(UserError):
-        return sent_by_gpu(device.index or 0) if device.type == "cuda" else sent_by_machine()
-    return None
-
-
 def stage_of_rank(run: Any, start: int, steps: int) -> dict:
     """Milliseconds of steps in the stage that begins at `start`, and bytes that this rank sends in a step, as counted and by formula."""
-    from speedrun.train import Marks, train_step
+    from speedrun.train import StepTimer, train_step
 
-    run.step, marks = start, Marks(run.ranks.device)
+    run.step, marks = start, StepTimer(run.ranks.device)
     tokens = run.schedule.at(start).batch_tokens
     for _ in range(2):
         train_step(run)
@@ -363,16 +287,6 @@ def stage_of_rank(run: Any, start: int, steps: int) -> dict:
     counted = None if before is None or after is None else (after - before) / steps
     found = {"step": start, "tokens": tokens, "ms": marks.drain()}
     return found | {"sent": counted, "formula": bytes_of_step(run.optimizer)}
-
-
-def bytes_of_step(optimizer: MuonAdam) -> float:
-    """Bytes that a rank sends in a step, by formula: the mean of steps with Adam and without. What is tied is not sent."""
-    total, world = 0.0, dist_info()[1]
-    for name in optimizer.states.keys() - optimizer.ties.tied.keys():
-        state = optimizer.states[name]
-        full, kind = state.comm.full, state.specs[0].comm
-        total += sum(bytes_sent(kind, full.numel(), full.element_size(), world)) / state.every
-    return total
 
 
 Spans = list[tuple[str, float, float]]

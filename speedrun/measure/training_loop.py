@@ -1,18 +1,20 @@
 # Tangled from notebooks/23_training_loop.py: edit the notebook, then run "make tangle". Edits made here are lost.
 
 
-from speedrun.train import Marks, Run, accumulate, assemble, train_step, warm_up
+from speedrun.train import Run, accumulate, assemble, train_step, warm_up
 
 
 # %% The measurement
 import dataclasses
 import statistics
 import tempfile
-import time
+from functools import partial
 from pathlib import Path
 
 from speedrun.config import Config, vary
+from speedrun.lab.bench import clocked, sample_in_turn
 from speedrun.lab.provenance import stamp
+from speedrun.lab.timer import StepTimer
 from speedrun.lab.results import load_result
 from speedrun.measure.runs import corpus_of, cpu_base, train_arms, train_many
 from speedrun.presets import preset
@@ -24,7 +26,7 @@ PRESET_OF = {"cpu": "cpu", "gpu": "small_gpt2"}
 def pieces_of(run: Run) -> dict:
     """What a training step does, one after the other: name → function."""
     device, precision, world = run.ranks.device, run.config.precision, run.ranks.world
-    marks, batches = Marks(device), []
+    marks, batches = StepTimer(device), []
 
     def model() -> None:
         parts = len(batches[-1]) * world
@@ -44,14 +46,8 @@ def pieces_of(run: Run) -> dict:
 
 def time_pieces(run: Run, repeats: int) -> dict[str, float]:
     """Milliseconds of each piece of a step, waiting for the device after each (medians)."""
-    pieces, seen = pieces_of(run), {}
-    for _ in range(repeats):
-        for name, piece in pieces.items():
-            begin = time.perf_counter()
-            piece()
-            run.clock.wait()
-            seen.setdefault(name, []).append(1000 * (time.perf_counter() - begin))
-    return {name: statistics.median(times) for name, times in seen.items()}
+    taken = sample_in_turn(pieces_of(run), run.ranks.device.type, repeats, warm_up=0)
+    return {name: statistics.median(times) for name, times in taken.items()}
 
 
 def time_steps(run: Run, repeats: int, steps: int = 4) -> dict[str, list[float]]:
@@ -60,22 +56,19 @@ def time_steps(run: Run, repeats: int, steps: int = 4) -> dict[str, list[float]]
     Each sample is of `steps` steps and begins when the device has nothing to do.
     """
 
-    def timed(ask: bool, wait: bool) -> float:
-        run.clock.wait()
-        begin = time.perf_counter()
+    def take(ask: bool) -> None:
         for _ in range(steps):
             loss = train_step(run)
             if ask:
                 loss.item()
-        if wait:
-            run.clock.wait()
-        return 1000 * (time.perf_counter() - begin) / steps
 
-    kinds = {"without waiting": (False, False), "true": (False, True), "asking": (True, True)}
+    done, python = 0, 1  # which of the two times of `clocked`
+    kinds = {"without waiting": (False, python), "true": (False, done), "asking": (True, done)}
     taken: dict[str, list[float]] = {kind: [] for kind in kinds}
     for _ in range(repeats):
-        for kind, (ask, wait) in kinds.items():
-            taken[kind].append(timed(ask, wait))
+        for kind, (ask, which) in kinds.items():
+            ms = clocked(partial(take, ask), run.ranks.device.type)[which]
+            taken[kind].append(ms / steps)
     return taken
 
 

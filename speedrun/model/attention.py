@@ -1,13 +1,8 @@
 # Tangled from notebooks/11_attention_backends.py: edit the notebook, then run "make tangle". Edits made here are lost.
 
 
-from speedrun.kernels.attention import (
-    HEAD_DIMS,
-    attention_op,
-    document_tiles,
-    flash_attention,
-    sdpa_op,
-)
+from speedrun.kernels.attention import HEAD_DIMS, attention_op, document_tiles
+from speedrun.kernels.backends import flash_attention, sdpa_op
 
 
 # %% One function over all
@@ -17,7 +12,6 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from speedrun.lab.bounds import NonNegativeFloat, NonNegativeInt
 from speedrun.lab.errors import UserError

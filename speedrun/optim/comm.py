@@ -130,18 +130,3 @@ class Replicated:
         """Nothing to collect: every rank has computed the same."""
 
     wait, clear = Sharded.wait, Sharded.clear
-
-
-# %% Bytes
-def bytes_sent(
-    comm: str, numel: int, size: int, world: int, rows: float = 0.0, width: int = 1
-) -> tuple[float, float]:
-    """Bytes that one rank sends for one update of a parameter: reducing the gradient, and gathering the values.
-
-    numel, size: elements, and bytes of one. rows, width: for a sparse table, the rows that a rank touches, and their length.
-    """
-    others = (world - 1) / world
-    whole = others * numel * size
-    if comm == "sharded_sparse":
-        return others * rows * (width * size + 8), whole  # 8 for the row's number
-    return (2 * whole, 0.0) if comm == "replicated" else (whole, whole)

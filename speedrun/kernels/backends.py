@@ -1,0 +1,124 @@
+# Tangled from notebooks/11_attention_backends.py: edit the notebook, then run "make tangle". Edits made here are lost.
+
+
+from speedrun.kernels.attention import NAMESPACE, attention_by_document, gradients_by_document
+
+
+# %% One function over all
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@torch.library.custom_op(f"{NAMESPACE}::by_document", mutates_args=())
+def sdpa_op(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: Tensor, scale: Tensor
+) -> Tensor:
+    """`attention_by_document`, as an operator that torch.compile does not look into."""
+    return attention_by_document(q, k, v, cu_seqlens, int(window), scale.item())
+
+
+@torch.library.custom_op(f"{NAMESPACE}::by_document_backward", mutates_args=())
+def sdpa_backward_op(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: Tensor, scale: Tensor, out: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of q, k and v."""
+    return gradients_by_document(grad, q, k, v, out, cu_seqlens, int(window), scale.item())
+
+
+@sdpa_op.register_fake
+def fake_sdpa(q, k, v, cu_seqlens, window, scale):
+    return torch.empty_like(q)
+
+
+@sdpa_backward_op.register_fake
+def fake_sdpa_backward(grad, q, k, v, *others):
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+sdpa_op.register_autograd(
+    lambda ctx, grad: (*sdpa_backward_op(grad, *ctx.saved_tensors), None, None, None),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs, output),
+)
+
+
+def flash4(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: Tensor, window: Tensor, scale: Tensor, state: tuple = ()
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """FlashAttention-4's forward pass, output and logsumexp; with (output, its gradient, logsumexp) as state its backward pass: gradients of q, k and v."""
+    from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd
+
+    ends = {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens}
+    most = {"max_seqlen_q": longest.item(), "max_seqlen_k": longest.item()}
+    sides = {"causal": True, "window_size_left": window.item(), "window_size_right": 0}
+    told: Any = {**ends, **most, **sides, "softmax_scale": scale.item()}
+    if state:
+        return _flash_attn_bwd(q, k, v, *state, **told)[:3]
+    return _flash_attn_fwd(q, k, v, **told, return_lse=True)[:2]
+
+
+@torch.library.custom_op(f"{NAMESPACE}::flash", mutates_args=())
+def flash_op(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: Tensor, window: Tensor, scale: Tensor, fa4: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The FlashAttention that PyTorch has (2, or an activated 3), or version 4, with a window that is data: output, logsumexp, state of no dropout."""
+    if fa4:
+        out, lse = flash4(q, k, v, cu_seqlens, longest, window, scale)
+        return out, lse, q.new_empty(2, dtype=torch.uint64)
+    ends, most = (cu_seqlens, cu_seqlens), longest.item()
+    sides = {"window_size_left": window.item(), "window_size_right": 0}
+    out, lse, state, *_ = torch.ops.aten._flash_attention_forward(
+        q, k, v, *ends, most, most, 0.0, True, False, scale=scale.item(), **sides
+    )
+    return out, lse, state
+
+
+@torch.library.custom_op(f"{NAMESPACE}::flash_backward", mutates_args=())
+def flash_backward_op(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: Tensor, window: Tensor, scale: Tensor, out: Tensor, lse: Tensor, state: Tensor, fa4: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of q, k and v."""
+    grad, ends, most = grad.contiguous(), (cu_seqlens, cu_seqlens), longest.item()
+    if fa4:
+        dq, dk, dv = flash4(q, k, v, cu_seqlens, longest, window, scale, (out, grad, lse))
+        return dq, dk, dv
+    sides = {"window_size_left": window.item(), "window_size_right": 0}
+    unused = torch.empty(0, device=q.device)
+    dq, dk, dv = torch.ops.aten._flash_attention_backward(
+        grad, q, k, v, out, lse, *ends, most, most, 0.0, True, state, unused, scale=scale.item(), **sides
+    )  # fmt: skip
+    return dq, dk, dv
+
+
+@flash_op.register_fake
+def fake_flash(q, k, v, cu_seqlens, longest, window, scale, fa4=False):
+    lse = q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
+    return torch.empty_like(q), lse, q.new_empty(2, dtype=torch.uint64)
+
+
+@flash_backward_op.register_fake
+def fake_flash_backward(grad, q, k, v, *others):
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+def keep_for_flash(ctx: Any, inputs: tuple, output: tuple) -> None:
+    ctx.fa4 = inputs[7]
+    ctx.save_for_backward(*inputs[:7], *output)
+
+
+def flash_gradients(ctx: Any, grad: Tensor, *_) -> tuple:
+    return *flash_backward_op(grad, *ctx.saved_tensors, ctx.fa4), *5 * (None,)
+
+
+flash_op.register_autograd(flash_gradients, setup_context=keep_for_flash)
+
+
+def flash_attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: Tensor, window: Tensor, scale: Tensor, fa4: bool
+) -> Tensor:  # fmt: skip
+    """`flash_op`'s output, with zeros in rows that are in no document; FlashAttention leaves those as their memory was, and their gradients."""
+    inside = (torch.arange(len(q), device=q.device) < cu_seqlens[-1])[:, None, None]
+    q, k, v = (torch.where(inside, each, 0) for each in (q, k, v))
+    out = flash_op(q, k, v, cu_seqlens, longest, window, scale, fa4)[0]
+    return torch.where(inside, out, 0)
