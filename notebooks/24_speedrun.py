@@ -1108,7 +1108,7 @@ print(f"compiling and warming up: {min(cold):.0f} to {max(cold):.0f} s the first
 print(f"{min(warm):.0f} to {max(warm):.0f} s with what is compiled")
 
 # %% [markdown]
-# Between the small runs and these lies everything that chapters [05](05_modern_block.py) to [14](14_schedule.py) explain; between them and the record, what they do not explain yet. Four GPUs take 52% of the time of two: [chapter 20](20_many_gpus.py) shows in a trace what they wait for.
+# Between the small runs and these lies everything that chapters [05](05_modern_block.py) to [14](14_schedule.py) explain; between them and the record, what they do not explain yet. Four GPUs take 52% of the time of two, which answers the prediction's first question: [chapter 20](20_many_gpus.py) shows in a trace what they wait for.
 #
 # The number of GPUs is not supposed to matter to the loss. It has another opinion in the third digit, because sums in another order round differently and training amplifies the difference. Whether that is *more* than the difference between two seeds can be read off four runs:
 
@@ -1127,7 +1127,7 @@ print(
 )
 
 # %% [markdown]
-# Of one size, then, and four runs can say no more than that. What it takes to say more is the business of [chapter 01](01_are_you_faster.py).
+# Of one size, then: the prediction's second question has no winner, and four runs can say no more than that. What it takes to say more is the business of [chapter 01](01_are_you_faster.py).
 #
 # ### What should `record` do?
 #

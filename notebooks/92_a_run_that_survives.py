@@ -22,7 +22,7 @@
 #
 # ## The problem
 #
-# A run on eight GPUs is a tree of ten processes: this notebook, `torchrun`, and eight ranks. Any of them can die, and when one does, who tells the others? The operating system does not: a child whose parent is gone simply goes on, and `torchrun` even gives every rank a session of its own. Watch it happen, with two ranks that
+# A run on eight GPUs is a tree of ten processes: a launcher (here this notebook), `torchrun`, and eight ranks. Any of them can die, and when one does, who tells the others? The operating system does not: a child whose parent is gone simply goes on, and `torchrun` even gives every rank a session of its own. Watch it happen, with two ranks that
 # do nothing but sleep:
 
 # %%
@@ -358,8 +358,7 @@ except UserError as problem:
 # %% [markdown]
 # ### Checkpoints
 #
-# A checkpoint is a folder: weights and optimizer state as *safetensors*, a format that holds numbers and cannot hold code, and a JSON file with the rest. All ranks gather the optimizer's state, and rank 0 writes. The folder is written under another name, waited for until the disk has it, and renamed when it is complete: a process that is killed, or a power cut, leaves it whole or not at all. If there is no room, the run goes on and says so; an older
-# checkpoint is deleted only once the next one stands, and only under a name that the trainer itself makes (a copy called `step-0000020-good` is somebody's, and stays).
+# A checkpoint is a folder: weights and optimizer state as *safetensors*, a format that holds numbers and cannot hold code, and a JSON file with the rest. The folder is written under another name, waited for until the disk has it, and renamed when it is complete: a process that is killed, or a power cut, leaves it whole or not at all. An older checkpoint is deleted only once the next one stands, and only under a name that the trainer itself makes (a copy called `step-0000020-good` is somebody's, and stays).
 #
 # It may come back from anywhere: another disk, another user, another program. So nothing in it is believed. Each tensor file's SHA-256 stands in the JSON file, names, shapes and dtypes are compared before a number is copied (a moment of a wrong shape once made the fused AdamW write past the end of its memory), and the facts must be of their types and agree with the folder's name.
 
@@ -1043,7 +1042,7 @@ for remedy, counts in left.items():
     print(f"{remedy:34}", *(f"{count:>8}" for count in counts))
 
 # %% [markdown]
-# Each remedy but one answers the signals that it has heard of. A `finally` block runs where an exception passes, and SIGTERM raises none in Python; a handler for SIGTERM knows nothing of Ctrl-C. For SIGKILL there is nothing to write in the launcher at all. Only the ranks themselves are still there to act, and the end of their standard input tells them.
+# Each remedy but one answers the signals that it has heard of. A `finally` block runs where an exception passes, and SIGTERM raises none in Python; a handler for SIGTERM knows nothing of Ctrl-C. For SIGKILL there is nothing to write in the launcher at all. (Killing the process group takes somebody who is alive to do it, and these ranks are not in the launcher's group.) Only the ranks themselves are still there to act, and the end of their standard input tells them.
 #
 # So much for the toy. The same promise for the trainer's own launcher, with the rank that ignores everything: the launcher is killed, with the signal that nothing survives.
 

@@ -62,7 +62,7 @@ IF_PEER = re.compile(
 )
 BESIDE = frozenset(("speedrun.model.attention", name) for name in PEERS)
 AS_COMMAND = "if __name__ == '__main__'"
-OUR_IMPORTS = ("from speedrun", "import speedrun")
+OUR_IMPORTS = ("from speedrun", "import speedrun", "if TYPE_CHECKING:\n    from speedrun")
 for pure in ("code_hash", "imported_names"):  # asked again for every result, of the same texts
     setattr(provenance, pure, functools.cache(getattr(provenance, pure)))
 TINY: dict[str, Any] = {"model.width": 32, "model.heads": 2, "model.layers": 7, "model.context": 32}
@@ -298,7 +298,7 @@ def used_statements(
             continue
         seen.add((module, name))
         if module not in parsed:
-            parsed[module] = ast.parse(read(module)).body
+            parsed[module] = [it for node in ast.parse(read(module)).body for it in apart(node)]
         functions = {n.name for n in parsed[module] if isinstance(n, ast.FunctionDef)}
         for node in parsed[module]:
             own = defined_by(node) or [called_on(node)] * (called_on(node) in functions)
@@ -319,6 +319,15 @@ def used_statements(
                     names = [alias.name for alias in inner.names]
                     wanted += [(other, "") for other in names if other.startswith("speedrun.")]
     return found
+
+
+def apart(node: ast.stmt) -> list[ast.stmt]:
+    """A statement; an import of several names as one import of each, for a module that is cut in two needs some of them here, some there."""
+    if isinstance(node, ast.Import):
+        return [ast.Import([alias]) for alias in node.names]
+    if isinstance(node, ast.ImportFrom):
+        return [ast.ImportFrom(node.module, [alias], node.level) for alias in node.names]
+    return [node]
 
 
 def called_on(node: ast.stmt) -> str:

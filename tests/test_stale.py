@@ -97,6 +97,28 @@ class TestWhatChanged:
         assert {name for name, _ in used()} == {"f", "measure", "g", "K"}
         assert used("K * x", "K + x") != used() != used("f(1)", "f(2)")
 
+    def test_a_module_that_is_cut_in_two_is_the_same(self):
+        one = {
+            "speedrun.a": "from typing import Any, NamedTuple\n\n\nclass A(NamedTuple):\n    x: Any\n\n\ndef f(x: Any):\n    return A(x)\n"
+        }
+        two = {
+            "speedrun.a": "from typing import Any\n\nfrom speedrun.b import A\n\n\ndef f(x: Any):\n    return A(x)\n",
+            "speedrun.b": "from typing import Any, NamedTuple\n\n\nclass A(NamedTuple):\n    x: Any\n",
+        }
+
+        def used(texts: dict) -> set:
+            return set(stale.used_statements(texts.__getitem__, ["speedrun.a"]))
+
+        assert used(one) == used(two) and len(used(one)) == 4
+        two["speedrun.b"] = two["speedrun.b"].replace("x: Any", "x: object")
+        assert used(one) != used(two)
+
+    def test_whence_a_type_is_imported_does_not_count(self):
+        texts = [f"if TYPE_CHECKING:\n    from speedrun.{home} import A\n\n\ndef f(x: 'A'):\n    return x\n" for home in "bc"]  # fmt: skip
+        homes = {"speedrun.b": "A = int\n", "speedrun.c": "A = int\n"}
+        found = [stale.used_statements(({"speedrun.a": text} | homes).__getitem__, ["speedrun.a"]) for text in texts]  # fmt: skip
+        assert found[0].keys() == found[1].keys() and len(found[0]) == 2
+
     def test_what_stands_beside_the_way_of_a_run_does_not_count(self):
         texts = {
             "speedrun.a": "from speedrun.b import f, g\n\n\ndef h():\n    return f() if K else g()\n",
@@ -424,7 +446,7 @@ class TestProof:
         assert prove(project)[0] == {"record1": SAME, "small_gpt2": SAME}
 
     def test_a_path_that_only_gpus_take_is_never_proved(self, project):
-        edit(project / "speedrun/train.py", "torch.cuda.synchronize(self.device)", "torch.cuda.synchronize()")  # fmt: skip
+        edit(project / "speedrun/run.py", "torch.cuda.synchronize(self.device)", "torch.cuda.synchronize()")  # fmt: skip
         said, results = prove(project)
         assert "“Clock.wait” has changed and is about GPUs" in said["record1"]
         assert said["small_gpt2"] == SAME and "proof" not in results["record1"]
@@ -451,12 +473,12 @@ class TestWords:
             'def capped(z, step_tokens):\n    raise Problem(f"--data.step-tokens {step_tokens}")\n'
         )
         new = 'def softcap(z, batch_tokens):\n    raise UserError(f"--data.batch-tokens {batch_tokens}")\n'
-        assert stale.changes({"m": reworded(old, 1)}, {"m": new}) == {"m": []}
+        assert stale.changes({"m": reworded(old, 2)}, {"m": new}) == {"m": []}
         assert stale.changes({"m": reworded(old, 0)}, {"m": new})["m"]
         other = new.replace("raise", "return")
-        assert stale.changes({"m": reworded(old, 1)}, {"m": other})["m"]
+        assert stale.changes({"m": reworded(old, 2)}, {"m": other})["m"]
 
     def test_a_longer_word_is_left_alone(self):
         from migrate import reworded
 
-        assert reworded("missteps step_tokens_x x.head.capital", 1) == "missteps step_tokens_x x.head.capital"  # fmt: skip
+        assert reworded("missteps step_tokens_x x.head.capital", 2) == "missteps step_tokens_x x.head.capital"  # fmt: skip
