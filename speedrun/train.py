@@ -237,10 +237,7 @@ def resume(run: Run) -> None:
 
 
 def save(run: Run, patience_s: float = 0.0) -> Path | None:
-    """Save a checkpoint (rank 0), off the clock; tries again for `patience_s`. None where it failed, which is said.
-
-    Raises UserError on every rank if a number is broken: such a state is not worth going back to.
-    """
+    """Save a checkpoint (rank 0), off the clock; tries again for `patience_s`. None where it failed, which is said. Raises UserError on every rank if a number is broken: such a state is not worth going back to."""
     if run.nonfinite_steps.item():
         raise nonfinite_error(run)
     if run.saved and run.saved.name == f"step-{run.step:07d}":  # nothing has happened since
