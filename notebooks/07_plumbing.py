@@ -752,11 +752,11 @@ def trained(run: Config) -> dict:
     """What `retrain` says of a run on one thread."""
     import torch
 
-    from speedrun.train import assemble
+    from speedrun.train import build_run
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        return retrain(assemble(run, Path(folder), echo=None), run)
+        return retrain(build_run(run, Path(folder), echo=None), run)
 
 
 def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:

@@ -297,10 +297,10 @@ from pathlib import Path
 
 from speedrun.config import vary
 from speedrun.presets import preset
-from speedrun.train import assemble, train_step
+from speedrun.train import build_run, train_step
 
 brief = vary(preset("cpu_gpt2"), {"steps": 150, "warmup": 0, "device": tier.device})
-live = assemble(brief, Path(tempfile.mkdtemp()), echo=None)
+live = build_run(brief, Path(tempfile.mkdtemp()), echo=None)
 for _ in range(brief.steps):
     train_step(live)
 parted = GPT(replace(brief.model, head=HeadConfig(tied="split")), 288).to(tier.device)

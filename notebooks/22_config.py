@@ -1356,7 +1356,7 @@ from speedrun.optim.muon import MuonConfig
 from speedrun.schedule import Stage
 
 if TYPE_CHECKING:
-    from speedrun.train import Run
+    from speedrun.run import Run
 
 
 def train_one(run: Config) -> dict:
@@ -1502,13 +1502,13 @@ def retrain(live: "Run", config: Config, alone: AbstractContextManager[Any] | No
 # A run must not notice who trained before it:
 
 # %%
-from speedrun.train import assemble
+from speedrun.train import build_run
 
 brief = vary(
     at_cpu_size(preset("cpu_gpt2")), {"device": "cpu"}
 )  # where equal runs are equal to the bit
 with tempfile.TemporaryDirectory() as folder:
-    live = assemble(brief, Path(folder), echo=None)
+    live = build_run(brief, Path(folder), echo=None)
     first, between, again = (
         retrain(live, vary(brief, {"seed": seed}))["val_loss"] for seed in (0, 1, 0)
     )
@@ -1529,10 +1529,10 @@ def train_alike(runs: Sequence[Config]) -> list[dict]:
     """Train runs of one model, one after the other; what `retrain` says of each."""
     import torch
 
-    from speedrun.train import assemble
+    from speedrun.train import build_run
 
     torch._dynamo.reset()  # PyTorch keeps eight versions of a function at most
-    live = assemble(runs[0], Path(tempfile.mkdtemp()), echo=None)
+    live = build_run(runs[0], Path(tempfile.mkdtemp()), echo=None)
     return [retrain(live, run, HERE["turn"]) for run in runs]
 
 
@@ -1553,11 +1553,11 @@ def step_times(
     """Milliseconds of a step of each arm, the arms in turn; on a CPU with one thread."""
     import torch
 
-    from speedrun.train import assemble, train_step, warm_up
+    from speedrun.train import build_run, train_step, warm_up
 
     torch.set_num_threads(1)
     folder = Path(tempfile.mkdtemp())
-    live = {arm: assemble(run, folder / arm, echo=None) for arm, run in arms.items()}
+    live = {arm: build_run(run, folder / arm, echo=None) for arm, run in arms.items()}
     took: dict[str, list[float]] = {arm: [] for arm in arms}
     for run in live.values():
         warm_up(run)
@@ -1623,7 +1623,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from speedrun.train import Run
+    from speedrun.run import Run
 
 
 def runs_of(arms: dict[str, Config], seeds: Sequence[int]) -> dict[str, Config]:

@@ -50,7 +50,7 @@ print(f"records 22 to 27 gained {', '.join(f'{gain:.1f}' for gain in gains)} s")
 # - **Not counted:** building the model, compiling, warming up, validating, saving. For these the clock is stopped, after waiting for the GPU, and started again.
 # - Warm-up may run real steps, but must leave no trace: weights, optimizer and data stream are put back.
 #
-# The loop that keeps this contract fits on half a page. What surrounds it, so that a run survives a signal, a full disk and a NaN, is most of this chapter; the answer to the prediction comes at its end.
+# The loop that keeps this contract fits on half a page, and comes soon. The rest of this chapter is what it calls: a step, a validation, a saved state, a log. What lets a run survive a signal, a full disk and a dead launcher is [the workshop's](92_a_run_that_survives.py); the answer to the prediction comes at this chapter's end.
 #
 # ```{admonition} Prediction
 # Python hands work to a GPU and goes on without waiting. **If you read a clock in Python after a step and forget to wait for the GPU, what do you measure?** And in the other direction: a loop that asks for the loss after every step has to wait for the GPU every time. Where a step takes about 100 ms, is that a disaster, a nuisance or nothing?
@@ -63,55 +63,18 @@ print(f"records 22 to 27 gained {', '.join(f'{gain:.1f}' for gain in gains)} s")
 # A *rank* is one of the processes that train together, one per GPU. It needs to know its own number (also called its rank), how many there are (the *world size*), and its device. `torchrun`, PyTorch's starter of ranks, tells it in environment variables; without them there is one rank. A variable that a batch system left behind must not be believed: with `RANK=1` and nothing else, a single process once trained to the end, saved nothing (saving is rank 0's work) and reported success. On GPUs ranks talk through NVIDIA's library NCCL, on CPUs through gloo, which can also let several ranks share one GPU: useless for speed, precious for testing.
 
 # %%
-#| default_exp train
+#| default_exp ranks
 #| export
-if (
-    __name__ == "__main__" and __spec__ is not None
-):  # python -m: before the imports that take seconds
-    from speedrun.lab.errors import prepare_command
-
-    prepare_command()
-
-# %%
-#| export
-import contextlib
-import dataclasses
-import faulthandler
-import itertools
-import json
-import math
 import os
-import shlex
-import signal
-import sys
-import threading
-import time
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from datetime import datetime, timedelta
-from pathlib import Path
-from typing import Annotated, Any
+from datetime import timedelta
+from typing import Any
 
-import psutil
 import torch
 import torch.distributed as dist
-import tyro
-from torch import Tensor, nn
-from tqdm import tqdm
+from torch import Tensor
 
-from speedrun.config import Config, check_config, config_from_json, fields_of, schedule_of, vary
-from speedrun.data.loader import Batch, Loader, Position, Shards, validation_batches
-from speedrun.lab.errors import UserError, quoted, run_main, visible
-from speedrun.lab.files import claim, new_folder
-from speedrun.lab.hardware import Machine, setup
-from speedrun.lab.provenance import commit, module_file, module_hashes, root, stamp
-from speedrun.lab.runlog import RunLog, format_line, parse_line
-from speedrun.model.attention import AttentionSettings, Packed, choose_backend
-from speedrun.model.gpt import GPT, attention_settings, flops_per_token
-from speedrun.optim.optimizer import MuonAdam
-from speedrun.optim.state import assign_optimizers
-from speedrun.schedule import Schedule
-from speedrun.presets import preset, read_command
+from speedrun.lab.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -188,6 +151,13 @@ def join_ranks(device: str, backend: str) -> Ranks:
     return Ranks(rank, world, chosen)
 
 
+def all_reduce_sum(tensor: Tensor, world: int) -> Tensor:
+    """The tensor, added up over all ranks, in place."""
+    if world > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
 # %%
 ranks = join_ranks("cpu", "auto")
 assert ranks == Ranks(0, 1, torch.device("cpu"))
@@ -207,6 +177,34 @@ for words in ({"RANK": "1"}, {"RANK": "0", "WORLD_SIZE": "two"}, {"RANK": "0", "
     for name in words:
         del os.environ[name]
 
+# %%
+#| default_exp run
+#| export
+import contextlib
+import dataclasses
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+
+from speedrun.checkpoint import FREE, checkpoints, damaged
+from speedrun.config import Config, config_from_json, fields_of
+from speedrun.data.loader import Loader, Shards
+from speedrun.heartbeat import Heartbeat, Interrupts
+from speedrun.lab.errors import UserError, quoted, visible
+from speedrun.lab.provenance import commit, module_file, module_hashes, stamp
+from speedrun.lab.runlog import RunLog
+from speedrun.lab.timer import TrainClock
+from speedrun.model.attention import AttentionSettings
+from speedrun.model.gpt import GPT, flops_per_token
+from speedrun.optim.optimizer import MuonAdam
+from speedrun.schedule import Schedule
+
 # %% [markdown]
 # ### A clock that can be stopped
 #
@@ -214,10 +212,8 @@ for words in ({"RANK": "1"}, {"RANK": "0", "WORLD_SIZE": "two"}, {"RANK": "0", "
 
 
 # %%
-#| export
-from speedrun.lab.timer import StepTimer, TrainClock, off_the_clock
+from speedrun.lab.timer import StepTimer, off_the_clock
 
-# %%
 clock, marks = TrainClock(ranks.device), StepTimer(ranks.device)
 clock.start()
 marks.mark()
@@ -229,6 +225,187 @@ clock.stop()
 (nap,) = marks.drain()
 assert 50 <= nap <= clock.ms < 250, "a step counts, on both; the pause does not"
 print(f"{clock.ms:.0f} ms of training in 250 ms of life")
+
+# %% [markdown]
+# ### The run
+#
+# What a run consists of, while it is one, stands in one place. Its parts come from the chapters before this one, and two from the workshop: the heartbeat, by which others see that a rank is alive, and the interrupts, by which they ask it to stop.
+
+
+# %%
+#| export
+@dataclass
+class Run:
+    """Everything that changes while training, and what it needs.
+
+    nonfinite_steps: how many steps had a gradient that was not finite, and were left out.
+    saved: the checkpoint that was last written or read.
+    """
+
+    config: Config
+    folder: Path
+    ranks: Ranks
+    model: GPT
+    forward: Any
+    optimizer: MuonAdam
+    schedule: Schedule
+    told: list[AttentionSettings]
+    loader: Loader
+    validation: Shards
+    clock: TrainClock
+    log: RunLog
+    heartbeat: Heartbeat
+    nonfinite_steps: Tensor
+    interrupts: Interrupts
+    step: int = 0
+    stop_at: int | None = None
+    saved: Path | None = None
+
+
+# %% [markdown]
+# ### The loop
+#
+# Now the whole of it. A step has four parts:
+#
+# 1. Read this rank's micro-batches.
+# 2. Go forward and backward through each; gradients add up.
+# 3. Ask the schedule for the step's learning rates and momentum ([chapter 14](14_schedule.py)).
+# 4. Let the optimizer take its step: it sums gradients over ranks, checks that they are finite, clips them, updates this rank's share of the parameters, gathers what the other ranks have updated, and sets gradients to zero ([chapter 20](20_many_gpus.py)).
+#
+# And around the steps: validate now and then, look whether somebody has asked to stop, log, save. Whatever the contract does not count stands under `off_the_clock`. (What is called here and not yet defined comes further down.)
+
+# %%
+#| default_exp train
+#| export
+if __name__ == "__main__" and __spec__ is not None:  # python -m: before what takes seconds
+    from speedrun.lab.errors import prepare_command
+
+    prepare_command()
+
+# %%
+#| export
+import itertools
+import math
+import shlex
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from speedrun.checkpoint import (
+    check_tensors,
+    damaged,
+    latest_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
+from speedrun.config import Config, check_config, schedule_of
+from speedrun.data.loader import Batch, Loader, Position, Shards, validation_batches
+from speedrun.heartbeat import Heartbeat, Interrupts, agree_on_stop, lifeline
+from speedrun.lab.errors import quoted, run_main
+from speedrun.lab.hardware import setup
+from speedrun.lab.runlog import format_line
+from speedrun.lab.timer import StepTimer, TrainClock, off_the_clock
+from speedrun.model.attention import AttentionSettings, Packed, choose_backend
+from speedrun.model.gpt import GPT, attention_settings
+from speedrun.optim.optimizer import MuonAdam
+from speedrun.optim.state import assign_optimizers
+from speedrun.presets import read_command
+
+
+# %%
+#| export
+def train_step(run: Run) -> Tensor:
+    """One step: read, forward and backward, update. Returns this rank's part of the loss."""
+    now, device, precision = run.schedule.at(run.step), run.ranks.device, run.config.precision
+    batches = run.loader.next(now.batch_tokens, now.max_doc_tokens)
+    parts, beating = len(batches) * run.ranks.world, run.heartbeat.over(batches)
+    few = torch.tensor(now.candidates) if run.config.model.head.fp8 else None
+    loss = accumulate(run.forward, beating, parts, device, precision, run.told[now.stage], few)
+    run.optimizer.step(now)
+    run.nonfinite_steps += run.optimizer.skip
+    run.step += 1
+    return loss
+
+
+# %%
+#| export train
+def choose_stop(run: Run) -> None:
+    """Agree with the other ranks on the step before which all stop, if this one was asked to."""
+    if run.interrupts.signal and run.stop_at is None:
+        run.clock.wait()  # else this rank may be many steps ahead of its GPU
+        asked = run.step, run.interrupts.since, run.config.optim.adam.every
+        run.stop_at = agree_on_stop(run.folder, run.ranks, *asked)
+
+
+def run_loop(run: Run, step=train_step) -> str:
+    """Train from `run.step` to the end. Returns why it ended: finished or interrupted."""
+    config, marks = run.config, StepTimer(run.ranks.device)
+    last, run.interrupts.training = config.last_step, True
+    run.clock.start()
+    marks.restart()
+    while True:
+        if run.step % config.val_every == 0 or run.step >= last:
+            with off_the_clock(run.clock, marks):
+                validate(run)
+            if run.step >= last:
+                return "finished"
+        choose_stop(run)
+        if run.step == run.stop_at:
+            return "interrupted"
+        epoch, loss = run.loader.position.epoch, step(run)
+        marks.mark()
+        if run.loader.position.epoch > epoch:
+            run.log.line(f"step {run.step}: the data begin again, epoch {epoch + 2}")
+        run.heartbeat.beat(run.step)
+        if run.step % config.log_every == 0 or run.step == last:
+            log_step(run, loss, marks)
+        if run.step % (config.checkpoint_every or last) == 0 and run.step < last:
+            with off_the_clock(run.clock, marks):
+                save(run)
+
+
+# %% [markdown]
+# Does it keep the contract? Its code can be run with stand-ins for all that it calls, which only note when they were called, and whether the clock was running. Five steps, a validation after every third, a line after every second, a checkpoint after every fourth:
+
+# %%
+from types import FunctionType, SimpleNamespace
+
+happened = []
+
+
+def stand_in(name: str, steps: int = 0):
+    """A function that notes its name, the step, and whether the clock runs."""
+
+    def note(run, *_) -> None:
+        happened.append((name, run.step, "counted" if run.clock.since else "not counted"))
+        run.step += steps
+
+    return note
+
+
+parts = {name: stand_in(name) for name in ("validate", "log_step", "save")}
+toy = SimpleNamespace(step=0, stop_at=None, ranks=ranks, clock=TrainClock(ranks.device))
+toy.config = SimpleNamespace(last_step=5, val_every=3, log_every=2, checkpoint_every=4)
+toy.interrupts = SimpleNamespace(signal=None)
+toy.loader = SimpleNamespace(position=SimpleNamespace(epoch=0))
+toy.heartbeat = SimpleNamespace(beat=lambda step: None)
+bare_loop = FunctionType(run_loop.__code__, globals() | parts)
+assert bare_loop(toy, stand_in("step", 1)) == "finished"
+steps = [step for name, step, clock in happened if name == "step"]
+assert steps == [0, 1, 2, 3, 4]
+for name, at, clock in (
+    ("validate", [0, 3, 5], "not counted"),
+    ("log_step", [2, 4, 5], "counted"),
+    ("save", [4], "not counted"),
+):
+    assert [(step, on) for what, step, on in happened if what == name] == [(n, clock) for n in at]
+print(*(f"{name:8} at step {step}, {clock}" for name, step, clock in happened), sep="\n")
 
 # %% [markdown]
 # ### One step
@@ -247,7 +424,9 @@ def build_optimizer(config: Config, model: GPT) -> MuonAdam:
 # %%
 from collections import Counter
 
+from speedrun.config import vary
 from speedrun.cpu_size import at_cpu_size
+from speedrun.presets import preset
 
 
 laptop = at_cpu_size(preset("cpu_gpt2"))
@@ -273,13 +452,13 @@ def forward_loss(
     told: AttentionSettings | None = None,
     candidates: Tensor | None = None,
 ) -> Tensor:
-    """The model's mean loss on a batch, nats a token. told: what attention is told in this stage, for packed documents. candidates: for the FP8 head."""
+    """The model's mean loss on a batch, nats a token. told: what attention is told in this stage, for packed documents. candidates: the FP8 head's."""
     there: list[Any] = [tensor.to(device, non_blocking=True) for tensor in batch[:2]]
     if batch.cu_seqlens is not None and batch.longest is not None and told is not None:
         borders = batch.cu_seqlens.to(device, non_blocking=True)
         there.append(Packed(borders, batch.longest, *told))
     with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-        return forward(*there, candidates=candidates) if candidates is not None else forward(*there)
+        return forward(*there, candidates=candidates)
 
 
 def accumulate(
@@ -303,17 +482,11 @@ def accumulate(
     return total
 
 
-def all_reduce_sum(tensor: Tensor, world: int) -> Tensor:
-    """The tensor, added up over all ranks, in place."""
-    if world > 1:
-        dist.all_reduce(tensor)
-    return tensor
-
-
 # %%
 from speedrun.data.loader import DataConfig
 from speedrun.data.shards import data_folder
 from speedrun.data.sources import build_embedded
+from speedrun.lab.provenance import root
 from speedrun.model.gpt import GPTConfig
 
 if not (data_folder("data/embedded") / "manifest.json").exists():
@@ -354,11 +527,11 @@ for seed in (0, 1):
 
 
 # %%
-#| export
-def nonfinite_error(run: "Run", loss: float = 0.0) -> UserError:
+#| export run
+def nonfinite_error(run: Run, loss: float = 0.0) -> UserError:
     """What to say about a loss, or steps left out, that are not finite: which parameter, what still happened, the way on."""
-    named, gradients = run.model.named_parameters(), run.optimizer.nonfinite_params()
-    weights = [name for name, p in named if not torch.isfinite(p).all()]
+    gradients = run.optimizer.nonfinite_params()
+    weights = [n for n, p in run.model.named_parameters() if not torch.isfinite(p).all()]
     if weights:
         what = f"parameter {', '.join(weights)} is not finite; nothing has been updated since"
     elif gradients:
@@ -392,249 +565,43 @@ assert optimizer.nonfinite_params() == ["mlp_up"]
 print("one NaN, nothing moved; no NaN, everything did")
 
 # %% [markdown]
-# ### Heartbeats
+# ### Building a run
 #
-# Whoever watches a run from outside, and [chapter 24](24_speedrun.py) will, must be able to tell a rank that thinks from a rank that hangs. A ten-minute compilation is not a hang; five minutes without a micro-batch are. So each rank keeps a small file that says in which phase and at which step it is, with a number that grows
-# whenever something happened. The file has its full length from the start and is written over in place: that needs no room on a disk which is full by now. And it tells no time. A clock may jump (a laptop wakes up, a network sets it right), so it is the watcher who measures, with a clock of its own, since when the number has not changed.
+# The function that puts a run together reads from top to bottom: ranks, data, model, optimizer, log. Only rank 0 has something to say.
 
 
 # %%
-#| export
-class Heartbeat:
-    """A file per rank: phase, step, process, and a count of whatever has happened. Raises OSError if it cannot be made.
+#| export run
+class SilentLog(RunLog):
+    """The log of the other ranks: it writes nothing."""
 
-    Beside it lies the rank's slot for `agree_on_stop`, empty, and the file for the stack that SIGUSR1 asks for.
-    """
-
-    def __init__(self, folder: Path, rank: int):
-        self.path = folder / "heartbeat" / f"rank{rank}.json"
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.with_name(f"stop{rank}").write_text(" " * SLOT)
-        if hasattr(signal, "SIGUSR1"):  # even a rank that hangs writes down where
-            self.stack = open(self.path.with_suffix(".stack"), "w")
-            faulthandler.register(signal.SIGUSR1, file=self.stack)
-        self.file = open(self.path, "wb", buffering=0)
-        self.name, self.step, self.count = "start", 0, 0
-        self.beat()
-
-    def phase(self, name: str, step: int = 0) -> None:
-        """Enter a phase: start, data, build, compile, train, validate, checkpoint or end."""
-        self.name = name
-        self.beat(step)
-
-    def beat(self, step: int | None = None) -> None:
-        """Something happened (microseconds)."""
-        self.step, self.count = self.step if step is None else step, self.count + 1
-        facts = {"phase": self.name, "step": self.step, "pid": os.getpid(), "count": self.count}
-        with contextlib.suppress(OSError):  # a folder that is gone must not stop a run
-            self.file.seek(0)
-            self.file.write(json.dumps(facts).ljust(120).encode())
-
-    def over(self, batches: Iterable) -> Iterator:
-        """The same batches, with a beat after each."""
-        for batch in batches:
-            yield batch
-            self.beat()
-
-
-SLOT = 20  # characters of a step's number
-
-
-# %%
-import subprocess
-import tempfile
-
-scratch = Path(tempfile.mkdtemp())
-heart = Heartbeat(scratch, 3)
-heart.phase("compile")
-first = json.loads(heart.path.read_text())
-assert first == {"phase": "compile", "step": 0, "pid": os.getpid(), "count": 2}
-size = heart.path.stat().st_size
-heart.beat(step=1_000_000)
-assert json.loads(heart.path.read_text()) == first | {"step": 1_000_000, "count": 3}
-assert heart.path.stat().st_size == size, "written over in place"
-
-# %% [markdown]
-# ### Stopping
-#
-# Ctrl-C should save. With several ranks that is harder than it sounds. The signal reaches them at slightly different moments, and a rank that stops before step 500 while another enters it leaves that one waiting for a sum that never comes. Nor may a rank that was asked to stop wait until the others have been: they would wait for *its* gradients. So
-# it writes down at which step it is, and goes on training. Once all have written, all stop one step after the largest of the numbers. Nobody can be past it, since no step ends without everybody. (But for `optim.adam.every`: a step that updates nothing sums nothing, so then they stop that many steps after it.)
-
-
-# %%
-#| export
-class Interrupts:
-    """SIGINT, SIGTERM and SIGHUP (a terminal that closes) as a request, looked at between steps.
-
-    A second Ctrl-C, a second later or more, insists. Other repetitions do not: a terminal that closes may say so twice.
-    """
-
-    signal: int | None = None
-    since: float = 0.0
-    training: bool = False  # there is something to save
-
-    def install(self) -> None:
-        """Take over the signals of this process (main thread only); SIGHUP not where it is ignored, as under nohup."""
-        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-            number = getattr(signal, name, None)  # Windows has no SIGHUP
-            ignored = number is None or signal.getsignal(number) is signal.SIG_IGN
-            if number is not None and not (ignored and name == "SIGHUP"):
-                signal.signal(number, self.note)
-
-    def note(self, number: int, frame=None) -> None:
-        if self.signal is None:
-            self.signal, self.since = number, time.monotonic()
-        elif number == signal.SIGINT and time.monotonic() - self.since > 1:
-            os._exit(
-                128 + number
-            )  # no exception, which could get lost; files are whole or not there
-
-
-# %%
-#| export
-def agree_on_stop(
-    folder: Path, ranks: Ranks, step: int, since: float, every: int = 1, patience_s: float = 20.0
-) -> int | None:
-    """The step before which all ranks stop; None while some have not been asked. Never waits: ask again next step.
-
-    since: when this rank was asked (time.monotonic). every: steps from one at which all ranks meet to the next. A slot is written over in place, which works on a full disk, too.
-    """
-    if ranks.world == 1:
-        return step
-    slots = [folder / "heartbeat" / f"stop{rank}" for rank in range(ranks.world)]
-    told = [path.read_text().strip() if path.exists() else "" for path in slots]
-    if not told[ranks.rank]:
-        told[ranks.rank] = str(step)
-        with contextlib.suppress(OSError), open(slots[ranks.rank], "r+") as slot:
-            slot.write(f"{step:{SLOT}d}")
-    if all(told):
-        return max(map(int, told)) + every
-    if time.monotonic() - since > patience_s:
-        found = sum(map(bool, told))
-        what = f"rank {ranks.rank} was asked to stop, but only {found} of {ranks.world} ranks were"
-        raise UserError(what, "interrupt the launcher, not a rank")
-    return None
-
-
-# %% [markdown]
-# Play it with two ranks whose steps end at a barrier, as real ones do at the sum. Rank 0 is asked before step 5; rank 1 an instant later, when it has already looked and gone into that step:
-
-# %%
-together, stopped = threading.Barrier(2), {}
-
-
-def play(rank: int, asked_before: int) -> None:
-    """Play one of two ranks that is asked to stop before a step."""
-    step, stop_at = 0, None
-    while step < 50:
-        if step >= asked_before and stop_at is None:
-            two = Ranks(rank, 2, ranks.device)
-            stop_at = agree_on_stop(scratch / "two", two, step, time.monotonic())
-        if step == stop_at:
-            break
-        together.wait(timeout=5)
-        step += 1
-    stopped[rank] = step
-
-
-for rank in (0, 1, 2):
-    Heartbeat(scratch / "two", rank)
-(scratch / "two" / "heartbeat" / "stop2").write_text("40")  # of a run that once had three ranks
-players = [threading.Thread(target=play, args=asked) for asked in ((0, 5), (1, 6))]
-for player in players:
-    player.start()
-for player in players:
-    player.join()
-assert stopped == {0: 7, 1: 7}
-Heartbeat(scratch / "nine", 0)
-alone_of_nine = (scratch / "nine", Ranks(0, 9, ranks.device))
-assert agree_on_stop(*alone_of_nine, step=7, since=time.monotonic()) is None
-try:
-    agree_on_stop(*alone_of_nine, step=8, since=time.monotonic() - 21)
-    raise AssertionError("eight ranks were never asked")
-except UserError as problem:
-    print(f"asked before steps 5 and 6, both stop before step {stopped[0]}; and {problem.what}")
-
-# %% [markdown]
-# ### The run
-#
-# What a run consists of, while it is one:
-
-
-# %%
-#| export
-@dataclass
-class Run:
-    """Everything that changes while training, and what it needs.
-
-    nonfinite_steps: how many steps had a gradient that was not finite, and were left out.
-    saved: the checkpoint that was last written or read.
-    """
-
-    config: Config
-    folder: Path
-    ranks: Ranks
-    model: GPT
-    forward: Any
-    optimizer: MuonAdam
-    schedule: Schedule
-    told: list[AttentionSettings]
-    loader: Loader
-    validation: Shards
-    clock: TrainClock
-    log: Any
-    heart: Heartbeat
-    nonfinite_steps: Tensor
-    interrupts: Interrupts
-    step: int = 0
-    stop_at: int | None = None
-    saved: Path | None = None
-
-
-# %% [markdown]
-# A step has four parts:
-#
-# 1. Read this rank's micro-batches.
-# 2. Go forward and backward through each; gradients add up.
-# 3. Ask the schedule for the step's learning rates and momentum ([chapter 14](14_schedule.py)).
-# 4. Let the optimizer take its step: it sums gradients over ranks, checks that they are finite, clips them, updates this rank's share of the parameters, gathers what the other ranks have updated, and sets gradients to zero ([chapter 20](20_many_gpus.py)).
-
-
-# %%
-#| export
-def train_step(run: Run) -> Tensor:
-    """One step: read, forward and backward, update. Returns this rank's part of the loss."""
-    now, device, precision = run.schedule.at(run.step), run.ranks.device, run.config.precision
-    batches = run.loader.next(now.batch_tokens, now.max_doc_tokens)
-    parts, beating = len(batches) * run.ranks.world, run.heart.over(batches)
-    stage = (
-        run.told[now.stage],
-        torch.tensor(now.candidates) if run.config.model.head.fp8 else None,
-    )
-    loss = accumulate(run.forward, beating, parts, device, precision, *stage)
-    run.optimizer.step(now)
-    run.nonfinite_steps += run.optimizer.skip
-    run.step += 1
-    return loss
-
-
-# %% [markdown]
-# The function that puts one together reads from top to bottom: ranks, data, model, optimizer, log. Only rank 0 has something to say.
-
-
-# %%
-#| export
-class SilentLog:
-    """The log of the other ranks."""
-
-    def record(self, kind: str, **fields) -> None:
+    def append(self, name: str, line: str) -> None:
         pass
 
-    def line(self, text: str) -> None:
-        pass
 
-    def lacking(self) -> list[str]:
-        return []
+def open_log(config: Config, folder: Path, echo) -> RunLog:
+    """Rank 0's log: two files, and Weights & Biases as well if the run names a project and it answers."""
+    log = RunLog(folder, echo)
+    if not config.wandb:
+        return log
+    try:
+        import wandb
+
+        wandb.init(project=config.wandb, name=folder.name, config=dataclasses.asdict(config))
+    except Exception as error:  # not installed, no key, no network: a log is not worth a run
+        log.line(f"no Weights & Biases, going on without: {visible(error)}")
+        return log
+    write = log.record
+
+    def record(kind: str, **fields) -> None:
+        write(kind, **fields)
+        if kind in ("step", "val"):
+            numbers = {k: v for k, v in fields.items() if isinstance(v, int | float)}
+            with contextlib.suppress(Exception):
+                wandb.log(numbers, step=fields["step"])
+
+    log.record = record  # type: ignore[method-assign]
+    return log
 
 
 # %% [markdown]
@@ -645,7 +612,7 @@ class SilentLog:
 
 # %%
 #| export
-def compile_model(model: nn.Module) -> Any:
+def compile_model(model: GPT) -> Any:
     """The model under torch.compile, without the fusion that breaks gradients of a bank's slices (pytorch#193061)."""
     safe: dict[str, Any] = {"triton.mix_order_reduction": False}
     return torch.compile(model, dynamic=False, fullgraph=True, options=safe)
@@ -686,62 +653,47 @@ def prepare_attention(config: Config, model: GPT, device: torch.device) -> list[
 
 # %%
 #| export
-def assemble(config: Config, folder: Path, echo=print) -> Run:
+def build_run(config: Config, folder: Path, echo=print) -> Run:
     """Everything that a run needs, on this rank, at step 0."""
-    heart = Heartbeat(folder, rank_numbers()[0])  # before anything that could hang
+    heartbeat = Heartbeat(folder, rank_numbers()[0])  # before anything that could hang
     ranks = join_ranks(config.device, config.backend)
     check_config(config, ranks.world)
     device = ranks.device
-    heart.phase("data")
+    heartbeat.phase("data")
     schedule = schedule_of(config)
     loader = Loader(config.data, ranks.rank, ranks.world, pin=device.type == "cuda")
     for stage in map(schedule.at, schedule.starts):
         loader.check(stage.batch_tokens, stage.max_doc_tokens)
     validation = Shards(config.data.path, "val")
-    heart.phase("build")
-    vocab_size = loader.shards.manifest.vocab_size
-    model = GPT(config.model, vocab_size, config.seed).to(device)
-    forward = compile_model(model) if config.compile else model
-    optimizer = build_optimizer(config, model)
-    log = open_log(config, folder, echo) if ranks.rank == 0 else SilentLog()
-    told = prepare_attention(config, model, device)
-    clock, nonfinite_steps = TrainClock(device), torch.zeros((), device=device)
-    parts = (schedule, told, loader, validation, clock, log, heart, nonfinite_steps, Interrupts())
-    return Run(config, folder, ranks, model, forward, optimizer, *parts)
+    heartbeat.phase("build")
+    model = GPT(config.model, loader.shards.manifest.vocab_size, config.seed).to(device)
+    return Run(
+        config,
+        folder,
+        ranks,
+        model,
+        compile_model(model) if config.compile else model,
+        build_optimizer(config, model),
+        schedule,
+        prepare_attention(config, model, device),
+        loader,
+        validation,
+        TrainClock(device),
+        open_log(config, folder, echo) if ranks.rank == 0 else SilentLog(folder, None),
+        heartbeat,
+        torch.zeros((), device=device),
+        Interrupts(),
+    )
 
 
 # %%
-#| export
-def open_log(config: Config, folder: Path, echo) -> RunLog:
-    """Rank 0's log: two files, and Weights & Biases as well if the run names a project and it answers."""
-    log = RunLog(folder, echo)
-    if not config.wandb:
-        return log
-    try:
-        import wandb
+import tempfile
 
-        wandb.init(project=config.wandb, name=folder.name, config=dataclasses.asdict(config))
-    except Exception as error:  # not installed, no key, no network: a log is not worth a run
-        log.line(f"no Weights & Biases, going on without: {visible(error)}")
-        return log
-    write = log.record
-
-    def record(kind: str, **fields) -> None:
-        write(kind, **fields)
-        if kind in ("step", "val"):
-            numbers = {k: v for k, v in fields.items() if isinstance(v, int | float)}
-            with contextlib.suppress(Exception):
-                wandb.log(numbers, step=fields["step"])
-
-    log.record = record  # type: ignore[method-assign]
-    return log
-
-
-# %%
+scratch = Path(tempfile.mkdtemp())
 brief = {"steps": 40, "compile": False, "val_every": 20, "val_tokens": 8192, "log_every": 10}
 brief |= {"device": "cpu"}  # a GPU adds in another order each time: no two runs there are equal
 brief = vary(preset("cpu_gpt2"), brief | {"schedule.warmup_steps": 5})
-run = assemble(brief, scratch / "step", echo=None)
+run = build_run(brief, scratch / "step", echo=None)
 before = run.model.mlp_up.detach().clone()
 loss = train_step(run)
 assert (
@@ -753,247 +705,15 @@ assert abs(loss.item() - math.log(288)) < 0.3
 print(f"one step: loss {loss.item():.3f}, position {run.loader.position}")
 
 # %% [markdown]
-# ### Checkpoints
+# ### Saving and resuming
 #
-# A checkpoint is a folder: weights and optimizer state as *safetensors*, a format that holds numbers and cannot hold code, and a JSON file with the rest. All ranks gather the optimizer's state, and rank 0 writes. The folder is written under another name, waited for until the disk has it, and renamed when it is complete: a process that is killed, or a power cut, leaves it whole or not at all. If there is no room, the run goes on and says so; an older
-# checkpoint is deleted only once the next one stands, and only under a name that the trainer itself makes (a copy called `step-0000020-good` is somebody's, and stays).
+# A checkpoint is a folder of tensors and facts; [the workshop](92_a_run_that_survives.py) writes it whole or not at all, and believes nothing in it. Here is what a run puts in and takes out. All ranks gather the optimizer's state, and rank 0 writes. If there is no room, the run goes on and says so.
 #
-# It may come back from anywhere: another disk, another user, another program. So nothing in it is believed. Each tensor file's SHA-256 stands in the JSON file, names, shapes and dtypes are compared before a number is copied (a moment of a wrong shape once made the fused AdamW write past the end of its memory), and the facts must be of their types and agree with the folder's name.
-
-# %%
-#| default_exp checkpoint
-#| export
-import errno
-import json
-import math
-import os
-import re
-import shutil
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
-
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
-
-from speedrun.lab.errors import UserError, quoted, visible
-from speedrun.lab.files import atomic_write, file_sha256, sync
-
-
-# %%
-#| export
-KEPT = 2
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first: of the folder's entries those that `save_checkpoint` names."""
-    found = {}
-    for path in (folder / "checkpoints").glob("step-*"):
-        step = re.fullmatch(r"step-(\d{7,})", path.name)
-        if step and path.is_dir():
-            found[int(step[1])] = path
-    return [found[step] for step in sorted(found)]
-
-
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
-    """Write named tensors to the disk; returns the file's SHA-256."""
-    layout = torch.contiguous_format  # copies, since small parameters may be views of one storage
-    save_file({k: v.detach().clone(memory_format=layout) for k, v in tensors.items()}, path)
-    path.chmod((path.parent / "state.json").stat().st_mode)  # safetensors shuts out all other users
-    sync(path)
-    return file_sha256(path)
-
-
-# %%
-#| export
-def save_checkpoint(folder: Path, step: int, weights: dict, moments: dict, facts: dict) -> Path:
-    """Save named tensors and facts, whole or not at all; keeps the last two. Raises OSError, leaving no rest."""
-    path = folder / "checkpoints" / f"step-{step:07d}"
-    part = path.with_suffix(".part")
-    try:
-        for rest in path.parent.glob("step-*.part"):  # of a process that was killed
-            shutil.rmtree(rest, ignore_errors=True)
-        part.mkdir(parents=True)
-        atomic_write(part / "state.json", "")
-        tensors = {"model": weights, "optimizer": moments}
-        hashes = {k: write_tensors(part / f"{k}.safetensors", v) for k, v in tensors.items()}
-        facts = {"step": step, **facts, "sha256": hashes}
-        atomic_write(part / "state.json", json.dumps(facts, indent=1))
-        retire(path)
-        os.replace(part, path)
-        sync(path.parent)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(part, ignore_errors=True)
-        full = (
-            errno.ENOSPC if "No space left" in str(error) else None
-        )  # safetensors gives no number
-        why = getattr(error, "strerror", None) or str(error)
-        raise OSError(getattr(error, "errno", full), why, str(path)) from None
-    others = [other for other in checkpoints(folder) if other != path]
-    for old in others[: len(others) - KEPT + 1]:
-        retire(old)
-    return path
-
-
-def retire(path: Path) -> None:
-    """Remove a checkpoint, under another name, so that a half-removed one is never taken for a whole one."""
-    if path.exists():
-        aside = path.with_name(f"{path.name}-old.part")
-        os.replace(path, aside)
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-# %%
-weights = {"w": torch.randn(3, 4), "b": torch.zeros(4)}
-told = {"config": {}, "position": [0, 0, 0], "train_time_ms": 1.5, "data_sha256": "0" * 64, "vocab_size": 288, "tokenizer": "bytes"}  # fmt: skip
-for step in (10, 20, 30):
-    newest = save_checkpoint(scratch, step, weights, {"w/exp_avg": torch.ones(3, 4)}, told)
-    if step == 10:
-        shutil.copytree(newest, newest.with_name("step-0000010-good"))
-assert [path.name for path in checkpoints(scratch)] == ["step-0000020", "step-0000030"]
-assert newest.with_name("step-0000010-good").is_dir(), "somebody's copy is not ours to remove"
-assert len({path.stat().st_mode for path in newest.iterdir()}) == 1, "read by all or by none"
-
-# %%
-#| export
-FACTS: dict[str, Any] = {
-    "step": lambda v: type(v) is int and v >= 0,
-    "config": lambda v: type(v) is dict,
-    "position": lambda v: type(v) is list and len(v) == 3 and all(type(n) is int and n >= 0 for n in v),
-    "train_time_ms": lambda v: type(v) in (int, float) and 0 <= v < math.inf,
-    "data_sha256": lambda v: type(v) is str and re.fullmatch("[0-9a-f]{64}", v),
-    "vocab_size": lambda v: type(v) is int and 0 < v <= 1 << 16,
-    "tokenizer": lambda v: type(v) is str,
-    "world": lambda v: v is None or type(v) is int and 0 < v <= 1 << 16,
-}  # fmt: skip
-
-
-def damaged(path: Path, why: object) -> UserError:
-    """What to say about a checkpoint that is not whole, and the way on, which removes nothing."""
-    run = path.parent.parent
-    others = [other.name for other in checkpoints(run) if other != path]
-    again = (
-        f"then the run goes on from {others[-1]}"
-        if others
-        else "and begin again with another --out"
-    )
-    fix = f"put it aside (mv {quoted(path)} {quoted(run)}/), {again}"
-    return UserError(f"{path} is not a whole checkpoint: {visible(why)}", fix)
-
-
-def readable(path: Path) -> Path:
-    """The path itself, after trying to open it: a file that may not be read is not a damaged one."""
-    try:
-        open(path, "rb").close()
-    except PermissionError:
-        fix = f"its owner can permit it: chmod -R a+rX {quoted(path.parent.parent.parent)}"
-        raise UserError(f"{path} may not be read by this user", fix) from None
-    except OSError as error:
-        raise damaged(path.parent, f"{path.name}: {error.strerror}") from None
-    return path
-
-
-# %%
-#| export
-def load_facts(path: Path) -> dict:
-    """What a checkpoint folder says about its run, each fact of its type. Raises UserError."""
-    try:
-        facts = {"world": None}  # which older checkpoints do not say
-        facts |= json.loads(readable(path / "state.json").read_text(encoding="utf-8"))
-        wrong = [name for name, holds in FACTS.items() if not holds(facts[name])]
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise damaged(path, f"state.json: {type(error).__name__} {error}") from None
-    if wrong:
-        raise damaged(path, f"state.json: {wrong[0]} is {facts[wrong[0]]!r}")
-    if checkpoints(path.parent.parent) and path.name != f"step-{facts['step']:07d}":
-        raise damaged(path, f"state.json is of step {facts['step']}")
-    return facts
-
-
-def load_tensors(path: Path, kind: str, facts: dict) -> dict[str, Tensor]:
-    """The tensors of a checkpoint, on the CPU; kind: model or optimizer. Raises UserError where a bit has changed."""
-    file, hashes = readable(path / f"{kind}.safetensors"), facts.get("sha256")
-    if hashes is not None:  # checkpoints of before 28 November 2026 have none
-        wanted = hashes.get(kind) if isinstance(hashes, dict) else None
-        if file_sha256(file) != wanted:
-            raise damaged(path, f"the SHA-256 of {file.name} is not the one in state.json")
-    try:
-        return load_file(file)
-    except (SafetensorError, ValueError, TypeError, KeyError, OverflowError, MemoryError) as error:
-        raise damaged(path, error) from None
-
-
-def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict]:
-    """Weights, optimizer tensors and facts of a checkpoint folder, on the CPU."""
-    facts = load_facts(path)
-    return load_tensors(path, "model", facts), load_tensors(path, "optimizer", facts), facts
-
-
-# %%
-#| export
-def latest_checkpoint(folder: Path) -> Path:
-    """The newest complete checkpoint of a run."""
-    found = checkpoints(folder)
-    if not found:
-        fix = "a run that ended before it saved begins again with another --out; its folder is not touched"
-        raise UserError(
-            f"{folder} has no checkpoint", fix if folder.exists() else "look for a misspelt name"
-        )
-    return found[-1]
-
-
-def check_tensors(path: Path, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
-    """Raise UserError unless two sets of named tensors have the same names, shapes and dtypes."""
-    for name in sorted(found.keys() ^ wanted.keys()):
-        raise damaged(path, f"{name} is {'missing' if name in wanted else 'not of this model'}")
-    for name, tensor in found.items():
-        here = wanted[name]
-        if (tensor.shape, tensor.dtype) != (here.shape, here.dtype):
-            shapes = [f"{tuple(t.shape)} {str(t.dtype)[6:]}" for t in (tensor, here)]
-            raise damaged(path, f"{name} is {shapes[0]}, and not {shapes[1]}")
-
-
-# %%
-assert latest_checkpoint(scratch) == newest
-back, moments, facts = load_checkpoint(newest)
-check_tensors(newest, back, weights)
-assert all(torch.equal(back[name], weights[name]) for name in weights) and facts["step"] == 30
-tensors, state = newest / "model.safetensors", newest / "state.json"
-whole_bytes, whole_state = tensors.read_bytes(), state.read_text()
-flipped = bytearray(whole_bytes)
-flipped[-1] ^= 1  # one bit of one number
-for file, content in (
-    (tensors, bytes(flipped)),
-    (tensors, b"short"),
-    (state, whole_state[:40].encode()),
-    (state, whole_state.replace('"step": 30', '"step": 31').encode()),
-    (state, whole_state.replace("1.5", "NaN").encode()),
-):
-    file.write_bytes(content)
-    try:
-        load_checkpoint(newest)
-        raise AssertionError("accepted")
-    except UserError as problem:
-        assert "step-0000020" in problem.fix and "mv " in problem.fix
-        print(problem.what.replace(str(scratch), "runs/example"))
-    tensors.write_bytes(whole_bytes)
-    state.write_text(whole_state)
-
-# %% [markdown]
 # Going back restores weights, moments, the position in the data and the clock. It refuses a folder of other data, on which "the same run" would be a lie, and a checkpoint whose settings are not those that the folder's log began with. The optimizer's state is named by `parameter/key` and is whole, the same for any number of ranks: each takes its own share of it, and refuses a state of other parameters or of other settings.
 
 
 # %%
-#| export train
-def put_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Copy named weights into a model, in place."""
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            p.copy_(weights[name])
-
-
+#| export run
 def facts_of(run: Run) -> dict:
     """What a checkpoint says about its run beside the tensors."""
     manifest = run.loader.shards.manifest
@@ -1009,46 +729,39 @@ def facts_of(run: Run) -> dict:
     }
 
 
-# %%
-#| export train
-FREE = ("max_steps", "data.path", "device", "backend")  # what may change when a run goes on
-
-
 def check_same_run(path: Path, facts: dict, run: Run) -> None:
     """Raise UserError where a checkpoint is of other data, or of other settings, than the folder that it lies in."""
-    manifest, folder = run.loader.shards.manifest, run.loader.shards.folder
-    if facts["data_sha256"] != manifest.sha256:
+    folder, now = run.loader.shards.folder, facts_of(run)
+    if facts["data_sha256"] != now["data_sha256"]:
         what = f"{path} was trained on other data than {folder} lists now"
         count = facts.get("train_shards", "N")
         again = f"shards fetched since: python -m speedrun.data fineweb --shards {count} lists those of then"
         raise UserError(what, f"{again}; other text: --data.path FOLDER")
-    now = facts_of(run)
     for name in ("vocab_size", "tokenizer", "train_shards"):
-        value = now[name]
-        if facts.get(name, value) != value:
-            raise damaged(path, f"{name} is {facts[name]!r}, and in {folder} {value!r}")
+        if facts.get(name, now[name]) != now[name]:
+            raise damaged(path, f"{name} is {facts[name]!r}, and in {folder} {now[name]!r}")
     with contextlib.suppress(OSError, ValueError, KeyError, AttributeError):
         first = json.loads((run.folder / "metrics.jsonl").open(encoding="utf-8").readline())
         begun = fields_of(config_from_json(first["config"]))
-        now = fields_of(config_from_json(facts["config"]))
-        other = [name for name in now if name not in FREE and now[name] != begun[name]]
-        if other:
-            values = f"{other[0]} is {now[other[0]]}, and was {begun[other[0]]}"
-            what = f"{path} is of another run: {visible(values)}"
-            raise UserError(what, f"put it aside: mv {quoted(path)} {quoted(run.folder)}/")
+        for name, value in fields_of(config_from_json(facts["config"])).items():
+            if name not in FREE and value != begun[name]:
+                values = visible(f"{name} is {value}, and was {begun[name]}")
+                what = f"{path} is of another run: {values}"
+                raise UserError(what, f"put it aside: mv {quoted(path)} {quoted(run.folder)}/")
 
 
+# %%
+#| export
 def resume(run: Run) -> None:
     """Go back to the latest checkpoint of the run's folder."""
-    path, named = latest_checkpoint(run.folder), dict(run.model.named_parameters())
+    path = latest_checkpoint(run.folder)
     weights, moments, facts = load_checkpoint(path)
     check_same_run(path, facts, run)
-    check_tensors(path, weights, named)
-    tensors = (weights | moments).items()
-    broken = [name for name, t in tensors if not torch.isfinite(t.float()).all()]
-    if broken:
-        raise damaged(path, f"{', '.join(broken)} is not finite")
-    put_weights(run.model, weights)
+    check_tensors(path, weights, run.model.state_dict())
+    for name, tensor in (weights | moments).items():
+        if not torch.isfinite(tensor.float()).all():
+            raise damaged(path, f"{name} is not finite")
+    run.model.load_state_dict(weights)
     try:
         run.optimizer.load_state_dict(moments)
     except ValueError as error:
@@ -1069,37 +782,30 @@ def resume(run: Run) -> None:
 # %%
 #| export train
 def save(run: Run, patience_s: float = 0.0) -> Path | None:
-    """Save a checkpoint (rank 0), off the clock; tries again for `patience_s`. None where it failed, which is said.
-
-    Raises UserError on every rank if a number is broken: such a state is not worth going back to.
-    """
+    """Save a checkpoint (rank 0), off the clock; tries again for `patience_s`. None where it failed, which is said. Raises UserError on every rank if a number is broken: such a state is not worth going back to."""
     if run.nonfinite_steps.item():
         raise nonfinite_error(run)
     if run.saved and run.saved.name == f"step-{run.step:07d}":  # nothing has happened since
         return run.saved
-    named, end = dict(run.model.named_parameters()), time.monotonic() + patience_s
-    moments = run.optimizer.state_dict()
+    end, moments, saved = time.monotonic() + patience_s, run.optimizer.state_dict(), None
     if run.ranks.rank != 0:
         return None
-    run.heart.phase("checkpoint", run.step)
-    while (reason := try_to_save(run, named, moments)) and time.monotonic() < end:
-        time.sleep(1.0)
-        run.heart.beat()
-    run.heart.phase("train", run.step)
-    if reason:
-        run.log.line(f"no checkpoint at step {run.step}, going on without: {reason}")
-        return None
-    run.log.record("checkpoint", step=run.step, path=str(run.saved))
-    return run.saved
-
-
-def try_to_save(run: Run, named: dict, moments: dict) -> OSError | None:
-    """Save once; returns why it failed, if it did."""
-    try:
-        run.saved = save_checkpoint(run.folder, run.step, named, moments, facts_of(run))
-    except OSError as error:
-        return error
-    return None
+    run.heartbeat.phase("checkpoint")
+    while saved is None:
+        try:
+            weights, facts = run.model.state_dict(), facts_of(run)
+            saved = save_checkpoint(run.folder, run.step, weights, moments, facts)
+        except OSError as error:
+            if time.monotonic() >= end:
+                run.log.line(f"no checkpoint at step {run.step}, going on without: {error}")
+                break
+            time.sleep(1.0)
+            run.heartbeat.beat()
+    run.heartbeat.phase("train")
+    if saved:
+        run.saved = saved
+        run.log.record("checkpoint", step=run.step, path=str(saved))
+    return saved
 
 
 # %%
@@ -1136,12 +842,12 @@ def told_now(run: Run) -> AttentionSettings:
 @torch.no_grad()
 def evaluate(run: Run, batches) -> float:
     """Mean loss, nats a token, over validation micro-batches that are dealt out to the ranks."""
-    device, sums = run.ranks.device, torch.zeros(2, dtype=torch.float64, device=run.ranks.device)
-    told = told_now(run)
+    device, told = run.ranks.device, told_now(run)
+    sums = torch.zeros(2, dtype=torch.float64, device=device)
     for batch in batches:
         loss = forward_loss(run.forward, batch, device, run.config.precision, told)
         sums += torch.stack([loss.double(), torch.ones_like(sums[0])])
-        run.heart.beat()
+        run.heartbeat.beat()
     all_reduce_sum(sums, run.ranks.world)
     return (sums[0] / sums[1]).item()
 
@@ -1166,8 +872,8 @@ assert len(by_hand) == 16 and abs(evaluate(run, held_out(run, 8192)) - sum(by_ha
 def warm_up(run: Run) -> float:
     """Run a few real steps of each stage to come and a validation batch, undo them, and return the seconds that it took."""
     begin = time.perf_counter()
-    named, step, position = dict(run.model.named_parameters()), run.step, run.loader.position
-    weights = {name: p.detach().clone() for name, p in named.items()}
+    step, position = run.step, run.loader.position
+    weights = {name: p.clone() for name, p in run.model.state_dict().items()}
     moments = run.optimizer.state_dict()
     run.optimizer.warm_up()
     last = run.config.last_step - 1
@@ -1175,9 +881,9 @@ def warm_up(run: Run) -> float:
         for ahead in range(run.config.warmup):
             run.step = min(begin_step + ahead, last)
             train_step(run)
-            run.heart.beat()
+            run.heartbeat.beat()
     evaluate(run, itertools.islice(held_out(run, run.config.val_tokens), 1))
-    put_weights(run.model, weights)
+    run.model.load_state_dict(weights)
     run.optimizer.load_state_dict(moments)
     run.step, run.loader.position = step, position
     run.nonfinite_steps.zero_()
@@ -1210,14 +916,66 @@ def log_step(run: Run, loss: Tensor, marks: StepTimer) -> None:
     if left_out or not math.isfinite(mean):
         raise nonfinite_error(run, mean)
     run.log.line(format_line(run.step, run.config.steps, run.clock.ms, train_loss=mean))
-    steps_ms = [round(ms, 3) for ms in marks.drain()]
-    rate = run.schedule.at(run.step - 1).lr
-    where = {"epoch": run.loader.position.epoch, "train_time_ms": run.clock.ms}
-    run.log.record("step", step=run.step, train_loss=mean, lr=rate, steps_ms=steps_ms, **where)
+    run.log.record(
+        "step",
+        step=run.step,
+        train_loss=mean,
+        lr=run.schedule.at(run.step - 1).lr,
+        steps_ms=[round(ms, 3) for ms in marks.drain()],
+        epoch=run.loader.position.epoch,
+        train_time_ms=run.clock.ms,
+    )
 
 
 # %%
-#| export train
+#| export
+def validate(run: Run) -> float:
+    """Validate and log, off the clock. A loss that is not finite ends the run, like any other such number."""
+    run.heartbeat.phase("validate")
+    state = gpu_state(run.ranks.device)
+    loss, ms = evaluate(run, held_out(run, run.config.val_tokens)), run.clock.ms
+    if not math.isfinite(loss):
+        raise nonfinite_error(run, loss)
+    run.log.line(format_line(run.step, run.config.steps, ms, val_loss=loss))
+    run.log.record(
+        "val",
+        step=run.step,
+        val_loss=loss,
+        train_time_ms=ms,
+        step_avg_ms=ms / max(run.step, 1),
+        **state,
+    )
+    run.heartbeat.phase("train")
+    return loss
+
+
+# %% [markdown]
+# The first record of a log says what this run is: what we know that can make a difference next time.
+
+
+# %%
+#| export run
+def describe_code() -> dict:
+    """The commit, and each module of the trainer with its hash and its source."""
+    modules = {
+        name: {"hash": digest, "source": file.read_text(encoding="utf-8")}
+        for name, digest in module_hashes(["speedrun.train"]).items()
+        if (file := module_file(name))
+    }
+    return {"commit": commit(), "modules": modules}
+
+
+def bytes_per_token(validation: Shards, tokens: int) -> float | None:
+    """Bytes of text a validation token: of the first `tokens` if tokens are bytes, else the files' mean, if known."""
+    if validation.manifest.tokenizer == "bytes":
+        read = validation.read(0, min(tokens, validation.total))
+        from speedrun.data.tokenizer import decode_bytes
+
+        return len(decode_bytes(read.tolist())) / len(read)
+    known = [file.bytes for file in validation.files if file.bytes is not None]
+    return sum(known) / validation.total if len(known) == len(validation.files) else None
+
+
 def gpu_state(device: torch.device) -> dict[str, float]:
     """Clock (MHz), power (W) and temperature (°C) of a GPU now, for whoever wonders why theirs is slower."""
     if device.type != "cuda":
@@ -1230,95 +988,8 @@ def gpu_state(device: torch.device) -> dict[str, float]:
         return {}
 
 
-def validate(run: Run) -> float:
-    """Validate and log, off the clock. A loss that is not finite ends the run, like any other such number."""
-    run.heart.phase("validate", run.step)
-    state = gpu_state(run.ranks.device)
-    loss, ms = evaluate(run, held_out(run, run.config.val_tokens)), run.clock.ms
-    if not math.isfinite(loss):
-        raise nonfinite_error(run, loss)
-    run.log.line(format_line(run.step, run.config.steps, ms, val_loss=loss))
-    average = ms / max(run.step, 1)
-    run.log.record(
-        "val", step=run.step, val_loss=loss, train_time_ms=ms, step_avg_ms=average, **state
-    )
-    run.heart.phase("train", run.step)
-    return loss
-
-
-# %% [markdown]
-# ### The loop
-#
-# What is left is short.
-
-
 # %%
-#| export train
-def choose_stop(run: Run) -> None:
-    """Agree with the other ranks on the step before which all stop, if this one was asked to."""
-    if run.interrupts.signal and run.stop_at is None:
-        run.clock.wait()  # else this rank may be many steps ahead of its GPU
-        every, since = run.config.optim.adam.every, run.interrupts.since
-        run.stop_at = agree_on_stop(run.folder, run.ranks, run.step, since, every)
-
-
-def run_loop(run: Run, step=train_step) -> str:
-    """Train from `run.step` to the end. Returns why it ended: finished or interrupted."""
-    config, marks = run.config, StepTimer(run.ranks.device)
-    last, run.interrupts.training = config.last_step, True
-    run.clock.start()
-    marks.restart()
-    while True:
-        if run.step % config.val_every == 0 or run.step >= last:
-            with off_the_clock(run.clock, marks):
-                validate(run)
-            if run.step >= last:
-                return "finished"
-        choose_stop(run)
-        if run.step == run.stop_at:
-            return "interrupted"
-        epoch, loss = run.loader.position.epoch, step(run)
-        marks.mark()
-        if run.loader.position.epoch > epoch:
-            run.log.line(f"step {run.step}: the data begin again, epoch {epoch + 2}")
-        run.heart.beat(run.step)
-        if run.step % config.log_every == 0 or run.step == last:
-            log_step(run, loss, marks)
-        if run.step % (config.checkpoint_every or last) == 0 and run.step < last:
-            with off_the_clock(run.clock, marks):
-                save(run)
-
-
-# %% [markdown]
-# The first record of a log says what this run is: what we know that can make a difference next time.
-
-
-# %%
-#| export train
-def describe_code() -> dict:
-    """The commit, and each module of the trainer with its hash and its source."""
-    hashes = module_hashes(["speedrun.train"])
-    files = {name: file for name in hashes if (file := module_file(name))}
-    texts = {name: file.read_text(encoding="utf-8") for name, file in files.items()}
-    modules = {name: {"hash": hashes[name], "source": text} for name, text in texts.items()}
-    return {"commit": commit(), "modules": modules}
-
-
-def bytes_per_token(validation: Shards, tokens: int) -> float | None:
-    """Bytes of text a validation token: of the first `tokens` if tokens are bytes, else the files' mean, if known."""
-    files = validation.files
-    if validation.manifest.tokenizer == "bytes":
-        read = validation.read(0, min(tokens, validation.total))
-        from speedrun.data.tokenizer import decode_bytes
-
-        return len(decode_bytes(read.tolist())) / len(read)
-    if any(file.bytes is None for file in files):
-        return None
-    return sum(file.bytes or 0 for file in files) / sum(file.tokens for file in files)
-
-
-# %%
-#| export train
+#| export run
 def describe_run(run: Run, command: str) -> dict:
     """The first record: config, source and hash of every module, versions, machine, data, size of the model."""
     manifest, config = run.loader.shards.manifest, run.config
@@ -1343,9 +1014,9 @@ def describe_run(run: Run, command: str) -> dict:
 
 # %%
 facts = describe_run(run, "…")
-assert "class Run" in facts["modules"]["speedrun.train"]["source"] and facts["parameters"] == sum(
-    math.prod(spec.shape) for spec in run.model.specs
-)
+assert "def run_loop" in facts["modules"]["speedrun.train"]["source"] and facts[
+    "parameters"
+] == sum(math.prod(spec.shape) for spec in run.model.specs)
 assert facts["data"]["tokenizer"] == "bytes" and 1.1 < facts["bytes_per_token"] < 1.3
 print(f"{len(facts['modules'])} modules with their source, {len(json.dumps(facts)) / 1e3:.0f} kB")
 
@@ -1354,11 +1025,10 @@ print(f"{len(facts['modules'])} modules with their source, {len(json.dumps(facts
 
 
 # %%
-#| export train
+#| export run
 def epochs_line(run: Run) -> str | None:
     """A sentence about repeated data; None if the data suffice."""
-    steps, there = run.config.last_step, run.loader.shards.total
-    wanted = run.schedule.tokens_before(steps)
+    wanted, there = run.schedule.tokens_before(run.config.last_step), run.loader.shards.total
     if wanted < there:
         return None
     return f"the data run short: {wanted:,} tokens are {wanted / there:.2f} epochs of the {there:,} there are"
@@ -1382,6 +1052,60 @@ long = dataclasses.replace(run, config=longer, schedule=schedule_of(longer))
 assert "2.00 epochs" in epochs_line(long) and memory_mb(ranks.device)["resident"] > 50
 print(epochs_line(long))
 
+# %% [markdown]
+# ### From beginning to end
+#
+# A run's folder has one owner (the lock is [a workshop's](93_errors_and_files.py)): rank 0, and the launcher above it, if there is one. It is asked for before anything is touched. Whoever starts a second run or a second resume there is refused, and the first does not notice.
+
+# %%
+#| default_exp command
+#| export
+import contextlib
+import os
+import sys
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from tqdm import tqdm
+
+from speedrun.checkpoint import FREE, checkpoints, latest_checkpoint, load_facts
+from speedrun.config import Config, config_from_json, fields_of, vary
+from speedrun.lab.errors import UserError, quoted
+from speedrun.lab.files import claim, new_folder
+from speedrun.lab.hardware import Machine
+from speedrun.lab.provenance import root
+from speedrun.lab.runlog import parse_line
+from speedrun.presets import preset
+
+
+@contextlib.contextmanager
+def sole_owner(folder: Path, again: bool):
+    """A run's folder, rank 0's alone in this block. Without a launcher above, it takes that one's part as well.
+
+    again: a run goes on there. Otherwise it must hold none.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as held:
+        if rank_numbers()[0] == 0:
+            for role in ("train",) if os.environ.get("SPEEDRUN_LIFELINE") else ("launch", "train"):
+                held.callback(claim(folder, role).release)
+            if not again:
+                refuse_old_run(folder)
+        yield
+
+
+def refuse_old_run(folder: Path) -> None:
+    """Raise UserError if a folder holds a run: a new one never writes over it."""
+    if (folder / "metrics.jsonl").exists():
+        resumed = f"--resume {quoted(folder)}, or another --out"
+        fix = (
+            resumed if checkpoints(folder) else "another --out (that run ended before it had saved)"
+        )
+        raise UserError(f"{folder} holds a run already", fix)
+
 
 # %% [markdown]
 # A disk that is full in the middle of a run may have room again later, so the run goes on. At the end there is no later. Then saving is tried for half a minute, and a model that still is not on the disk is a problem with status 1, never "finished".
@@ -1393,11 +1117,12 @@ def finish(run: Run, why: str) -> None:
     """Save, and write down how it ended: finished or interrupted. Raises UserError (rank 0) if that is not on the disk."""
     kept = save(run, 30.0 if why == "finished" else 5.0)
     memory, ms = memory_mb(run.ranks.device), run.clock.ms
-    facts = {"train_time_ms": ms, "memory_mb": memory, "checkpoint": str(kept)}
-    run.log.record("end", step=run.step, reason=why, **facts)
+    run.log.record(
+        "end", step=run.step, reason=why, train_time_ms=ms, memory_mb=memory, checkpoint=str(kept)
+    )
     used = ", ".join(f"{amount:,} MiB {kind}" for kind, amount in memory.items())
     run.log.line(f"{why} at step {run.step}: {ms / 1000:.1f} s of training, memory {used}")
-    run.heart.phase("end", run.step)
+    run.heartbeat.phase("end")
     lost = run.log.lacking() + ["the checkpoint"] * (kept is None and run.ranks.rank == 0)
     if lost:
         raise unsaved(run, lost)
@@ -1405,6 +1130,8 @@ def finish(run: Run, why: str) -> None:
         run.log.line(f"to resume: python -m speedrun.train --resume {quoted(run.folder)}")
 
 
+# %%
+#| export run
 def unsaved(run: Run, lost: list[str]) -> UserError:
     """What to say where the end of a run could not be written."""
     size = sum(p.numel() * p.element_size() for p in run.model.parameters()) * 3 / 1e6
@@ -1420,53 +1147,25 @@ def unsaved(run: Run, lost: list[str]) -> UserError:
     )
 
 
-# %% [markdown]
-# A run's folder has one owner (the lock is the [workshop's](93_errors_and_files.py)): rank 0, and the launcher above it, if there is one. It is asked for before anything is touched. Whoever starts a second run or a second resume there is refused, and the first does not notice.
-
-
 # %%
 #| export train
-@contextlib.contextmanager
-def sole_owner(folder: Path):
-    """A run's folder, rank 0's alone in this block. Without a launcher above, it takes that one's part as well."""
-    launched = bool(os.environ.get("SPEEDRUN_LIFELINE"))
-    roles = ("train",) if launched else ("launch", "train")
-    folder.mkdir(parents=True, exist_ok=True)
-    with contextlib.ExitStack() as held:
-        for role in roles if rank_numbers()[0] == 0 else ():
-            held.callback(claim(folder, role).release)
-        yield
-
-
-def refuse_old_run(folder: Path) -> None:
-    """Raise UserError if a folder holds a run: a new one never writes over it."""
-    if (folder / "metrics.jsonl").exists():
-        resumed = f"--resume {quoted(folder)}, or another --out"
-        fix = (
-            resumed if checkpoints(folder) else "another --out (that run ended before it had saved)"
-        )
-        raise UserError(f"{folder} holds a run already", fix)
-
-
 def train(
     config: Config, folder: Path, again=False, interrupts=None, echo=print, command: str = ""
 ) -> Run:
     """Train a run into `folder`, or resume it (`again`). All its numbers are in the folder's log."""
-    with sole_owner(folder):
-        if not again and rank_numbers()[0] == 0:
-            refuse_old_run(folder)
-        run = assemble(config, folder, echo)
+    with sole_owner(folder, again):
+        run = build_run(config, folder, echo)
         run.interrupts = interrupts or run.interrupts
         if again:
             resume(run)
         run.log.record("run", again=again, step=run.step, **describe_run(run, command))
-        for line in filter(None, [epochs_line(run)]):
+        if line := epochs_line(run):
             run.log.line(line)
-        run.heart.phase("compile", run.step)
+        run.heartbeat.phase("compile", run.step)
         seconds = warm_up(run) if config.warmup else 0.0
         run.log.record("phase", phase="compile and warm-up", seconds=seconds)
         run.log.line(f"compile and warm-up: {seconds:.1f} s, not counted")
-        run.heart.phase("train", run.step)
+        run.heartbeat.phase("train")
         why = run_loop(run)
         run.clock.stop()
         finish(run, why)
@@ -1517,13 +1216,13 @@ print(f"stopped at 23, resumed to 40: every weight is equal, final loss {final:.
 # And the broken number? Put one infinity into one matrix at step 12, and see who is accused:
 
 # %%
-run = assemble(vary(brief, {"checkpoint_every": 4}), scratch / "poisoned", echo=None)
+run = build_run(vary(brief, {"checkpoint_every": 4}), scratch / "poisoned", echo=None)
 
 
 def poisoned_step(run: Run) -> Tensor:
     """A training step; at the twelfth, one weight is infinite."""
     if run.step == 12:
-        assert json.loads(run.heart.path.read_text())["phase"] == "train", "saved, and on"
+        assert json.loads(run.heartbeat.path.read_text())["phase"] == "train", "saved, and on"
         with torch.no_grad():
             run.model.mlp_up[1, 5, 5] = math.inf
     return train_step(run)
@@ -1543,56 +1242,11 @@ assert all(torch.equal(p, saved[name]) for name, p in others.items()), "nothing 
 # %% [markdown]
 # ### The command
 #
-# `python -m speedrun.train` is one rank: alone, or one of torchrun's. Under a launcher it also has a *lifeline*. A launcher that is killed cannot clean up after itself, and a GPU that is held by an orphan is found by the next user. So each rank ends itself when its standard input, a pipe that the launcher holds, comes to its end, or when its parent process is no longer the one that started it. It is given ten seconds to save.
+# `python -m speedrun.train` is one rank: alone, or one of torchrun's. The first half of it says which run is meant, and where it writes; the launcher of [chapter 24](24_speedrun.py) reads its command line with the same functions.
 
 
 # %%
-#| export train
-def lifeline(interrupts: Interrupts | None = None, grace_s: float = 10.0) -> None:
-    """End this process when its launcher dies: standard input ends, or the parent changes. Only under a launcher.
-
-    With `interrupts` a run that trains is asked to stop first, so that it can save, and has `grace_s` seconds for that.
-    The launcher's number is in SPEEDRUN_LIFELINE: a parent that is not its child by now was lost while we were imported.
-    """
-    launcher, parent = os.environ.get("SPEEDRUN_LIFELINE"), os.getppid()
-    if not launcher:
-        return
-    with contextlib.suppress(psutil.Error):
-        parent = parent if psutil.Process(parent).ppid() == int(launcher) else -1
-
-    def end_when(launcher_is_gone) -> None:
-        while not launcher_is_gone():
-            pass
-        if interrupts is not None and interrupts.training:
-            if interrupts.signal is None:
-                interrupts.note(signal.SIGTERM)
-            time.sleep(grace_s)
-        os._exit(70)
-
-    def parent_changed() -> bool:
-        time.sleep(0.5)
-        return os.getppid() != parent
-
-    for sign in (lambda: not os.read(0, 1), parent_changed):
-        threading.Thread(target=end_when, args=(sign,), daemon=True).start()
-
-
-# %%
-orphan = "from speedrun.train import lifeline; lifeline(); import time; print('up', flush=True); time.sleep(600)"
-held = {
-    "stdin": subprocess.PIPE,
-    "stdout": subprocess.PIPE,
-    "env": os.environ | {"SPEEDRUN_LIFELINE": str(os.getppid())},
-}
-child = subprocess.Popen([sys.executable, "-c", orphan], **held)
-assert child.stdout.readline().strip() == b"up"
-child.stdin.close()
-assert child.wait(timeout=10) == 70
-print("the launcher's end of the pipe closed; the rank ended itself")
-
-
-# %%
-#| export train
+#| export command
 @dataclass(frozen=True)
 class TrainCommand:
     """Train as one rank, alone or one of torchrun's. For several GPUs: python -m speedrun.launch."""
@@ -1618,9 +1272,10 @@ def run_folder(command: TrainCommand) -> Path:
 
 def settled(path: str) -> str:
     """A data folder's name that means the same from everywhere: the project's own stays relative, others are absolute."""
-    if Path(path).is_absolute() or not Path(path).exists():
+    if not Path(path).exists():
         return path
-    ours = (root() / path).exists() and (root() / path).samefile(path) and ".." not in path
+    there = root() / path
+    ours = ".." not in path and there.exists() and there.samefile(path)
     return path if ours else str(Path(path).absolute())
 
 
@@ -1629,16 +1284,14 @@ def run_config(command: TrainCommand) -> Config:
     if not command.resume:
         return vary(command.config, {"data.path": settled(command.config.data.path)})
     facts = load_facts(latest_checkpoint(Path(command.resume)))
-    given, usual = fields_of(command.config), fields_of(preset(command.config.preset))
-    said = {name: value for name, value in given.items() if value != usual[name]}
-    ignored = ", ".join(sorted(set(said) - set(FREE)))
-    if ignored:
+    usual = fields_of(preset(command.config.preset))
+    said = dict(fields_of(command.config).items() - usual.items())
+    if ignored := ", ".join(sorted(said.keys() - FREE)):
         what = f"--resume goes on with the run's own settings: {ignored} would be ignored"
         raise UserError(what, "leave them out, or start another run")
-    own = {name: said[name] for name in FREE if name in said}
-    if "data.path" in own:
-        own["data.path"] = settled(own["data.path"])
-    return vary(config_from_json(facts["config"]), {"max_steps": 0} | own)
+    if "data.path" in said:
+        said["data.path"] = settled(said["data.path"])
+    return vary(config_from_json(facts["config"]), {"max_steps": 0} | said)
 
 
 # %%
@@ -1660,8 +1313,8 @@ except UserError as problem:
 
 
 # %%
-#| export train
-def say(line: str) -> None:
+#| export command
+def print_line(line: str) -> None:
     """Print a line in one piece, at once; if that fails, go on."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
         sys.stdout.write(line + "\n")  # print() writes the line's end apart, and ranks get mixed up
@@ -1672,7 +1325,7 @@ def say(line: str) -> None:
 def progress(config: Config):
     """A way to show log lines: above a progress bar in a terminal, plainly elsewhere."""
     if sys.stdout is None or not sys.stdout.isatty():
-        yield say
+        yield print_line
         return
     with tqdm(total=config.last_step, unit="step", dynamic_ncols=True) as bar:
 
@@ -1687,8 +1340,6 @@ def progress(config: Config):
         yield echo
 
 
-# %%
-#| export train
 def check_compiler(config: Config, machine: Machine) -> None:
     """Refuse to begin what torch.compile cannot end: it writes C++, on GPUs as well."""
     if config.compile and not machine.compiler:
@@ -1696,6 +1347,8 @@ def check_compiler(config: Config, machine: Machine) -> None:
         raise UserError("compile=True, and there is no C++ compiler here", fix)
 
 
+# %%
+#| export train
 def run_command(arguments: list[str], interrupts: Interrupts) -> int:
     """Train as the arguments say. Returns 0, or 128 and the number of the signal that ended it."""
     machine = setup()
@@ -1728,6 +1381,9 @@ if __name__ == "__main__" and __spec__ is not None:
 # Its whole life in one cell: start it as a user would, press Ctrl-C, read what it says, and do what it says.
 
 # %%
+import signal
+import subprocess
+
 command = [
     sys.executable,
     "-m",
@@ -1785,7 +1441,7 @@ def pieces_of(run: Run) -> dict:
         accumulate(run.forward, batches.pop(), parts, device, precision)
 
     def heartbeat_and_mark() -> None:
-        run.heart.beat()
+        run.heartbeat.beat()
         marks.mark()
 
     return {
@@ -1877,7 +1533,7 @@ def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
         return {"arms": arms}, stamp(command, modules, seeds, range(seeds), corpus)
     config = vary(preset(PRESET_OF[name]), {"data.path": arguments[0]} if arguments else {})
     with tempfile.TemporaryDirectory() as folder:
-        run, repeats = assemble(config, Path(folder), echo=None), 40
+        run, repeats = build_run(config, Path(folder), echo=None), 40
         warm_up(run)
         data = {"steps": time_steps(run, repeats), "pieces": time_pieces(run, repeats)}
     manifest = run.loader.shards.manifest
@@ -1889,7 +1545,7 @@ def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
 # %%
 WIDE = {"model.layers": 12, "model.heads": 12, "model.width": 768, "precision": "bfloat16"}
 timed_run = tier.pick(cpu={}, gpu=WIDE | {"data.batch_tokens": 4096}) | {"device": tier.device}
-run = assemble(vary(brief, timed_run), scratch / "timed", echo=None)
+run = build_run(vary(brief, timed_run), scratch / "timed", echo=None)
 pieces, whole_step = time_pieces(run, 5), statistics.median(time_steps(run, 2)["true"])
 assert max(pieces, key=pieces.get) == "forward and backward"
 assert 0.1 < sum(pieces.values()) / whole_step < 10, "the same units"

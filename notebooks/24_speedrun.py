@@ -23,8 +23,7 @@
 #
 # ## The problem
 #
-# A run on eight GPUs is a tree of ten processes: this notebook, `torchrun`, and eight ranks. Any of them can die, and when one does, who tells the others? The operating system does not: a child whose parent is gone simply goes on, and `torchrun` even gives every rank a session of its own. Watch it happen, with two ranks that
-# do nothing but sleep:
+# Everything is there: data, model, optimizer, loop, and a [workshop](92_a_run_that_survives.py) that keeps a run alive. But the contest is run on eight H100s, and almost nobody who reads this has them. A command that trains the contest's run on a laptop would take days; one that first downloads gigabytes and then says so has wasted an hour. And a run that somebody has finished is worth little until they can say what its numbers mean, beside those of the record. At what rate a rank computes, in three runs of this book:
 
 # %% tags=["demonstration"]
 from speedrun.lab.tier import choose_tier
@@ -38,40 +37,25 @@ from pathlib import Path
 scratch = Path(tempfile.mkdtemp())
 
 # %% tags=["demonstration"]
-import subprocess
-import sys
-import time
+from speedrun.lab.results import load_result
 
-import psutil
-
-sleeper = scratch / "sleeper.py"
-sleeper.write_text(
-    "import sys, time\nsys.stdout.write('up\\n')\nsys.stdout.flush()\ntime.sleep(600)\n"
-)
-command = [
-    sys.executable,
-    "-m",
-    "torch.distributed.run",
-    "--standalone",
-    "--nproc-per-node=2",
-    str(sleeper),
-]
-torchrun = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-assert torchrun.stdout.readline() == torchrun.stdout.readline() == "up\n"
-sleepers = psutil.Process(torchrun.pid).children()
-torchrun.kill()  # SIGKILL: no handler runs
-torchrun.wait()
-gone, alive = psutil.wait_procs(sleepers, timeout=2)
-for process in alive:
-    process.kill()
-assert len(alive) == 2
-print(f"torchrun was killed; two seconds later {len(alive)} of 2 ranks are still there")
+took = {
+    n: load_result("speedrun", n)["data"]["runs"][0]
+    for n in ("record_200m", "record_200m_4gpu", "cpu")
+}
+for preset_run in took.values():
+    where = f"{preset_run['world']} × {preset_run['device']}"
+    print(
+        f"{preset_run['preset']:12} on {where:22} {preset_run['flops_per_second'] / 1e12:8.3f} TFLOP/s a rank"
+    )
+rates = {name: preset_run["flops_per_second"] for name, preset_run in took.items()}
+assert rates["record_200m"] > 100 * rates["cpu"]
 
 # %% [markdown]
-# On a rented machine each of those holds a GPU, its memory, and your credit card, until somebody logs in and looks. The kernel's out-of-memory killer produces this situation. So can a cancelled job, a lost connection, a restarted notebook kernel.
+# A GPU of those does in a second what two CPU cores do in minutes. So one command for all has to look at the machine first, choose what is sensible there, and say what it has chosen and why.
 #
 # ```{admonition} Prediction
-# The remedies that come to mind are a `finally` block, a handler for SIGTERM, killing the process group. **Which of them runs when the launcher gets SIGKILL?** And if none does: what can a rank observe, from where it is, that *changes* when its launcher dies?
+# `record_200m` has been trained on two GPUs and on four, with two seeds each. **How much of the time of two GPUs do four take?** And whose final losses lie further apart: two runs of one seed on different numbers of GPUs, or two runs of different seeds on the same GPUs?
 # ```
 
 # %% tags=["parameters"]
@@ -84,11 +68,6 @@ out = ""
 changes = "--steps 270 --val-every 90"  # further flags of speedrun.train
 
 # %% [markdown]
-# ## The idea
-#
-# No process cleans up after its own SIGKILL, so cleaning up cannot be the launcher's duty. Instead, every rank watches for the two things that do change when the tree above it breaks. Its standard input is the reading end of a pipe that only the launcher holds open; the kernel closes it when the launcher dies, however it dies. And its parent's process number changes when `torchrun` does. [Chapter 23](23_training_loop.py) wrote
-# that watch, `lifeline`. (Linux can also be asked to kill a child when its parent dies, with `prctl(PR_SET_PDEATHSIG)`, even one that hangs. It works on Linux only and leaves no time to save, so it would be a second lifeline and not the first.) What remains for this chapter is the other half: choose a run, start the tree, show what it says as it says it, notice a rank that is silent, end what has to be ended, and read the result.
-#
 # ## The code
 #
 # ### Which run?
@@ -98,9 +77,7 @@ changes = "--steps 270 --val-every 90"  # further flags of speedrun.train
 # %%
 #| default_exp launch
 #| export
-if (
-    __name__ == "__main__" and __spec__ is not None
-):  # python -m: before the imports that take seconds
+if __name__ == "__main__" and __spec__ is not None:  # python -m: before what takes seconds
     from speedrun.lab.errors import prepare_command
 
     prepare_command()
@@ -108,41 +85,17 @@ if (
 # %%
 #| export
 import contextlib
-import json
 import math
-import os
-import queue
 import re
-import shutil
-import signal
-import subprocess
 import sys
-import threading
-import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
 
-import psutil
 import tyro
-from annotated_types import Ge, Gt
+from annotated_types import Ge
 
-from speedrun.checkpoint import checkpoints
-from speedrun.config import Config, check_config, config_from_json, largest_divisor, schedule_of
-from speedrun.presets import as_arguments, known_presets, preset, read_command
-
-from speedrun.data.shards import data_folder, load_manifest
-from speedrun.data.sources import FINEWEB_SHARDS, SHARD_TOKENS, build_embedded, fetch_fineweb
-from speedrun.lab.bounds import check_ranges
-from speedrun.lab.errors import UserError, quoted, run_main
-from speedrun.lab.files import claim
-from speedrun.lab.doctor import gpu_problem
-from speedrun.lab.hardware import Machine, look, setup
-from speedrun.lab.provenance import root
-from speedrun.lab.results import load_result, result_names
-from speedrun.model.gpt import flops_per_token
-from speedrun.train import (
-    Interrupts,
+from speedrun.command import (
     TrainCommand,
     check_compiler,
     progress,
@@ -150,6 +103,20 @@ from speedrun.train import (
     run_config,
     run_folder,
 )
+from speedrun.config import Config, check_config, largest_divisor, schedule_of
+from speedrun.data.shards import data_folder, load_manifest
+from speedrun.data.sources import FINEWEB_SHARDS, SHARD_TOKENS, build_embedded, fetch_fineweb
+from speedrun.heartbeat import Interrupts
+from speedrun.lab.bounds import check_ranges
+from speedrun.lab.doctor import gpu_problem
+from speedrun.lab.errors import UserError, run_main
+from speedrun.lab.files import claim
+from speedrun.lab.hardware import Machine, look, setup
+from speedrun.lab.provenance import root
+from speedrun.lab.results import load_result, result_names
+from speedrun.model.gpt import flops_per_token
+from speedrun.presets import as_arguments, known_presets, preset, read_command
+from speedrun.supervise import Patience, run_ranks
 
 
 # %%
@@ -438,439 +405,9 @@ for refused in (
         print(str(problem).replace(str(scratch), "somewhere"))
 
 # %% [markdown]
-# ### Starting ranks
-#
-# `torchrun` is started as a module, so that it need not be on the path, and with a pipe as its standard input, which the ranks inherit.
-#
-# It also needs a place where the ranks meet, and its usual place is a port that listens on *every* interface of the machine and unpickles whatever it is sent: anybody in the network can make a process that holds your GPUs run code. `--standalone`, a static rendezvous and `--local-addr` all leave it open. What does not listen is a *file*: torchrun's own store, and the one through which the ranks find
-# each other, are two files in the run's folder, and what gloo and NCCL open after that is told to stay on the loopback interface. This also frees the run from the machine's own name, which need not resolve ([nanochat#42](https://github.com/karpathy/nanochat/issues/42)).
-
-
-# %%
-#| export
-def loopback() -> str:
-    """The name of the network interface that leads to this machine alone: lo on Linux, lo0 on macOS."""
-    known = psutil.net_if_addrs().items()
-    return next((name for name, own in known if any(a.address == "127.0.0.1" for a in own)), "lo")
-
-
-def rank_environment(world: int, cores: int, folder: Path, device: str = "cpu") -> dict[str, str]:
-    """The environment of ranks: a lifeline, a file to meet in, lines at once, and a fair share of the cores."""
-    own = {k: v for k, v in os.environ.items() if not k.startswith("PET_")}  # options for torchrun
-    own |= {
-        "SPEEDRUN_LIFELINE": str(os.getpid()),
-        "PYTHONUNBUFFERED": "1",
-        "PYTHONIOENCODING": "utf-8",
-    }
-    own |= {"SPEEDRUN_STORE": str(folder / "heartbeat" / "ranks"), "SPEEDRUN_DEVICE": device}
-    own |= {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    usual = {
-        "OMP_WAIT_POLICY": "passive",
-        "GLOO_SOCKET_IFNAME": loopback(),
-        "NCCL_SOCKET_IFNAME": loopback(),
-    }
-    if world > 1:  # else torchrun gives each rank one thread, and says so at length
-        usual["OMP_NUM_THREADS"] = str(max(1, cores // world))
-    return usual | own
-
-
-# %%
-#| export
-def start_ranks(
-    program: list[str], world: int, folder: Path, device: str = "cpu"
-) -> subprocess.Popen:
-    """Start torchrun with `world` ranks of a program: ["-m", module, …] or [script, …]."""
-    options = {"rdzv-backend": "c10d", "rdzv-conf": "store_type=file", "rdzv-id": "run"}
-    options |= {"rdzv-endpoint": str(folder / "heartbeat" / "torchrun"), "local-addr": "127.0.0.1"}
-    options |= {"nnodes": "1", "nproc-per-node": str(world), "max-restarts": "0"}
-    torchrun = [sys.executable, "-m", "torch.distributed.run"]
-    torchrun += [f"--{name}={value}" for name, value in options.items()]
-    return subprocess.Popen(
-        [*torchrun, *program],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        encoding="utf-8",
-        errors="replace",
-        env=rank_environment(world, look().cores, folder, device),
-        start_new_session=True,
-    )
-
-
-# %% tags=["demonstration"]
-environment = rank_environment(world=2, cores=16, folder=scratch)
-assert environment["SPEEDRUN_LIFELINE"] == str(os.getpid())
-assert environment["OMP_NUM_THREADS"] == os.environ.get("OMP_NUM_THREADS", "8")
-talkers = scratch / "talkers.py"
-talkers.write_text("from speedrun.train import join_ranks, say\njoin_ranks('cpu', 'gloo')\nsay('met')\nimport time; time.sleep(600)\n")  # fmt: skip
-(scratch / "meeting" / "heartbeat").mkdir(parents=True)
-met = start_ranks([str(talkers)], 2, scratch / "meeting")
-assert [met.stdout.readline(), met.stdout.readline()] == ["met\n", "met\n"]
-tree = [psutil.Process(met.pid), *psutil.Process(met.pid).children(recursive=True)]
-ports = [c.laddr for process in tree for c in process.net_connections() if c.status == "LISTEN"]
-for process in reversed(tree):
-    process.kill()
-met.wait()
-assert all(port.ip == "127.0.0.1" for port in ports), ports
-print(f"torchrun and two ranks have met: {len(ports)} ports, all of them on the loopback interface")
-
-# %% [markdown]
-# ### Noticing silence
-#
-# Each rank's heartbeat says in which phase it is and counts what has happened. A phase has its own patience: a cold compilation may be silent for three quarters of an hour, a training step may not. A rank that waits for another is as patient as the one it waits for.
-#
-# How long has a rank been silent? Not "now minus the file's time": that compares two readings of a clock which others may set. A laptop that sleeps for an hour, or a network that corrects the time by ten minutes, made healthy runs look dead (of runs with steps of a second, four out of five). The launcher notes, by a clock of its own that only runs forward, since when the heartbeat *has not changed*.
-
-# %%
-#| export
-Seconds = Annotated[float, Gt(0)]
-
-
-@dataclass(frozen=True)
-class Patience:
-    """Seconds without a sign of life after which a rank hangs, by its phase."""
-
-    start: Seconds = 300.0
-    """Until a rank is there."""
-    data: Seconds = 1800.0
-    """Opening the data."""
-    build: Seconds = 600.0
-    """Building the model."""
-    compile: Seconds = 2700.0
-    """Compiling and warming up."""
-    train: Seconds = 300.0
-    """A micro-batch."""
-    validate: Seconds = 600.0
-    """A validation batch."""
-    checkpoint: Seconds = 600.0
-    """Saving."""
-    end: Seconds = 120.0
-    """Going away."""
-
-
-@dataclass(frozen=True)
-class Pulse:
-    """What a rank's heartbeat says."""
-
-    rank: int
-    phase: str
-    step: int
-    pid: int
-    count: int
-
-
-# %%
-#| export
-def pulses(folder: Path) -> list[Pulse]:
-    """The heartbeats of a run's ranks, in order."""
-    found = []
-    for path in (folder / "heartbeat").glob("rank*.json"):
-        with contextlib.suppress(
-            OSError, ValueError, TypeError
-        ):  # it is being written at this moment
-            found.append(Pulse(int(path.stem.removeprefix("rank")), **json.loads(path.read_text())))
-    return sorted(found, key=lambda pulse: pulse.rank)
-
-
-def process_of(pulse: Pulse, folder: Path) -> psutil.Process | None:
-    """The process of a heartbeat, if it lives and its command line names this run: numbers of the dead are reused."""
-    try:
-        process = psutil.Process(pulse.pid)
-        return process if str(folder) in " ".join(process.cmdline()) else None
-    except (psutil.NoSuchProcess, psutil.AccessDenied):
-        return None
-
-
-class Silence:
-    """Since when the heartbeats of a run's ranks have not changed, by this process's own clock."""
-
-    def __init__(self, folder: Path, world: int, clock=time.monotonic):
-        self.folder, self.clock, begin = folder, clock, clock()
-        self.heard = {rank: (Pulse(rank, "start", 0, 0, 0), begin) for rank in range(world)}
-
-    def too_long(self, patience: Patience) -> tuple[Pulse, float] | None:
-        """The rank that has been silent for longest, and for how long, if that is beyond everybody's patience.
-
-        Ranks wait for each other, so the most patient phase counts for all.
-        """
-        now = self.clock()
-        for pulse in pulses(self.folder):
-            if self.heard.get(pulse.rank, (None,))[0] != pulse:
-                self.heard[pulse.rank] = pulse, now
-        here = [
-            h for h in self.heard.values() if h[0].phase != "end" or process_of(h[0], self.folder)
-        ]
-        limit = max((getattr(patience, pulse.phase) for pulse, _ in here), default=0.0)
-        late = [(pulse, now - since) for pulse, since in here if now - since > limit]
-        return max(late, key=lambda found: found[1], default=None)
-
-
-# %% tags=["demonstration"]
-from speedrun.train import Heartbeat
-
-
-def silent_for(seconds: float, *phases: str, world: int = 0) -> tuple[Pulse, float] | None:
-    """What is said of ranks in these phases that have been silent for so long."""
-    folder, now = Path(tempfile.mkdtemp(dir=scratch)), [0.0]
-    for rank, phase in enumerate(phases):
-        Heartbeat(folder, rank).phase(phase, 12)
-    silence = Silence(folder, world, clock=lambda: now[0])
-    assert silence.too_long(Patience()) is None
-    now[0] = seconds
-    return silence.too_long(Patience())
-
-
-late, long = silent_for(400, "train", "train")
-assert (late.rank, late.step, late.pid, long) == (0, 12, os.getpid(), 400)
-assert silent_for(1000, "compile", "train") is None, "one waits for the other"
-assert silent_for(400, "checkpoint", "end") is None, "gone, and that is fine"
-assert silent_for(400, "train", world=2)[0].rank == 0 and silent_for(299, world=2) is None
-assert silent_for(301, world=1)[0].phase == "start", "a rank that never came"
-print(
-    f"rank {late.rank} is silent for {long:.0f} s in phase {late.phase}, step {late.step}: it hangs"
-)
-
-# %% [markdown]
-# A rank that hangs is asked where. It has a handler for one signal that writes the stack of its threads into a file, and that works even when Python's main thread is stuck in a C function, waiting for a message that does not come.
-
-
-# %%
-#| export
-def stack(folder: Path, pulse: Pulse, family: set[psutil.Process]) -> str:
-    """Where a silent rank is: the innermost line of its main thread; empty if it cannot even say that.
-
-    Only own descendants (`family`) are asked: the signal would end a process that does not expect it.
-    """
-    path = folder / "heartbeat" / f"rank{pulse.rank}.stack"
-    try:
-        rank = next(process for process in family if process.pid == pulse.pid)
-        rank.send_signal(signal.SIGUSR1)
-        time.sleep(0.5)
-        lines = path.read_text().rpartition("Current thread")[2].splitlines()
-    except (StopIteration, AttributeError, OSError, psutil.Error):  # Windows, or the rank is gone
-        return ""
-    frames = [line.strip() for line in lines if line.strip().startswith("File")]
-    return f", at {frames[0]}" if frames else ""
-
-
-# %% [markdown]
-# ### Ending
-#
-# First politely: SIGTERM to torchrun, which passes it on, and the ranks save. A rank that does not react, because it hangs or because it ignores signals, is killed. Only the launcher's own descendants ever are: it notes them while `torchrun` lives, each with the moment at which it was started, since a process number alone may belong to somebody else by now. (An earlier launcher believed the numbers in the heartbeats. A second launch into the same folder then killed the ranks of the first.)
-
-
-# %%
-#| export
-def note_children(torchrun: subprocess.Popen, family: set[psutil.Process]) -> None:
-    """Add torchrun's descendants to `family`: a `psutil.Process` is a number and the moment of its start."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        family |= set(psutil.Process(torchrun.pid).children(recursive=True))
-
-
-def end_ranks(torchrun: subprocess.Popen, family: set[psutil.Process], grace_s: float) -> None:
-    """End a run's processes: ask, wait `grace_s` for them to save, then cut the lifeline and kill what is left."""
-    note_children(torchrun, family)
-    torchrun.terminate()
-    psutil.wait_procs(family, timeout=grace_s)
-    if torchrun.stdin:
-        with contextlib.suppress(OSError):
-            torchrun.stdin.close()
-    for process in family:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
-    try:
-        torchrun.wait(timeout=5)
-    except subprocess.TimeoutExpired:
-        torchrun.kill()
-        torchrun.wait()
-
-
-# %% [markdown]
-# ### Watching
-#
-# A shell escape (`!torchrun …`) shows lines and can be interrupted, but its cell cannot look at anything else meanwhile: a run that goes silent goes silent for ever. Reading the process's pipe in a loop has the same flaw, since a loop that waits for a line cannot look at a clock. So here a thread pumps the ranks' lines into a queue and a file; the main thread shows them and looks at the heartbeats twice a second. Lines appear when they are written, in the notebook cell and, through papermill, in the terminal.
-
-
-# %%
-#| export
-def pump(stream, lines: queue.Queue, copy: Path) -> None:
-    """Pass lines on as they come, and keep them in a file; None at the end."""
-    for line in stream:
-        lines.put(line.rstrip("\n"))
-        try:
-            with open(copy, "a", encoding="utf-8") as file:
-                file.write(line)
-        except OSError:
-            pass  # a full disk must not silence the run
-    lines.put(None)
-
-
-# %%
-#| export
-def watch(
-    torchrun: subprocess.Popen, family: set, silence: Silence, patience: Patience, echo, check
-) -> str | None:
-    """Show the ranks' lines until they end. Returns why they have to be ended; None if they end by themselves."""
-    lines: queue.Queue = queue.Queue()
-    arguments = (torchrun.stdout, lines, silence.folder / "output.txt")
-    threading.Thread(target=pump, args=arguments, daemon=True).start()
-    line, orphaned, next_look = "", 0, 0.0
-    while line is not None and orphaned < 10:  # torchrun gone, its output still held: five seconds
-        try:
-            line = lines.get(timeout=0.5)
-            if line:
-                echo(line)
-        except queue.Empty:
-            orphaned += torchrun.poll() is not None
-        if time.monotonic() < next_look:
-            continue
-        next_look = time.monotonic() + 0.5
-        check()
-        note_children(torchrun, family)
-        late = silence.too_long(patience)
-        if late is not None and torchrun.poll() is None:
-            pulse, silent_s = late
-            where = f"silent for {silent_s:.0f} s in phase {pulse.phase}, step {pulse.step}"
-            way = f"--patience.{pulse.phase} {2 * silent_s:.0f} is more patient"
-            return f"rank {pulse.rank} hangs: {where}{stack(silence.folder, pulse, family)} ({way})"
-    return None
-
-
-# %% tags=["demonstration"]
-import io
-
-lines: queue.Queue = queue.Queue()
-pump(io.StringIO("step:1/2\nstep:2/2\n"), lines, scratch / "copy.txt")
-assert [lines.get() for _ in range(3)] == ["step:1/2", "step:2/2", None]
-assert (scratch / "copy.txt").read_text() == "step:1/2\nstep:2/2\n"
-
-# %% [markdown]
-# What went wrong has to be said in one line. torchrun reports exit codes at length; the heartbeats know the rest.
-
-
-# %%
-#| export
-def diagnosis(folder: Path, status: int, begin: int = 0) -> str:
-    """What went wrong, from torchrun's last words (in output.txt from byte `begin` on) and the heartbeats."""
-    output = folder / "output.txt"
-    text = output.read_bytes()[begin:].decode(errors="replace") if output.exists() else ""
-    told = re.search(r"exitcode: (-?\d+)\) local_rank: (\d+)", text)
-    if not told:
-        return f"torchrun ended with status {status}"
-    code, rank = int(told[1]), int(told[2])
-    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
-    at = next((f" in phase {p.phase}, step {p.step}" for p in pulses(folder) if p.rank == rank), "")
-    return f"rank {rank} {how}{at}"
-
-
-# %%
-#| export
-def failure(folder: Path, why: str) -> UserError:
-    """The end of a failed run, with the way to go on."""
-    saved, last_words = checkpoints(folder), folder / "output.txt"
-    fix = f"it had no checkpoint yet; its last words are in {last_words}"
-    if saved:
-        fix = f"python -m speedrun.launch --resume {quoted(folder)} goes on from {saved[-1].name}"
-    return UserError(f"the run in {folder} failed: {why}", fix)
-
-
-# %% tags=["demonstration"]
-dead = scratch / "dead"
-for dead_rank in range(3):
-    Heartbeat(dead, dead_rank).phase("train", 12)
-(dead / "output.txt").write_text("failed (exitcode: -9) local_rank: 2 (pid: 77) of binary\n")
-assert diagnosis(dead, 1) == "rank 2 was killed by SIGKILL in phase train, step 12"
-assert diagnosis(scratch / "nowhere", 7) == "torchrun ended with status 7"
-print(str(failure(dead, diagnosis(dead, 1))).replace(str(dead), "runs/example"))
-
-# %% [markdown]
-# And the function that does it all.
-
-
-# %%
-#| export
-def run_ranks(
-    program,
-    world: int,
-    folder: Path,
-    patience: Patience | None = None,
-    echo=print,
-    grace_s=30.0,
-    device: str = "cpu",
-    check=lambda: None,
-) -> None:
-    """Run a program on `world` ranks to its end, showing its output. Raises UserError if it fails. check: called now and then.
-
-    When interrupted (KeyboardInterrupt), or when one hangs, the ranks have `grace_s` seconds to save. The folder must be the caller's own.
-    """
-    shutil.rmtree(folder / "heartbeat", ignore_errors=True)
-    (folder / "heartbeat").mkdir(parents=True)
-    output, family = folder / "output.txt", set[psutil.Process]()
-    begin = output.stat().st_size if output.exists() else 0
-    silence, torchrun = Silence(folder, world), start_ranks(program, world, folder, device)
-    why: str | None = "the launcher was ended"
-    try:
-        why = watch(torchrun, family, silence, patience or Patience(), echo, check)
-    except KeyboardInterrupt:
-        on = f"python -m speedrun.launch --resume {quoted(folder)}"
-        echo(f"interrupted: the ranks save. To resume: {on}")
-        raise
-    finally:  # ranks that torchrun has left behind end by themselves, in ten seconds at most
-        end_ranks(torchrun, family, grace_s if torchrun.poll() is None else min(grace_s, 11.0))
-    if torchrun.returncode or why:
-        raise failure(folder, why or diagnosis(folder, torchrun.returncode, begin))
-
-
-# %% [markdown]
-# Now the promise at the top of the page, for a rank that is as bad as a rank can be: it ignores SIGTERM, prints nothing, and sleeps. First the launcher has to notice it by its silence.
-
-# %% tags=["demonstration"]
-rude = scratch / "rude.py"
-rude.write_text(
-    "import signal, sys, time, pathlib\n"
-    "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
-    "from speedrun.train import Heartbeat, lifeline\n"
-    "lifeline()\n"
-    "heart = Heartbeat(pathlib.Path(sys.argv[1]), 0)\n"
-    "heart.phase('train', 7)\n"
-    "time.sleep(600)\n"
-)
-silent = scratch / "silent"
-try:
-    run_ranks([str(rude), str(silent)], 1, silent, Patience(train=1.0), grace_s=1.0)
-    raise AssertionError("nobody noticed")
-except UserError as problem:
-    assert "rank 0 hangs" in problem.what and "phase train, step 7" in problem.what
-    assert "rude.py" in problem.what, "and it was asked where it is"
-    print(str(problem).replace(str(scratch), "runs"))
-assert not psutil.pid_exists(pulses(silent)[0].pid)
-
-# %% [markdown]
-# Then the launcher itself is killed, with the signal that nothing survives:
-
-# %% tags=["demonstration"]
-orphaned = scratch / "orphaned"
-code = (
-    "from pathlib import Path; from speedrun.launch import run_ranks; "
-    f"run_ranks([{str(rude)!r}, {str(orphaned)!r}], 1, Path({str(orphaned)!r}))"
-)
-launcher = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL)
-while not any(pulse.phase == "train" for pulse in pulses(orphaned)):
-    time.sleep(0.1)
-rank = psutil.Process(pulses(orphaned)[0].pid)
-family = [rank, *rank.parents()[:1]]  # the rank, and the torchrun above it
-launcher.kill()
-begin = time.perf_counter()
-gone, alive = psutil.wait_procs(family, timeout=15)
-assert not alive and len(gone) == 2
-print(
-    f"{time.perf_counter() - begin:.1f} s after its launcher, neither torchrun nor the rank exists"
-)
-
-# %% [markdown]
 # ### The command
 #
-# `python -m speedrun.launch` plans, asks, takes the folder, prepares the data, and runs the ranks: `launch` is the whole of it. The folder is the launcher's own before anything in it is touched. A second launch into it is refused, and the first does not notice; so is one whose predecessor is dead but whose ranks still save.
+# `python -m speedrun.launch` plans, asks, takes the folder, prepares the data, and runs the ranks under [the workshop](92_a_run_that_survives.py)'s supervisor: `launch` is the whole of it. The folder is the launcher's own before anything in it is touched. A second launch into it is refused, and the first does not notice; so is one whose predecessor is dead but whose ranks still save.
 
 
 # %%
@@ -986,6 +523,8 @@ if __name__ == "__main__" and __spec__ is not None:
     sys.exit(main(sys.argv[1:]))
 
 # %% tags=["demonstration"]
+import subprocess
+
 asked = subprocess.run(
     [sys.executable, "-m", "speedrun.launch", "--plan"], capture_output=True, text=True
 )
@@ -999,6 +538,8 @@ print(asked.stdout)
 
 # %% tags=["live"]
 import shlex
+
+from speedrun.checkpoint import checkpoints
 
 flags = ["--preset", preset_name, *shlex.split(changes)]
 flags += (["--data.path", data] if data else []) + (["--target", str(target)] if target else [])
@@ -1254,6 +795,8 @@ for draw in (loss_figure, step_figure):
 # And what does it write? [Chapter 25](25_samples.py) asks that properly. Here is a first impression, made by a process of its own, because this one keeps its hands off the GPU.
 
 # %% tags=["live"]
+import subprocess
+
 sample = [
     sys.executable,
     "-m",
@@ -1306,7 +849,6 @@ print(f"{len(shown) / 1e6:.1f} MB of page, and no address in it that has to answ
 
 # %% [markdown]
 # But a chapter is a poor thing to send to somebody who wants to know how a run went. For them there is one page about this run and nothing else: five numbers, the curve, the steps, what it writes, the machine, and the command that does it again. Each figure is drawn twice, for a light and for a dark screen.
-
 
 # %%
 #| export
@@ -1566,7 +1108,7 @@ print(f"compiling and warming up: {min(cold):.0f} to {max(cold):.0f} s the first
 print(f"{min(warm):.0f} to {max(warm):.0f} s with what is compiled")
 
 # %% [markdown]
-# Between the small runs and these lies everything that chapters [05](05_modern_block.py) to [14](14_schedule.py) explain; between them and the record, what they do not explain yet. Four GPUs take 52% of the time of two: [chapter 20](20_many_gpus.py) shows in a trace what they wait for.
+# Between the small runs and these lies everything that chapters [05](05_modern_block.py) to [14](14_schedule.py) explain; between them and the record, what they do not explain yet. Four GPUs take 52% of the time of two, which answers the prediction's first question: [chapter 20](20_many_gpus.py) shows in a trace what they wait for.
 #
 # The number of GPUs is not supposed to matter to the loss. It has another opinion in the third digit, because sums in another order round differently and training amplifies the difference. Whether that is *more* than the difference between two seeds can be read off four runs:
 
@@ -1585,12 +1127,11 @@ print(
 )
 
 # %% [markdown]
-# Of one size, then, and four runs can say no more than that. What it takes to say more is the business of [chapter 01](01_are_you_faster.py).
+# Of one size, then: the prediction's second question has no winner, and four runs can say no more than that. What it takes to say more is the business of [chapter 01](01_are_you_faster.py).
 #
 # ### What should `record` do?
 #
 # Nobody has run `record` to its end on eight GPUs. What it should do can be predicted, in steps and in seconds, from numbers that are there. Which record is it most like? Record 57, which has Muon, the schedule, the cap, the gates and the tied head that ours has, took 1,840 steps. Three things that it has are missing here, and each saved steps when it came: the output gate of attention (28), keys moved by one position (49), and a loss over several tokens ahead (53, together with the head that comes loose, which ours has, so that its number is too large):
-
 
 # %%
 from statistics import median
@@ -1704,10 +1245,7 @@ print("this process holds no CUDA context")
 # %% [markdown]
 # ## What it costs, and when it fails
 #
-# The watch costs one small file per rank, and a touch of it per step. `torchrun` could do one thing more: restart failed ranks by itself. We tell it not to. A restart after a failure that nobody has read is how a run burns a night repeating the same out-of-memory error, and the contest's clock would not forgive it anyway; a failed run should stop, say where, and name the command that goes on.
-#
-# It fails where its assumptions do. A rank that hangs *inside* a C extension while holding Python's lock cannot run the thread that watches its lifeline. The launcher still notices its silence and kills it, but if the launcher dies as well, only the operating system could. On several machines there
-# is no common standard input, and the heartbeats would need a shared disk. The contest has one machine, and so has this launcher.
+# Planning costs seconds. It fails where nothing like a machine has been measured: a GPU that no data sheet in the table knows gets no estimate, and the command asks. The estimate knows arithmetic only; on a machine whose disk or whose links between GPUs are slow a run takes longer than the rate of its kin says. Memory is compared with what was *reserved* on the GPUs of the measured runs, which another version of PyTorch may do otherwise. And a report says what a run's log says: whether the run was lucky, one run cannot tell.
 #
 # ## Exercises
 #
@@ -1760,4 +1298,6 @@ for name, seconds in (("record 1", 2700.0), ("record 89", 73.8)):
     print(f"{name}: {dollars:.2f} dollars, {energy:.2f} kWh")
 
 # %%
+import shutil
+
 shutil.rmtree(scratch)

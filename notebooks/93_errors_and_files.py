@@ -507,7 +507,7 @@ print(f"16 MiB: {plain_ms:.0f} ms without waiting, {synced_ms:.0f} ms until it i
 #
 # - **A lock needs a file system that has locks.** Some network file systems do not; `filelock` then falls back on a file whose existence is the lock, and that file outlives a crash.
 # - **`Steady` hides a wrong program, too.** A bug in what is printed would go unseen if `Steady` swallowed more than it does: it suppresses what the *stream* raises, never what computing the text raises.
-# - **`end_now` skips every `finally`.** That is right while nothing exists; from the moment when a run has something to lose, `Interrupts` (chapter 23) takes the signals over and asks between two steps.
+# - **`end_now` skips every `finally`.** That is right while nothing exists; from the moment when a run has something to lose, `Interrupts` ([the other workshop](92_a_run_that_survives.py)) takes the signals over and asks between two steps.
 # - **An `OSError` is explained by its number**, and a number can be wrong about the cause: a FUSE file system may say "no permission" where it means "no network".
 #
 # ## Exercises

@@ -68,7 +68,10 @@ TABLE_DECAY = 150.0  # the multiple of sharing.adam_decay that tables had
 
 
 class Step(NamedTuple):
-    """One change of names. since: a module that the package has had since then. words: what was renamed in code, as patterns, and to what."""
+    """One change of names. since: a module that the package has had since then. words: what was renamed in code, as patterns, and to what.
+
+    A change of words alone finds no config that is old, and leaves all as they are.
+    """
 
     since: str
     is_old: Callable[[Flat], bool]
@@ -210,6 +213,13 @@ TIMER_WORDS = {
     "paused": "off_the_clock",
     "Marks": "StepTimer",
 }  # before the clock had a module of its own → since
+ROOMS_WORDS = (
+    (r"\bassemble\b", "build_run"),
+    (r"\bheart\b", "heartbeat"),
+    (r"(?<=def )say(?=\(line)|(?<=yield )say\b", "print_line"),
+    (r"\bPulse\b", "RankStatus"),
+    (r"\bpulses\b", "read_heartbeats"),
+)  # before the trainer was taken apart → since
 
 
 def renamed(names: dict[str, str]) -> Callable[[Flat], Flat]:
@@ -226,6 +236,7 @@ STEPS = (
     Step("speedrun.params", lambda flat: "optim.lr" in flat, one_optimizer, two_optimizers),
     Step("speedrun.model.layout", lambda flat: "data.step_tokens" in flat, renamed(FIELDS_WORDS), renamed(backwards(FIELDS_WORDS)), words_of(CODE_WORDS)),
     Step("speedrun.lab.timer", lambda flat: False, renamed({}), renamed({}), words_of(TIMER_WORDS)),
+    Step("speedrun.heartbeat", lambda flat: False, renamed({}), renamed({}), ROOMS_WORDS),
 )  # fmt: skip
 
 

@@ -32,7 +32,9 @@ from papermill.clientwrap import PapermillNotebookClient
 from papermill.engines import NBClientEngine, papermill_engines
 
 from speedrun.checkpoint import checkpoints
+from speedrun.command import TrainCommand, refuse_old_run, settled
 from speedrun.config import Config
+from speedrun.heartbeat import read_heartbeats
 from speedrun.lab.errors import UserError, explained, quoted, run_main
 from speedrun.lab.files import claim, new_folder
 from speedrun.lab.hardware import setup
@@ -40,19 +42,16 @@ from speedrun.lab.provenance import root
 from speedrun.launch import (
     Insisting,
     LaunchCommand,
-    TrainCommand,
     check_gpus,
     choose_preset,
     confirm,
     make_plan,
     measured_runs,
     memory_needed_gb,
-    process_of,
-    pulses,
 )
 from speedrun.presets import read_command
 from speedrun.report import write_html, write_report
-from speedrun.train import refuse_old_run, settled
+from speedrun.supervise import process_of
 
 NOTEBOOK = "24_speedrun"
 
@@ -239,7 +238,7 @@ def interrupted(folder: Path, why: str) -> int:
     # the cell that was cut off is an unawaited task: asyncio would print its traceback at exit
     logging.getLogger("asyncio").setLevel(logging.CRITICAL + 1)
     print(f"\n{why}: the ranks save", flush=True)
-    ranks = [process for pulse in pulses(folder) if (process := process_of(pulse, folder))]
+    ranks = [p for status in read_heartbeats(folder) if (p := process_of(status, folder))]
     try:
         psutil.wait_procs(ranks, timeout=20)
     except KeyboardInterrupt:

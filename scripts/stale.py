@@ -62,7 +62,7 @@ IF_PEER = re.compile(
 )
 BESIDE = frozenset(("speedrun.model.attention", name) for name in PEERS)
 AS_COMMAND = "if __name__ == '__main__'"
-OUR_IMPORTS = ("from speedrun", "import speedrun")
+OUR_IMPORTS = ("from speedrun", "import speedrun", "if TYPE_CHECKING:\n    from speedrun")
 for pure in ("code_hash", "imported_names"):  # asked again for every result, of the same texts
     setattr(provenance, pure, functools.cache(getattr(provenance, pure)))
 TINY: dict[str, Any] = {"model.width": 32, "model.heads": 2, "model.layers": 7, "model.context": 32}

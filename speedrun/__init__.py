@@ -1,2 +1,2 @@
 # Written by "make tangle". Edits made here are lost.
-"""speedrun: checkpoint, config, cpu_size, history, launch, params, presets, report, sample, schedule, train."""
+"""speedrun: checkpoint, command, config, cpu_size, heartbeat, history, launch, params, presets, ranks, report, run, sample, schedule, supervise, train."""

@@ -1,4 +1,4 @@
-# Tangled from notebooks/23_training_loop.py: edit the notebook, then run "make tangle". Edits made here are lost.
+# Tangled from notebooks/92_a_run_that_survives.py: edit the notebook, then run "make tangle". Edits made here are lost.
 
 
 # %% Checkpoints
@@ -26,18 +26,18 @@ KEPT = 2
 
 def checkpoints(folder: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first: of the folder's entries those that `save_checkpoint` names."""
-    found = {}
-    for path in (folder / "checkpoints").glob("step-*"):
-        step = re.fullmatch(r"step-(\d{7,})", path.name)
-        if step and path.is_dir():
-            found[int(step[1])] = path
+    found = {
+        int(step[1]): path
+        for path in (folder / "checkpoints").glob("step-*")
+        if (step := re.fullmatch(r"step-(\d{7,})", path.name)) and path.is_dir()
+    }
     return [found[step] for step in sorted(found)]
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
     """Write named tensors to the disk; returns the file's SHA-256."""
-    layout = torch.contiguous_format  # copies, since small parameters may be views of one storage
-    save_file({k: v.detach().clone(memory_format=layout) for k, v in tensors.items()}, path)
+    # copies, since small parameters may be views of one storage
+    save_file({k: v.detach().clone().contiguous() for k, v in tensors.items()}, path)
     path.chmod((path.parent / "state.json").stat().st_mode)  # safetensors shuts out all other users
     sync(path)
     return file_sha256(path)
@@ -67,7 +67,7 @@ def save_checkpoint(folder: Path, step: int, weights: dict, moments: dict, facts
         why = getattr(error, "strerror", None) or str(error)
         raise OSError(getattr(error, "errno", full), why, str(path)) from None
     others = [other for other in checkpoints(folder) if other != path]
-    for old in others[: len(others) - KEPT + 1]:
+    for old in others[: 1 - KEPT]:
         retire(old)
     return path
 
@@ -80,6 +80,7 @@ def retire(path: Path) -> None:
         shutil.rmtree(aside, ignore_errors=True)
 
 
+FREE = ("max_steps", "data.path", "device", "backend")  # what may change when a run goes on
 FACTS: dict[str, Any] = {
     "step": lambda v: type(v) is int and v >= 0,
     "config": lambda v: type(v) is dict,
@@ -135,10 +136,9 @@ def load_facts(path: Path) -> dict:
 def load_tensors(path: Path, kind: str, facts: dict) -> dict[str, Tensor]:
     """The tensors of a checkpoint, on the CPU; kind: model or optimizer. Raises UserError where a bit has changed."""
     file, hashes = readable(path / f"{kind}.safetensors"), facts.get("sha256")
-    if hashes is not None:  # checkpoints of before 28 November 2026 have none
-        wanted = hashes.get(kind) if isinstance(hashes, dict) else None
-        if file_sha256(file) != wanted:
-            raise damaged(path, f"the SHA-256 of {file.name} is not the one in state.json")
+    whole = isinstance(hashes, dict) and file_sha256(file) == hashes.get(kind)
+    if hashes is not None and not whole:  # checkpoints of before 28 November 2026 have none
+        raise damaged(path, f"the SHA-256 of {file.name} is not the one in state.json")
     try:
         return load_file(file)
     except (SafetensorError, ValueError, TypeError, KeyError, OverflowError, MemoryError) as error:
@@ -166,8 +166,7 @@ def check_tensors(path: Path, found: Mapping[str, Tensor], wanted: Mapping[str, 
     """Raise UserError unless two sets of named tensors have the same names, shapes and dtypes."""
     for name in sorted(found.keys() ^ wanted.keys()):
         raise damaged(path, f"{name} is {'missing' if name in wanted else 'not of this model'}")
-    for name, tensor in found.items():
-        here = wanted[name]
-        if (tensor.shape, tensor.dtype) != (here.shape, here.dtype):
-            shapes = [f"{tuple(t.shape)} {str(t.dtype)[6:]}" for t in (tensor, here)]
-            raise damaged(path, f"{name} is {shapes[0]}, and not {shapes[1]}")
+    for name in found:
+        here, right = (f"{tuple(t[name].shape)} {str(t[name].dtype)[6:]}" for t in (found, wanted))
+        if here != right:
+            raise damaged(path, f"{name} is {here}, and not {right}")

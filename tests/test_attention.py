@@ -35,12 +35,12 @@ from speedrun.kernels.attention import (
 from speedrun.kernels.backends import flash_op
 from speedrun.lab.errors import UserError
 from speedrun.lab.runlog import read_metrics, series
-from speedrun.launch import run_ranks
 from speedrun.model.attention import Packed, attend, choose_backend, prepare_tiles, sdpa_op, why_not
 from speedrun.model.gpt import GPT, attention_settings
 from speedrun.presets import as_arguments, preset
 from speedrun.schedule import Stage
-from speedrun.train import assemble, told_now, train, warm_up
+from speedrun.supervise import run_ranks
+from speedrun.train import build_run, told_now, train, warm_up
 
 CUTS = {  # bounds of documents, in rows of so many tokens
     "one document": ([0, 70], 70),
@@ -584,7 +584,7 @@ class TestTrainer:
         assert loader.position == plain.position
 
     def test_windows_and_frequencies_follow_the_stage(self, brief, tmp_path):
-        run = assemble(vary(brief, DOCUMENTS), tmp_path, echo=None)
+        run = build_run(vary(brief, DOCUMENTS), tmp_path, echo=None)
         assert [told.windows.tolist() for told in run.told] == [[8, 30], [16, 80], [24, 120]]
         scales = [told.scale.item() for told in run.told]
         assert scales == sorted(scales) and scales[0] < scales[1]

@@ -13,6 +13,7 @@ from annotated_types import Interval
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from speedrun.command import TrainCommand
 from speedrun.config import Config, check_config, config_from_json, fields_of, vary
 from speedrun.cpu_size import at_cpu_size
 from speedrun.data.loader import DataConfig, check_options
@@ -22,7 +23,7 @@ from speedrun.launch import LaunchCommand
 from speedrun.model.gpt import GPT, param_specs
 from speedrun.presets import as_arguments, known_presets, preset, read_command
 from speedrun.schedule import StepSettings
-from speedrun.train import TrainCommand, build_optimizer
+from speedrun.train import build_optimizer
 
 NAMES = [*known_presets()]
 

@@ -258,7 +258,7 @@ def cut(*args, **kwargs):  # the parameters and the launch, without the rest of 
     given = [c for c in notebook.cells if "parameters" in c.metadata.get("tags", [])]
     launch = [c for c in notebook.cells if "\\nlaunch(" in c.source]
     assert given and launch
-    launch[0].source = "from speedrun.launch import *\\nimport tempfile\\nscratch = Path(tempfile.mkdtemp())\\n" + launch[0].source
+    launch[0].source = "from speedrun.launch import *\\nfrom speedrun.checkpoint import checkpoints\\nimport tempfile\\nscratch = Path(tempfile.mkdtemp())\\n" + launch[0].source
     notebook.cells = [*given, launch[0]]
     return notebook
 jupytext.read = cut

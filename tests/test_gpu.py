@@ -17,12 +17,12 @@ from speedrun.cpu_size import at_cpu_size
 from speedrun.lab.bench import Peak, bench, clocked, ledger, roofline_ms
 from speedrun.lab.hardware import find_gpus, jit, look
 from speedrun.lab.runlog import read_metrics, series
-from speedrun.launch import run_ranks
 from speedrun.measure import many_gpus
 from speedrun.model.gpt import GPT
 from speedrun.model.head import padded
 from speedrun.optim.optimizer import MuonAdam
 from speedrun.presets import as_arguments, preset
+from speedrun.supervise import run_ranks
 from speedrun.train import compile_model, train
 
 HAVE = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -140,7 +140,7 @@ class TestOneGPU:
 
     def test_the_launcher_trains_and_never_touches_cuda(self, brief, tmp_path):
         code = (
-            "import sys, torch; from pathlib import Path; from speedrun.launch import run_ranks; from speedrun.lab.hardware import look;"
+            "import sys, torch; from pathlib import Path; from speedrun.supervise import run_ranks; from speedrun.lab.hardware import look;"
             "look(); run_ranks(sys.argv[2:], 1, Path(sys.argv[1])); assert not torch.cuda.is_initialized()"
         )
         rank = [
@@ -366,17 +366,17 @@ class TestManyGPUs:
     def test_a_killed_rank_is_reported_and_nobody_is_left(self, world, brief, tmp_path):
         import psutil
 
+        from speedrun.heartbeat import read_heartbeats
         from speedrun.lab.errors import UserError
-        from speedrun.launch import pulses
 
         killed, last = [], world - 1
 
         def kill_the_last(line: str) -> None:
             if line.startswith("step:3/") and not killed:
-                killed.append(next(pulse.pid for pulse in pulses(tmp_path) if pulse.rank == last))
+                killed.append(next(s.pid for s in read_heartbeats(tmp_path) if s.rank == last))
                 psutil.Process(killed[0]).kill()
 
         long = self.here(brief, steps=100_000, val_every=100_000)
         with pytest.raises(UserError, match=f"rank {last} was killed by SIGKILL"):
             run_ranks(self.program(long, tmp_path), world, tmp_path, echo=kill_the_last)
-        assert not any(psutil.pid_exists(pulse.pid) for pulse in pulses(tmp_path))
+        assert not any(psutil.pid_exists(status.pid) for status in read_heartbeats(tmp_path))

@@ -16,20 +16,13 @@ import pytest
 
 from speedrun.config import vary
 from speedrun.data.loader import DataConfig
+from speedrun.heartbeat import read_heartbeats
 from speedrun.lab.errors import UserError
 from speedrun.lab.hardware import GPU, Machine
 from speedrun.lab.runlog import read_metrics, series
-from speedrun.launch import (
-    Patience,
-    choose_preset,
-    confirm,
-    diagnosis,
-    make_plan,
-    prepare_data,
-    pulses,
-    run_ranks,
-)
+from speedrun.launch import choose_preset, confirm, make_plan, prepare_data
 from speedrun.presets import preset
+from speedrun.supervise import Patience, diagnosis, run_ranks
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals and process groups")
 
@@ -39,16 +32,16 @@ from pathlib import Path
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 signal.signal(signal.SIGINT, signal.SIG_IGN)
 import os
-from speedrun.train import Heartbeat, lifeline
+from speedrun.heartbeat import Heartbeat, lifeline
 lifeline()
-heart = Heartbeat(Path(sys.argv[1]), int(os.environ["RANK"]))
-heart.phase("train", 3)
+heartbeat = Heartbeat(Path(sys.argv[1]), int(os.environ["RANK"]))
+heartbeat.phase("train", 3)
 time.sleep(600)
 """
 LAUNCH = """
 import sys
 from pathlib import Path
-from speedrun.launch import run_ranks
+from speedrun.supervise import run_ranks
 run_ranks(sys.argv[3:], 2, Path(sys.argv[1]), grace_s=float(sys.argv[2]))
 """
 
@@ -73,8 +66,8 @@ def wait_for(condition, seconds: float = 60.0):
 
 def two_training(folder: Path) -> list[psutil.Process] | None:
     """The processes of two ranks, once both say that they train."""
-    found = [pulse for pulse in pulses(folder) if pulse.phase == "train"]
-    return [psutil.Process(pulse.pid) for pulse in found] if len(found) == 2 else None
+    found = [status for status in read_heartbeats(folder) if status.phase == "train"]
+    return [psutil.Process(status.pid) for status in found] if len(found) == 2 else None
 
 
 def parent_of(rank: psutil.Process) -> psutil.Process:
@@ -116,7 +109,7 @@ class TestNoRankOutlivesAnybody:
     @pytest.mark.parametrize("victim", ["papermill", "kernel"])
     @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
     def test_killed_from_a_notebook(self, rude, tmp_path, victim, how):
-        code = f"from pathlib import Path\nfrom speedrun.launch import run_ranks\nrun_ranks({rude!r}, 2, Path({rude[1]!r}))"
+        code = f"from pathlib import Path\nfrom speedrun.supervise import run_ranks\nrun_ranks({rude!r}, 2, Path({rude[1]!r}))"
         write_notebook(tmp_path / "in.ipynb", code)
         papermill = psutil.Popen(
             [sys.executable, "-m", "papermill", tmp_path / "in.ipynb", tmp_path / "out.ipynb"],
@@ -146,7 +139,9 @@ class TestNoRankOutlivesAnybody:
             run_ranks(rude, 2, tmp_path / "run", patience, echo=silent, grace_s=1.0)
         assert "hangs: silent for" in caught.value.what and "rude.py" in caught.value.what
         assert "--patience.train" in caught.value.what, "and how to be more patient"
-        assert not any(psutil.pid_exists(pulse.pid) for pulse in pulses(tmp_path / "run"))
+        assert not any(
+            psutil.pid_exists(status.pid) for status in read_heartbeats(tmp_path / "run")
+        )
 
 
 def write_notebook(path: Path, *cells: str) -> None:
@@ -170,7 +165,7 @@ class TestWatching:
     def test_lines_arrive_within_two_seconds_of_their_writing(self, tmp_path):
         """Each line says when it was written; it is seen two seconds later at most, through papermill too."""
         talk = program(tmp_path, "for n in range(4):\n    sys.stdout.write(f'at {time.time()}\\n'); sys.stdout.flush(); time.sleep(0.7)\n")  # fmt: skip
-        code = f"from pathlib import Path\nfrom speedrun.launch import run_ranks\nrun_ranks({talk!r}, 1, Path({str(tmp_path / 'run')!r}))"
+        code = f"from pathlib import Path\nfrom speedrun.supervise import run_ranks\nrun_ranks({talk!r}, 1, Path({str(tmp_path / 'run')!r}))"
         write_notebook(tmp_path / "in.ipynb", code)
         runner = "import sys; sys.path[:0] = [sys.argv[1]]; import run_speedrun as run, papermill; run.papermill_engines.register('live', run.LiveEngine); papermill.execute_notebook(sys.argv[2], sys.argv[3], engine_name='live', progress_bar=False)"
         scripts = Path(__file__).resolve().parent.parent / "scripts"
@@ -198,8 +193,8 @@ class TestWatching:
             run_ranks(die, 2, tmp_path / "run", echo=lambda line: None)
 
     def test_lines_of_two_ranks_do_not_mix(self, tmp_path):
-        """Two ranks that say a hundred lines each, through `say`, at once."""
-        talk = program(tmp_path, "from speedrun.train import say\nfor n in range(100): say(f'{rank}' * 50)\n")  # fmt: skip
+        """Two ranks that say a hundred lines each, through `print_line`, at once."""
+        talk = program(tmp_path, "from speedrun.command import print_line\nfor n in range(100): print_line(f'{rank}' * 50)\n")  # fmt: skip
         lines = []
         run_ranks(talk, 2, tmp_path / "run", echo=lines.append)
         assert sorted(line for line in lines if set(line) <= {"0", "1"}) == ["0" * 50] * 100 + ["1" * 50] * 100  # fmt: skip
@@ -410,7 +405,5 @@ class TestTheRunScript:
 
         cells = run_speedrun.notebook_of_a_run().cells
         sources = "\n".join(cell.source for cell in cells)
-        assert (
-            "launch(mine" in sources and "torchrun.kill()" not in sources.split("def end_ranks")[0]
-        )
+        assert "launch(mine" in sources and "--plan" not in sources
         assert "rude" not in sources

@@ -355,11 +355,11 @@ def test_runs_that_share_a_process_end_as_they_would_alone(record, brief, tmp_pa
     """On a GPU, comparisons train one run after the other with one compiled model."""
     from speedrun.lab.runlog import read_metrics, series
     from speedrun.measure.runs import retrain
-    from speedrun.train import assemble
+    from speedrun.train import build_run
 
     first = with_record(brief) if record else brief
     second = vary(first, {"optim.matrices": "muon", "optim.muon.param_dtype": "float32", "seed": 3})
-    live = assemble(first, tmp_path / "live", echo=None)
+    live = build_run(first, tmp_path / "live", echo=None)
     for n, run in enumerate((first, second, first)):
         train(run, tmp_path / f"alone{n}", echo=None)
         alone = series(read_metrics(tmp_path / f"alone{n}" / "metrics.jsonl"), "val")[-1]
@@ -369,12 +369,12 @@ def test_runs_that_share_a_process_end_as_they_would_alone(record, brief, tmp_pa
 
 def test_weights_that_mix_are_told_over_the_run(brief, tmp_path):
     from speedrun.measure.runs import retrain
-    from speedrun.train import assemble
+    from speedrun.train import build_run
 
     run = vary(
         brief, {"model.plan.x0": True, "model.plan.backout": True, "model.plan.residual": 1.5}
     )
-    live = assemble(run, tmp_path, echo=None)
+    live = build_run(run, tmp_path, echo=None)
     told = retrain(live, run)["learned"]
     assert set(told) == {"resid_lambdas", "x0_lambdas", "backout_lambda"}
     assert told["resid_lambdas"][0] == [0, [1.5] * run.model.layers]
@@ -399,19 +399,19 @@ class TestRatesOfTheMatrices:
         assert first == run.schedule.at(last).lr < brief.optim.adam.lr
 
     def test_adams_matrices_have_a_multiple_of_the_rate(self, brief, tmp_path):
-        from speedrun.train import assemble
+        from speedrun.train import build_run
 
         changes = {"optim.matrix_lr": 3 * brief.optim.adam.lr}
-        live = assemble(vary(brief, changes), tmp_path, echo=None)
+        live = build_run(vary(brief, changes), tmp_path, echo=None)
         found = {spec.name: spec.lr_mul for spec in live.optimizer.specs}
         banks = {"attention_qkv", "attention_out", "mlp_up", "mlp_down"}
         assert found == {name: pytest.approx(3.0 if name in banks else 1.0) for name in found}
 
     def test_a_second_optimizer_of_a_model_takes_its_storage_over(self, brief, tmp_path):
         """Comparisons build one after the other over one model; the first one says that it is out."""
-        from speedrun.train import assemble
+        from speedrun.train import build_run
 
-        live = assemble(brief, tmp_path, echo=None)
+        live = build_run(brief, tmp_path, echo=None)
         before = {name: p.detach().clone() for name, p in live.model.named_parameters()}
         second = build_optimizer(brief, live.model)
         assert all(torch.equal(p, before[n]) for n, p in live.model.named_parameters())

@@ -20,7 +20,7 @@ import pytest
 import yaml
 
 from speedrun.config import config_from_json, schedule_of
-from speedrun.lab.provenance import imported_names, root
+from speedrun.lab.provenance import imported_names, module_hashes, root
 from speedrun.presets import preset
 
 ROOT = root()
@@ -38,7 +38,11 @@ LAYERS = [  # imports point from a later line to an earlier one, or stay on one 
     {"speedrun.schedule"},
     {"speedrun.model", "speedrun.optim"},
     {"speedrun.config", "speedrun.presets", "speedrun.history", "speedrun.cpu_size"},
-    {"speedrun.checkpoint", "speedrun.train"},
+    {"speedrun.ranks", "speedrun.checkpoint"},
+    {"speedrun.heartbeat"},
+    {"speedrun.run", "speedrun.command"},
+    {"speedrun.train"},
+    {"speedrun.supervise"},
     {"speedrun.launch", "speedrun.report", "speedrun.sample", "speedrun.evaluate"},
     {"speedrun.measure"},
 ]
@@ -82,6 +86,22 @@ class TestLayers:
             ):  # what measuring modules share, and nobody else uses
                 assert other in SHARED_BY_MEASUREMENTS and "measure" in module.split(".")
 
+    def test_nothing_imports_in_a_circle(self):
+        """Nor does the launcher need the trainer: it starts it."""
+        needs = {m: {o for o in imported_names(source_of(m)) if o in MODULES} for m in MODULES}
+        on_demand = {("speedrun.history", "speedrun.presets")}  # data, which presets read by name
+        while needs:
+            free = [m for m, others in needs.items() if not {o for o in others if o in needs and (m, o) not in on_demand}]  # fmt: skip
+            assert free, f"in a circle: {sorted(needs)}"
+            for module in free:
+                del needs[module]
+        for module in ("speedrun.launch", "speedrun.supervise"):
+            assert "speedrun.train" not in module_hashes([module])
+
+    @pytest.mark.parametrize("module", ["train", "run", "command", "ranks", "checkpoint", "heartbeat", "supervise", "launch"])  # fmt: skip
+    def test_a_room_of_the_trainer_can_be_read_at_one_sitting(self, module):
+        assert len(source_of(f"speedrun.{module}").splitlines()) <= 450
+
     def test_history_is_imported_on_demand_only(self):
         for module in MODULES:
             for node in ast.parse(source_of(module)).body:
@@ -89,8 +109,6 @@ class TestLayers:
                     assert "speedrun.history" not in imported_names(ast.unparse(node)), module
 
     def test_the_record_run_is_small(self):
-        from speedrun.lab.provenance import module_hashes
-
         # what a run imports only when it is named
         elsewhere = (
             "speedrun.history",

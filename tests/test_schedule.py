@@ -17,7 +17,7 @@ from speedrun.lab.runlog import read_metrics, series
 from speedrun.measure.schedule import schedule_table, turning_points
 from speedrun.presets import PRESETS, known_presets, preset
 from speedrun.schedule import Schedule, ScheduleConfig, Stage, check_schedule, ramp
-from speedrun.train import assemble, run_loop, train
+from speedrun.train import build_run, run_loop, train
 
 COSINE = ScheduleConfig()
 PEAKS = st.floats(1e-5, 1.0)
@@ -402,7 +402,7 @@ class TestInAStagedRun:
             assert torch.equal(p, dict(staged_run.model.named_parameters())[name]), name
 
     def test_warming_up_visits_every_stage_and_leaves_no_trace(self, brief, tmp_path, staged_run):
-        run = assemble(vary(brief, STAGED | {"warmup": 2}), tmp_path, echo=None)
+        run = build_run(vary(brief, STAGED | {"warmup": 2}), tmp_path, echo=None)
         seen, real = [], run.loader.next
         run.loader.next = lambda *told: (
             seen.append(told[0] // brief.data.batch_tokens),
@@ -421,7 +421,7 @@ class TestInAStagedRun:
     ):
         stages = (Stage(0.5), Stage(0.5, batch_mul=10**6))
         with pytest.raises(UserError, match="a step reads .* tokens .*, the training shards hold"):
-            assemble(vary(brief, {"schedule.stages": stages}), tmp_path, echo=None)
+            build_run(vary(brief, {"schedule.stages": stages}), tmp_path, echo=None)
 
     def test_at_cpu_size_every_stage_is_there(self):
         run = at_cpu_size(

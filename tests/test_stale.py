@@ -64,6 +64,17 @@ class TestWhatChanged:
         twice = {"m": OLD, "n": OLD}  # the same in two modules, gone from one: not moved
         assert stale.changes(twice, {"m": one, "n": OLD})["m"] != []
 
+    def test_a_function_that_moved_and_was_reworded_is_the_same(self):
+        """As when the trainer was taken apart: `assemble` and `say` left train.py under other names."""
+        old = "def assemble(config):\n    heart = Heartbeat(config, cuda)\n    heart.beat()\n\n\ndef say(line: str):\n    print(line, cuda)\n"
+        first, second = old.split("\n\n\n")
+        (steps,) = [len(migrate.STEPS) - n for n, s in enumerate(migrate.STEPS) if s.since == "speedrun.heartbeat"]  # fmt: skip
+        todays = first.replace("assemble", "build_run").replace("heart.", "heartbeat.").replace("heart =", "heartbeat =")  # fmt: skip
+        before = {"train": migrate.reworded(old, steps), "command": ""}
+        after = {"train": todays, "command": second.replace("say", "print_line")}
+        assert stale.changes(before, after) == {"train": [], "command": []}
+        assert stale.changes({"train": old, "command": ""}, after)["train"] != []
+
     def test_configs_are_found_wherever_they_are(self):
         data = {"runs": [{"config": {"steps": 1}}, {"arm": {"config": {"steps": 2, "config": {}}}}]}
         assert [config["steps"] for config in stale.configs_in(data)] == [1, 2]
@@ -101,6 +112,12 @@ class TestWhatChanged:
         assert used(one) == used(two) and len(used(one)) == 4
         two["speedrun.b"] = two["speedrun.b"].replace("x: Any", "x: object")
         assert used(one) != used(two)
+
+    def test_whence_a_type_is_imported_does_not_count(self):
+        texts = [f"if TYPE_CHECKING:\n    from speedrun.{home} import A\n\n\ndef f(x: 'A'):\n    return x\n" for home in "bc"]  # fmt: skip
+        homes = {"speedrun.b": "A = int\n", "speedrun.c": "A = int\n"}
+        found = [stale.used_statements(({"speedrun.a": text} | homes).__getitem__, ["speedrun.a"]) for text in texts]  # fmt: skip
+        assert found[0].keys() == found[1].keys() and len(found[0]) == 2
 
     def test_what_stands_beside_the_way_of_a_run_does_not_count(self):
         texts = {

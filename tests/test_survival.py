@@ -17,22 +17,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from speedrun.checkpoint import checkpoints, latest_checkpoint, load_checkpoint
+from speedrun.command import run_folder
 from speedrun.config import vary
+from speedrun.heartbeat import Heartbeat, Interrupts, agree_on_stop, read_heartbeats
 from speedrun.lab.errors import UserError
 from speedrun.lab.runlog import RunLog, read_metrics, series
-from speedrun.launch import Patience, Silence, pulses, run_ranks
 from speedrun.presets import as_arguments
-from speedrun.train import (
-    Heartbeat,
-    Interrupts,
-    Ranks,
-    agree_on_stop,
-    join_ranks,
-    main,
-    rank_numbers,
-    run_folder,
-    train,
-)
+from speedrun.ranks import Ranks, join_ranks, rank_numbers
+from speedrun.supervise import Patience, Silence, run_ranks
+from speedrun.train import main, train
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals, locks and modes of POSIX")
 TRAIN, LAUNCH = ([sys.executable, "-m", f"speedrun.{name}"] for name in ("train", "launch"))
@@ -120,7 +113,7 @@ class TestOneOwner:
             pass
 
     def test_runs_of_one_second_get_folders_of_their_own(self, brief, tmp_path, monkeypatch):
-        from speedrun import train as module
+        from speedrun import command as module
 
         monkeypatch.setattr(module, "root", lambda: tmp_path)
         made: list[Path] = []
@@ -196,30 +189,31 @@ class TestTerminals:
 
 class TestClocks:
     def test_a_clock_that_jumps_does_not_make_a_healthy_rank_look_dead(self, tmp_path):
-        heart, now = Heartbeat(tmp_path, 0), [1000.0]
+        heartbeat, now = Heartbeat(tmp_path, 0), [1000.0]
         silence = Silence(tmp_path, 1, clock=lambda: now[0])
-        heart.phase("train", 5)
+        heartbeat.phase("train", 5)
         for jump in (-3600, 3600):
-            os.utime(heart.path, (time.time() + jump,) * 2)
+            os.utime(heartbeat.path, (time.time() + jump,) * 2)
             now[0] += 200
-            assert silence.too_long(Patience()) is None
-            heart.beat()
+            assert silence.find_hung_rank(Patience()) is None
+            heartbeat.beat()
         now[0] += 200
-        assert silence.too_long(Patience()) is None, "it beat since"
+        assert silence.find_hung_rank(Patience()) is None, "it beat since"
         now[0] += 301
-        late, seconds = silence.too_long(Patience())
+        late, seconds = silence.find_hung_rank(Patience())
         assert (late.rank, late.step, seconds) == (0, 5, 301.0)
 
     def test_a_step_of_many_micro_batches_beats_after_each(self, brief, tmp_path):
-        from speedrun.train import assemble, train_step
+        from speedrun.train import build_run, train_step
 
-        run = assemble(vary(brief, {"data.micro_batches": 8}), tmp_path, echo=None)
-        before = run.heart.count
+        run = build_run(vary(brief, {"data.micro_batches": 8}), tmp_path, echo=None)
+        before = run.heartbeat.count
         train_step(run)
-        assert run.heart.count - before == 8
+        assert run.heartbeat.count - before == 8
 
     def test_patience_is_an_option(self):
-        from speedrun.launch import LaunchCommand, TrainCommand
+        from speedrun.command import TrainCommand
+        from speedrun.launch import LaunchCommand
         from speedrun.presets import preset, read_command
 
         make = lambda config: LaunchCommand(TrainCommand(config))  # noqa: E731
@@ -561,7 +555,7 @@ class TestInterrupts:
 
     def test_only_a_person_who_presses_ctrl_c_again_insists(self, monkeypatch):
         """A closing terminal hangs up twice, a service manager sends two kinds of signals at once: both want it saved."""
-        from speedrun import train as module
+        from speedrun import heartbeat as module
 
         ended: list[int] = []
         monkeypatch.setattr(module.os, "_exit", ended.append)
@@ -612,7 +606,7 @@ class TestInterrupts:
 
         def kill_rank_1(line: str) -> None:
             if line.startswith("step:30/") and not killed:
-                killed.append(next(p.pid for p in pulses(tmp_path) if p.rank == 1))
+                killed.append(next(s.pid for s in read_heartbeats(tmp_path) if s.rank == 1))
                 os.kill(killed[0], signal.SIGKILL)
 
         with pytest.raises(UserError, match=r"rank 1 was killed by SIGKILL in phase train, step (\d+)") as caught:  # fmt: skip

@@ -18,7 +18,7 @@ from speedrun.model.layout import PlanConfig
 from speedrun.model.mlp import BlockConfig
 from speedrun.model.rotary import RotaryConfig
 from speedrun.presets import preset
-from speedrun.train import assemble, train, train_step
+from speedrun.train import build_run, train, train_step
 
 SHAPE = GPTConfig(layers=4, heads=2, width=16, context=8)
 ON = {
@@ -180,7 +180,7 @@ class TestTheSplitHead:
             | {"optim.matrices": matrices, "optim.matrix_lr": 0.02, "warmup": 0}
             | (CAUTIOUS if cautious else {}),
         )
-        live = assemble(check_config(run), tmp_path, echo=None)
+        live = build_run(check_config(run), tmp_path, echo=None)
         model, same = live.model, []
         for _ in range(run.steps):
             before = model.head.detach().clone()
@@ -195,7 +195,7 @@ class TestTheSplitHead:
     def test_when_they_part_is_a_share_of_the_steps(self, share, last, embedded, tmp_path):
         changes = {"data.path": str(embedded), "model.head.tied": "split", "warmup": 0}
         run = vary(at_cpu_size(preset("cpu_gpt2"), 8), changes | {"schedule.untie_at": share})
-        live = assemble(run, tmp_path, echo=None)
+        live = build_run(run, tmp_path, echo=None)
         apart = []
         for _ in range(run.steps):
             train_step(live)
@@ -223,7 +223,7 @@ def test_rates_of_their_own(cautious, matrix_lr, embedded, tmp_path):
     """Adam's first step is as long as its rate, whatever the gradient: where there is one."""
     run = vary(at_cpu_size(preset("cpu_gpt2")), {"data.path": str(embedded), "warmup": 0})
     changes = RATES | {"optim.adam.cautious": cautious, "optim.matrix_lr": matrix_lr}
-    live = assemble(vary(run, changes), tmp_path, echo=None)
+    live = build_run(vary(run, changes), tmp_path, echo=None)
     before = {name: p.detach().clone() for name, p in live.model.named_parameters()}
     train_step(live)
     whole, named = live.schedule.at(0).lr, live.model.named_parameters()

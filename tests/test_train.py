@@ -24,10 +24,10 @@ from speedrun.config import vary
 from speedrun.cpu_size import at_cpu_size
 from speedrun.lab.errors import UserError
 from speedrun.lab.runlog import parse_line, read_metrics, series
-from speedrun.launch import run_ranks
 from speedrun.presets import as_arguments, known_presets, preset
 from speedrun.schedule import Stage
-from speedrun.train import accumulate, assemble, train
+from speedrun.supervise import run_ranks
+from speedrun.train import accumulate, build_run, train
 
 
 def state_dict_from_gpt2(state: dict, layers: int) -> dict:
@@ -170,11 +170,11 @@ class TestOneRank:
     def test_chapter_03s_gpt2_and_the_banked_model_train_alike(self, brief, tmp_path):
         from speedrun.data.loader import Loader
         from speedrun.model.baseline import GPT2, decay_groups
-        from speedrun.train import accumulate, assemble, run_loop
+        from speedrun.train import accumulate, build_run, run_loop
 
         torch.manual_seed(0)
         plain = GPT2(brief.model, 288)
-        run = assemble(brief, tmp_path, echo=None)
+        run = build_run(brief, tmp_path, echo=None)
         run.model.load_state_dict(state_dict_from_gpt2(plain.state_dict(), brief.model.layers))
         adamw = torch.optim.AdamW(decay_groups(plain), betas=brief.optim.adam.betas, fused=True)
         loader, losses = Loader(brief.data), []
@@ -428,9 +428,9 @@ sys.exit(status)
 
     @pytest.mark.parametrize("value", [math.nan, math.inf])
     def test_the_nonfinite_parameter_is_named(self, brief, tmp_path, value):
-        from speedrun.train import assemble, run_loop, train_step
+        from speedrun.train import build_run, run_loop, train_step
 
-        run = assemble(brief, tmp_path, echo=None)
+        run = build_run(brief, tmp_path, echo=None)
 
         def poisoned(run):
             if run.step == 4:
@@ -498,7 +498,7 @@ class TestTwoRanks:
         long = vary(brief, {"steps": 400, "val_every": 400})
         train(long, tmp_path / "whole", echo=None)
         code = (
-            "import sys; from pathlib import Path; from speedrun.launch import run_ranks;"
+            "import sys; from pathlib import Path; from speedrun.supervise import run_ranks;"
             "run_ranks(sys.argv[2:], 2, Path(sys.argv[1]))"
         )
         folder = tmp_path / "two"
@@ -561,9 +561,9 @@ class TestAdamEveryOtherStep:
         assert all(torch.equal(whole[name], broken[name]) for name in whole)
 
     def test_the_nonfinite_gradient_is_named(self, every_other, tmp_path):
-        from speedrun.train import assemble, run_loop, train_step
+        from speedrun.train import build_run, run_loop, train_step
 
-        run = assemble(every_other, tmp_path, echo=None)
+        run = build_run(every_other, tmp_path, echo=None)
 
         def poisoned(run):
             if run.step == 3:
@@ -583,7 +583,7 @@ class TestCompiled:
         found = []
         for compiled in (True, False):
             config = vary(at_cpu_size(preset(name), 10), {"compile": compiled})
-            run = assemble(config, tmp_path / str(compiled), echo=None)
+            run = build_run(config, tmp_path / str(compiled), echo=None)
             with torch.no_grad():  # what begins at zero would hide what is behind it
                 for p in run.model.parameters():
                     p += 0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1))

@@ -323,6 +323,16 @@ def reached(curve, target):  # the last crossing
         ("truth = bits_per_byte; bits_per_byte = lambda text, before=b'': truth(text, before) * len(text) / len(before + text)", "8 bits each, not 4.0"),
         ("bits_per_byte = lambda text, before=b'': 8 * len(lzma.compress(before + text)) / len(text)", "8 bits each, not 16"),
     ],
+    ("92", 1): [
+        ("silent_for = lambda readings: readings[-1][0] - next(clock for clock, count in readings if count == readings[-1][1])", "silent for 8.0 s, not for 20.0"),
+        ("silent_for = lambda readings: readings[-1][0] - max((clock for clock, count in readings if count != readings[-1][1]), default=readings[0][0])", "silent for 25.0 s, not for 35.0"),
+        ("silent_for = lambda readings: readings[-1][0] - readings[0][0]", "silent for 25.0 s, not for 45.0"),
+    ],
+    ("92", 2): [
+        ("truth = best_interval; best_interval = lambda save_s, between_s: truth(save_s, between_s) / 2**0.5", "loses less than 85"),
+        ("best_interval = lambda save_s, between_s: between_s / 2", "loses less than 1800"),
+        ("truth = best_interval; best_interval = lambda save_s, between_s: truth(save_s, between_s) / 60", "loses less than 2"),
+    ],
     ("93", 1): [
         ("""
 def swap(staged, folder):  # the old manifest stays until the end

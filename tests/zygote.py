@@ -129,16 +129,18 @@ def preload(*examples: tuple[str, list[str]]) -> None:
     torch.set_num_threads(1)
     for name in COMMANDS:
         importlib.import_module(name)
+    from speedrun import run
+    from speedrun.command import TrainCommand
     from speedrun.data.tokenizer import get_tokenizer
     from speedrun.lab import provenance
     from speedrun.launch import LaunchCommand
     from speedrun.presets import read_command
-    from speedrun.train import TrainCommand
 
     hashes = provenance.module_hashes(["speedrun.train"])
     stamp = provenance.stamp("a test", ["speedrun.train"], 1)
-    provenance.module_hashes = lambda names: hashes
-    provenance.stamp = lambda *args, **kwargs: stamp
+    for module in (provenance, run):
+        module.module_hashes = lambda names: hashes
+        module.stamp = lambda *args, **kwargs: stamp
     read_command(TrainCommand, [], "smoke", "")  # tyro reads the fields' docstrings once
     read_command(lambda config: LaunchCommand(TrainCommand(config)), [], "smoke", "")
     get_tokenizer("gpt2")

@@ -182,11 +182,11 @@ def measure_kernels() -> dict[str, Any]:
 
 def losses_by_candidates(folder: Path, counts: tuple[int, ...], batches: int = 16) -> dict[str, Any]:  # fmt: skip
     """A trained run's loss on its first validation micro-batches, nats a token, with so many candidates each; 0: all words."""
-    from speedrun.train import assemble, forward_loss, held_out, resume, told_now
+    from speedrun.train import build_run, forward_loss, held_out, resume, told_now
 
     config = config_of_run(folder)
     with tempfile.TemporaryDirectory() as scratch:
-        run = assemble(config, Path(scratch), echo=None)
+        run = build_run(config, Path(scratch), echo=None)
         run.folder = folder
         resume(run)
         losses: dict[str, list[float]] = {str(count): [] for count in counts}

@@ -272,7 +272,8 @@ RUN_STEPS = 20  # timed in each stage
 
 def stage_of_rank(run: Any, start: int, steps: int) -> dict:
     """Milliseconds of steps in the stage that begins at `start`, and bytes that this rank sends in a step, as counted and by formula."""
-    from speedrun.train import StepTimer, train_step
+    from speedrun.lab.timer import StepTimer
+    from speedrun.train import train_step
 
     run.step, marks = start, StepTimer(run.ranks.device)
     tokens = run.schedule.at(start).batch_tokens
@@ -351,14 +352,15 @@ def trace_of_run(run: Any) -> dict:
 def run_of_rank(device: str, path: str, steps: int | str = RUN_STEPS) -> dict:
     """Stages, bytes and a trace of `record_200m` on this rank. On a CPU: of the same at CPU size, without a trace."""
     from speedrun.cpu_size import at_cpu_size
-    from speedrun.train import assemble, memory_mb, warm_up
+    from speedrun.run import memory_mb
+    from speedrun.train import build_run, warm_up
 
     config = vary(preset("record_200m"), {"data.path": path})
     if device == "cpu":
         config = vary(at_cpu_size(config, 100), {"compile": False})
     config = vary(config, {"device": device})
     with tempfile.TemporaryDirectory() as folder:
-        run = assemble(config, Path(folder), echo=lambda line: None)
+        run = build_run(config, Path(folder), echo=lambda line: None)
         found: dict[str, Any] = {"warm_up_s": warm_up(run)}
         if device == "cuda":
             found["trace"] = trace_of_run(run)

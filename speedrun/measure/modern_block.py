@@ -99,7 +99,7 @@ def arms_of(name: str) -> dict[str, Config]:
 
 def look_inside(run: Config) -> dict:
     """Train a run; then, in one row of validation text: the largest score, its bound, and the share of activations at zero."""
-    from speedrun.train import assemble, held_out, train_step
+    from speedrun.train import build_run, held_out, train_step
 
     torch.set_num_threads(1)
     found: dict[str, Any] = {"scores": [], "zeros": []}
@@ -118,7 +118,7 @@ def look_inside(run: Config) -> dict:
         return relu(x)
 
     with tempfile.TemporaryDirectory() as folder:
-        live = assemble(run, Path(folder), echo=None)
+        live = build_run(run, Path(folder), echo=None)
         for _ in range(run.steps):
             train_step(live)
         batch = next(held_out(live, run.val_tokens))

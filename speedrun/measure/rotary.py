@@ -37,11 +37,11 @@ def arms_of(name: str) -> dict[str, Config]:
 def loss_by_position(run: Config) -> dict[str, list[float]]:
     """Train a run; then the mean loss of each position in validation rows of twice the length, and of the same tokens in rows of its own."""
     from speedrun.model.gpt import GPT
-    from speedrun.train import assemble, held_out, train_step
+    from speedrun.train import build_run, held_out, train_step
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        live = assemble(run, Path(folder), echo=None)
+        live = build_run(run, Path(folder), echo=None)
         for _ in range(run.steps):
             train_step(live)
         twice = 2 * run.data.seq_len

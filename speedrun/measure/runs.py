@@ -28,7 +28,7 @@ from speedrun.optim.muon import MuonConfig
 from speedrun.schedule import Stage
 
 if TYPE_CHECKING:
-    from speedrun.train import Run
+    from speedrun.run import Run
 
 
 def train_one(run: Config) -> dict:
@@ -173,10 +173,10 @@ def train_alike(runs: Sequence[Config]) -> list[dict]:
     """Train runs of one model, one after the other; what `retrain` says of each."""
     import torch
 
-    from speedrun.train import assemble
+    from speedrun.train import build_run
 
     torch._dynamo.reset()  # PyTorch keeps eight versions of a function at most
-    live = assemble(runs[0], Path(tempfile.mkdtemp()), echo=None)
+    live = build_run(runs[0], Path(tempfile.mkdtemp()), echo=None)
     return [retrain(live, run, HERE["turn"]) for run in runs]
 
 
@@ -197,11 +197,11 @@ def step_times(
     """Milliseconds of a step of each arm, the arms in turn; on a CPU with one thread."""
     import torch
 
-    from speedrun.train import assemble, train_step, warm_up
+    from speedrun.train import build_run, train_step, warm_up
 
     torch.set_num_threads(1)
     folder = Path(tempfile.mkdtemp())
-    live = {arm: assemble(run, folder / arm, echo=None) for arm, run in arms.items()}
+    live = {arm: build_run(run, folder / arm, echo=None) for arm, run in arms.items()}
     took: dict[str, list[float]] = {arm: [] for arm in arms}
     for run in live.values():
         warm_up(run)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from speedrun.train import Run
+    from speedrun.run import Run
 
 
 def runs_of(arms: dict[str, Config], seeds: Sequence[int]) -> dict[str, Config]:

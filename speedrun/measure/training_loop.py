@@ -1,7 +1,8 @@
 # Tangled from notebooks/23_training_loop.py: edit the notebook, then run "make tangle". Edits made here are lost.
 
 
-from speedrun.train import Run, accumulate, assemble, train_step, warm_up
+from speedrun.run import Run
+from speedrun.train import accumulate, build_run, train_step, warm_up
 
 
 # %% The measurement
@@ -33,7 +34,7 @@ def pieces_of(run: Run) -> dict:
         accumulate(run.forward, batches.pop(), parts, device, precision)
 
     def heartbeat_and_mark() -> None:
-        run.heart.beat()
+        run.heartbeat.beat()
         marks.mark()
 
     return {
@@ -113,7 +114,7 @@ def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
         return {"arms": arms}, stamp(command, modules, seeds, range(seeds), corpus)
     config = vary(preset(PRESET_OF[name]), {"data.path": arguments[0]} if arguments else {})
     with tempfile.TemporaryDirectory() as folder:
-        run, repeats = assemble(config, Path(folder), echo=None), 40
+        run, repeats = build_run(config, Path(folder), echo=None), 40
         warm_up(run)
         data = {"steps": time_steps(run, repeats), "pieces": time_pieces(run, repeats)}
     manifest = run.loader.shards.manifest
