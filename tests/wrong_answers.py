@@ -211,7 +211,7 @@ def quintics_needed(low, error):  # with the record's margins
 def nearest_e4m3(value):  # no subnormal numbers
     gap = 2.0 ** (math.frexp(value)[1] - 4)
     return max(-448.0, min(448.0, round(value / gap) * gap))
-""", "becomes 0.0"),
+""", "becomes 0, not"),
         ("""
 def nearest_e4m3(value):  # halves away from zero
     gap = 2.0 ** (max(math.frexp(value)[1] - 1, -6) - 3)
