@@ -223,6 +223,26 @@ def quintics_needed(low, error):  # with the record's margins
         ("steps_to_pay = lambda lengths, cooldown: (1 - cooldown) * lengths[-1] + cooldown * sum(lengths)", "in this order: 3,100"),
         ("steps_to_pay = lambda lengths, cooldown: max(lengths) + cooldown * sum(lengths)", "fall over 100%"),
     ],
+    ("15", 1): [
+        ("nearest_e4m3 = lambda value: max(-448.0, min(448.0, math.copysign(math.floor(abs(value) / 2.0 ** (max(math.frexp(value)[1] - 1, -6) - 3)) * 2.0 ** (max(math.frexp(value)[1] - 1, -6) - 3), value)))", "becomes"),  # truncated
+        ("""
+def nearest_e4m3(value):  # no subnormal numbers
+    gap = 2.0 ** (math.frexp(value)[1] - 4)
+    return max(-448.0, min(448.0, round(value / gap) * gap))
+""", "becomes 0, not"),
+        ("""
+def nearest_e4m3(value):  # halves away from zero
+    gap = 2.0 ** (max(math.frexp(value)[1] - 1, -6) - 3)
+    return max(-448.0, min(448.0, math.copysign(math.floor(abs(value) / gap + 0.5) * gap, value)))
+""", "becomes"),
+        ("truth = nearest_e4m3; nearest_e4m3 = lambda value: truth(value) if abs(value) <= 448 else math.nan", "becomes 448, not nan"),
+    ],
+    ("15", 2): [
+        ("late_scales = lambda largest, margin, start, exact: [start, *(margin * value / 448 for value in largest[:-1])]", "the first 1 exact"),
+        ("late_scales = lambda largest, margin, start, exact: [margin * value / 448 for value in largest]", "not"),  # its own amax
+        ("late_scales = lambda largest, margin, start, exact: [own / 448 if n < exact else (start if n == 0 else largest[n - 1] / 448) for n, own in enumerate(largest)]", "margin 1.5"),
+        ("truth = late_scales; late_scales = lambda largest, margin, start, exact: [scale * (margin if n < exact else 1) for n, scale in enumerate(truth(largest, margin, start, exact))]", "the first 2 exact"),
+    ],
     ("20", 1): [
         ("""
 def makespan(jobs):  # gathers do not wait for sums that were begun before
