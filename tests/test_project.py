@@ -508,7 +508,7 @@ case "$1" in config) echo '{config}' ;; index) exit {answers} ;; esac""",
 class TestEncodings:
     """Nothing is read, written or shown in whatever encoding happens to be the system's."""
 
-    SCRIPTS = ("ablate", "book", "environment", "execute", "bibliography", "downloads", "exercises", "lab/__main__", "lab/contents", "lab/jupyter_config", "lab/kernel_extension", "kernel", "measure", "tangle")  # fmt: skip
+    SCRIPTS = ("ablate", "book", "environment", "execute", "bibliography", "downloads", "exercises", "history_links", "mentions", "toc", "lab/__main__", "lab/contents", "lab/jupyter_config", "lab/kernel_extension", "kernel", "measure", "tangle")  # fmt: skip
     FILES = [ROOT / "scripts" / f"{name}.py" for name in SCRIPTS] + sorted((ROOT / "speedrun" / "lab").glob("*.py"))  # fmt: skip
 
     @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -530,7 +530,8 @@ class TestEncodings:
         assert done.returncode == 0 and b"usage" in done.stdout and not done.stderr
 
     @pytest.mark.parametrize(
-        "script", ["ablate", "execute", "measure", "book", "downloads", "exercises", "lab/__main__"]
+        "script",
+        ["ablate", "execute", "measure", "book", "downloads", "exercises", "toc", "lab/__main__"],
     )
     def test_every_script_goes_through_the_one_door(self, script):
         text = (ROOT / "scripts" / f"{script}.py").read_text(encoding="utf-8")
@@ -628,6 +629,97 @@ class TestMessages:
         for heading in re.findall(r"^### (.*)$", self.page, re.MULTILINE):
             key = heading.strip("`")
             assert any(key in text for text in code), f"nothing in the code says “{key}”"
+
+    def test_symptoms_lead_to_the_entries(self):
+        """The page begins with a list of symptoms; each leads to a section that has words and entries."""
+        before, *sections = re.split(r"^## ", self.page, flags=re.MULTILINE)
+        titles = [section.partition("\n")[0] for section in sections]
+        listed = re.findall(r"\| \[(.*)\]\(#(.*)\) \|", before)
+        assert [title for title, _ in listed] == titles
+        for title, anchor in listed:
+            assert anchor == re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")
+        for symptom in ("driver", "NCCL", "Slurm", "Out of memory", "NaN", "hang", "download", "compiler"):  # fmt: skip
+            assert any(symptom in title for title in titles), symptom
+        for section in sections:
+            text, *entries = re.split(r"^### .*$", section, flags=re.MULTILINE)
+            assert entries and all(len(entry.split()) > 4 for entry in [text, *entries]), text
+
+
+class TestContents:
+    """One table, book/contents.csv, from which the list in the README, the first page and the sidebar are made."""
+
+    def test_every_chapter_has_a_row_with_words(self):
+        import toc
+
+        rows = toc.contents()
+        assert [row.slug for row in rows if row.slug] == sorted(path.stem for path in NOTEBOOKS)
+        assert all(row.words and row.part and row.title for row in rows)
+        assert all(row.question.endswith("?") for row in rows if row.slug)
+        words = [word.lower() for row in rows for word in row.words]
+        assert len(words) == len(set(words)), "a word leads to one chapter"
+        assert not any(set(word) & set(",|`*[]!") for word in words), "they are an index directive"
+
+    def test_the_readme_has_todays_list(self):
+        import toc
+
+        text = (ROOT / "README.md").read_text(encoding="utf-8")
+        assert toc.with_list(text) == text, "python scripts/toc.py writes it"
+
+    def test_it_says_what_is_missing(self, monkeypatch, tmp_path):
+        import toc
+
+        from speedrun.lab.errors import UserError
+
+        for folder in ("book", "notebooks"):
+            (tmp_path / folder).mkdir()
+        (tmp_path / "notebooks" / "06_rotary.py").write_text("# %% [markdown]\n# # Rotary\n", encoding="utf-8")  # fmt: skip
+        monkeypatch.setattr(toc, "root", lambda: tmp_path)
+        head = "number,part,title,records,words,question\n"
+        for rows, said in {
+            "05,A,Block,,norm,\n": "has no row for chapter 06",
+            "06,A,,,RoPE,Where?\n07,A,,,skip,\n": "chapter 07 has neither a notebook nor a title",
+        }.items():
+            (tmp_path / "book" / "contents.csv").write_text(head + rows, encoding="utf-8")
+            with pytest.raises(UserError, match=said):
+                toc.contents.__wrapped__()
+        (tmp_path / "book" / "contents.csv").write_text(head + "06,A,,2 17,RoPE; rotary,Where?\n07,A,Skips,,skip,\n", encoding="utf-8")  # fmt: skip
+        written, planned = toc.contents.__wrapped__()
+        assert written.heading == "06 · Rotary" and written.slug == "06_rotary"
+        assert written.words == ("RoPE", "rotary") and written.records == (2, 17)
+        assert planned.title == "Skips" and not planned.slug
+
+
+class TestMentions:
+    """What a page says of chapters, records and people becomes links when the book is built."""
+
+    @pytest.mark.parametrize(
+        "text, found",
+        {
+            "see chapter 13's grid": ["chapter 13"],
+            "chapters 05 to 08 change": ["chapters 05", "08"],
+            "records 5, 8 and 9 cost 30 s": ["records 5", "8", "9"],
+            "Record 4 (Keller Jordan), 13 (@fernbear.bsky.social).": ["Record 4", "13", "@fernbear.bsky.social"],
+            "records 1–21 halved": ["records 1", "21"],
+            "record 89: 1,285 steps": ["record 89"],
+            "records 35 to 80, then 10": ["records 35", "80"],
+            "record 31 and 40% less": ["record 31"],
+            "in 2024 a record of 12 minutes": [],
+            "by @leloykun, @dualverse-ai.": ["@leloykun", "@dualverse-ai"],
+        }.items(),
+    )  # fmt: skip
+    def test_they_are_found(self, text, found):
+        from mentions import mentions
+
+        assert [text[begin:end] for begin, end, *_ in mentions(text)] == found
+
+    def test_every_record_and_every_person_has_a_place(self):
+        import history_links
+
+        named = {name for row in history_links.records().values() for name in history_links.PERSON.findall(row["contributors"])}  # fmt: skip
+        assert sorted(history_links.records()) == list(range(1, 93))
+        assert named <= set(history_links.people())
+        assert history_links.pull_request(history_links.records()[31]).endswith("/pull/122")
+        assert history_links.folder(history_links.records()[31]).endswith("/2025-09-10_Yarn")
 
 
 def test_every_contributor_is_credited():
