@@ -100,14 +100,24 @@ def fold_cells(notebook: nbformat.NotebookNode) -> None:
                 before, label = "solution", "Solution"
             elif cell.source.startswith("#|"):
                 before = "exported"
-            elif not before and only_asserts(cell.source):
-                label = "Check"
+            elif only_asserts(cell.source):
+                label = "" if before else "Check"
             else:
                 before = ""
             if label:
                 cell.metadata["tags"] = sorted(tags | {"hide-cell"})
                 shown = {"code_prompt_show": label, "code_prompt_hide": label}
                 cell.metadata["mystnb"] = {**cell.metadata.get("mystnb", {}), **shown}
+
+
+def with_table_class(cell: nbformat.NotebookNode) -> None:
+    """Give tables that a cell shows as HTML the class that the book's style knows."""
+    for output in cell.get("outputs", ()):
+        shown = output.get("data", {})
+        if "text/html" in shown:
+            shown["text/html"] = re.sub(
+                r"<table(?![^>]*\bclass=)", '<table class="table"', shown["text/html"]
+            )
 
 
 def page(chapter: Chapter) -> nbformat.NotebookNode:
@@ -118,6 +128,7 @@ def page(chapter: Chapter) -> nbformat.NotebookNode:
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
             cell.source = rewrite_links(cell.source)
+        with_table_class(cell)
         without_paths(cell)
     (entry,) = (each for each in contents() if each.slug == chapter.name)
     rest = notebook.cells[0].source.partition("\n")[2]
@@ -179,10 +190,10 @@ def records_table() -> str:
     for number, row in records().items():
         what = row["description"].replace("*", chr(92) + "*")
         people = html.escape(row["contributors"].strip(" -")).replace("@", "&#64;")
-        kept = {"pull request": pull_request(row), "folder": folder(row)}
+        kept = {f"PR {row['pr']}": pull_request(row), "folder": folder(row)}
         links = ", ".join(f"[{name}]({address})" for name, address in kept.items() if address)
         lines.append(
-            f'| <span id="record-{number}">{number}</span> | {row["date"]} | {time_of(row)} | {what}{f" ({links})" if links else ""} | {people or "the maintainers"} |'
+            f'| <span id="record-{number}">{number}</span> | {row["date"]} | {time_of(row).replace(" ", "&nbsp;")} | {what}{f" ({links})" if links else ""} | {people or "the maintainers"} |'
         )
     return "\n".join(lines) + "\n"
 

@@ -940,3 +940,58 @@ class TestFieldsWords:
     @pytest.mark.parametrize("term", TERMS)
     def test_whoever_searches_for_the_fields_word_finds_it(self, term):
         assert term.lower() in book_text()
+
+
+class TestPagesOfTheBook:
+    """What scripts/book.py makes of an executed chapter."""
+
+    def test_solutions_and_bare_assertions_are_folded_under_a_word(self):
+        from nbformat.v4 import new_code_cell, new_notebook
+
+        import book
+
+        sources = {
+            "rows = table()\nprint(rows)": "",
+            "assert 2**25 == 33_554_432": "Check",
+            "#| export\ndef f(): ...": "",
+            "assert f() is None": "",
+            "assert f() == f(), 'behind an exported cell, all that follow at once'": "",
+            "def answer(): ...": "Solution",
+            "assert answer() is None, 'the grade'": "",
+            "x = 1": "",
+            "assert x == 1\nassert x != 2": "Check",
+        }
+        cells = [new_code_cell(source) for source in sources]
+        cells[5].metadata["tags"] = ["solution"]
+        notebook = new_notebook(cells=cells)
+        book.fold_cells(notebook)
+        for cell, label in zip(notebook.cells, sources.values()):
+            assert ("hide-cell" in cell.metadata.get("tags", [])) == bool(label), cell.source
+            assert cell.metadata.get("mystnb", {}).get("code_prompt_show", "") == label
+
+    def test_provenance_is_one_line(self, monkeypatch):
+        import book
+
+        facts = {"cores": 2, "date": "2026-11-30T01:02:03", "seconds": 7.6, "state": {"device": "cpu", "versions": {"torch": "2.11"}}}  # fmt: skip
+        monkeypatch.setattr(book, "results_of", lambda facts: [])
+        shown = book.provenance_of(facts)
+        assert "page executed 2026-11-30 in 8 s on 2 CPU cores, torch 2.11" in shown
+        stamp = {"gpu": "", "cpu": "a CPU", "torch": "2.11", "date": "2026-11-01"}
+        found = [(f"a/{name}", {"stamp": stamp, "kind": name}) for name in ("fresh", "stale", "old")]  # fmt: skip
+        monkeypatch.setattr(book, "results_of", lambda facts: found)
+        monkeypatch.setattr(book, "freshness", lambda result: {"old": "stale"}.get(result["kind"], result["kind"]))  # fmt: skip
+        first, *rest = book.provenance_of(facts).split("\n")
+        assert first == ":::{dropdown} page executed 2026-11-30 · 3 measurements: 1 fresh, 2 stale"
+        assert sum(line.startswith("- ") for line in rest) == 2 and rest[-1] == ":::"
+
+    def test_a_table_that_a_cell_shows_has_the_books_class(self):
+        from nbformat.v4 import new_code_cell, new_output
+
+        import book
+
+        html = "<table><tr></tr></table><table border=1 class='x'></table>"
+        shown = new_output("display_data", data={"text/html": html})
+        cell = new_code_cell("show()", outputs=[shown])
+        book.with_table_class(cell)
+        assert cell.outputs[0].data["text/html"].count("table") == 5
+        assert cell.outputs[0].data["text/html"].startswith('<table class="table">')
