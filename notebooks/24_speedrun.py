@@ -170,7 +170,7 @@ print(f"record wants {needs:.1f} GB a GPU")
 print(*choose_preset(cramped, needs), sep=": ")
 
 # %% [markdown]
-# How long will it take? The measured runs say at what rate a run of its kind does useful arithmetic. On other hardware that rate is scaled by the data sheets. Whatever does not rest on the same preset on the same device is called a guess, which says what it rests on.
+# How long will it take? The measured runs say at what rate a run of its kind does useful arithmetic. On other hardware that rate is scaled by the data sheets. What does not rest on the same preset on the same device is an estimate, and says from how many steps of which run it was made.
 
 # %%
 #| export
@@ -202,7 +202,7 @@ def expected_seconds(
 ) -> tuple[float, str] | None:
     """Seconds for `work` FLOPs of a preset on `world` ranks, and how that is known; None: not at all.
 
-    runs: {"preset", "device", "flops_per_second"} a rank. The preset's kin come first, then the same device.
+    runs: {"preset", "device", "step", "flops_per_second"} a rank. The preset's kin come first, then the same device.
     """
     device = machine.gpus[0].name if machine.device == "cuda" else "CPU"
     alike = kin(name) if name else set()
@@ -212,26 +212,27 @@ def expected_seconds(
         if there != device and not (ours and theirs):
             continue
         ratio = 1.0 if there == device else (ours or 1.0) / (theirs or 1.0)
-        how = f"a guess, from {run['preset']} on {there}" + " and the data sheets" * (ratio != 1.0)
-        if there == device == "CPU":
-            how = "a guess, from two other cores"
-        elif there == device and run["preset"] in alike:
-            how = f"as measured on {there}"
+        where = "two other cores" if there == "CPU" else there
+        how = f"{run['step']:,} steps of {run['preset']} on {where}" + " and the data sheets" * (ratio != 1.0)  # fmt: skip
+        known = there == device != "CPU" and run["preset"] in alike
+        how = f"{'as measured in' if known else 'estimated from'} {how}"
         return work / (run["flops_per_second"] * ratio) / world, how
     return None
 
 
 # %% tags=["demonstration"]
 known = [
-    {"preset": "small", "device": "NVIDIA H200", "flops_per_second": 3e14},
-    {"preset": "cpu", "device": "CPU", "flops_per_second": 1e11},
+    {"preset": "small", "device": "NVIDIA H200", "step": 735, "flops_per_second": 3e14},
+    {"preset": "cpu", "device": "CPU", "step": 1600, "flops_per_second": 1e11},
 ]
 h200, a100 = replace(h100, name="NVIDIA H200"), replace(h100, name="NVIDIA A100-SXM4-80GB")
 both = replace(bare, gpus=(h200,) * 2)
-assert expected_seconds(3e15, both, 2, known, "small") == (5.0, "as measured on NVIDIA H200")
-assert expected_seconds(3e15, both, 2, known, "record")[1] == "a guess, from small on NVIDIA H200"
+seconds, how = expected_seconds(3e15, both, 2, known, "small")
+assert (seconds, how) == (5.0, "as measured in 735 steps of small on NVIDIA H200")
+elsewhere = expected_seconds(3e15, both, 2, known, "record")[1]
+assert elsewhere == "estimated from 735 steps of small on NVIDIA H200"
 seconds, how = expected_seconds(3e15, replace(bare, gpus=(a100,)), 1, known)
-assert math.isclose(seconds, 10 * 989 / 312) and "guess" in how
+assert math.isclose(seconds, 10 * 989 / 312) and "estimated" in how
 mystery = replace(h100, name="NVIDIA RTX A1000 Laptop GPU")  # not an A100
 assert expected_seconds(1.0, replace(bare, gpus=(mystery,)), 1, known) is None
 print(f"ten H200 seconds are {seconds:.0f} on an A100: {how}")
@@ -246,6 +247,15 @@ SKIPPING = (
     1.25  # tokens passed for each that is read, in documents cut at 896 and 2,048; an estimate
 )
 ASK_MINUTES, ASK_GB = 30, 5
+
+
+def lasting(minutes: float) -> str:
+    """A duration in words: seconds under a minute, minutes up to two hours, hours up to two days, days."""
+    for least, unit in ((2880, "days"), (120, "hours"), (1, "minutes")):
+        if minutes >= least:
+            one = {"days": 1440, "hours": 60, "minutes": 1}[unit]
+            return f"{minutes / one:.1f} {unit}"
+    return f"{max(1, round(60 * minutes))} s"
 
 
 @dataclass(frozen=True)
@@ -278,8 +288,7 @@ class Plan:
         )
         time = "time unknown"
         if self.minutes:
-            few = "less than a minute" if self.minutes < 1 else f"about {self.minutes:.0f} minutes"
-            time = f"{few} of training, {self.how}"
+            time = f"about {lasting(self.minutes)} of training, {self.how}"
         return f"preset {self.config.preset} on {ranks}: {download}, {time}"
 
 
@@ -346,6 +355,49 @@ assert (
 six = make_plan(preset("record"), replace(bare, gpus=(h100,) * 6), 0, known)
 assert (six.world, six.idle) == (4, 2)
 print(record, small, six, sep="\n")
+
+# %% [markdown]
+# What a run costs is more than its training: somebody pays for the GPUs while they wait for the download and the compiler.
+
+# %%
+#| export
+MB_PER_S = 50  # of a download: an assumption
+
+
+def plan_cost(plan: Plan, runs: list[dict], dollars_per_hour: float = 0.0) -> str:
+    """A plan's minutes from download to last step, with their price: hours of all its GPUs, dollars if one hour's are given.
+
+    runs: as for `expected_seconds`, with `prepared_s`, the seconds of compiling and warming up. The slowest of the preset's kin counts.
+    """
+    there = [run for run in runs if "prepared_s" in run]
+    there = [run for run in there if (run["device"] == "CPU") == (plan.device == "cpu")]
+    alike = [run for run in there if run["preset"] in kin(plan.config.preset)] or there
+    if plan.minutes is None or not alike:
+        return "in all: unknown"
+    slowest = max(alike, key=lambda run: run["prepared_s"])
+    starting, fetching = slowest["prepared_s"] / 60, 1000 * plan.download_gb / MB_PER_S / 60
+    whole = plan.minutes + starting + fetching
+    said = f"in all about {lasting(whole)}, validation apart: training, {lasting(starting)} of compiling and warming up"
+    said += f" (the longest that {slowest['preset']} took)"
+    said += f", {lasting(fetching)} of download at {MB_PER_S} MB/s" * (fetching > 0)
+    if plan.device == "cuda":
+        hours = whole / 60 * plan.world
+        said += f"; {hours:.2f} GPU hours"
+        if dollars_per_hour:
+            said += f", ${hours * dollars_per_hour:.2f} at ${dollars_per_hour:.2f} each"
+    return said
+
+
+# %% tags=["demonstration"]
+slow = [{**run, "prepared_s": 90.0} for run in known]
+paid = plan_cost(small, slow, 3.0)
+hours = (small.minutes + 1.5 + 0.2) / 60  # 0.6 GB at 50 MB/s are 0.2 minutes
+assert f"{hours:.2f} GPU hours, ${3 * hours:.2f} at $3.00 each" in paid
+assert "1.5 minutes of compiling" in paid and "12 s of download" in paid
+assert [lasting(m) for m in (0.5, 1, 90, 600, 9000)][::2] == ["30 s", "90.0 minutes", "6.2 days"]
+assert plan_cost(small, known) == "in all: unknown", "nobody has measured how long it compiles"
+assert "GPU" not in plan_cost(make_plan(preset("cpu"), bare, 0, known), slow)
+print(paid)
 
 # %% [markdown]
 # The data are fetched or built before any rank starts, by one process, so that eight ranks do not download the same file.
@@ -424,6 +476,8 @@ class LaunchCommand:
     """Do not ask before long runs and large downloads."""
     plan: bool = False
     """Say what would be done on this machine, and why, and stop."""
+    price: Annotated[float, Ge(0)] = 0.0
+    """Dollars for an hour of one GPU: --plan then says what the run costs."""
     patience: Patience = field(default_factory=Patience)
     """After how much silence a rank hangs."""
 
@@ -505,7 +559,9 @@ def run_command(arguments: list[str], interrupts: Insisting) -> None:
     check_ranges(command.patience, "patience.")
     if command.plan:
         print(f"make speedrun takes preset {name}: {why}")
-        print(make_plan(run_config(command.train), look(), command.gpus, measured_runs()))
+        runs = measured_runs()
+        plan = make_plan(run_config(command.train), look(), command.gpus, runs)
+        print(plan, plan_cost(plan, runs, command.price), sep="\n")
         return
     with progress(command.train.config) as echo:
         folder = launch(command, echo, check=interrupts.check)
@@ -809,7 +865,7 @@ sample = [
 ]
 written = subprocess.run(sample, capture_output=True, text=True)
 assert written.returncode == 0, written.stderr
-print(written.stdout)
+print(f"\na sample of what it writes:\n{written.stdout}")
 
 # %% [markdown]
 # ### The page that stays
@@ -868,7 +924,7 @@ h1 { font-size: 1.7rem; margin: 0 0 .3rem; } h2 { font-size: 1.15rem; margin: 2.
 .numbers div { background: var(--box); border: 1px solid var(--line); border-radius: 8px; padding: .7rem .8rem; }
 .numbers dt, .numbers small { color: var(--soft); font-size: .85rem; } .numbers dd { margin: 0; }
 .numbers b { display: block; font-size: 1.35rem; line-height: 1.3; }
-img { width: 100%; height: auto; } table { border-collapse: collapse; width: 100%; }
+.wide { overflow-x: auto; } img { width: 100%; min-width: 600px; height: auto; } table { border-collapse: collapse; width: 100%; }
 td { border-top: 1px solid var(--line); padding: .25rem .8rem .25rem 0; vertical-align: top; overflow-wrap: anywhere; }
 td:first-child { color: var(--soft); white-space: nowrap; }
 pre { background: var(--box); border: 1px solid var(--line); border-radius: 8px; padding: .8rem; white-space: pre-wrap; overflow-wrap: anywhere; }
@@ -877,10 +933,10 @@ pre { background: var(--box); border: 1px solid var(--line); border-radius: 8px;
 <dl class="numbers">$numbers</dl>
 $figures
 $sample
-<h2>The same again</h2><pre>$command</pre>
+<h2>To repeat it</h2><pre>$command</pre>
 <h2>The run</h2><table class="table">$facts</table>
 <details><summary>All $count settings</summary><table class="table">$settings</table></details>
-<h2>All of it</h2><p>$files</p>
+<h2>Its files</h2><p>$files</p>
 </main></body></html>
 """)
 
@@ -924,7 +980,8 @@ def pictures(draw, run: dict, alt: str) -> str:
             plt.close(figure)
             kinds[kind] = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
     dark = f'<source media="(prefers-color-scheme: dark)" srcset="{kinds["dark"]}">'
-    return f'<picture>{dark}<img alt="{html.escape(alt)}" src="{kinds["light"]}"></picture>'
+    image = f'<img alt="{html.escape(alt)}" src="{kinds["light"]}">'
+    return f'<div class="wide"><picture>{dark}{image}</picture></div>'
 
 
 # %%

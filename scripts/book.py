@@ -1,8 +1,10 @@
 """Build the book from the executed chapters: _build/site/index.html. Warnings are errors, and all of them are shown."""
 
+import ast
 import functools
 import html
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -12,11 +14,13 @@ from pathlib import Path
 import nbformat
 from downloads import without_paths, write_downloads
 from execute import EXECUTED, Chapter, chapters, run_chapters, why_stale
+from history_links import folder, pull_request, records, time_of
+from toc import contents, contents_page, keywords, table_of_contents
 
 from speedrun.lab import provenance
 from speedrun.lab.errors import run_main
 from speedrun.lab.provenance import root
-from speedrun.lab.results import freshness, public_table
+from speedrun.lab.results import freshness
 
 for pure in ("code_hash", "imported_names"):  # asked again for every result, of the same texts
     setattr(provenance, pure, functools.cache(getattr(provenance, pure)))
@@ -40,19 +44,39 @@ def badge(result: dict) -> str:
     return f"{{bdg-{color}}}`{stamp['gpu'] or stamp['cpu']} · torch {stamp['torch']} · {stamp['date']} · {freshness(result)}`"
 
 
-def badges(facts: dict) -> str:
-    """The lines under a chapter's title: when it was executed, and which measurements it draws on."""
+def provenance_of(facts: dict) -> str:
+    """One line under a chapter's title: when it was executed, and how fresh its measurements are; each of them is folded below."""
     device = facts["state"]["device"]
     where = f"{facts['cores']} CPU cores" if device == "cpu" else ", ".join(device)
     versions = facts["state"]["versions"]
-    lines = [
-        f"{{bdg-secondary}}`page executed {facts['date'][:10]} in {facts['seconds']:.0f} s on {where}, torch {versions['torch']}`"
+    line = f"page executed {facts['date'][:10]}"
+    how = f"in {facts['seconds']:.0f} s on {where}, torch {versions['torch']}"
+    measured = results_of(facts)
+    if not measured:
+        return f"```{{container}} provenance\n{line} {how}\n```"
+    kinds = [freshness(result) for _, result in measured]
+    counts = [
+        f"{kinds.count(kind)} {kind}"
+        for kind in ("fresh", "same behaviour", "stale")
+        if kind in kinds
     ]
+    word = "measurement" if len(measured) == 1 else "measurements"
     alike: dict[str, list[str]] = {}
-    for name, result in results_of(facts):
+    for name, result in measured:
         alike.setdefault(badge(result), []).append(name)
-    lines += [f"{{bdg-light}}`{', '.join(names)}` {shown}" for shown, names in alike.items()]
-    return "\n".join(lines)
+    lines = [f"- {shown} {', '.join(names)}" for shown, names in alike.items()]
+    return "\n".join(
+        [
+            f":::{{dropdown}} {line} · {len(measured)} {word}: {', '.join(counts)}",
+            ":class-container: provenance",
+            f"The page was executed {how}. It draws on",
+            "",
+            *lines,
+            "",
+            "[What these words mean](../status.md).",
+            ":::",
+        ]
+    )
 
 
 def rewrite_links(text: str) -> str:
@@ -60,19 +84,56 @@ def rewrite_links(text: str) -> str:
     return re.sub(r"\]\((\d\d_\w+)\.py", r"](\1.ipynb", text).replace("](../book/", "](../")
 
 
+def only_asserts(source: str) -> bool:
+    """Is a cell nothing but assertions?"""
+    body = ast.parse(source).body
+    return bool(body) and all(isinstance(statement, ast.Assert) for statement in body)
+
+
+def fold_cells(notebook: nbformat.NotebookNode) -> None:
+    """Fold solutions, and assertions that stand by themselves: those behind an exported cell or a solution are for the reader."""
+    before = ""  # what the last code cell was
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            tags, label = set(cell.metadata.get("tags", [])), ""
+            if "solution" in tags:
+                before, label = "solution", "Solution"
+            elif cell.source.startswith("#|"):
+                before = "exported"
+            elif only_asserts(cell.source):
+                label = "" if before else "Check"
+            else:
+                before = ""
+            if label:
+                cell.metadata["tags"] = sorted(tags | {"hide-cell"})
+                shown = {"code_prompt_show": label, "code_prompt_hide": label}
+                cell.metadata["mystnb"] = {**cell.metadata.get("mystnb", {}), **shown}
+
+
+def with_table_class(cell: nbformat.NotebookNode) -> None:
+    """Give tables that a cell shows as HTML the class that the book's style knows."""
+    for output in cell.get("outputs", ()):
+        shown = output.get("data", {})
+        if "text/html" in shown:
+            shown["text/html"] = re.sub(
+                r"<table(?![^>]*\bclass=)", '<table class="table"', shown["text/html"]
+            )
+
+
 def page(chapter: Chapter) -> nbformat.NotebookNode:
-    """An executed chapter as the book shows it: badges under the title, solutions folded, links between pages."""
+    """An executed chapter as the book shows it: number, field's words and provenance at the top, folds, links between pages."""
     notebook = nbformat.read(chapter.output, as_version=4)
     facts = json.loads(chapter.ledger.read_text(encoding="utf-8"))
+    fold_cells(notebook)
     for cell in notebook.cells:
-        tags = set(cell.metadata.get("tags", []))
-        if "solution" in tags:
-            cell.metadata["tags"] = sorted(tags | {"hide-cell"})
         if cell.cell_type == "markdown":
             cell.source = rewrite_links(cell.source)
+        with_table_class(cell)
         without_paths(cell)
-    title, _, rest = notebook.cells[0].source.partition("\n")
-    notebook.cells[0].source = f"{title}\n\n{badges(facts)}\n{rest}"
+    (entry,) = (each for each in contents() if each.slug == chapter.name)
+    rest = notebook.cells[0].source.partition("\n")[2]
+    top = f"# {entry.heading}\n\n{keywords(entry)}\n\n{provenance_of(facts)}\n"
+    notebook.cells[0].source = f"{top}{rest}"
     notebook.metadata.pop("papermill", None)
     return notebook
 
@@ -124,16 +185,16 @@ def status_page() -> str:
 
 
 def records_table() -> str:
-    """Every record with its people, for the credits."""
+    """Every record with its people, for the credits; each row can be linked to, and leads to where the record is kept."""
     lines = ["| record | date | time | what | by |", "| --- | --- | --- | --- | --- |"]
-    for row in public_table("records"):
-        if not row["note"].startswith("retiming"):
-            seconds = float(row["record_time_s"])
-            time = f"{seconds / 60:.1f} min" if seconds >= 600 else f"{seconds:.1f} s"
-            people = html.escape(row["contributors"]).replace("@", "&#64;") or "the maintainers"
-            lines.append(
-                f"| {row['record']} | {row['date']} | {time} | {row['description'].replace('*', chr(92) + '*')} | {people} |"
-            )
+    for number, row in records().items():
+        what = row["description"].replace("*", chr(92) + "*")
+        people = html.escape(row["contributors"].strip(" -")).replace("@", "&#64;")
+        kept = {f"PR {row['pr']}": pull_request(row), "folder": folder(row)}
+        links = ", ".join(f"[{name}]({address})" for name, address in kept.items() if address)
+        lines.append(
+            f'| <span id="record-{number}">{number}</span> | {row["date"]} | {time_of(row).replace(" ", "&nbsp;")} | {what}{f" ({links})" if links else ""} | {people or "the maintainers"} |'
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -147,14 +208,19 @@ def assemble() -> None:
     """Lay out what Jupyter Book reads: front matter, generated pages, executed chapters."""
     shutil.rmtree(SOURCE, ignore_errors=True)
     shutil.copytree(
-        root() / "book", SOURCE, ignore=shutil.ignore_patterns("results", "data", "*.mplstyle")
+        root() / "book",
+        SOURCE,
+        ignore=shutil.ignore_patterns("results", "data", "*.mplstyle", "contents.csv"),
+        copy_function=shutil.copy,  # as new files: Sphinx forgets index entries of pages that it does not read again
     )
+    (SOURCE / "_toc.yml").write_text(table_of_contents(), encoding="utf-8")
     (SOURCE / "notebooks").mkdir()
     (SOURCE / "generated").mkdir()
     for chapter in chapters():
         nbformat.write(page(chapter), SOURCE / "notebooks" / f"{chapter.name}.ipynb")
     (SOURCE / "status.md").write_text(status_page(), encoding="utf-8")
     (SOURCE / "generated" / "records.md").write_text(records_table(), encoding="utf-8")
+    (SOURCE / "generated" / "contents.md").write_text(contents_page(), encoding="utf-8")
 
 
 def main() -> int:
@@ -180,7 +246,10 @@ def main() -> int:
         "--keep-going",
         "--quiet",
     ]
-    done = subprocess.run(command)
+    here = os.pathsep.join(
+        [str(root()), str(root() / "scripts")]
+    )  # Sphinx imports scripts/mentions.py
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": here})
     if done.returncode:
         return done.returncode
     shutil.rmtree(SITE, ignore_errors=True)

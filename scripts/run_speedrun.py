@@ -1,6 +1,6 @@
 """The speedrun: execute the final notebook with papermill, watch it live, and keep everything it made.
 
-    python scripts/run_speedrun.py [--preset NAME] [--gpus N] [--data DIR] [--target LOSS] [--out DIR] [--yes] [FLAG …]
+    python scripts/run_speedrun.py [--preset NAME] [--gpus N] [--data DIR] [--target LOSS] [--out DIR] [--price DOLLARS] [--yes] [FLAG …]
 
 Further flags go to speedrun.train (--steps 100, --optim.adam.lr 1e-3, …). The preset is chosen for the machine if none is named.
 """
@@ -18,6 +18,7 @@ import os
 import re
 import shlex
 import sys
+import textwrap
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
@@ -48,6 +49,7 @@ from speedrun.launch import (
     make_plan,
     measured_runs,
     memory_needed_gb,
+    plan_cost,
 )
 from speedrun.presets import read_command
 from speedrun.report import write_html, write_report
@@ -70,6 +72,12 @@ def read_arguments(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]
     )
     parser.add_argument(
         "--out", default="", help="folder for the run (default: runs/<date>-<preset>)"
+    )
+    parser.add_argument(
+        "--price",
+        type=float,
+        default=0.0,
+        help="dollars for an hour of one GPU, to say what it costs",
     )
     parser.add_argument(
         "--yes", action="store_true", help="do not ask before long runs and large downloads"
@@ -197,7 +205,8 @@ def run_command(arguments: list[str], interrupts: Insisting) -> int:
         config = read_config(preset, data, flags)
         print("there is no C++ compiler: training without torch.compile")
     plan = make_plan(config, machine, options.gpus, runs)
-    print(plan, flush=True)
+    for said in (str(plan), plan_cost(plan, runs, options.price)):
+        print(textwrap.fill(said, 80, subsequent_indent="  ", break_long_words=False), flush=True)
     check_gpus(plan, machine)
     confirm(plan, options.yes or os.environ.get("YES") == "1")
     interrupts.install()

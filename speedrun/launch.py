@@ -101,7 +101,7 @@ def expected_seconds(
 ) -> tuple[float, str] | None:
     """Seconds for `work` FLOPs of a preset on `world` ranks, and how that is known; None: not at all.
 
-    runs: {"preset", "device", "flops_per_second"} a rank. The preset's kin come first, then the same device.
+    runs: {"preset", "device", "step", "flops_per_second"} a rank. The preset's kin come first, then the same device.
     """
     device = machine.gpus[0].name if machine.device == "cuda" else "CPU"
     alike = kin(name) if name else set()
@@ -111,11 +111,10 @@ def expected_seconds(
         if there != device and not (ours and theirs):
             continue
         ratio = 1.0 if there == device else (ours or 1.0) / (theirs or 1.0)
-        how = f"a guess, from {run['preset']} on {there}" + " and the data sheets" * (ratio != 1.0)
-        if there == device == "CPU":
-            how = "a guess, from two other cores"
-        elif there == device and run["preset"] in alike:
-            how = f"as measured on {there}"
+        where = "two other cores" if there == "CPU" else there
+        how = f"{run['step']:,} steps of {run['preset']} on {where}" + " and the data sheets" * (ratio != 1.0)  # fmt: skip
+        known = there == device != "CPU" and run["preset"] in alike
+        how = f"{'as measured in' if known else 'estimated from'} {how}"
         return work / (run["flops_per_second"] * ratio) / world, how
     return None
 
@@ -125,6 +124,15 @@ SKIPPING = (
     1.25  # tokens passed for each that is read, in documents cut at 896 and 2,048; an estimate
 )
 ASK_MINUTES, ASK_GB = 30, 5
+
+
+def lasting(minutes: float) -> str:
+    """A duration in words: seconds under a minute, minutes up to two hours, hours up to two days, days."""
+    for least, unit in ((2880, "days"), (120, "hours"), (1, "minutes")):
+        if minutes >= least:
+            one = {"days": 1440, "hours": 60, "minutes": 1}[unit]
+            return f"{minutes / one:.1f} {unit}"
+    return f"{max(1, round(60 * minutes))} s"
 
 
 @dataclass(frozen=True)
@@ -157,8 +165,7 @@ class Plan:
         )
         time = "time unknown"
         if self.minutes:
-            few = "less than a minute" if self.minutes < 1 else f"about {self.minutes:.0f} minutes"
-            time = f"{few} of training, {self.how}"
+            time = f"about {lasting(self.minutes)} of training, {self.how}"
         return f"preset {self.config.preset} on {ranks}: {download}, {time}"
 
 
@@ -198,6 +205,33 @@ def make_plan(config: Config, machine: Machine, gpus: int, runs: list[dict]) -> 
     seconds, how = expected_seconds(work, where, world, runs, config.preset) or (None, "")
     minutes, idle = seconds / 60 if seconds else None, 0 if gpus else there - world
     return Plan(config, world, shards, download, minutes, how, idle, "cuda" if on_gpu else "cpu")
+
+
+MB_PER_S = 50  # of a download: an assumption
+
+
+def plan_cost(plan: Plan, runs: list[dict], dollars_per_hour: float = 0.0) -> str:
+    """A plan's minutes from download to last step, with their price: hours of all its GPUs, dollars if one hour's are given.
+
+    runs: as for `expected_seconds`, with `prepared_s`, the seconds of compiling and warming up. The slowest of the preset's kin counts.
+    """
+    there = [run for run in runs if "prepared_s" in run]
+    there = [run for run in there if (run["device"] == "CPU") == (plan.device == "cpu")]
+    alike = [run for run in there if run["preset"] in kin(plan.config.preset)] or there
+    if plan.minutes is None or not alike:
+        return "in all: unknown"
+    slowest = max(alike, key=lambda run: run["prepared_s"])
+    starting, fetching = slowest["prepared_s"] / 60, 1000 * plan.download_gb / MB_PER_S / 60
+    whole = plan.minutes + starting + fetching
+    said = f"in all about {lasting(whole)}, validation apart: training, {lasting(starting)} of compiling and warming up"
+    said += f" (the longest that {slowest['preset']} took)"
+    said += f", {lasting(fetching)} of download at {MB_PER_S} MB/s" * (fetching > 0)
+    if plan.device == "cuda":
+        hours = whole / 60 * plan.world
+        said += f"; {hours:.2f} GPU hours"
+        if dollars_per_hour:
+            said += f", ${hours * dollars_per_hour:.2f} at ${dollars_per_hour:.2f} each"
+    return said
 
 
 def check_gpus(plan: Plan, machine: Machine, echo=print) -> None:
@@ -250,6 +284,8 @@ class LaunchCommand:
     """Do not ask before long runs and large downloads."""
     plan: bool = False
     """Say what would be done on this machine, and why, and stop."""
+    price: Annotated[float, Ge(0)] = 0.0
+    """Dollars for an hour of one GPU: --plan then says what the run costs."""
     patience: Patience = field(default_factory=Patience)
     """After how much silence a rank hangs."""
 
@@ -325,7 +361,9 @@ def run_command(arguments: list[str], interrupts: Insisting) -> None:
     check_ranges(command.patience, "patience.")
     if command.plan:
         print(f"make speedrun takes preset {name}: {why}")
-        print(make_plan(run_config(command.train), look(), command.gpus, measured_runs()))
+        runs = measured_runs()
+        plan = make_plan(run_config(command.train), look(), command.gpus, runs)
+        print(plan, plan_cost(plan, runs, command.price), sep="\n")
         return
     with progress(command.train.config) as echo:
         folder = launch(command, echo, check=interrupts.check)

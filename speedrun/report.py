@@ -211,7 +211,7 @@ h1 { font-size: 1.7rem; margin: 0 0 .3rem; } h2 { font-size: 1.15rem; margin: 2.
 .numbers div { background: var(--box); border: 1px solid var(--line); border-radius: 8px; padding: .7rem .8rem; }
 .numbers dt, .numbers small { color: var(--soft); font-size: .85rem; } .numbers dd { margin: 0; }
 .numbers b { display: block; font-size: 1.35rem; line-height: 1.3; }
-img { width: 100%; height: auto; } table { border-collapse: collapse; width: 100%; }
+.wide { overflow-x: auto; } img { width: 100%; min-width: 600px; height: auto; } table { border-collapse: collapse; width: 100%; }
 td { border-top: 1px solid var(--line); padding: .25rem .8rem .25rem 0; vertical-align: top; overflow-wrap: anywhere; }
 td:first-child { color: var(--soft); white-space: nowrap; }
 pre { background: var(--box); border: 1px solid var(--line); border-radius: 8px; padding: .8rem; white-space: pre-wrap; overflow-wrap: anywhere; }
@@ -220,10 +220,10 @@ pre { background: var(--box); border: 1px solid var(--line); border-radius: 8px;
 <dl class="numbers">$numbers</dl>
 $figures
 $sample
-<h2>The same again</h2><pre>$command</pre>
+<h2>To repeat it</h2><pre>$command</pre>
 <h2>The run</h2><table class="table">$facts</table>
 <details><summary>All $count settings</summary><table class="table">$settings</table></details>
-<h2>All of it</h2><p>$files</p>
+<h2>Its files</h2><p>$files</p>
 </main></body></html>
 """)
 
@@ -265,7 +265,8 @@ def pictures(draw, run: dict, alt: str) -> str:
             plt.close(figure)
             kinds[kind] = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
     dark = f'<source media="(prefers-color-scheme: dark)" srcset="{kinds["dark"]}">'
-    return f'<picture>{dark}<img alt="{html.escape(alt)}" src="{kinds["light"]}"></picture>'
+    image = f'<img alt="{html.escape(alt)}" src="{kinds["light"]}">'
+    return f'<div class="wide"><picture>{dark}{image}</picture></div>'
 
 
 import shlex

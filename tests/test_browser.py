@@ -6,18 +6,54 @@ import json
 import re
 import threading
 from pathlib import Path
+from urllib.parse import urlencode
 
 import execute
 import pytest
-import yaml
+from mentions import mentions
+from toc import contents, pages
 
 from speedrun.lab.provenance import root
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(600)]
 SITE, SCREENS = root() / "_build" / "site", root() / "_build" / "screens"
-TOC = yaml.safe_load((root() / "book" / "_toc.yml").read_text(encoding="utf-8"))
-PAGES = [TOC["root"], *(entry["file"] for part in TOC["parts"] for entry in part["chapters"])]
+PAGES = pages()
 WIDTHS = {"desktop": (1280, 900), "phone": (390, 844)}
+
+
+FIRST = {  # what somebody types → the page that must be found first
+    "RoPE": "06_rotary",
+    "softcap": "08_logits",
+    "FlexAttention": "09_flex_attention",
+    "FP8": next(row.slug for row in contents() if row.number == "15")
+    or "intro",  # or planned, which the contents say
+    "8xH100": "20_many_gpus",
+    "out of memory": "troubleshooting",
+    "NaN": "troubleshooting",
+    "learning rate": "14_schedule",
+    "batch size": "14_schedule",
+    "how long": "24_speedrun",
+}
+CLIPPED = """() => [...document.querySelectorAll("article mjx-container")].filter(formula => {
+    const edge = document.querySelector("article").getBoundingClientRect().right + 1;
+    for (let box = formula; box.tagName !== "ARTICLE"; box = box.parentElement)
+        if (["auto", "scroll"].includes(getComputedStyle(box).overflowX)) return false;
+    return formula.getBoundingClientRect().right > edge;
+}).map(formula => formula.textContent)"""
+PLAIN_TEXT = """() => {
+    const skipped = "a, code, pre, h1, h2, h3, h4, .admonition-title, .math, .cell_output, .sd-summary-title, script, .tocsection";
+    const walk = document.createTreeWalker(document.querySelector("article"), NodeFilter.SHOW_TEXT);
+    const found = [];
+    while (walk.nextNode())
+        if (!walk.currentNode.parentElement.closest(skipped)) found.push(walk.currentNode.data);
+    return found;
+}"""  # the texts of a page that are not links, code or titles
+
+
+def own_slug(kind: str, which: int | str) -> str:
+    """The name of the chapter that is mentioned; a page does not link to itself."""
+    slugs = [each.slug for each in contents() if kind == "chapter" and int(each.number) == which]
+    return slugs[0] if slugs and slugs[0] else "no page"
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
@@ -79,6 +115,10 @@ class TestPages:
         if page.locator("article .math").count():
             page.wait_for_selector("mjx-container")
             assert page.locator("mjx-merror").count() == 0
+        clipped = page.evaluate(CLIPPED)
+        assert not clipped, "formulas that reach beyond what shows them, and do not scroll"
+        for table in page.locator("article table").all():
+            assert "table" in (table.get_attribute("class") or "").split()
         overflow = page.evaluate("document.documentElement.scrollWidth - window.innerWidth")
         assert overflow <= 1, f"the page is {overflow} pixels wider than the screen"
         SCREENS.mkdir(exist_ok=True)
@@ -106,7 +146,13 @@ class TestChapterPages:
         assert drawn or int(name.split("/")[1][:2]) >= 90, "the workshop may do without figures"
         assert page.locator("article .cell_output img").count() >= drawn
         assert page.locator(".admonition", has_text="Cost box").count() == 1
-        assert "page executed" in page.locator("article").inner_text()
+        assert page.locator("article h1").first.inner_text().startswith(f"{Path(name).name[:2]} · ")
+        assert page.locator(".provenance", has_text="page executed").count() == 1
+        assert page.locator(".keywords").inner_text().strip()
+        (entry,) = (each for each in contents() if name.endswith(each.slug or "/"))
+        assert page.locator(".keywords").bounding_box()["y"] < WIDTHS["desktop"][1], entry.words
+        solutions = source.count('"solution"')
+        assert page.locator("details.hide summary", has_text="Solution").count() >= solutions
         hidden = page.locator("details.hide summary")
         assert hidden.count() >= 1
         before = page.locator("details.hide[open]").count()
@@ -136,6 +182,29 @@ class TestTheBook:
         page.wait_for_selector("#search-results li a")
         found = page.eval_on_selector_all("#search-results li a", "nodes => nodes.map(n => n.href)")
         assert any("24_speedrun" in link for link in found)
+
+    @pytest.mark.parametrize("query", FIRST)
+    def test_the_fields_word_leads_to_its_chapter_first(self, visit, query):
+        page = visit("search")
+        page.goto(f"{page.url}?{urlencode({'q': query})}")
+        page.wait_for_selector("#search-results .search-summary:not(:empty)")
+        first = page.locator("#search-results li a").first.get_attribute("href") or ""
+        name, _, anchor = first.split("?")[0].partition("#")
+        assert name.removesuffix(".html").split("/")[-1] == FIRST[query]
+        if anchor:
+            assert f'id="{anchor}"' in (SITE / name).read_text(encoding="utf-8")
+
+    def test_mentions_are_links(self, visit):
+        for name in PAGES:
+            page = visit(name)
+            plain = page.evaluate(PLAIN_TEXT)
+            left = [
+                text[begin:end]
+                for text in plain
+                for begin, end, kind, which in mentions(text)
+                if kind != "person" and not name.endswith(own_slug(kind, which))
+            ]
+            assert not left, name
 
     def test_dark_mode_is_dark_and_stays(self, visit):
         page = visit("notebooks/00_start_here")

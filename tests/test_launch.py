@@ -235,7 +235,7 @@ class TestPlanning:
 
     def test_large_downloads_and_long_runs_ask_first(self, monkeypatch):
         machine = replace(BARE, gpus=(CARD,) * 8)
-        known = [{"preset": "small", "device": CARD.name, "flops_per_second": 3e14}]
+        known = [{"preset": "small", "device": CARD.name, "step": 9, "flops_per_second": 3e14}]
         plan = make_plan(
             vary(preset("record1"), {"data.path": "data/fineweb10B"}), machine, 0, known
         )
@@ -265,9 +265,9 @@ class TestPlanning:
 
     def test_a_run_that_nobody_can_time_asks_first(self):
         assert make_plan(preset("small"), BARE, 0, []).asks
-        known = [{"device": "CPU", "flops_per_second": 1e11, "preset": "cpu"}]
+        known = [{"device": "CPU", "step": 1600, "flops_per_second": 1e11, "preset": "cpu"}]
         days = make_plan(preset("small"), BARE, 0, known)
-        assert days.asks and days.minutes > 24 * 60 and "guess" in days.how
+        assert days.asks and days.minutes > 24 * 60 and "1,600 steps of cpu" in days.how
 
     def test_fewer_than_no_ranks_are_refused(self):
         with pytest.raises(UserError, match="--gpus -1"):
@@ -282,7 +282,7 @@ class TestPlanning:
         with pytest.raises(UserError, match="driver is too old"):
             module.check_gpus(make_plan(run, BARE, 0, []), BARE, said.append)
         module.check_gpus(make_plan(vary(run, {"device": "cpu"}), BARE, 0, []), BARE, said.append)
-        known = [{"preset": "smoke", "device": "CPU", "flops_per_second": 1e13}]
+        known = [{"preset": "smoke", "device": "CPU", "step": 9, "flops_per_second": 1e13}]
         module.check_gpus(make_plan(preset("smoke"), BARE, 0, known), BARE, said.append)
         assert len(said) == 1 and "driver is too old" in said[0]
 

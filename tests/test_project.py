@@ -526,7 +526,7 @@ case "$1" in config) echo '{config}' ;; index) exit {answers} ;; esac""",
 class TestEncodings:
     """Nothing is read, written or shown in whatever encoding happens to be the system's."""
 
-    SCRIPTS = ("ablate", "book", "environment", "execute", "bibliography", "downloads", "exercises", "lab/__main__", "lab/contents", "lab/jupyter_config", "lab/kernel_extension", "kernel", "measure", "tangle")  # fmt: skip
+    SCRIPTS = ("ablate", "book", "environment", "execute", "bibliography", "downloads", "exercises", "history_links", "mentions", "toc", "lab/__main__", "lab/contents", "lab/jupyter_config", "lab/kernel_extension", "kernel", "measure", "tangle")  # fmt: skip
     FILES = [ROOT / "scripts" / f"{name}.py" for name in SCRIPTS] + sorted((ROOT / "speedrun" / "lab").glob("*.py"))  # fmt: skip
 
     @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -548,7 +548,8 @@ class TestEncodings:
         assert done.returncode == 0 and b"usage" in done.stdout and not done.stderr
 
     @pytest.mark.parametrize(
-        "script", ["ablate", "execute", "measure", "book", "downloads", "exercises", "lab/__main__"]
+        "script",
+        ["ablate", "execute", "measure", "book", "downloads", "exercises", "toc", "lab/__main__"],
     )
     def test_every_script_goes_through_the_one_door(self, script):
         text = (ROOT / "scripts" / f"{script}.py").read_text(encoding="utf-8")
@@ -646,6 +647,97 @@ class TestMessages:
         for heading in re.findall(r"^### (.*)$", self.page, re.MULTILINE):
             key = heading.strip("`")
             assert any(key in text for text in code), f"nothing in the code says “{key}”"
+
+    def test_symptoms_lead_to_the_entries(self):
+        """The page begins with a list of symptoms; each leads to a section that has words and entries."""
+        before, *sections = re.split(r"^## ", self.page, flags=re.MULTILINE)
+        titles = [section.partition("\n")[0] for section in sections]
+        listed = re.findall(r"\| \[(.*)\]\(#(.*)\) \|", before)
+        assert [title for title, _ in listed] == titles
+        for title, anchor in listed:
+            assert anchor == re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")
+        for symptom in ("driver", "NCCL", "Slurm", "Out of memory", "NaN", "hang", "download", "compiler"):  # fmt: skip
+            assert any(symptom in title for title in titles), symptom
+        for section in sections:
+            text, *entries = re.split(r"^### .*$", section, flags=re.MULTILINE)
+            assert entries and all(len(entry.split()) > 4 for entry in [text, *entries]), text
+
+
+class TestContents:
+    """One table, book/contents.csv, from which the list in the README, the first page and the sidebar are made."""
+
+    def test_every_chapter_has_a_row_with_words(self):
+        import toc
+
+        rows = toc.contents()
+        assert [row.slug for row in rows if row.slug] == sorted(path.stem for path in NOTEBOOKS)
+        assert all(row.words and row.part and row.title for row in rows)
+        assert all(row.question.endswith("?") for row in rows if row.slug)
+        words = [word.lower() for row in rows for word in row.words]
+        assert len(words) == len(set(words)), "a word leads to one chapter"
+        assert not any(set(word) & set(",|`*[]!") for word in words), "they are an index directive"
+
+    def test_the_readme_has_todays_list(self):
+        import toc
+
+        text = (ROOT / "README.md").read_text(encoding="utf-8")
+        assert toc.with_list(text) == text, "python scripts/toc.py writes it"
+
+    def test_it_says_what_is_missing(self, monkeypatch, tmp_path):
+        import toc
+
+        from speedrun.lab.errors import UserError
+
+        for folder in ("book", "notebooks"):
+            (tmp_path / folder).mkdir()
+        (tmp_path / "notebooks" / "06_rotary.py").write_text("# %% [markdown]\n# # Rotary\n", encoding="utf-8")  # fmt: skip
+        monkeypatch.setattr(toc, "root", lambda: tmp_path)
+        head = "number,part,title,records,words,question\n"
+        for rows, said in {
+            "05,A,Block,,norm,\n": "has no row for chapter 06",
+            "06,A,,,RoPE,Where?\n07,A,,,skip,\n": "chapter 07 has neither a notebook nor a title",
+        }.items():
+            (tmp_path / "book" / "contents.csv").write_text(head + rows, encoding="utf-8")
+            with pytest.raises(UserError, match=said):
+                toc.contents.__wrapped__()
+        (tmp_path / "book" / "contents.csv").write_text(head + "06,A,,2 17,RoPE; rotary,Where?\n07,A,Skips,,skip,\n", encoding="utf-8")  # fmt: skip
+        written, planned = toc.contents.__wrapped__()
+        assert written.heading == "06 · Rotary" and written.slug == "06_rotary"
+        assert written.words == ("RoPE", "rotary") and written.records == (2, 17)
+        assert planned.title == "Skips" and not planned.slug
+
+
+class TestMentions:
+    """What a page says of chapters, records and people becomes links when the book is built."""
+
+    @pytest.mark.parametrize(
+        "text, found",
+        {
+            "see chapter 13's grid": ["chapter 13"],
+            "chapters 05 to 08 change": ["chapters 05", "08"],
+            "records 5, 8 and 9 cost 30 s": ["records 5", "8", "9"],
+            "Record 4 (Keller Jordan), 13 (@fernbear.bsky.social).": ["Record 4", "13", "@fernbear.bsky.social"],
+            "records 1–21 halved": ["records 1", "21"],
+            "record 89: 1,285 steps": ["record 89"],
+            "records 35 to 80, then 10": ["records 35", "80"],
+            "record 31 and 40% less": ["record 31"],
+            "in 2024 a record of 12 minutes": [],
+            "by @leloykun, @dualverse-ai.": ["@leloykun", "@dualverse-ai"],
+        }.items(),
+    )  # fmt: skip
+    def test_they_are_found(self, text, found):
+        from mentions import mentions
+
+        assert [text[begin:end] for begin, end, *_ in mentions(text)] == found
+
+    def test_every_record_and_every_person_has_a_place(self):
+        import history_links
+
+        named = {name for row in history_links.records().values() for name in history_links.PERSON.findall(row["contributors"])}  # fmt: skip
+        assert sorted(history_links.records()) == list(range(1, 93))
+        assert named <= set(history_links.people())
+        assert history_links.pull_request(history_links.records()[31]).endswith("/pull/122")
+        assert history_links.folder(history_links.records()[31]).endswith("/2025-09-10_Yarn")
 
 
 def test_every_contributor_is_credited():
@@ -866,3 +958,58 @@ class TestFieldsWords:
     @pytest.mark.parametrize("term", TERMS)
     def test_whoever_searches_for_the_fields_word_finds_it(self, term):
         assert term.lower() in book_text()
+
+
+class TestPagesOfTheBook:
+    """What scripts/book.py makes of an executed chapter."""
+
+    def test_solutions_and_bare_assertions_are_folded_under_a_word(self):
+        from nbformat.v4 import new_code_cell, new_notebook
+
+        import book
+
+        sources = {
+            "rows = table()\nprint(rows)": "",
+            "assert 2**25 == 33_554_432": "Check",
+            "#| export\ndef f(): ...": "",
+            "assert f() is None": "",
+            "assert f() == f(), 'behind an exported cell, all that follow at once'": "",
+            "def answer(): ...": "Solution",
+            "assert answer() is None, 'the grade'": "",
+            "x = 1": "",
+            "assert x == 1\nassert x != 2": "Check",
+        }
+        cells = [new_code_cell(source) for source in sources]
+        cells[5].metadata["tags"] = ["solution"]
+        notebook = new_notebook(cells=cells)
+        book.fold_cells(notebook)
+        for cell, label in zip(notebook.cells, sources.values()):
+            assert ("hide-cell" in cell.metadata.get("tags", [])) == bool(label), cell.source
+            assert cell.metadata.get("mystnb", {}).get("code_prompt_show", "") == label
+
+    def test_provenance_is_one_line(self, monkeypatch):
+        import book
+
+        facts = {"cores": 2, "date": "2026-11-30T01:02:03", "seconds": 7.6, "state": {"device": "cpu", "versions": {"torch": "2.11"}}}  # fmt: skip
+        monkeypatch.setattr(book, "results_of", lambda facts: [])
+        shown = book.provenance_of(facts)
+        assert "page executed 2026-11-30 in 8 s on 2 CPU cores, torch 2.11" in shown
+        stamp = {"gpu": "", "cpu": "a CPU", "torch": "2.11", "date": "2026-11-01"}
+        found = [(f"a/{name}", {"stamp": stamp, "kind": name}) for name in ("fresh", "stale", "old")]  # fmt: skip
+        monkeypatch.setattr(book, "results_of", lambda facts: found)
+        monkeypatch.setattr(book, "freshness", lambda result: {"old": "stale"}.get(result["kind"], result["kind"]))  # fmt: skip
+        first, *rest = book.provenance_of(facts).split("\n")
+        assert first == ":::{dropdown} page executed 2026-11-30 · 3 measurements: 1 fresh, 2 stale"
+        assert sum(line.startswith("- ") for line in rest) == 2 and rest[-1] == ":::"
+
+    def test_a_table_that_a_cell_shows_has_the_books_class(self):
+        from nbformat.v4 import new_code_cell, new_output
+
+        import book
+
+        html = "<table><tr></tr></table><table border=1 class='x'></table>"
+        shown = new_output("display_data", data={"text/html": html})
+        cell = new_code_cell("show()", outputs=[shown])
+        book.with_table_class(cell)
+        assert cell.outputs[0].data["text/html"].count("table") == 5
+        assert cell.outputs[0].data["text/html"].startswith('<table class="table">')

@@ -75,7 +75,7 @@ def has_fp8(device: torch.device) -> bool:
 def quantize(
     x: Tensor, scale: Tensor, dtype: torch.dtype = E4M3, factor: Tensor | None = None,
     straight: bool = True, turned: bool = False,
-) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+) -> tuple[Any, Any]:  # fmt: skip
     """x, times `factor` if given, over `scale`, in eight bits: as it is (straight), (rows, columns), and transposed (turned), (columns, rows), both row-major. What is not asked for is None.
 
     x: (rows, columns), any float dtype or layout; copied if it is not contiguous. scale: (1,) float32. factor: (rows,) float32. dtype: E4M3, E5M2, or float32, which rounds nothing. Clipping,
