@@ -141,9 +141,19 @@ def param_specs(config: GPTConfig, vocab_size: int) -> tuple[ParamSpec, ...]:
 
 
 # %% Initialisation
+DRAWN_AS = {  # the names that these had in the first measured runs, whose initial values are still theirs
+    "embed": "token_embedding",
+    "pos_embed": "position_embedding",
+    "value_embeds": "value_embedding",
+    "lm_head": "head",
+}
+
+
 def init_parameter(spec: ParamSpec, seed: int) -> Tensor:
     """The initial values of one parameter, float32 on the CPU: a function of the seed and the row alone."""
-    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{spec.name}".encode()))
+    generator = torch.Generator().manual_seed(
+        zlib.crc32(f"{seed}:{DRAWN_AS.get(spec.name, spec.name)}".encode())
+    )
     values = torch.full(spec.shape, spec.init_mean)
     if spec.init_uniform:
         draw = 2 * torch.rand(spec.shape, generator=generator) - 1
