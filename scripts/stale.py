@@ -28,7 +28,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from migrate import STEPS, configs_in, in_older_names, reworded
+from migrate import STEPS, Step, configs_in, in_older_names, reworded
 
 from speedrun.config import Config, config_from_json, fields_of, vary
 from speedrun.cpu_size import RAMPS, at_cpu_size
@@ -445,7 +445,13 @@ def tiny(saved: dict, data: Path) -> Config:
 
 def names_at(commit: str) -> int:
     """How many changes of names came after a commit."""
-    return sum(step.since not in blobs(commit) for step in STEPS)
+    return sum(not knows(commit, step) for step in STEPS)
+
+
+def knows(commit: str, step: Step) -> bool:
+    """Whether a commit has the names since a change of them."""
+    blob = blobs(commit).get(step.since)
+    return blob is not None and step.marks in text_of(blob)
 
 
 def way(run: Config) -> str:

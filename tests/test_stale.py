@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import inspect
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -13,12 +14,17 @@ from typing import Literal, get_args, get_origin, get_type_hints
 import migrate
 import pytest
 import stale
+import torch
 
-from speedrun.config import Config, check_config, fields_of, vary
-from speedrun.cpu_size import RAMPS
+from speedrun.checkpoint import checkpoints, latest_checkpoint, load_checkpoint, save_checkpoint
+from speedrun.config import Config, check_config, config_from_json, fields_of, vary
+from speedrun.cpu_size import RAMPS, at_cpu_size
+from speedrun.lab.errors import UserError
 from speedrun.lab.provenance import module_hashes, root
-from speedrun.presets import preset
+from speedrun.model.gpt import DRAWN_AS
+from speedrun.presets import known_presets, preset
 from speedrun.schedule import Stage
+from speedrun.train import TrainCommand, run_config, train
 
 DATA = Path("/data")
 OLD = "import torch\n\n\ndef f(x):\n    return x + 1\n\n\nclass A:\n    def g(self):\n        torch.cuda.synchronize()\n"
@@ -218,7 +224,9 @@ class TestTinyRuns:
                     assert check_config(run).steps == 20 and run.schedule.warmup_steps <= 5, path
                     assert not run.schedule.momentum_min or max(run.schedule.momentum_ramp) <= 5
                     then = result["stamp"]["modules"]
-                    missed = sum(step.since not in then for step in migrate.STEPS)
+                    missed = sum(
+                        bool(step.marks) or step.since not in then for step in migrate.STEPS
+                    )
                     for steps in range(missed + 1):
                         older = migrate.in_older_names(run, steps)
                         assert migrate.todays(older) == run, path
@@ -466,33 +474,148 @@ class TestProof:
         assert set(said.values()) == {"not proved: no commit holds the code that was measured"}
 
 
-class TestWords:
-    def test_a_rename_is_no_change_and_anything_more_is(self):
-        from migrate import reworded
-
-        old = (
-            'def capped(z, step_tokens):\n    raise Problem(f"--data.step-tokens {step_tokens}")\n'
+OLD_AND_NEW = {  # the module that tells a change of names → code of before and since
+    "speedrun.model.layout": [
+        (
+            'def capped(z, step_tokens):\n    raise Problem(f"--data.step-tokens {step_tokens}")\n',
+            'def softcap(z, batch_tokens):\n    raise UserError(f"--data.batch-tokens {batch_tokens}")\n',
         )
-        new = 'def softcap(z, batch_tokens):\n    raise UserError(f"--data.batch-tokens {batch_tokens}")\n'
-        assert stale.changes({"m": reworded(old, 2)}, {"m": new}) == {"m": []}
-        assert stale.changes({"m": reworded(old, 0)}, {"m": new})["m"]
-        other = new.replace("raise", "return")
-        assert stale.changes({"m": reworded(old, 2)}, {"m": other})["m"]
+    ],
+    "speedrun.model.gpt": [
+        (
+            'def smeared(x, look):\n    raise UserError(f"--model.width {config.width}", look.turns)\n',
+            'def apply_smear(x, look):\n    raise UserError(f"--model.model-dim {config.model_dim}", context.cos_sin)\n',
+        ),
+        (
+            "raise x @ self.head if config.head.tied == 'tied' else GPTConfig(2, f(1), width=8, layers=3)\n",
+            "raise x @ self.lm_head if config.head.tie == 'tied' else GPTConfig(2, f(1), model_dim=8, num_layers=3)\n",
+        ),
+        (
+            'raise {"model.plan.skips": "gated", "model.plan.without": "attention", "model.rotary.positions": "half"}\n',
+            'raise {"model.layout.skips": "single_gated", "model.layout.skip_sublayers": "attn", "model.rotary.pos": "half_rope"}\n',
+        ),
+    ],
+}
 
-    def test_a_longer_word_is_left_alone(self):
+
+def ago_of(module: str) -> int:
+    """How many changes of names there have been from the one on that a module tells."""
+    return len(migrate.STEPS) - [step.since for step in migrate.STEPS].index(module)
+
+
+class TestWords:
+    @pytest.mark.parametrize(
+        ("since", "old", "new"),
+        [(since, *pair) for since, pairs in OLD_AND_NEW.items() for pair in pairs],
+    )
+    def test_a_rename_is_no_change_and_anything_more_is(self, since, old, new):
         from migrate import reworded
 
-        words = "missteps step_tokens_x x.head.capital TrainClock unpaused"
-        assert reworded(words, 2) == words
+        ago = ago_of(since)
+
+        assert stale.changes({"m": reworded(old, ago)}, {"m": new}) == {"m": []}
+        assert stale.changes({"m": reworded(old, ago - 1)}, {"m": new})["m"]
+        assert reworded(new, len(migrate.STEPS)) == new, "twice is once"
+        other = new.replace("raise", "return")
+        assert stale.changes({"m": reworded(old, ago)}, {"m": other})["m"]
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "missteps step_tokens_x x.head.capital TrainClock unpaused",
+            "page.width, spec.layers, model.head.std, launch.plan, len(plan) == 2, model.heads_up",
+            'bytes_sent(width=3), {"width": 3}, the context of a head, ParamSpec("head", (3, 5))',
+        ],
+    )
+    def test_a_longer_word_is_left_alone(self, text):
+        from migrate import reworded
+
+        assert reworded(text, len(migrate.STEPS)) == text
 
     def test_the_clock_has_moved_and_has_another_name(self):
         from migrate import reworded
 
+        ago = ago_of("speedrun.lab.timer")
         old = "class Clock:\n    def wait(self):\n        torch.cuda.synchronize()\n\n\ndef paused(clock: Clock, marks: 'Marks | None'):\n    clock.wait()\n"
         new = old.replace("Clock", "TrainClock").replace("paused", "off_the_clock")
         new = new.replace("Marks", "StepTimer")
-        before = {"train": reworded(old, 1), "timer": ""}
+        before = {"train": reworded(old, ago), "timer": ""}
         assert stale.changes(before, {"train": "", "timer": new}) == {"train": [], "timer": []}
-        assert reworded(new, 1) == new, "today's words stay"
+        assert reworded(new, ago) == new, "today's words stay"
         faster = new.replace("torch.cuda.synchronize()", "pass")
         assert stale.changes(before, {"train": "", "timer": faster})["timer"]
+
+    def test_a_commit_tells_its_names_by_a_module_or_by_a_word_in_it(self, monkeypatch):
+        texts = {step.since: step.marks for step in migrate.STEPS}
+        monkeypatch.setattr(stale, "blobs", lambda commit: {name: name for name in texts})
+        monkeypatch.setattr(stale, "text_of", texts.get)
+        assert stale.names_at("a") == 0
+        texts["speedrun.model.gpt"] = "layers: int"
+        assert stale.names_at("a") == 1
+        del texts["speedrun.model.layout"]
+        assert stale.names_at("a") == 2
+
+    def test_every_preset_goes_back_a_change_and_forth_again(self):
+        found, ago = set(), ago_of("speedrun.model.gpt")
+        for name in known_presets():
+            run = preset(name)
+            older = migrate.in_older_names(run, ago)
+            assert {"layers", "plan"} <= older["model"].keys()
+            assert migrate.todays(older) == run
+            flat = migrate.leaves(older)
+            found |= {(field, said) for field, said in SAID if flat[field] == said}
+            with pytest.raises(UserError, match="fields that today's GPTConfig lacks: context"):
+                config_from_json(older)
+        assert found == SAID
+
+
+def test_a_run_of_before_a_change_of_names_goes_on_after_it(embedded, tmp_path):
+    """It is refused with a sentence; once migrated it is, to the bit, what it would have been."""
+    changes = {"data.path": str(embedded), "model.head.tie": "until_step", "warmup": 0}
+    changes |= {"model.embedding.values": "ends", "model.layout.x0": True, "checkpoint_every": 2}
+    changes |= {"optim.adam.every": 2, "optim.adam.cautious": True, "optim.grad_clip": 0.0}
+    run = vary(at_cpu_size(preset("cpu_gpt2"), 8), changes | {"max_steps": 5})
+    train(run, tmp_path / "run", echo=None)
+    wanted = load_checkpoint(latest_checkpoint(tmp_path / "run"))
+    assert DRAWN_AS.keys() <= wanted[0].keys()
+
+    def renamed(tensors: dict) -> dict:
+        own = re.compile(rf"\b({'|'.join(DRAWN_AS)})\b")
+        return {own.sub(lambda found: DRAWN_AS[found[0]], name): t for name, t in tensors.items()}
+
+    folder, older = (tmp_path / "old", migrate.in_older_names(run, ago_of("speedrun.model.gpt")))
+    shutil.copytree(tmp_path / "run", folder)
+    for path in checkpoints(folder):
+        weights, moments, facts = load_checkpoint(path)
+        assert renamed(moments).keys() != moments.keys()
+        save_checkpoint(folder, facts["step"], renamed(weights), renamed(moments), facts | {"config": older})  # fmt: skip
+    lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    first = json.loads(lines[0]) | {"config": older}
+    (folder / "metrics.jsonl").write_text("".join([json.dumps(first) + "\n", *lines[1:]]))
+    with pytest.raises(UserError, match="fields that today's GPTConfig lacks: context, heads"):
+        run_config(TrainCommand(preset("smoke"), resume=str(folder)))
+    assert migrate.migrate_run(folder) and not migrate.migrate_run(folder)
+    found = load_checkpoint(latest_checkpoint(folder))
+    for here, there in zip(found[:2], wanted[:2]):
+        assert here.keys() == there.keys()
+        assert all(torch.equal(tensor, there[name]) for name, tensor in here.items())
+    whole = run_config(TrainCommand(preset("smoke"), resume=str(folder)))
+    assert whole == vary(run, {"max_steps": 0})
+    ends = [train(whole, tmp_path / name, again=True, echo=None).model for name in ("run", "old")]
+    weights, others = (dict(end.named_parameters()) for end in ends)
+    assert all(torch.equal(p, others[name]) for name, p in weights.items())
+
+
+SAID = {  # what values were called
+    ("model.rotary.positions", "rotary"),
+    ("model.rotary.positions", "half"),
+    ("model.rotary.pairs", "halves"),
+    ("model.plan.skips", "gated"),
+    ("model.plan.without", "attention"),
+    ("model.plan.without", "nothing"),
+    ("model.plan.without", "both"),
+    ("model.head.tied", "split"),
+    ("model.embedding.value_residual", "gates"),
+    ("model.embedding.value_residual", "free"),
+    ("model.embedding.value_residual", "share"),
+}
