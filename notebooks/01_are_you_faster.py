@@ -83,7 +83,7 @@ from scipy import stats
 
 
 @dataclass(frozen=True)
-class Sample:
+class Summary:
     """n runs of one thing: mean and sample standard deviation (n − 1 below; nan for a single run)."""
 
     n: int
@@ -95,12 +95,12 @@ class Sample:
         return f"{self.mean:.4f}{spread} (n={self.n})"
 
 
-def describe(values) -> Sample:
+def describe(values) -> Summary:
     """Summarise a sequence of numbers."""
     values = [float(value) for value in values]
     n, mean = len(values), math.fsum(values) / len(values)
     squares = math.fsum((value - mean) ** 2 for value in values)
-    return Sample(n, mean, math.sqrt(squares / (n - 1)) if n > 1 else math.nan)
+    return Summary(n, mean, math.sqrt(squares / (n - 1)) if n > 1 else math.nan)
 
 
 # %%
@@ -119,7 +119,7 @@ print("record 37:", record_37)
 
 # %%
 #| export
-def p_below(sample: Sample, target: float) -> float:
+def p_below(sample: Summary, target: float) -> float:
     """One-sided p-value of "the true mean is below target": how likely a mean this low is if it were target."""
     if sample.n < 2:
         raise ValueError(f"a test needs at least 2 runs, got {sample.n}")
@@ -145,7 +145,7 @@ print(f"of all {len(fours):,} ways to pick four of them, {valid:.0%} would have 
 
 # %%
 #| export
-def p_difference(a: Sample, b: Sample) -> float:
+def p_difference(a: Summary, b: Summary) -> float:
     """Two-sided p-value of "the true means differ" (Welch's t-test)."""
     if a.n < 2 or b.n < 2:
         raise ValueError(f"a test needs at least 2 runs on each side, got {a.n} and {b.n}")
@@ -153,7 +153,7 @@ def p_difference(a: Sample, b: Sample) -> float:
     return float(two.pvalue)
 
 
-def beside(sample: Sample, control: Sample) -> str:
+def compare_line(sample: Summary, control: Summary) -> str:
     """A sample, how far its mean is from a control's, and the p-value of that if there are runs enough for one."""
     test = f", p = {p_difference(sample, control):.1e}" if min(sample.n, control.n) > 1 else ""
     return f"{sample}  {sample.mean - control.mean:+.4f}{test}"
@@ -168,9 +168,9 @@ kept = {
 p = p_difference(kept["26"], kept["41"])
 assert p_difference(kept["26"], kept["26"]) == 1.0 and p == p_difference(kept["41"], kept["26"])
 assert p > 0.05 and min(sample.n for sample in kept.values()) == 20
-assert beside(kept["41"], kept["26"]).startswith(f"{kept['41']}  ") and f"p = {p:.1e}" in beside(
-    kept["41"], kept["26"]
-)
+assert compare_line(kept["41"], kept["26"]).startswith(
+    f"{kept['41']}  "
+) and f"p = {p:.1e}" in compare_line(kept["41"], kept["26"])
 print(f"record 26 {kept['26']}, record 41 {kept['41']}: p = {p:.2f}")
 
 # %% [markdown]
@@ -340,9 +340,7 @@ assert abs(simple - threshold) < 0.08
 
 # %%
 #| export
-def against_control(
-    arms: Mapping[str, Sequence[float]], control: Sequence[float]
-) -> dict[str, float]:
+def dunnett(arms: Mapping[str, Sequence[float]], control: Sequence[float]) -> dict[str, float]:
     """Two-sided p-value of each arm's difference from one control, given that all were tried: Dunnett's test, one deviation for all."""
     points = np.random.default_rng(0)  # at which the integral is evaluated
     found = stats.dunnett(*arms.values(), control=control, rng=points).pvalue
@@ -358,7 +356,7 @@ def p_text(p: float) -> str:
 class Study:
     """Arms beside one control: samples and, for all but the control, Dunnett's p, by name; one deviation for all, and its degrees of freedom."""
 
-    samples: dict[str, Sample]
+    samples: dict[str, Summary]
     p_values: dict[str, float]
     pooled_sd: float
     dof: int
@@ -390,8 +388,8 @@ def study_of(losses: Mapping[str, Sequence[float]]) -> Study:
     dof = sum(sample.n - 1 for sample in samples.values())
     squares = math.fsum((sample.n - 1) * sample.sd**2 for sample in samples.values())
     others = {arm: values for arm, values in losses.items() if arm != "control"}
-    chance = against_control(others, losses["control"])
-    return Study(samples, chance, math.sqrt(squares / dof), dof)
+    p_values = dunnett(others, losses["control"])
+    return Study(samples, p_values, math.sqrt(squares / dof), dof)
 
 
 # %% [markdown]
@@ -431,7 +429,7 @@ print(
 
 
 # %% tags=["solution"]
-def z_rule(sample: Sample) -> bool:
+def z_rule(sample: Summary) -> bool:
     """The optimizer track's rule: far enough below 3.28 for a known standard deviation of 0.0013."""
     return (3.28 - sample.mean) * math.sqrt(sample.n) >= 0.004
 
@@ -442,7 +440,7 @@ implied_p = float(stats.norm.sf(0.004 / 0.0013))
 accepted = [(16, 3.2789, 0.0013), (16, 3.2789, 0.0026), (4, 3.277, 0.01)]
 refused = [(4, 3.2789, 0.0013), (9, 3.279, 0.0003)]
 for case in accepted + refused:
-    right, said = case in accepted, z_rule(Sample(*case))
+    right, said = case in accepted, z_rule(Summary(*case))
     assert said == right, (
         f"{case[0]} runs, mean {case[1]}, sd {case[2]}: the rule says {right}, yours {said} (it knows sigma, so it does not look at the sample's sd)"
     )
@@ -465,7 +463,7 @@ runs_for_time = runs_needed(0.005 * wall.mean, wall.sd)
 # %%
 assert wall is not ..., "exercise: write wall"
 assert runs_for_time is not ..., "exercise: write runs_for_time"
-assert isinstance(wall, Sample), f"wall is a Sample, as describe makes it, not {wall}"
+assert isinstance(wall, Summary), f"wall is a Sample, as describe makes it, not {wall}"
 assert wall.n == 24, f"record 37 has 24 public runs, your sample has {wall.n}"
 assert 140 < wall.mean < 160, f"in seconds the mean is between 140 and 160, not {wall.mean}"
 assert runs_for_time == 4, (

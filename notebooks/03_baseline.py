@@ -66,7 +66,7 @@ from torch.nn import functional as F
 from speedrun.model.gpt import GPTConfig
 
 # %% [markdown]
-# The shape of the model is a `GPTConfig`. [Chapter 21](21_model.py) builds the package's own model from all of it. GPT-2 reads five of its fields, `layers`, `heads`, `width`, `context` and `init_std`, and their defaults are those of the 124M model.
+# The shape of the model is a `GPTConfig`. [Chapter 21](21_model.py) builds the package's own model from all of it. GPT-2 reads five of its fields, `num_layers`, `num_heads`, `model_dim` (the width), `max_seq_len` and `init_std`, and their defaults are those of the 124M model.
 #
 # ### Attention
 #
@@ -80,13 +80,13 @@ class Attention(nn.Module):
 
     def __init__(self, options: GPTConfig):
         super().__init__()
-        self.heads = options.heads
-        self.qkv = nn.Linear(options.width, 3 * options.width)
-        self.out = nn.Linear(options.width, options.width)
+        self.num_heads = options.num_heads
+        self.qkv = nn.Linear(options.model_dim, 3 * options.model_dim)
+        self.out = nn.Linear(options.model_dim, options.model_dim)
 
     def forward(self, x: Tensor) -> Tensor:
         batch, tokens, width = x.shape
-        shape = (batch, tokens, 3, self.heads, width // self.heads)
+        shape = (batch, tokens, 3, self.num_heads, width // self.num_heads)
         q, k, v = self.qkv(x).view(shape).permute(2, 0, 3, 1, 4)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # scaled by 1 / sqrt(head_dim)
         return self.out(y.transpose(1, 2).reshape(batch, tokens, width))
@@ -98,7 +98,7 @@ class Attention(nn.Module):
 
 # %%
 torch.manual_seed(0)
-tiny = GPTConfig(layers=2, heads=4, width=32, context=16)
+tiny = GPTConfig(num_layers=2, num_heads=4, model_dim=32, max_seq_len=16)
 attention, x = Attention(tiny).double(), torch.randn(1, 16, 32, dtype=torch.float64)
 y, other = attention(x), x.clone()
 other[:, -1] += 1.0
@@ -128,8 +128,8 @@ class MLP(nn.Module):
 
     def __init__(self, options: GPTConfig):
         super().__init__()
-        self.up = nn.Linear(options.width, 4 * options.width)
-        self.down = nn.Linear(4 * options.width, options.width)
+        self.up = nn.Linear(options.model_dim, 4 * options.model_dim)
+        self.down = nn.Linear(4 * options.model_dim, options.model_dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(F.gelu(self.up(x), approximate="tanh"))
@@ -140,7 +140,7 @@ class Block(nn.Module):
 
     def __init__(self, options: GPTConfig):
         super().__init__()
-        self.norm_1, self.norm_2 = nn.LayerNorm(options.width), nn.LayerNorm(options.width)
+        self.norm_1, self.norm_2 = nn.LayerNorm(options.model_dim), nn.LayerNorm(options.model_dim)
         self.attention, self.mlp = Attention(options), MLP(options)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -177,7 +177,7 @@ def init_gpt2(model: nn.Module, options: GPTConfig) -> None:
         elif "norm" not in name:
             adds = name.endswith(("attention.out.weight", "mlp.down.weight"))
             nn.init.normal_(
-                weight, std=options.init_std / (math.sqrt(2 * options.layers) if adds else 1.0)
+                weight, std=options.init_std / (math.sqrt(2 * options.num_layers) if adds else 1.0)
             )
 
 
@@ -186,10 +186,10 @@ class GPT2(nn.Module):
 
     def __init__(self, options: GPTConfig, vocab_size: int):
         super().__init__()
-        self.tokens = nn.Embedding(vocab_size, options.width)
-        self.positions = nn.Embedding(options.context, options.width)
-        self.blocks = nn.ModuleList(Block(options) for _ in range(options.layers))
-        self.norm = nn.LayerNorm(options.width)
+        self.tokens = nn.Embedding(vocab_size, options.model_dim)
+        self.positions = nn.Embedding(options.max_seq_len, options.model_dim)
+        self.blocks = nn.ModuleList(Block(options) for _ in range(options.num_layers))
+        self.norm = nn.LayerNorm(options.model_dim)
         init_gpt2(self, options)
 
     def forward(self, inputs: Tensor, targets: Tensor | None = None) -> Tensor:
@@ -230,8 +230,10 @@ print(
 #| export
 def parameter_count(options: GPTConfig, vocab_size: int) -> int:
     """Parameters by formula: embeddings, then per block 12 width² of matrices and 13 width of biases and norms."""
-    d = options.width
-    return (vocab_size + options.context) * d + options.layers * (12 * d * d + 13 * d) + 2 * d
+    d = options.model_dim
+    return (
+        (vocab_size + options.max_seq_len) * d + options.num_layers * (12 * d * d + 13 * d) + 2 * d
+    )
 
 
 # %%
@@ -255,8 +257,8 @@ def flops_per_token(
 
     causal: count half of attention, as a kernel does that skips what the mask hides.
     """
-    weights = options.layers * 12 * options.width**2 + vocab_size * options.width
-    attention = options.layers * 12 * seq_len * options.width
+    weights = options.num_layers * 12 * options.model_dim**2 + vocab_size * options.model_dim
+    attention = options.num_layers * 12 * seq_len * options.model_dim
     return 6.0 * weights + attention * (0.5 if causal else 1.0)
 
 
@@ -267,7 +269,7 @@ def flops_per_token(
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-small, vocab = GPTConfig(layers=3, heads=2, width=64, context=128), 512
+small, vocab = GPTConfig(num_layers=3, num_heads=2, model_dim=64, max_seq_len=128), 512
 model, tokens = GPT2(small, vocab), torch.randint(vocab, (2, 129))
 with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
     model(tokens[:, :-1], tokens[:, 1:]).backward()
@@ -325,9 +327,9 @@ print({record: f"{share:.0%} of full speed in bf16" for record, share in product
 
 # %%
 torch.manual_seed(1)
-size = tier.pick(cpu=GPTConfig(layers=2, context=64), gpu=GPTConfig())
+size = tier.pick(cpu=GPTConfig(num_layers=2, max_seq_len=64), gpu=GPTConfig())
 model = GPT2(size, VOCAB).to(tier.device)
-tokens = torch.randint(VOCAB, (tier.pick(cpu=16, gpu=2), size.context + 1)).to(tier.device)
+tokens = torch.randint(VOCAB, (tier.pick(cpu=16, gpu=2), size.max_seq_len + 1)).to(tier.device)
 with torch.no_grad():
     first = model(tokens[:, :-1], tokens[:, 1:]).item()
 expected = math.log(VOCAB) + 0.02**2 * 768 / 2
@@ -452,7 +454,7 @@ if not (data_folder("data/embedded") / "manifest.json").exists():
     build_embedded(root() / "data" / "embedded", root() / "data" / "wheels")
 loader = Loader(DataConfig("data/embedded", seq_len=64, batch_tokens=1024, micro_batches=1))
 torch.manual_seed(0)
-shape = GPTConfig(layers=2, heads=2, width=128, context=64, init_std=0.05)
+shape = GPTConfig(num_layers=2, num_heads=2, model_dim=128, max_seq_len=64, init_std=0.05)
 model = GPT2(shape, loader.shards.manifest.vocab_size).to(tier.device)
 steps, losses = 120, []
 cosine = Schedule(ScheduleConfig(warmup_steps=10), steps, lr=4e-3)
@@ -523,7 +525,7 @@ assert kind_of("triton_poi_fused_gelu_3", KINDS, OTHER) == OTHER
 
 size, words, rows = tier.pick(cpu=(shape, 288, 16), gpu=(GPTConfig(), VOCAB, 4))
 model = GPT2(size, words).to(tier.device)
-tokens = torch.randint(words, (rows, size.context + 1)).to(tier.device)
+tokens = torch.randint(words, (rows, size.max_seq_len + 1)).to(tier.device)
 optimizer = torch.optim.AdamW(decay_groups(model), lr=4e-3, betas=BETAS, fused=True)
 
 

@@ -510,7 +510,7 @@ from speedrun.model.gpt import GPTConfig, flops_per_token
 
 def products_of(config: GPTConfig, vocab: int, tokens: int, size: int) -> dict:
     """(matrix, which of the three) → Product, of a training step on so many tokens."""
-    d, layers = config.width, config.layers
+    d, layers = config.model_dim, config.num_layers
     shapes = {"qkv": (d, 3 * d), "out": (d, d), "up": (d, 4 * d), "down": (4 * d, d)}
     found = {}
     for name, (k, n) in (shapes | {"head": (d, vocab)}).items():
@@ -539,7 +539,7 @@ print(f"the least intense of them has {least.intensity:.0f} FLOPs a byte")
 # Now measure. On the left is a small model on this machine, each of its products timed in turn with all others, under the roof as measured before and after them: the best moment counts, for a peak is what a machine *can* do. On the right is GPT-2 under the roof of the H100's data sheet, with the one point that [chapter 03](03_baseline.py)'s committed profile gives: all products of the compiled step together.
 
 # %%
-small = GPTConfig(layers=2, heads=2, width=128, context=64)
+small = GPTConfig(num_layers=2, num_heads=2, model_dim=128, max_seq_len=64)
 shape = tier.pick(cpu=(small, 288, 1024), gpu=(gpt2, vocab, 8192))
 ours = products_of(*shape, 4)
 works = {}
@@ -686,7 +686,7 @@ from speedrun.model.baseline import GPT2, decay_groups
 
 config, words, rows = tier.pick(cpu=(small, 288, 16), gpu=(gpt2, vocab, 4))
 model = GPT2(config, words).to(tier.device)
-text = torch.randint(words, (rows, config.context + 1)).to(tier.device)
+text = torch.randint(words, (rows, config.max_seq_len + 1)).to(tier.device)
 optimizer = torch.optim.AdamW(decay_groups(model), lr=6e-4, fused=True)
 
 

@@ -94,9 +94,9 @@ class BlockConfig:
     """RMS norm for each head's queries and keys."""
     activation: Literal["gelu", "relu2"] = "gelu"
     """The MLP's nonlinearity; relu2: the square of what is positive."""
-    zero_out: bool = False
+    zero_init_proj: bool = False
     """Matrices that write to the stream begin at zero, and not smaller than the others by sqrt(2 · layers)."""
-    fan_in: bool = False
+    fan_in_init: bool = False
     """Matrices begin uniform with deviation 0.5 / sqrt(columns), and not normal with init_std."""
 
 
@@ -113,7 +113,7 @@ def rms_norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, x.shape[-1:], eps=1e-6)
 
 
-def normed(x: Tensor, weights: Mapping[str, Any], name: str) -> Tensor:
+def apply_norm(x: Tensor, weights: Mapping[str, Any], name: str) -> Tensor:
     """Layer norm with the gain and bias that stand under a name, or RMS norm if there are none."""
     gain = weights.get(f"{name}_gain")
     if gain is None:
@@ -129,7 +129,7 @@ x = 3.0 * torch.randn(5, 64, dtype=torch.float64) + 1.0
 weights = {"some_norm_gain": torch.rand(64).double(), "some_norm_bias": torch.randn(64).double()}
 centred = x - x.mean(-1, keepdim=True)
 by_hand = rms_norm(centred) * weights["some_norm_gain"] + weights["some_norm_bias"]
-assert torch.allclose(normed(x, weights, "some_norm"), by_hand, atol=1e-5)
+assert torch.allclose(apply_norm(x, weights, "some_norm"), by_hand, atol=1e-5)
 assert torch.allclose(rms_norm(x).square().mean(-1), torch.ones(5).double(), atol=1e-6)
 assert torch.allclose(rms_norm(1000 * x), rms_norm(x), atol=1e-6), "blind to scale"
 print("layer norm is RMS norm of the centred vector, with a gain and a bias")
@@ -191,15 +191,20 @@ def linear_init(
     config: BlockConfig, init_std: float, layers: int, columns: int, adds: bool
 ) -> dict[str, Any]:
     """How a matrix of so many columns is initialised, as columns of its ParamSpec. adds: it writes to the residual stream."""
-    std = 0.5 / math.sqrt(columns) if config.fan_in else init_std
+    std = 0.5 / math.sqrt(columns) if config.fan_in_init else init_std
     if adds:
-        std = 0.0 if config.zero_out else std / math.sqrt(2 * layers)
-    return {"init_std": std, "init_uniform": config.fan_in and std > 0}
+        std = 0.0 if config.zero_init_proj else std / math.sqrt(2 * layers)
+    return {"init_std": std, "init_uniform": config.fan_in_init and std > 0}
 
 
 # %%
 ALL_SIX = BlockConfig(
-    norm="rms", biases=False, qk_norm=True, activation="relu2", zero_out=True, fan_in=True
+    norm="rms",
+    biases=False,
+    qk_norm=True,
+    activation="relu2",
+    zero_init_proj=True,
+    fan_in_init=True,
 )
 plain = linear_init(BlockConfig(), 0.02, 12, 768, adds=False)
 assert plain == {"init_std": 0.02, "init_uniform": False}
@@ -244,7 +249,7 @@ def folded(state: dict) -> dict:
     """GPT-2's weights as those of a model with parameter-free norms and the same logits."""
     centre = torch.eye(state["final_norm_gain"].numel()).to(state["final_norm_gain"])
     centre -= centre.mean()
-    found = {name: state[name] @ centre for name in ("token_embedding", "position_embedding")}
+    found = {name: state[name] @ centre for name in ("embed", "pos_embed")}
     for writer in ("attention_out", "mlp_down"):
         found[writer] = centre @ state[writer]
         found[f"{writer}_bias"] = state[f"{writer}_bias"] @ centre
@@ -258,7 +263,7 @@ def folded(state: dict) -> dict:
 
 from dataclasses import replace
 
-shape = GPTConfig(layers=3, heads=4, width=64, context=32)
+shape = GPTConfig(num_layers=3, num_heads=4, model_dim=64, max_seq_len=32)
 full = GPT(shape, 288).double().to(tier.device)
 bare = GPT(replace(shape, block=BlockConfig(norm="rms")), 288).double().to(tier.device)
 with torch.no_grad():
@@ -279,10 +284,10 @@ print(f"logits differ by at most {off:.0e} of their spread")
 modern = GPT(replace(shape, block=ALL_SIX), 288).to(tier.device)
 inputs, targets = tokens[:, :-1], tokens[:, 1:]
 modern(inputs, targets).backward()
-embedded = modern.token_embedding[inputs] + modern.position_embedding[: inputs.shape[1]]
-assert torch.allclose(modern(inputs), rms_norm(embedded) @ modern.token_embedding.T, atol=1e-5)
+embedded = modern.embed[inputs] + modern.pos_embed[: inputs.shape[1]]
+assert torch.allclose(modern(inputs), rms_norm(embedded) @ modern.embed.T, atol=1e-5)
 moved = {name for name, p in modern.named_parameters() if p.grad.any()}
-assert moved == {"attention_out", "mlp_down", "token_embedding", "position_embedding"}
+assert moved == {"attention_out", "mlp_down", "embed", "pos_embed"}
 captured = torch.compile(modern, fullgraph=True, backend="eager")
 assert torch.equal(captured(inputs, targets), modern(inputs, targets))
 print("in the first step these learn:", ", ".join(sorted(moved)))
@@ -353,7 +358,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from speedrun.config import Config, vary
-from speedrun.lab.hardware import look
+from speedrun.lab.hardware import detect_machine
 from speedrun.lab.provenance import stamp
 from speedrun.measure.runs import best_of, corpus_of, cpu_base, step_times, train_arms, train_many
 
@@ -365,8 +370,8 @@ GPT2: dict[str, Any] = {
 }
 GPT2 |= {
     "model.block.activation": "gelu",
-    "model.block.zero_out": False,
-    "model.block.fan_in": False,
+    "model.block.zero_init_proj": False,
+    "model.block.fan_in_init": False,
 }
 MODERN: dict[str, Any] = {
     "model.block.norm": "rms",
@@ -375,16 +380,16 @@ MODERN: dict[str, Any] = {
 }
 MODERN |= {
     "model.block.activation": "relu2",
-    "model.block.zero_out": True,
-    "model.block.fan_in": True,
+    "model.block.zero_init_proj": True,
+    "model.block.fan_in_init": True,
 }
 CHANGES = {
     "plain norms": "model.block.norm",
     "no biases": "model.block.biases",
     "QK-norm": "model.block.qk_norm",
     "ReLU²": "model.block.activation",
-    "zeros": "model.block.zero_out",
-    "scale by width": "model.block.fan_in",
+    "zeros": "model.block.zero_init_proj",
+    "scale by width": "model.block.fan_in_init",
 }
 GRID = [(rate, other) for rate in (0.002, 0.004, 0.008, 0.016) for other in (0.004, 0.008, 0.016)]
 
@@ -434,7 +439,7 @@ def arms_of(name: str) -> dict[str, Config]:
         kept = ("GPT-2", "modern", "zeros", "QK-norm", "ReLU²")
         return {arm: vary(some[arm], LONG) for arm in kept}
     without = {change: vary(modern, {key: GPT2[key]}) for change, key in CHANGES.items()}
-    return {"modern": modern} | without | {"one head": vary(modern, {"model.heads": 1})}
+    return {"modern": modern} | without | {"one head": vary(modern, {"model.num_heads": 1})}
 
 
 # %%
@@ -446,7 +451,7 @@ assert set(CHANGES.values()) == set(GPT2) == set(MODERN) and len(points()) == 12
 #| export
 def look_inside(run: Config) -> dict:
     """Train a run; then, in one row of validation text: the largest score, its bound, and the share of activations at zero."""
-    from speedrun.train import build_run, held_out, train_step
+    from speedrun.train import build_run, val_batches, train_step
 
     torch.set_num_threads(1)
     found: dict[str, Any] = {"scores": [], "zeros": []}
@@ -468,7 +473,7 @@ def look_inside(run: Config) -> dict:
         live = build_run(run, Path(folder), echo=None)
         for _ in range(run.steps):
             train_step(live)
-        batch = next(held_out(live, run.val_tokens))
+        batch = next(val_batches(live, run.val_tokens))
     noted = patch.object(F, "scaled_dot_product_attention", attend_and_note)
     with torch.no_grad(), noted, patch.object(F, "relu", relu_and_note):
         live.model(batch.inputs, batch.targets)
@@ -487,7 +492,7 @@ def inside() -> dict[str, list[dict]]:
                 faster, {"model.block.qk_norm": norm}
             )
     runs = [vary(run, {"seed": seed}) for run in arms.values() for seed in range(3)]
-    with ProcessPoolExecutor(look().cores, get_context("spawn")) as pool:
+    with ProcessPoolExecutor(detect_machine().cores, get_context("spawn")) as pool:
         found = list(pool.map(look_inside, runs))
     return {arm: found[3 * n : 3 * n + 3] for n, arm in enumerate(arms)}
 
@@ -671,7 +676,7 @@ print(f"{beaten} of the older block's 9 pairs beat the best of the six")
 # All four neighbours of the six's best pair are worse, by 0.02 to 0.05, though two single runs differ by 0.016 of themselves. GPT-2's block has its best at the highest rate for the rest that it was given, and is ahead nevertheless. Then the changes one at a time, the control with fifteen seeds and each arm with three, all but the last arm at the six's rates. These are eight of the 35 arms in chapters 05 to 08 that have one matrix for embedding and head; the $p$ are [Dunnett's](01_are_you_faster.py), for all of them:
 
 # %%
-from speedrun.lab.stats import beside, study_of
+from speedrun.lab.stats import compare_line, study_of
 
 corpus = load_result("architecture", "corpus")
 runs_of = corpus["data"]["arms"]
@@ -723,7 +728,7 @@ longest = {
     for arm, runs in load_result("architecture", "long")["data"]["arms"].items()
 }
 old, six = longest["GPT-2's block, its rates"], longest["control"]
-print(f"2,000 steps, all six {six}\n2,000 steps, GPT-2's block {beside(old, six)}")
+print(f"2,000 steps, all six {six}\n2,000 steps, GPT-2's block {compare_line(old, six)}")
 assert 0.01 < six.mean - old.mean < 0.02 < p_difference(old, six) < 0.03
 
 # %% [markdown]

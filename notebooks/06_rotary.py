@@ -32,7 +32,7 @@ import torch
 
 from speedrun.model.gpt import GPT, GPTConfig, param_specs
 
-learned = next(r for r in param_specs(GPTConfig(), 50_257) if r.name == "position_embedding")
+learned = next(r for r in param_specs(GPTConfig(), 50_257) if r.name == "pos_embed")
 draws = torch.randn(3, 1, 20, 16, generator=torch.Generator().manual_seed(0))
 q, k, v = draws.double().to(tier.device)
 attend = torch.nn.functional.scaled_dot_product_attention
@@ -80,17 +80,17 @@ from speedrun.lab.bounds import PositiveFloat
 class RotaryConfig:
     """How attention learns where tokens are. The defaults are GPT-2's."""
 
-    positions: Literal["learned", "rotary", "half"] = "learned"
-    """learned: a vector for every position. rotary: turn queries and keys. half: turn half of their pairs."""
+    pos: Literal["learned", "rope", "half_rope"] = "learned"
+    """learned: a vector for every position. rope: rotary embeddings, turn queries and keys. half_rope: half-truncated, turn half of their pairs."""
     base: PositiveFloat = 10_000.0
     """The slowest pair turns by about 1/base a token; record 17's is 1024."""
-    pairs: Literal["halves", "neighbours"] = "halves"
-    """Which numbers are a pair: one of the first half with one of the second, or two that stand side by side."""
+    interleaved: bool = False
+    """Two numbers that stand side by side are a pair (GPT-J), and not one of the first half with one of the second (GPT-NeoX)."""
 
 
 def frequencies(head_dim: int, options: RotaryConfig) -> Tensor:
-    """Radians a token of each pair, (head_dim / 2,), float32, falling; half: the second half of them zeros."""
-    if options.positions == "half":
+    """Radians a token of each pair, (head_dim / 2,), float32, falling; half_rope: the second half of them zeros."""
+    if options.pos == "half_rope":
         turning = (1 / options.base) ** torch.linspace(0, 1, head_dim // 4)
         return torch.cat([turning, torch.zeros(head_dim // 2 - len(turning))])
     return options.base ** -(torch.arange(head_dim // 2) / (head_dim // 2))
@@ -99,14 +99,15 @@ def frequencies(head_dim: int, options: RotaryConfig) -> Tensor:
 # %%
 import math
 
-FULL, HALF = RotaryConfig("rotary"), RotaryConfig("half", base=1024.0)
-spectrum = {"rotary": frequencies(128, FULL), "half": frequencies(128, HALF)}
+FULL, HALF = RotaryConfig("rope"), RotaryConfig("half_rope", base=1024.0)
+spectrum = {"rope": frequencies(128, FULL), "half_rope": frequencies(128, HALF)}
 slow = {name: int((1023 * each < math.pi / 2).sum().item()) for name, each in spectrum.items()}
-assert spectrum["rotary"][0] == spectrum["half"][0] == 1
+assert spectrum["rope"][0] == spectrum["half_rope"][0] == 1
 assert (
-    torch.allclose(spectrum["half"][31], torch.tensor(1 / 1024)) and not spectrum["half"][32:].any()
+    torch.allclose(spectrum["half_rope"][31], torch.tensor(1 / 1024))
+    and not spectrum["half_rope"][32:].any()
 )
-assert slow == {"rotary": 18, "half": 35} and 1023 * spectrum["half"][31] < 1
+assert slow == {"rope": 18, "half_rope": 35} and 1023 * spectrum["half_rope"][31] < 1
 print("pairs of 64 that turn by less than a right angle in 1,024 tokens:", slow)
 
 # %% [markdown]
@@ -117,19 +118,18 @@ print("pairs of 64 that turn by less than a right angle in 1,024 tokens:", slow)
 
 # %%
 #| export
-def rotation_tables(tokens: int, head_dim: int, options: RotaryConfig) -> tuple[Tensor, Tensor]:
+def rotary_tables(tokens: int, head_dim: int, options: RotaryConfig) -> tuple[Tensor, Tensor]:
     """Cosine and sine of every position's angle for every pair, (tokens, head_dim / 2) each, float32."""
     angles = torch.outer(torch.arange(tokens).float(), frequencies(head_dim, options))
     return angles.cos(), angles.sin()
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, pairs: str) -> Tensor:
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
     """Queries or keys, (…, tokens, head_dim), each pair turned by its angle (Su and others 2021)."""
-    halves = pairs == "halves"
-    a, b = x.chunk(2, -1) if halves else x.unflatten(-1, (-1, 2)).unbind(-1)
+    a, b = x.unflatten(-1, (-1, 2)).unbind(-1) if interleaved else x.chunk(2, -1)
     cos, sin = cos[: x.shape[-2]].to(x.dtype), sin[: x.shape[-2]].to(x.dtype)
     turned = a * cos - b * sin, a * sin + b * cos
-    return torch.cat(turned, -1) if halves else torch.stack(turned, -1).flatten(-2)
+    return torch.stack(turned, -1).flatten(-2) if interleaved else torch.cat(turned, -1)
 
 
 # %% [markdown]
@@ -147,7 +147,7 @@ def product_at(m: int, n: int, q, k, turn, tables) -> float:
 def worst_error(turn, options: RotaryConfig, tries: int = 200) -> float:
     """How much a product changes if both tokens move together, at worst, as a share of |q| |k|."""
     draw = torch.Generator().manual_seed(3)
-    tables, worst = [table.double() for table in rotation_tables(512, 16, options)], 0.0
+    tables, worst = [table.double() for table in rotary_tables(512, 16, options)], 0.0
     for _ in range(tries):
         q, k = torch.randn(2, 16, generator=draw).double()
         m, n, shift = (int(torch.randint(256, (), generator=draw)) for _ in range(3))
@@ -160,11 +160,11 @@ def worst_error(turn, options: RotaryConfig, tries: int = 200) -> float:
 # %%
 from functools import partial
 
-kinds = [RotaryConfig(p, b, pairs) for p, b in (("rotary", 10_000.0), ("half", 1024.0)) for pairs in ("halves", "neighbours")]  # fmt: skip
-errors = [worst_error(partial(rotate, pairs=kind.pairs), kind) for kind in kinds]
+kinds = [RotaryConfig(p, b, side_by_side) for p, b in (("rope", 10_000.0), ("half_rope", 1024.0)) for side_by_side in (False, True)]  # fmt: skip
+errors = [worst_error(partial(apply_rotary, interleaved=kind.interleaved), kind) for kind in kinds]
 assert max(errors) < 1e-4, "angles are rounded to float32 before cosines are taken"
 x = torch.randn(7, 16)
-still = rotate(x, *rotation_tables(7, 16, HALF), "halves")
+still = apply_rotary(x, *rotary_tables(7, 16, HALF))
 assert torch.allclose(still.norm(dim=-1), x.norm(dim=-1)), "nothing is stretched"
 assert torch.equal(still[:, 4:8], x[:, 4:8]) and torch.equal(still[:, 12:], x[:, 12:])
 print(f"moved together, products change by at most {max(errors):.0e} of |q||k|")
@@ -175,10 +175,10 @@ print(f"moved together, products change by at most {max(errors):.0e} of |q||k|")
 
 # %%
 q, k = torch.randn(2, 16, generator=torch.Generator().manual_seed(5)).double()
-tables = [table.double() for table in rotation_tables(64, 16, FULL)]
+tables = [table.double() for table in rotary_tables(64, 16, FULL)]
 product = torch.complex(q[:8], q[8:]) * torch.complex(k[:8], k[8:]).conj()
 wanted = (product * torch.exp(1j * (40 - 7) * frequencies(16, FULL).double())).sum().real
-assert abs(product_at(40, 7, q, k, partial(rotate, pairs="halves"), tables) - wanted) < 1e-4
+assert abs(product_at(40, 7, q, k, apply_rotary, tables) - wanted) < 1e-4
 print(f"positions 40 and 7: {wanted:.3f} both ways; side by side: {q @ k:.3f}")
 
 
@@ -194,7 +194,7 @@ def rotate_wrongly(x, cos, sin):
 
 
 caught = worst_error(rotate_wrongly, FULL)
-backwards = worst_error(lambda x, cos, sin: rotate(x, cos, -sin, "halves"), FULL)
+backwards = worst_error(lambda x, cos, sin: apply_rotary(x, cos, -sin), FULL)
 assert caught > 0.5 and max(backwards, *errors) < 1e-4
 print(f"with one sign missing: {caught:.1f}")
 
@@ -256,16 +256,16 @@ print(
 # Records 5 to 13 kept cosines and sines in bfloat16, and so do all since record 32. A cosine rounded to eight bits is off by at most two thousandths. An *angle* rounded so is another matter: beyond position 256 bfloat16 has no odd numbers. So angles are float32, and only their cosines are rounded:
 
 # %%
-exact = torch.outer(torch.arange(1024).double(), spectrum["rotary"].double())
+exact = torch.outer(torch.arange(1024).double(), spectrum["rope"].double())
 angle_first = exact.bfloat16().double().cos() - exact.cos()
 cosine_last = exact.cos().bfloat16().double() - exact.cos()
 assert cosine_last.abs().max() < 2**-8 < 1 < angle_first.abs().max()
 assert torch.tensor([257.0, 259.0]).bfloat16().tolist() == [256.0, 260.0]
 shifted = {}
 for name, kind in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
-    cos, sin = (table.to(kind).double() for table in rotation_tables(1024, 128, FULL))
+    cos, sin = (table.to(kind).double() for table in rotary_tables(1024, 128, FULL))
     q, k = torch.randn(2, 128, generator=torch.Generator().manual_seed(4)).double()
-    turned = [rotate(one.expand(1024, 128), cos, sin, "halves") for one in (q, k)]
+    turned = [apply_rotary(one.expand(1024, 128), cos, sin) for one in (q, k)]
     next_to = (turned[0][1:] * turned[1][:-1]).sum(-1) / (q.norm() * k.norm())
     shifted[name] = (next_to.max() - next_to.min()).item()
 assert shifted["float32"] < 1e-4 and 1e-3 < shifted["bfloat16"] < 1e-2
@@ -284,14 +284,14 @@ print(
 # [The model](21_model.py) keeps the tables as buffers, which are not trained and not saved, and turns queries and keys after their norm. The learned vectors are gone from its table of parameters:
 
 # %%
-turning = RotaryConfig(positions="half", base=1024.0)
-shape = GPTConfig(layers=2, heads=2, width=32, context=64, rotary=turning)
+turning = RotaryConfig("half_rope", base=1024.0)
+shape = GPTConfig(num_layers=2, num_heads=2, model_dim=32, max_seq_len=64, rotary=turning)
 model = GPT(shape, 288).to(tier.device)
 row = torch.randint(288, (1, 24), generator=torch.Generator().manual_seed(5)).to(tier.device)
 captured = torch.compile(model, fullgraph=True, backend="eager")
 assert torch.equal(captured(row), model(row)), "one graph"
 names = {name for name, _ in model.named_parameters()}
-assert set(model.state_dict()) == names and "position_embedding" not in names
+assert set(model.state_dict()) == names and "pos_embed" not in names
 print(
     f"tables of {tuple(model.cos.shape)}: as many positions as the longest row, half a head's numbers"
 )
@@ -315,15 +315,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from speedrun.config import Config, vary
-from speedrun.lab.hardware import look
+from speedrun.lab.hardware import detect_machine
 from speedrun.lab.provenance import stamp
 from speedrun.measure.runs import best_of, corpus_of, train_arms, train_many
 
 NAMES = ("positions", "long", "beyond")
 ARMS: dict[str, dict[str, Any]] = {
-    "rotary 10000": {"model.rotary.positions": "rotary"},
-    "rotary 1024": {"model.rotary.positions": "rotary", "model.rotary.base": 1024.0},
-    "half 1024": {"model.rotary.positions": "half", "model.rotary.base": 1024.0},
+    "rotary 10000": {"model.rotary.pos": "rope"},
+    "rotary 1024": {"model.rotary.pos": "rope", "model.rotary.base": 1024.0},
+    "half 1024": {"model.rotary.pos": "half_rope", "model.rotary.base": 1024.0},
 }
 
 
@@ -341,7 +341,7 @@ def arms_of(name: str) -> dict[str, Config]:
 def loss_by_position(run: Config) -> dict[str, list[float]]:
     """Train a run; then the mean loss of each position in validation rows of twice the length, and of the same tokens in rows of its own."""
     from speedrun.model.gpt import GPT
-    from speedrun.train import build_run, held_out, train_step
+    from speedrun.train import build_run, val_batches, train_step
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
@@ -349,12 +349,12 @@ def loss_by_position(run: Config) -> dict[str, list[float]]:
         for _ in range(run.steps):
             train_step(live)
         twice = 2 * run.data.seq_len
-        live.config = vary(run, {"data.seq_len": twice, "model.context": twice})
+        live.config = vary(run, {"data.seq_len": twice, "model.max_seq_len": twice})
         longer = GPT(live.config.model, live.model.vocab_size).to(live.ranks.device)
         longer.load_state_dict(live.model.state_dict())
         found: dict[str, list[Tensor]] = {"twice": [], "own": []}
         with torch.no_grad():
-            for batch in held_out(live, run.val_tokens):
+            for batch in val_batches(live, run.val_tokens):
                 for name, model, length in (
                     ("twice", longer, twice),
                     ("own", live.model, twice // 2),
@@ -375,7 +375,7 @@ def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
     if name != "beyond":
         return {"arms": train_arms(arms, seeds, train_many)}, facts
     runs = [vary(run, {"seed": seed}) for run in arms.values() for seed in range(seeds)]
-    with ProcessPoolExecutor(look().cores, get_context("spawn")) as pool:
+    with ProcessPoolExecutor(detect_machine().cores, get_context("spawn")) as pool:
         found = list(pool.map(loss_by_position, runs))
     return {"arms": {arm: found[5 * n : 5 * n + 5] for n, arm in enumerate(arms)}}, facts
 
@@ -436,7 +436,7 @@ figure_style()
 beyond = load_result("rotary", "beyond")["data"]["arms"]
 SPECTRA = {
     "rotary 10000": FULL,
-    "rotary 1024": RotaryConfig("rotary", base=1024.0),
+    "rotary 1024": RotaryConfig("rope", base=1024.0),
     "half 1024": HALF,
 }
 fig, axes = plt.subplots(1, 2, figsize=(7.6, 3.3), layout="constrained")
@@ -548,16 +548,19 @@ order = (
     torch.arange(16).view(2, 8).mT.flatten()
 )  # number j of the first half beside that of the second
 x = torch.randn(5, 16, dtype=torch.float64)
-by_halves = rotate(x, *(t.double() for t in rotation_tables(5, 16, FULL)), "halves")
-by_pairs = rotate(x[:, order], *(t.double() for t in rotation_tables(5, 16, FULL)), "neighbours")
+by_halves = apply_rotary(x, *(t.double() for t in rotary_tables(5, 16, FULL)))
+by_pairs = apply_rotary(
+    x[:, order], *(t.double() for t in rotary_tables(5, 16, FULL)), interleaved=True
+)
 assert torch.allclose(by_halves[:, order], by_pairs, atol=1e-12)
 stands = {
-    pairs: rotate(torch.ones(2, 16), *rotation_tables(2, 16, HALF), pairs)[1] == 1
-    for pairs in ("halves", "neighbours")
+    side_by_side: apply_rotary(torch.ones(2, 16), *rotary_tables(2, 16, HALF), side_by_side)[1] == 1
+    for side_by_side in (False, True)
 }
-assert stands["halves"].nonzero()[:, 0].tolist() == [4, 5, 6, 7, 12, 13, 14, 15]
-assert stands["neighbours"].nonzero()[:, 0].tolist() == list(range(8, 16))
-print("numbers of 16 that do not turn:", {p: s.nonzero()[:, 0].tolist() for p, s in stands.items()})
+assert stands[False].nonzero()[:, 0].tolist() == [4, 5, 6, 7, 12, 13, 14, 15]
+assert stands[True].nonzero()[:, 0].tolist() == list(range(8, 16))
+idle = {side_by_side: still.nonzero()[:, 0].tolist() for side_by_side, still in stands.items()}
+print("numbers of 16 that do not turn, interleaved or not:", idle)
 
 # %% [markdown]
 # ## Exercises
@@ -577,8 +580,12 @@ def rotate_complex(x: Tensor, positions: Tensor, options: RotaryConfig) -> Tenso
 x, positions = torch.randn(3, 9, 16), torch.tensor([5, 1, 8, 0, 3, 3, 7, 2, 6])
 for name, options in (("FULL", FULL), ("HALF", HALF)):
     for where in (torch.arange(9), positions):
-        tables = [table[where] for table in rotation_tables(9, 16, options)]
-        off = (rotate_complex(x, where, options) - rotate(x, *tables, "neighbours")).abs().max()
+        tables = [table[where] for table in rotary_tables(9, 16, options)]
+        off = (
+            (rotate_complex(x, where, options) - apply_rotary(x, *tables, interleaved=True))
+            .abs()
+            .max()
+        )
         assert off < 1e-5, (
             f"{name}, positions {where.tolist()}: off by up to {off:.3g} from the rotation by tables"
         )

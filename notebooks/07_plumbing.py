@@ -11,7 +11,7 @@
 # ---
 
 # %% [markdown]
-# # Plumbing: which layer hears what
+# # Residual wiring: which layer hears what
 #
 # ```{admonition} Cost box
 # About ten seconds on two CPU cores; within three minutes on one GPU. The comparisons took half an hour of training on H100s and another on two CPU cores, and are committed.
@@ -102,8 +102,8 @@ class EmbeddingConfig:
     """Each token's vector gets a little of the one before, through a gate."""
     values: Literal["none", "first", "all", "mirror", "outer", "ends"] = "none"
     """What is mixed into attention's values: the first layer's, or rows of tables. all: a table a layer. mirror: one for first and last, and so on. outer: three, for the first and the last three layers. ends: five, for the first two and the last three."""
-    value_residual: Literal["share", "free", "gates"] = "share"
-    """share: two learned weights that add up to 1, from halves. free: two. gates: 1 for the values, and a gate for every token and head."""
+    value_residual: Literal["lambda", "lambdas", "gate"] = "lambda"
+    """lambda: two learned weights that add up to 1, from halves. lambdas: two. gate: 1 for the values, and a gate for every token and head."""
     value_std: NonNegativeFloat = 0.01
     """Deviation of the tables' first entries; record 70's is 0.01, record 14's was 1."""
     value_lr_mul: PositiveFloat = 1.0
@@ -114,7 +114,7 @@ class EmbeddingConfig:
 
 # %%
 #| export
-def values_by_layer(layers: int, kind: str) -> list[Value]:
+def value_table_layout(layers: int, kind: str) -> list[Value]:
     """What each layer's values are mixed with: the number of a table, the first layer's values, or nothing."""
     if kind == "first":
         own: list[Value] = [None]
@@ -130,7 +130,7 @@ def values_by_layer(layers: int, kind: str) -> list[Value]:
 
 
 # %%
-twelve = {kind: values_by_layer(12, kind) for kind in ("mirror", "outer", "ends")}
+twelve = {kind: value_table_layout(12, kind) for kind in ("mirror", "outer", "ends")}
 assert twelve["mirror"] == [0, 1, 2, 3, 4, 5, 5, 4, 3, 2, 1, 0], "record 15"
 assert twelve["outer"] == [0, 1, 2, *[None] * 6, 0, 1, 2], "record 17"
 assert twelve["ends"] == [0, 1, *[None] * 7, 2, 3, 4], "record 63, of one layer more"
@@ -150,7 +150,7 @@ def gate(x: Tensor, weight: Tensor) -> Tensor:
     return 2 * torch.sigmoid(F.linear(x[..., :GATE_CHANNELS], weight))
 
 
-def smeared(x: Tensor, weights: Mapping[str, Any]) -> Tensor:
+def apply_smear(x: Tensor, weights: Mapping[str, Any]) -> Tensor:
     """x, (batch, tokens, width), with a share of every vector added to the next one."""
     share = weights["smear_lambda"] * gate(x[:, 1:], weights["smear_gate"]) / 2
     return torch.cat([x[:, :1], x[:, 1:] + share[..., None] * x[:, :-1]], 1)
@@ -168,20 +168,20 @@ def add_value_embed(
     v: Tensor, ve: Tensor, x: Tensor, weights: Mapping[str, Tensor], kind: str
 ) -> Tensor:
     """Attention's values, (batch, heads, tokens, head_dim), with others mixed in. x: (batch, tokens, width), what attention reads."""
-    if kind == "gates":
+    if kind == "gate":
         return v + gate(x, weights["ve_gate"]).mT[..., None] * ve
     weight = weights["ve_lambdas"]
-    own, others = (1 - weight, weight) if kind == "share" else weight.unbind()
+    own, others = (1 - weight, weight) if kind == "lambda" else weight.unbind()
     return own * v + others * ve
 
 
 # %%
 x = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0))
 none = {"smear_lambda": torch.zeros(1), "smear_gate": torch.zeros(GATE_CHANNELS)}
-assert torch.equal(smeared(x, none), x) and torch.equal(
+assert torch.equal(apply_smear(x, none), x) and torch.equal(
     gate(x, none["smear_gate"]), torch.ones(2, 5)
 )
-half = smeared(x, none | {"smear_lambda": torch.ones(1)})
+half = apply_smear(x, none | {"smear_lambda": torch.ones(1)})
 assert torch.equal(half[:, 0], x[:, 0]) and torch.equal(half[:, 3], x[:, 3] + x[:, 2] / 2)
 tables = torch.arange(12.0)[:, None].expand(12, 4)  # three tables of four words
 rows = lookup_value_embeds(torch.tensor([[0, 3]]), tables, 3)
@@ -191,9 +191,9 @@ print("smear and gates begin as if they were not there")
 # %% [markdown]
 # The tables stand on top of each other and are read in one gather, as since record 65.
 #
-# ### The plan
+# ### The layout of the layers
 #
-# What each layer has is a row of a plan, and no `if` in the forward pass asks for a layer's number.
+# What each layer has is a row of a table, the model's layout, and no `if` in the forward pass asks for a layer's number.
 
 # %%
 #| default_exp model.layout
@@ -211,19 +211,19 @@ from speedrun.params import ParamSpec
 
 
 @dataclass(frozen=True)
-class PlanConfig:
+class LayoutConfig:
     """How the stream runs through the layers. The defaults are GPT-2's."""
 
     x0: bool = False
     """Before each layer the stream is mixed with x0, what the embedding gave; both weights are learned, x0's from 0."""
-    residual: NonNegativeFloat = 1.0
-    """x0: where the stream's own weights begin."""
-    skips: Literal["none", "unet", "sigmoid", "one", "gated"] = "none"
-    """Outputs of early layers that late ones get as well. unet: mirror-wise, weights from 1. sigmoid: of weights from -1.5. one: one, to the second layer of the later half. gated: times a gate for every token."""
+    resid_lambda_init: NonNegativeFloat = 1.0
+    """x0: what the stream's own weights, resid_lambdas, begin with."""
+    skips: Literal["none", "unet", "unet_sigmoid", "single", "single_gated"] = "none"
+    """Outputs of early layers that late ones get as well. unet: layer i to layer L-1-i, weights from 1. unet_sigmoid: the same, sigmoids of weights from -1.5. single: one skip, to the second layer of the later half. single_gated: times a gate for every token."""
     backout: bool = False
     """A share of the stream as it was after three quarters of the layers is taken out at the end; learned, from 0.5."""
-    without: Literal["nothing", "attention", "mlp", "both"] = "nothing"
-    """attention: the second layer of the later half has none. mlp: the first has none."""
+    skip_sublayers: Literal["none", "attn", "mlp", "both"] = "none"
+    """attn: attention is skipped in the second layer of the later half. mlp: the MLP is skipped in the first. both: both."""
     lr_mul: PositiveFloat = 1.0
     """The learning rate of all weights that mix, as a multiple of optim.adam.lr."""
     stream_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -232,7 +232,7 @@ class PlanConfig:
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """A row of the plan: what one layer is made of."""
+    """A row of the layout: what one layer is made of."""
 
     attention: bool = True
     mlp: bool = True
@@ -248,18 +248,20 @@ def skip_pairs(layers: int, kind: str) -> dict[int, int]:
     """Late layers, and which early layer's output each gets."""
     half = layers // 2
     pairs = {layers - 1 - n: n for n in range(half)}
-    if kind in ("one", "gated"):
+    if kind in ("single", "single_gated"):
         return {min(half + 1, layers - 1): min(layers // 3, half - 1)}
     return pairs if kind != "none" else {}
 
 
 def make_layout(
-    layers: int, options: PlanConfig, embedding: EmbeddingConfig
+    layers: int, options: LayoutConfig, embedding: EmbeddingConfig
 ) -> tuple[LayerSpec, ...]:
     """One row for each layer."""
-    skips, values = skip_pairs(layers, options.skips), values_by_layer(layers, embedding.values)
-    no_attn = min(layers // 2 + 1, layers - 1) if options.without in ("attention", "both") else None
-    no_mlp = 0 if options.without in ("mlp", "both") else None
+    skips, values = skip_pairs(layers, options.skips), value_table_layout(layers, embedding.values)
+    no_attn = (
+        min(layers // 2 + 1, layers - 1) if options.skip_sublayers in ("attn", "both") else None
+    )
+    no_mlp = 0 if options.skip_sublayers in ("mlp", "both") else None
     if no_attn is not None:
         values[no_attn] = None
     used = sorted({value for value in values if isinstance(value, int)})
@@ -269,25 +271,25 @@ def make_layout(
     )
 
 
-def tables_of(plan: Sequence[LayerSpec]) -> int:
-    """How many value tables a plan needs."""
-    return len({spec.value for spec in plan if isinstance(spec.value, int)})
+def num_value_tables(layout: Sequence[LayerSpec]) -> int:
+    """How many value tables a layout needs."""
+    return len({spec.value for spec in layout if isinstance(spec.value, int)})
 
 
 # %%
-def drawn(plan: Sequence[LayerSpec]) -> list[str]:
-    """A plan, a line a layer."""
+def drawn(layout: Sequence[LayerSpec]) -> list[str]:
+    """A layout, a line a layer."""
     said = {"attention": lambda on: "attn" * on, "mlp": lambda on: "mlp" * on}
     said |= dict.fromkeys(("skip", "value"), lambda n: "" if n is None else str(n))
-    return [" ".join(f"{said[f](getattr(spec, f)):5}" for f in said) for spec in plan]
+    return [" ".join(f"{said[f](getattr(spec, f)):5}" for f in said) for spec in layout]
 
 
 seventeen = make_layout(
-    12, PlanConfig(skips="unet", without="attention"), EmbeddingConfig(values="outer")
+    12, LayoutConfig(skips="unet", skip_sublayers="attn"), EmbeddingConfig(values="outer")
 )
 assert [n for n, spec in enumerate(seventeen) if not spec.attention] == [7]
 assert seventeen[6].skip == 5 and seventeen[11].skip == 0 and seventeen[5].skip is None
-assert make_layout(12, PlanConfig(skips="one"), EmbeddingConfig())[7].skip == 4, "record 45"
+assert make_layout(12, LayoutConfig(skips="single"), EmbeddingConfig())[7].skip == 4, "record 45"
 print("record 17, from the first layer to the last: attention, MLP, skip from, value table")
 print("\n".join(f"{n:2} {line}" for n, line in enumerate(drawn(seventeen))))
 
@@ -298,28 +300,30 @@ print("\n".join(f"{n:2} {line}" for n, line in enumerate(drawn(seventeen))))
 # %%
 #| export
 def scalar_specs(
-    plan: Sequence[LayerSpec], heads: int, config: PlanConfig, embedding: EmbeddingConfig
+    layout: Sequence[LayerSpec], heads: int, config: LayoutConfig, embedding: EmbeddingConfig
 ) -> list[ParamSpec]:
     """All weights by which vectors are mixed."""
-    skipping = tuple(n for n, spec in enumerate(plan) if spec.skip is not None)
-    valued = tuple(n for n, spec in enumerate(plan) if spec.value is not None)
-    everyone = tuple(range(len(plan)))
+    skipping = tuple(n for n, spec in enumerate(layout) if spec.skip is not None)
+    valued = tuple(n for n, spec in enumerate(layout) if spec.value is not None)
+    everyone = tuple(range(len(layout)))
     row: Any = partial(ParamSpec, lr_mul=config.lr_mul, is_scalar=True)
     specs = (
         [row("smear_lambda", (1,)), row("smear_gate", (GATE_CHANNELS,))] if embedding.smear else []
     )
     if config.x0:
-        specs.append(row("resid_lambdas", (len(plan),), everyone, init_mean=config.residual))
-        specs.append(row("x0_lambdas", (len(plan),), everyone))
+        specs.append(
+            row("resid_lambdas", (len(layout),), everyone, init_mean=config.resid_lambda_init)
+        )
+        specs.append(row("x0_lambdas", (len(layout),), everyone))
     if skipping:
         mean = 1.0 if config.skips == "unet" else -1.5
         specs.append(row("skip_lambdas", (len(skipping),), skipping, init_mean=mean))
-    if config.skips == "gated":
+    if config.skips == "single_gated":
         specs.append(row("skip_gate", (1, GATE_CHANNELS), skipping))
-    if valued and embedding.value_residual == "gates":
+    if valued and embedding.value_residual == "gate":
         specs.append(row("ve_gate", (len(valued), heads, GATE_CHANNELS), valued))
     elif valued:
-        shape = (len(valued),) if embedding.value_residual == "share" else (len(valued), 2)
+        shape = (len(valued),) if embedding.value_residual == "lambda" else (len(valued), 2)
         specs.append(row("ve_lambdas", shape, valued, init_mean=0.5))
     if config.backout:
         specs.append(row("backout_lambda", (1,), init_mean=0.5))
@@ -340,7 +344,7 @@ def mix_residual(
     if spec.skip is not None:
         weight = weights["skip_lambdas"]
         weight = weight if skips == "unet" else torch.sigmoid(weight)
-        if skips == "gated":
+        if skips == "single_gated":
             weight = weight * gate(x0, weights["skip_gate"])[..., None]
         x = x + weight * outputs[spec.skip]
     if "x0_lambdas" in weights:
@@ -368,11 +372,11 @@ from speedrun.model.rotary import RotaryConfig
 
 def triangle(model) -> Tensor:
     """What each layer, and then the head, hears: (layers + 1, layers + 1), columns: the embedding, then the layers' writes."""
-    unit = torch.eye(len(model.plan) + 1, dtype=torch.float64)
+    unit = torch.eye(len(model.layout) + 1, dtype=torch.float64)
     x = x0 = unit[0]
     heard, outputs = [], []
-    for n, (spec, weights) in enumerate(zip(model.plan, weights_of_layers(model))):
-        x = mix_residual(x, x0, outputs, spec, weights, model.config.plan.skips)
+    for n, (spec, weights) in enumerate(zip(model.layout, weights_of_layers(model))):
+        x = mix_residual(x, x0, outputs, spec, weights, model.config.layout.skips)
         heard.append(x)
         x = x + unit[n + 1]
         outputs.append(x)
@@ -383,19 +387,19 @@ def triangle(model) -> Tensor:
 from dataclasses import replace
 
 
-def model_of(plan: PlanConfig, layers: int = 12, width: int = 24, std: float = 0.3) -> GPT:
-    """A small model with a plan, and noise in its matrices."""
-    shape = GPTConfig(layers=layers, heads=2, width=width, context=16, init_std=std)
+def model_of(layout: LayoutConfig, layers: int = 12, width: int = 24, std: float = 0.3) -> GPT:
+    """A small model with a layout, and noise in its matrices."""
+    shape = GPTConfig(num_layers=layers, num_heads=2, model_dim=width, max_seq_len=16, init_std=std)
     block = BlockConfig(norm="rms", biases=False)
-    config = replace(shape, block=block, rotary=RotaryConfig("rotary"), plan=plan)
+    config = replace(shape, block=block, rotary=RotaryConfig("rope"), layout=layout)
     return GPT(config, 50).double()
 
 
 # %%
-start = {"GPT-2": PlanConfig()}
-start["record 11"] = PlanConfig(x0=True, skips="unet")
-start["record 45"] = PlanConfig(x0=True, residual=1.1, skips="one", backout=True)
-triangles = {name: triangle(model_of(plan)) for name, plan in start.items()}
+start = {"GPT-2": LayoutConfig()}
+start["record 11"] = LayoutConfig(x0=True, skips="unet")
+start["record 45"] = LayoutConfig(x0=True, resid_lambda_init=1.1, skips="single", backout=True)
+triangles = {name: triangle(model_of(layout)) for name, layout in start.items()}
 assert torch.equal(triangles["GPT-2"], torch.ones(13, 13).tril())
 mirrored, refined = triangles["record 11"], triangles["record 45"]
 assert mirrored[-1].tolist() == [7, 7, 6, 5, 4, 3, 2, *[1] * 6]
@@ -424,12 +428,12 @@ def absorbed(model: GPT) -> GPT:
 
 
 draw = torch.Generator().manual_seed(1)
-model = model_of(PlanConfig(x0=True))
+model = model_of(LayoutConfig(x0=True))
 with torch.no_grad():
     model.resid_lambdas.uniform_(0.7, 1.4, generator=draw)
     model.x0_lambdas.uniform_(-0.2, 0.2, generator=draw)
 tokens, model = torch.randint(50, (3, 16), generator=draw).to(tier.device), model.to(tier.device)
-fresh = model_of(PlanConfig(x0=True)).to(tier.device)
+fresh = model_of(LayoutConfig(x0=True)).to(tier.device)
 assert torch.allclose(model(tokens), absorbed(model)(tokens), atol=1e-3)
 assert not torch.allclose(model(tokens), fresh(tokens), atol=0.1)
 print(f"the same logits, with a weight less a layer; 1.1^11 is {1.1**11:.1f}, 1.1^10 {1.1**10:.1f}")
@@ -442,12 +446,12 @@ print(f"the same logits, with a weight less a layer; 1.1^11 is {1.1**11:.1f}, 1.
 # %%
 from speedrun.model.mlp import linear, rms_norm
 
-plain = model_of(PlanConfig()).to(tier.device)
+plain = model_of(LayoutConfig()).to(tier.device)
 with torch.no_grad():
     weights = weights_of_layers(plain)[0]
-    stream = F.embedding(tokens, plain.token_embedding)
+    stream = F.embedding(tokens, plain.embed)
     values = linear(rms_norm(stream), weights, "attention_qkv")[..., -24:]
-    table = rms_norm(plain.token_embedding) @ weights["attention_qkv"][-24:].mT
+    table = rms_norm(plain.embed) @ weights["attention_qkv"][-24:].mT
 assert torch.allclose(values, table[tokens])
 print(f"values of the first layer: rows of a table of {len(table)} words")
 
@@ -462,7 +466,7 @@ print(f"values of the first layer: rows of a table of {len(table)} words")
 import statistics
 
 from speedrun.lab.results import load_result, measured_on
-from speedrun.lab.stats import beside, describe, p_difference, p_text, study_of
+from speedrun.lab.stats import compare_line, describe, p_difference, p_text, study_of
 
 result = load_result("architecture", "corpus")
 arms = result["data"]["arms"]
@@ -722,22 +726,22 @@ from pathlib import Path
 from typing import Any
 
 from speedrun.config import Config, vary
-from speedrun.lab.hardware import look
+from speedrun.lab.hardware import detect_machine
 from speedrun.lab.provenance import stamp
-from speedrun.measure.runs import best_of, corpus_of, retrain
+from speedrun.measure.runs import best_of, corpus_of, train_in_place
 
 NAMES = ("heads",)
-HEADS: dict[str, dict[str, Any]] = {"one matrix": {}, "two matrices": {"model.head.tied": "untied"}}
+HEADS: dict[str, dict[str, Any]] = {"one matrix": {}, "two matrices": {"model.head.tie": "untied"}}
 ONE_WIRE: dict[str, dict[str, Any]] = {
     "": {},
-    ", x0": {"model.plan.x0": True},
-    ", backout": {"model.plan.backout": True},
+    ", x0": {"model.layout.x0": True},
+    ", backout": {"model.layout.backout": True},
 }
 
 
 def arms_of() -> dict[str, Config]:
     """With one matrix for embedding and head, and with two: no wire, x0, backout; four layers, chapter 05's block and rates."""
-    shape = {"model.layers": 4, "model.rotary.positions": "half", "model.rotary.base": 1024.0}
+    shape = {"model.num_layers": 4, "model.rotary.pos": "half_rope", "model.rotary.base": 1024.0}
     base = vary(
         best_of("modern_block", "rates"), shape | {"model.embedding.norm": True, "device": "cpu"}
     )
@@ -749,14 +753,14 @@ def arms_of() -> dict[str, Config]:
 
 
 def trained(run: Config) -> dict:
-    """What `retrain` says of a run on one thread."""
+    """What `train_in_place` says of a run on one thread."""
     import torch
 
     from speedrun.train import build_run
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        return retrain(build_run(run, Path(folder), echo=None), run)
+        return train_in_place(build_run(run, Path(folder), echo=None), run)
 
 
 def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
@@ -764,7 +768,7 @@ def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
     arms = arms_of()
     facts = stamp(command, ["speedrun.measure.plumbing", "speedrun.train"], 3, range(3), corpus_of(arms["one matrix"]))  # fmt: skip
     runs = [vary(run, {"seed": seed}) for run in arms.values() for seed in range(3)]
-    with ProcessPoolExecutor(look().cores, get_context("spawn")) as pool:
+    with ProcessPoolExecutor(detect_machine().cores, get_context("spawn")) as pool:
         done = list(pool.map(trained, runs))
     return {"arms": {arm: done[3 * n : 3 * n + 3] for n, arm in enumerate(arms)}}, facts
 
@@ -851,7 +855,7 @@ by_norm = {
 assert by_norm["control"] == on_laptop["one matrix"], "the same runs again"
 bare = by_norm["one matrix, no norm"]
 for arm in ("two matrices, no norm", "control", "two matrices"):
-    print(f"{arm.replace('control', 'one matrix, norm'):22} {beside(by_norm[arm], bare)}")
+    print(f"{arm.replace('control', 'one matrix, norm'):22} {compare_line(by_norm[arm], bare)}")
 for pair in (("control", "two matrices"), ("one matrix, no norm", "two matrices, no norm")):
     one, two = (by_norm[arm] for arm in pair)
     print(f"one matrix {one.mean - two.mean:+.3f}, p = {p_difference(one, two):.1e} ({pair[0]})")
@@ -907,7 +911,7 @@ def column(run: dict) -> Tensor:
 
 fig, axes = plt.subplots(1, 4, figsize=(10, 2.9), layout="constrained")
 skips = {
-    "mirrored skips, start": model_of(PlanConfig(skips="unet"), 8),
+    "mirrored skips, start": model_of(LayoutConfig(skips="unet"), 8),
     "learned": learned("U-net")[0],
 }
 for axis, (title, model) in zip(axes, skips.items()):
@@ -1035,7 +1039,7 @@ def head_hears(layers: int) -> list[int]:
 
 # %%
 for layers in (2, 5, 8, 12):
-    right = triangle(model_of(PlanConfig(skips="unet"), layers))[-1].tolist()
+    right = triangle(model_of(LayoutConfig(skips="unet"), layers))[-1].tolist()
     got = head_hears(layers)
     assert got == right, f"{layers} layers: the head hears {right}, not {got}"
 print(head_hears(8))
@@ -1052,7 +1056,7 @@ def weights_for(column: Tensor) -> Tensor:
 
 # %%
 wanted = torch.tensor([1.0, 2.0, 3.5, 3.0, 1.0, 0.5], dtype=torch.float64)
-model = model_of(PlanConfig(x0=True), 6)
+model = model_of(LayoutConfig(x0=True), 6)
 with torch.no_grad():
     model.x0_lambdas.copy_(weights_for(wanted))
 heard = triangle(model)

@@ -83,15 +83,15 @@ Cap = Literal["none", "tanh30", "tanh15", "sigmoid30", "sigmoid23"]
 
 @dataclass(frozen=True)
 class HeadConfig:
-    """From the last vectors to the loss; the matrix `head` is upstream's lm_head. The defaults are GPT-2's."""
+    """From the last vectors to the loss, through the matrix lm_head. The defaults are GPT-2's."""
 
-    tied: Literal["tied", "untied", "split"] = "tied"
-    """Weight tying (Press and Wolf 2016). tied: the embedding is the head. untied: two matrices. split: two that are kept equal until schedule.untie_at."""
+    tie: Literal["tied", "untied", "until_step"] = "tied"
+    """Weight tying (Press and Wolf 2016). tied: the embedding is the head. untied: two matrices. until_step: two that are kept equal until schedule.untie_at."""
     std: NonNegativeFloat = 0.0
     """untied: deviation of the head's first weights; 0: zeros."""
     lr_mul: PositiveFloat = 1.0
     """untied: the head's learning rate as a multiple of optim.adam.lr."""
-    multiple: Annotated[int, Interval(ge=1, le=2**16)] = 1
+    pad_vocab_to: Annotated[int, Interval(ge=1, le=2**16)] = 1
     """The vocabulary is padded to a multiple of this, by rows that no token uses."""
     softcap: Cap = "none"
     """The logit softcap (Gemma 2), by which logits are bounded: 30 tanh(z/30), 15 tanh(z/15), 30 sigmoid(z/7.5), 23 sigmoid((z+5)/7.5)."""
@@ -99,13 +99,13 @@ class HeadConfig:
     """Training's loss in one pass with FP8 products (chapter 19), for a head that is not tied, under sigmoid23. Validation stays as it is."""
 
 
-def padded(vocab_size: int, multiple: int) -> int:
+def round_up(vocab_size: int, multiple: int) -> int:
     """The smallest multiple of `multiple` that is at least the vocabulary."""
     return -(-vocab_size // multiple) * multiple
 
 
 # %%
-assert padded(50_257, 128) == 50_304 and padded(50_304, 128) == 50_304 and padded(7, 1) == 7
+assert round_up(50_257, 128) == 50_304 and round_up(50_304, 128) == 50_304 and round_up(7, 1) == 7
 assert 50_257 == 29 * 1733 and 50_257 * 2 % 16 == 2
 print(
     f"{50_304 - 50_257} rows more; at the start the loss is {math.log(50_304 / 50_257):.4f} higher"
@@ -113,7 +113,7 @@ print(
 
 
 # %% [markdown]
-# ### Caps
+# ### Logit softcap
 
 
 # %%
@@ -210,21 +210,21 @@ print(
 # %% [markdown]
 # ### Two matrices, or one
 #
-# In [the model](21_model.py) `tied` reads the embedding a second time. `untied` and `split` have a head of their own, stored transposed. With `split`, the optimizer of [chapter 20](20_many_gpus.py) adds up both gradients and copies the result into both, until the last third, when the embedding takes over the head's weights and moments. Here is the sum of the two gradients, taken apart:
+# In [the model](21_model.py) `tied` reads the embedding a second time. `untied` and `until_step` have a head of their own, `lm_head`, stored transposed. With `until_step`, the optimizer of [chapter 20](20_many_gpus.py) adds up both gradients and copies the result into both, until the last third, when the embedding takes over the head's weights and moments. Here is the sum of the two gradients, taken apart:
 
 # %%
 from speedrun.model.gpt import GPT, GPTConfig
 
 from dataclasses import replace
 
-shape = GPTConfig(layers=2, heads=2, width=32, context=16)
+shape = GPTConfig(num_layers=2, num_heads=2, model_dim=32, max_seq_len=16)
 one = GPT(shape, 288).double().to(tier.device)
-two = GPT(replace(shape, head=HeadConfig(tied="split")), 288).double().to(tier.device)
+two = GPT(replace(shape, head=HeadConfig(tie="until_step")), 288).double().to(tier.device)
 tokens = torch.randint(288, (4, 17), generator=torch.Generator().manual_seed(2)).to(tier.device)
 for model in (one, two):
     model(tokens[:, :-1], tokens[:, 1:]).backward()
-as_embedding, as_head = two.token_embedding.grad, two.head.grad.mT
-assert torch.allclose(one.token_embedding.grad, as_embedding + as_head, atol=1e-9)
+as_embedding, as_head = two.embed.grad, two.lm_head.grad.mT
+assert torch.allclose(one.embed.grad, as_embedding + as_head, atol=1e-9)
 read = len(tokens[:, :-1].unique())
 assert as_embedding.any(1).sum() == read < 64 and as_head.any(1).all()
 print(f"as an embedding {read} rows have a gradient, as a head all {len(as_head)} have")
@@ -236,15 +236,15 @@ print(f"as an embedding {read} rows have a gradient, as a head all {len(as_head)
 from speedrun.model.mlp import BlockConfig
 from speedrun.model.rotary import RotaryConfig
 
-empty = BlockConfig(norm="rms", biases=False, zero_out=True)
-laptop = GPTConfig(layers=2, heads=2, width=128, context=128, init_std=0.05)
-turned = replace(laptop, block=empty, rotary=RotaryConfig("rotary"))
+empty = BlockConfig(norm="rms", biases=False, zero_init_proj=True)
+laptop = GPTConfig(num_layers=2, num_heads=2, model_dim=128, max_seq_len=128, init_std=0.05)
+turned = replace(laptop, block=empty, rotary=RotaryConfig("rope"))
 fresh = GPT(turned, 288).to(tier.device)
 row = torch.randint(288, (4, 129), generator=torch.Generator().manual_seed(3)).to(tier.device)
 chance = fresh(row[:, :-1]).softmax(-1)
 again = chance.gather(-1, row[:, :-1, None]).mean().item()
 first = {"tied": fresh(row[:, :-1], row[:, 1:]).item()}
-untied = GPT(replace(turned, head=HeadConfig(tied="untied")), 288).to(tier.device)
+untied = GPT(replace(turned, head=HeadConfig(tie="untied")), 288).to(tier.device)
 first["untied, zeros"] = untied(row[:, :-1], row[:, 1:]).item()
 plain = GPT(laptop, 288).to(tier.device)
 busy = plain(row[:, :-1]).softmax(-1).gather(-1, row[:, :-1, None]).mean().item()
@@ -303,13 +303,13 @@ brief = vary(preset("cpu_gpt2"), {"steps": 150, "warmup": 0, "device": tier.devi
 live = build_run(brief, Path(tempfile.mkdtemp()), echo=None)
 for _ in range(brief.steps):
     train_step(live)
-parted = GPT(replace(brief.model, head=HeadConfig(tied="split")), 288).to(tier.device)
+parted = GPT(replace(brief.model, head=HeadConfig(tie="until_step")), 288).to(tier.device)
 known = live.model.state_dict()
-parted.load_state_dict(known | {"head": known["token_embedding"].mT})
+parted.load_state_dict(known | {"lm_head": known["embed"].mT})
 for _ in range(8):
     batch = live.loader.next()[0]
     parted(batch.inputs.to(tier.device), batch.targets.to(tier.device)).backward()
-reading, writing = parted.token_embedding.grad, parted.head.grad.mT
+reading, writing = parted.embed.grad, parted.lm_head.grad.mT
 ratio = (writing.norm() / reading.norm()).item()
 often = reading.norm(dim=1) > 0
 agree = torch.cosine_similarity(reading[often], writing[often], dim=1)
@@ -331,24 +331,24 @@ print(
 # %%
 def with_padding(model: GPT, inputs: Tensor) -> Tensor:
     """The logits of padding, which the model does not give out."""
-    wanted, model.vocab_size = model.vocab_size, len(model.token_embedding)
+    wanted, model.vocab_size = model.vocab_size, len(model.embed)
     with torch.no_grad():
         logits = model(inputs)[..., wanted:]
     model.vocab_size = wanted
     return logits
 
 
-wide = GPT(replace(shape, head=HeadConfig(multiple=16)), 283).to(tier.device)
+wide = GPT(replace(shape, head=HeadConfig(pad_vocab_to=16)), 283).to(tier.device)
 pair = tokens[:, :-1] % 283, tokens[:, 1:] % 283
 loss = wide(*pair)
 loss.backward()
-pads = wide.token_embedding.grad[283:]
+pads = wide.embed.grad[283:]
 narrow = GPT(shape, 283).to(tier.device)(*pair)
 before = with_padding(wide, pair[0])
 with torch.no_grad():
-    wide.token_embedding -= wide.token_embedding.grad
+    wide.embed -= wide.embed.grad
 after = with_padding(wide, pair[0])
-assert wide.token_embedding.shape == (288, 32) and wide(pair[0]).shape[-1] == 283
+assert wide.embed.shape == (288, 32) and wide(pair[0]).shape[-1] == 283
 assert abs(loss - narrow - math.log(288 / 283)) < 0.001 and after.mean() < before.mean()
 captured = torch.compile(wide, fullgraph=True, backend="eager")
 assert torch.equal(captured(*pair), wide(*pair))
@@ -411,10 +411,10 @@ from speedrun.measure.runs import best_of, corpus_of, train_arms, train_many
 NAMES = ("laptop",)
 ARMS: dict[str, dict[str, Any]] = {
     "tied, no cap": {},
-    "untied, zeros": {"model.head.tied": "untied"},
-    "untied, drawn at 0.05": {"model.head.tied": "untied", "model.head.std": 0.05},
-    "untied, a quarter of the rate": {"model.head.tied": "untied", "model.head.lr_mul": 0.25},
-    "untied, four times the rate": {"model.head.tied": "untied", "model.head.lr_mul": 4.0},
+    "untied, zeros": {"model.head.tie": "untied"},
+    "untied, drawn at 0.05": {"model.head.tie": "untied", "model.head.std": 0.05},
+    "untied, a quarter of the rate": {"model.head.tie": "untied", "model.head.lr_mul": 0.25},
+    "untied, four times the rate": {"model.head.tie": "untied", "model.head.lr_mul": 4.0},
     "30 tanh(z/30)": {"model.head.softcap": "tanh30"},
     "15 tanh(z/15)": {"model.head.softcap": "tanh15"},
     "23 σ((z+5)/7.5)": {"model.head.softcap": "sigmoid23"},
@@ -476,7 +476,7 @@ print(
 # %%
 import statistics
 
-from speedrun.lab.stats import beside, study_of
+from speedrun.lab.stats import compare_line, study_of
 
 corpus = load_result("architecture", "corpus")
 runs_of = corpus["data"]["arms"]
@@ -488,7 +488,9 @@ HEADS = ("two matrices", "two matrices, a quarter of the rate")
 SHARED = ("chapter 20's optimizer", "split head")
 print(f"{'control':36} {study.samples['control']}  {took['control']:.1f} s")
 for arm in HEADS:
-    print(f"{arm:36} {beside(describe(losses[arm]), study.samples['control'])}  {took[arm]:.1f} s")
+    print(
+        f"{arm:36} {compare_line(describe(losses[arm]), study.samples['control'])}  {took[arm]:.1f} s"
+    )
 for arm in (*SHARED, *CAPS, "padded to 128"):
     print(f"{study.line(arm)}  {took[arm]:.1f} s")
 print(measured_on(corpus))

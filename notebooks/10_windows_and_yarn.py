@@ -32,11 +32,13 @@ import math
 
 import torch
 
-from speedrun.model.rotary import RotaryConfig, frequencies, rotate
+from speedrun.model.rotary import RotaryConfig, frequencies, apply_rotary
 
 BLOCK = 128  # tokens
 LONG, SHORT = ([BLOCK * n for n in blocks] for blocks in ((3, 7, 11, 13), (1, 3, 5, 6)))
-spectrum = frequencies(128, RotaryConfig("half", base=1024.0))  # record 89's heads have 128 numbers
+spectrum = frequencies(
+    128, RotaryConfig("half_rope", base=1024.0)
+)  # record 89's heads have 128 numbers
 turning = spectrum[spectrum > 0]
 turns = LONG[0] * turning / (2 * math.pi)
 never_round = int((turns < 1).sum())
@@ -317,7 +319,7 @@ print(f"fall of the cosine to the next token: {falls[0]:.2f} kept, {falls[1]:.3f
 from torch.nn import functional as F
 
 OLD, NEW, KEYS, VALUES, ROW = 256, 512, 192, 16, 768
-start = frequencies(64, RotaryConfig("half", base=1024.0))
+start = frequencies(64, RotaryConfig("half_rope", base=1024.0))
 away = torch.arange(ROW)[:, None] - torch.arange(ROW)
 
 
@@ -338,7 +340,7 @@ def recall(weights: dict, keys: Tensor, values: Tensor, window: int, turning: Te
     """One layer of attention with one head of 64 numbers: logits of the value, (rows, ROW, VALUES)."""
     angles = torch.outer(torch.arange(ROW).float(), turning).to(keys.device)
     q, k = (
-        rotate(F.rms_norm(weights["key"][keys] @ weights[name], (64,)), angles.cos(), angles.sin(), "halves")
+        apply_rotary(F.rms_norm(weights["key"][keys] @ weights[name], (64,)), angles.cos(), angles.sin())
         for name in ("q", "k")
     )  # fmt: skip
     visible = ((away > 0) & (away <= window)).to(keys.device)

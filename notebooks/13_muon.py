@@ -11,7 +11,7 @@
 # ---
 
 # %% [markdown]
-# # Muon as it runs today
+# # Muon today: Polar Express, NorMuon, cautious weight decay
 #
 # ```{admonition} Cost box
 # About half a minute on two CPU cores; within three minutes on one GPU. The comparisons are 105 short trainings on a CPU and six on one H100, and are committed; eleven more, which chose the rates of the six, are not kept.

@@ -477,7 +477,7 @@ class ScheduleConfig:
     momentum_ramp: tuple[NonNegativeInt, NonNegativeInt] = (300, 50)
     """Steps in which momentum rises at the beginning, and falls at the end."""
     untie_at: Share = 2 / 3
-    """Share of the scheduled steps after which embedding and head train apart, if model.head.tied is split."""
+    """Share of the scheduled steps after which embedding and head train apart, if model.head.tie is until_step."""
     extension_steps: NonNegativeInt = 0
     """How many of the steps come after the scheduled ones, at the end of the learning rate's fall."""
     stages: tuple[Stage, ...] = (Stage(),)

@@ -119,9 +119,15 @@ from speedrun.config import vary
 from speedrun.model import gpt
 from speedrun.train import assemble, train_step
 
-BLOCK = {"norm": "rms", "biases": False, "activation": "relu2", "qk_norm": True, "zero_out": True}
+BLOCK = {
+    "norm": "rms",
+    "biases": False,
+    "activation": "relu2",
+    "qk_norm": True,
+    "zero_init_proj": True,
+}
 changes = {f"model.block.{name}": value for name, value in BLOCK.items()}
-changes |= {"model.rotary.positions": "half", "model.head.softcap": "sigmoid23"}
+changes |= {"model.rotary.pos": "half_rope", "model.head.softcap": "sigmoid23"}
 changes |= {"steps": tier.pick(cpu=80, gpu=150), "schedule.warmup_steps": 20, "compile": False}
 live = assemble(vary(preset("cpu_gpt2"), changes | {"model.init_std": 0.02, "device": tier.device}), Path(tempfile.mkdtemp()), echo=None)  # fmt: skip
 seen, plain_logits = {}, gpt.logits_of
@@ -140,7 +146,7 @@ amax = {"x": [], "W": [], "g": []}  # largest magnitudes, step by step
 with patch.object(gpt, "logits_of", watched_logits):
     for _ in range(live.config.steps):
         train_step(live)
-        seen["W"] = live.model.token_embedding.detach().clone()
+        seen["W"] = live.model.embed.detach().clone()
         for name, values in amax.items():
             values.append(seen[name].abs().max().item())
 x, w, g = (seen[name].cpu().double() for name in ("x", "W", "g"))

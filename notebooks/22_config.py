@@ -11,7 +11,7 @@
 # ---
 
 # %% [markdown]
-# # One table of runs
+# # Configuration and presets: one table of runs
 #
 # ```{admonition} Cost box
 # Any machine: about twenty seconds; there is nothing for a GPU to do. The historic recipes are those of record 1 (Andrej Karpathy and the contributors of llm.c), record 2 (\@kellerjordan0), records 5, 8 and 9 (\@Grad62304977, \@kellerjordan0), record 11 (\@brendanh0gan), records 12, 14 and 18 (\@KoszarskyB), record 13 (\@fernbear.bsky.social), record 15 (\@leloykun, \@YouJiacheng), records 16, 17 and 19 (\@YouJiacheng), record 20 (\@leloykun, \@fernbear.bsky.social, \@YouJiacheng, \@brendanh0gan, \@scottjmaddox, \@Grad62304977), record 21 (\@leloykun), record 29 (\@varunneal), record 30 (\@EmelyanenkoK) and record 31 (\@classiclarryd). What `record` draws on is credited in the chapters of its techniques.
@@ -39,7 +39,7 @@ assert 2**25 == 33_554_432
 #
 # ## The idea
 #
-# A run is a **value**. It is made of small frozen dataclasses, each exported by the chapter that explains its fields. There are four groups: the model, its shape ([chapter 21](21_model.py)) and in it the block ([05](05_modern_block.py)), rotary positions ([06](06_rotary.py)), embedding and plan ([07](07_plumbing.py)), and head ([08](08_logits.py)); the optimizer ([20](20_many_gpus.py)), and in it Adam and [Muon](13_muon.py); the schedule ([14](14_schedule.py)); and what the data loader reads ([02](02_data.py)). This chapter puts them side by side and adds what belongs to the run as a whole. Being a value,
+# A run is a **value**. It is made of small frozen dataclasses, each exported by the chapter that explains its fields. There are four groups: the model, its shape ([chapter 21](21_model.py)) and in it the block ([05](05_modern_block.py)), rotary positions ([06](06_rotary.py)), embedding and layout ([07](07_plumbing.py)), and head ([08](08_logits.py)); the optimizer ([20](20_many_gpus.py)), and in it Adam and [Muon](13_muon.py); the schedule ([14](14_schedule.py)); and what the data loader reads ([02](02_data.py)). This chapter puts them side by side and adds what belongs to the run as a whole. Being a value,
 # it can be printed, compared, saved in the log, and varied: *this run, but with that field changed* is an expression, and an ablation is a list of such expressions.
 #
 # Three rules keep it honest. A module reads only its own options, so that one can tell from a signature what a function depends on. A field that is off leaves nothing behind in the compiled program, so that turning a technique off measures its absence and not the presence of an `if`. (The chapter of each technique asserts it.) And the vocabulary is *not* here: it is a property of the text and stands in the
@@ -188,7 +188,7 @@ for group, nonsense in {
     OptimConfig: {"grad_clip": -1.0},
     AdamConfig: {"lr": float("nan"), "betas": (0.9, 2.0), "eps": "small"},
     ScheduleConfig: {"cooldown_frac": 60.0},
-    GPTConfig: {"layers": 10**30},
+    GPTConfig: {"num_layers": 10**30},
 }.items():
     check_ranges(group())
     for name, value in nonsense.items():
@@ -208,7 +208,7 @@ for group, nonsense in {
 #| export
 @dataclass(frozen=True)
 class Config:
-    """One training run. Every command takes these as flags: --model.layers 4 --steps 100."""
+    """One training run. Every command takes these as flags: --model.num-layers 4 --steps 100."""
 
     preset: str = "record1"
     """The run that all other fields are taken from; a name that is not known is answered with those that are."""
@@ -279,7 +279,9 @@ def largest_divisor(number: int, limit: int) -> int:
 # %%
 flat = fields_of(Config())
 assert (
-    flat["model.layers"] == 12 and flat["optim.adam.betas"] == (0.9, 0.95) and "model" not in flat
+    flat["model.num_layers"] == 12
+    and flat["optim.adam.betas"] == (0.9, 0.95)
+    and "model" not in flat
 )
 assert largest_divisor(768, 13) == 12
 stops = [(Config(steps=50, max_steps=most).last_step) for most in (0, 20, 80)]
@@ -290,24 +292,24 @@ assert stops == [50, 20, 50]
 #| export
 def check_model(model: GPTConfig) -> None:
     """Raise UserError for heads that cannot share the width or be turned, and for connections between layers where there is one."""
-    size, rest = divmod(model.width, model.heads)
+    size, rest = divmod(model.model_dim, model.num_heads)
     if rest:
         raise UserError(
-            f"a width of {model.width} cannot be shared by {model.heads} heads",
-            f"--model.heads {largest_divisor(model.width, model.heads)}",
+            f"a width of {model.model_dim} cannot be shared by {model.num_heads} heads",
+            f"--model.num-heads {largest_divisor(model.model_dim, model.num_heads)}",
         )
-    if model.rotary.positions != "learned" and size % 4:
+    if model.rotary.pos != "learned" and size % 4:
         raise UserError(
             f"heads of {size} numbers cannot be taken in pairs to turn, and half of those",
-            "a --model.width of 4 times --model.heads, or a multiple",
+            "a --model.model-dim of 4 times --model.num-heads, or a multiple",
         )
     usual, fields = fields_of(GPTConfig(), "model."), fields_of(model, "model.")
-    names = ("embedding.values", "plan.skips", "plan.backout", "plan.without")
+    names = ("embedding.values", "layout.skips", "layout.backout", "layout.skip_sublayers")
     wants = [n for n in (f"model.{name}" for name in names) if fields[n] != usual[n]]
-    if wants and model.layers < 2:
+    if wants and model.num_layers < 2:
         raise UserError(
-            f"{', '.join(wants)}: this is between layers, and model.layers is 1",
-            "--model.layers 2, or more",
+            f"{', '.join(wants)}: this is between layers, and model.num_layers is 1",
+            "--model.num-layers 2, or more",
         )
 
 
@@ -333,11 +335,11 @@ def check_optim(optim: OptimConfig, precision: str) -> None:
 def check_head(config: Config) -> None:
     """Raise UserError for an FP8 head that the kernel is not made for, and for candidates without it."""
     head, candidates = config.model.head, [s.candidates for s in config.schedule.stages]
-    if head.fp8 and (head.tied == "tied" or head.softcap != "sigmoid23"):
+    if head.fp8 and (head.tie == "tied" or head.softcap != "sigmoid23"):
         what = (
-            f"model.head.fp8 with model.head.tied={head.tied} and model.head.softcap={head.softcap}"
+            f"model.head.fp8 with model.head.tie={head.tie} and model.head.softcap={head.softcap}"
         )
-        fix = "--model.head.tied split --model.head.softcap sigmoid23; or --model.head.no-fp8"
+        fix = "--model.head.tie split --model.head.softcap sigmoid23; or --model.head.no-fp8"
         raise UserError(what, fix)
     if any(candidates) and not head.fp8:
         what = "schedule.stages with candidates, and no model.head.fp8: the softmax runs over all words there"
@@ -361,16 +363,16 @@ def check_documents(config: Config) -> None:
                 f"model.attention.backend={backend}, and data.mode=stream: PyTorch computes attention in rows of the stream",
                 "--model.attention.backend auto; or --data.mode documents or packed",
             )
-    elif config.model.rotary.positions == "learned":
+    elif config.model.rotary.pos == "learned":
         raise UserError(
-            f"data.mode={config.data.mode} and {config.model.rotary.positions} positions: there are positions for model.context tokens only",
-            "--model.rotary.positions rotary, or --data.mode stream",
+            f"data.mode={config.data.mode} and {config.model.rotary.pos} positions: there are positions for model.max_seq_len tokens only",
+            "--model.rotary.pos rope, or --data.mode stream",
         )
-    dtype = config.model.plan.stream_dtype
+    dtype = config.model.layout.stream_dtype
     if dtype != "float32" and config.precision == "float32":
-        what = f"model.plan.stream_dtype={dtype} in a model that computes in float32"
+        what = f"model.layout.stream_dtype={dtype} in a model that computes in float32"
         raise UserError(
-            what, "--model.plan.stream-dtype float32, or 16 bits for --precision as well"
+            what, "--model.layout.stream-dtype float32, or 16 bits for --precision as well"
         )
     check_head(config)
     if config.model.attention.yarn and not all(long for _, long in windows):
@@ -385,11 +387,11 @@ def check_documents(config: Config) -> None:
 def check_config(config: Config, world: int = 1) -> Config:
     """The config itself, after checking what can be known beforehand. world: ranks that will share it."""
     check_ranges(config)
-    micro, data, context = check_options(config.data, world), config.data, config.model.context
+    micro, data, context = check_options(config.data, world), config.data, config.model.max_seq_len
     check_documents(config)
     if data.mode == "stream" and data.seq_len > context:
-        what = f"rows of {data.seq_len} tokens (data.seq_len) do not fit {context} positions (model.context)"
-        raise UserError(what, f"--data.seq-len {context}, or --model.context {data.seq_len}")
+        what = f"rows of {data.seq_len} tokens (data.seq_len) do not fit {context} positions (model.max_seq_len)"
+        raise UserError(what, f"--data.seq-len {context}, or --model.max-seq-len {data.seq_len}")
     check_model(config.model)
     check_optim(config.optim, config.precision)
     check_schedule(config.schedule, config.steps)
@@ -421,16 +423,16 @@ assert schedule_of(Config()).tokens_before(19_560) == 19_560 * 524_288
 assert schedule_of(Config()).at(700).lr == Config().optim.adam.lr
 
 # %%
-from speedrun.model.layout import PlanConfig
+from speedrun.model.layout import LayoutConfig
 
 assert check_config(Config()) == Config()
 wrong = [
     Config(data=DataConfig(seq_len=2048)),
-    Config(model=GPTConfig(heads=13)),
+    Config(model=GPTConfig(num_heads=13)),
     Config(val_tokens=1000),
     Config(data=DataConfig(mode="documents")),
     Config(schedule=ScheduleConfig(stages=(Stage(windows=(128, 384)),))),
-    Config(model=GPTConfig(layers=1, plan=PlanConfig(backout=True))),
+    Config(model=GPTConfig(num_layers=1, layout=LayoutConfig(backout=True))),
     Config(schedule=ScheduleConfig(stages=(Stage(0.5),))),
     Config(schedule=ScheduleConfig(stages=(Stage(prefix_weight=(0.25, 0.0)),))),
 ]
@@ -463,7 +465,7 @@ def no_field(name: str, known: dict[str, Any], prefix: str) -> UserError:
 # %%
 #| export
 def vary(config: Any, changes: dict[str, Any], prefix: str = "") -> Any:
-    """A copy of a config with some fields changed, by dotted name: vary(run, {"model.layers": 3, "seed": 1})."""
+    """A copy of a config with some fields changed, by dotted name: vary(run, {"model.num_layers": 3, "seed": 1})."""
     known = fields_of(config)
     for name, value in changes.items():
         if name not in known:
@@ -479,11 +481,11 @@ def vary(config: Any, changes: dict[str, Any], prefix: str = "") -> Any:
 
 
 # %%
-changed = vary(Config(), {"model.layers": 3, "optim.adam.lr": 1, "seed": 7})
-assert changed.model.layers == 3 and changed.seed == 7 and changed.model.width == 768
-assert Config().model.layers == 12, "the original is untouched"
-mistakes = ({"model.layer": 3}, {"compile": "no"}, {"model": 3}, {"precision": "bf16"})
-for nonsense in (*mistakes, {"layers": 3}, {"optim.adam.betas": ("a", "b")}):
+changed = vary(Config(), {"model.num_layers": 3, "optim.adam.lr": 1, "seed": 7})
+assert changed.model.num_layers == 3 and changed.seed == 7 and changed.model.model_dim == 768
+assert Config().model.num_layers == 12, "the original is untouched"
+mistakes = ({"model.num_layer": 3}, {"compile": "no"}, {"model": 3}, {"precision": "bf16"})
+for nonsense in (*mistakes, {"num_layers": 3}, {"optim.adam.betas": ("a", "b")}):
     try:
         vary(Config(), nonsense)
         raise AssertionError("accepted")
@@ -536,12 +538,12 @@ PRESETS: dict[str, tuple[str, Changes]] = {  # name → the run that it starts f
         "record",
         {
             "model.head.fp8": False,
-            "model.layers": 3,
-            "model.heads": 2,
-            "model.width": 128,
+            "model.num_layers": 3,
+            "model.num_heads": 2,
+            "model.model_dim": 128,
             "model.init_std": 0.02,
-            "model.plan.without": "nothing",
-            "model.plan.stream_dtype": "float32",
+            "model.layout.skip_sublayers": "none",
+            "model.layout.stream_dtype": "float32",
             "model.attention.long_layers": (2,),
             "optim.muon.param_dtype": "float32",
             "optim.muon.ns_dtype": "bfloat16",
@@ -568,10 +570,10 @@ PRESETS: dict[str, tuple[str, Changes]] = {  # name → the run that it starts f
     "cpu_gpt2": (
         "",
         {
-            "model.layers": 2,
-            "model.heads": 2,
-            "model.width": 128,
-            "model.context": 128,
+            "model.num_layers": 2,
+            "model.num_heads": 2,
+            "model.model_dim": 128,
+            "model.max_seq_len": 128,
             "model.init_std": 0.05,
             "optim.adam.lr": 2e-3,
             "schedule.warmup_steps": 100,
@@ -592,9 +594,9 @@ PRESETS: dict[str, tuple[str, Changes]] = {  # name → the run that it starts f
     "small_gpt2": (
         "",
         {
-            "model.layers": 8,
-            "model.heads": 8,
-            "model.width": 512,
+            "model.num_layers": 8,
+            "model.num_heads": 8,
+            "model.model_dim": 512,
             "model.init_std": 0.025,
             "optim.adam.lr": 4e-3,
             "optim.matrices": "muon",
@@ -616,35 +618,35 @@ PRESETS: dict[str, tuple[str, Changes]] = {  # name → the run that it starts f
     "record": (
         "",
         {
-            "model.layers": 11,
-            "model.heads": 6,
+            "model.num_layers": 11,
+            "model.num_heads": 6,
             "model.init_std": 0.005,
             "model.block.norm": "rms",
             "model.block.biases": False,
             "model.block.qk_norm": True,
             "model.block.activation": "relu2",
-            "model.block.zero_out": True,
-            "model.block.fan_in": True,
-            "model.rotary.positions": "half",
+            "model.block.zero_init_proj": True,
+            "model.block.fan_in_init": True,
+            "model.rotary.pos": "half_rope",
             "model.rotary.base": 1024.0,
             "model.embedding.norm": True,
             "model.embedding.smear": True,
             "model.embedding.values": "ends",
-            "model.embedding.value_residual": "gates",
+            "model.embedding.value_residual": "gate",
             "model.embedding.value_lr_mul": 75.0,
             "model.embedding.value_decay": 1 / 30,
-            "model.plan.x0": True,
-            "model.plan.residual": 1.1,
-            "model.plan.skips": "gated",
-            "model.plan.backout": True,
-            "model.plan.without": "attention",
-            "model.plan.lr_mul": 5.0,
-            "model.plan.stream_dtype": "bfloat16",
+            "model.layout.x0": True,
+            "model.layout.resid_lambda_init": 1.1,
+            "model.layout.skips": "single_gated",
+            "model.layout.backout": True,
+            "model.layout.skip_sublayers": "attn",
+            "model.layout.lr_mul": 5.0,
+            "model.layout.stream_dtype": "bfloat16",
             "model.attention.scale": 0.1,
             "model.attention.long_layers": (3, 10),
             "model.attention.yarn": True,
-            "model.head.tied": "split",
-            "model.head.multiple": 128,
+            "model.head.tie": "until_step",
+            "model.head.pad_vocab_to": 128,
             "model.head.softcap": "sigmoid23",
             "model.head.fp8": True,
             "optim.adam.lr": 0.008,
@@ -685,9 +687,9 @@ PRESETS: dict[str, tuple[str, Changes]] = {  # name → the run that it starts f
     "small": (
         "record_200m",
         {
-            "model.layers": 8,
-            "model.heads": 4,
-            "model.width": 512,
+            "model.num_layers": 8,
+            "model.num_heads": 4,
+            "model.model_dim": 512,
             "model.attention.long_layers": (2, 7),
             "data.batch_tokens": 65_536,
             "data.max_forward_tokens": 32_768,
@@ -727,7 +729,7 @@ HISTORY: dict[str, tuple[str, dict[str, Any]]] = {
         {
             "model.block.norm": "rms",
             "model.block.biases": False,
-            "model.rotary.positions": "rotary",
+            "model.rotary.pos": "rope",
             "optim.adam.lr": 1.8e-3,
             "schedule.warmup_steps": 250,
             "schedule.shape": "trapezoid",
@@ -739,11 +741,11 @@ HISTORY: dict[str, tuple[str, dict[str, Any]]] = {
     "record5": (
         "record2",
         {
-            "model.heads": 6,
+            "model.num_heads": 6,
             "model.block.qk_norm": True,
             "model.block.activation": "relu2",
-            "model.block.zero_out": True,
-            "model.head.multiple": 128,
+            "model.block.zero_init_proj": True,
+            "model.head.pad_vocab_to": 128,
             "optim.adam.lr": 3.6e-3,
             "optim.adam.weight_decay": 0.0,
             "optim.matrices": "muon",
@@ -761,7 +763,7 @@ HISTORY: dict[str, tuple[str, dict[str, Any]]] = {
             "model.embedding.norm": True,
             "model.embedding.std": 1.0,
             "model.embedding.lr_mul": 0.3 / 0.002,
-            "model.head.tied": "untied",
+            "model.head.tie": "untied",
             "optim.adam.lr": 0.002,
             "optim.grad_clip": 0.0,
             "optim.matrix_lr": 0.02,
@@ -775,8 +777,8 @@ HISTORY: dict[str, tuple[str, dict[str, Any]]] = {
         "record8",
         {
             "model.embedding.values": "first",
-            "model.plan.x0": True,
-            "model.plan.lr_mul": 0.02 / 0.002,
+            "model.layout.x0": True,
+            "model.layout.lr_mul": 0.02 / 0.002,
             "model.head.softcap": "tanh30",
             "schedule.momentum_min": 0.85,
             "schedule.momentum_ramp": (500, 0),
@@ -788,8 +790,8 @@ HISTORY: dict[str, tuple[str, dict[str, Any]]] = {
         "record9",
         {
             "model.embedding.lr_mul": 0.6 / 0.008,
-            "model.plan.skips": "unet",
-            "model.plan.lr_mul": 0.04 / 0.008,
+            "model.layout.skips": "unet",
+            "model.layout.lr_mul": 0.04 / 0.008,
             "optim.adam.lr": 0.008,
             "optim.matrix_lr": 0.04,
             "schedule.cooldown_frac": 0.3,
@@ -834,7 +836,7 @@ HISTORY: dict[str, tuple[str, dict[str, Any]]] = {
         "record14",
         {
             "model.embedding.values": "mirror",
-            "model.embedding.value_residual": "free",
+            "model.embedding.value_residual": "lambdas",
             "schedule.cooldown_frac": 0.4,
             "schedule.stages": widening(13.5, 14, 128),
             "steps": 1480,
@@ -844,10 +846,10 @@ HISTORY: dict[str, tuple[str, dict[str, Any]]] = {
     "record17": (
         "record16",
         {
-            "model.rotary.positions": "half",
+            "model.rotary.pos": "half_rope",
             "model.rotary.base": 1024.0,
             "model.embedding.values": "outer",
-            "model.plan.without": "attention",
+            "model.layout.skip_sublayers": "attn",
             "steps": 1490,
         },
     ),
@@ -855,7 +857,7 @@ HISTORY: dict[str, tuple[str, dict[str, Any]]] = {
     "record20": (
         "record17",
         {
-            "model.block.fan_in": True,
+            "model.block.fan_in_init": True,
             "model.attention.scale": 0.12,
             "model.attention.long_layers": (0, 4, 7, 11),
             "model.head.softcap": "sigmoid30",
@@ -886,7 +888,7 @@ HISTORY: dict[str, tuple[str, dict[str, Any]]] = {
         {
             "model.attention.scale": 0.1,
             "model.attention.yarn": True,
-            "model.plan.without": "both",
+            "model.layout.skip_sublayers": "both",
             "schedule.cooldown_frac": 0.5,
             "schedule.val_windows": (0, 1664),
         },
@@ -921,7 +923,7 @@ from speedrun.model.gpt import param_specs
 from speedrun.optim.state import assign_optimizers
 
 sys.modules.pop("speedrun.history", None)
-assert preset("cpu_gpt2").model.layers == 2 and "speedrun.history" not in sys.modules
+assert preset("cpu_gpt2").model.num_layers == 2 and "speedrun.history" not in sys.modules
 assert preset("record1") == vary(Config(), {"data.path": FINEWEB, "checkpoint_every": 1000})
 assert "speedrun.history" in sys.modules
 for name in known_presets():
@@ -930,7 +932,7 @@ targets = {name: preset(name).target for name in ("cpu", "cpu_gpt2", "smoke", "s
 assert targets == {"cpu": 1.15, "cpu_gpt2": 1.55, "smoke": 2.75, "small": 4.0}
 for name in PRESETS:
     model = preset(name).model  # where matrices start by their columns, the deviation is the head's
-    usual = 0.005 if model.block.fan_in else 0.02 * math.sqrt(768 / model.width)
+    usual = 0.005 if model.block.fan_in_init else 0.02 * math.sqrt(768 / model.model_dim)
     usual = 0.02 if name == "cpu" else usual  # narrower, and tried: 0.005 was worse there
     assert abs(usual - model.init_std) < 0.002
 rows = {f"record{row['record']}": row for row in public_table("records") if row["contributors"]}
@@ -965,7 +967,9 @@ from typing import Any
 
 from speedrun.schedule import Stage
 
-MODEL_SIZES = [f"model.{name}" for name in ("layers", "heads", "width", "context", "init_std")]
+MODEL_SIZES = [
+    f"model.{name}" for name in ("num_layers", "num_heads", "model_dim", "max_seq_len", "init_std")
+]
 DATA_SIZES = [
     "data.path",
     "data.seq_len",
@@ -973,7 +977,12 @@ DATA_SIZES = [
     "data.micro_batches",
     "data.max_forward_tokens",
 ]
-NUMBERS = ("precision", "optim.muon.param_dtype", "optim.muon.ns_dtype", "model.plan.stream_dtype")
+NUMBERS = (
+    "precision",
+    "optim.muon.param_dtype",
+    "optim.muon.ns_dtype",
+    "model.layout.stream_dtype",
+)
 SIZES = (*MODEL_SIZES, *DATA_SIZES, *NUMBERS)
 LONG_LAYERS = "model.attention.long_layers"
 RAMPS = (
@@ -1009,8 +1018,8 @@ def at_cpu_size(config: Config, steps: int = 20) -> Config:
     laptop, own = fields_of(preset("cpu_gpt2")), fields_of(config)
     changes = {name: laptop[name] for name in SIZES}
     changes |= {"steps": steps, "max_steps": 0, "val_every": steps, "val_tokens": 16_384}
-    last = laptop["model.layers"] - 1  # long layers stay where they are in the model's depth
-    deep = [round(n * last / max(1, config.model.layers - 1)) for n in own[LONG_LAYERS]]
+    last = laptop["model.num_layers"] - 1  # long layers stay where they are in the model's depth
+    deep = [round(n * last / max(1, config.model.num_layers - 1)) for n in own[LONG_LAYERS]]
     changes[LONG_LAYERS] = tuple(sorted({*deep}))
     stages = fewer(config.schedule.stages, max(2, steps // 4))
     few = [dataclasses.replace(s, candidates=min(s.candidates, 128)) for s in stages]
@@ -1111,9 +1120,9 @@ for name in known_presets():
     whole = dataclasses.asdict(preset(name))
     saved = json.loads(json.dumps(whole))
     assert dataclasses.asdict(config_from_json(saved)) == whole
-    del saved["optim"]["muon"]["beta2"], saved["model"]["plan"]  # from before both existed
+    del saved["optim"]["muon"]["beta2"], saved["model"]["layout"]  # from before both existed
     old = config_from_json(saved)
-    assert old.optim.muon.beta2 == 0.0 and old.model.plan == PlanConfig()
+    assert old.optim.muon.beta2 == 0.0 and old.model.layout == LayoutConfig()
 known_by_heart = dataclasses.asdict(preset("cpu_gpt2"))
 wrong_saves = ({"flux_capacitor": True}, {"steps": "many"}, {"precision": "bf16"}, {"model": 3})
 for wrong_save in (known_by_heart | wrong for wrong in wrong_saves):
@@ -1207,10 +1216,10 @@ class Example:
     out: str = ""
 
 
-flags = ["--steps", "7", "--preset=small", "--model.layers", "2", "--no-compile", "--out", "x"]
+flags = ["--steps", "7", "--preset=small", "--model.num-layers", "2", "--no-compile", "--out", "x"]
 given = read_command(Example, flags, "cpu", "example")
 assert given == Example(
-    vary(preset("small"), {"steps": 7, "model.layers": 2, "compile": False}), "x"
+    vary(preset("small"), {"steps": 7, "model.num_layers": 2, "compile": False}), "x"
 )
 twice = ["--preset", "small", "--preset=cpu"]
 for flags in ([], twice):
@@ -1261,7 +1270,7 @@ homes = {"Config": "config", "DataConfig": "data.loader", "GPTConfig": "model.gp
 homes |= {"OptimConfig": "optim.state", "AdamConfig": "optim.adam", "MuonConfig": "optim.muon"}
 homes |= {"ScheduleConfig": "schedule", "BlockConfig": "model.mlp"}
 homes |= {"RotaryConfig": "model.rotary", "HeadConfig": "model.head"}
-homes |= {"EmbeddingConfig": "model.embedding", "PlanConfig": "model.layout"}
+homes |= {"EmbeddingConfig": "model.embedding", "LayoutConfig": "model.layout"}
 homes |= {"AttentionConfig": "model.attention"}
 explained = 0
 for kind, home in homes.items():
@@ -1296,9 +1305,9 @@ assert 0.2 < share["cpu_gpt2"] < 0.28 and 0.3 < share["record11"] < 0.37, (
 )
 moved = {name: set(keys) for name, keys in differs.items()}
 assert not [key for key in moved["record11"] if key.startswith("data.")]
-assert not moved["record11"] & {"model.layers", "model.width", "model.context"}
+assert not moved["record11"] & {"model.num_layers", "model.model_dim", "model.max_seq_len"}
 both = moved["cpu_gpt2"] & moved["record11"]
-assert both == {"model.heads", "optim.adam.lr", "schedule.warmup_steps", "steps"}
+assert both == {"model.num_heads", "optim.adam.lr", "schedule.warmup_steps", "steps"}
 print({name: f"{len(keys)} of {len(record) - 1} fields" for name, keys in differs.items()})
 
 # %% [markdown]
@@ -1349,7 +1358,7 @@ from tqdm import tqdm
 
 from speedrun.data.loader import Shards
 from speedrun.lab.errors import UserError
-from speedrun.lab.hardware import look
+from speedrun.lab.hardware import detect_machine
 from speedrun.lab.results import load_result
 from speedrun.lab.runlog import read_metrics, series
 from speedrun.optim.muon import MuonConfig
@@ -1375,7 +1384,7 @@ def train_one(run: Config) -> dict:
 
 def each_on_cpus(runs: Sequence[Config]) -> Iterator[tuple[int, dict]]:
     """Train runs, as many at a time as there are cores; the number of each with what `train_one` says, as they end."""
-    with ProcessPoolExecutor(look().cores, get_context("spawn")) as pool:
+    with ProcessPoolExecutor(detect_machine().cores, get_context("spawn")) as pool:
         numbers = {pool.submit(train_one, run): number for number, run in enumerate(runs)}
         for future in as_completed(numbers):
             yield numbers[future], future.result()
@@ -1434,7 +1443,12 @@ def cpu_base() -> Config:
 
 def gpu_base(data: str) -> Config:
     """The run in which ideas are compared on a GPU: 30 million parameters, 400 steps of 32,768 tokens."""
-    sizes = {"model.layers": 6, "model.heads": 6, "model.width": 384, "model.init_std": 0.03}
+    sizes = {
+        "model.num_layers": 6,
+        "model.num_heads": 6,
+        "model.model_dim": 384,
+        "model.init_std": 0.03,
+    }
     reads = {"data.path": data, "data.batch_tokens": 32_768, "data.micro_batches": 1}
     lasts: dict[str, Any] = {"steps": 400, "schedule.warmup_steps": 40, "val_tokens": 1_048_576}
     adamw = {"optim.matrices": "adam", "optim.matrix_lr": 0.0, "schedule.momentum_min": 0.0}
@@ -1444,7 +1458,7 @@ def gpu_base(data: str) -> Config:
 
 # %% tags=["hide-input"]
 #| export measure.runs
-def restart(live: "Run", config: Config) -> None:
+def reset_run(live: "Run", config: Config) -> None:
     """Put an assembled run back to its first step, with another config: one that differs in optimizer, schedule and seed alone."""
     import torch
 
@@ -1466,7 +1480,7 @@ def restart(live: "Run", config: Config) -> None:
 
 # %% tags=["hide-input"]
 #| export measure.runs
-def train_watched(live: "Run") -> dict[str, list]:
+def train_with_history(live: "Run") -> dict[str, list]:
     """Train from the first step to the last; the weights that mix, by name: [step, values] at 33 moments."""
     from speedrun.train import train_step
 
@@ -1483,16 +1497,18 @@ def train_watched(live: "Run") -> dict[str, list]:
     return learned
 
 
-def retrain(live: "Run", config: Config, alone: AbstractContextManager[Any] | None = None) -> dict:
+def train_in_place(
+    live: "Run", config: Config, alone: AbstractContextManager[Any] | None = None
+) -> dict:
     """Train a run with the assembled model of another; what it ends with. alone: entered while the clock runs."""
-    from speedrun.train import evaluate, held_out
+    from speedrun.train import validation_loss, val_batches
 
-    restart(live, config)
+    reset_run(live, config)
     with alone or nullcontext():
         live.clock.start()
-        learned = train_watched(live)
+        learned = train_with_history(live)
         live.clock.stop()
-    done: dict[str, Any] = {"val_loss": evaluate(live, held_out(live, config.val_tokens))}
+    done: dict[str, Any] = {"val_loss": validation_loss(live, val_batches(live, config.val_tokens))}
     done |= {"seconds": live.clock.elapsed_ms / 1000, "skipped": live.nonfinite_steps.item()}
     done |= {"learned": learned} if learned else {}
     return done | {"config": dataclasses.asdict(config)}
@@ -1510,30 +1526,30 @@ brief = vary(
 with tempfile.TemporaryDirectory() as folder:
     live = build_run(brief, Path(folder), echo=None)
     first, between, again = (
-        retrain(live, vary(brief, {"seed": seed}))["val_loss"] for seed in (0, 1, 0)
+        train_in_place(live, vary(brief, {"seed": seed}))["val_loss"] for seed in (0, 1, 0)
     )
 assert first == again != between
 
 # %% tags=["hide-input"]
 #| export measure.runs
-HERE: dict[str, Any] = {}  # a process's GPU
+WORKER: dict[str, Any] = {}  # a process's GPU
 
 
-def seen_by_model(config: Config) -> str:
+def compile_key(config: Config) -> str:
     """All that decides what is compiled for a run."""
     parts = (config.model, config.data, config.precision, config.compile)
     return repr((*parts, config.optim.muon.param_dtype))
 
 
-def train_alike(runs: Sequence[Config]) -> list[dict]:
-    """Train runs of one model, one after the other; what `retrain` says of each."""
+def train_group(runs: Sequence[Config]) -> list[dict]:
+    """Train runs of one model, one after the other; what `train_in_place` says of each."""
     import torch
 
     from speedrun.train import build_run
 
     torch._dynamo.reset()  # PyTorch keeps eight versions of a function at most
     live = build_run(runs[0], Path(tempfile.mkdtemp()), echo=None)
-    return [retrain(live, run, HERE["turn"]) for run in runs]
+    return [train_in_place(live, run, WORKER["turn"]) for run in runs]
 
 
 def train_arms(
@@ -1575,40 +1591,40 @@ def step_times(
 def take_gpu(numbers: Any, turns: Sequence[Any]) -> None:
     """Let this process see one GPU only, on which it trains when it is its turn."""
     number = numbers.get()
-    os.environ["CUDA_VISIBLE_DEVICES"], HERE["turn"] = str(number), turns[number]
+    os.environ["CUDA_VISIBLE_DEVICES"], WORKER["turn"] = str(number), turns[number]
 
 
-def groups_of(runs: Sequence[Config], gpus: int) -> list[list[int]]:
+def group_by_model(runs: Sequence[Config], gpus: int) -> list[list[int]]:
     """Numbers of runs that share a model; dealt out to the GPUs if there are fewer models than those."""
     alike: dict[str, list[int]] = {}
     for number, run in enumerate(runs):
-        alike.setdefault(seen_by_model(run), []).append(number)
+        alike.setdefault(compile_key(run), []).append(number)
     parts = 1 if len(alike) >= gpus else gpus
     dealt = [group[part::parts] for group in alike.values() for part in range(parts)]
     return [group for group in dealt if group]
 
 
 def each_on_gpus(runs: Sequence[Config]) -> Iterator[tuple[int, dict]]:
-    """Train runs; the number of each with what `retrain` says, as they end.
+    """Train runs; the number of each with what `train_in_place` says, as they end.
 
     Two processes share a GPU: while one trains, the other compiles the next model.
     """
-    context, gpus = get_context("spawn"), len(look().gpus)
+    context, gpus = get_context("spawn"), len(detect_machine().gpus)
     if not gpus:
         raise UserError("this is measured on a GPU, and PyTorch sees none", "make doctor says why")
-    numbers, groups = context.Queue(), groups_of(runs, gpus)
+    numbers, groups = context.Queue(), group_by_model(runs, gpus)
     for number in (*range(gpus), *range(gpus)):
         numbers.put(number)
     turns = [context.Lock() for _ in range(gpus)]
     workers = min(2 * gpus, len(groups))
     with ProcessPoolExecutor(workers, context, take_gpu, (numbers, turns)) as pool:
-        jobs = {pool.submit(train_alike, [runs[n] for n in group]): group for group in groups}
+        jobs = {pool.submit(train_group, [runs[n] for n in group]): group for group in groups}
         for job in as_completed(jobs):
             yield from zip(jobs[job], job.result())
 
 
 def train_on_gpus(runs: Sequence[Config]) -> list[dict]:
-    """Train runs on the GPUs of this machine; what `retrain` says of each, in order."""
+    """Train runs on the GPUs of this machine; what `train_in_place` says of each, in order."""
     return in_order(each_on_gpus(runs), runs)
 
 
@@ -1642,11 +1658,11 @@ def measured_run(folder: Path) -> dict:
 
 def loss_in_documents(live: "Run") -> float:
     """What a run that was trained on rows of the stream loses, nats a token, on the same validation tokens as packed documents."""
-    from speedrun.train import evaluate, held_out, prepare_attention
+    from speedrun.train import validation_loss, val_batches, prepare_attention
 
     live.config = vary(live.config, {"data.mode": "documents"})
     live.told = prepare_attention(live.config, live.model, live.ranks.device)
-    return evaluate(live, held_out(live, live.config.val_tokens))
+    return validation_loss(live, val_batches(live, live.config.val_tokens))
 
 
 def train_alone(
@@ -1666,7 +1682,7 @@ def train_alone(
 
 
 # %% tags=["demonstration"]
-turning = vary(brief, {"model.rotary.positions": "rotary"})  # positions that do not end
+turning = vary(brief, {"model.rotary.pos": "rope"})  # positions that do not end
 arms = {"as it is": turning, "half the rate": vary(turning, {"optim.adam.lr": 1e-3})}
 study = runs_of(arms, (0, 1))
 assert [*study] == ["as it is_0", "half the rate_0", "as it is_1", "half the rate_1"]
@@ -1683,7 +1699,7 @@ from speedrun.lab.provenance import stamp
 
 NAMES = ("laptop", "short")
 SEEDS = (0, 1, 2)
-START: dict[str, Any] = {"data.seq_len": 64, "model.context": 64, "steps": 9000}
+START: dict[str, Any] = {"data.seq_len": 64, "model.max_seq_len": 64, "steps": 9000}
 ARMS: dict[str, dict[str, Any]] = {
     "as it is": {},
     "deviation 0.02, GPT-2's": {"model.init_std": 0.02},
@@ -1692,10 +1708,10 @@ ARMS: dict[str, dict[str, Any]] = {
     "twice the rate": {"optim.adam.lr": 4e-3},
     "half the batch": {"data.batch_tokens": 512, "steps": 18_000},
     "twice the batch": {"data.batch_tokens": 2048, "steps": 4500},
-    "rows of 32": {"data.seq_len": 32, "model.context": 32},
-    "rows of 128": {"data.seq_len": 128, "model.context": 128},
-    "one layer": {"model.layers": 1},
-    "four layers": {"model.layers": 4},
+    "rows of 32": {"data.seq_len": 32, "model.max_seq_len": 32},
+    "rows of 128": {"data.seq_len": 128, "model.max_seq_len": 128},
+    "one layer": {"model.num_layers": 1},
+    "four layers": {"model.num_layers": 4},
 }
 
 
@@ -1843,7 +1859,7 @@ assert none == {}, f"a config does not differ from itself, but yours says in {[*
 read = config_from_json(json.loads(json.dumps(dataclasses.asdict(preset("cpu_gpt2")))))
 same = difference(preset("cpu_gpt2"), read)
 assert same == {}, f"read from its log a config is the same, but yours says in {[*same]}"
-found = difference(preset("cpu_gpt2"), vary(preset("cpu_gpt2"), {"model.layers": 3, "seed": 7}))
-right = {"model.layers": (2, 3), "seed": (preset("cpu_gpt2").seed, 7)}
+found = difference(preset("cpu_gpt2"), vary(preset("cpu_gpt2"), {"model.num_layers": 3, "seed": 7}))
+right = {"model.num_layers": (2, 3), "seed": (preset("cpu_gpt2").seed, 7)}
 assert found == right, f"layers and seed were changed: {right}, not {found}"
 print(difference(preset("record1"), preset("record2")))

@@ -192,7 +192,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from speedrun.checkpoint import FREE, checkpoints, damaged
+from speedrun.checkpoint import RESUMABLE_FIELDS, checkpoints, damaged
 from speedrun.config import Config, config_from_json, fields_of
 from speedrun.data.loader import Loader, Shards
 from speedrun.heartbeat import Heartbeat, Interrupts
@@ -644,7 +644,7 @@ def prepare_attention(config: Config, model: GPT, device: torch.device) -> list[
     """What attention is told in each stage. For packed documents the model's backend is chosen, too."""
     if config.data.mode != "stream":
         dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
-        head_dim = config.model.width // config.model.heads
+        head_dim = config.model.model_dim // config.model.num_heads
         asked = config.model.attention.backend
         model.backend = choose_backend(asked, device, dtype, head_dim)
     windows = [stage.windows for stage in config.schedule.stages]
@@ -744,7 +744,7 @@ def check_same_run(path: Path, facts: dict, run: Run) -> None:
         first = json.loads((run.folder / "metrics.jsonl").open(encoding="utf-8").readline())
         begun = fields_of(config_from_json(first["config"]))
         for name, value in fields_of(config_from_json(facts["config"])).items():
-            if name not in FREE and value != begun[name]:
+            if name not in RESUMABLE_FIELDS and value != begun[name]:
                 values = visible(f"{name} is {value}, and was {begun[name]}")
                 what = f"{path} is of another run: {values}"
                 raise UserError(what, f"put it aside: mv {quoted(path)} {quoted(run.folder)}/")
@@ -840,7 +840,7 @@ def told_now(run: Run) -> AttentionSettings:
 
 
 @torch.no_grad()
-def evaluate(run: Run, batches) -> float:
+def validation_loss(run: Run, batches) -> float:
     """Mean loss, nats a token, over validation micro-batches that are dealt out to the ranks."""
     device, told = run.ranks.device, told_now(run)
     sums = torch.zeros(2, dtype=torch.float64, device=device)
@@ -852,7 +852,7 @@ def evaluate(run: Run, batches) -> float:
     return (sums[0] / sums[1]).item()
 
 
-def held_out(run: Run, tokens: int):
+def val_batches(run: Run, tokens: int):
     """This rank's share of the first `tokens` validation tokens."""
     return validation_batches(
         run.validation, run.config.data, tokens, run.ranks.rank, run.ranks.world
@@ -860,8 +860,11 @@ def held_out(run: Run, tokens: int):
 
 
 # %%
-by_hand = [run.model(batch.inputs, batch.targets).item() for batch in held_out(run, 8192)]
-assert len(by_hand) == 16 and abs(evaluate(run, held_out(run, 8192)) - sum(by_hand) / 16) < 1e-5
+by_hand = [run.model(batch.inputs, batch.targets).item() for batch in val_batches(run, 8192)]
+assert (
+    len(by_hand) == 16
+    and abs(validation_loss(run, val_batches(run, 8192)) - sum(by_hand) / 16) < 1e-5
+)
 
 # %% [markdown]
 # The first step compiles, allocates and tunes. So, as in the contest's later records, a few real steps of each stage (another batch is another shape) and a validation batch are run before the clock starts, and then undone: weights and the optimizer's state are put back, the data stream is set to where it was. (On a GPU the optimizer before them compiles and records all of its updates, those of later steps as well, and updates nothing.) In one thing our clock is kinder than upstream's: there the loader is made anew after the warm-up, so that reading the first shard and finding its documents is timed, and here the shard stays in memory.
@@ -882,7 +885,7 @@ def warm_up(run: Run) -> float:
             run.step = min(begin_step + ahead, last)
             train_step(run)
             run.heartbeat.beat()
-    evaluate(run, itertools.islice(held_out(run, run.config.val_tokens), 1))
+    validation_loss(run, itertools.islice(val_batches(run, run.config.val_tokens), 1))
     run.model.load_state_dict(weights)
     run.optimizer.load_state_dict(moments)
     run.step, run.loader.position = step, position
@@ -933,7 +936,7 @@ def validate(run: Run) -> float:
     """Validate and log, off the clock. A loss that is not finite ends the run, like any other such number."""
     run.heartbeat.phase("validate")
     state = gpu_state(run.ranks.device)
-    loss, ms = evaluate(run, held_out(run, run.config.val_tokens)), run.clock.ms
+    loss, ms = validation_loss(run, val_batches(run, run.config.val_tokens)), run.clock.ms
     if not math.isfinite(loss):
         raise nonfinite_error(run, loss)
     run.log.line(format_line(run.step, run.config.steps, ms, val_loss=loss))
@@ -1071,7 +1074,7 @@ from typing import Annotated
 import tyro
 from tqdm import tqdm
 
-from speedrun.checkpoint import FREE, checkpoints, latest_checkpoint, load_facts
+from speedrun.checkpoint import RESUMABLE_FIELDS, checkpoints, latest_checkpoint, load_facts
 from speedrun.config import Config, config_from_json, fields_of, vary
 from speedrun.lab.errors import UserError, quoted
 from speedrun.lab.files import claim, new_folder
@@ -1286,7 +1289,7 @@ def run_config(command: TrainCommand) -> Config:
     facts = load_facts(latest_checkpoint(Path(command.resume)))
     usual = fields_of(preset(command.config.preset))
     said = dict(fields_of(command.config).items() - usual.items())
-    if ignored := ", ".join(sorted(said.keys() - FREE)):
+    if ignored := ", ".join(sorted(said.keys() - RESUMABLE_FIELDS)):
         what = f"--resume goes on with the run's own settings: {ignored} would be ignored"
         raise UserError(what, "leave them out, or start another run")
     if "data.path" in said:
@@ -1543,7 +1546,12 @@ def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
 
 
 # %%
-WIDE = {"model.layers": 12, "model.heads": 12, "model.width": 768, "precision": "bfloat16"}
+WIDE = {
+    "model.num_layers": 12,
+    "model.num_heads": 12,
+    "model.model_dim": 768,
+    "precision": "bfloat16",
+}
 timed_run = tier.pick(cpu={}, gpu=WIDE | {"data.batch_tokens": 4096}) | {"device": tier.device}
 run = build_run(vary(brief, timed_run), scratch / "timed", echo=None)
 pieces, whole_step = time_pieces(run, 5), statistics.median(time_steps(run, 2)["true"])

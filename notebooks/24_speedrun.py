@@ -111,7 +111,7 @@ from speedrun.lab.bounds import check_ranges
 from speedrun.lab.doctor import gpu_problem
 from speedrun.lab.errors import UserError, run_main
 from speedrun.lab.files import claim
-from speedrun.lab.hardware import Machine, look, setup
+from speedrun.lab.hardware import Machine, detect_machine, setup
 from speedrun.lab.provenance import root
 from speedrun.lab.results import load_result, result_names
 from speedrun.model.gpt import flops_per_token
@@ -515,7 +515,7 @@ def launch(command: LaunchCommand, echo=print, told: bool = False, check=lambda:
 
     told: whoever reads the output knows the plan. check: called now and then, may raise KeyboardInterrupt.
     """
-    config, machine = run_config(command.train), look()
+    config, machine = run_config(command.train), detect_machine()
     if command.train.out:
         refuse_old_run(Path(command.train.out))
     plan = make_plan(config, machine, command.gpus, measured_runs())
@@ -560,7 +560,7 @@ def run_command(arguments: list[str], interrupts: Insisting) -> None:
     if command.plan:
         print(f"make speedrun takes preset {name}: {why}")
         runs = measured_runs()
-        plan = make_plan(run_config(command.train), look(), command.gpus, runs)
+        plan = make_plan(run_config(command.train), detect_machine(), command.gpus, runs)
         print(plan, plan_cost(plan, runs, command.price), sep="\n")
         return
     with progress(command.train.config) as echo:
@@ -861,14 +861,14 @@ sample = [
     "--tokens",
     "200",
     "--device",
-    look().device,
+    detect_machine().device,
 ]
 written = subprocess.run(sample, capture_output=True, text=True)
 assert written.returncode == 0, written.stderr
 print(f"\na sample of what it writes:\n{written.stdout}")
 
 # %% [markdown]
-# ### The page that stays
+# ### HTML report
 #
 # papermill keeps the executed notebook, also when a cell fails, and nbconvert makes a web page of it. Its template fetches three scripts from the network. A page has to open on a train, so they are left out.
 

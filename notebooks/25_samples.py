@@ -125,7 +125,7 @@ from speedrun.model.gpt import GPT, attention_settings
 # %%
 #| export
 @dataclass(frozen=True)
-class Trained:
+class LoadedModel:
     """A trained model with its tokenizer, the length of the rows that it was trained on, its step, its data folder."""
 
     model: nn.Module
@@ -145,7 +145,7 @@ class Trained:
         return self.model(row, None, Packed(ends, count, *self.told))
 
 
-def load_trained(folder: Path, device: str = "cpu") -> Trained:
+def load_trained(folder: Path, device: str = "cpu") -> LoadedModel:
     """The model of a run's latest checkpoint, uncompiled and in float32. Reads no optimizer state. Raises UserError."""
     path = latest_checkpoint(Path(folder))
     facts = load_facts(path)
@@ -153,7 +153,7 @@ def load_trained(folder: Path, device: str = "cpu") -> Trained:
     tokenizer = get_tokenizer(facts["tokenizer"])
     if facts["vocab_size"] != tokenizer.vocab_size:
         raise damaged(path, f"a vocabulary of {facts['vocab_size']} is not the tokenizer's")
-    exact = vary(check_config(config), {"model.plan.stream_dtype": "float32"})
+    exact = vary(check_config(config), {"model.layout.stream_dtype": "float32"})
     model = GPT(exact.model, facts["vocab_size"]).to(device)
     weights = {k: w.float() if w.dtype == torch.bfloat16 else w for k, w in weights.items()}
     check_tensors(path, weights, dict(model.named_parameters()))
@@ -165,7 +165,7 @@ def load_trained(folder: Path, device: str = "cpu") -> Trained:
         number = schedule_of(config).at(min(facts["step"], config.steps - 1)).stage
         windows = [stage.windows for stage in stages]
         told = attention_settings(config.model, windows, torch.device(device))[number]
-    return Trained(model.eval(), tokenizer, length, facts["step"], data, told)
+    return LoadedModel(model.eval(), tokenizer, length, facts["step"], data, told)
 
 
 # %% [markdown]
@@ -191,7 +191,7 @@ assert trained.step == 300 and trained.tokenizer.name == "bytes" and trained.seq
 
 # %%
 #| export
-def choose(logits: Tensor, temperature: float, top_k: int, generator: torch.Generator) -> int:
+def sample_token(logits: Tensor, temperature: float, top_k: int, generator: torch.Generator) -> int:
     """Draw a token from logits, (vocab,), among the `top_k` likeliest (0: all). Temperature 0: the likeliest.
 
     Raises UserError where a logit is not finite: such a model has nothing to say.
@@ -210,10 +210,10 @@ def choose(logits: Tensor, temperature: float, top_k: int, generator: torch.Gene
 
 # %%
 logits, generator = torch.tensor([0.0, 2.0, 1.0, -1.0]), torch.Generator().manual_seed(0)
-assert choose(logits, 0.0, 0, generator) == 1 and {
-    choose(logits, 0.01, 0, generator) for _ in range(50)
+assert sample_token(logits, 0.0, 0, generator) == 1 and {
+    sample_token(logits, 0.01, 0, generator) for _ in range(50)
 } == {1}
-drawn = [choose(logits, 1.0, 2, generator) for _ in range(4000)]
+drawn = [sample_token(logits, 1.0, 2, generator) for _ in range(4000)]
 seen, expected = drawn.count(1) / len(drawn), 1 / (1 + math.exp(-1))
 assert set(drawn) == {1, 2} and abs(seen - expected) < 0.03
 print(f"top-2: token 1 drawn in {seen:.1%} of cases, expected {expected:.1%}")
@@ -227,7 +227,7 @@ print(f"top-2: token 1 drawn in {seen:.1%} of cases, expected {expected:.1%}")
 #| export
 @torch.no_grad()
 def generate(
-    trained: Trained, prompt: str, count: int, temperature=0.8, top_k: int = 40, seed: int = 0
+    trained: LoadedModel, prompt: str, count: int, temperature=0.8, top_k: int = 40, seed: int = 0
 ) -> str:
     """`count` tokens that the model writes after a prompt, as text. An empty prompt begins a document."""
     generator, device = torch.Generator().manual_seed(seed), next(trained.model.parameters()).device
@@ -236,7 +236,7 @@ def generate(
     for _ in range(count):
         window = torch.tensor([tokens[-trained.seq_len :]], device=device)
         logits = trained.logits(window)[0, -1].float().cpu()
-        tokens.append(choose(logits, temperature, top_k, generator))
+        tokens.append(sample_token(logits, temperature, top_k, generator))
     return trained.tokenizer.decode(tokens[start:])
 
 
@@ -260,7 +260,7 @@ def words_of(text: str) -> list[str]:
     return re.findall(r"[A-Za-z]{4,}", text)
 
 
-def known_share(text: str, known: set[str]) -> float:
+def known_word_fraction(text: str, known: set[str]) -> float:
     """Share of the words of a text that are known; nan where it has none."""
     found = words_of(text)
     return sum(word in known for word in found) / len(found) if found else float("nan")
@@ -291,12 +291,12 @@ letters = list(real)
 random.Random(0).shuffle(letters)
 noise = "".join(letters)
 assert words_of("def gcd(a, b): return_type = gaussian3") == ["return", "type", "gaussian"]
-assert known_share(real, known) > 0.9 and known_share(noise, known) < 0.1
+assert known_word_fraction(real, known) > 0.9 and known_word_fraction(noise, known) < 0.1
 read_mb = run["tokens"] * run["bytes_per_token"] / 1e6
 assert 0.1 < 2e6 / len(training) < 0.11 and 2.0 < read_mb < 3.0
 print(f"of {len(training) / 1e6:.0f} MB of training text the laptop's run has read {read_mb:.1f}")
 print(
-    f"{len(known):,} words; known in held-out text {known_share(real, known):.0%}, shuffled {known_share(noise, known):.0%}"
+    f"{len(known):,} words; known in held-out text {known_word_fraction(real, known):.0%}, shuffled {known_word_fraction(noise, known):.0%}"
 )
 
 # %% [markdown]
@@ -309,7 +309,7 @@ print(
 
 # %%
 #| export
-def recited_share(text: str, training: str, length: int = 16) -> float:
+def verbatim_fraction(text: str, training: str, length: int = 16) -> float:
     """Share of a text's pieces of `length` characters, half of them letters, that stand in the training text."""
     pieces = [text[i : i + length] for i in range(0, len(text) - length + 1, length)]
     pieces = [piece for piece in pieces if 2 * sum(map(str.isalpha, piece)) >= length]
@@ -317,10 +317,12 @@ def recited_share(text: str, training: str, length: int = 16) -> float:
 
 
 # %%
-theirs = recited_share(real, training)
+theirs = verbatim_fraction(real, training)
 half = re.search(r"[a-z]{4} [a-z]{4} [a-z]{6}", training)[0] + "qzxv" * 4
-assert recited_share(half, training) == 0.5 and math.isnan(recited_share("#" * 64, training))
-assert theirs > 0.3 and recited_share(noise, training) < 0.02
+assert verbatim_fraction(half, training) == 0.5 and math.isnan(
+    verbatim_fraction("#" * 64, training)
+)
+assert theirs > 0.3 and verbatim_fraction(noise, training) < 0.02
 print(f"of a held-out file's pieces {theirs:.0%} stand in the training text")
 
 # %% [markdown]
@@ -332,7 +334,7 @@ print(f"of a held-out file's pieces {theirs:.0%} stand in the training text")
 # %%
 #| export
 @torch.no_grad()
-def losses_of_rows(trained: Trained, rows: int = 2000) -> Tensor:
+def losses_of_rows(trained: LoadedModel, rows: int = 2000) -> Tensor:
     """Loss in nats at each position of the first rows of the validation text, (rows, positions).
 
     A row is as long as the model's context; a model of documents reads the first documents that have 512 tokens, and of each so many.
@@ -412,7 +414,7 @@ def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
             val = series(read_metrics(Path(folder) / "metrics.jsonl"), "val")[-1]["val_loss"]
             known = set(words_of(training_text(trained.data)))
             facts = {"step": trained.step, "val_loss": val, "texts": texts}
-            facts["known_share"] = known_share("\n".join(texts), known)
+            facts["known_share"] = known_word_fraction("\n".join(texts), known)
             losses = losses_of_rows(trained)
             middle, half = losses.shape[1] // 8, losses.shape[1] // 2
             late = losses[:, middle // 2 : middle].mean(1) - losses[:, half:].mean(1)
@@ -430,10 +432,10 @@ result = load_result("samples", "cpu")
 stages = result["data"]["stages"]
 for stage in stages:
     stage["text"] = "\n".join(stage["texts"])
-shares = [known_share(stage["text"], known) for stage in stages]
+shares = [known_word_fraction(stage["text"], known) for stage in stages]
 mixed = list(stages[-1]["text"])
 random.Random(0).shuffle(mixed)
-shuffled = known_share("".join(mixed), known)
+shuffled = known_word_fraction("".join(mixed), known)
 assert shares == [stage["known_share"] for stage in stages], "counted again"
 assert shares == sorted(shares) and abs(shares[-1] - 0.8) < 0.05 and shuffled < 0.02
 for share, stage in zip(shares, stages):
@@ -449,9 +451,9 @@ print(f"the last text's characters, shuffled: {shuffled:.0%}")
 # %%
 texts = stages[-1]["texts"]
 halves = ([text[: len(text) // 2] for text in texts], [text[len(text) // 2 :] for text in texts])
-early, late = (known_share("\n".join(half), known) for half in halves)
-recited = recited_share(stages[-1]["text"], training)
-groups = [recited_share("\n".join(texts[n : n + 4]), training) for n in range(0, 16, 4)]
+early, late = (known_word_fraction("\n".join(half), known) for half in halves)
+recited = verbatim_fraction(stages[-1]["text"], training)
+groups = [verbatim_fraction("\n".join(texts[n : n + 4]), training) for n in range(0, 16, 4)]
 assert len(texts) == 16 and max(groups) < theirs and recited < 0.6 * theirs
 assert abs(late - early) < 0.06, "no decay that sixteen samples could show"
 print(f"known words in first halves {early:.0%}, in second halves {late:.0%}")
@@ -465,10 +467,10 @@ def without_unknown(text: str) -> str:
 
 
 def recited_of_known(text: str, length: int = 16) -> float:
-    """As `recited_share`, of those pieces alone that hold no unknown word, nor a part of one."""
+    """As `verbatim_fraction`, of those pieces alone that hold no unknown word, nor a part of one."""
     shown = without_unknown(text)
     pairs = [(text[i : i + length], shown[i : i + length]) for i in range(0, len(text), length)]
-    return recited_share("".join(a for a, b in pairs if a == b), training, length)
+    return verbatim_fraction("".join(a for a, b in pairs if a == b), training, length)
 
 
 spelt = [recited_of_known(text) for text in (stages[-1]["text"], real)]
@@ -654,7 +656,7 @@ def run_command(arguments: list[str]) -> None:
     except UserError as problem:
         print(f"\nits words were not counted: {problem}", file=sys.stderr)
         return
-    share = known_share(text, known)
+    share = known_word_fraction(text, known)
     print(f"\n{share:.0%} of its {count} words of four or more letters occur in the training text")
 
 

@@ -459,7 +459,12 @@ assert len({path.stat().st_mode for path in newest.iterdir()}) == 1, "read by al
 
 # %%
 #| export
-FREE = ("max_steps", "data.path", "device", "backend")  # what may change when a run goes on
+RESUMABLE_FIELDS = (
+    "max_steps",
+    "data.path",
+    "device",
+    "backend",
+)  # what may change when a run goes on
 FACTS: dict[str, Any] = {
     "step": lambda v: type(v) is int and v >= 0,
     "config": lambda v: type(v) is dict,
@@ -612,7 +617,7 @@ import psutil
 from annotated_types import Gt
 
 from speedrun.lab.errors import UserError, quoted
-from speedrun.lab.hardware import look
+from speedrun.lab.hardware import detect_machine
 
 
 # %%
@@ -661,7 +666,7 @@ def start_ranks(
         stderr=subprocess.STDOUT,
         encoding="utf-8",
         errors="replace",
-        env=rank_environment(world, look().cores, folder, device),
+        env=rank_environment(world, detect_machine().cores, folder, device),
         start_new_session=True,
     )
 

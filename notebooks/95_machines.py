@@ -378,7 +378,7 @@ def driver_cuda() -> int:
 
 # %%
 #| export
-def look() -> Machine:
+def detect_machine() -> Machine:
     """Describe this machine. Starts no CUDA context and opens no connection."""
     versions = {package: version_of(package) for package in PACKAGES}
     cuda, no_torch = torch_cuda() if versions["torch"] else (None, "")
@@ -394,7 +394,7 @@ def look() -> Machine:
 
 
 # %%
-machine = look()
+machine = detect_machine()
 assert machine.cores >= 1 and machine.memory_gb > 0.1 and machine.versions["torch"]
 assert version_of("a-package-that-nobody-wrote") is None
 print(
@@ -503,7 +503,7 @@ def jit(kernel):
 
 def setup() -> Machine:
     """First call of every command and kernel chapter: without a GPU, makes Triton interpret its kernels."""
-    machine = look()
+    machine = detect_machine()
     if machine.device == "cpu":
         os.environ["TRITON_INTERPRET"] = (
             "1"  # read where Triton's own functions are made: at its import
@@ -716,7 +716,7 @@ def doctor(machine: Machine) -> int:
 
 
 if __name__ == "__main__" and __spec__ is not None:  # python -m, not a notebook
-    sys.exit(run_main(lambda: min(doctor(look()), 1)))
+    sys.exit(run_main(lambda: min(doctor(detect_machine()), 1)))
 
 # %%
 import io
@@ -815,7 +815,7 @@ def show_only(tier: Tier, machine: Machine) -> None:
 
 def choose_tier() -> Tier:
     """First line of every chapter: the tier by TIER and the machine, printed and kept to. Does not initialise CUDA."""
-    machine, asked = look(), os.environ.get("TIER", "").strip()
+    machine, asked = detect_machine(), os.environ.get("TIER", "").strip()
     tier = tier_of(machine, asked)
     show_only(tier, machine)
     cores = f"{machine.cores} CPU core{'s' * (machine.cores > 1)}"
@@ -848,7 +848,7 @@ for each in (modern, small_card, aged, mac):
 
 # %%
 began = time.perf_counter()
-again = look()
+again = detect_machine()
 looked_s = time.perf_counter() - began
 assert again == machine, "looking changes nothing"
 print(f"looking at this machine: {1000 * looked_s:.0f} ms")

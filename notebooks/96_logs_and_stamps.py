@@ -305,7 +305,7 @@ from pathlib import Path
 
 import speedrun
 from speedrun.lab.errors import UserError
-from speedrun.lab.hardware import look, run_tool
+from speedrun.lab.hardware import detect_machine, run_tool
 
 
 def is_docstring(node) -> bool:
@@ -441,7 +441,7 @@ def stamp(command: str, modules, n: int, seeds=(), corpus: dict | None = None) -
 
     n: runs, or repetitions of a timing. corpus: {"name": …, "sha256": …}, None if no text was read.
     """
-    machine = look()
+    machine = detect_machine()
     names = ", ".join(sorted({gpu.name for gpu in machine.gpus}))
     return {
         "gpu": f"{len(machine.gpus)}×{names}" if names else None,

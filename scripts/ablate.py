@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from speedrun.config import Config, check_config, config_from_json, fields_of, vary
 from speedrun.lab.files import atomic_write
-from speedrun.lab.hardware import look, setup
+from speedrun.lab.hardware import detect_machine, setup
 from speedrun.lab.provenance import stamp
 from speedrun.lab.stats import describe, study_of
 from speedrun.measure.runs import corpus_of, each_on_cpus, each_on_gpus
@@ -148,7 +148,7 @@ def main(arguments: list[str]) -> int:
     if min(options.seeds, options.control) < 1:
         what = f"--seeds {options.seeds} --control {options.control}: every arm is trained"
         raise UserError(what, "1 or more of each; a claim wants 3 and 9")
-    usual = "small" if look().gpus else "cpu"
+    usual = "small" if detect_machine().gpus else "cpu"
     base = check_config(read_command(lambda run: run, flags, usual, "scripts/ablate.py"))
     runs = read_arms(base, options.arm)
     command = shlex.join(["python", "scripts/ablate.py", *arguments])
@@ -160,7 +160,7 @@ def main(arguments: list[str]) -> int:
     wanted = [vary(runs[name], {"seed": seed}) for name, seed in pairs]
     if wanted:
         write(options.out, facts, base, done)  # fails now, and not after hours, if it must not
-    each = each_on_gpus if look().gpus else each_on_cpus
+    each = each_on_gpus if detect_machine().gpus else each_on_cpus
     new: dict[str, dict[int, dict]] = {name: {} for name in missing}
     for number, result in tqdm(each(wanted) if wanted else (), total=len(wanted), unit="run"):
         name, seed = pairs[number]

@@ -36,7 +36,7 @@ from vocabulary import offline_vocabulary
 from speedrun.data.shards import data_folder
 from speedrun.data.sources import build_embedded
 from speedrun.lab.files import atomic_write
-from speedrun.lab.hardware import look
+from speedrun.lab.hardware import detect_machine
 from speedrun.lab.provenance import imported_names, module_hashes, root
 from speedrun.lab.tier import Tier, tier_of
 
@@ -93,12 +93,12 @@ def chapters(wanted: tuple[str, ...] | list[str] = ()) -> list[Chapter]:
 
 def tier_here() -> Tier:
     """The tier that chapters will choose."""
-    return tier_of(look(), os.environ.get("TIER", "").strip())
+    return tier_of(detect_machine(), os.environ.get("TIER", "").strip())
 
 
 def state_of(chapter: Chapter) -> dict:
     """What a chapter's outputs depend on, except for the files that it reads."""
-    machine, tier = look(), tier_here()
+    machine, tier = detect_machine(), tier_here()
     names = set(chapter.options.get("modules", []))
     for source in chapter.code:
         names |= imported_names(source)
@@ -201,7 +201,7 @@ def execute(chapter: Chapter, threads: int | None) -> tuple[Chapter, str | None,
         "opened": opened_files(folder / "opened"),
         "seconds": round(seconds, 1),
     }
-    facts |= {"date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M"), "cores": look().cores}
+    facts |= {"date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M"), "cores": detect_machine().cores}
     os.replace(folder / "out.ipynb", chapter.output)
     atomic_write(chapter.ledger, json.dumps(facts, indent=1))
     (EXECUTED / f"{chapter.name}.failed.ipynb").unlink(missing_ok=True)
@@ -251,7 +251,10 @@ def run_chapters(wanted: list[str], force: bool = False) -> list[str]:
     together = [chapter for chapter in todo if not chapter.options.get("alone")]
     workers = tier_here().pick(cpu=2, gpu=1)  # a card of 16 GB has room for one chapter
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-        jobs = [pool.submit(execute, chapter, max(1, look().cores // 2)) for chapter in together]
+        jobs = [
+            pool.submit(execute, chapter, max(1, detect_machine().cores // 2))
+            for chapter in together
+        ]
         results = [job.result() for job in map(announce, concurrent.futures.as_completed(jobs))]
     for chapter in todo:
         if chapter.options.get("alone"):

@@ -25,7 +25,7 @@ from queue import SimpleQueue
 from typing import Any
 
 from speedrun.lab.errors import UserError
-from speedrun.lab.hardware import look, setup
+from speedrun.lab.hardware import detect_machine, setup
 from speedrun.lab.provenance import root
 from speedrun.lab.results import result_names, save_result
 
@@ -46,7 +46,7 @@ def measured(module: Any, name: str, rest: list[str], command: str) -> tuple[dic
 
 def make_missing(slug: str, names: Iterable[str], rest: list[str]) -> int:
     """Train the runs of a study that have no result yet, each in a process that sees one GPU, or has one core. Status 1 if one failed."""
-    there, free, machine = result_names(slug), SimpleQueue[dict[str, str]](), look()
+    there, free, machine = result_names(slug), SimpleQueue[dict[str, str]](), detect_machine()
     places = [{"CUDA_VISIBLE_DEVICES": gpu.uuid} for gpu in machine.gpus]
     for place in places or [{"OMP_NUM_THREADS": "1"}] * machine.cores:
         free.put(place)

@@ -65,7 +65,12 @@ AS_COMMAND = "if __name__ == '__main__'"
 OUR_IMPORTS = ("from speedrun", "import speedrun", "if TYPE_CHECKING:\n    from speedrun")
 for pure in ("code_hash", "imported_names"):  # asked again for every result, of the same texts
     setattr(provenance, pure, functools.cache(getattr(provenance, pure)))
-TINY: dict[str, Any] = {"model.width": 32, "model.heads": 2, "model.layers": 7, "model.context": 32}
+TINY: dict[str, Any] = {
+    "model.model_dim": 32,
+    "model.num_heads": 2,
+    "model.num_layers": 7,
+    "model.max_seq_len": 32,
+}
 TINY |= {"data.seq_len": 32, "data.batch_tokens": 256, "data.micro_batches": 2, "val_tokens": 256}
 TINY |= {"val_every": 5, "log_every": 1, "seed": 0, "compile": False, "device": "cpu"}
 TINY |= {"wandb": "", "warmup": 0, "checkpoint_every": 0, "backend": "auto"}
@@ -73,7 +78,7 @@ ARITHMETIC = (
     "precision",
     "optim.muon.param_dtype",
     "optim.muon.ns_dtype",
-    "model.plan.stream_dtype",
+    "model.layout.stream_dtype",
 )  # a CPU can do it, too
 TRAIN = """
 import contextlib, dataclasses, functools, importlib, json, sys, tempfile, threading, typing

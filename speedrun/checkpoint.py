@@ -80,7 +80,12 @@ def retire(path: Path) -> None:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-FREE = ("max_steps", "data.path", "device", "backend")  # what may change when a run goes on
+RESUMABLE_FIELDS = (
+    "max_steps",
+    "data.path",
+    "device",
+    "backend",
+)  # what may change when a run goes on
 FACTS: dict[str, Any] = {
     "step": lambda v: type(v) is int and v >= 0,
     "config": lambda v: type(v) is dict,

@@ -16,7 +16,7 @@ from typing import Annotated
 import tyro
 from tqdm import tqdm
 
-from speedrun.checkpoint import FREE, checkpoints, latest_checkpoint, load_facts
+from speedrun.checkpoint import RESUMABLE_FIELDS, checkpoints, latest_checkpoint, load_facts
 from speedrun.config import Config, config_from_json, fields_of, vary
 from speedrun.lab.errors import UserError, quoted
 from speedrun.lab.files import claim, new_folder
@@ -92,7 +92,7 @@ def run_config(command: TrainCommand) -> Config:
     facts = load_facts(latest_checkpoint(Path(command.resume)))
     usual = fields_of(preset(command.config.preset))
     said = dict(fields_of(command.config).items() - usual.items())
-    if ignored := ", ".join(sorted(said.keys() - FREE)):
+    if ignored := ", ".join(sorted(said.keys() - RESUMABLE_FIELDS)):
         what = f"--resume goes on with the run's own settings: {ignored} would be ignored"
         raise UserError(what, "leave them out, or start another run")
     if "data.path" in said:

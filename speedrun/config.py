@@ -27,7 +27,7 @@ from speedrun.schedule import Schedule, ScheduleConfig, Stage, check_schedule
 # %% Every number has bounds
 @dataclass(frozen=True)
 class Config:
-    """One training run. Every command takes these as flags: --model.layers 4 --steps 100."""
+    """One training run. Every command takes these as flags: --model.num-layers 4 --steps 100."""
 
     preset: str = "record1"
     """The run that all other fields are taken from; a name that is not known is answered with those that are."""
@@ -91,24 +91,24 @@ def largest_divisor(number: int, limit: int) -> int:
 
 def check_model(model: GPTConfig) -> None:
     """Raise UserError for heads that cannot share the width or be turned, and for connections between layers where there is one."""
-    size, rest = divmod(model.width, model.heads)
+    size, rest = divmod(model.model_dim, model.num_heads)
     if rest:
         raise UserError(
-            f"a width of {model.width} cannot be shared by {model.heads} heads",
-            f"--model.heads {largest_divisor(model.width, model.heads)}",
+            f"a width of {model.model_dim} cannot be shared by {model.num_heads} heads",
+            f"--model.num-heads {largest_divisor(model.model_dim, model.num_heads)}",
         )
-    if model.rotary.positions != "learned" and size % 4:
+    if model.rotary.pos != "learned" and size % 4:
         raise UserError(
             f"heads of {size} numbers cannot be taken in pairs to turn, and half of those",
-            "a --model.width of 4 times --model.heads, or a multiple",
+            "a --model.model-dim of 4 times --model.num-heads, or a multiple",
         )
     usual, fields = fields_of(GPTConfig(), "model."), fields_of(model, "model.")
-    names = ("embedding.values", "plan.skips", "plan.backout", "plan.without")
+    names = ("embedding.values", "layout.skips", "layout.backout", "layout.skip_sublayers")
     wants = [n for n in (f"model.{name}" for name in names) if fields[n] != usual[n]]
-    if wants and model.layers < 2:
+    if wants and model.num_layers < 2:
         raise UserError(
-            f"{', '.join(wants)}: this is between layers, and model.layers is 1",
-            "--model.layers 2, or more",
+            f"{', '.join(wants)}: this is between layers, and model.num_layers is 1",
+            "--model.num-layers 2, or more",
         )
 
 
@@ -130,11 +130,11 @@ def check_optim(optim: OptimConfig, precision: str) -> None:
 def check_head(config: Config) -> None:
     """Raise UserError for an FP8 head that the kernel is not made for, and for candidates without it."""
     head, candidates = config.model.head, [s.candidates for s in config.schedule.stages]
-    if head.fp8 and (head.tied == "tied" or head.softcap != "sigmoid23"):
+    if head.fp8 and (head.tie == "tied" or head.softcap != "sigmoid23"):
         what = (
-            f"model.head.fp8 with model.head.tied={head.tied} and model.head.softcap={head.softcap}"
+            f"model.head.fp8 with model.head.tie={head.tie} and model.head.softcap={head.softcap}"
         )
-        fix = "--model.head.tied split --model.head.softcap sigmoid23; or --model.head.no-fp8"
+        fix = "--model.head.tie split --model.head.softcap sigmoid23; or --model.head.no-fp8"
         raise UserError(what, fix)
     if any(candidates) and not head.fp8:
         what = "schedule.stages with candidates, and no model.head.fp8: the softmax runs over all words there"
@@ -158,16 +158,16 @@ def check_documents(config: Config) -> None:
                 f"model.attention.backend={backend}, and data.mode=stream: PyTorch computes attention in rows of the stream",
                 "--model.attention.backend auto; or --data.mode documents or packed",
             )
-    elif config.model.rotary.positions == "learned":
+    elif config.model.rotary.pos == "learned":
         raise UserError(
-            f"data.mode={config.data.mode} and {config.model.rotary.positions} positions: there are positions for model.context tokens only",
-            "--model.rotary.positions rotary, or --data.mode stream",
+            f"data.mode={config.data.mode} and {config.model.rotary.pos} positions: there are positions for model.max_seq_len tokens only",
+            "--model.rotary.pos rope, or --data.mode stream",
         )
-    dtype = config.model.plan.stream_dtype
+    dtype = config.model.layout.stream_dtype
     if dtype != "float32" and config.precision == "float32":
-        what = f"model.plan.stream_dtype={dtype} in a model that computes in float32"
+        what = f"model.layout.stream_dtype={dtype} in a model that computes in float32"
         raise UserError(
-            what, "--model.plan.stream-dtype float32, or 16 bits for --precision as well"
+            what, "--model.layout.stream-dtype float32, or 16 bits for --precision as well"
         )
     check_head(config)
     if config.model.attention.yarn and not all(long for _, long in windows):
@@ -180,11 +180,11 @@ def check_documents(config: Config) -> None:
 def check_config(config: Config, world: int = 1) -> Config:
     """The config itself, after checking what can be known beforehand. world: ranks that will share it."""
     check_ranges(config)
-    micro, data, context = check_options(config.data, world), config.data, config.model.context
+    micro, data, context = check_options(config.data, world), config.data, config.model.max_seq_len
     check_documents(config)
     if data.mode == "stream" and data.seq_len > context:
-        what = f"rows of {data.seq_len} tokens (data.seq_len) do not fit {context} positions (model.context)"
-        raise UserError(what, f"--data.seq-len {context}, or --model.context {data.seq_len}")
+        what = f"rows of {data.seq_len} tokens (data.seq_len) do not fit {context} positions (model.max_seq_len)"
+        raise UserError(what, f"--data.seq-len {context}, or --model.max-seq-len {data.seq_len}")
     check_model(config.model)
     check_optim(config.optim, config.precision)
     check_schedule(config.schedule, config.steps)
@@ -218,7 +218,7 @@ def no_field(name: str, known: dict[str, Any], prefix: str) -> UserError:
 
 
 def vary(config: Any, changes: dict[str, Any], prefix: str = "") -> Any:
-    """A copy of a config with some fields changed, by dotted name: vary(run, {"model.layers": 3, "seed": 1})."""
+    """A copy of a config with some fields changed, by dotted name: vary(run, {"model.num_layers": 3, "seed": 1})."""
     known = fields_of(config)
     for name, value in changes.items():
         if name not in known:

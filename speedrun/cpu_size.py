@@ -11,7 +11,9 @@ from typing import Any
 
 from speedrun.schedule import Stage
 
-MODEL_SIZES = [f"model.{name}" for name in ("layers", "heads", "width", "context", "init_std")]
+MODEL_SIZES = [
+    f"model.{name}" for name in ("num_layers", "num_heads", "model_dim", "max_seq_len", "init_std")
+]
 DATA_SIZES = [
     "data.path",
     "data.seq_len",
@@ -19,7 +21,12 @@ DATA_SIZES = [
     "data.micro_batches",
     "data.max_forward_tokens",
 ]
-NUMBERS = ("precision", "optim.muon.param_dtype", "optim.muon.ns_dtype", "model.plan.stream_dtype")
+NUMBERS = (
+    "precision",
+    "optim.muon.param_dtype",
+    "optim.muon.ns_dtype",
+    "model.layout.stream_dtype",
+)
 SIZES = (*MODEL_SIZES, *DATA_SIZES, *NUMBERS)
 LONG_LAYERS = "model.attention.long_layers"
 RAMPS = (
@@ -48,8 +55,8 @@ def at_cpu_size(config: Config, steps: int = 20) -> Config:
     laptop, own = fields_of(preset("cpu_gpt2")), fields_of(config)
     changes = {name: laptop[name] for name in SIZES}
     changes |= {"steps": steps, "max_steps": 0, "val_every": steps, "val_tokens": 16_384}
-    last = laptop["model.layers"] - 1  # long layers stay where they are in the model's depth
-    deep = [round(n * last / max(1, config.model.layers - 1)) for n in own[LONG_LAYERS]]
+    last = laptop["model.num_layers"] - 1  # long layers stay where they are in the model's depth
+    deep = [round(n * last / max(1, config.model.num_layers - 1)) for n in own[LONG_LAYERS]]
     changes[LONG_LAYERS] = tuple(sorted({*deep}))
     stages = fewer(config.schedule.stages, max(2, steps // 4))
     few = [dataclasses.replace(s, candidates=min(s.candidates, 128)) for s in stages]

@@ -23,7 +23,7 @@ HISTORY: dict[str, tuple[str, dict[str, Any]]] = {
         {
             "model.block.norm": "rms",
             "model.block.biases": False,
-            "model.rotary.positions": "rotary",
+            "model.rotary.pos": "rope",
             "optim.adam.lr": 1.8e-3,
             "schedule.warmup_steps": 250,
             "schedule.shape": "trapezoid",
@@ -35,11 +35,11 @@ HISTORY: dict[str, tuple[str, dict[str, Any]]] = {
     "record5": (
         "record2",
         {
-            "model.heads": 6,
+            "model.num_heads": 6,
             "model.block.qk_norm": True,
             "model.block.activation": "relu2",
-            "model.block.zero_out": True,
-            "model.head.multiple": 128,
+            "model.block.zero_init_proj": True,
+            "model.head.pad_vocab_to": 128,
             "optim.adam.lr": 3.6e-3,
             "optim.adam.weight_decay": 0.0,
             "optim.matrices": "muon",
@@ -57,7 +57,7 @@ HISTORY: dict[str, tuple[str, dict[str, Any]]] = {
             "model.embedding.norm": True,
             "model.embedding.std": 1.0,
             "model.embedding.lr_mul": 0.3 / 0.002,
-            "model.head.tied": "untied",
+            "model.head.tie": "untied",
             "optim.adam.lr": 0.002,
             "optim.grad_clip": 0.0,
             "optim.matrix_lr": 0.02,
@@ -71,8 +71,8 @@ HISTORY: dict[str, tuple[str, dict[str, Any]]] = {
         "record8",
         {
             "model.embedding.values": "first",
-            "model.plan.x0": True,
-            "model.plan.lr_mul": 0.02 / 0.002,
+            "model.layout.x0": True,
+            "model.layout.lr_mul": 0.02 / 0.002,
             "model.head.softcap": "tanh30",
             "schedule.momentum_min": 0.85,
             "schedule.momentum_ramp": (500, 0),
@@ -84,8 +84,8 @@ HISTORY: dict[str, tuple[str, dict[str, Any]]] = {
         "record9",
         {
             "model.embedding.lr_mul": 0.6 / 0.008,
-            "model.plan.skips": "unet",
-            "model.plan.lr_mul": 0.04 / 0.008,
+            "model.layout.skips": "unet",
+            "model.layout.lr_mul": 0.04 / 0.008,
             "optim.adam.lr": 0.008,
             "optim.matrix_lr": 0.04,
             "schedule.cooldown_frac": 0.3,
@@ -130,7 +130,7 @@ HISTORY: dict[str, tuple[str, dict[str, Any]]] = {
         "record14",
         {
             "model.embedding.values": "mirror",
-            "model.embedding.value_residual": "free",
+            "model.embedding.value_residual": "lambdas",
             "schedule.cooldown_frac": 0.4,
             "schedule.stages": widening(13.5, 14, 128),
             "steps": 1480,
@@ -140,10 +140,10 @@ HISTORY: dict[str, tuple[str, dict[str, Any]]] = {
     "record17": (
         "record16",
         {
-            "model.rotary.positions": "half",
+            "model.rotary.pos": "half_rope",
             "model.rotary.base": 1024.0,
             "model.embedding.values": "outer",
-            "model.plan.without": "attention",
+            "model.layout.skip_sublayers": "attn",
             "steps": 1490,
         },
     ),
@@ -151,7 +151,7 @@ HISTORY: dict[str, tuple[str, dict[str, Any]]] = {
     "record20": (
         "record17",
         {
-            "model.block.fan_in": True,
+            "model.block.fan_in_init": True,
             "model.attention.scale": 0.12,
             "model.attention.long_layers": (0, 4, 7, 11),
             "model.head.softcap": "sigmoid30",
@@ -182,7 +182,7 @@ HISTORY: dict[str, tuple[str, dict[str, Any]]] = {
         {
             "model.attention.scale": 0.1,
             "model.attention.yarn": True,
-            "model.plan.without": "both",
+            "model.layout.skip_sublayers": "both",
             "schedule.cooldown_frac": 0.5,
             "schedule.val_windows": (0, 1664),
         },

@@ -176,7 +176,7 @@ def step_figure(run: dict):
     return figure
 
 
-# %% The page that stays
+# %% HTML report
 OFFLINE = """{% extends 'lab/index.html.j2' %}
 {% block html_head_js_requirejs %}{% endblock %}{% block html_head_js_mathjax %}{% endblock %}
 {% block html_head_js_mermaidjs %}{% endblock %}"""

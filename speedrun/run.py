@@ -17,7 +17,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from speedrun.checkpoint import FREE, checkpoints, damaged
+from speedrun.checkpoint import RESUMABLE_FIELDS, checkpoints, damaged
 from speedrun.config import Config, config_from_json, fields_of
 from speedrun.data.loader import Loader, Shards
 from speedrun.heartbeat import Heartbeat, Interrupts
@@ -144,7 +144,7 @@ def check_same_run(path: Path, facts: dict, run: Run) -> None:
         first = json.loads((run.folder / "metrics.jsonl").open(encoding="utf-8").readline())
         begun = fields_of(config_from_json(first["config"]))
         for name, value in fields_of(config_from_json(facts["config"])).items():
-            if name not in FREE and value != begun[name]:
+            if name not in RESUMABLE_FIELDS and value != begun[name]:
                 values = visible(f"{name} is {value}, and was {begun[name]}")
                 what = f"{path} is of another run: {values}"
                 raise UserError(what, f"put it aside: mv {quoted(path)} {quoted(run.folder)}/")

@@ -35,7 +35,7 @@ from speedrun.model.gpt import GPT, attention_settings
 
 
 @dataclass(frozen=True)
-class Trained:
+class LoadedModel:
     """A trained model with its tokenizer, the length of the rows that it was trained on, its step, its data folder."""
 
     model: nn.Module
@@ -55,7 +55,7 @@ class Trained:
         return self.model(row, None, Packed(ends, count, *self.told))
 
 
-def load_trained(folder: Path, device: str = "cpu") -> Trained:
+def load_trained(folder: Path, device: str = "cpu") -> LoadedModel:
     """The model of a run's latest checkpoint, uncompiled and in float32. Reads no optimizer state. Raises UserError."""
     path = latest_checkpoint(Path(folder))
     facts = load_facts(path)
@@ -63,7 +63,7 @@ def load_trained(folder: Path, device: str = "cpu") -> Trained:
     tokenizer = get_tokenizer(facts["tokenizer"])
     if facts["vocab_size"] != tokenizer.vocab_size:
         raise damaged(path, f"a vocabulary of {facts['vocab_size']} is not the tokenizer's")
-    exact = vary(check_config(config), {"model.plan.stream_dtype": "float32"})
+    exact = vary(check_config(config), {"model.layout.stream_dtype": "float32"})
     model = GPT(exact.model, facts["vocab_size"]).to(device)
     weights = {k: w.float() if w.dtype == torch.bfloat16 else w for k, w in weights.items()}
     check_tensors(path, weights, dict(model.named_parameters()))
@@ -75,10 +75,10 @@ def load_trained(folder: Path, device: str = "cpu") -> Trained:
         number = schedule_of(config).at(min(facts["step"], config.steps - 1)).stage
         windows = [stage.windows for stage in stages]
         told = attention_settings(config.model, windows, torch.device(device))[number]
-    return Trained(model.eval(), tokenizer, length, facts["step"], data, told)
+    return LoadedModel(model.eval(), tokenizer, length, facts["step"], data, told)
 
 
-def choose(logits: Tensor, temperature: float, top_k: int, generator: torch.Generator) -> int:
+def sample_token(logits: Tensor, temperature: float, top_k: int, generator: torch.Generator) -> int:
     """Draw a token from logits, (vocab,), among the `top_k` likeliest (0: all). Temperature 0: the likeliest.
 
     Raises UserError where a logit is not finite: such a model has nothing to say.
@@ -97,7 +97,7 @@ def choose(logits: Tensor, temperature: float, top_k: int, generator: torch.Gene
 
 @torch.no_grad()
 def generate(
-    trained: Trained, prompt: str, count: int, temperature=0.8, top_k: int = 40, seed: int = 0
+    trained: LoadedModel, prompt: str, count: int, temperature=0.8, top_k: int = 40, seed: int = 0
 ) -> str:
     """`count` tokens that the model writes after a prompt, as text. An empty prompt begins a document."""
     generator, device = torch.Generator().manual_seed(seed), next(trained.model.parameters()).device
@@ -106,7 +106,7 @@ def generate(
     for _ in range(count):
         window = torch.tensor([tokens[-trained.seq_len :]], device=device)
         logits = trained.logits(window)[0, -1].float().cpu()
-        tokens.append(choose(logits, temperature, top_k, generator))
+        tokens.append(sample_token(logits, temperature, top_k, generator))
     return trained.tokenizer.decode(tokens[start:])
 
 
@@ -116,7 +116,7 @@ def words_of(text: str) -> list[str]:
     return re.findall(r"[A-Za-z]{4,}", text)
 
 
-def known_share(text: str, known: set[str]) -> float:
+def known_word_fraction(text: str, known: set[str]) -> float:
     """Share of the words of a text that are known; nan where it has none."""
     found = words_of(text)
     return sum(word in known for word in found) / len(found) if found else float("nan")
@@ -136,7 +136,7 @@ def training_text(folder: Path, most_tokens: int = 20_000_000) -> str:
 
 
 # %% Does it recite?
-def recited_share(text: str, training: str, length: int = 16) -> float:
+def verbatim_fraction(text: str, training: str, length: int = 16) -> float:
     """Share of a text's pieces of `length` characters, half of them letters, that stand in the training text."""
     pieces = [text[i : i + length] for i in range(0, len(text) - length + 1, length)]
     pieces = [piece for piece in pieces if 2 * sum(map(str.isalpha, piece)) >= length]
@@ -145,7 +145,7 @@ def recited_share(text: str, training: str, length: int = 16) -> float:
 
 # %% How far back does it look?
 @torch.no_grad()
-def losses_of_rows(trained: Trained, rows: int = 2000) -> Tensor:
+def losses_of_rows(trained: LoadedModel, rows: int = 2000) -> Tensor:
     """Loss in nats at each position of the first rows of the validation text, (rows, positions).
 
     A row is as long as the model's context; a model of documents reads the first documents that have 512 tokens, and of each so many.
@@ -220,7 +220,7 @@ def run_command(arguments: list[str]) -> None:
     except UserError as problem:
         print(f"\nits words were not counted: {problem}", file=sys.stderr)
         return
-    share = known_share(text, known)
+    share = known_word_fraction(text, known)
     print(f"\n{share:.0%} of its {count} words of four or more letters occur in the training text")
 
 

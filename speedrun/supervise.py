@@ -24,7 +24,7 @@ import psutil
 from annotated_types import Gt
 
 from speedrun.lab.errors import UserError, quoted
-from speedrun.lab.hardware import look
+from speedrun.lab.hardware import detect_machine
 
 
 def loopback() -> str:
@@ -69,7 +69,7 @@ def start_ranks(
         stderr=subprocess.STDOUT,
         encoding="utf-8",
         errors="replace",
-        env=rank_environment(world, look().cores, folder, device),
+        env=rank_environment(world, detect_machine().cores, folder, device),
         start_new_session=True,
     )
 

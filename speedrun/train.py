@@ -170,7 +170,7 @@ def prepare_attention(config: Config, model: GPT, device: torch.device) -> list[
     """What attention is told in each stage. For packed documents the model's backend is chosen, too."""
     if config.data.mode != "stream":
         dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
-        head_dim = config.model.width // config.model.heads
+        head_dim = config.model.model_dim // config.model.num_heads
         asked = config.model.attention.backend
         model.backend = choose_backend(asked, device, dtype, head_dim)
     windows = [stage.windows for stage in config.schedule.stages]
@@ -277,7 +277,7 @@ def told_now(run: Run) -> AttentionSettings:
 
 
 @torch.no_grad()
-def evaluate(run: Run, batches) -> float:
+def validation_loss(run: Run, batches) -> float:
     """Mean loss, nats a token, over validation micro-batches that are dealt out to the ranks."""
     device, told = run.ranks.device, told_now(run)
     sums = torch.zeros(2, dtype=torch.float64, device=device)
@@ -289,7 +289,7 @@ def evaluate(run: Run, batches) -> float:
     return (sums[0] / sums[1]).item()
 
 
-def held_out(run: Run, tokens: int):
+def val_batches(run: Run, tokens: int):
     """This rank's share of the first `tokens` validation tokens."""
     return validation_batches(
         run.validation, run.config.data, tokens, run.ranks.rank, run.ranks.world
@@ -309,7 +309,7 @@ def warm_up(run: Run) -> float:
             run.step = min(begin_step + ahead, last)
             train_step(run)
             run.heartbeat.beat()
-    evaluate(run, itertools.islice(held_out(run, run.config.val_tokens), 1))
+    validation_loss(run, itertools.islice(val_batches(run, run.config.val_tokens), 1))
     run.model.load_state_dict(weights)
     run.optimizer.load_state_dict(moments)
     run.step, run.loader.position = step, position
@@ -341,7 +341,7 @@ def validate(run: Run) -> float:
     """Validate and log, off the clock. A loss that is not finite ends the run, like any other such number."""
     run.heartbeat.phase("validate")
     state = gpu_state(run.ranks.device)
-    loss, ms = evaluate(run, held_out(run, run.config.val_tokens)), run.clock.ms
+    loss, ms = validation_loss(run, val_batches(run, run.config.val_tokens)), run.clock.ms
     if not math.isfinite(loss):
         raise nonfinite_error(run, loss)
     run.log.line(format_line(run.step, run.config.steps, ms, val_loss=loss))

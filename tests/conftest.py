@@ -56,7 +56,7 @@ def embedded() -> Path:
 def brief(embedded):
     """A training run of a second: the laptop's, narrower, twelve steps."""
     changes = {
-        "model.width": 32,
+        "model.model_dim": 32,
         "steps": 12,
         "compile": False,
         "val_every": 6,

@@ -37,26 +37,26 @@ def logits_of(w, config, tokens):
         y = w[name][layer] @ x
         return y + w[f"{name}_bias"][layer] if block.biases else y
 
-    last = config.layers - 1
-    no_attn = {"attention": last // 2 + 1 + last % 2, "both": last // 2 + 1 + last % 2}.get(
-        config.plan.without, -1
+    last = config.num_layers - 1
+    no_attn = {"attn": last // 2 + 1 + last % 2, "both": last // 2 + 1 + last % 2}.get(
+        config.layout.skip_sublayers, -1
     )
-    no_mlp = 0 if config.plan.without in ("mlp", "both") else -1
+    no_mlp = 0 if config.layout.skip_sublayers in ("mlp", "both") else -1
     rank = {"attention": lambda n: n - (n > no_attn >= 0), "mlp": lambda n: n - (n > no_mlp >= 0)}
     stream = begun(w, config, tokens)
     start, outputs, first = list(stream), [], None
-    for layer in range(config.layers):
-        stream = entering(w, config.plan, config.layers, layer, stream, start, outputs)
+    for layer in range(config.num_layers):
+        stream = entering(w, config.layout, config.num_layers, layer, stream, start, outputs)
         if layer != no_attn:
             at = rank["attention"](layer)
             normed = [norm(x, "attention_norm", at) for x in stream]
             qkv = [linear(x, "attention_qkv", at) for x in normed]
-            wide = 2 * config.width
+            wide = 2 * config.model_dim
             first = [x[wide:] for x in qkv] if first is None else first
             for i, x in enumerate(qkv):
                 v = values(w, config, layer, no_attn, x[wide:], first[i], normed[i], tokens[i])
                 qkv[i] = torch.cat([x[:wide], v])
-            mixed = attention(qkv, config.heads, config)
+            mixed = attention(qkv, config.num_heads, config)
             stream = [x + linear(y, "attention_out", at) for x, y in zip(stream, mixed)]
         for i, x in enumerate(stream):
             if layer != no_mlp:
@@ -64,10 +64,10 @@ def logits_of(w, config, tokens):
                 hidden = linear(norm(x, "mlp_norm", at), "mlp_up", at)
                 stream[i] = x + linear(bend(hidden, block.activation), "mlp_down", at)
         outputs.append(list(stream))
-    if config.plan.backout:
-        middle = {2: 0, 3: 1, 4: 2, 5: 3, 6: 4, 7: 4, 8: 5}[config.layers]
+    if config.layout.backout:
+        middle = {2: 0, 3: 1, 4: 2, 5: 3, 6: 4, 7: 4, 8: 5}[config.num_layers]
         stream = [x - w["backout_lambda"][0] * y for x, y in zip(stream, outputs[middle])]
-    head = w["token_embedding"] if config.head.tied == "tied" else w["head"].T
+    head = w["embed"] if config.head.tie == "tied" else w["lm_head"].T
     return [bounded(head @ norm(x, "final_norm"), config.head.softcap) for x in stream]
 
 
@@ -77,7 +77,7 @@ def logistic(z):
 
 def begun(w, config, tokens):
     """The vectors with which the first layer begins."""
-    lookup_value_embeds = [w["token_embedding"][t] for t in tokens]
+    lookup_value_embeds = [w["embed"][t] for t in tokens]
     stream = list(lookup_value_embeds)
     if config.embedding.smear:
         for i in range(1, len(tokens)):
@@ -85,33 +85,37 @@ def begun(w, config, tokens):
                 (w["smear_gate"] * lookup_value_embeds[i][:12]).sum()
             )
             stream[i] = lookup_value_embeds[i] + share * lookup_value_embeds[i - 1]
-    if config.rotary.positions == "learned":
-        stream = [x + w["position_embedding"][i] for i, x in enumerate(stream)]
+    if config.rotary.pos == "learned":
+        stream = [x + w["pos_embed"][i] for i, x in enumerate(stream)]
     return [root_mean_square(x) for x in stream] if config.embedding.norm else stream
 
 
-def entering(w, plan, layers, layer, stream, start, outputs):
+def entering(w, layout, layers, layer, stream, start, outputs):
     """What a layer gets: skips first, then the beginning."""
     mirror = layers - 1 - layer
-    if plan.skips in ("one", "gated"):  # 4 to 7 in twelve layers, 3 to 6 in eleven
+    if layout.skips in ("single", "single_gated"):  # 4 to 7 in twelve layers, 3 to 6 in eleven
         mirror = {2: {1: 0}, 4: {3: 1}, 8: {5: 2}, 11: {6: 3}, 12: {7: 4}}[layers].get(
             layer, layers
         )
-    if plan.skips != "none" and mirror < layer:
+    if layout.skips != "none" and mirror < layer:
         late = (
             [n for n in range(layers) if layers - 1 - n < n]
-            if plan.skips in ("unet", "sigmoid")
+            if layout.skips in ("unet", "unet_sigmoid")
             else [layer]
         )
         weight = w["skip_lambdas"][late.index(layer)]
-        if plan.skips != "unet":
+        if layout.skips != "unet":
             weight = logistic(weight)
         found = []
         for x, x0, y in zip(stream, start, outputs[mirror]):
-            gate = 2 * logistic((w["skip_gate"][0] * x0[:12]).sum()) if plan.skips == "gated" else 1
+            gate = (
+                2 * logistic((w["skip_gate"][0] * x0[:12]).sum())
+                if layout.skips == "single_gated"
+                else 1
+            )
             found.append(x + weight * gate * y)
         stream = found
-    if plan.x0:
+    if layout.x0:
         a, b = w["resid_lambdas"][layer], w["x0_lambdas"][layer]
         stream = [a * x + b * x0 for x, x0 in zip(stream, start)]
     return stream
@@ -150,8 +154,8 @@ def values(w, config, layer, no_attn, own, first, normed, token):
     """A token's values in a layer: its own, end to end, and what is mixed in."""
     embedding = config.embedding
     wanted = [
-        None if n == no_attn else table_of_layer(embedding.values, config.layers, n)
-        for n in range(config.layers)
+        None if n == no_attn else table_of_layer(embedding.values, config.num_layers, n)
+        for n in range(config.num_layers)
     ]
     if wanted[layer] is None:
         return own
@@ -159,11 +163,11 @@ def values(w, config, layer, no_attn, own, first, normed, token):
     if wanted[layer] == "first":
         other = first
     else:
-        words = len(w["value_embedding"]) // len(used)
-        other = w["value_embedding"][used.index(wanted[layer]) * words + token]
-    at = [n for n in range(config.layers) if wanted[n] is not None].index(layer)
-    if embedding.value_residual == "gates":
-        size = len(own) // config.heads
+        words = len(w["value_embeds"]) // len(used)
+        other = w["value_embeds"][used.index(wanted[layer]) * words + token]
+    at = [n for n in range(config.num_layers) if wanted[n] is not None].index(layer)
+    if embedding.value_residual == "gate":
+        size = len(own) // config.num_heads
         gates = [2 * logistic((row * normed[:12]).sum()) for row in w["ve_gate"][at]]
         return torch.cat(
             [
@@ -171,7 +175,7 @@ def values(w, config, layer, no_attn, own, first, normed, token):
                 for h, g in enumerate(gates)
             ]
         )
-    if embedding.value_residual == "free":
+    if embedding.value_residual == "lambdas":
         return w["ve_lambdas"][at][0] * own + w["ve_lambdas"][at][1] * other
     return (1 - w["ve_lambdas"][at]) * own + w["ve_lambdas"][at] * other
 
@@ -196,7 +200,7 @@ def bend(z, kind):
 
 def angle_of(position, pair, half, rotary):
     """Radians by which one of `half` pairs is turned at a position."""
-    if rotary.positions == "rotary":
+    if rotary.pos == "rope":
         return position * rotary.base ** (-pair / half)
     slowest = half // 2 - 1
     return position * rotary.base ** (-pair / slowest) if pair <= slowest else 0.0
@@ -204,13 +208,13 @@ def angle_of(position, pair, half, rotary):
 
 def turned(x, position, rotary):
     """A query or key with its pairs turned one by one."""
-    if rotary.positions == "learned":
+    if rotary.pos == "learned":
         return x
     half = len(x) // 2
     out = x.clone()
     for j in range(half):
         angle = angle_of(position, j, half, rotary)
-        a, b = (j, j + half) if rotary.pairs == "halves" else (2 * j, 2 * j + 1)
+        a, b = (j, j + half) if not rotary.interleaved else (2 * j, 2 * j + 1)
         out[a] = x[a] * math.cos(angle) - x[b] * math.sin(angle)
         out[b] = x[a] * math.sin(angle) + x[b] * math.cos(angle)
     return out

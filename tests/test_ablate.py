@@ -108,24 +108,28 @@ class TestWhoTrainsWhat:
         return [vary(run, {"seed": seed}) for run in both for seed in range(3)]
 
     def test_runs_of_one_model_stay_together(self):
-        from speedrun.measure.runs import groups_of
+        from speedrun.measure.runs import group_by_model
 
-        assert groups_of(self.runs(), 1) == groups_of(self.runs(), 2) == [[0, 1, 2], [3, 4, 5]]
+        assert (
+            group_by_model(self.runs(), 1)
+            == group_by_model(self.runs(), 2)
+            == [[0, 1, 2], [3, 4, 5]]
+        )
 
     def test_they_are_dealt_out_where_gpus_would_idle(self):
-        from speedrun.measure.runs import groups_of
+        from speedrun.measure.runs import group_by_model
 
-        groups = groups_of(self.runs()[:3], 2)
+        groups = group_by_model(self.runs()[:3], 2)
         assert groups == [[0, 2], [1]]
-        assert sorted(sum(groups_of(self.runs(), 4), [])) == list(range(6))
+        assert sorted(sum(group_by_model(self.runs(), 4), [])) == list(range(6))
 
     def test_a_rate_is_no_other_model(self):
         from speedrun.config import vary
-        from speedrun.measure.runs import seen_by_model
+        from speedrun.measure.runs import compile_key
 
         run = self.runs()[0]
-        assert seen_by_model(run) == seen_by_model(vary(run, {"optim.adam.lr": 0.1, "steps": 7}))
-        assert seen_by_model(run) != seen_by_model(vary(run, {"model.plan.x0": True}))
+        assert compile_key(run) == compile_key(vary(run, {"optim.adam.lr": 0.1, "steps": 7}))
+        assert compile_key(run) != compile_key(vary(run, {"model.layout.x0": True}))
 
 
 def test_weights_over_a_run_are_kept_to_five_digits():

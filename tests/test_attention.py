@@ -336,10 +336,10 @@ class TestFlashAttention4:
 
 
 MODEL = {
-    "model.layers": 4, "model.heads": 2, "model.width": 32, "model.init_std": 0.3, "model.block.norm": "rms", "model.block.biases": False,
-    "model.block.qk_norm": True, "model.rotary.positions": "half", "model.embedding.norm": True, "model.embedding.values": "ends",
-    "model.embedding.value_residual": "gates", "model.plan.x0": True, "model.plan.skips": "gated", "model.plan.backout": True,
-    "model.plan.without": "attention", "model.head.softcap": "sigmoid23", "model.attention.long_layers": (1, 3),
+    "model.num_layers": 4, "model.num_heads": 2, "model.model_dim": 32, "model.init_std": 0.3, "model.block.norm": "rms", "model.block.biases": False,
+    "model.block.qk_norm": True, "model.rotary.pos": "half_rope", "model.embedding.norm": True, "model.embedding.values": "ends",
+    "model.embedding.value_residual": "gate", "model.layout.x0": True, "model.layout.skips": "single_gated", "model.layout.backout": True,
+    "model.layout.skip_sublayers": "attn", "model.head.softcap": "sigmoid23", "model.attention.long_layers": (1, 3),
 }  # fmt: skip
 
 
@@ -398,7 +398,7 @@ class TestModel:
         assert parts[0].item() == pytest.approx(parts[1].item(), abs=1e-6)
 
     def test_a_stream_in_16_bits_is_nearly_the_same(self):
-        told = {"model.plan.stream_dtype": "bfloat16"}
+        told = {"model.layout.stream_dtype": "bfloat16"}
         models = [GPT(vary(Config(), MODEL | more).model, 50) for more in ({}, told)]
         tokens = torch.randint(50, (1, 33), generator=torch.Generator().manual_seed(1))
         with torch.autocast("cpu", torch.bfloat16):
@@ -463,7 +463,7 @@ class TestLoader:
 
 DOCUMENTS = {
     "data.mode": "documents",
-    "model.rotary.positions": "half",
+    "model.rotary.pos": "half_rope",
     "model.block.qk_norm": True,
     "model.attention.long_layers": (1,),
     "model.attention.yarn": True,

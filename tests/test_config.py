@@ -109,10 +109,10 @@ class TestPresets:
                 dataclasses.replace(s, candidates=of.candidates) for s, of in zip(shown, stages)
             )
         assert vary(small.schedule, ramps) == run.schedule
-        assert small.model.block == run.model.block and small.model.plan == vary(
-            run.model.plan, {"stream_dtype": "float32"}
+        assert small.model.block == run.model.block and small.model.layout == vary(
+            run.model.layout, {"stream_dtype": "float32"}
         )
-        assert small.model.width == preset("cpu_gpt2").model.width
+        assert small.model.model_dim == preset("cpu_gpt2").model.model_dim
         assert small.data.path == "data/embedded"
 
     def test_it_says_all_that_it_turns_on(self, name):
@@ -133,7 +133,7 @@ class TestVarying:
     @pytest.mark.parametrize(
         ("changes", "words"),
         [
-            ({"model.layer": 3}, "did you mean model.layers"),
+            ({"model.layer": 3}, "did you mean model.num_layers"),
             ({"steps": "many"}, "must be of type int"),
             ({"compile": 1}, "must be of type bool"),
             ({"steps": True}, "must be of type int"),
@@ -227,8 +227,8 @@ class TestBounds:
             ("optim.adam.betas", (0.9, 1.0), "less than 1"),
             ("schedule.final_lr_frac", 1.01, "at most 1"),
             ("schedule.cooldown_frac", 0.0, "more than 0"),
-            ("model.layers", 0, "at least 1"),
-            ("model.width", 8, "at least 12"),  # gates read twelve numbers
+            ("model.num_layers", 0, "at least 1"),
+            ("model.model_dim", 8, "at least 12"),  # gates read twelve numbers
             ("seed", 2**63, "at most"),
             ("optim.adam.betas", (0.9, 0.95, 0.99), "2 values"),
             ("precision", "bf16", "float32 or bfloat16"),
@@ -259,9 +259,9 @@ class TestBounds:
             check_options(dataclasses.replace(DataConfig(), **{name: 0}))
 
 
-SMALL = {"model.layers": (1, 5), "model.heads": (1, 4), "model.width": (1, 40)}
-SMALL |= {"model.context": (1, 16), "data.seq_len": (1, 16), "data.batch_tokens": (1, 64)}
-SMALL |= {"data.micro_batches": (1, 4), "val_tokens": (1, 64), "model.head.multiple": (1, 300)}
+SMALL = {"model.num_layers": (1, 5), "model.num_heads": (1, 4), "model.model_dim": (1, 40)}
+SMALL |= {"model.max_seq_len": (1, 16), "data.seq_len": (1, 16), "data.batch_tokens": (1, 64)}
+SMALL |= {"data.micro_batches": (1, 4), "val_tokens": (1, 64), "model.head.pad_vocab_to": (1, 300)}
 SMALL |= {"optim.muon.ns_steps": (0, 7)}
 FIXED = {"preset", "device", "backend", "compile", "wandb", "data.path"}
 DRAWS = {
@@ -269,7 +269,7 @@ DRAWS = {
     for name, kind in KINDS.items()
     if name not in FIXED
 }
-TINY = {"model.layers": 2, "model.heads": 2, "model.width": 16, "model.context": 8}
+TINY = {"model.num_layers": 2, "model.num_heads": 2, "model.model_dim": 16, "model.max_seq_len": 8}
 TINY |= {"data.seq_len": 8, "data.batch_tokens": 16, "data.micro_batches": 2, "val_tokens": 64}
 
 
@@ -307,12 +307,12 @@ def test_what_is_accepted_can_be_built_and_takes_a_step():
 @pytest.mark.parametrize(
     "changes",
     [
-        {"model.width": 12, "model.embedding.smear": True},
-        {"model.width": 12, "model.plan.skips": "gated"},
+        {"model.model_dim": 12, "model.embedding.smear": True},
+        {"model.model_dim": 12, "model.layout.skips": "single_gated"},
         {
-            "model.width": 12,
+            "model.model_dim": 12,
             "model.embedding.values": "outer",
-            "model.embedding.value_residual": "gates",
+            "model.embedding.value_residual": "gate",
         },
         {"seed": 2**63 - 1},
     ],
@@ -416,7 +416,7 @@ class TestCommands:
     def test_a_misspelt_flag_is_named(self):
         command = [sys.executable, "-m", "speedrun.train", "--model.layer", "3"]
         done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 2 and "--model.layers" in done.stderr + done.stdout
+        assert done.returncode == 2 and "--model.num-layers" in done.stderr + done.stdout
 
     @pytest.mark.parametrize(
         "flags, both",

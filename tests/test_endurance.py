@@ -31,7 +31,7 @@ from zygote import ROOT, as_command
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="fork, and /proc")
 SCALE = float(os.environ.get("ENDURANCE", "1"))
-SIZES = "--model.layers 2 --model.heads 2 --model.width 32 --model.context 32 --data.seq-len 32 --data.batch-tokens 256"
+SIZES = "--model.num-layers 2 --model.num-heads 2 --model.model-dim 32 --model.max-seq-len 32 --data.seq-len 32 --data.batch-tokens 256"
 SMALL = ["--preset", "smoke", *SIZES.split(), "--warmup", "1", "--schedule.warmup-steps", "5"]
 SIXTY = "--steps 60 --val-every 30 --val-tokens 2048 --log-every 1 --checkpoint-every 5"
 BRIEF = [*SMALL, *SIXTY.split()]

@@ -58,7 +58,7 @@ import zygote
 from zygote import Said, call, run_command
 
 HEADER, TRAIN_TOKENS, VOCABULARY = 1024, 800, 288
-SIZES = "--model.layers 2 --model.heads 2 --model.width 16 --model.context 16 --data.seq-len 16 --data.batch-tokens 512"
+SIZES = "--model.num-layers 2 --model.num-heads 2 --model.model-dim 16 --model.max-seq-len 16 --data.seq-len 16 --data.batch-tokens 512"
 TIMES = "--val-every 6 --val-tokens 512 --log-every 1 --warmup 0 --schedule.warmup-steps 2 --checkpoint-every 2"
 TINY = ["--preset", "smoke", *SIZES.split(), *TIMES.split()]
 SEED = int(os.environ.get("FUZZ_SEED", "1"))
@@ -662,7 +662,7 @@ def right_part(value: Any, usual: Any) -> bool:
 
 # %% Command lines
 VALUES = ["0", "-1", "1", "2", "3", "7", "64", "nan", "inf", "-inf", "1e400", "1e-400", "-1e-9", "", " ", "x", "None", "True", "False", "999999999999999999999", "9223372036854775807", "9223372036854775808", "0x10", "1_000", "-0", "0.1", "1.0", "1e3", "é 😀", "\udcff", "\u200b\u202e", "\x1b[2J", "a\nb", "../../x", "/", "a" * 5000, "--", "-", "[]", "{}", "1,2", "1 2", "''", "$HOME", "%s", "~", "0.999999", "muon", "soap", "gpt2", "cpu", "cuda", "smoke", "relu2", "record9", "documents", "stream", "trapezoid", "/dev/null", "/proc/self/mem"]  # fmt: skip
-NEIGHBOURS = ["--compile=False", "--batch_size=12", "--learning_rate=1e-3", "--max_iters=2000", "--device=mps", "--dtype=float16", "--n_layer=4", "--lr=1e-3", "config/train_shakespeare_char.py", "model.layers=3", "+trainer.max_epochs=1", "--seed=None", "--no-cuda", "--fp16", "--model.n_layer=4", "--data.path=~/x", "--data_path=x", "-h", "--help", "--version", "--config=x.yaml", "--wandb_log=True", "--model_layers=3", "--MODEL.LAYERS=3", "-c", "help", "?"]  # fmt: skip
+NEIGHBOURS = ["--compile=False", "--batch_size=12", "--learning_rate=1e-3", "--max_iters=2000", "--device=mps", "--dtype=float16", "--n_layer=4", "--lr=1e-3", "config/train_shakespeare_char.py", "model.num_layers=3", "+trainer.max_epochs=1", "--seed=None", "--no-cuda", "--fp16", "--model.n_layer=4", "--data.path=~/x", "--data_path=x", "-h", "--help", "--version", "--config=x.yaml", "--wandb_log=True", "--model_layers=3", "--MODEL.LAYERS=3", "-c", "help", "?"]  # fmt: skip
 
 
 def wrong_number(value: str, usual: Any = 0.0) -> bool:

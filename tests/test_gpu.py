@@ -15,11 +15,11 @@ from speedrun.checkpoint import latest_checkpoint, load_checkpoint
 from speedrun.config import vary
 from speedrun.cpu_size import at_cpu_size
 from speedrun.lab.bench import Peak, bench, clocked, ledger, roofline_ms
-from speedrun.lab.hardware import find_gpus, jit, look
+from speedrun.lab.hardware import detect_machine, find_gpus, jit
 from speedrun.lab.runlog import read_metrics, series
 from speedrun.measure import many_gpus
 from speedrun.model.gpt import GPT
-from speedrun.model.head import padded
+from speedrun.model.head import round_up
 from speedrun.optim.optimizer import MuonAdam
 from speedrun.presets import as_arguments, preset
 from speedrun.supervise import run_ranks
@@ -39,7 +39,7 @@ class TestOneGPU:
 
     def test_the_driver_and_pytorch_see_the_same_gpus(self):
         gpus = find_gpus()
-        assert len(gpus) == HAVE and look().device == "cuda"
+        assert len(gpus) == HAVE and detect_machine().device == "cuda"
         for gpu, index in zip(gpus, range(HAVE)):
             facts = torch.cuda.get_device_properties(index)
             assert gpu.name == facts.name and gpu.capability == (facts.major, facts.minor)
@@ -91,7 +91,7 @@ class TestOneGPU:
         )
         train(run, tmp_path, echo=None)
         first, *_, last = losses(tmp_path)
-        words = padded(288, run.model.head.multiple)
+        words = round_up(288, run.model.head.pad_vocab_to)
         assert abs(first - math.log(words)) < 0.3 and last < first - 1.5
 
     @pytest.mark.parametrize("way", WAYS)
@@ -140,8 +140,8 @@ class TestOneGPU:
 
     def test_the_launcher_trains_and_never_touches_cuda(self, brief, tmp_path):
         code = (
-            "import sys, torch; from pathlib import Path; from speedrun.supervise import run_ranks; from speedrun.lab.hardware import look;"
-            "look(); run_ranks(sys.argv[2:], 1, Path(sys.argv[1])); assert not torch.cuda.is_initialized()"
+            "import sys, torch; from pathlib import Path; from speedrun.supervise import run_ranks; from speedrun.lab.hardware import detect_machine;"
+            "detect_machine(); run_ranks(sys.argv[2:], 1, Path(sys.argv[1])); assert not torch.cuda.is_initialized()"
         )
         rank = [
             "-m",

@@ -85,7 +85,7 @@ class TestHardware:
     @pytest.mark.parametrize(("status", "text"), BROKEN.values(), ids=BROKEN.keys())
     def test_a_tool_that_fails_or_babbles_is_no_gpu(self, tmp_path, monkeypatch, status, text):
         fake_smi(tmp_path, monkeypatch, text, status=status)
-        assert hardware.find_gpus() == () and hardware.look().device == "cpu"
+        assert hardware.find_gpus() == () and hardware.detect_machine().device == "cpu"
 
     def test_no_tool_is_no_gpu_and_no_git_is_no_commit(self, tmp_path, monkeypatch):
         monkeypatch.setenv("PATH", str(tmp_path))
@@ -212,7 +212,7 @@ class TestHardware:
 
     def test_setup_makes_triton_interpret_where_there_is_no_gpu(self):
         triton = hardware.find_triton()
-        if triton is None or hardware.look().device == "cuda":
+        if triton is None or hardware.detect_machine().device == "cuda":
             pytest.skip("needs Triton and no GPU")
         hardware.setup()
         from tests_kernel import fill_one
@@ -250,12 +250,12 @@ class TestStats:
 
     def test_one_idea_beside_a_control_is_students_test_and_more_ask_for_more(self):
         control, arm = [3.1, 3.2, 3.15, 3.3, 3.18], [3.0, 3.05, 3.1]
-        alone = stats.against_control({"a": arm}, control)["a"]
+        alone = stats.dunnett({"a": arm}, control)["a"]
         assert alone == pytest.approx(scipy_stats.ttest_ind(arm, control).pvalue, rel=1e-2)
         others = {str(n): [3.1 + 0.01 * n, 3.2, 3.25] for n in range(4)}
-        among = stats.against_control(others | {"a": arm}, control)
+        among = stats.dunnett(others | {"a": arm}, control)
         assert among.keys() == {*others, "a"} and alone < among["a"] < 5 * alone < among["0"]
-        assert among == stats.against_control(others | {"a": arm}, control)
+        assert among == stats.dunnett(others | {"a": arm}, control)
 
     def test_two_arms_of_a_study_share_its_deviation(self):
         losses = {"control": [3.1, 3.2, 3.15], "a": [3.0, 3.1, 3.05], "b": [3.3, 3.2, 3.26]}

@@ -15,9 +15,9 @@ from speedrun.optim.state import OptimConfig, assign_optimizers
 from speedrun.schedule import StepSettings
 
 SHAPES = [
-    GPTConfig(layers=1, heads=1, width=8, context=4),
-    GPTConfig(layers=3, heads=4, width=48, context=33),
-    GPTConfig(layers=5, heads=2, width=32, context=16),
+    GPTConfig(num_layers=1, num_heads=1, model_dim=8, max_seq_len=4),
+    GPTConfig(num_layers=3, num_heads=4, model_dim=48, max_seq_len=33),
+    GPTConfig(num_layers=5, num_heads=2, model_dim=32, max_seq_len=16),
 ]
 BANKS = {
     "attention_norm_gain": "norm_1.weight",
@@ -34,8 +34,8 @@ BANKS = {
     "mlp_down_bias": "mlp.down.bias",
 }
 OTHERS = {
-    "token_embedding": "tokens.weight",
-    "position_embedding": "positions.weight",
+    "embed": "tokens.weight",
+    "pos_embed": "positions.weight",
     "final_norm_gain": "norm.weight",
     "final_norm_bias": "norm.bias",
 }
@@ -57,7 +57,7 @@ def both(config: GPTConfig, vocab: int = 61) -> tuple[GPT2, GPT]:
         for p in plain.parameters():
             p.add_(0.3 * torch.randn_like(p))
     banked = GPT(config, vocab).double()
-    banked.load_state_dict(banked_names(plain.state_dict(), config.layers))
+    banked.load_state_dict(banked_names(plain.state_dict(), config.num_layers))
     return plain, banked
 
 
@@ -71,13 +71,13 @@ def optimizer_of(model: GPT, config: OptimConfig) -> MuonAdam:
 class TestBankedModel:
     def test_loss_and_every_gradient_equal_the_baselines(self, config):
         plain, banked = both(config)
-        tokens = torch.randint(61, (3, config.context + 1))
+        tokens = torch.randint(61, (3, config.max_seq_len + 1))
         losses = [model(tokens[:, :-1], tokens[:, 1:]) for model in (plain, banked)]
         for loss in losses:
             loss.backward()
         assert losses[0].item() == pytest.approx(losses[1].item(), abs=1e-12)
         grads = {name: p.grad for name, p in plain.named_parameters()}
-        wanted = banked_names(grads, config.layers)
+        wanted = banked_names(grads, config.num_layers)
         assert set(wanted) == {name for name, _ in banked.named_parameters()}
         for name, p in banked.named_parameters():
             assert torch.allclose(p.grad, wanted[name], rtol=1e-10, atol=1e-13), name
@@ -89,7 +89,7 @@ class TestBankedModel:
         own = optimizer_of(banked, OptimConfig(AdamConfig(lr=0.01), grad_clip=clip))
         for step in range(10):
             draw = torch.Generator().manual_seed(step)
-            tokens = torch.randint(61, (2, config.context + 1), generator=draw)
+            tokens = torch.randint(61, (2, config.max_seq_len + 1), generator=draw)
             reference.zero_grad()
             for model in (plain, banked):
                 model(tokens[:, :-1], tokens[:, 1:]).backward()
@@ -97,17 +97,17 @@ class TestBankedModel:
                 torch.nn.utils.clip_grad_norm_(plain.parameters(), clip)
             reference.step()
             own.step(StepSettings(step, 0.01, 0.01, 0.95))
-        wanted = banked_names(plain.state_dict(), config.layers)
+        wanted = banked_names(plain.state_dict(), config.num_layers)
         for name, p in banked.named_parameters():
             assert torch.allclose(p, wanted[name], rtol=1e-8, atol=1e-10), name
 
     def test_counts_follow_the_formulas(self, config):
-        specs, d = param_specs(config, 61), config.width
+        specs, d = param_specs(config, 61), config.model_dim
         numbers = sum(math.prod(row.shape) for row in specs)
         assert numbers == parameter_count(config, 61)
         assert numbers == sum(p.numel() for p in GPT(config, 61).parameters())
-        weights = config.layers * 12 * d**2 + 61 * d
-        attention = config.layers * 12 * 16 * d * 0.5  # the half that causality leaves
+        weights = config.num_layers * 12 * d**2 + 61 * d
+        attention = config.num_layers * 12 * 16 * d * 0.5  # the half that causality leaves
         assert flops_per_token(config, 61, 16) == 6.0 * weights + attention
 
     def test_every_row_says_its_matrices_shape(self, config):
@@ -116,7 +116,7 @@ class TestBankedModel:
             if row.matrices:
                 rows, cols = row.shape[1] // row.matrices, row.shape[2]
                 assert row.shape_scale == math.sqrt(max(1.0, rows / cols)), row.name
-            assert row.layers == (tuple(range(config.layers)) if row.name in BANKS else ())
+            assert row.layers == (tuple(range(config.num_layers)) if row.name in BANKS else ())
 
     def test_shorter_rows_and_no_targets(self, config):
         model = GPT(config, 61)
@@ -128,7 +128,7 @@ class TestBankedModel:
         model = GPT(config, 61) if kind == "gpt" else GPT2(config, 61)
         torch._dynamo.reset()  # it keeps eight versions of a function at most
         compiled = torch.compile(model, fullgraph=True, backend="eager")
-        tokens = torch.randint(61, (2, config.context + 1))
+        tokens = torch.randint(61, (2, config.max_seq_len + 1))
         assert torch.allclose(
             compiled(tokens[:, :-1], tokens[:, 1:]), model(tokens[:, :-1], tokens[:, 1:])
         )
@@ -137,9 +137,9 @@ class TestBankedModel:
 @pytest.mark.parametrize(
     "change, said",
     [
-        ({"heads": 3}, "width 16 is not a multiple of heads 3"),
-        ({"heads": 16, "rotary": RotaryConfig(positions="rotary")}, "needs a multiple of 2"),
-        ({"heads": 8, "rotary": RotaryConfig(positions="half")}, "needs a multiple of 4"),
+        ({"num_heads": 3}, "model_dim 16 is not a multiple of num_heads 3"),
+        ({"num_heads": 16, "rotary": RotaryConfig("rope")}, "needs a multiple of 2"),
+        ({"num_heads": 8, "rotary": RotaryConfig("half_rope")}, "needs a multiple of 4"),
     ],
 )
 def test_heads_that_do_not_fit(change, said):
@@ -161,7 +161,7 @@ class TestInitialValues:
         assert not torch.equal(one.mlp_up, one.mlp_down.mT * math.sqrt(4)), "nor are two alike"
 
     def test_the_first_loss_is_as_predicted(self):
-        config = GPTConfig(layers=2, heads=2, width=128, context=64, init_std=0.05)
+        config = GPTConfig(num_layers=2, num_heads=2, model_dim=128, max_seq_len=64, init_std=0.05)
         model = GPT(config, 288)
         tokens = torch.randint(288, (64, 65))
         expected = math.log(288) + 0.05**2 * 128 / 2
@@ -218,7 +218,7 @@ class TestOptimizer:
             for p in model.parameters():
                 p.fill_(1.0)
         optimizer.step(StepSettings(0, 0.1, 0.1, 0.95))
-        decays = {"token_embedding", "position_embedding"}
+        decays = {"embed", "pos_embed"}
         decays |= {"attention_qkv", "attention_out", "mlp_up", "mlp_down"}
         plain = GPT2(model.config, 9).named_parameters()
         names = {other: name for name, other in (OTHERS | BANKS).items()}
@@ -230,6 +230,6 @@ class TestOptimizer:
 
     def test_every_tensor_is_in_the_table(self):
         model = GPT(GPTConfig(1, 1, 8, 4), 9)
-        rows = [row for row in model.specs if row.name != "token_embedding"]
-        with pytest.raises(ValueError, match="the parameter table: missing: token_embedding"):
+        rows = [row for row in model.specs if row.name != "embed"]
+        with pytest.raises(ValueError, match="the parameter table: missing: embed"):
             MuonAdam(dict(model.named_parameters()), rows)

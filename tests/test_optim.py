@@ -354,7 +354,7 @@ class TestRecordMuon:
 def test_runs_that_share_a_process_end_as_they_would_alone(record, brief, tmp_path):
     """On a GPU, comparisons train one run after the other with one compiled model."""
     from speedrun.lab.runlog import read_metrics, series
-    from speedrun.measure.runs import retrain
+    from speedrun.measure.runs import train_in_place
     from speedrun.train import build_run
 
     first = with_record(brief) if record else brief
@@ -363,23 +363,30 @@ def test_runs_that_share_a_process_end_as_they_would_alone(record, brief, tmp_pa
     for n, run in enumerate((first, second, first)):
         train(run, tmp_path / f"alone{n}", echo=None)
         alone = series(read_metrics(tmp_path / f"alone{n}" / "metrics.jsonl"), "val")[-1]
-        done = retrain(live, run)
+        done = train_in_place(live, run)
         assert done["val_loss"] == alone["val_loss"] and done["skipped"] == 0
 
 
 def test_weights_that_mix_are_told_over_the_run(brief, tmp_path):
-    from speedrun.measure.runs import retrain
+    from speedrun.measure.runs import train_in_place
     from speedrun.train import build_run
 
     run = vary(
-        brief, {"model.plan.x0": True, "model.plan.backout": True, "model.plan.residual": 1.5}
+        brief,
+        {
+            "model.layout.x0": True,
+            "model.layout.backout": True,
+            "model.layout.resid_lambda_init": 1.5,
+        },
     )
     live = build_run(run, tmp_path, echo=None)
-    told = retrain(live, run)["learned"]
+    told = train_in_place(live, run)["learned"]
     assert set(told) == {"resid_lambdas", "x0_lambdas", "backout_lambda"}
-    assert told["resid_lambdas"][0] == [0, [1.5] * run.model.layers]
+    assert told["resid_lambdas"][0] == [0, [1.5] * run.model.num_layers]
     step, last = told["x0_lambdas"][-1]
-    assert step == run.steps and last == live.model.x0_lambdas.tolist() != [0.0] * run.model.layers
+    assert (
+        step == run.steps and last == live.model.x0_lambdas.tolist() != [0.0] * run.model.num_layers
+    )
 
 
 class TestRatesOfTheMatrices:

@@ -455,7 +455,7 @@ class TestAdamW:
 
 
 class TestAssignment:
-    CONFIG = GPTConfig(layers=3, heads=2, width=16, context=8)
+    CONFIG = GPTConfig(num_layers=3, num_heads=2, model_dim=16, max_seq_len=8)
 
     def test_each_row_gets_its_optimizer_and_matrices_come_first(self):
         specs = param_specs(self.CONFIG, 19)

@@ -12,7 +12,7 @@ from speedrun.presets import preset
 from speedrun.report import five_numbers, loss_figure, read_run, unit_of, write_report
 from speedrun.train import train
 
-TINY = {"steps": 6, "val_every": 3, "val_tokens": 4096, "model.width": 32, "log_every": 2}
+TINY = {"steps": 6, "val_every": 3, "val_tokens": 4096, "model.model_dim": 32, "log_every": 2}
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def test_its_numbers_are_those_of_the_log(folder):
     assert f"<b>{end['train_time_ms'] / 1000:.1f} s</b>" in page
     assert f"{records[0]['parameters']:,} parameters, 6 steps" in page
     assert str(records[0]["commit"] or "no commit known") in page
-    assert "python -m speedrun.launch --preset smoke" in page and "--model.width 32" in page
+    assert "python -m speedrun.launch --preset smoke" in page and "--model.model-dim 32" in page
 
 
 def test_nothing_in_it_is_fetched_and_all_links_lead_to_files(folder):

@@ -8,7 +8,14 @@ import torch
 
 from speedrun.lab.errors import UserError
 from speedrun.lab.results import load_result
-from speedrun.sample import choose, known_share, load_trained, main, training_text, words_of
+from speedrun.sample import (
+    known_word_fraction,
+    load_trained,
+    main,
+    sample_token,
+    training_text,
+    words_of,
+)
 from speedrun.train import train
 
 
@@ -24,10 +31,15 @@ class TestTheFiveMinuteRun:
         letters = list(text)
         random.Random(0).shuffle(letters)
         assert len(words_of(text)) > 100
-        assert known_share(text, known) >= 0.5 > 0.1 > known_share("".join(letters), known)
+        assert (
+            known_word_fraction(text, known)
+            >= 0.5
+            > 0.1
+            > known_word_fraction("".join(letters), known)
+        )
 
     def test_text_without_words_has_no_share(self, known):
-        assert math.isnan(known_share("x = 1\n", known))
+        assert math.isnan(known_word_fraction("x = 1\n", known))
 
 
 class TestChoosing:
@@ -36,12 +48,12 @@ class TestChoosing:
         logits = torch.tensor([0.5, 3.0, 1.0, 2.0, -4.0])
         allowed = set(logits.topk(min(top_k or 5, 5)).indices.tolist())
         generator = torch.Generator().manual_seed(0)
-        assert {choose(logits, 1.0, top_k, generator) for _ in range(300)} <= allowed
+        assert {sample_token(logits, 1.0, top_k, generator) for _ in range(300)} <= allowed
 
     def test_the_same_seed_draws_the_same(self):
         logits = torch.randn(288, generator=torch.Generator().manual_seed(1))
         draws = [
-            [choose(logits, 1.0, 40, torch.Generator().manual_seed(s)) for s in range(9)]
+            [sample_token(logits, 1.0, 40, torch.Generator().manual_seed(s)) for s in range(9)]
             for _ in range(2)
         ]
         assert draws[0] == draws[1]
@@ -67,10 +79,10 @@ class TestCommand:
         from speedrun.cpu_size import at_cpu_size
         from speedrun.presets import preset
 
-        lower = {"precision": "bfloat16", "model.plan.stream_dtype": "bfloat16", "compile": False}
+        lower = {"precision": "bfloat16", "model.layout.stream_dtype": "bfloat16", "compile": False}
         config = vary(at_cpu_size(preset("record"), 4), lower | {"data.path": str(embedded)})
         live = train(config, tmp_path, echo=None)
-        assert live.model.config.plan.stream_dtype == "bfloat16"
+        assert live.model.config.layout.stream_dtype == "bfloat16"
         logits = load_trained(tmp_path).logits(torch.arange(9)[None])
         assert logits.dtype == torch.float32 and torch.isfinite(logits).all()
 

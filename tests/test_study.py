@@ -9,7 +9,7 @@ import pytest
 from speedrun.config import vary
 from speedrun.cpu_size import at_cpu_size
 from speedrun.lab.errors import UserError
-from speedrun.lab.hardware import look
+from speedrun.lab.hardware import detect_machine
 from speedrun.measure import ablations, documents
 from speedrun.measure.study import train_alone
 
@@ -29,7 +29,9 @@ class TestMissing:
 
     def test_only_what_has_no_result_is_made_in_the_studys_order(self, made, monkeypatch):
         monkeypatch.setattr(measure, "result_names", lambda slug: ["b_0"])
-        monkeypatch.setattr(measure, "look", lambda: replace(look(), cores=1, gpus=()))
+        monkeypatch.setattr(
+            measure, "detect_machine", lambda: replace(detect_machine(), cores=1, gpus=())
+        )
         assert measure.make_missing("x", ["a_0", "b_0", "a_1", "c_1"], ["/data"]) == 0
         assert [name for name, *_ in made] == ["a_0", "a_1", "c_1"]
         assert all(rest == ["/data"] and env["OMP_NUM_THREADS"] == "1" for _, rest, env in made)

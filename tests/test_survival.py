@@ -364,7 +364,7 @@ class TestDamage:
         ("kind", "change"),
         [
             ("optimizer", lambda t: t | {"mlp_up/exp_avg": torch.zeros(3)}),
-            ("optimizer", lambda t: t | {"token_embedding/exp_avg_sq": torch.zeros(1)}),
+            ("optimizer", lambda t: t | {"embed/exp_avg_sq": torch.zeros(1)}),
             ("optimizer", lambda t: t | {"optimizer/updates": torch.zeros(2)}),
             ("optimizer", lambda t: t | {"mlp_up/exp_avg": t["mlp_up/exp_avg"].double()}),
             ("optimizer", lambda t: {k: v for k, v in t.items() if k != "mlp_up/exp_avg"}),
@@ -507,7 +507,7 @@ import sys
 from speedrun import train as module
 save = module.save
 module.save = lambda run, patience_s=0.0: save(run, 0.0)
-sys.exit(module.main({["--out", str(disk / "run"), *as_arguments(vary(brief, {"checkpoint_every": 4, "model.width": 64}))]!r}))
+sys.exit(module.main({["--out", str(disk / "run"), *as_arguments(vary(brief, {"checkpoint_every": 4, "model.model_dim": 64}))]!r}))
 """
             done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
             assert done.returncode == 1 and "Traceback" not in done.stderr and "→" in done.stderr

@@ -14,57 +14,58 @@ from speedrun.lab.runlog import read_metrics, series
 from speedrun.model.embedding import EmbeddingConfig
 from speedrun.model.gpt import GPT, GPTConfig, param_specs
 from speedrun.model.head import HeadConfig
-from speedrun.model.layout import PlanConfig
+from speedrun.model.layout import LayoutConfig
 from speedrun.model.mlp import BlockConfig
 from speedrun.model.rotary import RotaryConfig
 from speedrun.presets import preset
 from speedrun.train import build_run, train, train_step
 
-SHAPE = GPTConfig(layers=4, heads=2, width=16, context=8)
+SHAPE = GPTConfig(num_layers=4, num_heads=2, model_dim=16, max_seq_len=8)
 ON = {
     "model.block.norm": "rms",
     "model.block.biases": False,
     "model.block.qk_norm": True,
     "model.block.activation": "relu2",
-    "model.block.zero_out": True,
-    "model.block.fan_in": True,
-    "model.rotary.positions": "half",
+    "model.block.zero_init_proj": True,
+    "model.block.fan_in_init": True,
+    "model.rotary.pos": "half_rope",
     "model.rotary.base": 1024.0,
-    "model.rotary.pairs": "neighbours",
+    "model.rotary.interleaved": True,
     "model.embedding.norm": True,
     "model.embedding.std": 0.5,
     "model.embedding.lr_mul": 0.5,
     "model.embedding.smear": True,
     "model.embedding.values": "ends",
-    "model.embedding.value_residual": "gates",
+    "model.embedding.value_residual": "gate",
     "model.embedding.value_std": 0.02,
     "model.embedding.value_lr_mul": 2.0,
     "model.embedding.value_decay": 0.5,
-    "model.plan.x0": True,
-    "model.plan.residual": 1.1,
-    "model.plan.skips": "gated",
-    "model.plan.backout": True,
-    "model.plan.without": "both",
-    "model.plan.lr_mul": 0.5,
-    "model.head.tied": "untied",
+    "model.layout.x0": True,
+    "model.layout.resid_lambda_init": 1.1,
+    "model.layout.skips": "single_gated",
+    "model.layout.backout": True,
+    "model.layout.skip_sublayers": "both",
+    "model.layout.lr_mul": 0.5,
+    "model.head.tie": "untied",
     "model.head.std": 0.01,
     "model.head.lr_mul": 0.5,
-    "model.head.multiple": 8,
+    "model.head.pad_vocab_to": 8,
     "model.head.softcap": "sigmoid23",
     "model.head.fp8": True,
 }
 GROUPS: dict[str, type] = {"block": BlockConfig, "rotary": RotaryConfig, "head": HeadConfig}
-GROUPS |= {"embedding": EmbeddingConfig, "plan": PlanConfig}
-TURN = {"model.rotary.positions": "rotary"}
+GROUPS |= {"embedding": EmbeddingConfig, "layout": LayoutConfig}
+TURN = {"model.rotary.pos": "rope"}
 WAYS: dict[str, dict] = {"none": {}} | {name: {name: value} for name, value in ON.items()}
 WAYS |= {cap: {"model.head.softcap": cap} for cap in ("tanh30", "tanh15", "sigmoid30")}
 WAYS |= {kind: {"model.embedding.values": kind} for kind in ("first", "all", "mirror", "outer")}
-WAYS |= {mix: {"model.embedding.values": "mirror", "model.embedding.value_residual": mix} for mix in ("free", "gates")}  # fmt: skip
+WAYS |= {mix: {"model.embedding.values": "mirror", "model.embedding.value_residual": mix} for mix in ("lambdas", "gate")}  # fmt: skip
 WAYS |= {
-    kind: {"model.plan.skips": kind, "model.plan.x0": True} for kind in ("unet", "sigmoid", "one")
+    kind: {"model.layout.skips": kind, "model.layout.x0": True}
+    for kind in ("unet", "unet_sigmoid", "single")
 }
-WAYS |= {f"no {part}": {"model.plan.without": part} for part in ("attention", "mlp")}
-WAYS |= {"rotary": TURN, "neighbours": TURN | {"model.rotary.pairs": "neighbours"}, "all": ON}
+WAYS |= {f"no {part}": {"model.layout.skip_sublayers": part} for part in ("attn", "mlp")}
+WAYS |= {"rope": TURN, "interleaved": TURN | {"model.rotary.interleaved": True}, "all": ON}
 
 
 def config_with(changes: dict) -> GPTConfig:
@@ -79,10 +80,12 @@ def model_with(changes: dict) -> GPT:
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.3 * torch.randn_like(p))
-    model.vocab_size = len(model.token_embedding)  # logits of padding as well
-    if (rotary := model.config.rotary).positions != "learned":
+    model.vocab_size = len(model.embed)  # logits of padding as well
+    if (rotary := model.config.rotary).pos != "learned":
         half = model.cos.shape[1]
-        angles = [[angle_of(n, j, half, rotary) for j in range(half)] for n in range(SHAPE.context)]
+        angles = [
+            [angle_of(n, j, half, rotary) for j in range(half)] for n in range(SHAPE.max_seq_len)
+        ]
         exact = torch.tensor(angles, dtype=torch.float64)
         assert torch.allclose(model.cos, exact.cos(), atol=1e-6)
         model.cos.copy_(exact.cos())
@@ -94,9 +97,9 @@ def test_every_switch_is_tested():
     fields = {
         f"model.{name}.{f.name}" for name, kind in GROUPS.items() for f in dataclasses.fields(kind)
     }
-    elsewhere = {"model.plan.stream_dtype"}  # tests/test_attention.py, as all of model.attention
+    elsewhere = {"model.layout.stream_dtype"}  # tests/test_attention.py, as all of model.attention
     assert fields - elsewhere == set(ON)
-    sizes = {"layers", "heads", "width", "context", "init_std"}
+    sizes = {"num_layers", "num_heads", "model_dim", "max_seq_len", "init_std"}
     assert {f.name for f in dataclasses.fields(GPTConfig)} == sizes | set(GROUPS) | {"attention"}
 
 
@@ -140,60 +143,62 @@ class TestEverySwitch:
 
 class TestWhatIsOffIsNotThere:
     def test_no_parameter_is_left_of_what_is_off(self):
-        bare = {name: value for name, value in ON.items() if name.split(".")[1] not in ("embedding", "plan")}  # fmt: skip
+        bare = {name: value for name, value in ON.items() if name.split(".")[1] not in ("embedding", "layout")}  # fmt: skip
         names = {row.name for row in param_specs(config_with(bare), 19)}
         banks = {"attention_qkv", "attention_out", "mlp_up", "mlp_down"}
-        assert names == {"token_embedding", "head"} | banks
+        assert names == {"embed", "lm_head"} | banks
 
     def test_a_part_that_a_layer_lacks_has_no_slice(self):
         def sizes(changes):
             return {row.name: row.shape[0] for row in param_specs(config_with(changes), 19)}
 
-        whole, without = sizes({}), sizes({"model.plan.without": "both"})
+        whole, without = sizes({}), sizes({"model.layout.skip_sublayers": "both"})
         parts = ("attention", "mlp")
         assert without == {n: size - (n.split("_")[0] in parts) for n, size in whole.items()}
 
     def test_a_bank_says_which_layers_have_a_slice(self):
         """The second layer of the later half has no attention, the first no MLP."""
-        for row in param_specs(config_with({"model.plan.without": "both"}), 19):
+        for row in param_specs(config_with({"model.layout.skip_sublayers": "both"}), 19):
             part = row.name.split("_")[0]
             wanted = {"attention": (0, 1, 2), "mlp": (1, 2, 3)}.get(part, ())
             assert row.layers == wanted and (not wanted or row.shape[0] == 3), row.name
 
     def test_one_layer_has_nothing_to_connect(self):
-        with pytest.raises(UserError, match="model.layers is 1"):
-            check_config(vary(preset("cpu_gpt2"), {"model.layers": 1, "model.plan.backout": True}))
-        check_config(vary(preset("cpu_gpt2"), {"model.layers": 1, "model.plan.x0": True}))
+        with pytest.raises(UserError, match="model.num_layers is 1"):
+            check_config(
+                vary(preset("cpu_gpt2"), {"model.num_layers": 1, "model.layout.backout": True})
+            )
+        check_config(vary(preset("cpu_gpt2"), {"model.num_layers": 1, "model.layout.x0": True}))
 
 
 CAUTIOUS = {"optim.adam.cautious": True, "optim.adam.every": 2, "optim.grad_clip": 0.0}
 CAUTIOUS |= {"optim.adam.weight_decay": 0.005}
 
 
-class TestTheSplitHead:
+class TestUntying:
     @pytest.mark.parametrize("matrices", ["adam", "muon"])
     @pytest.mark.parametrize("cautious", [False, True])
     def test_two_matrices_are_one_until_they_part(self, cautious, matrices, embedded, tmp_path):
         run = vary(
             at_cpu_size(preset("cpu_gpt2"), 12),
-            {"data.path": str(embedded), "model.head.tied": "split", "schedule.untie_at": 0.5}
+            {"data.path": str(embedded), "model.head.tie": "until_step", "schedule.untie_at": 0.5}
             | {"optim.matrices": matrices, "optim.matrix_lr": 0.02, "warmup": 0}
             | (CAUTIOUS if cautious else {}),
         )
         live = build_run(check_config(run), tmp_path, echo=None)
         model, same = live.model, []
         for _ in range(run.steps):
-            before = model.head.detach().clone()
+            before = model.lm_head.detach().clone()
             train_step(live)
-            same.append(torch.equal(model.token_embedding, model.head.mT))
-            assert torch.equal(model.head, before) == (cautious and live.step % 2 == 1)
+            same.append(torch.equal(model.embed, model.lm_head.mT))
+            assert torch.equal(model.lm_head, before) == (cautious and live.step % 2 == 1)
         # adam's first step in the second half is the eighth if it is every other one
         assert same == [True] * (7 if cautious else 6) + [False] * (5 if cautious else 6)
         assert not live.optimizer.ties.tied
 
     @pytest.mark.parametrize("share, last", [(0.25, True), (1.0, False)])
     def test_when_they_part_is_a_share_of_the_steps(self, share, last, embedded, tmp_path):
-        changes = {"data.path": str(embedded), "model.head.tied": "split", "warmup": 0}
+        changes = {"data.path": str(embedded), "model.head.tie": "until_step", "warmup": 0}
         run = vary(at_cpu_size(preset("cpu_gpt2"), 8), changes | {"schedule.untie_at": share})
         live = build_run(run, tmp_path, echo=None)
         apart = []
@@ -205,11 +210,11 @@ class TestTheSplitHead:
 
 
 RATES: dict = {
-    "model.head.tied": "untied",
+    "model.head.tie": "untied",
     "model.head.std": 0.01,
     "model.head.lr_mul": 0.25,
-    "model.plan.x0": True,
-    "model.plan.lr_mul": 2.0,
+    "model.layout.x0": True,
+    "model.layout.lr_mul": 2.0,
     "model.embedding.values": "ends",
     "model.embedding.lr_mul": 0.5,
     "model.embedding.value_lr_mul": 4.0,
@@ -228,8 +233,8 @@ def test_rates_of_their_own(cautious, matrix_lr, embedded, tmp_path):
     train_step(live)
     whole, named = live.schedule.at(0).lr, live.model.named_parameters()
     rates = {name: (p - before[name]).abs().max().item() / whole for name, p in named}
-    wanted = dict.fromkeys(rates, 1.0) | {"head": 0.25, "token_embedding": 0.5}
-    wanted |= {"value_embedding": 4.0}
+    wanted = dict.fromkeys(rates, 1.0) | {"lm_head": 0.25, "embed": 0.5}
+    wanted |= {"value_embeds": 4.0}
     wanted |= dict.fromkeys(("resid_lambdas", "x0_lambdas", "ve_lambdas"), 2.0)
     if matrix_lr:
         ratio = matrix_lr / run.optim.adam.lr

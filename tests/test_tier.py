@@ -93,7 +93,7 @@ def choose(monkeypatch, capsys):
     """Calls choose_tier on a machine that is played; gives the tier, the line, and what CUDA would see."""
 
     def call(machine: Machine, asked: str | None = None, visible: str | None = None, started=False):
-        monkeypatch.setattr(tier, "look", lambda: machine)
+        monkeypatch.setattr(tier, "detect_machine", lambda: machine)
         cuda = SimpleNamespace(is_initialized=lambda: started)
         monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=cuda))
         for name, value in {"TIER": asked, "CUDA_VISIBLE_DEVICES": visible}.items():
@@ -179,7 +179,7 @@ class TestWhoElseAsks:
     def test_an_execution_is_kept_by_its_tier(self, monkeypatch):
         import execute
 
-        monkeypatch.setattr(execute, "look", lambda: with_gpus(SMALL, T4))
+        monkeypatch.setattr(execute, "detect_machine", lambda: with_gpus(SMALL, T4))
         (chapter,) = execute.chapters(["93"])
         for asked, wanted in {"": ("1", ["Tesla T4"]), "C": ("C", "cpu")}.items():
             monkeypatch.setenv("TIER", asked)
@@ -203,7 +203,7 @@ class TestWhoElseAsks:
             return chapter, None, 0.2
 
         monkeypatch.delenv("TIER", raising=False)
-        for name, value in {"look": lambda: machine, "prepare": lambda: None, "execute": played}.items():  # fmt: skip
+        for name, value in {"detect_machine": lambda: machine, "prepare": lambda: None, "execute": played}.items():  # fmt: skip
             monkeypatch.setattr(execute, name, value)
         assert execute.run_chapters(["01", "02", "05"], force=True) == []
         assert max(seen) == most

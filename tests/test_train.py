@@ -35,7 +35,7 @@ def state_dict_from_gpt2(state: dict, layers: int) -> dict:
     parts = {"attention_qkv": "attention.qkv", "attention_out": "attention.out"}
     parts |= {"mlp_up": "mlp.up", "mlp_down": "mlp.down"}
     parts |= {"attention_norm": "norm_1", "mlp_norm": "norm_2"}
-    found = {"token_embedding": "tokens.weight", "position_embedding": "positions.weight"}
+    found = {"embed": "tokens.weight", "pos_embed": "positions.weight"}
     found |= {"final_norm_gain": "norm.weight", "final_norm_bias": "norm.bias"}
     banks = {name: state[other] for name, other in found.items()}
     for bank, part in parts.items():
@@ -84,7 +84,7 @@ def golden_run(name: str, data: Path, folder: Path) -> list[float]:
     """The training losses of twenty steps of AdamW on a cosine, or of Muon on a trapezoid with a ramp of momentum."""
     torch.set_num_threads(1)
     base, rates = GOLDEN[name]
-    brief = {"compile": False, "log_every": 1, "model.width": 64, "data.path": str(data)}
+    brief = {"compile": False, "log_every": 1, "model.model_dim": 64, "data.path": str(data)}
     train(vary(at_cpu_size(preset(base), 20), brief | rates), folder, echo=None)
     return curve(folder, "step")
 
@@ -143,9 +143,7 @@ class TestOneRank:
         )
         train(run, tmp_path, echo=None)
         first, *_, last = curve(tmp_path)
-        expects_the_same_again = (
-            0.3 if run.model.rotary.positions == "learned" else 1.3
-        )  # chapter 08
+        expects_the_same_again = 0.3 if run.model.rotary.pos == "learned" else 1.3  # chapter 08
         assert abs(first - math.log(288)) < expects_the_same_again and last < 4.5
 
     def test_the_same_run_is_the_same_run(self, brief, tmp_path):
@@ -175,7 +173,7 @@ class TestOneRank:
         torch.manual_seed(0)
         plain = GPT2(brief.model, 288)
         run = build_run(brief, tmp_path, echo=None)
-        run.model.load_state_dict(state_dict_from_gpt2(plain.state_dict(), brief.model.layers))
+        run.model.load_state_dict(state_dict_from_gpt2(plain.state_dict(), brief.model.num_layers))
         adamw = torch.optim.AdamW(decay_groups(plain), betas=brief.optim.adam.betas, fused=True)
         loader, losses = Loader(brief.data), []
         for step in range(brief.steps):
@@ -216,9 +214,9 @@ class TestOneRank:
     def test_validation_and_saving_are_not_timed(self, brief, tmp_path, monkeypatch):
         from speedrun import train as module
 
-        real = module.evaluate
+        real = module.validation_loss
         monkeypatch.setattr(
-            module, "evaluate", lambda run, batches: (time.sleep(0.5), real(run, batches))[1]
+            module, "validation_loss", lambda run, batches: (time.sleep(0.5), real(run, batches))[1]
         )
         run = train(brief, tmp_path, echo=None)
         steps = [
@@ -377,7 +375,7 @@ signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, 400_000))
 save, waited = module.save, []
 module.save = lambda run, patience_s=0.0: (waited.append(patience_s), save(run, patience_s / 30))[1]
-status = module.main({command(vary(brief, {"checkpoint_every": 6, "model.width": 64}), tmp_path)[3:]!r})
+status = module.main({command(vary(brief, {"checkpoint_every": 6, "model.model_dim": 64}), tmp_path)[3:]!r})
 print("waited", waited)
 sys.exit(status)
 """
@@ -446,7 +444,7 @@ sys.exit(status)
     def test_a_validation_loss_that_is_nan_stops_the_run(self, brief, tmp_path, monkeypatch):
         from speedrun import train as module
 
-        monkeypatch.setattr(module, "evaluate", lambda run, batches: math.nan)
+        monkeypatch.setattr(module, "validation_loss", lambda run, batches: math.nan)
         with pytest.raises(UserError, match="step 0: the loss is nan"):
             train(brief, tmp_path, echo=None)
 

@@ -14,13 +14,13 @@ WINDOW = st.integers(1, 1 << 18)
 WINDOWS = st.lists(WINDOW, min_size=1, max_size=6)
 SPECTRUM = st.builds(
     lambda half, base, head_dim: frequencies(
-        head_dim, RotaryConfig("half" if half else "rotary", base)
+        head_dim, RotaryConfig("half_rope" if half else "rope", base)
     ),
     st.booleans(),
     st.floats(2.0, 1e6),
     st.sampled_from([16, 64, 128]),
 )
-RECORD = frequencies(128, RotaryConfig("half", base=1024.0))
+RECORD = frequencies(128, RotaryConfig("half_rope", base=1024.0))
 
 
 def ordered(windows: tuple[int, int]) -> tuple[int, int]:

@@ -103,7 +103,7 @@ def idle_share(spans):  # gaps between one kernel and the next by their begin
     ("06", 1): [
         ("truth = rotate_complex; rotate_complex = lambda x, positions, options: truth(x, torch.arange(x.shape[-2]), options)", "positions [5, 1, 8"),
         ("truth = rotate_complex; rotate_complex = lambda x, positions, options: truth(x, -positions, options)", "off by up to"),
-        ("rotate_complex = lambda x, positions, options: rotate(x, *[t[positions] for t in rotation_tables(9, 16, options)], 'halves')", "off by up to"),
+        ("rotate_complex = lambda x, positions, options: apply_rotary(x, *[t[positions] for t in rotary_tables(9, 16, options)], 'halves')", "off by up to"),
         ("truth = rotate_complex; rotate_complex = lambda x, positions, options: truth(x, positions, FULL)", "HALF"),
     ],
     ("06", 2): [
@@ -278,7 +278,7 @@ def makespan(jobs):  # updates do not wait for each other
     ("21", 2): [
         ("count = lambda options, vocab_size: sum(math.prod(row.shape) for row in param_specs(options, vocab_size) if row.is_matmul)", "124,439,808 parameters, not 123,532,032"),
         ("count = lambda options, vocab_size: sum(math.prod(row.shape) for row in param_specs(options, 50_257))", "47 more rows"),
-        ("truth = count; count = lambda options, vocab_size: truth(options, vocab_size) + (12 - options.heads)", "number of heads"),
+        ("truth = count; count = lambda options, vocab_size: truth(options, vocab_size) + (12 - options.num_heads)", "number of heads"),
     ],
     ("21", 3): [
         ("padding = lambda matrices, ranks: (ranks - matrices % ranks, (ranks - matrices % ranks) / (matrices + ranks - matrices % ranks))", "24 matrices on 8 ranks: 0 empty"),

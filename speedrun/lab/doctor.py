@@ -1,7 +1,7 @@
 # Tangled from notebooks/95_machines.py: edit the notebook, then run "make tangle". Edits made here are lost.
 
 
-from speedrun.lab.hardware import GPU, Machine, PACKAGES, look
+from speedrun.lab.hardware import GPU, Machine, PACKAGES, detect_machine
 
 
 # %% A GPU that torch cannot use
@@ -175,4 +175,4 @@ def doctor(machine: Machine) -> int:
 
 
 if __name__ == "__main__" and __spec__ is not None:  # python -m, not a notebook
-    sys.exit(run_main(lambda: min(doctor(look()), 1)))
+    sys.exit(run_main(lambda: min(doctor(detect_machine()), 1)))

@@ -202,7 +202,7 @@ def driver_cuda() -> int:
     return version.value // 1000
 
 
-def look() -> Machine:
+def detect_machine() -> Machine:
     """Describe this machine. Starts no CUDA context and opens no connection."""
     versions = {package: version_of(package) for package in PACKAGES}
     cuda, no_torch = torch_cuda() if versions["torch"] else (None, "")
@@ -246,7 +246,7 @@ def jit(kernel):
 
 def setup() -> Machine:
     """First call of every command and kernel chapter: without a GPU, makes Triton interpret its kernels."""
-    machine = look()
+    machine = detect_machine()
     if machine.device == "cpu":
         os.environ["TRITON_INTERPRET"] = (
             "1"  # read where Triton's own functions are made: at its import

@@ -11,7 +11,7 @@ from scipy import stats
 
 
 @dataclass(frozen=True)
-class Sample:
+class Summary:
     """n runs of one thing: mean and sample standard deviation (n − 1 below; nan for a single run)."""
 
     n: int
@@ -23,16 +23,16 @@ class Sample:
         return f"{self.mean:.4f}{spread} (n={self.n})"
 
 
-def describe(values) -> Sample:
+def describe(values) -> Summary:
     """Summarise a sequence of numbers."""
     values = [float(value) for value in values]
     n, mean = len(values), math.fsum(values) / len(values)
     squares = math.fsum((value - mean) ** 2 for value in values)
-    return Sample(n, mean, math.sqrt(squares / (n - 1)) if n > 1 else math.nan)
+    return Summary(n, mean, math.sqrt(squares / (n - 1)) if n > 1 else math.nan)
 
 
 # %% The contest's own test
-def p_below(sample: Sample, target: float) -> float:
+def p_below(sample: Summary, target: float) -> float:
     """One-sided p-value of "the true mean is below target": how likely a mean this low is if it were target."""
     if sample.n < 2:
         raise ValueError(f"a test needs at least 2 runs, got {sample.n}")
@@ -40,7 +40,7 @@ def p_below(sample: Sample, target: float) -> float:
     return float(stats.t.cdf(t, sample.n - 1))
 
 
-def p_difference(a: Sample, b: Sample) -> float:
+def p_difference(a: Summary, b: Summary) -> float:
     """Two-sided p-value of "the true means differ" (Welch's t-test)."""
     if a.n < 2 or b.n < 2:
         raise ValueError(f"a test needs at least 2 runs on each side, got {a.n} and {b.n}")
@@ -48,7 +48,7 @@ def p_difference(a: Sample, b: Sample) -> float:
     return float(two.pvalue)
 
 
-def beside(sample: Sample, control: Sample) -> str:
+def compare_line(sample: Summary, control: Summary) -> str:
     """A sample, how far its mean is from a control's, and the p-value of that if there are runs enough for one."""
     test = f", p = {p_difference(sample, control):.1e}" if min(sample.n, control.n) > 1 else ""
     return f"{sample}  {sample.mean - control.mean:+.4f}{test}"
@@ -78,9 +78,7 @@ def runs_needed(difference: float, sd: float, alpha: float = 0.01, wanted: float
 
 
 # %% Forty ideas, one control
-def against_control(
-    arms: Mapping[str, Sequence[float]], control: Sequence[float]
-) -> dict[str, float]:
+def dunnett(arms: Mapping[str, Sequence[float]], control: Sequence[float]) -> dict[str, float]:
     """Two-sided p-value of each arm's difference from one control, given that all were tried: Dunnett's test, one deviation for all."""
     points = np.random.default_rng(0)  # at which the integral is evaluated
     found = stats.dunnett(*arms.values(), control=control, rng=points).pvalue
@@ -96,7 +94,7 @@ def p_text(p: float) -> str:
 class Study:
     """Arms beside one control: samples and, for all but the control, Dunnett's p, by name; one deviation for all, and its degrees of freedom."""
 
-    samples: dict[str, Sample]
+    samples: dict[str, Summary]
     p_values: dict[str, float]
     pooled_sd: float
     dof: int
@@ -128,5 +126,5 @@ def study_of(losses: Mapping[str, Sequence[float]]) -> Study:
     dof = sum(sample.n - 1 for sample in samples.values())
     squares = math.fsum((sample.n - 1) * sample.sd**2 for sample in samples.values())
     others = {arm: values for arm, values in losses.items() if arm != "control"}
-    chance = against_control(others, losses["control"])
-    return Study(samples, chance, math.sqrt(squares / dof), dof)
+    p_values = dunnett(others, losses["control"])
+    return Study(samples, p_values, math.sqrt(squares / dof), dof)

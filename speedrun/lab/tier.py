@@ -2,7 +2,7 @@
 
 
 from speedrun.lab.doctor import CHAPTER_GB, gpu_problem, usable_gpus
-from speedrun.lab.hardware import GPU, Machine, look
+from speedrun.lab.hardware import GPU, Machine, detect_machine
 
 
 # %% The tier of a chapter
@@ -76,7 +76,7 @@ def show_only(tier: Tier, machine: Machine) -> None:
 
 def choose_tier() -> Tier:
     """First line of every chapter: the tier by TIER and the machine, printed and kept to. Does not initialise CUDA."""
-    machine, asked = look(), os.environ.get("TIER", "").strip()
+    machine, asked = detect_machine(), os.environ.get("TIER", "").strip()
     tier = tier_of(machine, asked)
     show_only(tier, machine)
     cores = f"{machine.cores} CPU core{'s' * (machine.cores > 1)}"

@@ -13,7 +13,7 @@ from speedrun.lab.provenance import stamp
 
 NAMES = ("laptop", "short")
 SEEDS = (0, 1, 2)
-START: dict[str, Any] = {"data.seq_len": 64, "model.context": 64, "steps": 9000}
+START: dict[str, Any] = {"data.seq_len": 64, "model.max_seq_len": 64, "steps": 9000}
 ARMS: dict[str, dict[str, Any]] = {
     "as it is": {},
     "deviation 0.02, GPT-2's": {"model.init_std": 0.02},
@@ -22,10 +22,10 @@ ARMS: dict[str, dict[str, Any]] = {
     "twice the rate": {"optim.adam.lr": 4e-3},
     "half the batch": {"data.batch_tokens": 512, "steps": 18_000},
     "twice the batch": {"data.batch_tokens": 2048, "steps": 4500},
-    "rows of 32": {"data.seq_len": 32, "model.context": 32},
-    "rows of 128": {"data.seq_len": 128, "model.context": 128},
-    "one layer": {"model.layers": 1},
-    "four layers": {"model.layers": 4},
+    "rows of 32": {"data.seq_len": 32, "model.max_seq_len": 32},
+    "rows of 128": {"data.seq_len": 128, "model.max_seq_len": 128},
+    "one layer": {"model.num_layers": 1},
+    "four layers": {"model.num_layers": 4},
 }
 
 

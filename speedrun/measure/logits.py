@@ -11,10 +11,10 @@ from speedrun.measure.runs import best_of, corpus_of, train_arms, train_many
 NAMES = ("laptop",)
 ARMS: dict[str, dict[str, Any]] = {
     "tied, no cap": {},
-    "untied, zeros": {"model.head.tied": "untied"},
-    "untied, drawn at 0.05": {"model.head.tied": "untied", "model.head.std": 0.05},
-    "untied, a quarter of the rate": {"model.head.tied": "untied", "model.head.lr_mul": 0.25},
-    "untied, four times the rate": {"model.head.tied": "untied", "model.head.lr_mul": 4.0},
+    "untied, zeros": {"model.head.tie": "untied"},
+    "untied, drawn at 0.05": {"model.head.tie": "untied", "model.head.std": 0.05},
+    "untied, a quarter of the rate": {"model.head.tie": "untied", "model.head.lr_mul": 0.25},
+    "untied, four times the rate": {"model.head.tie": "untied", "model.head.lr_mul": 4.0},
     "30 tanh(z/30)": {"model.head.softcap": "tanh30"},
     "15 tanh(z/15)": {"model.head.softcap": "tanh15"},
     "23 σ((z+5)/7.5)": {"model.head.softcap": "sigmoid23"},

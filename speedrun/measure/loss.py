@@ -182,7 +182,7 @@ def measure_kernels() -> dict[str, Any]:
 
 def losses_by_candidates(folder: Path, counts: tuple[int, ...], batches: int = 16) -> dict[str, Any]:  # fmt: skip
     """A trained run's loss on its first validation micro-batches, nats a token, with so many candidates each; 0: all words."""
-    from speedrun.train import build_run, forward_loss, held_out, resume, told_now
+    from speedrun.train import build_run, forward_loss, val_batches, resume, told_now
 
     config = config_of_run(folder)
     with tempfile.TemporaryDirectory() as scratch:
@@ -192,7 +192,7 @@ def losses_by_candidates(folder: Path, counts: tuple[int, ...], batches: int = 1
         losses: dict[str, list[float]] = {str(count): [] for count in counts}
         targets = []
         with torch.no_grad():
-            for _, batch in zip(range(batches), held_out(run, config.val_tokens)):
+            for _, batch in zip(range(batches), val_batches(run, config.val_tokens)):
                 targets.append(len(batch.targets.unique()))
                 for count in counts:
                     place, told = run.ranks.device, told_now(run)

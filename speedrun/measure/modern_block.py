@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from speedrun.config import Config, vary
-from speedrun.lab.hardware import look
+from speedrun.lab.hardware import detect_machine
 from speedrun.lab.provenance import stamp
 from speedrun.measure.runs import best_of, corpus_of, cpu_base, step_times, train_arms, train_many
 
@@ -27,8 +27,8 @@ GPT2: dict[str, Any] = {
 }
 GPT2 |= {
     "model.block.activation": "gelu",
-    "model.block.zero_out": False,
-    "model.block.fan_in": False,
+    "model.block.zero_init_proj": False,
+    "model.block.fan_in_init": False,
 }
 MODERN: dict[str, Any] = {
     "model.block.norm": "rms",
@@ -37,16 +37,16 @@ MODERN: dict[str, Any] = {
 }
 MODERN |= {
     "model.block.activation": "relu2",
-    "model.block.zero_out": True,
-    "model.block.fan_in": True,
+    "model.block.zero_init_proj": True,
+    "model.block.fan_in_init": True,
 }
 CHANGES = {
     "plain norms": "model.block.norm",
     "no biases": "model.block.biases",
     "QK-norm": "model.block.qk_norm",
     "ReLU²": "model.block.activation",
-    "zeros": "model.block.zero_out",
-    "scale by width": "model.block.fan_in",
+    "zeros": "model.block.zero_init_proj",
+    "scale by width": "model.block.fan_in_init",
 }
 GRID = [(rate, other) for rate in (0.002, 0.004, 0.008, 0.016) for other in (0.004, 0.008, 0.016)]
 
@@ -94,12 +94,12 @@ def arms_of(name: str) -> dict[str, Config]:
         kept = ("GPT-2", "modern", "zeros", "QK-norm", "ReLU²")
         return {arm: vary(some[arm], LONG) for arm in kept}
     without = {change: vary(modern, {key: GPT2[key]}) for change, key in CHANGES.items()}
-    return {"modern": modern} | without | {"one head": vary(modern, {"model.heads": 1})}
+    return {"modern": modern} | without | {"one head": vary(modern, {"model.num_heads": 1})}
 
 
 def look_inside(run: Config) -> dict:
     """Train a run; then, in one row of validation text: the largest score, its bound, and the share of activations at zero."""
-    from speedrun.train import build_run, held_out, train_step
+    from speedrun.train import build_run, val_batches, train_step
 
     torch.set_num_threads(1)
     found: dict[str, Any] = {"scores": [], "zeros": []}
@@ -121,7 +121,7 @@ def look_inside(run: Config) -> dict:
         live = build_run(run, Path(folder), echo=None)
         for _ in range(run.steps):
             train_step(live)
-        batch = next(held_out(live, run.val_tokens))
+        batch = next(val_batches(live, run.val_tokens))
     noted = patch.object(F, "scaled_dot_product_attention", attend_and_note)
     with torch.no_grad(), noted, patch.object(F, "relu", relu_and_note):
         live.model(batch.inputs, batch.targets)
@@ -138,7 +138,7 @@ def inside() -> dict[str, list[dict]]:
                 faster, {"model.block.qk_norm": norm}
             )
     runs = [vary(run, {"seed": seed}) for run in arms.values() for seed in range(3)]
-    with ProcessPoolExecutor(look().cores, get_context("spawn")) as pool:
+    with ProcessPoolExecutor(detect_machine().cores, get_context("spawn")) as pool:
         found = list(pool.map(look_inside, runs))
     return {arm: found[3 * n : 3 * n + 3] for n, arm in enumerate(arms)}
 

@@ -9,22 +9,22 @@ from pathlib import Path
 from typing import Any
 
 from speedrun.config import Config, vary
-from speedrun.lab.hardware import look
+from speedrun.lab.hardware import detect_machine
 from speedrun.lab.provenance import stamp
-from speedrun.measure.runs import best_of, corpus_of, retrain
+from speedrun.measure.runs import best_of, corpus_of, train_in_place
 
 NAMES = ("heads",)
-HEADS: dict[str, dict[str, Any]] = {"one matrix": {}, "two matrices": {"model.head.tied": "untied"}}
+HEADS: dict[str, dict[str, Any]] = {"one matrix": {}, "two matrices": {"model.head.tie": "untied"}}
 ONE_WIRE: dict[str, dict[str, Any]] = {
     "": {},
-    ", x0": {"model.plan.x0": True},
-    ", backout": {"model.plan.backout": True},
+    ", x0": {"model.layout.x0": True},
+    ", backout": {"model.layout.backout": True},
 }
 
 
 def arms_of() -> dict[str, Config]:
     """With one matrix for embedding and head, and with two: no wire, x0, backout; four layers, chapter 05's block and rates."""
-    shape = {"model.layers": 4, "model.rotary.positions": "half", "model.rotary.base": 1024.0}
+    shape = {"model.num_layers": 4, "model.rotary.pos": "half_rope", "model.rotary.base": 1024.0}
     base = vary(
         best_of("modern_block", "rates"), shape | {"model.embedding.norm": True, "device": "cpu"}
     )
@@ -36,14 +36,14 @@ def arms_of() -> dict[str, Config]:
 
 
 def trained(run: Config) -> dict:
-    """What `retrain` says of a run on one thread."""
+    """What `train_in_place` says of a run on one thread."""
     import torch
 
     from speedrun.train import build_run
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        return retrain(build_run(run, Path(folder), echo=None), run)
+        return train_in_place(build_run(run, Path(folder), echo=None), run)
 
 
 def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
@@ -51,6 +51,6 @@ def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
     arms = arms_of()
     facts = stamp(command, ["speedrun.measure.plumbing", "speedrun.train"], 3, range(3), corpus_of(arms["one matrix"]))  # fmt: skip
     runs = [vary(run, {"seed": seed}) for run in arms.values() for seed in range(3)]
-    with ProcessPoolExecutor(look().cores, get_context("spawn")) as pool:
+    with ProcessPoolExecutor(detect_machine().cores, get_context("spawn")) as pool:
         done = list(pool.map(trained, runs))
     return {"arms": {arm: done[3 * n : 3 * n + 3] for n, arm in enumerate(arms)}}, facts

@@ -13,15 +13,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from speedrun.config import Config, vary
-from speedrun.lab.hardware import look
+from speedrun.lab.hardware import detect_machine
 from speedrun.lab.provenance import stamp
 from speedrun.measure.runs import best_of, corpus_of, train_arms, train_many
 
 NAMES = ("positions", "long", "beyond")
 ARMS: dict[str, dict[str, Any]] = {
-    "rotary 10000": {"model.rotary.positions": "rotary"},
-    "rotary 1024": {"model.rotary.positions": "rotary", "model.rotary.base": 1024.0},
-    "half 1024": {"model.rotary.positions": "half", "model.rotary.base": 1024.0},
+    "rotary 10000": {"model.rotary.pos": "rope"},
+    "rotary 1024": {"model.rotary.pos": "rope", "model.rotary.base": 1024.0},
+    "half 1024": {"model.rotary.pos": "half_rope", "model.rotary.base": 1024.0},
 }
 
 
@@ -37,7 +37,7 @@ def arms_of(name: str) -> dict[str, Config]:
 def loss_by_position(run: Config) -> dict[str, list[float]]:
     """Train a run; then the mean loss of each position in validation rows of twice the length, and of the same tokens in rows of its own."""
     from speedrun.model.gpt import GPT
-    from speedrun.train import build_run, held_out, train_step
+    from speedrun.train import build_run, val_batches, train_step
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
@@ -45,12 +45,12 @@ def loss_by_position(run: Config) -> dict[str, list[float]]:
         for _ in range(run.steps):
             train_step(live)
         twice = 2 * run.data.seq_len
-        live.config = vary(run, {"data.seq_len": twice, "model.context": twice})
+        live.config = vary(run, {"data.seq_len": twice, "model.max_seq_len": twice})
         longer = GPT(live.config.model, live.model.vocab_size).to(live.ranks.device)
         longer.load_state_dict(live.model.state_dict())
         found: dict[str, list[Tensor]] = {"twice": [], "own": []}
         with torch.no_grad():
-            for batch in held_out(live, run.val_tokens):
+            for batch in val_batches(live, run.val_tokens):
                 for name, model, length in (
                     ("twice", longer, twice),
                     ("own", live.model, twice // 2),
@@ -71,6 +71,6 @@ def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
     if name != "beyond":
         return {"arms": train_arms(arms, seeds, train_many)}, facts
     runs = [vary(run, {"seed": seed}) for run in arms.values() for seed in range(seeds)]
-    with ProcessPoolExecutor(look().cores, get_context("spawn")) as pool:
+    with ProcessPoolExecutor(detect_machine().cores, get_context("spawn")) as pool:
         found = list(pool.map(loss_by_position, runs))
     return {"arms": {arm: found[5 * n : 5 * n + 5] for n, arm in enumerate(arms)}}, facts

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from speedrun.data.loader import Shards
 from speedrun.lab.errors import UserError
-from speedrun.lab.hardware import look
+from speedrun.lab.hardware import detect_machine
 from speedrun.lab.results import load_result
 from speedrun.lab.runlog import read_metrics, series
 from speedrun.optim.muon import MuonConfig
@@ -47,7 +47,7 @@ def train_one(run: Config) -> dict:
 
 def each_on_cpus(runs: Sequence[Config]) -> Iterator[tuple[int, dict]]:
     """Train runs, as many at a time as there are cores; the number of each with what `train_one` says, as they end."""
-    with ProcessPoolExecutor(look().cores, get_context("spawn")) as pool:
+    with ProcessPoolExecutor(detect_machine().cores, get_context("spawn")) as pool:
         numbers = {pool.submit(train_one, run): number for number, run in enumerate(runs)}
         for future in as_completed(numbers):
             yield numbers[future], future.result()
@@ -100,7 +100,12 @@ def cpu_base() -> Config:
 
 def gpu_base(data: str) -> Config:
     """The run in which ideas are compared on a GPU: 30 million parameters, 400 steps of 32,768 tokens."""
-    sizes = {"model.layers": 6, "model.heads": 6, "model.width": 384, "model.init_std": 0.03}
+    sizes = {
+        "model.num_layers": 6,
+        "model.num_heads": 6,
+        "model.model_dim": 384,
+        "model.init_std": 0.03,
+    }
     reads = {"data.path": data, "data.batch_tokens": 32_768, "data.micro_batches": 1}
     lasts: dict[str, Any] = {"steps": 400, "schedule.warmup_steps": 40, "val_tokens": 1_048_576}
     adamw = {"optim.matrices": "adam", "optim.matrix_lr": 0.0, "schedule.momentum_min": 0.0}
@@ -108,7 +113,7 @@ def gpu_base(data: str) -> Config:
     return vary(preset("small_gpt2"), sizes | reads | lasts | adamw)
 
 
-def restart(live: "Run", config: Config) -> None:
+def reset_run(live: "Run", config: Config) -> None:
     """Put an assembled run back to its first step, with another config: one that differs in optimizer, schedule and seed alone."""
     import torch
 
@@ -128,7 +133,7 @@ def restart(live: "Run", config: Config) -> None:
     warm_up(live)
 
 
-def train_watched(live: "Run") -> dict[str, list]:
+def train_with_history(live: "Run") -> dict[str, list]:
     """Train from the first step to the last; the weights that mix, by name: [step, values] at 33 moments."""
     from speedrun.train import train_step
 
@@ -145,39 +150,41 @@ def train_watched(live: "Run") -> dict[str, list]:
     return learned
 
 
-def retrain(live: "Run", config: Config, alone: AbstractContextManager[Any] | None = None) -> dict:
+def train_in_place(
+    live: "Run", config: Config, alone: AbstractContextManager[Any] | None = None
+) -> dict:
     """Train a run with the assembled model of another; what it ends with. alone: entered while the clock runs."""
-    from speedrun.train import evaluate, held_out
+    from speedrun.train import validation_loss, val_batches
 
-    restart(live, config)
+    reset_run(live, config)
     with alone or nullcontext():
         live.clock.start()
-        learned = train_watched(live)
+        learned = train_with_history(live)
         live.clock.stop()
-    done: dict[str, Any] = {"val_loss": evaluate(live, held_out(live, config.val_tokens))}
+    done: dict[str, Any] = {"val_loss": validation_loss(live, val_batches(live, config.val_tokens))}
     done |= {"seconds": live.clock.elapsed_ms / 1000, "skipped": live.nonfinite_steps.item()}
     done |= {"learned": learned} if learned else {}
     return done | {"config": dataclasses.asdict(config)}
 
 
-HERE: dict[str, Any] = {}  # a process's GPU
+WORKER: dict[str, Any] = {}  # a process's GPU
 
 
-def seen_by_model(config: Config) -> str:
+def compile_key(config: Config) -> str:
     """All that decides what is compiled for a run."""
     parts = (config.model, config.data, config.precision, config.compile)
     return repr((*parts, config.optim.muon.param_dtype))
 
 
-def train_alike(runs: Sequence[Config]) -> list[dict]:
-    """Train runs of one model, one after the other; what `retrain` says of each."""
+def train_group(runs: Sequence[Config]) -> list[dict]:
+    """Train runs of one model, one after the other; what `train_in_place` says of each."""
     import torch
 
     from speedrun.train import build_run
 
     torch._dynamo.reset()  # PyTorch keeps eight versions of a function at most
     live = build_run(runs[0], Path(tempfile.mkdtemp()), echo=None)
-    return [retrain(live, run, HERE["turn"]) for run in runs]
+    return [train_in_place(live, run, WORKER["turn"]) for run in runs]
 
 
 def train_arms(
@@ -219,38 +226,38 @@ def step_times(
 def take_gpu(numbers: Any, turns: Sequence[Any]) -> None:
     """Let this process see one GPU only, on which it trains when it is its turn."""
     number = numbers.get()
-    os.environ["CUDA_VISIBLE_DEVICES"], HERE["turn"] = str(number), turns[number]
+    os.environ["CUDA_VISIBLE_DEVICES"], WORKER["turn"] = str(number), turns[number]
 
 
-def groups_of(runs: Sequence[Config], gpus: int) -> list[list[int]]:
+def group_by_model(runs: Sequence[Config], gpus: int) -> list[list[int]]:
     """Numbers of runs that share a model; dealt out to the GPUs if there are fewer models than those."""
     alike: dict[str, list[int]] = {}
     for number, run in enumerate(runs):
-        alike.setdefault(seen_by_model(run), []).append(number)
+        alike.setdefault(compile_key(run), []).append(number)
     parts = 1 if len(alike) >= gpus else gpus
     dealt = [group[part::parts] for group in alike.values() for part in range(parts)]
     return [group for group in dealt if group]
 
 
 def each_on_gpus(runs: Sequence[Config]) -> Iterator[tuple[int, dict]]:
-    """Train runs; the number of each with what `retrain` says, as they end.
+    """Train runs; the number of each with what `train_in_place` says, as they end.
 
     Two processes share a GPU: while one trains, the other compiles the next model.
     """
-    context, gpus = get_context("spawn"), len(look().gpus)
+    context, gpus = get_context("spawn"), len(detect_machine().gpus)
     if not gpus:
         raise UserError("this is measured on a GPU, and PyTorch sees none", "make doctor says why")
-    numbers, groups = context.Queue(), groups_of(runs, gpus)
+    numbers, groups = context.Queue(), group_by_model(runs, gpus)
     for number in (*range(gpus), *range(gpus)):
         numbers.put(number)
     turns = [context.Lock() for _ in range(gpus)]
     workers = min(2 * gpus, len(groups))
     with ProcessPoolExecutor(workers, context, take_gpu, (numbers, turns)) as pool:
-        jobs = {pool.submit(train_alike, [runs[n] for n in group]): group for group in groups}
+        jobs = {pool.submit(train_group, [runs[n] for n in group]): group for group in groups}
         for job in as_completed(jobs):
             yield from zip(jobs[job], job.result())
 
 
 def train_on_gpus(runs: Sequence[Config]) -> list[dict]:
-    """Train runs on the GPUs of this machine; what `retrain` says of each, in order."""
+    """Train runs on the GPUs of this machine; what `train_in_place` says of each, in order."""
     return in_order(each_on_gpus(runs), runs)

@@ -4,7 +4,7 @@
 from speedrun.sample import (
     by_context,
     generate,
-    known_share,
+    known_word_fraction,
     load_trained,
     losses_of_rows,
     training_text,
@@ -40,7 +40,7 @@ def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
             val = series(read_metrics(Path(folder) / "metrics.jsonl"), "val")[-1]["val_loss"]
             known = set(words_of(training_text(trained.data)))
             facts = {"step": trained.step, "val_loss": val, "texts": texts}
-            facts["known_share"] = known_share("\n".join(texts), known)
+            facts["known_share"] = known_word_fraction("\n".join(texts), known)
             losses = losses_of_rows(trained)
             middle, half = losses.shape[1] // 8, losses.shape[1] // 2
             late = losses[:, middle // 2 : middle].mean(1) - losses[:, half:].mean(1)

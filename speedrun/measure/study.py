@@ -30,11 +30,11 @@ def measured_run(folder: Path) -> dict:
 
 def loss_in_documents(live: "Run") -> float:
     """What a run that was trained on rows of the stream loses, nats a token, on the same validation tokens as packed documents."""
-    from speedrun.train import evaluate, held_out, prepare_attention
+    from speedrun.train import validation_loss, val_batches, prepare_attention
 
     live.config = vary(live.config, {"data.mode": "documents"})
     live.told = prepare_attention(live.config, live.model, live.ranks.device)
-    return evaluate(live, held_out(live, live.config.val_tokens))
+    return validation_loss(live, val_batches(live, live.config.val_tokens))
 
 
 def train_alone(

@@ -18,13 +18,13 @@ class Attention(nn.Module):
 
     def __init__(self, options: GPTConfig):
         super().__init__()
-        self.heads = options.heads
-        self.qkv = nn.Linear(options.width, 3 * options.width)
-        self.out = nn.Linear(options.width, options.width)
+        self.num_heads = options.num_heads
+        self.qkv = nn.Linear(options.model_dim, 3 * options.model_dim)
+        self.out = nn.Linear(options.model_dim, options.model_dim)
 
     def forward(self, x: Tensor) -> Tensor:
         batch, tokens, width = x.shape
-        shape = (batch, tokens, 3, self.heads, width // self.heads)
+        shape = (batch, tokens, 3, self.num_heads, width // self.num_heads)
         q, k, v = self.qkv(x).view(shape).permute(2, 0, 3, 1, 4)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # scaled by 1 / sqrt(head_dim)
         return self.out(y.transpose(1, 2).reshape(batch, tokens, width))
@@ -36,8 +36,8 @@ class MLP(nn.Module):
 
     def __init__(self, options: GPTConfig):
         super().__init__()
-        self.up = nn.Linear(options.width, 4 * options.width)
-        self.down = nn.Linear(4 * options.width, options.width)
+        self.up = nn.Linear(options.model_dim, 4 * options.model_dim)
+        self.down = nn.Linear(4 * options.model_dim, options.model_dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(F.gelu(self.up(x), approximate="tanh"))
@@ -48,7 +48,7 @@ class Block(nn.Module):
 
     def __init__(self, options: GPTConfig):
         super().__init__()
-        self.norm_1, self.norm_2 = nn.LayerNorm(options.width), nn.LayerNorm(options.width)
+        self.norm_1, self.norm_2 = nn.LayerNorm(options.model_dim), nn.LayerNorm(options.model_dim)
         self.attention, self.mlp = Attention(options), MLP(options)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -65,7 +65,7 @@ def init_gpt2(model: nn.Module, options: GPTConfig) -> None:
         elif "norm" not in name:
             adds = name.endswith(("attention.out.weight", "mlp.down.weight"))
             nn.init.normal_(
-                weight, std=options.init_std / (math.sqrt(2 * options.layers) if adds else 1.0)
+                weight, std=options.init_std / (math.sqrt(2 * options.num_layers) if adds else 1.0)
             )
 
 
@@ -74,10 +74,10 @@ class GPT2(nn.Module):
 
     def __init__(self, options: GPTConfig, vocab_size: int):
         super().__init__()
-        self.tokens = nn.Embedding(vocab_size, options.width)
-        self.positions = nn.Embedding(options.context, options.width)
-        self.blocks = nn.ModuleList(Block(options) for _ in range(options.layers))
-        self.norm = nn.LayerNorm(options.width)
+        self.tokens = nn.Embedding(vocab_size, options.model_dim)
+        self.positions = nn.Embedding(options.max_seq_len, options.model_dim)
+        self.blocks = nn.ModuleList(Block(options) for _ in range(options.num_layers))
+        self.norm = nn.LayerNorm(options.model_dim)
         init_gpt2(self, options)
 
     def forward(self, inputs: Tensor, targets: Tensor | None = None) -> Tensor:
@@ -98,8 +98,10 @@ def gpt2_forward(model: GPT2, inputs: Tensor, targets: Tensor | None) -> Tensor:
 # %% Three checks: parameters, FLOPs, the first loss
 def parameter_count(options: GPTConfig, vocab_size: int) -> int:
     """Parameters by formula: embeddings, then per block 12 width² of matrices and 13 width of biases and norms."""
-    d = options.width
-    return (vocab_size + options.context) * d + options.layers * (12 * d * d + 13 * d) + 2 * d
+    d = options.model_dim
+    return (
+        (vocab_size + options.max_seq_len) * d + options.num_layers * (12 * d * d + 13 * d) + 2 * d
+    )
 
 
 # %% The optimizer

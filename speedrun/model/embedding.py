@@ -30,8 +30,8 @@ class EmbeddingConfig:
     """Each token's vector gets a little of the one before, through a gate."""
     values: Literal["none", "first", "all", "mirror", "outer", "ends"] = "none"
     """What is mixed into attention's values: the first layer's, or rows of tables. all: a table a layer. mirror: one for first and last, and so on. outer: three, for the first and the last three layers. ends: five, for the first two and the last three."""
-    value_residual: Literal["share", "free", "gates"] = "share"
-    """share: two learned weights that add up to 1, from halves. free: two. gates: 1 for the values, and a gate for every token and head."""
+    value_residual: Literal["lambda", "lambdas", "gate"] = "lambda"
+    """lambda: two learned weights that add up to 1, from halves. lambdas: two. gate: 1 for the values, and a gate for every token and head."""
     value_std: NonNegativeFloat = 0.01
     """Deviation of the tables' first entries; record 70's is 0.01, record 14's was 1."""
     value_lr_mul: PositiveFloat = 1.0
@@ -40,7 +40,7 @@ class EmbeddingConfig:
     """The tables' weight decay as a multiple of optim.adam.weight_decay."""
 
 
-def values_by_layer(layers: int, kind: str) -> list[Value]:
+def value_table_layout(layers: int, kind: str) -> list[Value]:
     """What each layer's values are mixed with: the number of a table, the first layer's values, or nothing."""
     if kind == "first":
         own: list[Value] = [None]
@@ -61,7 +61,7 @@ def gate(x: Tensor, weight: Tensor) -> Tensor:
     return 2 * torch.sigmoid(F.linear(x[..., :GATE_CHANNELS], weight))
 
 
-def smeared(x: Tensor, weights: Mapping[str, Any]) -> Tensor:
+def apply_smear(x: Tensor, weights: Mapping[str, Any]) -> Tensor:
     """x, (batch, tokens, width), with a share of every vector added to the next one."""
     share = weights["smear_lambda"] * gate(x[:, 1:], weights["smear_gate"]) / 2
     return torch.cat([x[:, :1], x[:, 1:] + share[..., None] * x[:, :-1]], 1)
@@ -77,8 +77,8 @@ def add_value_embed(
     v: Tensor, ve: Tensor, x: Tensor, weights: Mapping[str, Tensor], kind: str
 ) -> Tensor:
     """Attention's values, (batch, heads, tokens, head_dim), with others mixed in. x: (batch, tokens, width), what attention reads."""
-    if kind == "gates":
+    if kind == "gate":
         return v + gate(x, weights["ve_gate"]).mT[..., None] * ve
     weight = weights["ve_lambdas"]
-    own, others = (1 - weight, weight) if kind == "share" else weight.unbind()
+    own, others = (1 - weight, weight) if kind == "lambda" else weight.unbind()
     return own * v + others * ve

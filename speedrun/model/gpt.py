@@ -30,14 +30,14 @@ from speedrun.model.embedding import (
     GATE_CHANNELS,
     EmbeddingConfig,
     lookup_value_embeds,
-    smeared,
+    apply_smear,
     add_value_embed,
 )
-from speedrun.model.head import HeadConfig, softcap, loss_of, padded
-from speedrun.model.mlp import BlockConfig, linear, linear_init, mlp, normed, rms_norm
-from speedrun.model.layout import LayerSpec, PlanConfig, mix_residual, apply_backout, make_layout
-from speedrun.model.layout import scalar_specs, tables_of
-from speedrun.model.rotary import RotaryConfig, frequencies, rotate, rotation_tables
+from speedrun.model.head import HeadConfig, softcap, loss_of, round_up
+from speedrun.model.mlp import BlockConfig, linear, linear_init, mlp, apply_norm, rms_norm
+from speedrun.model.layout import LayerSpec, LayoutConfig, mix_residual, apply_backout, make_layout
+from speedrun.model.layout import scalar_specs, num_value_tables
+from speedrun.model.rotary import RotaryConfig, frequencies, apply_rotary, rotary_tables
 from speedrun.model.yarn import follow_windows
 
 
@@ -45,14 +45,14 @@ from speedrun.model.yarn import follow_windows
 class GPTConfig:
     """The package's model: its shape, and its techniques, one group a chapter. The defaults are GPT-2's. The vocabulary comes from the data."""
 
-    layers: Annotated[int, Interval(ge=1, le=1024)] = 12
+    num_layers: Annotated[int, Interval(ge=1, le=1024)] = 12
     """Blocks."""
-    heads: PositiveInt = 12
+    num_heads: PositiveInt = 12
     """Attention heads; they share the width evenly."""
-    width: Annotated[int, Interval(ge=GATE_CHANNELS, le=2**16)] = 768
+    model_dim: Annotated[int, Interval(ge=GATE_CHANNELS, le=2**16)] = 768
     """Length of the residual stream's vectors."""
-    context: Annotated[int, Interval(ge=1, le=2**20)] = 1024
-    """Longest row of tokens (block_size in nanoGPT, max_seq_len upstream)."""
+    max_seq_len: Annotated[int, Interval(ge=1, le=2**20)] = 1024
+    """Longest row of tokens (block_size in nanoGPT)."""
     init_std: PositiveFloat = 0.02
     """Standard deviation of the initial weights: 0.02 for a width of 768, more for a narrower model."""
     block: BlockConfig = field(default_factory=BlockConfig)
@@ -61,7 +61,7 @@ class GPTConfig:
     """How attention learns where tokens are."""
     embedding: EmbeddingConfig = field(default_factory=EmbeddingConfig)
     """What a token brings into the model."""
-    plan: PlanConfig = field(default_factory=PlanConfig)
+    layout: LayoutConfig = field(default_factory=LayoutConfig)
     """How the stream runs through the layers."""
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     """What attention looks at, and who computes it."""
@@ -71,14 +71,14 @@ class GPTConfig:
 
 def check_heads(config: GPTConfig) -> None:
     """Raise ValueError for heads that do not share the width evenly, or whose numbers cannot be paired."""
-    size, rest = divmod(config.width, config.heads)
+    size, rest = divmod(config.model_dim, config.num_heads)
     if rest:
-        raise ValueError(f"width {config.width} is not a multiple of heads {config.heads}")
-    of = {"learned": 1, "rotary": 2, "half": 4}[config.rotary.positions]
-    if size % of:
         raise ValueError(
-            f"a head of {size} numbers: model.rotary.positions needs a multiple of {of}"
+            f"model_dim {config.model_dim} is not a multiple of num_heads {config.num_heads}"
         )
+    of = {"learned": 1, "rope": 2, "half_rope": 4}[config.rotary.pos]
+    if size % of:
+        raise ValueError(f"a head of {size} numbers: model.rotary.pos needs a multiple of {of}")
 
 
 def norm_specs(name: str, shape: tuple[int, ...], layers: tuple[int, ...] = ()) -> list[ParamSpec]:
@@ -90,18 +90,18 @@ def norm_specs(name: str, shape: tuple[int, ...], layers: tuple[int, ...] = ()) 
 LARGE: dict[str, Any] = {"comm": "sharded", "wd_mul": 1.0}  # all but gains, biases and scalars
 
 
-def layer_specs(config: GPTConfig, plan: Sequence[LayerSpec]) -> list[ParamSpec]:
+def layer_specs(config: GPTConfig, layout: Sequence[LayerSpec]) -> list[ParamSpec]:
     """The banks of attention and MLP, in the order in which a layer comes to them (upstream has three: qk_bank, vo_bank and mlp_bank)."""
-    d, block, specs = config.width, config.block, list[ParamSpec]()
+    d, block, specs = config.model_dim, config.block, list[ParamSpec]()
     shapes = {"attention_qkv": (3 * d, d), "attention_out": (d, d)}
     shapes |= {"mlp_up": (4 * d, d), "mlp_down": (d, 4 * d)}
     for name, (high, wide) in shapes.items():
         reads, part = name in ("attention_qkv", "mlp_up"), name.split("_")[0]
-        layers = tuple(layer for layer, spec in enumerate(plan) if getattr(spec, part))
+        layers = tuple(layer for layer, spec in enumerate(layout) if getattr(spec, part))
         n = len(layers)
         if reads and block.norm == "layer":
             specs += norm_specs(f"{part}_norm", (n, d), layers)
-        kind: dict[str, Any] = linear_init(block, config.init_std, config.layers, wide, adds=not reads)  # fmt: skip
+        kind: dict[str, Any] = linear_init(block, config.init_std, config.num_layers, wide, adds=not reads)  # fmt: skip
         kind |= {"matrices": 3 if name == "attention_qkv" else 1, "is_matmul": True, **LARGE}
         kind["shape_scale"] = 2.0 if name == "mlp_up" else 1.0  # sqrt(rows / cols)
         specs.append(ParamSpec(name, (n, high, wide), layers, **kind))
@@ -112,31 +112,31 @@ def layer_specs(config: GPTConfig, plan: Sequence[LayerSpec]) -> list[ParamSpec]
 
 def layout_of(config: GPTConfig) -> tuple[LayerSpec, ...]:
     """What each layer is made of."""
-    return make_layout(config.layers, config.plan, config.embedding)
+    return make_layout(config.num_layers, config.layout, config.embedding)
 
 
 def param_specs(config: GPTConfig, vocab_size: int) -> tuple[ParamSpec, ...]:
     """Every parameter of the model, in the order in which the forward pass comes to them."""
-    d, std, head, embedding = config.width, config.init_std, config.head, config.embedding
-    words, plan = padded(vocab_size, head.multiple), layout_of(config)
-    tied_to = "head" if head.tied == "split" else ""
-    kind: dict[str, Any] = {"init_std": embedding.std or std, "is_matmul": head.tied == "tied"}
+    d, std, head, embedding = config.model_dim, config.init_std, config.head, config.embedding
+    words, layout = round_up(vocab_size, head.pad_vocab_to), layout_of(config)
+    tied_to = "lm_head" if head.tie == "until_step" else ""
+    kind: dict[str, Any] = {"init_std": embedding.std or std, "is_matmul": head.tie == "tied"}
     kind |= {"lr_mul": embedding.lr_mul, "tied_to": tied_to, **LARGE}
-    specs = [ParamSpec("token_embedding", (words, d), **kind)]
-    if config.rotary.positions == "learned":
-        specs.append(ParamSpec("position_embedding", (config.context, d), init_std=std, **LARGE))
-    if tables := tables_of(plan):
+    specs = [ParamSpec("embed", (words, d), **kind)]
+    if config.rotary.pos == "learned":
+        specs.append(ParamSpec("pos_embed", (config.max_seq_len, d), init_std=std, **LARGE))
+    if tables := num_value_tables(layout):
         kind = {"init_std": embedding.value_std, "lr_mul": embedding.value_lr_mul, **LARGE}
         kind["wd_mul"] = embedding.value_decay
-        specs.append(ParamSpec("value_embedding", (tables * words, d), **kind))
-    specs += scalar_specs(plan, config.heads, config.plan, embedding)
-    specs += layer_specs(config, plan)
+        specs.append(ParamSpec("value_embeds", (tables * words, d), **kind))
+    specs += scalar_specs(layout, config.num_heads, config.layout, embedding)
+    specs += layer_specs(config, layout)
     if config.block.norm == "layer":
         specs += norm_specs("final_norm", (d,))
-    if head.tied != "tied":
-        std = std if head.tied == "split" else head.std
+    if head.tie != "tied":
+        std = std if head.tie == "until_step" else head.std
         kind = {"init_std": std, "is_matmul": True, "lr_mul": head.lr_mul, **LARGE}
-        specs.append(ParamSpec("head", (d, words), **kind))
+        specs.append(ParamSpec("lm_head", (d, words), **kind))
     return tuple(specs)
 
 
@@ -174,10 +174,10 @@ def init_weights(model, seed: int) -> None:
 
 
 # %% The forward pass
-class Look(NamedTuple):
+class AttentionContext(NamedTuple):
     """What attention needs beside its input: who computes it, and where documents lie, if rows are packed."""
 
-    turns: tuple[Tensor, Tensor] | None
+    cos_sin: tuple[Tensor, Tensor] | None
     """Cosines and sines to turn queries and keys by."""
     packed: Packed | None = None
     tiles: Any = None
@@ -188,7 +188,7 @@ def attention(
     x: Tensor,
     weights: Mapping[str, Tensor],
     config: GPTConfig,
-    look: Look,
+    context: AttentionContext,
     ve: Tensor | None = None,
     long: bool = False,
 ) -> tuple[Tensor, Tensor]:
@@ -197,70 +197,70 @@ def attention(
     ve: values to mix in, (batch, heads, tokens, head_dim). long: whether it looks back over the long window.
     """
     batch, tokens, width = x.shape
-    shape = (batch, tokens, 3, config.heads, width // config.heads)
+    shape = (batch, tokens, 3, config.num_heads, width // config.num_heads)
     q, k, v = linear(x, weights, "attention_qkv").view(shape).permute(2, 0, 3, 1, 4)
     if config.block.qk_norm:
         q, k = rms_norm(q), rms_norm(k)
-    if look.turns is not None:
-        q, k = (rotate(each, *look.turns, config.rotary.pairs) for each in (q, k))
+    if context.cos_sin is not None:
+        q, k = (apply_rotary(each, *context.cos_sin, config.rotary.interleaved) for each in (q, k))
     if ve is not None:
         v = add_value_embed(v, ve.to(v.dtype), x, weights, config.embedding.value_residual).to(
             v.dtype
         )
-    if look.packed is None:
+    if context.packed is None:
         scale = config.attention.scale or None  # None: 1 / sqrt(head_dim)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
         y = y.transpose(1, 2)
     else:
-        bounded, kind = config.block.qk_norm, (look.packed, long, look.backend)
+        bounded, kind = config.block.qk_norm, (context.packed, long, context.backend)
         rows = [each[0].transpose(0, 1).to(v.dtype).contiguous() for each in (q, k, v)]
-        y = attend(rows[0], rows[1], rows[2], *kind, bounded, look.tiles)
+        y = attend(rows[0], rows[1], rows[2], *kind, bounded, context.tiles)
     return linear(y.reshape(batch, tokens, width), weights, "attention_out"), v
 
 
-def look_for(self, inputs: Tensor, packed: Packed | None) -> Look:
+def attention_context(self, inputs: Tensor, packed: Packed | None) -> AttentionContext:
     """What all attention layers of a forward pass share. In packed rows positions count from a document's beginning."""
-    learned = self.config.rotary.positions == "learned"
+    learned = self.config.rotary.pos == "learned"
     if packed is None:
-        return Look(None if learned else (self.cos, self.sin))
+        return AttentionContext(None if learned else (self.cos, self.sin))
     tokens = inputs.shape[1]
     angles = positions_of(packed.cu_seqlens, tokens)[:, None] * packed.frequencies
     tiles = prepare_tiles(packed, tokens, self.backend)
-    return Look((angles.cos(), angles.sin()), packed, tiles, self.backend)
+    return AttentionContext((angles.cos(), angles.sin()), packed, tiles, self.backend)
 
 
 def weights_of_layers(self) -> list[dict[str, Tensor]]:
     """Each layer's slices of the banks, by the banks' names."""
-    found: list[dict[str, Tensor]] = [{} for _ in range(self.config.layers)]
+    found: list[dict[str, Tensor]] = [{} for _ in range(self.config.num_layers)]
     for name, layers in self.banks.items():
         for layer, piece in zip(layers, getattr(self, name).unbind()):
             found[layer][name] = piece
     return found
 
 
-def embed(self, inputs: Tensor) -> Tensor:
+def embed_inputs(self, inputs: Tensor) -> Tensor:
     """The stream's beginning, (batch, tokens, width)."""
-    x = F.embedding(inputs, self.token_embedding)
+    x = F.embedding(inputs, self.embed)
     if self.config.embedding.smear:
-        x = smeared(x, self._parameters)
-    if self.config.rotary.positions == "learned":
-        x = x + self.position_embedding[: inputs.shape[1]]
+        x = apply_smear(x, self._parameters)
+    if self.config.rotary.pos == "learned":
+        x = x + self.pos_embed[: inputs.shape[1]]
     x = rms_norm(x) if self.config.embedding.norm else x
-    return x.bfloat16() if self.config.plan.stream_dtype == "bfloat16" else x
+    return x.bfloat16() if self.config.layout.stream_dtype == "bfloat16" else x
 
 
 def values_from_tables(self, inputs: Tensor) -> list[Tensor]:
     """What each value table has for the inputs, in heads: (batch, heads, tokens, head_dim)."""
-    if not (tables := tables_of(self.plan)):
+    if not (tables := num_value_tables(self.layout)):
         return []
-    rows = lookup_value_embeds(inputs, self.value_embedding, tables)
-    return [row.unflatten(-1, (self.config.heads, -1)).transpose(1, 2) for row in rows]
+    rows = lookup_value_embeds(inputs, self.value_embeds, tables)
+    return [row.unflatten(-1, (self.config.num_heads, -1)).transpose(1, 2) for row in rows]
 
 
 def logits_of(self, x: Tensor) -> Tensor:
     """The head: normed vectors, (…, width), to logits, (…, padded vocabulary)."""
-    tied = self.config.head.tied == "tied"
-    return F.linear(x, self.token_embedding) if tied else x @ self.head
+    tied = self.config.head.tie == "tied"
+    return F.linear(x, self.embed) if tied else x @ self.lm_head
 
 
 def loss_in_slabs(self, x: Tensor, targets: Tensor, rows: int = 2**15) -> Tensor:
@@ -282,23 +282,23 @@ def gpt_forward(
 
     candidates: () int in CPU memory: in training the loss is that of the FP8 head, with a softmax over so many words, 0 for all.
     """
-    config, look = self.config, look_for(self, inputs, packed)
-    x = x0 = embed(self, inputs)
+    config, context = self.config, attention_context(self, inputs, packed)
+    x = x0 = embed_inputs(self, inputs)
     outputs: list[Tensor] = []
     values: dict[Any, Tensor] = dict(enumerate(values_from_tables(self, inputs)))
-    for n, (spec, weights) in enumerate(zip(self.plan, weights_of_layers(self))):
-        x = mix_residual(x, x0, outputs, spec, weights, config.plan.skips)
+    for n, (spec, weights) in enumerate(zip(self.layout, weights_of_layers(self))):
+        x = mix_residual(x, x0, outputs, spec, weights, config.layout.skips)
         if spec.attention:
-            normal = normed(x, weights, "attention_norm")
+            normal = apply_norm(x, weights, "attention_norm")
             long = n in config.attention.long_layers
-            y, v = attention(normal, weights, config, look, values.get(spec.value), long)
+            y, v = attention(normal, weights, config, context, values.get(spec.value), long)
             values.setdefault("first", v)
             x = x + y
         if spec.mlp:
-            x = x + mlp(normed(x, weights, "mlp_norm"), weights, config.block)
+            x = x + mlp(apply_norm(x, weights, "mlp_norm"), weights, config.block)
         outputs.append(x)
     x = apply_backout(x, outputs, self._parameters)
-    x = normed(x, self._parameters, "final_norm")
+    x = apply_norm(x, self._parameters, "final_norm")
     if candidates is not None and targets is not None:
         return head_loss_op(x.flatten(0, 1), self.head, targets.flatten(), candidates)[0]
     if packed is not None and targets is not None and not torch.is_grad_enabled():
@@ -313,7 +313,7 @@ def attention_settings(
     config: GPTConfig, windows: Sequence[tuple[int, int]], device: torch.device
 ) -> list[AttentionSettings]:
     """What attention is told in each stage, given its short and its long window in tokens (0: all)."""
-    size = config.width // config.heads
+    size = config.model_dim // config.num_heads
     scale, turning = config.attention.scale or size**-0.5, frequencies(size, config.rotary)
     told = [(turning, scale)] * len(windows)
     if config.attention.yarn:
@@ -331,16 +331,16 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig, vocab_size: int, seed: int = 0):
         super().__init__()
         check_heads(config)
-        self.config, self.vocab_size, self.plan = config, vocab_size, layout_of(config)
+        self.config, self.vocab_size, self.layout = config, vocab_size, layout_of(config)
         self.specs = param_specs(config, vocab_size)
         for spec in self.specs:
             self.register_parameter(spec.name, nn.Parameter(torch.empty(spec.shape)))
         init_weights(self, seed)
         self.banks = {spec.name: spec.layers for spec in self.specs if spec.layers}
         self.backend = "sdpa"  # for packed rows: a trainer that knows its device chooses
-        if config.rotary.positions != "learned":
-            size = config.width // config.heads
-            cos, sin = rotation_tables(config.context, size, config.rotary)
+        if config.rotary.pos != "learned":
+            size = config.model_dim // config.num_heads
+            cos, sin = rotary_tables(config.max_seq_len, size, config.rotary)
             self.register_buffer("cos", cos, persistent=False)
             self.register_buffer("sin", sin, persistent=False)
 
@@ -349,11 +349,11 @@ class GPT(nn.Module):
 
 # %% The measurement
 def flops_per_token(config: GPTConfig, vocab_size: int, seq_len: int) -> float:
-    """FLOPs of a token, forward and backward: 6 for each weight of a matrix product, 6 · seq_len · width for each attention layer.
+    """FLOPs of a token, forward and backward: 6 for each weight of a matrix product, 6 · seq_len · model_dim for each attention layer.
 
     Attention counts what causality leaves: on average a token sees half of the row.
     """
     specs = param_specs(config, vocab_size)
     weights = sum(math.prod(spec.shape) for spec in specs if spec.is_matmul)
     layers = sum(spec.attention for spec in layout_of(config))
-    return 6.0 * weights + 6.0 * layers * seq_len * config.width
+    return 6.0 * weights + 6.0 * layers * seq_len * config.model_dim

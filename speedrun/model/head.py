@@ -17,15 +17,15 @@ Cap = Literal["none", "tanh30", "tanh15", "sigmoid30", "sigmoid23"]
 
 @dataclass(frozen=True)
 class HeadConfig:
-    """From the last vectors to the loss; the matrix `head` is upstream's lm_head. The defaults are GPT-2's."""
+    """From the last vectors to the loss, through the matrix lm_head. The defaults are GPT-2's."""
 
-    tied: Literal["tied", "untied", "split"] = "tied"
-    """Weight tying (Press and Wolf 2016). tied: the embedding is the head. untied: two matrices. split: two that are kept equal until schedule.untie_at."""
+    tie: Literal["tied", "untied", "until_step"] = "tied"
+    """Weight tying (Press and Wolf 2016). tied: the embedding is the head. untied: two matrices. until_step: two that are kept equal until schedule.untie_at."""
     std: NonNegativeFloat = 0.0
     """untied: deviation of the head's first weights; 0: zeros."""
     lr_mul: PositiveFloat = 1.0
     """untied: the head's learning rate as a multiple of optim.adam.lr."""
-    multiple: Annotated[int, Interval(ge=1, le=2**16)] = 1
+    pad_vocab_to: Annotated[int, Interval(ge=1, le=2**16)] = 1
     """The vocabulary is padded to a multiple of this, by rows that no token uses."""
     softcap: Cap = "none"
     """The logit softcap (Gemma 2), by which logits are bounded: 30 tanh(z/30), 15 tanh(z/15), 30 sigmoid(z/7.5), 23 sigmoid((z+5)/7.5)."""
@@ -33,12 +33,12 @@ class HeadConfig:
     """Training's loss in one pass with FP8 products (chapter 19), for a head that is not tied, under sigmoid23. Validation stays as it is."""
 
 
-def padded(vocab_size: int, multiple: int) -> int:
+def round_up(vocab_size: int, multiple: int) -> int:
     """The smallest multiple of `multiple` that is at least the vocabulary."""
     return -(-vocab_size // multiple) * multiple
 
 
-# %% Caps
+# %% Logit softcap
 def softcap(logits: Tensor, cap: Cap) -> Tensor:
     """Logits, bounded as the option says; in their own dtype."""
     if cap.startswith("tanh"):

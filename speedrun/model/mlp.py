@@ -23,9 +23,9 @@ class BlockConfig:
     """RMS norm for each head's queries and keys."""
     activation: Literal["gelu", "relu2"] = "gelu"
     """The MLP's nonlinearity; relu2: the square of what is positive."""
-    zero_out: bool = False
+    zero_init_proj: bool = False
     """Matrices that write to the stream begin at zero, and not smaller than the others by sqrt(2 · layers)."""
-    fan_in: bool = False
+    fan_in_init: bool = False
     """Matrices begin uniform with deviation 0.5 / sqrt(columns), and not normal with init_std."""
 
 
@@ -35,7 +35,7 @@ def rms_norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, x.shape[-1:], eps=1e-6)
 
 
-def normed(x: Tensor, weights: Mapping[str, Any], name: str) -> Tensor:
+def apply_norm(x: Tensor, weights: Mapping[str, Any], name: str) -> Tensor:
     """Layer norm with the gain and bias that stand under a name, or RMS norm if there are none."""
     gain = weights.get(f"{name}_gain")
     if gain is None:
@@ -65,7 +65,7 @@ def linear_init(
     config: BlockConfig, init_std: float, layers: int, columns: int, adds: bool
 ) -> dict[str, Any]:
     """How a matrix of so many columns is initialised, as columns of its ParamSpec. adds: it writes to the residual stream."""
-    std = 0.5 / math.sqrt(columns) if config.fan_in else init_std
+    std = 0.5 / math.sqrt(columns) if config.fan_in_init else init_std
     if adds:
-        std = 0.0 if config.zero_out else std / math.sqrt(2 * layers)
-    return {"init_std": std, "init_uniform": config.fan_in and std > 0}
+        std = 0.0 if config.zero_init_proj else std / math.sqrt(2 * layers)
+    return {"init_std": std, "init_uniform": config.fan_in_init and std > 0}
