@@ -1058,7 +1058,7 @@ assert [field for field in Packed._fields if field in AttentionSettings._fields]
 
 
 # %%
-#| export kernels.backends
+#| export model.backends
 from typing import Any
 
 import torch
@@ -1101,7 +1101,7 @@ sdpa_op.register_autograd(
 
 
 # %%
-#| export kernels.backends
+#| export model.backends
 def flash4(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: Tensor, window: Tensor, scale: Tensor, state: tuple = ()
 ) -> tuple[Tensor, ...]:  # fmt: skip
@@ -1118,7 +1118,7 @@ def flash4(
 
 
 # %%
-#| export kernels.backends
+#| export model.backends
 @torch.library.custom_op(f"{NAMESPACE}::flash", mutates_args=())
 def flash_op(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: Tensor, window: Tensor, scale: Tensor, fa4: bool = False
@@ -1153,7 +1153,7 @@ def flash_backward_op(
 
 
 # %%
-#| export kernels.backends
+#| export model.backends
 @flash_op.register_fake
 def fake_flash(q, k, v, cu_seqlens, longest, window, scale, fa4=False):
     lse = q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
@@ -1260,6 +1260,8 @@ def prepare_tiles(packed: Packed, tokens: int, backend: str) -> Any:
     return None
 
 
+# %%
+#| export model.backends
 def attend(
     q: Tensor, k: Tensor, v: Tensor, packed: Packed, long: bool, backend: str, bounded: bool, tiles: Any
 ) -> Tensor:  # fmt: skip

@@ -153,13 +153,13 @@ from annotated_types import Interval
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from speedrun.kernels.attention import attention_op
 from speedrun.kernels.loss import head_loss_op
 from speedrun.lab.bounds import PositiveFloat, PositiveInt
 from speedrun.model.attention import (
     AttentionConfig,
     AttentionSettings,
     Packed,
-    attend,
     positions_of,
     prepare_tiles,
 )
@@ -446,9 +446,16 @@ def attention(
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
         y = y.transpose(1, 2)
     else:
-        bounded, kind = config.block.qk_norm, (context.packed, long, context.backend)
         rows = [each[0].transpose(0, 1).to(v.dtype).contiguous() for each in (q, k, v)]
-        y = attend(rows[0], rows[1], rows[2], *kind, bounded, context.tiles)
+        packed, bounded = context.packed, config.block.qk_norm and v.dtype != torch.float16
+        if context.backend == "triton":
+            kernel = (context.tiles, packed.windows[int(long)], packed.scale, bounded)
+            y = attention_op(rows[0], rows[1], rows[2], *kernel)[0]
+        else:
+            from speedrun.model.backends import attend
+
+            told = (packed, long, context.backend, bounded, context.tiles)
+            y = attend(rows[0], rows[1], rows[2], *told)
     return linear(y.reshape(batch, tokens, width), weights, "attention_out"), v
 
 

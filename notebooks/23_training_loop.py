@@ -182,8 +182,8 @@ for words in ({"RANK": "1"}, {"RANK": "0", "WORLD_SIZE": "two"}, {"RANK": "0", "
 #| export
 import contextlib
 import dataclasses
+import importlib
 import json
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -212,6 +212,8 @@ from speedrun.schedule import Schedule
 
 
 # %%
+import time
+
 from speedrun.lab.timer import StepTimer, off_the_clock
 
 clock, marks = TrainClock(ranks.device), StepTimer(ranks.device)
@@ -579,18 +581,25 @@ class SilentLog(RunLog):
         pass
 
 
-def open_log(config: Config, folder: Path, echo) -> RunLog:
-    """Rank 0's log: two files, and Weights & Biases as well if the run names a project and it answers."""
-    log = RunLog(folder, echo)
-    if not config.wandb:
-        return log
+# %%
+#| export tracking
+import contextlib
+import dataclasses
+
+from speedrun.config import Config
+from speedrun.lab.errors import visible
+from speedrun.lab.runlog import RunLog
+
+
+def track(log: RunLog, config: Config, name: str) -> None:
+    """Let a log's steps and validations go to Weights & Biases as well, under a name, if it answers."""
     try:
         import wandb
 
-        wandb.init(project=config.wandb, name=folder.name, config=dataclasses.asdict(config))
+        wandb.init(project=config.wandb, name=name, config=dataclasses.asdict(config))
     except Exception as error:  # not installed, no key, no network: a log is not worth a run
         log.line(f"no Weights & Biases, going on without: {visible(error)}")
-        return log
+        return
     write = log.record
 
     def record(kind: str, **fields) -> None:
@@ -601,6 +610,15 @@ def open_log(config: Config, folder: Path, echo) -> RunLog:
                 wandb.log(numbers, step=fields["step"])
 
     log.record = record  # type: ignore[method-assign]
+
+
+# %%
+#| export run
+def open_log(config: Config, folder: Path, echo) -> RunLog:
+    """Rank 0's log: two files, and Weights & Biases as well if the run names a project and it answers."""
+    log = RunLog(folder, echo)
+    if config.wandb:
+        importlib.import_module("speedrun.tracking").track(log, config, folder.name)
     return log
 
 
@@ -1182,7 +1200,7 @@ def train(
 whole = train(brief, scratch / "whole")
 
 # %%
-from speedrun.lab.runlog import read_metrics, series
+from speedrun.lab.metrics import read_metrics, series
 
 records = read_metrics(scratch / "whole" / "metrics.jsonl")
 assert [record["kind"] for record in records[:2]] == ["run", "phase"] and records[-1][

@@ -396,7 +396,7 @@ from speedrun.config import vary
 from speedrun.presets import preset
 from speedrun.data.shards import load_manifest
 from speedrun.lab.provenance import stamp
-from speedrun.lab.runlog import read_metrics, series
+from speedrun.lab.metrics import read_metrics, series
 from speedrun.train import train
 
 NAMES = ("cpu",)

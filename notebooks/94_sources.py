@@ -70,7 +70,6 @@ import hashlib
 import json
 import os
 import re
-import shlex
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -80,7 +79,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from speedrun.lab.errors import WAYS_OUT, UserError, quoted, visible
-from speedrun.lab.files import atomic_write, file_sha256
+from speedrun.lab.files import atomic_write
 from speedrun.lab.provenance import note_opened, root
 
 MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 1024

@@ -89,9 +89,7 @@ import platform
 import re
 import shutil
 import subprocess
-import sys
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 
 def run_tool(command: list[str], timeout_s: float, fine: tuple[int, ...] = (0,)) -> str:

@@ -243,7 +243,13 @@ if sys.platform != "win32":
 
 
 # %%
-#| export lab.runlog
+#| export lab.metrics
+import json
+from pathlib import Path
+
+from speedrun.lab.errors import UserError
+
+
 def read_metrics(path: str | Path) -> list[dict]:
     """All records of a metrics.jsonl. A torn last line is skipped: its writer may be at work."""
     lines, records = Path(path).read_text(encoding="utf-8").splitlines(), []

@@ -8,7 +8,7 @@ from pathlib import Path
 from speedrun.config import config_from_json, schedule_of
 from speedrun.lab.errors import UserError, quoted
 from speedrun.lab.results import public_table
-from speedrun.lab.runlog import read_metrics, series
+from speedrun.lab.metrics import read_metrics, series
 
 
 def quantile(values: list[float], share: float) -> float:

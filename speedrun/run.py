@@ -7,8 +7,8 @@ from speedrun.ranks import Ranks
 # %% Rank, world size and device
 import contextlib
 import dataclasses
+import importlib
 import json
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,25 +91,8 @@ class SilentLog(RunLog):
 def open_log(config: Config, folder: Path, echo) -> RunLog:
     """Rank 0's log: two files, and Weights & Biases as well if the run names a project and it answers."""
     log = RunLog(folder, echo)
-    if not config.wandb:
-        return log
-    try:
-        import wandb
-
-        wandb.init(project=config.wandb, name=folder.name, config=dataclasses.asdict(config))
-    except Exception as error:  # not installed, no key, no network: a log is not worth a run
-        log.line(f"no Weights & Biases, going on without: {visible(error)}")
-        return log
-    write = log.record
-
-    def record(kind: str, **fields) -> None:
-        write(kind, **fields)
-        if kind in ("step", "val"):
-            numbers = {k: v for k, v in fields.items() if isinstance(v, int | float)}
-            with contextlib.suppress(Exception):
-                wandb.log(numbers, step=fields["step"])
-
-    log.record = record  # type: ignore[method-assign]
+    if config.wandb:
+        importlib.import_module("speedrun.tracking").track(log, config, folder.name)
     return log
 
 

@@ -32,10 +32,10 @@ from speedrun.kernels.attention import (
     launch_forward,
     room_for_squares,
 )
-from speedrun.kernels.backends import flash_op
 from speedrun.lab.errors import UserError
-from speedrun.lab.runlog import read_metrics, series
-from speedrun.model.attention import Packed, attend, choose_backend, prepare_tiles, sdpa_op, why_not
+from speedrun.lab.metrics import read_metrics, series
+from speedrun.model.attention import Packed, choose_backend, prepare_tiles, why_not
+from speedrun.model.backends import attend, flash_op, sdpa_op
 from speedrun.model.gpt import GPT, attention_settings
 from speedrun.presets import as_arguments, preset
 from speedrun.schedule import Stage

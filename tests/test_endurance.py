@@ -74,7 +74,7 @@ def start_ranks(arguments: list[str], world: int, log: Path) -> list[int]:
 
 def facts_of(folder: Path) -> dict:
     """All losses of a run, as they were written, and its last tensors."""
-    from speedrun.lab.runlog import read_metrics, series
+    from speedrun.lab.metrics import read_metrics, series
 
     records = read_metrics(folder / "metrics.jsonl")
     losses = {kind: {row["step"]: row[name] for row in series(records, kind)} for kind, name in (("step", "train_loss"), ("val", "val_loss"))}  # fmt: skip

@@ -16,7 +16,7 @@ from speedrun.config import vary
 from speedrun.cpu_size import at_cpu_size
 from speedrun.lab.bench import Peak, bench, clocked, ledger, roofline_ms
 from speedrun.lab.hardware import detect_machine, find_gpus, jit
-from speedrun.lab.runlog import read_metrics, series
+from speedrun.lab.metrics import read_metrics, series
 from speedrun.measure import many_gpus
 from speedrun.model.gpt import GPT
 from speedrun.model.head import round_up

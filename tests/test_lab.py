@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats as scipy_stats
 
-from speedrun.lab import doctor, hardware, provenance, results, runlog, stats
+from speedrun.lab import doctor, hardware, metrics, provenance, results, runlog, stats
 from speedrun.lab.errors import UserError
 
 
@@ -302,7 +302,7 @@ class TestRunLog:
             path.write_bytes(whole[: min(cut, len(whole))])
             complete = whole[: min(cut, len(whole))].count(b"\n")
             runlog.RunLog(folder, echo=None).record("note", step=-1, text="after")
-            records = runlog.read_metrics(path)
+            records = metrics.read_metrics(path)
             assert [record["text"] for record in records] == [*texts[:complete], "after"]
 
     def test_a_limit_on_the_file_size_is_survived(self, tmp_path):
@@ -330,7 +330,7 @@ log.line("d")
     def test_a_broken_line_in_the_middle_is_named(self, tmp_path):
         (tmp_path / "m.jsonl").write_text('{"kind": "a"}\nnonsense\n{"kind": "b"}\n')
         with pytest.raises(UserError, match=r"m\.jsonl, line 2: not a record"):
-            runlog.read_metrics(tmp_path / "m.jsonl")
+            metrics.read_metrics(tmp_path / "m.jsonl")
 
     @given(st.integers(0, 10**6), st.integers(1, 10**6), st.floats(0, 1e9), st.floats(0.001, 99))
     def test_lines_come_back(self, step, steps, ms, loss):

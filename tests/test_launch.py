@@ -19,7 +19,7 @@ from speedrun.data.loader import DataConfig
 from speedrun.heartbeat import read_heartbeats
 from speedrun.lab.errors import UserError
 from speedrun.lab.hardware import GPU, Machine
-from speedrun.lab.runlog import read_metrics, series
+from speedrun.lab.metrics import read_metrics, series
 from speedrun.launch import choose_preset, confirm, make_plan, prepare_data
 from speedrun.presets import preset
 from speedrun.supervise import Patience, diagnosis, run_ranks

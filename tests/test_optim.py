@@ -353,7 +353,7 @@ class TestRecordMuon:
 @pytest.mark.parametrize("record", [False, True])
 def test_runs_that_share_a_process_end_as_they_would_alone(record, brief, tmp_path):
     """On a GPU, comparisons train one run after the other with one compiled model."""
-    from speedrun.lab.runlog import read_metrics, series
+    from speedrun.lab.metrics import read_metrics, series
     from speedrun.measure.runs import train_in_place
     from speedrun.train import build_run
 
@@ -429,7 +429,7 @@ class TestRatesOfTheMatrices:
 
 @pytest.mark.slow
 def test_the_three_winners_keep_their_order_for_sixty_steps(tmp_path, embedded):
-    from speedrun.lab.runlog import read_metrics, series
+    from speedrun.lab.metrics import read_metrics, series
     from speedrun.measure.newton_schulz import grid, losses_of_grid, short, winners
 
     brief, losses = {"steps": 60, "schedule.warmup_steps": 10, "val_every": 60}, {}

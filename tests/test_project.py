@@ -118,6 +118,8 @@ class TestLayers:
             "speedrun.optim.soap",
             "speedrun.optim.sparse",
             "speedrun.data.tokenizer",
+            "speedrun.model.backends",
+            "speedrun.tracking",
         )
         tokens = {
             module: tokens_of_code(source_of(module))

@@ -7,7 +7,7 @@ import pytest
 
 from speedrun.config import vary
 from speedrun.lab.errors import UserError
-from speedrun.lab.runlog import read_metrics, series
+from speedrun.lab.metrics import read_metrics, series
 from speedrun.presets import preset
 from speedrun.report import five_numbers, loss_figure, read_run, unit_of, write_report
 from speedrun.train import train

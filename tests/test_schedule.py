@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from speedrun.config import check_config, config_from_json, schedule_of, vary
 from speedrun.cpu_size import at_cpu_size
 from speedrun.lab.errors import UserError
-from speedrun.lab.runlog import read_metrics, series
+from speedrun.lab.metrics import read_metrics, series
 from speedrun.measure.schedule import schedule_table, turning_points
 from speedrun.presets import PRESETS, known_presets, preset
 from speedrun.schedule import Schedule, ScheduleConfig, Stage, check_schedule, ramp

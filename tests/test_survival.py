@@ -21,7 +21,8 @@ from speedrun.command import run_folder
 from speedrun.config import vary
 from speedrun.heartbeat import Heartbeat, Interrupts, agree_on_stop, read_heartbeats
 from speedrun.lab.errors import UserError
-from speedrun.lab.runlog import RunLog, read_metrics, series
+from speedrun.lab.metrics import read_metrics, series
+from speedrun.lab.runlog import RunLog
 from speedrun.presets import as_arguments
 from speedrun.ranks import Ranks, join_ranks, rank_numbers
 from speedrun.supervise import Patience, Silence, run_ranks

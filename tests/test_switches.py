@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 from speedrun.config import Config, check_config, fields_of, vary
 from speedrun.cpu_size import at_cpu_size
 from speedrun.lab.errors import UserError
-from speedrun.lab.runlog import read_metrics, series
+from speedrun.lab.metrics import read_metrics, series
 from speedrun.model.embedding import EmbeddingConfig
 from speedrun.model.gpt import GPT, GPTConfig, param_specs
 from speedrun.model.head import HeadConfig

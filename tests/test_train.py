@@ -23,7 +23,8 @@ from speedrun.checkpoint import (
 from speedrun.config import vary
 from speedrun.cpu_size import at_cpu_size
 from speedrun.lab.errors import UserError
-from speedrun.lab.runlog import parse_line, read_metrics, series
+from speedrun.lab.metrics import read_metrics, series
+from speedrun.lab.runlog import parse_line
 from speedrun.presets import as_arguments, known_presets, preset
 from speedrun.schedule import Stage
 from speedrun.supervise import run_ranks

@@ -9,8 +9,8 @@ from speedrun.kernels.attention import (
     launch_backward,
     launch_forward,
 )
-from speedrun.kernels.backends import flash_backward_op, flash_op
 from speedrun.model.attention import why_not
+from speedrun.model.backends import flash_backward_op, flash_op
 
 
 # %% The problem

@@ -23,7 +23,7 @@ from speedrun.data.loader import Shards
 from speedrun.lab.errors import UserError
 from speedrun.lab.hardware import detect_machine
 from speedrun.lab.results import load_result
-from speedrun.lab.runlog import read_metrics, series
+from speedrun.lab.metrics import read_metrics, series
 from speedrun.optim.muon import MuonConfig
 from speedrun.schedule import Stage
 

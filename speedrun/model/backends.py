@@ -1,7 +1,13 @@
 # Tangled from notebooks/11_attention_backends.py: edit the notebook, then run "make tangle". Edits made here are lost.
 
 
-from speedrun.kernels.attention import NAMESPACE, attention_by_document, gradients_by_document
+from speedrun.kernels.attention import (
+    NAMESPACE,
+    attention_by_document,
+    attention_op,
+    gradients_by_document,
+)
+from speedrun.model.attention import Packed
 
 
 # %% One function over all
@@ -122,3 +128,23 @@ def flash_attention(
     q, k, v = (torch.where(inside, each, 0) for each in (q, k, v))
     out = flash_op(q, k, v, cu_seqlens, longest, window, scale, fa4)[0]
     return torch.where(inside, out, 0)
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, packed: Packed, long: bool, backend: str, bounded: bool, tiles: Any
+) -> Tensor:  # fmt: skip
+    """Causal attention inside packed documents, (tokens, heads, head_dim). long: the long window. bounded: |q · k| ≤ head_dim.
+
+    tiles: what `prepare_tiles` has made for all layers.
+    """
+    window, scale = packed.windows[int(long)], packed.scale
+    if backend == "triton":
+        return attention_op(q, k, v, tiles, window, scale, bounded and q.dtype != torch.float16)[0]
+    if backend in ("fa2", "fa3", "fa4"):
+        told = (packed.cu_seqlens, packed.longest, window, scale, backend == "fa4")
+        return flash_attention(q, k, v, *told)
+    if backend == "flex":
+        from speedrun.model.masks import flex_attention_in
+
+        return flex_attention_in(q, k, v, tiles[int(long)], scale)
+    return sdpa_op(q, k, v, packed.cu_seqlens, window, scale)
