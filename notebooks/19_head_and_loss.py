@@ -876,8 +876,9 @@ for place, ms in enumerate(times):
 for floor, style, name in ((floor_ms, "--", "bfloat16"), (floor_fp8, ":", "FP8")):
     axes[0].axvline(floor, color="k", ls=style, lw=1, label=f"least by operations, {name}")
 axes[0].set_xlabel("ms, forward and backward")
-axes[0].set_title(f"one pass takes {one[-1] / base[-1]:.2f} of PyTorch's time,\nwith candidates {few[-1] / base[-1]:.2f}")  # fmt: skip
-axes[0].legend(fontsize=7, loc="lower right")
+axes[0].set_title(f"one pass takes {one[-1] / base[-1]:.2f} of PyTorch's time,\nwith candidates {few[-1] / base[-1]:.2f}", fontsize=9)  # fmt: skip
+axes[0].legend(fontsize=7, loc="upper right")
+axes[0].margins(x=0.12)
 axes[1].plot(list(losses), list(losses.values()), "o-", ms=4)
 axes[1].axhline(full, color="k", ls="--", lw=1, label="all words")
 axes[1].axvline(distinct, color="C1", lw=1, label="different targets in the batch")
@@ -885,8 +886,11 @@ axes[1].set_xscale("log", base=2)
 axes[1].set_xlabel("candidates")
 axes[1].set_ylabel("loss of the same model (nats)")
 beyond = min(count for count in losses if count > distinct)
-axes[1].set_title(f"from all targets on, the loss is only {full - losses[beyond]:.3f} too low")
-axes[1].legend(fontsize=7)
+axes[1].set_title(
+    f"with all targets among the candidates\nthe loss is only {full - losses[beyond]:.3f} too low",
+    fontsize=9,
+)
+axes[1].legend(fontsize=7, loc="lower right")
 fig.text(0.99, -0.04, measured_on(result), ha="right", fontsize=6.5)
 plt.show()
 
