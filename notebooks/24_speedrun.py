@@ -1144,7 +1144,7 @@ for ax, words in zip((left, middle, right), titles):
 plt.show()
 
 # %% [markdown]
-# *Left: the embedded text on two cores, by llm.c's recipe and by `record`'s made small. Middle: ours on English that is **not** FineWeb, 200 million tokens of it for `record_200m` and 100 for `small`. Right: the contest's logs on FineWeb; record 89's is that of its pull request, 79.5 s, where the merged code takes 73.8 s. No height in one panel can be compared with one in another.*
+# *Left: the embedded text on two cores, by llm.c's recipe and by `record`'s made small. Middle: ours on English that is **not** FineWeb, 200 million tokens of it for `record_200m` and 100 for `small`. (What trains on a sample of the words is behind over all of them until its last steps: [chapter 19](19_head_and_loss.py).) Right: the contest's logs on FineWeb; record 89's is that of its pull request, 79.5 s, where the merged code takes 73.8 s. No height in one panel can be compared with one in another.*
 #
 # The losses of `record1` in the list are withdrawn: those fifty steps were taken before we knew of the trap that [chapter 23](23_training_loop.py) describes, and their passes were long enough for it. Its times were taken with the fused kernel that is switched off since, so they too are those of another program; what switching it off costs has not been measured.
 #
