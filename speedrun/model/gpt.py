@@ -184,6 +184,20 @@ class AttentionContext(NamedTuple):
     backend: str = "sdpa"
 
 
+def attend_packed(
+    q: Tensor, k: Tensor, v: Tensor, context: AttentionContext, packed: Packed, qk_norm: bool, long: bool
+) -> Tensor:  # fmt: skip
+    """Attention that keeps documents apart, by the context's backend: (1, heads, tokens, head_dim) each → (tokens, heads, head_dim)."""
+    bounded = qk_norm and v.dtype != torch.float16
+    q, k, v = (each[0].transpose(0, 1).to(v.dtype).contiguous() for each in (q, k, v))
+    if context.backend == "triton":
+        kernel = (context.tiles, packed.windows[int(long)], packed.scale, bounded)
+        return attention_op(q, k, v, *kernel)[0]
+    from speedrun.model.backends import attend
+
+    return attend(q, k, v, packed, long, context.backend, bounded, context.tiles)
+
+
 def attention(
     x: Tensor,
     weights: Mapping[str, Tensor],
@@ -209,19 +223,9 @@ def attention(
         )
     if context.packed is None:
         scale = config.attention.scale or None  # None: 1 / sqrt(head_dim)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
-        y = y.transpose(1, 2)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale).transpose(1, 2)
     else:
-        rows = [each[0].transpose(0, 1).to(v.dtype).contiguous() for each in (q, k, v)]
-        packed, bounded = context.packed, config.block.qk_norm and v.dtype != torch.float16
-        if context.backend == "triton":
-            kernel = (context.tiles, packed.windows[int(long)], packed.scale, bounded)
-            y = attention_op(rows[0], rows[1], rows[2], *kernel)[0]
-        else:
-            from speedrun.model.backends import attend
-
-            told = (packed, long, context.backend, bounded, context.tiles)
-            y = attend(rows[0], rows[1], rows[2], *told)
+        y = attend_packed(q, k, v, context, context.packed, config.block.qk_norm, long)
     return linear(y.reshape(batch, tokens, width), weights, "attention_out"), v
 
 
@@ -307,7 +311,7 @@ def gpt_forward(
     x = apply_backout(x, outputs, self._parameters)
     x = apply_norm(x, self._parameters, "final_norm")
     if candidates is not None and targets is not None:
-        return head_loss_op(x.flatten(0, 1), self.head, targets.flatten(), candidates)[0]
+        return head_loss_op(x.flatten(0, 1), self.lm_head, targets.flatten(), candidates)[0]
     if packed is not None and targets is not None and not torch.is_grad_enabled():
         return loss_in_slabs(self, x, targets)
     logits = logits_of(self, x)
