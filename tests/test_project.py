@@ -39,7 +39,7 @@ LAYERS = [  # imports point from a later line to an earlier one, or stay on one 
     {"speedrun.schedule"},
     {"speedrun.model", "speedrun.optim"},
     {"speedrun.config", "speedrun.presets", "speedrun.history", "speedrun.cpu_size"},
-    {"speedrun.ranks", "speedrun.checkpoint"},
+    {"speedrun.ranks", "speedrun.checkpoint", "speedrun.tracking"},
     {"speedrun.heartbeat"},
     {"speedrun.run", "speedrun.command"},
     {"speedrun.train"},
