@@ -547,7 +547,7 @@ def gpt_forward(
     x = apply_backout(x, outputs, self._parameters)
     x = apply_norm(x, self._parameters, "final_norm")
     if candidates is not None and targets is not None:
-        return head_loss_op(x.flatten(0, 1), self.head, targets.flatten(), candidates)[0]
+        return head_loss_op(x.flatten(0, 1), self.lm_head, targets.flatten(), candidates)[0]
     if packed is not None and targets is not None and not torch.is_grad_enabled():
         return loss_in_slabs(self, x, targets)
     logits = logits_of(self, x)

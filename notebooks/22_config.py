@@ -339,7 +339,7 @@ def check_head(config: Config) -> None:
         what = (
             f"model.head.fp8 with model.head.tie={head.tie} and model.head.softcap={head.softcap}"
         )
-        fix = "--model.head.tie split --model.head.softcap sigmoid23; or --model.head.no-fp8"
+        fix = "--model.head.tie until_step --model.head.softcap sigmoid23; or --model.head.no-fp8"
         raise UserError(what, fix)
     if any(candidates) and not head.fp8:
         what = "schedule.stages with candidates, and no model.head.fp8: the softmax runs over all words there"
@@ -423,6 +423,7 @@ assert schedule_of(Config()).tokens_before(19_560) == 19_560 * 524_288
 assert schedule_of(Config()).at(700).lr == Config().optim.adam.lr
 
 # %%
+from speedrun.model.head import HeadConfig
 from speedrun.model.layout import LayoutConfig
 
 assert check_config(Config()) == Config()
@@ -435,6 +436,8 @@ wrong = [
     Config(model=GPTConfig(num_layers=1, layout=LayoutConfig(backout=True))),
     Config(schedule=ScheduleConfig(stages=(Stage(0.5),))),
     Config(schedule=ScheduleConfig(stages=(Stage(prefix_weight=(0.25, 0.0)),))),
+    Config(schedule=ScheduleConfig(stages=(Stage(candidates=1024),))),
+    Config(model=GPTConfig(head=HeadConfig(fp8=True))),
 ]
 for config in wrong:
     try:
@@ -442,6 +445,8 @@ for config in wrong:
         raise AssertionError("accepted")
     except UserError as problem:
         print(problem)
+eight_bits = HeadConfig("until_step", softcap="sigmoid23", fp8=True)  # what the last one advises
+check_config(Config(model=GPTConfig(head=eight_bits)))
 
 # %% [markdown]
 # ### Varying

@@ -506,13 +506,13 @@ assert worst < 1e-12
 print(f"1,024 tokens in 1, 2, 4 or 8 parts: the gradients differ by {worst:.0e} of their length")
 
 # %% [markdown]
-# This is double precision. In single precision a sum in another order differs in the seventh digit, and in bfloat16 much sooner. Two runs of `record_200m` with one seed, on two GPUs and on four, end this far apart:
+# This is double precision. In single precision a sum in another order differs in the seventh digit, and in bfloat16 much sooner. Two runs of `record_200m` with one seed, on two GPUs and on four, end this far apart (they were made before the record had [chapter 19](19_head_and_loss.py)'s loss):
 
 # %%
 from speedrun.lab.results import load_result
 
 ends = {}
-for name in ("record_200m", "record_200m_4gpu"):
+for name in ("record_200m_plain_head", "record_200m_4gpu"):
     for one in load_result("speedrun", name)["data"]["runs"]:
         ends[one["world"], one["config"]["seed"]] = one["curve"][-1]["val_loss"]
 assert {world for world, _ in ends} == {2, 4}

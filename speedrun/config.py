@@ -134,7 +134,7 @@ def check_head(config: Config) -> None:
         what = (
             f"model.head.fp8 with model.head.tie={head.tie} and model.head.softcap={head.softcap}"
         )
-        fix = "--model.head.tie split --model.head.softcap sigmoid23; or --model.head.no-fp8"
+        fix = "--model.head.tie until_step --model.head.softcap sigmoid23; or --model.head.no-fp8"
         raise UserError(what, fix)
     if any(candidates) and not head.fp8:
         what = "schedule.stages with candidates, and no model.head.fp8: the softmax runs over all words there"
