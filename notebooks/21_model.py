@@ -349,7 +349,7 @@ assert abs(drawn.std().item() / (0.02 / math.sqrt(24)) - 1) < 0.05
 print(f"attention_out starts with a deviation of {drawn.std():.5f} = 0.02 / √24")
 
 # %% [markdown]
-# ### The trap
+# ### Slices of a bank: index or unbind
 #
 # Now the prediction. A layer can take its slice of a bank in two ways that look alike: `bank[i]` for each layer, or `bank.unbind()` once. Going forward both are free. Going backward, the gradient of `bank[i]` is a tensor of the *whole bank's* size, zero but for one slice, and $L$ of them are
 # then added up. `unbind` is one operation with $L$ outputs, so its gradient is one operation too: a stack. Count what each writes, with a mode that sees every tensor operation:
@@ -403,7 +403,7 @@ print(
 #
 # ### The forward pass
 #
-# The layers are those of chapter 03, as functions of their weights. Those come as a dictionary by name, since the config decides what a layer has; what is not in it is not computed. MLP and norms are [chapter 05](05_modern_block.py)'s. Which parts a layer has, and what is added to its input, is a row of [chapter 07](07_plumbing.py)'s layout.
+# The layers are those of chapter 03, as functions of their weights. Those come as a dictionary by name, since the config decides what a layer has; what is not in it is not computed. MLP and norms are [chapter 05](05_modern_block.py)'s, and the loss in one pass with products in eight bits, `head_loss_op`, [chapter 19](19_head_and_loss.py)'s. Which parts a layer has, and what is added to its input, is a row of [chapter 07](07_plumbing.py)'s layout.
 
 
 # %%
