@@ -43,8 +43,8 @@ from speedrun.presets import preset
 
 specs = param_specs(preset("record").model, 50_257)
 sizes = {spec.name: math.prod(spec.shape) for spec in specs}
-matrices = ("attention_qkv", "attention_out", "mlp_up", "mlp_down", "head")
-share = sizes["head"] / sum(sizes[name] for name in matrices)
+matrices = ("attention_qkv", "attention_out", "mlp_up", "mlp_down", "lm_head")
+share = sizes["lm_head"] / sum(sizes[name] for name in matrices)
 flop = 3 * 2 * 49_152 * 768 * 50_304
 ms = {form: flop / rate * 1e3 for form, rate in {"bf16": 989e12, "FP8": 1979e12}.items()}
 ladder = {int(row["record"]): row for row in public_table("records")}

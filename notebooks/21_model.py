@@ -418,6 +418,20 @@ class AttentionContext(NamedTuple):
     backend: str = "sdpa"
 
 
+def attend_packed(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext, bounded: bool, long: bool) -> Tensor:  # fmt: skip
+    """Attention within the documents of a packed row, q, k, v (1, heads, tokens, head_dim) → (tokens, heads, head_dim). bounded: q and k are normed."""
+    packed, backend, tiles = context.packed, context.backend, context.tiles
+    assert packed is not None
+    q, k, v = (each[0].transpose(0, 1).to(v.dtype).contiguous() for each in (q, k, v))
+    if backend == "triton":
+        return attention_op(q, k, v, tiles, packed.windows[int(long)], packed.scale, bounded)[0]
+    from speedrun.model.backends import attend
+
+    return attend(q, k, v, packed, long, backend, bounded, tiles)
+
+
+# %%
+#| export
 def attention(
     x: Tensor,
     weights: Mapping[str, Tensor],
@@ -446,16 +460,8 @@ def attention(
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
         y = y.transpose(1, 2)
     else:
-        rows = [each[0].transpose(0, 1).to(v.dtype).contiguous() for each in (q, k, v)]
-        packed, bounded = context.packed, config.block.qk_norm and v.dtype != torch.float16
-        if context.backend == "triton":
-            kernel = (context.tiles, packed.windows[int(long)], packed.scale, bounded)
-            y = attention_op(rows[0], rows[1], rows[2], *kernel)[0]
-        else:
-            from speedrun.model.backends import attend
-
-            told = (packed, long, context.backend, bounded, context.tiles)
-            y = attend(rows[0], rows[1], rows[2], *told)
+        bounded = config.block.qk_norm and v.dtype != torch.float16
+        y = attend_packed(q, k, v, context, bounded, long)
     return linear(y.reshape(batch, tokens, width), weights, "attention_out"), v
 
 
