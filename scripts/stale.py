@@ -97,6 +97,9 @@ def known(run, off, kind=Config, prefix=""):  # without what this code does not 
                 raise ValueError(f"{prefix}{name}={value!r}: not in this code")
         elif dataclasses.is_dataclass(kinds[name]):
             found[name] = known(value, off[name], kinds[name], f"{prefix}{name}.")
+        elif value and isinstance(value, list) and isinstance(value[0], dict):  # a table
+            row = typing.get_args(kinds[name])[0]
+            found[name] = [known(v, off[name][0], row, f"{prefix}{name}.") for v in value]
         else:
             found[name] = value
     return found

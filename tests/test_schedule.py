@@ -1,6 +1,7 @@
 """Schedules: the trainer's rate against formulas spelled out, and random lists of stages."""
 
 import dataclasses
+import itertools
 import json
 import math
 from dataclasses import replace
@@ -12,12 +13,13 @@ from hypothesis import strategies as st
 
 from speedrun.config import check_config, config_from_json, schedule_of, vary
 from speedrun.cpu_size import at_cpu_size
+from speedrun.kernels.loss import head_loss_op
 from speedrun.lab.errors import UserError
 from speedrun.lab.metrics import read_metrics, series
 from speedrun.measure.schedule import schedule_table, turning_points
 from speedrun.presets import PRESETS, known_presets, preset
 from speedrun.schedule import Schedule, ScheduleConfig, Stage, check_schedule, ramp
-from speedrun.train import build_run, run_loop, train
+from speedrun.train import build_run, run_loop, train, train_step
 
 COSINE = ScheduleConfig()
 PEAKS = st.floats(1e-5, 1.0)
@@ -187,6 +189,7 @@ def schedules(draw) -> Schedule:
                 batch_mul=draw(st.integers(1, 10)),
                 lr_mul=draw(st.floats(max(floor, 1e-3), 3)),
                 max_doc_tokens=draw(st.integers(0, 4096)),
+                candidates=16 * draw(st.integers(0, 2048)),
                 windows=(draw(st.integers(0, 2000)), draw(st.integers(0, 2000))),
                 mtp_weights=(draw(weights), draw(weights)),
                 prefix_weight=(draw(st.floats(0, 1)), draw(st.floats(0, 1))),
@@ -254,8 +257,15 @@ class TestStages:
             if config.shape == "trapezoid" and after.step >= config.warmup_steps + 1:
                 bound = abs(top - config.final_lr_frac) / fall
                 assert abs(after.lr - before.lr) <= bound + 1e-12
-            lengths = [(s.batch_tokens, s.max_doc_tokens, s.windows) for s in (before, after)]
+            lengths = [
+                (s.batch_tokens, s.max_doc_tokens, s.windows, s.candidates) for s in (before, after)
+            ]
             assert lengths[0] == lengths[1]
+
+    @given(schedules())
+    def test_a_step_is_told_its_stages_candidates(self, schedule):
+        for now in every_step(schedule):
+            assert now.candidates == schedule.config.stages[now.stage].candidates
 
     @given(schedules())
     def test_loss_weights_run_from_end_to_end(self, schedule):
@@ -433,6 +443,71 @@ class TestInAStagedRun:
         )
         schedule = schedule_of(run)
         assert len(schedule.starts) == 4 and run.schedule.extension_steps == 3
+
+    @pytest.mark.parametrize("steps, shown", [(20, [128, 64, 128, 48, 0]), (8, [128, 48, 0])])
+    def test_at_cpu_size_softmaxes_run_over_some_of_few_words(self, embedded, tmp_path, steps, shown):  # fmt: skip
+        run, counts = preset("record_200m"), (10_240, 64, 144, 48, 0)
+        pairs = zip(run.schedule.stages, counts, strict=True)
+        stages = tuple(replace(stage, candidates=count) for stage, count in pairs)
+        small = at_cpu_size(vary(run, {"schedule.stages": stages}), steps)
+        assert [stage.candidates for stage in small.schedule.stages] == shown
+        live = build_run(vary(small, {"data.path": str(embedded)}), tmp_path, echo=None)
+        assert all(0 <= count < live.model.lm_head.shape[1] for count in shown)
+
+
+SAMPLED = STAGED | {
+    "schedule.stages": (
+        Stage(0.25, candidates=32),
+        Stage(0.5, batch_mul=3, lr_mul=1.5, candidates=96),
+        Stage(0.25, batch_mul=2, lr_mul=1.2, candidates=4096),
+        Stage(0, batch_mul=4),
+    ),
+    "model.head.fp8": True,
+    "model.head.tie": "until_step",
+    "model.head.softcap": "sigmoid23",
+}
+
+
+class TestASoftmaxOverSomeWords:
+    @pytest.mark.parametrize("stop", [2, 3, 6, 12])
+    def test_a_resumed_run_is_the_same_run_in_every_stage(self, brief, tmp_path, stop):
+        run = vary(brief, SAMPLED)
+        whole = train(run, tmp_path / "whole", echo=None)
+        train(vary(run, {"max_steps": stop}), tmp_path / "broken", echo=None)
+        again = train(run, tmp_path / "broken", again=True, echo=None)
+        for name, p in again.model.named_parameters():
+            assert torch.equal(p, dict(whole.model.named_parameters())[name]), name
+
+    def test_a_step_trains_with_its_stages_words(self, brief, tmp_path, monkeypatch):
+        """In steps, and nowhere else: a validation's softmax is over all words."""
+        told = []
+
+        def watched(x, w, targets, count):
+            told.append((count.item(), count.device.type))
+            return head_loss_op(x, w, targets, count)
+
+        monkeypatch.setattr("speedrun.model.gpt.head_loss_op", watched)
+        run, seen = build_run(vary(brief, SAMPLED), tmp_path, echo=None), []
+
+        def step(run):
+            told.clear()
+            loss = train_step(run)
+            seen.append({*told})
+            told.clear()
+            return loss
+
+        run_loop(run, step=step)
+        assert not told, "in the last validation"
+        assert seen == [{(now.candidates, "cpu")} for now in every_step(run.schedule)]
+        assert [n for n, _ in itertools.groupby(seen)] == [{(n, "cpu")} for n in (32, 96, 4096, 0)]
+
+    def test_warming_up_leaves_no_trace(self, brief, tmp_path):
+        runs = [
+            train(vary(brief, SAMPLED | {"warmup": n}), tmp_path / str(n), echo=None)
+            for n in (0, 1)
+        ]
+        for name, p in runs[0].model.named_parameters():
+            assert torch.equal(p, dict(runs[1].model.named_parameters())[name]), name
 
 
 @pytest.fixture

@@ -7,8 +7,11 @@ import torch
 from reference_gpt import angle_of, reference
 from torch.nn.functional import cross_entropy
 
+from speedrun.command import TrainCommand
 from speedrun.config import Config, check_config, fields_of, vary
 from speedrun.cpu_size import at_cpu_size
+from speedrun.kernels.fp8 import quantize_reference, scale_of
+from speedrun.kernels.loss import choose_candidates, head_loss_by_hand, head_loss_op
 from speedrun.lab.errors import UserError
 from speedrun.lab.metrics import read_metrics, series
 from speedrun.model.embedding import EmbeddingConfig
@@ -17,7 +20,8 @@ from speedrun.model.head import HeadConfig
 from speedrun.model.layout import LayoutConfig
 from speedrun.model.mlp import BlockConfig
 from speedrun.model.rotary import RotaryConfig
-from speedrun.presets import preset
+from speedrun.presets import as_arguments, preset, read_command
+from speedrun.schedule import Stage
 from speedrun.train import build_run, train, train_step
 
 SHAPE = GPTConfig(num_layers=4, num_heads=2, model_dim=16, max_seq_len=8)
@@ -208,6 +212,107 @@ class TestUntying:
             apart.append(not live.optimizer.ties.tied)
         assert apart == [step >= share * run.steps for step in range(run.steps)]
         assert apart[-1] == last
+
+
+EIGHT_BITS = {"model.head.fp8": True, "model.head.tie": "untied", "model.head.softcap": "sigmoid23"}
+SOME = {"schedule.stages": (Stage(candidates=32),)}
+
+
+def eight_bit_model() -> tuple[GPT, torch.Tensor, torch.Tensor]:
+    """A small model with 288 words and an FP8 head, no weight of it zero, and two rows of 8 tokens with their targets."""
+    model = GPT(config_with(EIGHT_BITS | {"model.head.std": 0.3}), 288)
+    tokens = torch.randint(288, (2, 9), generator=torch.Generator().manual_seed(2))
+    return model, tokens[:, :-1], tokens[:, 1:]
+
+
+class TestAnEightBitHead:
+    """model.head.fp8, and softmaxes over some of the words: Stage.candidates."""
+
+    @pytest.mark.parametrize(
+        ("changes", "words"),
+        [
+            ({"model.head.tie": "tied"}, "fp8 with model.head.tie=tied and .*=sigmoid23"),
+            ({"model.head.softcap": "none"}, "tie=untied and model.head.softcap=none"),
+            ({"model.head.softcap": "sigmoid30"}, "tie=untied and model.head.softcap=sigmoid30"),
+            ({"model.head.fp8": False} | SOME, "candidates, and no model.head.fp8"),
+            ({"schedule.stages": (Stage(candidates=40),)}, "candidates of 40: .* multiple of 16"),
+            ({"schedule.stages": (Stage(candidates=1),)}, "candidates of 1: .* multiple of 16"),
+            ({"schedule.stages": (Stage(candidates=-16),)}, "stages.0.candidates=-16 .* must be"),
+            ({"schedule.stages": (Stage(candidates=2**25),)}, "stages.0.candidates=.* must be"),
+        ],
+    )
+    def test_what_the_kernel_is_not_made_for_is_refused(self, changes, words):
+        with pytest.raises(UserError, match=words):
+            check_config(vary(preset("cpu_gpt2"), EIGHT_BITS | changes))
+
+    @pytest.mark.parametrize("tie", ["untied", "until_step"])
+    def test_what_it_is_made_for_is_not(self, tie):
+        stages = (Stage(0.5, candidates=16), Stage(0.25, candidates=4096), Stage(0.25))
+        run = vary(preset("cpu_gpt2"), EIGHT_BITS | {"model.head.tie": tie, "schedule.stages": stages})  # fmt: skip
+        assert check_config(run) is run
+
+    def test_the_advice_can_be_followed(self):
+        wrong = vary(preset("cpu_gpt2"), {"model.head.fp8": True})
+        with pytest.raises(UserError) as caught:
+            check_config(wrong)
+        for advice in caught.value.fix.split("; or "):
+            flags = [*as_arguments(wrong), *advice.split()]
+            check_config(read_command(TrainCommand, flags, "cpu", "x").config)
+
+    @pytest.mark.parametrize("count", [0, 32, 288, 4096])
+    def test_it_asks_the_words_that_it_is_told(self, count, monkeypatch):
+        """The vectors of the last layer, their gradient, and the head's, against the loss by hand of what e4m3 keeps of both."""
+        model, inputs, targets = eight_bit_model()
+        asked = {}
+
+        def watched(*told):
+            asked.update(zip(("x", "w", "targets", "count"), told))
+            told[0].retain_grad()
+            return head_loss_op(*told)
+
+        monkeypatch.setattr("speedrun.model.gpt.head_loss_op", watched)
+        loss = model(inputs, targets, candidates=torch.tensor(count))
+        (3 * loss).backward()
+        assert asked["w"] is model.lm_head and torch.equal(asked["targets"], targets.flatten())
+        inside = torch.ones(288, dtype=torch.bool)
+        if 0 < count < 288:
+            inside = choose_candidates(targets.flatten(), 288, count)[1]
+        rounded = [
+            quantize_reference(t.detach(), scale_of(t.detach())).float() * scale_of(t.detach())
+            for t in (asked["x"], asked["w"])
+        ]
+        known, dx, dw = head_loss_by_hand(*rounded, targets.flatten(), inside)
+        assert torch.equal(loss, known)
+        assert torch.equal(asked["x"].grad, 3 * dx) and torch.equal(model.lm_head.grad, 3 * dw)
+        lost = model.lm_head.grad.abs().sum(0) == 0
+        assert torch.equal(lost, ~inside) or count == 0 or count >= 288
+
+    def test_one_graph_for_any_number_of_words(self):
+        """The number is data: a new one, or a new stage, compiles nothing."""
+        model, inputs, targets = eight_bit_model()
+        graphs = []
+        torch._dynamo.reset()
+        compiled = torch.compile(model, fullgraph=True, dynamic=False, backend=lambda g, _: graphs.append(g) or g)  # fmt: skip
+        for count in (0, 32, 96, 0, 4096):
+            few, grads = torch.tensor(count), []
+            for forward in (compiled, model):
+                model.zero_grad()
+                loss = forward(inputs, targets, candidates=few)
+                loss.backward()
+                grads.append([loss.detach(), *(p.grad.clone() for p in model.parameters())])
+            assert all(map(torch.equal, *grads)), count
+        assert len(graphs) == 1
+
+    def test_few_words_are_told_apart_more_easily_than_all(self):
+        """A softmax over some of the words leaves out terms of the sum; the validation's leaves out none and rounds nothing."""
+        model, inputs, targets = eight_bit_model()
+        few, many, whole, more = (
+            model(inputs, targets, candidates=torch.tensor(count)).item()
+            for count in (32, 160, 0, 4096)
+        )
+        assert few < many - 0.1 < whole - 0.2 and more == whole
+        assert whole == pytest.approx(model(inputs, targets).item(), abs=0.01)
+        assert whole != model(inputs, targets).item()
 
 
 RATES: dict = {

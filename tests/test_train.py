@@ -54,6 +54,9 @@ def curve(folder: Path, kind: str = "val") -> list[float]:
 FACTS = {"config": {}, "position": [0, 0, 0], "train_time_ms": 1.5, "data_sha256": "0" * 64, "vocab_size": 288, "tokenizer": "bytes"}  # fmt: skip
 
 
+FP8_HEAD = {"model.head.fp8": True, "model.head.tie": "untied", "model.head.softcap": "sigmoid23"}
+
+
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_checkpoint(latest_checkpoint(folder))[0]
 
@@ -491,6 +494,20 @@ class TestTwoRanks:
         assert tuple(facts["position"]) == one.loader.position
         assert one.loader.position.offset == (5 + 5 * 3 + 2 * 2) * 2048
 
+    def test_a_softmax_over_some_words_has_the_same_words(self, brief, tmp_path):
+        """Candidates are a micro-batch's own, whichever rank has it."""
+        stages = (Stage(0.5, candidates=64), Stage(0.25, candidates=128), Stage(0.25))
+        run = vary(brief, FP8_HEAD | {"schedule.stages": stages, "log_every": 1})
+        train(run, tmp_path / "one", echo=None)
+        rank = ["-m", "speedrun.train", "--out", str(tmp_path / "two"), *as_arguments(run)]
+        run_ranks(rank, 2, tmp_path / "two")
+        for kind in ("val", "step"):
+            known = curve(tmp_path / "one", kind)
+            assert curve(tmp_path / "two", kind) == pytest.approx(known, abs=1e-5)
+        one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+        for name in one:
+            assert (one[name] - two[name]).norm() <= 1e-4 * one[name].norm() + 1e-6, name
+
     @pytest.mark.slow
     def test_interrupted_and_resumed_on_one_rank(self, brief, tmp_path):
         """Two ranks are told to stop through their launcher; one rank finishes what they began."""
@@ -596,6 +613,32 @@ class TestCompiled:
         for key, grad in known.items():
             assert grad.any(), f"{key} has no gradient"
             assert (ours[key] - grad).norm() <= 1e-4 * grad.norm(), key
+
+    def test_inductor_computes_eagers_gradients_under_an_eight_bit_head(self, embedded, tmp_path):
+        """Candidates included. A rounding of inductor's can turn a number that e4m3 rounds up into one that it rounds down."""
+        found = {}
+        for compiled in (True, False):
+            run = build_run(
+                vary(at_cpu_size(preset("record_200m"), 20), {"compile": compiled, "data.path": str(embedded)}),
+                tmp_path / str(compiled),
+                echo=None,
+            )  # fmt: skip
+            with torch.no_grad():
+                for p in run.model.parameters():
+                    p += 0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
+            batches = run.loader.next(2048, 0)
+            for count in (0, 128):
+                run.model.zero_grad()
+                loss = accumulate(run.forward, batches, len(batches), run.ranks.device, "float32", run.told[0], torch.tensor(count))  # fmt: skip
+                grads = {key: p.grad.clone() for key, p in run.model.named_parameters()}
+                found[compiled, count] = loss.item(), grads
+        for count in (0, 128):
+            (compiled_loss, ours), (eager_loss, known) = found[True, count], found[False, count]
+            assert compiled_loss == pytest.approx(eager_loss, abs=1e-4)
+            for key, grad in known.items():
+                assert grad.any(), f"{key} has no gradient"
+                assert (ours[key] - grad).norm() <= 1e-2 * grad.norm(), key
+        assert found[False, 128][0] < found[False, 0][0] - 0.1
 
     @pytest.mark.parametrize("name", ["cpu_gpt2", "record1"])
     def test_inductor_trains_what_eager_trains(self, name, embedded, tmp_path):

@@ -184,16 +184,18 @@ class AttentionContext(NamedTuple):
     backend: str = "sdpa"
 
 
-def attend_packed(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext, bounded: bool, long: bool) -> Tensor:  # fmt: skip
-    """Attention within the documents of a packed row, q, k, v (1, heads, tokens, head_dim) → (tokens, heads, head_dim). bounded: q and k are normed."""
-    packed, backend, tiles = context.packed, context.backend, context.tiles
-    assert packed is not None
+def attend_packed(
+    q: Tensor, k: Tensor, v: Tensor, context: AttentionContext, packed: Packed, qk_norm: bool, long: bool
+) -> Tensor:  # fmt: skip
+    """Attention that keeps documents apart, by the context's backend: (1, heads, tokens, head_dim) each → (tokens, heads, head_dim)."""
+    bounded = qk_norm and v.dtype != torch.float16
     q, k, v = (each[0].transpose(0, 1).to(v.dtype).contiguous() for each in (q, k, v))
-    if backend == "triton":
-        return attention_op(q, k, v, tiles, packed.windows[int(long)], packed.scale, bounded)[0]
+    if context.backend == "triton":
+        kernel = (context.tiles, packed.windows[int(long)], packed.scale, bounded)
+        return attention_op(q, k, v, *kernel)[0]
     from speedrun.model.backends import attend
 
-    return attend(q, k, v, packed, long, backend, bounded, tiles)
+    return attend(q, k, v, packed, long, context.backend, bounded, context.tiles)
 
 
 def attention(
@@ -221,11 +223,9 @@ def attention(
         )
     if context.packed is None:
         scale = config.attention.scale or None  # None: 1 / sqrt(head_dim)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
-        y = y.transpose(1, 2)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale).transpose(1, 2)
     else:
-        bounded = config.block.qk_norm and v.dtype != torch.float16
-        y = attend_packed(q, k, v, context, bounded, long)
+        y = attend_packed(q, k, v, context, context.packed, config.block.qk_norm, long)
     return linear(y.reshape(batch, tokens, width), weights, "attention_out"), v
 
 
@@ -289,10 +289,7 @@ def gpt_forward(
     packed: Packed | None = None,
     candidates: Tensor | None = None,
 ) -> Tensor:
-    """Logits (batch, tokens, vocab) of inputs, (batch, tokens) int64; with targets the mean cross-entropy, nats. packed: of one row.
-
-    candidates: () int in CPU memory: in training the loss is that of the FP8 head, with a softmax over so many words, 0 for all.
-    """
+    """Logits (batch, tokens, vocab) of inputs, (batch, tokens) int64; with targets the mean cross-entropy, nats; with candidates, () int in CPU memory, the FP8 head's, its softmax over so many words, 0: all. packed: of one row."""
     config, context = self.config, attention_context(self, inputs, packed)
     x = x0 = embed_inputs(self, inputs)
     outputs: list[Tensor] = []
@@ -300,16 +297,14 @@ def gpt_forward(
     for n, (spec, weights) in enumerate(zip(self.layout, weights_of_layers(self))):
         x = mix_residual(x, x0, outputs, spec, weights, config.layout.skips)
         if spec.attention:
-            normal = apply_norm(x, weights, "attention_norm")
-            long = n in config.attention.long_layers
-            y, v = attention(normal, weights, config, context, values.get(spec.value), long)
+            told = config, context, values.get(spec.value), n in config.attention.long_layers
+            y, v = attention(apply_norm(x, weights, "attention_norm"), weights, *told)
             values.setdefault("first", v)
             x = x + y
         if spec.mlp:
             x = x + mlp(apply_norm(x, weights, "mlp_norm"), weights, config.block)
         outputs.append(x)
-    x = apply_backout(x, outputs, self._parameters)
-    x = apply_norm(x, self._parameters, "final_norm")
+    x = apply_norm(apply_backout(x, outputs, self._parameters), self._parameters, "final_norm")
     if candidates is not None and targets is not None:
         return head_loss_op(x.flatten(0, 1), self.lm_head, targets.flatten(), candidates)[0]
     if packed is not None and targets is not None and not torch.is_grad_enabled():
