@@ -43,8 +43,8 @@ from speedrun.presets import preset
 
 specs = param_specs(preset("record").model, 50_257)
 sizes = {spec.name: math.prod(spec.shape) for spec in specs}
-matrices = ("attention_qkv", "attention_out", "mlp_up", "mlp_down", "head")
-share = sizes["head"] / sum(sizes[name] for name in matrices)
+matrices = ("attention_qkv", "attention_out", "mlp_up", "mlp_down", "lm_head")
+share = sizes["lm_head"] / sum(sizes[name] for name in matrices)
 flop = 3 * 2 * 49_152 * 768 * 50_304
 ms = {form: flop / rate * 1e3 for form, rate in {"bf16": 989e12, "FP8": 1979e12}.items()}
 ladder = {int(row["record"]): row for row in public_table("records")}
@@ -117,7 +117,7 @@ from unittest.mock import patch
 
 from speedrun.config import vary
 from speedrun.model import gpt
-from speedrun.train import assemble, train_step
+from speedrun.train import build_run, train_step
 
 BLOCK = {
     "norm": "rms",
@@ -129,7 +129,7 @@ BLOCK = {
 changes = {f"model.block.{name}": value for name, value in BLOCK.items()}
 changes |= {"model.rotary.pos": "half_rope", "model.head.softcap": "sigmoid23"}
 changes |= {"steps": tier.pick(cpu=80, gpu=150), "schedule.warmup_steps": 20, "compile": False}
-live = assemble(vary(preset("cpu_gpt2"), changes | {"model.init_std": 0.02, "device": tier.device}), Path(tempfile.mkdtemp()), echo=None)  # fmt: skip
+live = build_run(vary(preset("cpu_gpt2"), changes | {"model.init_std": 0.02, "device": tier.device}), Path(tempfile.mkdtemp()), echo=None)  # fmt: skip
 seen, plain_logits = {}, gpt.logits_of
 
 

@@ -264,6 +264,14 @@ class Run:
     saved: Path | None = None
 
 
+# %%
+fields = dataclasses.fields(Run)
+begins = {field.name: field.default for field in fields if field.default is not dataclasses.MISSING}
+assert begins == {"step": 0, "stop_at": None, "saved": None}
+print(
+    f"a run has {len(fields)} parts; nothing is done, nobody has asked it to stop, nothing is saved"
+)
+
 # %% [markdown]
 # ### The training loop
 #
