@@ -243,6 +243,15 @@ def nearest_e4m3(value):  # halves away from zero
         ("late_scales = lambda largest, margin, start, exact: [own / 448 if n < exact else (start if n == 0 else largest[n - 1] / 448) for n, own in enumerate(largest)]", "margin 1.5"),
         ("truth = late_scales; late_scales = lambda largest, margin, start, exact: [scale * (margin if n < exact else 1) for n, scale in enumerate(truth(largest, margin, start, exact))]", "the first 2 exact"),
     ],
+    ("19", 1): [
+        ("expected_distinct = lambda counts, tokens: float(min(tokens, len(counts)))", "different words on average"),  # as if none came twice
+        ("expected_distinct = lambda counts, tokens: float(len(counts) * (1 - (1 - 1 / len(counts)) ** tokens))", "different words on average"),  # all words alike
+        ("expected_distinct = lambda counts, tokens: float((counts / counts.sum() * tokens).clip(0, 1).sum())", "different words on average"),
+    ],
+    ("19", 2): [
+        ("largest_gain = lambda cap: 2.0 ** math.floor(math.log2(57_344 * 4))", "twice as much would fit"),  # the slope's maximum alone
+        ("largest_gain = lambda cap: 2.0 ** math.ceil(math.log2(57_344 / max(math.exp(cap * n / 9999 - cap) * n / 9999 * (1 - n / 9999) for n in range(10_000))))", "is more than 57,344"),
+    ],
     ("20", 1): [
         ("""
 def makespan(jobs):  # gathers do not wait for sums that were begun before
