@@ -14,7 +14,7 @@
 # # Low precision: eight bits
 #
 # ```{admonition} Cost box
-# About half a minute on two CPU cores, where Triton's interpreter runs the kernel; on a GPU of compute capability 8.9 or later it is compiled, and the products are real ones. Nothing here is timed.
+# About half a minute on two CPU cores, where Triton's interpreter runs the kernel; on one GPU of compute capability 8.9 or later it is compiled, and the products are real ones. Nothing here is timed.
 # Record 10, all of the model in bfloat16: \@kellerjordan0. Record 19, the first matrix in eight bits: \@YouJiacheng. Record 57: \@classiclarryd, \@YouJiacheng, \@ChrisJMcCormick. Record 67: \@andrewbriand8. Record 84: \@sisovicm. Record 89: \@Mister-dev-oss, \@CerovazS, \@MarioPaerle, \@GabrieleCirillo, \@crisostomi. Record 90: \@theonlyglitch_. Record 92: \@devenpzak. The two formats are those of Micikevicius and others {cite}`micikevicius2022`.
 # ```
 #

@@ -17,7 +17,7 @@
 # # Workshop: a run that survives
 #
 # ```{admonition} Cost box
-# Half a minute on two CPU cores; nothing here needs a GPU. No record: the contest's runs take minutes, and are watched by somebody. The failures on this page are those of longer and lonelier runs: some were reported by users of other projects, most were met on this one.
+# Half a minute on two CPU cores; there is nothing for a GPU to do. No record: the contest's runs take minutes, and are watched by somebody. The failures on this page are those of longer and lonelier runs: some were reported by users of other projects, most were met on this one.
 # ```
 #
 # ## The problem

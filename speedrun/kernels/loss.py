@@ -53,7 +53,7 @@ def choose_candidates(targets: Tensor, words: int, count: int) -> tuple[Tensor, 
     """The `count` words that a batch's softmax runs over: its targets, filled up along a fixed sweep. (count,) int64, ascending; (words,) bool.
 
     The sweep visits word (offset + k) · stride mod words, k = 0, 1, …, each word once; the offset comes from the targets, so that the choice
-    depends on the batch alone, and not on the rank that has it (record 92; there a rank's batch). No random numbers, no wait for the device. Are there more
+    depends on the batch alone, and not on the rank that has it (record 92 starts rank r at r/8 of the vocabulary instead). No random numbers, no wait for the device. Are there more
     different targets than `count`, those late in the sweep are left out.
     """
     stride = next(s for s in range(STRIDE, STRIDE + words) if math.gcd(s, words) == 1)
