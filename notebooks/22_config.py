@@ -446,7 +446,8 @@ for config in wrong:
     except UserError as problem:
         print(problem)
 eight_bits = HeadConfig("until_step", softcap="sigmoid23", fp8=True)  # what the last one advises
-check_config(Config(model=GPTConfig(head=eight_bits)))
+advised = Config(model=GPTConfig(head=eight_bits))
+assert check_config(advised) == advised
 
 # %% [markdown]
 # ### Overrides: `vary`
@@ -534,8 +535,6 @@ RECORD_MUON = MuonConfig(
 )
 """Muon as it was in record 89, from records 38, 41, 43, 48, 57 and 78, with a Gram Newton–Schulz in float16 that it does not have."""
 
-# %%
-#| export
 Changes = dict[str, Any]
 FINEWEB = "data/fineweb10B"
 PRESETS: dict[str, tuple[str, Changes]] = {  # name → the run that it starts from, what it changes

@@ -837,7 +837,7 @@ for on, asked in ((mac, "1"), (aged, "1"), (modern, "gpu")):
     except UserError as problem:
         print(problem)
 for each in (modern, small_card, aged, mac):
-    print("tier", tier_of(each, "").name, "for", reason(tier_of(each, ""), each, ""))
+    print(f"tier {tier_of(each, '').name} ({reason(tier_of(each, ''), each, '')})")
 
 # %% [markdown]
 # ## What it costs, and when it fails

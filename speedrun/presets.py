@@ -29,7 +29,6 @@ RECORD_MUON = MuonConfig(
 )
 """Muon as it was in record 89, from records 38, 41, 43, 48, 57 and 78, with a Gram Newton–Schulz in float16 that it does not have."""
 
-
 Changes = dict[str, Any]
 FINEWEB = "data/fineweb10B"
 PRESETS: dict[str, tuple[str, Changes]] = {  # name → the run that it starts from, what it changes

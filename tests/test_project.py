@@ -41,7 +41,7 @@ LAYERS = [  # imports point from a later line to an earlier one, or stay on one 
     {"speedrun.config", "speedrun.presets", "speedrun.history", "speedrun.cpu_size"},
     {"speedrun.ranks", "speedrun.checkpoint", "speedrun.tracking"},
     {"speedrun.heartbeat"},
-    {"speedrun.run", "speedrun.command", "speedrun.tracking"},
+    {"speedrun.run", "speedrun.command"},
     {"speedrun.train"},
     {"speedrun.supervise"},
     {"speedrun.launch", "speedrun.report", "speedrun.sample", "speedrun.evaluate"},
