@@ -28,7 +28,7 @@
 # of an argument that somebody won. Most of the arguments are written down: in the READMEs of two thirds of the record folders, in pull requests and their discussions, in posts such as Keller Jordan's on Muon {cite}`jordan2024`. They are not in one place or in order; and many ideas arrived several to a record, so that the ladder does not say what each is worth alone.
 #
 # That is what this book adds. Each chapter takes one idea, asks what it should buy, builds it in the fewest lines that work, and measures. The lines
-# are then collected, mechanically, into a trainer; the code you read is the code that runs. There is the *spine*, from the data and the baseline to the launcher and the means to measure, and there are twelve chapters of ideas so far, on the architecture, on attention over whole documents, on the optimizer and on eight bits. They take the ladder to its thirty-first record, and parts of it much further.
+# are then collected, mechanically, into a trainer; the code you read is the code that runs. There is the *spine*, from the data and the baseline to the launcher and the means to measure, and there are thirteen chapters of ideas so far, on the architecture, on attention over whole documents, on the optimizer, and on kernels and eight bits. They take the ladder to its thirty-first record, and parts of it much further.
 
 # %%
 from speedrun.lab.tier import choose_tier
@@ -211,7 +211,7 @@ plt.show()
 # ## Your machine
 #
 # You do not need eight H100s. Every chapter runs on a laptop CPU in about a minute at most, on real text, with the same code at smaller shapes; on one GPU with 16 GB it
-# computes there, at larger shapes where they show more, in three minutes at most; and the chapters at the end run the whole trainer on whatever you have. The first line that a chapter prints says which of the two it is.
+# computes there, at larger shapes where they show more, in three minutes at most; and [chapter 24](24_speedrun.py) runs the whole trainer on whatever you have. The first line that a chapter prints says which of the two it is.
 #
 # | you have | you can | command |
 # | --- | --- | --- |

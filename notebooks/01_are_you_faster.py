@@ -463,7 +463,7 @@ runs_for_time = runs_needed(0.005 * wall.mean, wall.sd)
 # %%
 assert wall is not ..., "exercise: write wall"
 assert runs_for_time is not ..., "exercise: write runs_for_time"
-assert isinstance(wall, Summary), f"wall is a Sample, as describe makes it, not {wall}"
+assert isinstance(wall, Summary), f"wall is a Summary, as describe makes it, not {wall}"
 assert wall.n == 24, f"record 37 has 24 public runs, your sample has {wall.n}"
 assert 140 < wall.mean < 160, f"in seconds the mean is between 140 and 160, not {wall.mean}"
 assert runs_for_time == 4, (

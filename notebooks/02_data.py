@@ -42,7 +42,7 @@ tier = choose_tier()
 #
 # ## Text becomes numbers
 #
-# A model reads and writes integers, each the number of a piece of text in a *vocabulary*. This book knows two:
+# A model reads and writes integers, each the number of a piece of text in a *vocabulary*. This book knows two. (Their names stand with the format of the files, [in the workshop](94_sources.py), since whoever reads tokens has to know of which vocabulary they are.)
 
 
 # %%

@@ -589,4 +589,4 @@ print("23 σ((z+5)/7.5) is {} tanh((z+{})/{}) + {}".format(*as_tanh(23.0, 5.0, 7
 # %% [markdown]
 # ## Since then
 #
-# Record 89 pads to 50,304, ties for two thirds of the run, and squashes by $23\,\sigma((z+5)/7.5)$. What else has changed is how it is computed: one kernel for cap, softmax, loss and gradient (records 60, 67, 75, 79), and what the loss is of: several next tokens (record 53), and a prefix of the next one (record 88).
+# Record 89 pads to 50,304, ties for two thirds of the run, and squashes by $23\,\sigma((z+5)/7.5)$. What else has changed is how it is computed: one kernel for cap, softmax, loss and gradient (records 60, 67, 75, 79; with products in eight bits it is `model.head.fp8`, [chapter 19](19_head_and_loss.py)'s), and what the loss is of: several next tokens (record 53), and a prefix of the next one (record 88).

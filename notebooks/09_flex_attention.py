@@ -762,10 +762,10 @@ print(f"error of the output: {scale_rounding:.4f} from rounding 0.12 q, {output_
 # %% [markdown]
 # ### In a whole run
 #
-# The book's default is a kernel of its own, that of [chapter 11](11_attention_backends.py), which alone takes 0.3 to 0.6 of FlexAttention's time. What does a run lose that stays with FlexAttention? `record_200m`, once through FlexAttention, and twice through the kernel:
+# The book's default is a kernel of its own, that of [chapter 11](11_attention_backends.py), which alone takes 0.3 to 0.6 of FlexAttention's time. What does a run lose that stays with FlexAttention? `record_200m` as it was before [chapter 19](19_head_and_loss.py)'s loss, once through FlexAttention, and twice through the kernel:
 
 # %%
-whole = load_result("speedrun", "record_200m_flex")["data"]["runs"] + load_result("speedrun", "record_200m")["data"]["runs"]  # fmt: skip
+whole = load_result("speedrun", "record_200m_flex")["data"]["runs"] + load_result("speedrun", "record_200m_plain_head")["data"]["runs"]  # fmt: skip
 assert [run["config"]["model"]["attention"]["backend"] for run in whole] == ["flex", "auto", "auto"]
 alone = load_result("attention", "backends")["data"]["rows"]
 flex_ms, triton_ms = ([row["forward_ms"] + row["backward_ms"] for row in alone if row["backend"] == name] for name in ("flex", "triton"))  # fmt: skip

@@ -408,7 +408,7 @@ assert abs(lengths[89][1] / lengths[89][0] / 524_288 - 0.5) < 0.01, "half the ba
 #
 # ### One table for a run
 #
-# In record 89 eight settings depend on the step: batch, learning rate, momentum, the cap on the length of a document, two attention windows (most layers look back over a short stretch, two over a long one), the weights of the tokens that the model has to predict ahead (*multi-token prediction*, record 53), and the weight of an extra target: the longest beginning of the right token, shorter than it, that is a token itself (record 88). Written into the loop they would be eight `if`s with eight ideas of where a third begins. Written as data they are a list of **stages**, which can be plotted before the run, resumed in its middle, and compiled for each shape before the clock starts. After the three thirds come a few steps at the lowest rate, the *extension*. GPT-2 has one stage, in which only the learning rate changes; that is the default:
+# In record 89 eight settings depend on the step: batch, learning rate, momentum, the cap on the length of a document, two attention windows (most layers look back over a short stretch, two over a long one), the weights of the tokens that the model has to predict ahead (*multi-token prediction*, record 53), and the weight of an extra target: the longest beginning of the right token, shorter than it, that is a token itself (record 88). Ours has a ninth, the number of words in the loss's softmax (`candidates`, [chapter 19](19_head_and_loss.py)). Written into the loop they would be as many `if`s with as many ideas of where a third begins. Written as data they are a list of **stages**, which can be plotted, resumed in the middle, and compiled for each shape before the clock starts. After the three thirds come a few steps at the lowest rate, the *extension*. GPT-2 has one stage, in which only the learning rate changes; that is the default:
 
 # %%
 #| default_exp schedule
@@ -493,8 +493,8 @@ class ScheduleConfig:
 from dataclasses import replace
 
 thirds_of_89 = (
-    Stage(1 / 3, 1, 1.0, 896, (128, 384), ((1, 0.5, 0.25), (1, 0.5, 0)), (0.25, 0.25)),
-    Stage(1 / 3, 2, 1.52, 2048, (384, 896), ((1, 0.5), (1, 0)), (0.25, 0)),
+    Stage(1 / 3, 1, 1.0, 896, (128, 384), 0, ((1, 0.5, 0.25), (1, 0.5, 0)), (0.25, 0.25)),
+    Stage(1 / 3, 2, 1.52, 2048, (384, 896), 0, ((1, 0.5), (1, 0)), (0.25, 0)),
     Stage(1 / 3, 3, 1.73, 2048, (640, 1408)),
     Stage(0, 3, 1.73, 2048, (768, 1664)),
 )
@@ -534,7 +534,7 @@ def tokens_before(schedule: "Schedule", step: int) -> int:
 # %% [markdown]
 # ### Learning rate by stage
 #
-# Record 89's fall begins after 40% of the scheduled steps and mixes the stage's rate with the floor; the stage's rate jumps after 33% and 67%. So it jumps once before the fall begins and once in its midst, and is a saw.
+# Record 89's fall begins after 40% of the scheduled steps and mixes the stage's rate with the floor; the stage's rate jumps after 33% and 67%. So it jumps once before the fall and once in its midst: a saw.
 
 
 # %%
@@ -843,7 +843,7 @@ print("\n".join(table))
 # %% [markdown]
 # Fifteen steps belong to no third. The extension runs at the floor of the rate, with the widest windows that are trained. Validation widens the long one once more, to 2,560 tokens; the extension's comes nearest. It was 40 steps long in records 35 to 80, then 10, and 15 in records 85 to 89.
 #
-# Everything on one axis, which is time and not steps:
+# Everything on an axis of time, not steps:
 
 # %%
 every = [RECORD_89.at(step) for step in range(edges[-1])]
@@ -1034,7 +1034,7 @@ plt.show()
 # ## What did not work
 #
 # - **Batches that grow**, for a long time. Record 46 got them to work with the token budget about kept and the rate retuned; its author does not say what the failures had done about the rate.
-# - **Less momentum around the steps at which the windows change**, in Muon only: worse (record 31). **Freezing the learned scalars for 40 steps after each change** came with record 52 and was dropped two or three records later.
+# - **Less momentum around the steps at which the windows change**, in Muon only: worse (record 31). **Freezing the learned scalars for 40 steps after each change** came with record 52 and soon went.
 # - **Shorter caps for longer.** Record 72 caps documents at 896 tokens in the first third. In the second, 1,920 still passed; 1,536 and 1,664 failed by three or four ten-thousandths.
 # - **Uneven thirds**, of 36, 32 and 32 per cent, were proposed with record 87 and not merged then. **Replacing the tokens ahead by the prefix** was worse than stacking both (record 88).
 # - **No schedule at all.** At record 7 schedule-free optimization brought no gain.

@@ -14,7 +14,7 @@
 # # Low precision: eight bits
 #
 # ```{admonition} Cost box
-# About half a minute on two CPU cores, where Triton's interpreter runs the kernel; on a GPU of compute capability 8.9 or later it is compiled, and the products are real ones. Nothing here is timed.
+# About half a minute on two CPU cores, where Triton's interpreter runs the kernel; on one GPU of compute capability 8.9 or later it is compiled, and the products are real ones. Nothing here is timed.
 # Record 10, all of the model in bfloat16: \@kellerjordan0. Record 19, the first matrix in eight bits: \@YouJiacheng. Record 57: \@classiclarryd, \@YouJiacheng, \@ChrisJMcCormick. Record 67: \@andrewbriand8. Record 84: \@sisovicm. Record 89: \@Mister-dev-oss, \@CerovazS, \@MarioPaerle, \@GabrieleCirillo, \@crisostomi. Record 90: \@theonlyglitch_. Record 92: \@devenpzak. The two formats are those of Micikevicius and others {cite}`micikevicius2022`.
 # ```
 #
@@ -43,8 +43,8 @@ from speedrun.presets import preset
 
 specs = param_specs(preset("record").model, 50_257)
 sizes = {spec.name: math.prod(spec.shape) for spec in specs}
-matrices = ("attention_qkv", "attention_out", "mlp_up", "mlp_down", "head")
-share = sizes["head"] / sum(sizes[name] for name in matrices)
+matrices = ("attention_qkv", "attention_out", "mlp_up", "mlp_down", "lm_head")
+share = sizes["lm_head"] / sum(sizes[name] for name in matrices)
 flop = 3 * 2 * 49_152 * 768 * 50_304
 ms = {form: flop / rate * 1e3 for form, rate in {"bf16": 989e12, "FP8": 1979e12}.items()}
 ladder = {int(row["record"]): row for row in public_table("records")}
@@ -117,7 +117,7 @@ from unittest.mock import patch
 
 from speedrun.config import vary
 from speedrun.model import gpt
-from speedrun.train import assemble, train_step
+from speedrun.train import build_run, train_step
 
 BLOCK = {
     "norm": "rms",
@@ -129,7 +129,7 @@ BLOCK = {
 changes = {f"model.block.{name}": value for name, value in BLOCK.items()}
 changes |= {"model.rotary.pos": "half_rope", "model.head.softcap": "sigmoid23"}
 changes |= {"steps": tier.pick(cpu=80, gpu=150), "schedule.warmup_steps": 20, "compile": False}
-live = assemble(vary(preset("cpu_gpt2"), changes | {"model.init_std": 0.02, "device": tier.device}), Path(tempfile.mkdtemp()), echo=None)  # fmt: skip
+live = build_run(vary(preset("cpu_gpt2"), changes | {"model.init_std": 0.02, "device": tier.device}), Path(tempfile.mkdtemp()), echo=None)  # fmt: skip
 seen, plain_logits = {}, gpt.logits_of
 
 

@@ -54,7 +54,7 @@ print(
 #
 # Three refinements complete the design:
 #
-# - **Small parameters** are not worth sharding. Gates and scalars go into one vector, which is all-reduced in one go, and every rank updates all of it.
+# - **Small parameters** are not worth sharding. Gates and scalars go into one vector, all-reduced in one go, and every rank updates all of it.
 # - **Tables of which a step touches few rows** need not send the others' gradients. A rank sends to each owner the rows that its batch has looked up, with their numbers (8 bytes each; upstream's have 4). (New values are gathered whole.)
 # - **Order.** All sums are begun at once; then for one parameter after the other: wait for its sum, update, begin to gather. While one is updated, the next ones' sums are on their way. Which order is best depends on sizes, so the caller can give it.
 #
@@ -330,7 +330,7 @@ class ShardedSparse(Sharded):
 
 
 # %% [markdown]
-# ### Bytes
+# ### Communication volume
 #
 # What a rank sends can be said beforehand, if it sends around a ring. (The switch between eight H100s can add and copy by itself, and then a rank sends less.)
 
@@ -450,7 +450,7 @@ assert torch.allclose(theirs, ours, atol=1e-6)
 print("five steps of torch.optim.Adam and of ours agree")
 
 # %% [markdown]
-# ### The table
+# ### The parameter table
 #
 # The table is the model's own, one `ParamSpec` a parameter ([chapter 21](21_model.py)). Five columns matter here: the rule (`optim`), how the ranks share its work (`comm`), the multiples of learning rate and weight decay (`lr_mul`, `wd_mul`), and which other parameter this one is tied to (`tied_to`). `assign_optimizers` fills in what the run's config decides: the rule, and with it the multiple of the rate. And `check_specs` compares table and model before a single number is touched. Otherwise a parameter that nobody updates would raise no error, and the model would be a little worse.
 
@@ -697,7 +697,7 @@ for t in range(1, 1000):
     assert torch.equal(got, wanted), "Python's, to the bit"
 
 # %% [markdown]
-# ### Communication × rule
+# ### Communication and update rule
 #
 # An update has two sides that know next to nothing of each other: how the ranks share it (replicated, sharded, sharded with sparse gradients), and the rule (Muon, Adam, AdamW, [chapter 12](12_newton_schulz.py)'s SOAP). So the state of a parameter, or of all small ones that share a rule and a dtype, is a pair: a *comm* from above, and a *rule* with its moments, which updates whatever shard the comm has. Four rules and three comms are seven classes, and not twelve.
 
@@ -858,7 +858,7 @@ vector = build_state(rows, small, mantissas, fuse=False)
 assert vector.rule.lr_mul.tolist()[:9] == [5.0] * 3 + [0.0] * 5 + [1.0]
 
 # %% [markdown]
-# ### One step
+# ### The optimizer step
 #
 # Reduce, wait, update, gather: `MuonAdam.step` below is the whole schedule. The sums of whole matrices begin first, if they stand first in the order: they read gradients and write elsewhere. Meanwhile each rank checks whether its gradients of what is due in this step are finite, and one small all-reduce tells everybody. If any is not, the step is skipped: rates are zero, and moments stay. Nor does Adam count it: a mean of $t$ gradients is divided by $1-\beta^t$, and a skipped gradient is not in the mean. Only the device knows that, so the count is kept there. Python does not wait for the answer; `nonfinite_params` asks later, and names the parameter. Upstream has no such check; it costs reading every gradient once more.
 #
@@ -1963,7 +1963,7 @@ print(measured_on(nvlink))
 # %% [markdown]
 # Large messages cost what the formula says. The one small one, 0.2 MB, costs twice as much. NCCL has a protocol for such, LL, in which a flag travels beside every four bytes.
 #
-# ### The clock
+# ### Step time
 #
 # Now the step, with record 89's shapes at full size and chapter 13's products, by itself. What could it take at best? Muon's products, by whole tiles of 128 × 128, at the rate at which this GPU multiplies large matrices; of a product that is symmetric, the tiles on and below the diagonal. Then each number that has to be read or written, at the rate at which it copies: 20 bytes for a weight under Muon, 24 under Adam, their gradients' clearing included.
 
@@ -2120,9 +2120,9 @@ print(f"one step of each, {measured_on(load_result('many_gpus', 'trace'))}")
 # Overlapping saves 1.9 milliseconds of 9.4. But NCCL's kernels are then on the GPU 1.7 times as long. That includes waiting for the other rank, and competing for the GPU: two tables' gathers get 134 and 182 GB/s, undisturbed 285 and 264, three fifths of the data sheet's 450. A trace does not tell waiting from slow travelling. (This is in the order chosen above, with transfers at high priority. The trainer takes the table's order, and no priority.)
 
 # %% [markdown]
-# ### In a whole run
+# ### Scaling in a whole run
 #
-# Here is the trainer on `record_200m` ([chapter 24](24_speedrun.py) has the whole runs): the same batch for one, two and four H200s, twenty steps of each stage. Its one large table holds five layers' value embeddings, 193 million numbers in bfloat16. Before looking: for how much of a step of 66 ms do four GPUs wait for each other, if a rank sends 0.9 GB in it at 260 GB/s, and nothing is hidden?
+# Here is the trainer on `record_200m`, before [chapter 19](19_head_and_loss.py)'s loss ([chapter 24](24_speedrun.py) has whole runs): the same batch for one, two and four H200s, twenty steps of each stage. Its one large table holds five layers' value embeddings, 193 million numbers in bfloat16. Before looking: for how much of a step of 66 ms do four GPUs wait, if a rank sends 0.9 GB in it at 260 GB/s, and nothing is hidden?
 
 # %%
 whole_runs = {w: load_result("many_gpus", f"run_{w}")["data"] for w in (1, 2, 4)}

@@ -349,7 +349,7 @@ assert abs(drawn.std().item() / (0.02 / math.sqrt(24)) - 1) < 0.05
 print(f"attention_out starts with a deviation of {drawn.std():.5f} = 0.02 / √24")
 
 # %% [markdown]
-# ### The trap
+# ### Slices of a bank: index or unbind
 #
 # Now the prediction. A layer can take its slice of a bank in two ways that look alike: `bank[i]` for each layer, or `bank.unbind()` once. Going forward both are free. Going backward, the gradient of `bank[i]` is a tensor of the *whole bank's* size, zero but for one slice, and $L$ of them are
 # then added up. `unbind` is one operation with $L$ outputs, so its gradient is one operation too: a stack. Count what each writes, with a mode that sees every tensor operation:
@@ -403,7 +403,7 @@ print(
 #
 # ### The forward pass
 #
-# The layers are those of chapter 03, as functions of their weights. Those come as a dictionary by name, since the config decides what a layer has; what is not in it is not computed. MLP and norms are [chapter 05](05_modern_block.py)'s. Which parts a layer has, and what is added to its input, is a row of [chapter 07](07_plumbing.py)'s layout.
+# The layers are those of chapter 03, as functions of their weights. Those come as a dictionary by name, since the config decides what a layer has; what is not in it is not computed. MLP and norms are [chapter 05](05_modern_block.py)'s, and the loss in one pass with products in eight bits, `head_loss_op`, [chapter 19](19_head_and_loss.py)'s. Which parts a layer has, and what is added to its input, is a row of [chapter 07](07_plumbing.py)'s layout.
 
 
 # %%
@@ -529,10 +529,7 @@ def gpt_forward(
     packed: Packed | None = None,
     candidates: Tensor | None = None,
 ) -> Tensor:
-    """Logits (batch, tokens, vocab) of inputs, (batch, tokens) int64; with targets the mean cross-entropy, nats. packed: of one row.
-
-    candidates: () int in CPU memory: in training the loss is that of the FP8 head, with a softmax over so many words, 0 for all.
-    """
+    """Logits (batch, tokens, vocab) of inputs, (batch, tokens) int64; with targets the mean cross-entropy, nats; with candidates, () int in CPU memory, the FP8 head's, its softmax over so many words, 0: all. packed: of one row."""
     config, context = self.config, attention_context(self, inputs, packed)
     x = x0 = embed_inputs(self, inputs)
     outputs: list[Tensor] = []
@@ -540,16 +537,14 @@ def gpt_forward(
     for n, (spec, weights) in enumerate(zip(self.layout, weights_of_layers(self))):
         x = mix_residual(x, x0, outputs, spec, weights, config.layout.skips)
         if spec.attention:
-            normal = apply_norm(x, weights, "attention_norm")
-            long = n in config.attention.long_layers
-            y, v = attention(normal, weights, config, context, values.get(spec.value), long)
+            told = config, context, values.get(spec.value), n in config.attention.long_layers
+            y, v = attention(apply_norm(x, weights, "attention_norm"), weights, *told)
             values.setdefault("first", v)
             x = x + y
         if spec.mlp:
             x = x + mlp(apply_norm(x, weights, "mlp_norm"), weights, config.block)
         outputs.append(x)
-    x = apply_backout(x, outputs, self._parameters)
-    x = apply_norm(x, self._parameters, "final_norm")
+    x = apply_norm(apply_backout(x, outputs, self._parameters), self._parameters, "final_norm")
     if candidates is not None and targets is not None:
         return head_loss_op(x.flatten(0, 1), self.lm_head, targets.flatten(), candidates)[0]
     if packed is not None and targets is not None and not torch.is_grad_enabled():

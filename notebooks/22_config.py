@@ -71,7 +71,7 @@ from speedrun.optim.state import OptimConfig
 from speedrun.schedule import Schedule, ScheduleConfig, Stage, check_schedule
 
 # %% [markdown]
-# ### Every number has bounds
+# ### Validation: bounds in the types
 #
 # A trainer takes any number that it is given. With `--optim.grad-clip -1` ours turned every gradient round, trained thirty steps uphill and said “finished”, as others had done before it ([pytorch#31367](https://github.com/pytorch/pytorch/issues/31367), [torchtitan#4295](https://github.com/pytorch/torchtitan/pull/4295)). And a learning rate that is not a number passes a test that says `if lr <= 0: refuse`, because every comparison with NaN is false.
 #
@@ -423,6 +423,7 @@ assert schedule_of(Config()).tokens_before(19_560) == 19_560 * 524_288
 assert schedule_of(Config()).at(700).lr == Config().optim.adam.lr
 
 # %%
+from speedrun.model.head import HeadConfig
 from speedrun.model.layout import LayoutConfig
 
 assert check_config(Config()) == Config()
@@ -435,6 +436,8 @@ wrong = [
     Config(model=GPTConfig(num_layers=1, layout=LayoutConfig(backout=True))),
     Config(schedule=ScheduleConfig(stages=(Stage(0.5),))),
     Config(schedule=ScheduleConfig(stages=(Stage(prefix_weight=(0.25, 0.0)),))),
+    Config(schedule=ScheduleConfig(stages=(Stage(candidates=1024),))),
+    Config(model=GPTConfig(head=HeadConfig(fp8=True))),
 ]
 for config in wrong:
     try:
@@ -442,9 +445,11 @@ for config in wrong:
         raise AssertionError("accepted")
     except UserError as problem:
         print(problem)
+eight_bits = HeadConfig("until_step", softcap="sigmoid23", fp8=True)  # what the last one advises
+check_config(Config(model=GPTConfig(head=eight_bits)))
 
 # %% [markdown]
-# ### Varying
+# ### Overrides: `vary`
 #
 # `vary` takes a run and a dict of dotted names. It refuses what does not exist, because an ablation that silently changes nothing is the most convincing null result there is. It refuses what the field's type does not allow, for the same reason: `"no"` is true, and a precision called `bf16` would train in 32 bits, because the code asks for `bfloat16`.
 
@@ -493,13 +498,13 @@ for nonsense in (*mistakes, {"num_layers": 3}, {"optim.adam.betas": ("a", "b")})
         print(problem)
 
 # %% [markdown]
-# ### Presets are data
+# ### Presets
 #
 # A preset is a name, another run that it starts from, and what it changes: a row of data. Whatever it does not say is GPT-2 as llm.c trains it. So to know what a run has turned on, read its rows.
 #
-# `small` is a run for one GPU and a coffee, `cpu` for a laptop and five minutes, `smoke` for [the page](24_speedrun.py) on which this book trains while you read. `cpu_gpt2` is llm.c's recipe for the laptop, and the run to which the chapters add one idea at a time; `small_gpt2` is GPT-2 under Muon for one GPU, on which [chapter 13](13_muon.py) compares optimizers. The targets of the small runs, 1.15, 1.55 and 2.75 on the embedded text, are a little above what they reach; 4.0 for `small` leaves room, since it has not been run on FineWeb. `record` is the best that these chapters give together, at the contest's size: whole documents, windows and batches that grow, eleven layers, value tables, gates and Muon as it runs today. Why it has 2,100 steps, and what it should reach with them, is a prediction, which [chapter 24](24_speedrun.py) makes. `record_200m` is the same for 200 million tokens, in which ideas can be compared at full size within minutes. The historic runs would take one GPU of the contest's kind twenty minutes to six hours, if it did the work of eight in eight times the official time, and save a checkpoint every thousand steps, off the clock, so that a power cut costs minutes.
+# `small` is a run for one GPU and a coffee, `cpu` for a laptop and five minutes, `smoke` for [the page](24_speedrun.py) on which this book trains while you read. `cpu_gpt2` is llm.c's recipe for the laptop, and the run to which the chapters add one idea at a time; `small_gpt2` is GPT-2 under Muon for one GPU, on which [chapter 13](13_muon.py) compares optimizers. The targets of the small runs, 1.15, 1.55 and 2.75 on the embedded text, are a little above what they reach; 4.0 for `small` was set before it had been run on FineWeb, and leaves room. `record` is the best that these chapters give together, at the contest's size: whole documents, windows and batches that grow, eleven layers, value tables, gates, Muon as it runs today, and [chapter 19](19_head_and_loss.py)'s loss: in eight bits, and for most of the run over a sample of the vocabulary. Why it has 2,100 steps, and what it should reach with them, is a prediction, which [chapter 24](24_speedrun.py) makes. `record_200m` is the same for 200 million tokens, in which ideas can be compared at full size within minutes. The historic runs would take one GPU of the contest's kind twenty minutes to six hours, if it did the work of eight in eight times the official time, and save a checkpoint every thousand steps, off the clock, so that a power cut costs minutes.
 #
-# `small` is `record_200m` with half the tokens in a batch, and eight layers of width 512. `cpu` is `record` made smaller still. It has the same techniques, in three layers of width 128 instead of eleven of 768, all with attention; windows of 64 to 512 tokens; documents cut at 256, 512, and then 1,024 tokens; and batches of 1,024, doubled for the last third of its 1,600 steps.
+# `small` is `record_200m` with half the tokens in a batch, and eight layers of width 512. `cpu` is `record` made smaller still. It has the same techniques, but for the loss in eight bits, which a CPU would only imitate: in three layers of width 128 instead of eleven of 768, all with attention; windows of 64 to 512 tokens; documents cut at 256, 512, and then 1,024 tokens; and batches of 1,024, doubled for the last third of its 1,600 steps.
 #
 # The laptop's GPT-2, `cpu_gpt2`, is not record 1 made small. Its batches are small because what a short run lacks is *steps*: 1,024 tokens and eight thousand updates, where record 1 takes half a million tokens and twenty thousand. Its rows are short, its rate is three times as high. It does not compile, since it would spend a good part of its five minutes on that. And its initial deviation is 0.05: GPT-2's 0.02 belongs to a width of 768, and the usual rule lets it fall with the root of the width. Those are arguments, and arguments are cheap; the end of this chapter measures them.
 
@@ -701,9 +706,9 @@ PRESETS: dict[str, tuple[str, Changes]] = {  # name → the run that it starts f
 }
 
 # %% [markdown]
-# ### The runs of history
+# ### Presets of historic records
 #
-# The configurations of historic records, as far as the package has their techniques, are data too, in a module of their own, which is read only when a run starts from one of them. Each names only what differs from the one that it starts from. Record 2 is GPT-2 with [rotary positions](06_rotary.py), norms without parameters and no biases, at a tuned rate of AdamW. Record 5 has Muon and the rest of [a modern block](05_modern_block.py); its $0.1 \cdot 0.0036 \sqrt{\max(\text{rows}, \text{cols})}$ is a rate of 0.01 for square matrices of 768 and twice that for wide and tall ones. Records 8, 9 and 11 brought [a head of its own and a cap](08_logits.py), and [the plumbing](07_plumbing.py). Each of the parameters that Adam updates there has a rate of its own, which is said as a multiple of `optim.adam.lr`: record 8's embedding trained at 0.3, its head at 0.002. Up to there all read FineWeb in rows of 1,024. Record 12 brought [FlexAttention](09_flex_attention.py) over rows of 65,536, and trains through it here, too, as do all up to record 20. Records 13 and 31 made [windows widen](10_windows_and_yarn.py), and record 29 packs whole documents, for FlashAttention. Of what the package does not have, an FP8 head and a gate are named where they belong; record 10's 16-bit activations, which all later records kept, are on in none of these. From record 16 on the contest's window was counted in blocks of 128 keys, and so reached half a block less far, on average, than a window in tokens does. Initial values that no record names are this package's.
+# The configurations of historic records, as far as the package has their techniques, are data too, in a module of their own, which is read only when a run starts from one of them. Each names only what differs from the one that it starts from. Record 2 is GPT-2 with [rotary positions](06_rotary.py), norms without parameters and no biases, at a tuned rate of AdamW. Record 5 has Muon and the rest of [a modern block](05_modern_block.py); its $0.1 \cdot 0.0036 \sqrt{\max(\text{rows}, \text{cols})}$ is a rate of 0.01 for square matrices of 768 and twice that for wide and tall ones. Records 8, 9 and 11 brought [a head of its own and a cap](08_logits.py), and [the plumbing](07_plumbing.py). Each of the parameters that Adam updates there has a rate of its own, which is said as a multiple of `optim.adam.lr`: record 8's embedding trained at 0.3, its head at 0.002. Up to there all read FineWeb in rows of 1,024. Record 12 brought [FlexAttention](09_flex_attention.py) over rows of 65,536, and trains through it here, too, as do all up to record 20. Records 13 and 31 made [windows widen](10_windows_and_yarn.py), and record 29 packs whole documents, for FlashAttention. Two things that these runs lack, an FP8 head and a gate, are named where they belong; record 10's 16-bit activations, which all later records kept, are on in none of these. From record 16 on the contest's window was counted in blocks of 128 keys, and so reached half a block less far, on average, than a window in tokens does. Initial values that no record names are this package's.
 
 # %%
 #| default_exp history
@@ -1332,10 +1337,10 @@ HTML(
 )
 
 # %% [markdown]
-# What differs in `cpu_gpt2` is mostly sizes, lengths and budgets, and a few choices that a size forces: rate, warm-up, deviation, precision, compiling. None is a *technique*. Record 11 is the opposite. It reads the same batches as record 1, its model is as deep and as wide, and nearly all that it changes are techniques and their rates. Only four fields differ in both: heads, rate, warm-up and steps. That is what makes the small run worth anything: a technique can be switched on in it as in the large one. `small` and `cpu` have them all on.
+# What differs in `cpu_gpt2` is mostly sizes, lengths and budgets, and a few choices that a size forces: rate, warm-up, deviation, precision, compiling. None is a *technique*. Record 11 is the opposite. It reads the same batches as record 1, its model is as deep and as wide, and nearly all that it changes are techniques and their rates. Only four fields differ in both: heads, rate, warm-up and steps. That is what makes the small run worth anything: a technique can be switched on in it as in the large one. `small` has all of them on that `record` has, and `cpu` all but one.
 
 # %% [markdown]
-# ### Were the choices right?
+# ### Ablations of the laptop's choices
 #
 # What the laptop's choices are worth can be measured. Take a run, change one thing, train it to the end, and do that with three seeds. Every arm sees the same nine million tokens.
 #

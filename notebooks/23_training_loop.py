@@ -177,6 +177,34 @@ for words in ({"RANK": "1"}, {"RANK": "0", "WORLD_SIZE": "two"}, {"RANK": "0", "
     for name in words:
         del os.environ[name]
 
+# %% [markdown]
+# ### The training clock
+#
+# [Chapter 04](04_measuring.py) has the clock: `TrainClock` waits for the GPU before it is started and before it is stopped, and whatever happens `off_the_clock` is not training time. Single steps are timed by the marks of a `StepTimer`, which on a GPU are events in its queue of work, read later, so that looking at the time does not take any.
+
+
+# %%
+import time
+
+from speedrun.lab.timer import StepTimer, TrainClock, off_the_clock
+
+clock, marks = TrainClock(ranks.device), StepTimer(ranks.device)
+clock.start()
+marks.mark()
+time.sleep(0.05)
+marks.mark()
+with off_the_clock(clock, marks):
+    time.sleep(0.2)  # validating, say
+clock.stop()
+(nap,) = marks.drain()
+assert 50 <= nap <= clock.ms < 250, "a step counts, on both; the pause does not"
+print(f"{clock.ms:.0f} ms of training in 250 ms of life")
+
+# %% [markdown]
+# ### The state of a run
+#
+# What a run consists of, while it is one, stands in one place. Its parts come from the chapters before this one, and two from the workshop: the heartbeat, by which others see that a rank is alive, and the interrupts, by which they ask it to stop. (`told` is what attention is told in each stage of the schedule, [chapter 21](21_model.py)'s `attention_settings`.)
+
 # %%
 #| default_exp run
 #| export
@@ -204,34 +232,6 @@ from speedrun.model.attention import AttentionSettings
 from speedrun.model.gpt import GPT, flops_per_token
 from speedrun.optim.optimizer import MuonAdam
 from speedrun.schedule import Schedule
-
-# %% [markdown]
-# ### A clock that can be stopped
-#
-# [Chapter 04](04_measuring.py) has the clock: `TrainClock` waits for the GPU before it is started and before it is stopped, and whatever happens `off_the_clock` is not training time. Single steps are timed by the marks of a `StepTimer`, which on a GPU are events in its queue of work, read later, so that looking at the time does not take any.
-
-
-# %%
-import time
-
-from speedrun.lab.timer import StepTimer, off_the_clock
-
-clock, marks = TrainClock(ranks.device), StepTimer(ranks.device)
-clock.start()
-marks.mark()
-time.sleep(0.05)
-marks.mark()
-with off_the_clock(clock, marks):
-    time.sleep(0.2)  # validating, say
-clock.stop()
-(nap,) = marks.drain()
-assert 50 <= nap <= clock.ms < 250, "a step counts, on both; the pause does not"
-print(f"{clock.ms:.0f} ms of training in 250 ms of life")
-
-# %% [markdown]
-# ### The run
-#
-# What a run consists of, while it is one, stands in one place. Its parts come from the chapters before this one, and two from the workshop: the heartbeat, by which others see that a rank is alive, and the interrupts, by which they ask it to stop.
 
 
 # %%
@@ -264,13 +264,21 @@ class Run:
     saved: Path | None = None
 
 
+# %%
+fields = dataclasses.fields(Run)
+begins = {field.name: field.default for field in fields if field.default is not dataclasses.MISSING}
+assert begins == {"step": 0, "stop_at": None, "saved": None}
+print(
+    f"a run has {len(fields)} parts; nothing is done, nobody has asked it to stop, nothing is saved"
+)
+
 # %% [markdown]
-# ### The loop
+# ### The training loop
 #
 # Now the whole of it. A step has four parts:
 #
 # 1. Read this rank's micro-batches.
-# 2. Go forward and backward through each; gradients add up.
+# 2. Go forward and backward through each; gradients add up. (Where the head computes in eight bits, the schedule also says over how many words its softmax runs: [chapter 19](19_head_and_loss.py).)
 # 3. Ask the schedule for the step's learning rates and momentum ([chapter 14](14_schedule.py)).
 # 4. Let the optimizer take its step: it sums gradients over ranks, checks that they are finite, clips them, updates this rank's share of the parameters, gathers what the other ranks have updated, and sets gradients to zero ([chapter 20](20_many_gpus.py)).
 #
@@ -410,7 +418,7 @@ for name, at, clock in (
 print(*(f"{name:8} at step {step}, {clock}" for name, step, clock in happened), sep="\n")
 
 # %% [markdown]
-# ### One step
+# ### A training step, and gradient accumulation
 #
 # The model first, and then the optimizer, [chapter 20's](20_many_gpus.py). It wants a table that says of each parameter how it is updated. The model has one already; what the run decides is filled in: by which rule each is updated (the blocks' matrices may have one of their own), and the matrices' learning rates as multiples of the rule's.
 
@@ -506,13 +514,13 @@ assert worst < 1e-12
 print(f"1,024 tokens in 1, 2, 4 or 8 parts: the gradients differ by {worst:.0e} of their length")
 
 # %% [markdown]
-# This is double precision. In single precision a sum in another order differs in the seventh digit, and in bfloat16 much sooner. Two runs of `record_200m` with one seed, on two GPUs and on four, end this far apart:
+# This is double precision. In single precision a sum in another order differs in the seventh digit, and in bfloat16 much sooner. Two runs of `record_200m` with one seed, on two GPUs and on four, end this far apart (they were made before the record had [chapter 19](19_head_and_loss.py)'s loss):
 
 # %%
 from speedrun.lab.results import load_result
 
 ends = {}
-for name in ("record_200m", "record_200m_4gpu"):
+for name in ("record_200m_plain_head", "record_200m_4gpu"):
     for one in load_result("speedrun", name)["data"]["runs"]:
         ends[one["world"], one["config"]["seed"]] = one["curve"][-1]["val_loss"]
 assert {world for world, _ in ends} == {2, 4}
@@ -569,7 +577,7 @@ print("one NaN, nothing moved; no NaN, everything did")
 # %% [markdown]
 # ### Building a run
 #
-# The function that puts a run together reads from top to bottom: ranks, data, model, optimizer, log. Only rank 0 has something to say.
+# The function that puts a run together reads from top to bottom: ranks, data, model, optimizer, log. Only rank 0 has something to say: in the two files of [the workshop's log](96_logs_and_stamps.py), and to Weights & Biases, a web service for such logs, if the run names a project there (`wandb`). Only then is the module `tracking` imported.
 
 
 # %%
@@ -840,7 +848,7 @@ assert run.step == 2 and load_checkpoint(kept)[2]["position"] == list(run.loader
 print((scratch / "step" / "log.txt").read_text().replace(str(scratch), "runs"))
 
 # %% [markdown]
-# ### Validation, and warm-up without a trace
+# ### Validation and warm-up
 #
 # The validation loss is the mean over a fixed number of tokens. Each rank takes its share of the micro-batches, and two numbers are summed over the ranks.
 
@@ -1074,7 +1082,7 @@ assert "2.00 epochs" in epochs_line(long) and memory_mb(ranks.device)["resident"
 print(epochs_line(long))
 
 # %% [markdown]
-# ### From beginning to end
+# ### Training from start to finish
 #
 # A run's folder has one owner (the lock is [a workshop's](93_errors_and_files.py)): rank 0, and the launcher above it, if there is one. It is asked for before anything is touched. Whoever starts a second run or a second resume there is refused, and the first does not notice.
 
@@ -1216,7 +1224,7 @@ assert len(steps_ms) == 40 and abs(sum(steps_ms) / counted - 1) < 0.1, (
 print(f"40 steps of {sorted(steps_ms)[20]:.0f} ms (median), {counted:.0f} ms on the clock")
 
 # %% [markdown]
-# ### Resuming is exact, or it is not resuming
+# ### Exact resumption
 #
 # A run that was interrupted and resumed should end where it would have ended. Not nearly: on a CPU, without compiling and with as many threads and ranks as before, every bit of every weight. Stop a second run after 23 steps, in the middle of everything, and let a third go on:
 
@@ -1261,7 +1269,7 @@ others = {name: p for name, p in run.model.named_parameters() if name != "mlp_up
 assert all(torch.equal(p, saved[name]) for name, p in others.items()), "nothing was updated since"
 
 # %% [markdown]
-# ### The command
+# ### The command line
 #
 # `python -m speedrun.train` is one rank: alone, or one of torchrun's. The first half of it says which run is meant, and where it writes; the launcher of [chapter 24](24_speedrun.py) reads its command line with the same functions.
 

@@ -17,12 +17,12 @@
 # # Workshop: a run that survives
 #
 # ```{admonition} Cost box
-# Half a minute on two CPU cores; nothing here needs a GPU. No record: the contest's runs take minutes, and are watched by somebody. The failures on this page are those of longer and lonelier runs: some were reported by users of other projects, most were met on this one.
+# Half a minute on two CPU cores; there is nothing for a GPU to do. No record: the contest's runs take minutes, and are watched by somebody. The failures on this page are those of longer and lonelier runs: some were reported by users of other projects, most were met on this one.
 # ```
 #
 # ## The problem
 #
-# A run on eight GPUs is a tree of ten processes: a launcher (here this notebook), `torchrun`, and eight ranks. Any of them can die, and when one does, who tells the others? The operating system does not: a child whose parent is gone simply goes on, and `torchrun` even gives every rank a session of its own. Watch it happen, with two ranks that
+# A run on eight GPUs is a tree of ten processes: a launcher (here this notebook), PyTorch's starter `torchrun`, and eight *ranks*, which train, one per GPU. Any of them can die, and when one does, who tells the others? The operating system does not: a child whose parent is gone simply goes on, and `torchrun` even gives every rank a session of its own. Watch it happen, with two ranks that
 # do nothing but sleep:
 
 # %%
@@ -88,7 +88,7 @@ print(f"torchrun was killed; two seconds later {len(alive)} of 2 ranks are still
 #
 # ## The code
 #
-# ### Signals
+# ### Signal handling
 #
 # Ctrl-C, a service manager and a closing terminal all ask for the same: stop, but save first. Python's own answer to Ctrl-C is an exception, and an exception between two collectives is how one rank leaves the others waiting. So a signal is noted, and looked at between steps.
 
@@ -148,7 +148,7 @@ for number in (signal.SIGTERM, signal.SIGINT):  # a service manager may send bot
 assert asked.signal == signal.SIGTERM, "the first counts, and nobody has insisted"
 
 # %% [markdown]
-# ### The lifeline
+# ### Orphaned ranks: the lifeline
 #
 # A launcher that is killed cannot clean up after itself, and a GPU that is held by an orphan is found by the next user. So each rank under a launcher ends itself when its standard input comes to its end, or when its parent process is no longer the one that started it. It is given ten seconds to save.
 
@@ -282,9 +282,9 @@ assert (status.rank, status.phase, status.step) == (3, "compile", 1_000_000)
 print(status)
 
 # %% [markdown]
-# ### Stopping together
+# ### Graceful shutdown of several ranks
 #
-# With several ranks stopping is harder than it sounds. The signal reaches them at slightly different moments, and a rank that stops before step 500 while another enters it leaves that one waiting for a sum that never comes. Nor may a rank that was asked to stop wait until the others have been: they would wait for *its* gradients. So it writes down at which step it is, and goes on training. Once all have written, all stop one step after the largest of the numbers. Nobody can be past it, since no step ends without everybody. (But for `optim.adam.every`: a step that updates nothing sums nothing, so then they stop that many steps after it.)
+# With several ranks stopping is harder than it sounds. The signal reaches them at slightly different moments, and a rank that stops before step 500 while another enters it leaves that one waiting for a sum that never comes. Nor may a rank that was asked to stop wait until the others have been: they would wait for *its* gradients. So it writes down at which step it is, and goes on training. Once all have written, all stop one step after the largest of the numbers. (`Ranks`, from [chapter 23](23_training_loop.py), is a rank's number, how many there are, and its device.) Nobody can be past it, since no step ends without everybody. (But for `optim.adam.every`: a step that updates nothing sums nothing, so then they stop that many steps after it.)
 
 
 # %%
@@ -589,7 +589,7 @@ for file, content in (
 # %% [markdown]
 # What a run puts into such a folder, and how it goes on from one to the same bit, is [chapter 23](23_training_loop.py)'s. The rest of this page is the other process: the one that starts ranks, and watches them.
 #
-# ### Starting ranks
+# ### Launching ranks: the rendezvous
 #
 # `torchrun` is started as a module, so that it need not be on the path, and with a pipe as its standard input, which the ranks inherit.
 #
@@ -802,7 +802,7 @@ def stack_trace(folder: Path, status: RankStatus, family: set[psutil.Process]) -
 
 
 # %% [markdown]
-# ### Ending
+# ### Terminating ranks
 #
 # First politely: SIGTERM to torchrun, which passes it on, and the ranks save. A rank that does not react, because it hangs or because it ignores signals, is killed. Only the launcher's own descendants ever are: it notes them while `torchrun` lives, each with the moment at which it was started, since a process number alone may belong to somebody else by now. (An earlier launcher believed the numbers in the heartbeats. A second launch into the same folder then killed the ranks of the first.)
 
@@ -834,7 +834,7 @@ def end_ranks(torchrun: subprocess.Popen, family: set[psutil.Process], grace_s: 
 
 
 # %% [markdown]
-# ### Watching
+# ### The supervisor's loop
 #
 # A shell escape (`!torchrun …`) shows lines and can be interrupted, but its cell cannot look at anything else meanwhile: a run that goes silent goes silent for ever. Reading the process's pipe in a loop has the same flaw, since a loop that waits for a line cannot look at a clock. So here a thread pumps the ranks' lines into a queue and a file; the main thread shows them and looks at the heartbeats twice a second. Lines appear when they are written, in the notebook cell and, through papermill, in the terminal.
 

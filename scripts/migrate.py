@@ -276,6 +276,7 @@ UPSTREAM_WORDS = {  # before upstream's names of the model → since; likewise
     r'ParamSpec\("head", (?=\(d, words\))': 'ParamSpec("lm_head", ',
     r'\btied_to = "head"': 'tied_to = "lm_head"',
     r"@ self\.head\b": "@ self.lm_head",
+    r"(\bx\.flatten\(0, 1\), self)\.head\b": r"\1.lm_head",
     # its blocks and positions
     "zero_out": "zero_init_proj",
     "fan_in": "fan_in_init",
@@ -341,6 +342,7 @@ UPSTREAM_WORDS = {  # before upstream's names of the model → since; likewise
     "smeared": "apply_smear",
     r'\bhead\.tied": "split"': 'head.tie": "until_step"',
     r'\bhead\.tied == "split"': 'head.tie == "until_step"',
+    r"--model\.head\.tied split\b": "--model.head.tie until_step",
     r"\bhead\.tied\b": "head.tie",
     r'HeadConfig\(tied="split"': 'HeadConfig(tie="until_step"',
     r"HeadConfig\(tied=": "HeadConfig(tie=",

@@ -4,7 +4,7 @@
 from speedrun.ranks import rank_numbers
 
 
-# %% From beginning to end
+# %% Training from start to finish
 import contextlib
 import os
 import sys
@@ -52,7 +52,7 @@ def refuse_old_run(folder: Path) -> None:
         raise UserError(f"{folder} holds a run already", fix)
 
 
-# %% The command
+# %% The command line
 @dataclass(frozen=True)
 class TrainCommand:
     """Train as one rank, alone or one of torchrun's. For several GPUs: python -m speedrun.launch."""

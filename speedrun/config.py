@@ -24,7 +24,7 @@ from speedrun.optim.state import OptimConfig
 from speedrun.schedule import Schedule, ScheduleConfig, Stage, check_schedule
 
 
-# %% Every number has bounds
+# %% Validation: bounds in the types
 @dataclass(frozen=True)
 class Config:
     """One training run. Every command takes these as flags: --model.num-layers 4 --steps 100."""
@@ -205,7 +205,7 @@ def schedule_of(config: Config) -> Schedule:
     return Schedule(config.schedule, config.steps, *peaks, data.batch_tokens, data.max_doc_tokens)
 
 
-# %% Varying
+# %% Overrides: `vary`
 def no_field(name: str, known: dict[str, Any], prefix: str) -> UserError:
     """What to say about a name that no field has."""
     inside = [prefix + other for other in known if other.startswith(f"{name}.")]

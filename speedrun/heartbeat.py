@@ -1,7 +1,7 @@
 # Tangled from notebooks/92_a_run_that_survives.py: edit the notebook, then run "make tangle". Edits made here are lost.
 
 
-# %% Signals
+# %% Signal handling
 import contextlib
 import faulthandler
 import json
@@ -46,7 +46,7 @@ class Interrupts:
             )  # no exception, which could get lost; files are whole or not there
 
 
-# %% The lifeline
+# %% Orphaned ranks: the lifeline
 def lifeline(interrupts: Interrupts | None = None, grace_s: float = 10.0) -> None:
     """End this process when its launcher dies: standard input ends, or the parent changes. Only under a launcher.
 
@@ -138,7 +138,7 @@ def read_heartbeats(folder: Path) -> list[RankStatus]:
     return sorted(found)
 
 
-# %% Stopping together
+# %% Graceful shutdown of several ranks
 def agree_on_stop(
     folder: Path, ranks: Ranks, step: int, since: float, every: int = 1, patience_s: float = 20.0
 ) -> int | None:

@@ -1,7 +1,7 @@
 # Tangled from notebooks/22_config.py: edit the notebook, then run "make tangle". Edits made here are lost.
 
 
-# %% The runs of history
+# %% Presets of historic records
 from typing import Any
 
 from speedrun.schedule import Stage

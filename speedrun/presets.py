@@ -5,7 +5,7 @@ from speedrun.config import Config, fields_of, value_from_json, vary
 from speedrun.lab.bounds import as_flags, check_value
 
 
-# %% Presets are data
+# %% Presets
 import dataclasses
 import difflib
 import importlib
@@ -200,7 +200,7 @@ PRESETS: dict[str, tuple[str, Changes]] = {  # name → the run that it starts f
 }
 
 
-# %% The runs of history
+# %% Presets of historic records
 def known_presets() -> dict[str, tuple[str, Changes]]:
     """All presets, those of history included."""
     return PRESETS | importlib.import_module("speedrun.history").HISTORY

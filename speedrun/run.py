@@ -4,7 +4,7 @@
 from speedrun.ranks import Ranks
 
 
-# %% Rank, world size and device
+# %% The state of a run
 import contextlib
 import dataclasses
 import importlib
@@ -31,7 +31,6 @@ from speedrun.optim.optimizer import MuonAdam
 from speedrun.schedule import Schedule
 
 
-# %% The run
 @dataclass
 class Run:
     """Everything that changes while training, and what it needs.
@@ -208,7 +207,7 @@ def memory_mb(device: torch.device) -> dict[str, int]:
     return {"resident": psutil.Process().memory_info().rss >> 20}
 
 
-# %% From beginning to end
+# %% Training from start to finish
 def unsaved(run: Run, lost: list[str]) -> UserError:
     """What to say where the end of a run could not be written."""
     size = sum(p.numel() * p.element_size() for p in run.model.parameters()) * 3 / 1e6

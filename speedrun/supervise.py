@@ -5,7 +5,7 @@ from speedrun.checkpoint import checkpoints
 from speedrun.heartbeat import RankStatus, read_heartbeats
 
 
-# %% Starting ranks
+# %% Launching ranks: the rendezvous
 import contextlib
 import os
 import queue
@@ -149,7 +149,7 @@ def stack_trace(folder: Path, status: RankStatus, family: set[psutil.Process]) -
     return f", at {frames[0]}" if frames else ""
 
 
-# %% Ending
+# %% Terminating ranks
 def note_children(torchrun: subprocess.Popen, family: set[psutil.Process]) -> None:
     """Add torchrun's descendants to `family`: a `psutil.Process` is a number and the moment of its start."""
     with contextlib.suppress(psutil.NoSuchProcess):
@@ -174,7 +174,7 @@ def end_ranks(torchrun: subprocess.Popen, family: set[psutil.Process], grace_s: 
         torchrun.wait()
 
 
-# %% Watching
+# %% The supervisor's loop
 def pump(stream, lines: queue.Queue, copy: Path) -> None:
     """Pass lines on as they come, and keep them in a file; None at the end."""
     for line in stream:

@@ -1,7 +1,7 @@
 # Tangled from notebooks/23_training_loop.py: edit the notebook, then run "make tangle". Edits made here are lost.
 
 
-# %% The loop
+# %% The training loop
 if __name__ == "__main__" and __spec__ is not None:  # python -m: before what takes seconds
     from speedrun.lab.errors import prepare_command
 
@@ -114,7 +114,7 @@ def run_loop(run: Run, step=train_step) -> str:
                 save(run)
 
 
-# %% One step
+# %% A training step, and gradient accumulation
 def build_optimizer(config: Config, model: GPT) -> MuonAdam:
     """The optimizer of a run. The model's parameters become views of its storage."""
     specs = assign_optimizers(model.specs, config.optim)
@@ -265,7 +265,7 @@ def save(run: Run, patience_s: float = 0.0) -> Path | None:
     return saved
 
 
-# %% Validation, and warm-up without a trace
+# %% Validation and warm-up
 def told_now(run: Run) -> AttentionSettings:
     """What attention is told in a validation: what the next step says, and after the last one with windows that may be wider."""
     steps, wide = run.config.steps, run.config.schedule.val_windows
@@ -357,7 +357,7 @@ def validate(run: Run) -> float:
     return loss
 
 
-# %% From beginning to end
+# %% Training from start to finish
 def finish(run: Run, why: str) -> None:
     """Save, and write down how it ended: finished or interrupted. Raises UserError (rank 0) if that is not on the disk."""
     kept = save(run, 30.0 if why == "finished" else 5.0)
@@ -398,7 +398,7 @@ def train(
         return run
 
 
-# %% The command
+# %% The command line
 def run_command(arguments: list[str], interrupts: Interrupts) -> int:
     """Train as the arguments say. Returns 0, or 128 and the number of the signal that ended it."""
     machine = setup()

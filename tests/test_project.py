@@ -41,7 +41,7 @@ LAYERS = [  # imports point from a later line to an earlier one, or stay on one 
     {"speedrun.config", "speedrun.presets", "speedrun.history", "speedrun.cpu_size"},
     {"speedrun.ranks", "speedrun.checkpoint", "speedrun.tracking"},
     {"speedrun.heartbeat"},
-    {"speedrun.run", "speedrun.command"},
+    {"speedrun.run", "speedrun.command", "speedrun.tracking"},
     {"speedrun.train"},
     {"speedrun.supervise"},
     {"speedrun.launch", "speedrun.report", "speedrun.sample", "speedrun.evaluate"},
@@ -828,28 +828,43 @@ class TestReadme:
             withdrawn = f"{run['curve'][-1]['val_loss']:.3f}"  # pytorch#193061, chapter 23
             assert withdrawn not in self.text
             assert f"{1000 * run['seconds'] / run['step']:,.0f} ms" in self.text
-        whole, *others = [run for n in ("_4gpu", "") for run in self.runs(f"record_200m{n}")]
-        assert f"{memory_needed_gb('record', [whole, *others]):.0f} GB" in self.text
-        for run in (whole, *others):
+        names = ("record_200m", "record_200m_plain_head", "record_200m_4gpu")
+        runs = [run for name in names for run in self.runs(name)]
+        whole, second, *_ = runs
+        assert f"{memory_needed_gb('record', runs):.0f} GB" in self.text
+        for run in runs:
             assert f"{run['curve'][-1]['val_loss']:.3f} after {run['seconds']:.0f} s" in self.text
+        then, now = config_from_json(whole["config"]), preset("record_200m")
+        assert (then.model, then.optim, then.schedule) == (now.model, now.optim, now.schedule)
         predicted = f"in {self.least():.0f} to {self.most():.0f} s"
         assert f"{predicted} on eight H200s" in self.text
-        assert f"{4 * whole['seconds'] / 3600:.2f} hours of one GPU" in self.text
+        assert f"{2 * whole['seconds'] / 3600:.2f} hours of one GPU" in self.text
         intro = (ROOT / "book" / "intro.md").read_text(encoding="utf-8")
-        first, second = (run["curve"][-1]["val_loss"] for run in (whole, others[0]))
-        on_four = f"{first:.3f} and {second:.3f} after {whole['seconds']:.0f} s on four H200s"
-        assert on_four in intro and predicted in intro
+        ends = [run["curve"][-1]["val_loss"] for run in (whole, second)]
+        on_two = f"{ends[0]:.3f} and {ends[1]:.3f} after {whole['seconds']:.0f} s on two H200s"
+        assert on_two in intro and predicted in intro
         assert f"{whole['parameters'] / 1e6:.0f} million parameters" in intro
         assert f"{preset('record').steps:,} steps" in self.text
 
-    def least(self) -> float:
-        """Seconds for `record` on eight GPUs, if they are twice as fast as four."""
+    def longer(self) -> float:
+        """By how much more `record` reads than `record_200m`."""
         plans = [(schedule_of(run), run.steps) for run in map(preset, ("record", "record_200m"))]
         read, before = (plan.tokens_before(steps) for plan, steps in plans)
-        return self.runs("record_200m_4gpu")[0]["seconds"] * read / before / 2
+        return read / before
 
-    @staticmethod
-    def most() -> float:
+    def saved(self) -> float:
+        """Seconds that the FP8 head saves `record` on eight GPUs: a quarter of what it saves on two."""
+        from statistics import mean
+
+        names = ("record_200m_plain_head", "record_200m")
+        before, since = (mean(run["seconds"] for run in self.runs(name)) for name in names)
+        return (before - since) * self.longer() / 4
+
+    def least(self) -> float:
+        """Seconds for `record` on eight GPUs, if they are twice as fast as four."""
+        return self.runs("record_200m_4gpu")[0]["seconds"] * self.longer() / 2 - self.saved()
+
+    def most(self) -> float:
         """The same, if what does not shrink from two GPUs to four does not shrink again."""
         from statistics import median
 
@@ -858,7 +873,7 @@ class TestReadme:
         found = [load_result("many_gpus", f"run_{w}")["data"]["stages"] for w in (2, 4)]
         pairs = [[median(stage["ms"]) for stage in pair] for pair in zip(*found)]
         steps = preset("record").steps / len(pairs)
-        return sum(four - (two - four) / 2 for two, four in pairs) * steps / 1000
+        return sum(four - (two - four) / 2 for two, four in pairs) * steps / 1000 - self.saved()
 
     def test_muon_is_there_sooner(self):
         from statistics import mean

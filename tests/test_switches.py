@@ -61,6 +61,7 @@ GROUPS: dict[str, type] = {"block": BlockConfig, "rotary": RotaryConfig, "head":
 GROUPS |= {"embedding": EmbeddingConfig, "layout": LayoutConfig}
 TURN = {"model.rotary.pos": "rope"}
 WAYS: dict[str, dict] = {"none": {}} | {name: {name: value} for name, value in ON.items()}
+WAYS["model.head.fp8"] |= {"model.head.tie": "untied", "model.head.softcap": "sigmoid23"}
 WAYS |= {cap: {"model.head.softcap": cap} for cap in ("tanh30", "tanh15", "sigmoid30")}
 WAYS |= {kind: {"model.embedding.values": kind} for kind in ("first", "all", "mirror", "outer")}
 WAYS |= {mix: {"model.embedding.values": "mirror", "model.embedding.value_residual": mix} for mix in ("lambdas", "gate")}  # fmt: skip

@@ -1,7 +1,7 @@
 # Tangled from notebooks/19_head_and_loss.py: edit the notebook, then run "make tangle". Edits made here are lost.
 
 
-# %% The code
+# %% The definition
 import math
 from typing import Any, NamedTuple
 
@@ -45,6 +45,7 @@ def head_loss_by_hand(
     return loss, dx, dw
 
 
+# %% Choosing the candidates
 STRIDE = 20_011  # record 92's sweep through the vocabulary
 
 
@@ -52,7 +53,7 @@ def choose_candidates(targets: Tensor, words: int, count: int) -> tuple[Tensor, 
     """The `count` words that a batch's softmax runs over: its targets, filled up along a fixed sweep. (count,) int64, ascending; (words,) bool.
 
     The sweep visits word (offset + k) · stride mod words, k = 0, 1, …, each word once; the offset comes from the targets, so that the choice
-    depends on the batch alone, and not on the rank that has it (record 92; there a rank's batch). No random numbers, no wait for the device. Are there more
+    depends on the batch alone, and not on the rank that has it (record 92 starts rank r at r/8 of the vocabulary instead). No random numbers, no wait for the device. Are there more
     different targets than `count`, those late in the sweep are left out.
     """
     stride = next(s for s in range(STRIDE, STRIDE + words) if math.gcd(s, words) == 1)
@@ -146,42 +147,7 @@ def head_kernel(
         tl.store(SUMS + number * tokens + rows, total, rows < tokens)
 
 
-@jit
-def target_kernel(
-    X, W, TARGETS, SUMS, INSIDE, SCALE, LOSS, SHARE, OWN, tokens, width, ROWS: constexpr, WIDTH: constexpr
-):  # fmt: skip
-    """Each token's loss, the reciprocal of its sum, and what its target's own logit adds to the gradient: s (1 - s), less its share where it is no candidate."""
-    TOP: constexpr = 23.0 * 1.4426950408889634
-    row, k = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, WIDTH)
-    mine = row < tokens
-    target, there = tl.load(TARGETS + row, mine, 0), mine[:, None] & (k < width)[None, :]
-    x = tl.load(X + row.to(tl.int64)[:, None] * width + k[None, :], there).to(tl.float32)
-    w = tl.load(W + target[:, None] * width + k[None, :], there).to(tl.float32)
-    z = tl.sum(tl.where(there, x * w, 0.0), 1) * tl.load(SCALE)
-    s = tl.sigmoid((z + 5.0) * (1.0 / 7.5))
-    e = tl.math.exp2(s * TOP - TOP) * (1.0 - tl.load(INSIDE + target, mine, 1).to(tl.float32))
-    total = tl.load(SUMS + row, mine, 1.0) + e
-    tl.store(LOSS + row, tl.math.log2(total) * 0.6931471805599453 + 23.0 - 23.0 * s, mine)
-    tl.store(SHARE + row, 1.0 / total, mine)
-    tl.store(OWN + row, s * (1.0 - s) * (1.0 - e / total), mine)
-
-
-@jit
-def dx_kernel(
-    RAW, W, TARGETS, SHARE, OWN, SCALE, DX, factor, tokens, width, ROWS: constexpr, WIDTH: constexpr
-):  # fmt: skip
-    """Rows of x's gradient: RAW over the token's sum, less the target's own part, times `factor`. SCALE: W's."""
-    row, k = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, WIDTH)
-    mine = row < tokens
-    target, there = tl.load(TARGETS + row, mine, 0), mine[:, None] & (k < width)[None, :]
-    at = row.to(tl.int64)[:, None] * width + k[None, :]
-    w = tl.load(W + target[:, None] * width + k[None, :], there).to(tl.float32) * tl.load(SCALE)
-    raw, share = tl.load(RAW + at, there, 0.0).to(tl.float32), tl.load(SHARE + row, mine, 0.0)
-    dx = (raw * share[:, None] - w * tl.load(OWN + row, mine, 0.0)[:, None]) * factor
-    tl.store(DX + at, dx.to(DX.dtype.element_ty), there)
-
-
-GAIN = 2.0**20  # of the gradient before it is divided by sums: e5m2 reaches from 2^-16 to 57,344
+GAIN = 2.0**20  # what the kernel multiplies the gradient by: e5m2 reaches from 2^-16 to 57,344
 
 
 class Blocks(NamedTuple):
@@ -228,6 +194,41 @@ def launch_head(
         num_warps=blocks.warps, num_stages=blocks.stages,
     )  # fmt: skip
     return g, gt, sums.sum(0)
+
+
+@jit
+def target_kernel(
+    X, W, TARGETS, SUMS, INSIDE, SCALE, LOSS, SHARE, OWN, tokens, width, ROWS: constexpr, WIDTH: constexpr
+):  # fmt: skip
+    """Each token's loss, the reciprocal of its sum, and what its target's own logit adds to the gradient: s (1 - s), less its share where it is no candidate."""
+    TOP: constexpr = 23.0 * 1.4426950408889634
+    row, k = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, WIDTH)
+    mine = row < tokens
+    target, there = tl.load(TARGETS + row, mine, 0), mine[:, None] & (k < width)[None, :]
+    x = tl.load(X + row.to(tl.int64)[:, None] * width + k[None, :], there).to(tl.float32)
+    w = tl.load(W + target[:, None] * width + k[None, :], there).to(tl.float32)
+    z = tl.sum(tl.where(there, x * w, 0.0), 1) * tl.load(SCALE)
+    s = tl.sigmoid((z + 5.0) * (1.0 / 7.5))
+    e = tl.math.exp2(s * TOP - TOP) * (1.0 - tl.load(INSIDE + target, mine, 1).to(tl.float32))
+    total = tl.load(SUMS + row, mine, 1.0) + e
+    tl.store(LOSS + row, tl.math.log2(total) * 0.6931471805599453 + 23.0 - 23.0 * s, mine)
+    tl.store(SHARE + row, 1.0 / total, mine)
+    tl.store(OWN + row, s * (1.0 - s) * (1.0 - e / total), mine)
+
+
+@jit
+def dx_kernel(
+    RAW, W, TARGETS, SHARE, OWN, SCALE, DX, factor, tokens, width, ROWS: constexpr, WIDTH: constexpr
+):  # fmt: skip
+    """Rows of x's gradient: RAW over the token's sum, less the target's own part, times `factor`. SCALE: W's."""
+    row, k = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, WIDTH)
+    mine = row < tokens
+    target, there = tl.load(TARGETS + row, mine, 0), mine[:, None] & (k < width)[None, :]
+    at = row.to(tl.int64)[:, None] * width + k[None, :]
+    w = tl.load(W + target[:, None] * width + k[None, :], there).to(tl.float32) * tl.load(SCALE)
+    raw, share = tl.load(RAW + at, there, 0.0).to(tl.float32), tl.load(SHARE + row, mine, 0.0)
+    dx = (raw * share[:, None] - w * tl.load(OWN + row, mine, 0.0)[:, None]) * factor
+    tl.store(DX + at, dx.to(DX.dtype.element_ty), there)
 
 
 class Head(NamedTuple):

@@ -1,7 +1,7 @@
 # Tangled from notebooks/22_config.py: edit the notebook, then run "make tangle". Edits made here are lost.
 
 
-# %% Every number has bounds
+# %% Validation: bounds in the types
 import dataclasses
 import json
 import operator

@@ -6,7 +6,7 @@ from speedrun.measure.runs import corpus_of, train_many
 from speedrun.presets import preset
 
 
-# %% Were the choices right?
+# %% Ablations of the laptop's choices
 from typing import Any
 
 from speedrun.lab.provenance import stamp

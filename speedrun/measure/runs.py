@@ -5,7 +5,7 @@ from speedrun.config import Config, config_from_json, fields_of, vary
 from speedrun.presets import RECORD_MUON, preset
 
 
-# %% Were the choices right?
+# %% Ablations of the laptop's choices
 import dataclasses
 import os
 import tempfile

@@ -4,7 +4,7 @@
 from speedrun.config import Config, vary
 
 
-# %% Were the choices right?
+# %% Ablations of the laptop's choices
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path

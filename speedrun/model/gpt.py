@@ -289,10 +289,7 @@ def gpt_forward(
     packed: Packed | None = None,
     candidates: Tensor | None = None,
 ) -> Tensor:
-    """Logits (batch, tokens, vocab) of inputs, (batch, tokens) int64; with targets the mean cross-entropy, nats. packed: of one row.
-
-    candidates: () int in CPU memory: in training the loss is that of the FP8 head, with a softmax over so many words, 0 for all.
-    """
+    """Logits (batch, tokens, vocab) of inputs, (batch, tokens) int64; with targets the mean cross-entropy, nats; with candidates, () int in CPU memory, the FP8 head's, its softmax over so many words, 0: all. packed: of one row."""
     config, context = self.config, attention_context(self, inputs, packed)
     x = x0 = embed_inputs(self, inputs)
     outputs: list[Tensor] = []
@@ -300,16 +297,14 @@ def gpt_forward(
     for n, (spec, weights) in enumerate(zip(self.layout, weights_of_layers(self))):
         x = mix_residual(x, x0, outputs, spec, weights, config.layout.skips)
         if spec.attention:
-            normal = apply_norm(x, weights, "attention_norm")
-            long = n in config.attention.long_layers
-            y, v = attention(normal, weights, config, context, values.get(spec.value), long)
+            told = config, context, values.get(spec.value), n in config.attention.long_layers
+            y, v = attention(apply_norm(x, weights, "attention_norm"), weights, *told)
             values.setdefault("first", v)
             x = x + y
         if spec.mlp:
             x = x + mlp(apply_norm(x, weights, "mlp_norm"), weights, config.block)
         outputs.append(x)
-    x = apply_backout(x, outputs, self._parameters)
-    x = apply_norm(x, self._parameters, "final_norm")
+    x = apply_norm(apply_backout(x, outputs, self._parameters), self._parameters, "final_norm")
     if candidates is not None and targets is not None:
         return head_loss_op(x.flatten(0, 1), self.lm_head, targets.flatten(), candidates)[0]
     if packed is not None and targets is not None and not torch.is_grad_enabled():

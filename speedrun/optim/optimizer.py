@@ -6,7 +6,7 @@ from speedrun.optim.graph import GraphedCall, StepScalars, compile_update, new_s
 from speedrun.optim.state import MATRIX_RULES, OptimConfig, ParamState, REPLICATED, build_states
 
 
-# %% The table
+# %% The parameter table
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -58,7 +58,7 @@ def check_specs(specs: Sequence[ParamSpec], params: Mapping[str, Tensor]) -> Non
             raise ValueError(f"{spec.name} and {spec.tied_to}: both have to be adam's, or adamw's")
 
 
-# %% One step
+# %% The optimizer step
 def addresses_of(p: Tensor) -> tuple[int, int]:
     """Where a parameter's value and gradient are stored."""
     return p.data_ptr(), 0 if p.grad is None else p.grad.data_ptr()

@@ -6,7 +6,7 @@ from speedrun.optim.comm import Replicated, Sharded
 from speedrun.optim.graph import StepScalars, bias_correction, compile_update
 
 
-# %% The table
+# %% The parameter table
 import importlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -52,7 +52,7 @@ def assign_optimizers(specs: Iterable[ParamSpec], config: OptimConfig) -> tuple[
 MATRIX_RULES = ("muon", "soap")  # of whole matrices; all others work entry by entry
 
 
-# %% Communication × rule
+# %% Communication and update rule
 class AdamRule:
     """Adam with cautious decay, on a shard of one parameter, or on the vector of many: then every constant is a vector, too."""
 

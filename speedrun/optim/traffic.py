@@ -5,7 +5,7 @@ from speedrun.optim.comm import dist_info
 from speedrun.optim.optimizer import MuonAdam
 
 
-# %% Bytes
+# %% Communication volume
 def bytes_sent(
     comm: str, numel: int, size: int, world: int, rows: float = 0.0, width: int = 1
 ) -> tuple[float, float]:

@@ -1,0 +1,220 @@
+"""Head and loss in one pass: the kernel against the definition in float64, candidates, the operator, the compiler for each chip."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from speedrun.kernels import loss as kernels
+from speedrun.kernels.loss import (
+    CONFIGS,
+    Blocks,
+    check_head,
+    choose_candidates,
+    head_loss_by_hand,
+    head_loss_fused,
+    head_loss_op,
+)
+from speedrun.model.head import loss_of
+
+NARROW = Blocks(32, 32, 16, 4, 2, 1)
+LIMITS = {
+    89: 101_376,
+    90: 232_448,
+    100: 232_448,
+    120: 101_376,
+}  # bytes of shared memory a block may have
+
+
+def drawn(tokens: int, width: int, words: int, std: float = 0.5, seed: int = 0):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens, width, generator=generator, dtype=torch.float64)
+    w = std * torch.randn(width, words, generator=generator, dtype=torch.float64)
+    return x, w, torch.randint(0, words, (tokens,), generator=generator)
+
+
+def candidates(targets, words, count):
+    inside = torch.ones(words, dtype=torch.bool)
+    return choose_candidates(targets, words, count)[1] if 0 < count < words else inside
+
+
+def off(found, known) -> float:
+    return (torch.linalg.norm(found.double() - known) / torch.linalg.norm(known)).item()
+
+
+class TestDefinition:
+    @pytest.mark.parametrize("rows", [1, 7, 100])
+    def test_it_is_chapter_08s_loss(self, rows):
+        x, w, targets = drawn(30, 16, 50)
+        leaves = x.requires_grad_(), w.requires_grad_()
+        loss = loss_of(x.float() @ w.float(), targets, "sigmoid23")
+        by_hand = head_loss_by_hand(x.detach(), w.detach(), targets, torch.ones(50).bool(), rows)
+        assert abs(by_hand[0].item() - loss.item()) < 1e-5
+        for a, b in zip(by_hand[1:], torch.autograd.grad(loss, leaves)):
+            assert off(b, a) < 1e-5
+
+    def test_words_outside_take_no_part(self):
+        x, w, targets = drawn(20, 8, 40)
+        inside = candidates(targets, 40, 24)
+        few = head_loss_by_hand(x, w, targets, inside)
+        kept = inside.nonzero()[:, 0]
+        place = torch.searchsorted(kept, targets)
+        assert torch.equal(kept[place], targets), "all targets are candidates here"
+        alone = head_loss_by_hand(x, w[:, kept], place, torch.ones(24).bool())
+        assert torch.isclose(few[0], alone[0]) and torch.allclose(few[1], alone[1])
+        assert torch.allclose(few[2][:, kept], alone[2]) and not few[2][:, ~inside].any()
+
+
+class TestCandidates:
+    @given(st.lists(st.integers(0, 63), min_size=1, max_size=80), st.integers(1, 64))
+    @settings(max_examples=60, deadline=None)
+    def test_all_targets_first_and_then_the_sweep(self, targets, count):
+        targets = torch.tensor(targets)
+        chosen, inside = choose_candidates(targets, 64, count)
+        assert len(chosen.unique()) == count and torch.equal(chosen, chosen.sort().values)
+        assert torch.equal(inside.nonzero()[:, 0], chosen)
+        distinct = targets.unique()
+        if len(distinct) <= count:
+            assert inside[distinct].all()
+        else:
+            assert torch.isin(chosen, distinct).all()
+
+    @pytest.mark.parametrize("words", [50_304, 50_257, 20_011, 256])
+    def test_the_sweep_meets_every_word(self, words):
+        chosen, _ = choose_candidates(torch.tensor([3]), words, words)
+        assert torch.equal(chosen, torch.arange(words))
+
+    def test_another_batch_has_others(self):
+        first, second = (choose_candidates(torch.tensor([n]), 1000, 100)[0] for n in (1, 2))
+        assert not torch.equal(first, second)
+
+
+class TestKernel:
+    @given(
+        st.integers(1, 70), st.integers(1, 40), st.integers(2, 90), st.integers(0, 60),
+        st.sampled_from([0.0, 0.02, 0.5, 5.0]), st.integers(0, 99),
+    )  # fmt: skip
+    @settings(max_examples=12, deadline=None)
+    def test_against_float64(self, tokens, width, words, count, std, seed):
+        x, w, targets = drawn(tokens, width, words, std, seed)
+        found = head_loss_fused(x.float(), w.float(), targets, count, NARROW, emulated=True)
+        known = head_loss_by_hand(x, w, targets, candidates(targets, words, count))
+        # float32: 2^-24 a rounding, `width` of them in a logit, which the loss multiplies by 23 / 7.5 at most
+        bound = 4 * 2**-24 * (width + words) ** 0.5 * (1 + x.abs().max() * w.abs().max() * width)
+        assert abs(found[0].item() - known[0].item()) < bound + 1e-6
+        for a, b in zip(found[1:], known[1:]):
+            assert (a.double() - b).abs().max() < (bound + 1e-6) * max(1.0, b.abs().max().item())
+
+    def test_rows_of_one_word(self):
+        x, w, _ = drawn(40, 16, 64)
+        targets = torch.full((40,), 7)
+        found = head_loss_fused(x.float(), w.float(), targets, 16, NARROW, emulated=True)
+        known = head_loss_by_hand(x, w, targets, candidates(targets, 64, 16))
+        assert all(off(a, b) < 1e-5 for a, b in zip(found[1:], known[1:]))
+
+    def test_what_is_not_finite_stays_so(self):
+        x, w, targets = drawn(8, 16, 32)
+        x[3, 2] = math.nan
+        assert head_loss_op(x.float(), w.float(), targets, torch.tensor(0))[0].isnan()
+
+
+class TestOperator:
+    def test_it_is_an_operator(self):
+        x, w, targets = drawn(32, 16, 48)
+        leaves = (x.float().requires_grad_(), w.float().requires_grad_(), targets, torch.tensor(16))
+        torch.library.opcheck(head_loss_op, leaves, test_utils=("test_schema", "test_faketensor", "test_autograd_registration"))  # fmt: skip
+
+    @pytest.mark.parametrize("compiled", [False, True])
+    def test_gradients_are_scaled_and_no_count_compiles_again(self, compiled):
+        x, w, targets = drawn(32, 16, 48)
+        graphs = []
+
+        def count_graphs(graph, _):
+            graphs.append(1)
+            return graph.forward
+
+        def scaled(x, w, count):
+            return 5 * head_loss_op(x, w, targets, count)[0]
+
+        call = torch.compile(scaled, fullgraph=True, backend=count_graphs) if compiled else scaled
+        for count in (0, 16, 32):
+            leaves = x.float().requires_grad_(), w.float().requires_grad_()
+            call(*leaves, torch.tensor(count)).backward()
+            known = head_loss_op(x.float(), w.float(), targets, torch.tensor(count))[1:]
+            for leaf, gradient in zip(leaves, known):
+                assert torch.allclose(leaf.grad, 5 * gradient)
+        assert len(graphs) == compiled
+
+    @pytest.mark.parametrize(
+        "spoil",
+        [lambda x, w, t: (x[0], w, t), lambda x, w, t: (x, w.T, t), lambda x, w, t: (x, w, t[:5]),
+         lambda x, w, t: (x, w, t.int()), lambda x, w, t: (x.long(), w, t)],
+    )  # fmt: skip
+    def test_what_it_cannot_take_is_refused(self, spoil):
+        with pytest.raises(ValueError, match="targets"):
+            check_head(*spoil(*drawn(12, 16, 32)))
+
+    def test_why_there_is_no_kernel(self, monkeypatch):
+        assert "no NVIDIA GPU" in kernels.why_no_kernel(torch.device("cpu"))
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
+        assert "FP8" in kernels.why_no_kernel(torch.device("cuda"))
+
+
+AHEAD = """
+import json, os, sys
+os.environ["TRITON_INTERPRET"] = "0"
+import torch, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from speedrun.kernels import loss
+chip = int(sys.argv[1])
+blocks, half = loss.CONFIGS[chip], loss.CONFIGS[chip].columns // 2
+bulk = chip >= 90
+def matrix(kind, rows, columns):
+    return f"tensordesc<{kind}[{rows},{columns}]>" if bulk else f"*{kind}"
+signature = {
+    "X": matrix("fp8e4nv", blocks.rows, blocks.depth), "W": matrix("fp8e4nv", blocks.columns, blocks.depth),
+    "G": matrix("fp8e5", blocks.rows, half), "GT": matrix("fp8e5", half, blocks.rows),
+    "SUMS": "*fp32", "SCALE": "*fp32", "tokens": "i32", "words": "i32",
+}
+constants = dict(WIDTH=768, KIND=triton.language.float8e5, ROWS=blocks.rows, COLUMNS=blocks.columns, DEPTH=blocks.depth, PROGRAMS=264, FAST=True, BULK=bulk)
+names = list(loss.head_kernel.arg_names)
+full = {name: signature.get(name, "constexpr") for name in names}
+attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in signature if not (bulk and name in ("X", "W", "G", "GT"))}
+source = ASTSource(loss.head_kernel, full, {(names.index(k),): v for k, v in constants.items()}, attributes)
+made = triton.compile(source, target=GPUTarget("cuda", chip, 32), options=dict(num_warps=blocks.warps, num_stages=blocks.stages))
+print(json.dumps({"shared": made.metadata.shared, "size": len(made.asm["cubin"])}))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", sorted(CONFIGS))
+def test_every_configuration_compiles_for_its_chip(chip):
+    """Without a GPU, with the divisibility that a launch has; the shared memory is at most the chip's."""
+    pytest.importorskip("triton")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", AHEAD, str(chip)], capture_output=True, text=True, env=environment)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert 0 < found["shared"] * CONFIGS[chip].programs <= LIMITS[chip] and found["size"] > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("count", [0, 4096])
+@pytest.mark.parametrize("std", [0.0, 0.02, 0.15, 0.3])
+def test_on_a_gpu(std, count):
+    """Against float64: loss to what rounding operands to four bits costs, gradients to a few per cent; step 0's logits included."""
+    x, w, targets = (each.cuda() for each in drawn(2000, 768, 50_304, std))
+    x = torch.nn.functional.rms_norm(x, (768,))
+    inside = choose_candidates(targets, 50_304, count)[1] if count else torch.ones(50_304, device="cuda").bool()  # fmt: skip
+    known = head_loss_by_hand(x, w, targets, inside, 500)
+    found = head_loss_op(x.bfloat16(), w.float(), targets, torch.tensor(count))
+    assert abs(found[0].item() - known[0].item()) < 0.02
+    for a, b in zip(found[1:], known[1:]):
+        assert a.isfinite().all() and (not b.any() or off(a, b) < 0.08)
