@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import typing
 from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
 
@@ -230,6 +231,20 @@ class TestTinyRuns:
                     for steps in range(missed + 1):
                         older = migrate.in_older_names(run, steps)
                         assert migrate.todays(older) == run, path
+
+    def test_a_table_goes_into_older_code_without_a_column_that_is_off(self):
+        start, end = stale.TRAIN.index("def known("), stale.TRAIN.index("pure = []")
+        Older = dataclasses.make_dataclass("Older", [("batch", int)])
+        Whole = dataclasses.make_dataclass("Whole", [("stages", tuple[Older, ...])])
+        around = {"Config": Whole, "dataclasses": dataclasses, "typing": typing}
+        exec(stale.TRAIN[start:end], around)
+        off = {"stages": [{"batch": 1, "candidates": 0}]}
+        rows = [{"batch": 2, "candidates": 0}, {"batch": 3, "candidates": 0}]
+        found = around["known"]({"stages": rows}, off)
+        assert found == {"stages": [{"batch": 2}, {"batch": 3}]}
+        rows[1]["candidates"] = 16
+        with pytest.raises(ValueError, match="stages.candidates=16: not in this code"):
+            around["known"]({"stages": rows}, off)
 
     def test_arithmetic_and_schedule_stay(self):
         own = preset("small_gpt2")
