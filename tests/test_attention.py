@@ -589,7 +589,7 @@ class TestTrainer:
         scales = [told.scale.item() for told in run.told]
         assert scales == sorted(scales) and scales[0] < scales[1]
         seen, real = [], run.forward
-        run.forward = lambda *there: (seen.append(there[2].windows.tolist()), real(*there))[1]
+        run.forward = lambda *there, **few: (seen.append(there[2].windows.tolist()), real(*there, **few))[1]  # fmt: skip
         warm_up(run)
         assert [8, 30] in seen and [16, 80] in seen and [24, 120] in seen and run.step == 0
 
