@@ -477,7 +477,7 @@ class LaunchCommand:
     plan: bool = False
     """Say what would be done on this machine, and why, and stop."""
     price: Annotated[float, Ge(0)] = 0.0
-    """Dollars for an hour of one GPU: --plan then says what the run costs."""
+    """Dollars for an hour of one GPU: the plan then says what the run costs."""
     patience: Patience = field(default_factory=Patience)
     """After how much silence a rank hangs."""
 

@@ -408,6 +408,12 @@ def changed_where(
     return {n for key in apart for n in {*then.get(key, ()), *now.get(key, ())}} if then else None
 
 
+def kernels_of(result: dict) -> tuple[str, ...]:
+    """The modules whose code no CPU runs for a result: our kernels, and other libraries' where they are asked for."""
+    ours = ("speedrun.kernels.",)
+    return ours if without_peers(result) else (*ours, "speedrun.model.backends")
+
+
 def without_peers(result: dict) -> bool:
     """Whether no run of a result can have come to FlashAttention: none asked for it, and there was Triton."""
     backends = {c["model"].get("attention", {}).get("backend", "auto") for c in configs_in(result["data"])}  # fmt: skip
@@ -426,7 +432,7 @@ def objection(
     used = changed_where(start, commit)
     kernels = changed_where((*start, "speedrun.train"), commit, beside)
     for name in changed_modules(modules):
-        if name.startswith("speedrun.kernels.") and gpus:
+        if name.startswith(kernels_of(result)) and gpus:
             if kernels is None or name in kernels:
                 return f"{name} is a kernel"
             continue
@@ -502,7 +508,7 @@ def about_gpus(modules: dict[str, str], commit: str, result: dict) -> dict[str, 
         changed = {
             n: [it for it in them if not IF_PEER.match(it[1])] for n, them in changed.items()
         }
-    judged = ("speedrun.measure.", "speedrun.kernels.")  # kernels by `objection`
+    judged = ("speedrun.measure.", *kernels_of(result))  # kernels by `objection`
     ours = [name for name in changed_modules(modules) if not name.startswith(judged)]
     about = {name: touches_gpus(changed[name], words) for name in ours}
     return {name: where for name, where in about.items() if where}

@@ -420,7 +420,9 @@ class TestProof:
     def test_a_new_switch_that_is_off_is_the_same_behaviour_and_proofs_chain(self, project):
         mlp = project / "speedrun/model/mlp.py"
         edit(
-            mlp, "    fan_in: bool = False\n", "    fan_in: bool = False\n    twice: bool = False\n"
+            mlp,
+            "    fan_in_init: bool = False\n",
+            "    fan_in_init: bool = False\n    twice: bool = False\n",
         )
         edit(mlp, '    return linear(hidden, weights, "mlp_down")', '    hidden = 2 * hidden if options.twice else hidden\n    return linear(hidden, weights, "mlp_down")')  # fmt: skip
         said, results = prove(project)
@@ -440,7 +442,7 @@ class TestProof:
     def test_a_new_module_about_gpus_counts_where_a_run_enters_it(self, project, called):
         (project / "speedrun/fast.py").write_text("def nothing():\n    return 'cuda'\n")
         add = "\n    nothing()" if called else ""
-        edit(project / "speedrun/train.py", "from speedrun.lab.hardware import Machine, setup\n", "from speedrun.fast import nothing\nfrom speedrun.lab.hardware import Machine, setup\n")  # fmt: skip
+        edit(project / "speedrun/train.py", "from speedrun.lab.hardware import setup\n", "from speedrun.fast import nothing\nfrom speedrun.lab.hardware import setup\n")  # fmt: skip
         edit(project / "speedrun/train.py", "    run.step += 1\n", f"    run.step += 1{add}\n")  # fmt: skip
         said, _ = prove(project)
         refused = "not proved: speedrun.fast: “nothing” has changed and is about GPUs"
@@ -448,8 +450,8 @@ class TestProof:
 
     @pytest.mark.parametrize("what", ["flash_op", "dkv_kernel", "another backend"])
     def test_a_kernel_counts_where_a_run_comes_to_it(self, what, project):
-        module = "attention" if what == "dkv_kernel" else "backends"
-        file = project / f"speedrun/kernels/{module}.py"
+        module = "kernels.attention" if what == "dkv_kernel" else "model.backends"
+        file = project / f"speedrun/{module.replace('.', '/')}.py"
         if what == "dkv_kernel":
             edit(file, "def dkv_kernel(", "def dkv_kernel(  # noqa\n    OTHER,")
         else:
@@ -462,7 +464,7 @@ class TestProof:
         result["data"]["runs"] = [{"config": dataclasses.asdict(reads_documents)}]
         path.write_text(json.dumps(result), encoding="utf-8")
         said, _ = prove(project)
-        refused = f"not proved: speedrun.kernels.{module} is a kernel"
+        refused = f"not proved: speedrun.{module} is a kernel"
         assert said == {"record1": SAME if what == "flash_op" else refused, "small_gpt2": SAME}
 
     def test_an_old_module_that_the_run_does_not_enter_does_not_count(self, project):
