@@ -44,7 +44,8 @@ class TestExecuted:
     def test_what_it_read_is_known(self, executed, chapter):
         opened = json.loads(chapter.ledger.read_text())["opened"]
         text = "\n".join(chapter.code)
-        if "from speedrun.lab.results import" in text and "load_result(" in text:
+        # chapter 96 makes `load_result`, and reads what it has written itself
+        if "load_result(" in text and "def load_result(" not in text:
             assert any(path.startswith("book/results/") for path in opened)
         if "public_table(" in text:
             assert any(path.startswith("book/data/") for path in opened)
