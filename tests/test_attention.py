@@ -524,7 +524,7 @@ class TestTrainer:
         [
             ("documents", 2),
             pytest.param("documents", 4, marks=pytest.mark.slow),
-            pytest.param("packed", 4, marks=pytest.mark.slow),
+            pytest.param("packed", 4, marks=pytest.mark.long),
         ],
     )
     def test_ranks_train_as_one_in_every_stage(self, brief, tmp_path, mode, world):

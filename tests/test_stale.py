@@ -407,7 +407,15 @@ ALONE = {  # what is changed, alone: file, old, new, and the results that train 
 
 @pytest.mark.slow
 class TestProof:
-    @pytest.mark.parametrize("what", ALONE)
+    @pytest.mark.parametrize(  # make check takes a sample
+        "what",
+        [
+            pytest.param(
+                what, marks=[] if what in ("cooldown", "decay", "warm-up") else pytest.mark.long
+            )
+            for what in ALONE
+        ],
+    )
     def test_a_change_of_one_thing_alone_is_seen(self, project, what):
         file, old, new, differ = ALONE[what]
         edit(project / "speedrun" / file, old, new)
