@@ -841,7 +841,7 @@ def end_ranks(torchrun: subprocess.Popen, family: set[psutil.Process], grace_s: 
 
 # %%
 #| export
-def pump(stream, lines: queue.Queue, copy: Path) -> None:
+def forward_lines(stream, lines: queue.Queue, copy: Path) -> None:
     """Pass lines on as they come, and keep them in a file; None at the end."""
     for line in stream:
         lines.put(line.rstrip("\n"))
@@ -861,7 +861,7 @@ def watch(
     """Show the ranks' lines until they end. Returns why they have to be ended; None if they end by themselves."""
     lines: queue.Queue = queue.Queue()
     arguments = (torchrun.stdout, lines, silence.folder / "output.txt")
-    threading.Thread(target=pump, args=arguments, daemon=True).start()
+    threading.Thread(target=forward_lines, args=arguments, daemon=True).start()
     line, orphaned, next_look = "", 0, 0.0
     while line is not None and orphaned < 10:  # torchrun gone, its output still held: five seconds
         try:
@@ -888,7 +888,7 @@ def watch(
 import io
 
 lines: queue.Queue = queue.Queue()
-pump(io.StringIO("step:1/2\nstep:2/2\n"), lines, scratch / "copy.txt")
+forward_lines(io.StringIO("step:1/2\nstep:2/2\n"), lines, scratch / "copy.txt")
 assert [lines.get() for _ in range(3)] == ["step:1/2", "step:2/2", None]
 assert (scratch / "copy.txt").read_text() == "step:1/2\nstep:2/2\n"
 

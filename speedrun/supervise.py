@@ -175,7 +175,7 @@ def end_ranks(torchrun: subprocess.Popen, family: set[psutil.Process], grace_s: 
 
 
 # %% The supervisor's loop
-def pump(stream, lines: queue.Queue, copy: Path) -> None:
+def forward_lines(stream, lines: queue.Queue, copy: Path) -> None:
     """Pass lines on as they come, and keep them in a file; None at the end."""
     for line in stream:
         lines.put(line.rstrip("\n"))
@@ -193,7 +193,7 @@ def watch(
     """Show the ranks' lines until they end. Returns why they have to be ended; None if they end by themselves."""
     lines: queue.Queue = queue.Queue()
     arguments = (torchrun.stdout, lines, silence.folder / "output.txt")
-    threading.Thread(target=pump, args=arguments, daemon=True).start()
+    threading.Thread(target=forward_lines, args=arguments, daemon=True).start()
     line, orphaned, next_look = "", 0, 0.0
     while line is not None and orphaned < 10:  # torchrun gone, its output still held: five seconds
         try:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from resuming import broken_and_resumed
 from torch.nn import functional as F
 
 from speedrun.config import Config, check_config, vary
@@ -512,11 +513,7 @@ class TestTrainer:
     @pytest.mark.parametrize("stop", [3, 5, 7, 10])
     def test_resuming_is_exact_inside_any_stage(self, brief, tmp_path, stop):
         run = vary(brief, DOCUMENTS)
-        whole = train(run, tmp_path / "whole", echo=None)
-        train(vary(run, {"max_steps": stop}), tmp_path / "broken", echo=None)
-        again = train(run, tmp_path / "broken", again=True, echo=None)
-        for name, p in again.model.named_parameters():
-            assert torch.equal(p, dict(whole.model.named_parameters())[name]), name
+        whole, again = broken_and_resumed(run, tmp_path, stop)
         assert again.loader.position == whole.loader.position
 
     @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from resuming import broken_and_resumed
 
 from speedrun.config import check_config, config_from_json, schedule_of, vary
 from speedrun.cpu_size import at_cpu_size
@@ -471,12 +472,7 @@ SAMPLED = STAGED | {
 class TestASoftmaxOverSomeWords:
     @pytest.mark.parametrize("stop", [2, 3, 6, 12])
     def test_a_resumed_run_is_the_same_run_in_every_stage(self, brief, tmp_path, stop):
-        run = vary(brief, SAMPLED)
-        whole = train(run, tmp_path / "whole", echo=None)
-        train(vary(run, {"max_steps": stop}), tmp_path / "broken", echo=None)
-        again = train(run, tmp_path / "broken", again=True, echo=None)
-        for name, p in again.model.named_parameters():
-            assert torch.equal(p, dict(whole.model.named_parameters())[name]), name
+        broken_and_resumed(vary(brief, SAMPLED), tmp_path, stop)
 
     def test_a_step_trains_with_its_stages_words(self, brief, tmp_path, monkeypatch):
         """In steps, and nowhere else: a validation's softmax is over all words."""
