@@ -81,6 +81,8 @@ from typing import Any, Literal
 from torch import Tensor
 from torch.nn import functional as F
 
+from speedrun.kernels.mlp import mlp_op
+
 
 @dataclass(frozen=True)
 class BlockConfig:
@@ -98,6 +100,8 @@ class BlockConfig:
     """Matrices that write to the stream begin at zero, and not smaller than the others by sqrt(2 · layers)."""
     fan_in_init: bool = False
     """Matrices begin uniform with deviation 0.5 / sqrt(columns), and not normal with init_std."""
+    fp8: bool = False
+    """Train the MLP with products in eight bits, forward and backward."""
 
 
 # %% [markdown]
@@ -164,7 +168,10 @@ def activate(z: Tensor, kind: str) -> Tensor:
 
 
 def mlp(x: Tensor, weights: Mapping[str, Tensor], options: BlockConfig) -> Tensor:
-    """Two matrices with a nonlinearity between, (…, width) → the same. up: (4 · width, width), down: (width, 4 · width)."""
+    """Two matrices with a nonlinearity between, (…, width) → the same. up: (4 · width, width), down: (width, 4 · width). With mlp_scales: in eight bits."""
+    if (scales := weights.get("mlp_scales")) is not None:
+        matrices = weights["mlp_up"], weights["mlp_down"]
+        return mlp_op(x.flatten(0, -2), *matrices, scales)[0].view_as(x)
     hidden = activate(linear(x, weights, "mlp_up"), options.activation)
     return linear(hidden, weights, "mlp_down")
 

@@ -261,8 +261,6 @@ print(f"D written and read: {2 * computed / 1e6:.0f} MB twice, {written:.3f} ms;
 # %%
 #| default_exp kernels.attention
 #| export
-import math
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -289,7 +287,16 @@ NAMESPACE = __name__.strip("_").replace(".", "_")  # the notebook's operators ar
 
 
 # %%
-#| export
+#| export model.backends
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
 def seen(rows: Tensor, columns: Tensor, window: int) -> Tensor:
     """Which keys a query sees, (rows, columns) bool: itself, and `window` before it."""
     distance = rows[:, None] - columns[None, :]
@@ -328,7 +335,7 @@ def attention_by_document(
 
 
 # %%
-#| export
+#| export model.backends
 def gradients_by_document(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, cu_seqlens: Tensor, window: int, scale: float, block: int = 512
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
@@ -1059,12 +1066,6 @@ assert [field for field in Packed._fields if field in AttentionSettings._fields]
 
 # %%
 #| export model.backends
-from typing import Any
-
-import torch
-from torch import Tensor
-
-
 @torch.library.custom_op(f"{NAMESPACE}::by_document", mutates_args=())
 def sdpa_op(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: Tensor, scale: Tensor

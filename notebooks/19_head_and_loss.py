@@ -106,7 +106,17 @@ import torch
 from torch import Tensor
 
 from speedrun.kernels.fp8 import E4M3, E5M2, fp8_matmul, quantize, quantize_reference, scale_of
-from speedrun.lab.hardware import find_triton, jit
+from speedrun.kernels.mlp import (
+    Blocks,
+    blocks_for,
+    in_blocks,
+    load_block,
+    place_of,
+    programs_for,
+    store_block,
+    why_no_kernel,
+)
+from speedrun.lab.hardware import jit
 
 try:
     import triton.language as tl
@@ -251,8 +261,9 @@ def choose_candidates(targets: Tensor, words: int, count: int) -> tuple[Tensor, 
     place[targets] -= words
     chosen = place.topk(count, largest=False, sorted=False).indices.sort().values
     inside = torch.zeros_like(word, dtype=torch.bool)
-    inside[chosen] = True
-    return chosen, inside
+    return chosen, inside.index_fill_(
+        0, chosen, True
+    )  # `inside[chosen] = True` waits for the device
 
 
 # %%
@@ -270,34 +281,6 @@ print(f"{len(targets.unique())} different targets among {len(chosen)} candidates
 # ### The kernel
 #
 # Blocks of $x$ and $W$ are multiplied, 128 by 128 logits at a time, by programs that stay on their multiprocessor and take one block after the other. Two programs share a multiprocessor on chips with much shared memory: while one's epilogue computes exponentials, the other's product runs. The epilogue takes a block in two halves, which halves the shared memory that its stores need. Loads and stores are one instruction each where the chip has a tensor memory accelerator ([chapter 11](11_attention_backends.py) has more about descriptors).
-
-
-# %%
-#| export
-@jit
-def load_block(X, row, column, rows, columns, ROWS: constexpr, COLUMNS: constexpr, BULK: constexpr):
-    """A block of a matrix (rows, columns), zeros beyond its edges. BULK: X is a descriptor."""
-    if BULK:
-        return X.load([row, column])
-    else:
-        r, c = row + tl.arange(0, ROWS), column + tl.arange(0, COLUMNS)
-        there = (r < rows)[:, None] & (c < columns)[None, :]
-        block = tl.load(X + r.to(tl.int64)[:, None] * columns + c[None, :], there)
-        # not `other`: of eight-bit numbers, masked ones came as NaN
-        return tl.where(there, block.to(tl.float32), 0.0).to(block.dtype)
-
-
-@jit
-def store_block(
-    X, block, row, column, rows, columns, ROWS: constexpr, COLUMNS: constexpr, BULK: constexpr
-):
-    """Write a block of a matrix (rows, columns), as far as it lies inside."""
-    if BULK:
-        X.store([row, column], block)
-    else:
-        r, c = row + tl.arange(0, ROWS), column + tl.arange(0, COLUMNS)
-        there = (r < rows)[:, None] & (c < columns)[None, :]
-        tl.store(X + r.to(tl.int64)[:, None] * columns + c[None, :], block, there)
 
 
 # %%
@@ -337,14 +320,11 @@ def head_kernel(
     DEPTH: constexpr, PROGRAMS: constexpr, FAST: constexpr, BULK: constexpr,
 ):  # fmt: skip
     """Logits of X (tokens, WIDTH) and W (words, WIDTH), never stored: SUMS, (blocks of columns, tokens), and G with its transpose GT. BULK: X, W, G, GT are descriptors."""
-    scale, HALF, GROUP = tl.load(SCALE), COLUMNS // 2, 8
+    scale, HALF = tl.load(SCALE), COLUMNS // 2
     row_blocks, column_blocks = tl.cdiv(tokens, ROWS), tl.cdiv(words, COLUMNS)
     for block in tl.range(tl.program_id(0), row_blocks * column_blocks, PROGRAMS, flatten=True):
-        group = block // (GROUP * column_blocks)  # eight blocks of rows share W in the cache
-        high = tl.minimum(row_blocks - group * GROUP, GROUP)
-        row = (group * GROUP + (block % (GROUP * column_blocks)) % high) * ROWS
-        number = (block % (GROUP * column_blocks)) // high
-        column = number * COLUMNS
+        row, number = place_of(block, row_blocks, column_blocks)
+        row, column = row * ROWS, number * COLUMNS
         acc = tl.zeros([ROWS, COLUMNS], tl.float32)
         for k in range(0, WIDTH, DEPTH):
             x = load_block(X, row, k, tokens, WIDTH, ROWS, DEPTH, BULK)
@@ -363,30 +343,12 @@ def head_kernel(
 GAIN = 2.0**20  # what the kernel multiplies the gradient by: e5m2 reaches from 2^-16 to 57,344
 
 
-class Blocks(NamedTuple):
-    """How the kernel is launched: the block of logits, how many numbers of the width at a time, warps, stages, programs on a multiprocessor."""
-
-    rows: int
-    columns: int
-    depth: int
-    warps: int
-    stages: int
-    programs: int
-
-
-SMALL_SHARED, LARGE_SHARED = Blocks(128, 128, 64, 8, 3, 1), Blocks(128, 128, 128, 8, 3, 2)
+SMALL_SHARED, LARGE_SHARED = Blocks(128, 128, 64, 8, 3), Blocks(128, 128, 128, 8, 3, 2)
 CONFIGS = {89: SMALL_SHARED, 90: LARGE_SHARED, 100: LARGE_SHARED, 120: SMALL_SHARED}
 
 
 # %%
 #| export
-def in_blocks(x: Tensor, block: list[int]) -> Any:
-    """A matrix as the tensor memory accelerator reads and writes it."""
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    return TensorDescriptor.from_tensor(x, block)
-
-
 def launch_head(
     x: Tensor, w: Tensor, scale: Tensor, kind: torch.dtype, blocks: Blocks, bulk: bool, fast: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -394,10 +356,8 @@ def launch_head(
     (tokens, width), words, device = x.shape, len(w), x.device
     g, gt = (torch.empty(s, dtype=kind, device=device) for s in ((tokens, words), (words, tokens)))
     columns = -(-words // blocks.columns)
-    sums, wanted = torch.empty(columns, tokens, device=device), columns * -(-tokens // blocks.rows)
-    if device.type == "cuda":
-        count = torch.cuda.get_device_properties(device).multi_processor_count
-        wanted = min(wanted, count * blocks.programs)
+    sums = torch.empty(columns, tokens, device=device)
+    wanted = programs_for(device, blocks, columns * -(-tokens // blocks.rows))
     matrices, half = [x, w, g, gt], blocks.columns // 2
     if bulk:
         sizes = [[blocks.rows, blocks.depth], [blocks.columns, blocks.depth]]
@@ -542,17 +502,6 @@ for count in (0, 64, 16):
 
 # %%
 #| export
-def why_no_kernel(device: torch.device) -> str:
-    """Why a device computes the eight-bit head by its definition and not by the kernel; empty: the kernel runs."""
-    if device.type != "cuda":
-        return "it is no NVIDIA GPU"
-    if torch.cuda.get_device_capability(device) < (8, 9):
-        return "its matrix units do not know FP8 (compute capability 8.9 or later)"
-    return "" if find_triton() else "Triton is not installed"
-
-
-# %%
-#| export
 def check_head(x: Tensor, w: Tensor, targets: Tensor) -> None:
     """Raise ValueError for shapes and dtypes that the head cannot take."""
     if x.dim() != 2 or w.dim() != 2 or x.shape[1] != w.shape[0] or targets.shape != x.shape[:1]:
@@ -583,9 +532,8 @@ def head_loss_op(
         x8, w8 = (quantize_reference(each, scale_of(each)).float() * scale_of(each) for each in (x, w))  # fmt: skip
         loss, dx, dw = head_loss_by_hand(x8, w8, targets, inside)
         return loss, dx.to(x.dtype), dw
-    major, minor = torch.cuda.get_device_capability(x.device)
-    blocks = CONFIGS[max(chip for chip in CONFIGS if chip <= 10 * major + minor)]
-    return head_loss_fused(x, w, targets, number, blocks, major >= 9)
+    bulk = torch.cuda.get_device_capability(x.device) >= (9, 0)
+    return head_loss_fused(x, w, targets, number, blocks_for(x.device, CONFIGS), bulk)
 
 
 @head_loss_op.register_fake

@@ -332,8 +332,8 @@ def check_optim(optim: OptimConfig, precision: str) -> None:
 
 # %%
 #| export
-def check_head(config: Config) -> None:
-    """Raise UserError for an FP8 head that the kernel is not made for, and for candidates without it."""
+def check_fp8(config: Config) -> None:
+    """Raise UserError for an FP8 head or MLP that the kernels are not made for, and for candidates without such a head."""
     head, candidates = config.model.head, [s.candidates for s in config.schedule.stages]
     if head.fp8 and (head.tie == "tied" or head.softcap != "sigmoid23"):
         what = (
@@ -344,6 +344,11 @@ def check_head(config: Config) -> None:
     if any(candidates) and not head.fp8:
         what = "schedule.stages with candidates, and no model.head.fp8: the softmax runs over all words there"
         raise UserError(what, "--model.head.fp8, or leave candidates out")
+    block = config.model.block
+    if block.fp8 and (block.norm, block.biases, block.activation) != ("rms", False, "relu2"):
+        what = f"model.block.fp8 with norm={block.norm}, biases={block.biases}, activation={block.activation}"
+        fix = "--model.block.norm rms --model.block.no-biases --model.block.activation relu2; or --model.block.no-fp8"
+        raise UserError(what, fix)
     if odd := [n for n in candidates if n % 16]:
         what = f"schedule.stages with candidates of {odd[0]}: matrix units want a multiple of 16"
         raise UserError(what, f"{odd[0] + 16 - odd[0] % 16}")
@@ -374,7 +379,7 @@ def check_documents(config: Config) -> None:
         raise UserError(
             what, "--model.layout.stream-dtype float32, or 16 bits for --precision as well"
         )
-    check_head(config)
+    check_fp8(config)
     if config.model.attention.yarn and not all(long for _, long in windows):
         raise UserError(
             "model.attention.yarn, and a stage without a long window: there is nothing to follow",
@@ -425,6 +430,7 @@ assert schedule_of(Config()).at(700).lr == Config().optim.adam.lr
 # %%
 from speedrun.model.head import HeadConfig
 from speedrun.model.layout import LayoutConfig
+from speedrun.model.mlp import BlockConfig
 
 assert check_config(Config()) == Config()
 wrong = [
@@ -438,6 +444,7 @@ wrong = [
     Config(schedule=ScheduleConfig(stages=(Stage(prefix_weight=(0.25, 0.0)),))),
     Config(schedule=ScheduleConfig(stages=(Stage(candidates=1024),))),
     Config(model=GPTConfig(head=HeadConfig(fp8=True))),
+    Config(model=GPTConfig(block=BlockConfig(fp8=True))),
 ]
 for config in wrong:
     try:
@@ -542,6 +549,7 @@ PRESETS: dict[str, tuple[str, Changes]] = {  # name → the run that it starts f
         "record",
         {
             "model.head.fp8": False,
+            "model.block.fp8": False,
             "model.num_layers": 3,
             "model.num_heads": 2,
             "model.model_dim": 128,
@@ -631,6 +639,7 @@ PRESETS: dict[str, tuple[str, Changes]] = {  # name → the run that it starts f
             "model.block.activation": "relu2",
             "model.block.zero_init_proj": True,
             "model.block.fan_in_init": True,
+            "model.block.fp8": True,
             "model.rotary.pos": "half_rope",
             "model.rotary.base": 1024.0,
             "model.embedding.norm": True,

@@ -127,8 +127,8 @@ def check_optim(optim: OptimConfig, precision: str) -> None:
         )
 
 
-def check_head(config: Config) -> None:
-    """Raise UserError for an FP8 head that the kernel is not made for, and for candidates without it."""
+def check_fp8(config: Config) -> None:
+    """Raise UserError for an FP8 head or MLP that the kernels are not made for, and for candidates without such a head."""
     head, candidates = config.model.head, [s.candidates for s in config.schedule.stages]
     if head.fp8 and (head.tie == "tied" or head.softcap != "sigmoid23"):
         what = (
@@ -139,6 +139,11 @@ def check_head(config: Config) -> None:
     if any(candidates) and not head.fp8:
         what = "schedule.stages with candidates, and no model.head.fp8: the softmax runs over all words there"
         raise UserError(what, "--model.head.fp8, or leave candidates out")
+    block = config.model.block
+    if block.fp8 and (block.norm, block.biases, block.activation) != ("rms", False, "relu2"):
+        what = f"model.block.fp8 with norm={block.norm}, biases={block.biases}, activation={block.activation}"
+        fix = "--model.block.norm rms --model.block.no-biases --model.block.activation relu2; or --model.block.no-fp8"
+        raise UserError(what, fix)
     if odd := [n for n in candidates if n % 16]:
         what = f"schedule.stages with candidates of {odd[0]}: matrix units want a multiple of 16"
         raise UserError(what, f"{odd[0] + 16 - odd[0] % 16}")
@@ -169,7 +174,7 @@ def check_documents(config: Config) -> None:
         raise UserError(
             what, "--model.layout.stream-dtype float32, or 16 bits for --precision as well"
         )
-    check_head(config)
+    check_fp8(config)
     if config.model.attention.yarn and not all(long for _, long in windows):
         raise UserError(
             "model.attention.yarn, and a stage without a long window: there is nothing to follow",

@@ -36,6 +36,7 @@ PRESETS: dict[str, tuple[str, Changes]] = {  # name → the run that it starts f
         "record",
         {
             "model.head.fp8": False,
+            "model.block.fp8": False,
             "model.num_layers": 3,
             "model.num_heads": 2,
             "model.model_dim": 128,
@@ -125,6 +126,7 @@ PRESETS: dict[str, tuple[str, Changes]] = {  # name → the run that it starts f
             "model.block.activation": "relu2",
             "model.block.zero_init_proj": True,
             "model.block.fan_in_init": True,
+            "model.block.fp8": True,
             "model.rotary.pos": "half_rope",
             "model.rotary.base": 1024.0,
             "model.embedding.norm": True,

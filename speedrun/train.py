@@ -59,6 +59,7 @@ from speedrun.lab.errors import quoted, run_main
 from speedrun.lab.hardware import setup
 from speedrun.lab.runlog import format_line
 from speedrun.lab.timer import StepTimer, TrainClock, off_the_clock
+from speedrun.kernels.fp8 import has_fp8
 from speedrun.model.attention import AttentionSettings, Packed, choose_backend
 from speedrun.model.gpt import GPT, attention_settings
 from speedrun.optim.optimizer import MuonAdam
@@ -173,6 +174,7 @@ def prepare_attention(config: Config, model: GPT, device: torch.device) -> list[
         head_dim = config.model.model_dim // config.model.num_heads
         asked = config.model.attention.backend
         model.backend = choose_backend(asked, device, dtype, head_dim)
+    model.fp8 = model.fp8 and (device.type != "cuda" or has_fp8(device))
     windows = [stage.windows for stage in config.schedule.stages]
     return attention_settings(config.model, windows, device)
 

@@ -25,10 +25,8 @@ from speedrun.kernels import attention as kernels
 from speedrun.kernels.attention import (
     LARGE_SHARED,
     SMALL_SHARED,
-    attention_by_document,
     attention_op,
     document_tiles,
-    gradients_by_document,
     launch_backward,
     launch_forward,
     room_for_squares,
@@ -36,7 +34,13 @@ from speedrun.kernels.attention import (
 from speedrun.lab.errors import UserError
 from speedrun.lab.metrics import read_metrics, series
 from speedrun.model.attention import Packed, choose_backend, prepare_tiles, why_not
-from speedrun.model.backends import attend, flash_op, sdpa_op
+from speedrun.model.backends import (
+    attend,
+    attention_by_document,
+    flash_op,
+    gradients_by_document,
+    sdpa_op,
+)
 from speedrun.model.gpt import GPT, attention_settings
 from speedrun.presets import as_arguments, preset
 from speedrun.schedule import Stage

@@ -32,6 +32,7 @@ ON = {
     "model.block.activation": "relu2",
     "model.block.zero_init_proj": True,
     "model.block.fan_in_init": True,
+    "model.block.fp8": True,
     "model.rotary.pos": "half_rope",
     "model.rotary.base": 1024.0,
     "model.rotary.interleaved": True,
@@ -61,6 +62,7 @@ GROUPS: dict[str, type] = {"block": BlockConfig, "rotary": RotaryConfig, "head":
 GROUPS |= {"embedding": EmbeddingConfig, "layout": LayoutConfig}
 TURN = {"model.rotary.pos": "rope"}
 WAYS: dict[str, dict] = {"none": {}} | {name: {name: value} for name, value in ON.items()}
+WAYS["model.block.fp8"] |= {"model.block.norm": "rms", "model.block.biases": False, "model.block.activation": "relu2"}  # fmt: skip
 WAYS["model.head.fp8"] |= {"model.head.tie": "untied", "model.head.softcap": "sigmoid23"}
 WAYS |= {cap: {"model.head.softcap": cap} for cap in ("tanh30", "tanh15", "sigmoid30")}
 WAYS |= {kind: {"model.embedding.values": kind} for kind in ("first", "all", "mirror", "outer")}

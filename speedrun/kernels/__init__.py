@@ -1,2 +1,2 @@
 # Written by "make tangle". Edits made here are lost.
-"""speedrun.kernels: attention, fp8, loss."""
+"""speedrun.kernels: attention, fp8, loss, mlp, rotary."""

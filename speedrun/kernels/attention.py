@@ -2,8 +2,6 @@
 
 
 # %% The code
-import math
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -22,58 +20,6 @@ TILE = 64  # rows of a tile: queries in two kernels, keys in the third
 HEAD_DIMS = (16, 32, 64, 128)
 LOG2E = 1.4426950408889634
 NAMESPACE = __name__.strip("_").replace(".", "_")  # the notebook's operators are not the package's
-
-
-# %% The reference
-def seen(rows: Tensor, columns: Tensor, window: int) -> Tensor:
-    """Which keys a query sees, (rows, columns) bool: itself, and `window` before it."""
-    distance = rows[:, None] - columns[None, :]
-    return (distance >= 0) & (distance <= window)
-
-
-def blocks_of(borders: list[int], window: int, block: int) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Blocks of queries in documents, the keys that they see, and which query sees which: (rows, columns) bool."""
-    for begin, end in zip(borders, borders[1:]):
-        for first in range(begin, end, block):
-            last, low = min(first + block, end), max(begin, first - window)
-            mask = seen(torch.arange(first, last), torch.arange(low, last), window)
-            yield slice(first, last), slice(low, last), mask
-
-
-def attention_by_document(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: int, scale: float, block: int = 512
-) -> Tensor:
-    """Causal attention inside packed documents, one after the other, `block` queries at a time. On any device, in any dtype.
-
-    q, k, v: (tokens, heads, head_dim). cu_seqlens: (documents + 1,) int32, where documents begin and end. A query sees itself and
-    `window` keys before it, of its document. Rows in no document give zeros.
-    """
-    out = torch.zeros_like(q)
-    q, k, v = (each.transpose(0, 1)[None] for each in (q, k, v))
-    for rows, columns, mask in blocks_of(cu_seqlens.tolist(), window, block):
-        part = F.scaled_dot_product_attention(
-            q[:, :, rows], k[:, :, columns], v[:, :, columns], mask.to(q.device), scale=scale
-        )
-        out[rows] = part[0].transpose(0, 1)
-    return out
-
-
-def gradients_by_document(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, cu_seqlens: Tensor, window: int, scale: float, block: int = 512
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of q, k and v, where `out` is `attention_by_document`'s, and its gradient is `grad`."""
-    dq, dk, dv = (torch.zeros_like(each) for each in (q, k, v))
-    delta = (grad * out).sum(-1).T[..., None]  # (heads, tokens, 1)
-    turned = (each.transpose(0, 1) for each in (grad, q, k, v))
-    grad, q, k, v = turned
-    for rows, columns, mask in blocks_of(cu_seqlens.tolist(), window, block):
-        logits = scale * q[:, rows] @ k[:, columns].mT
-        p = logits.masked_fill(~mask.to(q.device), -math.inf).softmax(-1)
-        dlogits = p * (grad[:, rows] @ v[:, columns].mT - delta[:, rows])
-        dq[rows] = (scale * dlogits @ k[:, columns]).transpose(0, 1)
-        dk[columns] += (scale * dlogits.mT @ q[:, rows]).transpose(0, 1)
-        dv[columns] += (p.mT @ grad[:, rows]).transpose(0, 1)
-    return dq, dk, dv
 
 
 # %% Tiles

@@ -2,15 +2,18 @@
 
 
 from speedrun.kernels.attention import (
-    attention_by_document,
     document_tiles,
-    gradients_by_document,
     has_bulk_loads,
     launch_backward,
     launch_forward,
 )
 from speedrun.model.attention import why_not
-from speedrun.model.backends import flash_backward_op, flash_op
+from speedrun.model.backends import (
+    attention_by_document,
+    flash_backward_op,
+    flash_op,
+    gradients_by_document,
+)
 
 
 # %% The problem

@@ -18,6 +18,8 @@ from torch.nn import functional as F
 
 from speedrun.kernels.attention import attention_op
 from speedrun.kernels.loss import head_loss_op
+from speedrun.kernels.mlp import mlp_scales
+from speedrun.kernels.rotary import norm_rotary_op
 from speedrun.lab.bounds import PositiveFloat, PositiveInt
 from speedrun.model.attention import (
     AttentionConfig,
@@ -189,7 +191,7 @@ def attend_packed(
 ) -> Tensor:  # fmt: skip
     """Attention that keeps documents apart, by the context's backend: (1, heads, tokens, head_dim) each → (tokens, heads, head_dim)."""
     bounded = qk_norm and v.dtype != torch.float16
-    q, k, v = (each[0].transpose(0, 1).to(v.dtype).contiguous() for each in (q, k, v))
+    q, k, v = (each.squeeze(0).transpose(0, 1).to(v.dtype).contiguous() for each in (q, k, v))
     if context.backend == "triton":
         kernel = (context.tiles, packed.windows[int(long)], packed.scale, bounded)
         return attention_op(q, k, v, *kernel)[0]
@@ -212,11 +214,19 @@ def attention(
     """
     batch, tokens, width = x.shape
     shape = (batch, tokens, 3, config.num_heads, width // config.num_heads)
-    q, k, v = linear(x, weights, "attention_qkv").view(shape).permute(2, 0, 3, 1, 4)
-    if config.block.qk_norm:
-        q, k = rms_norm(q), rms_norm(k)
-    if context.cos_sin is not None:
-        q, k = (apply_rotary(each, *context.cos_sin, config.rotary.interleaved) for each in (q, k))
+    qkv = linear(x, weights, "attention_qkv")
+    qk_norm, halves = config.block.qk_norm, not config.rotary.interleaved
+    if context.backend == "triton" and context.cos_sin and qk_norm and halves:
+        turned = norm_rotary_op(qkv.flatten(0, 1), *context.cos_sin, config.num_heads)
+        q, k, v = (each.transpose(0, 1).unsqueeze(0) for each in turned[:3])
+    else:
+        q, k, v = qkv.view(shape).permute(2, 0, 3, 1, 4)
+        if qk_norm:
+            q, k = rms_norm(q), rms_norm(k)
+        if context.cos_sin is not None:
+            q, k = (
+                apply_rotary(each, *context.cos_sin, config.rotary.interleaved) for each in (q, k)
+            )
     if ve is not None:
         v = add_value_embed(v, ve.to(v.dtype), x, weights, config.embedding.value_residual).to(
             v.dtype
@@ -241,10 +251,14 @@ def attention_context(self, inputs: Tensor, packed: Packed | None) -> AttentionC
 
 
 def weights_of_layers(self) -> list[dict[str, Tensor]]:
-    """Each layer's slices of the banks, by the banks' names."""
+    """Each layer's slices of the banks, by the banks' names; and its scales, where training's MLPs compute in eight bits."""
     found: list[dict[str, Tensor]] = [{} for _ in range(self.config.num_layers)]
-    for name, layers in self.banks.items():
-        for layer, piece in zip(layers, getattr(self, name).unbind()):
+    banks = {name: getattr(self, name) for name in self.banks}
+    if self.fp8 and torch.is_grad_enabled():
+        banks["mlp_scales"] = mlp_scales(self.mlp_up, self.mlp_down)
+    for name, bank in banks.items():
+        layers = self.banks.get(name, self.banks.get("mlp_up"))
+        for layer, piece in zip(layers, bank.unbind()):
             found[layer][name] = piece
     return found
 
@@ -344,6 +358,7 @@ class GPT(nn.Module):
         init_weights(self, seed)
         self.banks = {spec.name: spec.layers for spec in self.specs if spec.layers}
         self.backend = "sdpa"  # for packed rows: a trainer that knows its device chooses
+        self.fp8 = config.block.fp8  # where the device has units for eight bits, or is a CPU
         if config.rotary.pos != "learned":
             size = config.model_dim // config.num_heads
             cos, sin = rotary_tables(config.max_seq_len, size, config.rotary)
