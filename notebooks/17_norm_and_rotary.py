@@ -11,9 +11,102 @@
 # ---
 
 # %% [markdown]
-# # Norm and rotary in one pass
+# # Norm and rotary in one kernel
+#
+# ```{admonition} Cost box
+# A quarter of a minute on two CPU cores, where Triton's interpreter runs the kernels at small shapes; on one GPU they are compiled. Times come from committed measurements on H200s.
+# RMS norm of queries and keys is record 5's ([chapter 05](05_modern_block.py)), rotary embeddings are Su and others' ([chapter 06](06_rotary.py)). One kernel each way for norm, rotation and layout: record 90, \@theonlyglitch_. The kernels below, and the gradient from the turned vectors, are this book's own.
+# ```
+#
+# ## The problem
+#
+# The compiler fuses. [Chapter 03](03_baseline.py) saw it halve a step, and ever since this book has written norms, rotations and gates as plain PyTorch and left the rest to Inductor. Here is where a forward and backward pass of `record_200m` spends its time, 49,152 tokens on one H200, after the MLP ([chapter 18](18_fused_mlp.py)) and the head ([chapter 19](19_head_and_loss.py)) have been given kernels of their own:
+
+# %%
+from speedrun.lab.tier import choose_tier
+
+tier = choose_tier()
+
+# %%
+from speedrun.lab.hardware import setup
+
+machine = setup()
+
+# %% tags=["hide-input"]
+import numpy as np
+
+from speedrun.lab.results import load_result, measured_on
+from speedrun.presets import preset
+
+result = load_result("norm_rotary", "ledger")
+arms = {row["arm"]: row for row in result["data"]["rows"]}
+before = arms["without the kernel"]["ms"]
+for kind, ms in sorted(before.items(), key=lambda pair: -pair[1]):
+    print(f"{kind:22} {ms:5.1f} ms")
+print(measured_on(result))
+around = before["pointwise"] + before["gathers and scatters"]
+assert around > 3 * before["attention"] and 0.4 < around / before["wall"] < 0.45
+assert before["pointwise"] > before["matmul"] > before["attention"]
+
+# %% [markdown]
+# **24 of 57 milliseconds are neither products nor attention.** (The head's own kernel is counted among them here; it is small.) What moves numbers and hardly computes has become the largest part, larger than the products of attention, three times as large as attention itself. Half of it stands in one place: between the product that makes queries, keys and values, and the kernel that attends.
+#
+# What happens there? The product writes one tensor, (tokens, 3 · heads · head_dim). Queries and keys are normed, rotated by their position, and all three are copied into the layout that the attention kernel reads. In the backward pass, three gradients go the same way back.
+#
+# ```{admonition} Prediction
+# Count the bytes that have to move, if everything between the product and attention happens in one kernel each way: 2,304 numbers of two bytes a token are read, and as many written. Backward, three gradients are read and one is written, and the norm's gradient needs to know what it has normed. **How many milliseconds is that for 49,152 tokens and ten layers**, at the 4.8 TB/s of an H200's data sheet? And must the backward pass have kept the vectors *before* the norm?
+# ```
+#
+# ## The idea
+#
+# ### The gradient of a rotated vector
+#
+# For one head's query $x$ of $d$ numbers the forward pass computes
+#
+# $$
+# q = R\,(r x), \qquad r = \Big(\tfrac1d |x|^2 + \varepsilon\Big)^{-1/2},
+# $$
+#
+# where $R$ rotates pairs by the position's angles. If $\partial q$ is the gradient of $q$, the chain rule gives, with $n = r x$,
+#
+# $$
+# \partial x = r\,\Big(\partial n - \tfrac1d\,(n \cdot \partial n)\, n\Big), \qquad \partial n = R^\top \partial q .
+# $$
+#
+# The usual way is to keep $x$, compute $n$ again, and turn the gradient back first. But a rotation changes no inner product: $n \cdot \partial n = q \cdot \partial q$. And $R^\top$ is linear, so it can come last:
+#
+# $$
+# \partial x = R^\top \Big( r\,\big(\partial q - \tfrac1d\,(q \cdot \partial q)\, q\big) \Big).
+# $$
+#
+# Everything on the right is there already. The attention kernel has kept $q$ and $k$ for its own backward pass, and $r$ is one number for each token and head. **The vectors before the norm need not be kept at all**, which is 226 megabytes a layer.
+#
+# ### Why did the compiler not find this?
+#
+# It does fuse norm and rotation, and forward it is not far from the best. Three things are out of its reach. It differentiates what it is given, and does not know that rotations preserve inner products. It recomputes cosines and sines inside each kernel, because a recomputed cosine costs no memory, and some thirty kernels do so. And it follows views to the letter:
+
+# %%
+import torch
+
+x = torch.randn(1, 3, 4, requires_grad=True)
+picked, squeezed = x[0], x.squeeze(0)
+print("the gradient of x[0]:", picked.grad_fn.name(), "· of x.squeeze(0):", squeezed.grad_fn.name())
+assert torch.equal(picked, squeezed) and picked.grad_fn.name() == "SelectBackward0"
+base = torch.randn(3, 4)
+(of_picked,) = torch.autograd.grad(picked, x, base)
+(of_squeezed,) = torch.autograd.grad(squeezed, x, base)
+assert torch.equal(of_picked, of_squeezed)
+assert of_squeezed.data_ptr() == base.data_ptr() != of_picked.data_ptr(), "a view, and a copy"
+
+# %% [markdown]
+# `x[0]` of a batch of one and `x.squeeze(0)` are the same numbers in the same place. But the first one's gradient is a new tensor of zeros into which the gradient is copied, for `select` might have picked one of many. The second's is a view. When the kernels below were first tried, such copies stood around them in every layer, and took longer than they did.
 #
 # ## The code
+#
+# ### A first kernel
+#
+# A Triton kernel is a function that runs many times at once. Each instance, a *program*, asks for its number, computes which block of the data is its own, loads the block, computes on it as on a small tensor, and stores it. Sizes of blocks are powers of two and known when the kernel is compiled (`constexpr`). What lies beyond the edge of the data is masked. Here each program scales four rows to a root mean square of one:
+
 
 # %%
 #| default_exp kernels.rotary
@@ -34,6 +127,31 @@ except ImportError:  # macOS, Windows
 EPS = 1e-6  # of the RMS norm
 ROWS = 16  # tokens of a program
 NAMESPACE = __name__.strip("_").replace(".", "_")  # the notebook's operators are not the package's
+
+
+# %%
+@jit
+def norm_rows(X, Y, rows, WIDTH: constexpr, ROWS: constexpr):
+    """ROWS rows of X (rows, WIDTH), each over its root mean square, into Y."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # this program's rows …
+    at = row[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]  # … and where their numbers are
+    mine = (row < rows)[:, None]
+    x = tl.load(X + at, mine, 0.0)
+    factor = tl.rsqrt(tl.sum(x * x, 1) / WIDTH + 1e-6)
+    tl.store(Y + at, x * factor[:, None], mine)
+
+
+given, normed = torch.randn(10, 8, device=machine.device), torch.empty(10, 8, device=machine.device)
+norm_rows[(3,)](given, normed, 10, WIDTH=8, ROWS=4)  # three programs of four rows: two are masked
+assert torch.allclose(normed, given / given.square().mean(1, keepdim=True).sqrt(), atol=1e-5)
+print("ten rows by three programs:", normed.square().mean(1).tolist()[:2], "…")
+
+# %% [markdown]
+# There is no shared memory, no thread and no synchronisation in it; the compiler decides which thread holds what. `tl.sum` adds up over threads. What a writer of Triton decides is the block, and in what order memory is touched.
+#
+# ### Forward
+#
+# A program takes sixteen tokens, loads their cosines and sines once, and goes through the heads. A head is loaded in halves, since a pair is one number of each (GPT-NeoX's pairing; half-truncated rotary embeddings are pairs with an angle of zero). Everything is computed in float32 and rounded once.
 
 
 # %%
@@ -85,6 +203,12 @@ def norm_rotary_kernel(
         store_halves(V, a, b, place, mine, HALF)
 
 
+# %% [markdown]
+# ### Backward
+#
+# The same loop with the formula above. It reads what attention kept, and writes the one tensor that the product's backward pass wants.
+
+
 # %%
 #| export
 @jit
@@ -109,6 +233,12 @@ def norm_rotary_gradient_kernel(
         store_halves(DQKV, a, b, place + 2 * WIDTH, mine, HALF)
 
 
+# %% [markdown]
+# ### The operators
+#
+# The reference is [chapter 05](05_modern_block.py)'s norm and [chapter 06](06_rotary.py)'s rotation, which is what runs everywhere else. The operator hides the kernels from `torch.compile` and tells autograd what to keep: not its input.
+
+
 # %%
 #| export
 @torch.library.custom_op(f"{NAMESPACE}::norm_rotary", mutates_args=())
@@ -128,6 +258,35 @@ def norm_rotary_op(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int) -> list[Te
     return [q, k, v, factors]
 
 
+# %%
+from speedrun.model.mlp import rms_norm
+from speedrun.model.rotary import RotaryConfig, apply_rotary, rotary_tables
+
+tokens, heads, dim = 37, 3, 16
+generator = torch.Generator().manual_seed(0)
+qkv = torch.randn(tokens, 3 * heads * dim, generator=generator)
+cos, sin = rotary_tables(tokens, dim, RotaryConfig("half_rope"))
+q, k, v, factors = norm_rotary_op(qkv, cos, sin, heads)
+
+
+def by_chapters(qkv: Tensor) -> list[Tensor]:
+    """What chapters 05 and 06 make of it: queries, keys, values, (tokens, heads, dim)."""
+    q, k, v = qkv.view(tokens, 3, heads, dim).permute(1, 2, 0, 3)
+    c, s = cos.to(qkv.dtype), sin.to(qkv.dtype)
+    return [
+        *(apply_rotary(rms_norm(each), c, s).transpose(0, 1) for each in (q, k)),
+        v.transpose(0, 1),
+    ]
+
+
+wanted = by_chapters(qkv.double())
+worst = max((a - b).abs().max().item() for a, b in zip((q, k, v), wanted))
+assert worst < 2e-6 and torch.allclose(q.square().mean(-1), torch.ones(()), atol=1e-4)
+print(f"queries, keys and values differ from float64's by at most {worst:.0e}")
+
+
+# %%
+#| export
 @norm_rotary_op.register_fake
 def fake_norm_rotary(qkv, cos, sin, heads):
     shape = len(qkv), heads, qkv.shape[1] // (3 * heads)
@@ -145,6 +304,8 @@ def norm_rotary_backward_op(
     return found
 
 
+# %%
+#| export
 @norm_rotary_backward_op.register_fake
 def fake_norm_rotary_backward(grads, q, k, factors, cos, sin):
     return q.new_empty(len(q), 3 * q.shape[1] * q.shape[2])
@@ -162,7 +323,24 @@ def norm_rotary_gradients(ctx: Any, grads: list[Tensor]) -> tuple:
 norm_rotary_op.register_autograd(norm_rotary_gradients, setup_context=keep_turned)
 
 
+# %%
+leaf, exact = qkv.clone().requires_grad_(), qkv.double().requires_grad_()
+grads = [torch.randn(tokens, heads, dim, generator=generator) for _ in range(3)]
+(found,) = torch.autograd.grad(norm_rotary_op(leaf, cos, sin, heads)[:3], leaf, grads)
+(known,) = torch.autograd.grad(by_chapters(exact), exact, [each.double() for each in grads])
+worst = (found - known).abs().max().item()
+assert worst < 3e-6
+kept = [tuple(each.shape) for each in (q, k, factors)]
+print(
+    f"the gradient differs by at most {worst:.0e}; it was computed from {kept}, and never from qkv"
+)
+inner = [(each * grad).sum(-1) for each, grad in ((q, grads[0]), (k, grads[1]))]
+before_turning = [(apply_rotary(each.transpose(0, 1), cos, -sin) * apply_rotary(grad.transpose(0, 1), cos, -sin)).sum(-1).T for each, grad in ((q, grads[0]), (k, grads[1]))]  # fmt: skip
+assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(inner, before_turning)), "a rotation changes no inner product"  # fmt: skip
+
 # %% [markdown]
+# The model takes the operator where our attention kernel computes, with queries and keys that are normed and paired in halves, and writes the same thing in PyTorch elsewhere. On a CPU nothing has changed, bit by bit.
+#
 # ## The measurement
 
 
@@ -248,6 +426,7 @@ def measure_kernels() -> dict[str, Any]:
         for name, took in bench(calls, "cuda", 15, cold=True, graph=True).items():
             found["rows"].append({"name": name, "tokens": tokens} | took._asdict())
             print(found["rows"][-1], flush=True)
+        torch._dynamo.reset()  # it compiles a function only so many times
     qkv, cos, sin, grads = drawn_heads(4096)
     leaf = qkv.double().requires_grad_()
     exact = separate(leaf, cos.double(), sin.double(), HEADS)
@@ -273,7 +452,8 @@ RECORD_KINDS = {
     "quantising": r"quantize_kernel",
     "head": r"head_kernel|target_kernel|dx_kernel|softmax|nll_loss|cross_entropy|log_sum",
     "attention": r"^(?:forward|delta|dkv|dq)_kernel",
-} | KINDS
+}
+RECORD_KINDS |= {kind: name for kind, name in KINDS.items() if kind not in RECORD_KINDS}
 
 
 def separate_op(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int) -> list[Tensor]:
@@ -331,3 +511,129 @@ def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
         torch._dynamo.reset()
     corpus = corpus_of(vary(preset("record_200m"), {"data.path": arguments[0]}))
     return {"rows": rows}, stamp(command, [*modules, "speedrun.train"], 1, [0], corpus)
+
+
+# %%
+from speedrun.model.gpt import layout_of
+
+layers = sum(spec.attention for spec in layout_of(preset("record").model))
+numbers = 49_152 * 3 * HEADS * HEAD_DIM
+forward_mb, backward_mb = 2 * numbers * 2 / 1e6, (2 + 2 / 3) * numbers * 2 / 1e6
+least_ms = layers * (forward_mb + backward_mb) / 4.8e3
+after = arms["all"]["ms"]
+print(f"forward {forward_mb:.0f} MB a layer, backward {backward_mb:.0f}: in {layers} layers at least {least_ms:.1f} ms")  # fmt: skip
+print(f"measured: {after['norm and rotary']:.1f} ms, {least_ms / after['norm and rotary']:.0%} of the data sheet's bandwidth")  # fmt: skip
+gone = around - after["pointwise"] - after["gathers and scatters"]
+print(f"they replace {gone:.1f} ms of the compiler's kernels; {measured_on(result)}")
+assert layers == 10 and 2.1 < least_ms < 2.3 and 0.75 < least_ms / after["norm and rotary"] < 0.85
+assert 12 < gone < 13.5
+
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Milliseconds by kind of kernel of a forward and backward pass, with head and MLP in bfloat16, with the head's kernel, with the MLP's, and with norm and rotary in one."}}
+from matplotlib import pyplot as plt
+
+from speedrun.lab.results import figure_style
+
+figure_style()
+ORDER = [
+    "and the head in bfloat16, all words",
+    "and the MLP in bfloat16",
+    "without the kernel",
+    "all",
+]
+LABELS = ["compiled PyTorch\nand our attention", "+ head in FP8,\ncandidates (19)", "+ MLP in FP8\n(18)", "+ norm and rotary\n(this chapter)"]  # fmt: skip
+STACK = {"matmul": ("matmul",), "MLP's kernel": ("MLP",), "attention": ("attention",), "norm and rotary": ("norm and rotary",), "pointwise, gathers, scatters": ("pointwise", "gathers and scatters"), "loss of the head": ("head",), "quantising": ("quantising",), "gaps": ("gaps",)}  # fmt: skip
+fig, ax = plt.subplots(figsize=(8.2, 3.8), layout="constrained")
+bottom = np.zeros(4)
+for number, (label, parts) in enumerate(STACK.items()):
+    ms = np.array([sum(arms[arm]["ms"].get(part, 0.0) for part in parts) for arm in ORDER])
+    ax.bar(LABELS, ms, 0.62, bottom=bottom, label=label, color=f"C{number}")
+    bottom += ms
+for place, arm in enumerate(ORDER):
+    ax.text(place, arms[arm]["ms"]["wall"] + 1.5, f"{arms[arm]['ms']['wall']:.0f} ms", ha="center")
+ax.set_ylabel("ms of a pass of 49,152 tokens")
+ax.set_ylim(0, 95)
+ax.set_title(
+    f"three kernels take a pass from {arms[ORDER[0]]['ms']['wall']:.0f} to {after['wall']:.0f} ms"
+)
+ax.legend(fontsize=7, loc="upper right")
+fig.text(0.99, -0.03, measured_on(result), ha="right", fontsize=6.5)
+plt.show()
+
+# %% [markdown]
+# The prediction was 2.2 milliseconds for ten layers, and it is 2.8: four fifths of the bandwidth on the data sheet, which no kernel reaches. They take the place of more than twelve. The last bar but one is the lesson of this chapter. Once the products are fast, what is left between them decides.
+#
+# ## What it buys
+
+# %%
+walls = [arms[arm]["ms"]["wall"] for arm in ORDER]
+shorter = 1 - walls[3] / walls[2]
+memory = {arm: row["peak_mib"] / 1024 for arm, row in arms.items()}
+print(f"the pass takes {walls[2]:.1f} → {walls[3]:.1f} ms, {shorter:.0%} less")
+print(f"memory at its peak {memory['without the kernel']:.1f} → {memory['all']:.1f} GiB")
+assert 0.14 < shorter < 0.16 and 1.8 < memory["without the kernel"] - memory["all"] < 2.4
+still = after["pointwise"] + after["gathers and scatters"]
+print(f"still pointwise, gathers and scatters: {still:.1f} ms; gaps {before['gaps']:.1f} → {after['gaps']:.1f} ms")  # fmt: skip
+assert 11 < still < 12 and after["gaps"] > 2 * before["gaps"]
+
+# %% [markdown]
+# Fifteen per cent of the pass and two gigabytes, for no change of the mathematics; the numbers are rounded less often than before. What it gives in a whole run, together with the MLP, stands in [chapter 18](18_fused_mlp.py) and [24](24_speedrun.py).
+#
+# ## What it costs, and when it fails
+#
+# - **Queries and keys must be normed** and paired in halves. Without QK-norm, with learned positions or with interleaved pairs the model takes PyTorch's way; so does every backend but our own kernel.
+# - **The gaps have grown.** They are times in which the GPU has nothing to do, because Python has not launched the next kernel yet. The faster the kernels, the more often. The cure is a CUDA graph, which this book has not built yet.
+# - A kernel is code that somebody has to keep. These two and their operators are a hundred lines; what they replace were four lines of PyTorch, and those are still there, as the reference.
+#
+# ## What did not work
+#
+# - **A program for each head.** The first form loaded the cosines and sines of its tokens for each of six heads. They come from the cache, but from a cache that has other things to do. Looping over heads inside the program made both kernels faster, by more than anything else that was tried; the number of tokens in a program hardly matters.
+# - **Returning queries, keys and values as one tensor.** Then autograd stacks the three gradients before it calls the backward kernel, a copy as large as the one that the kernel saves.
+# - **Fusing the value embeddings' gate as well** was left alone: five of ten layers have one, and it is a small part of the eleven milliseconds that are left. The largest is the gradient of the value tables, a scatter of 189 million numbers.
+#
+# ## Exercises
+#
+# 1. Which kernels wait for memory? Write `bandwidth_ms(read, written, tokens, bandwidth)`: the least time in milliseconds of a kernel that reads and writes so many numbers of two bytes a token, at so many bytes a second.
+
+
+# %% tags=["solution"]
+def bandwidth_ms(read: int, written: int, tokens: int, bandwidth: float = 4.8e12) -> float:
+    """Bytes over bandwidth."""
+    return 1000 * 2 * (read + written) * tokens / bandwidth
+
+
+# %%
+answer = bandwidth_ms(1000, 1000, 1000, 4e9)
+assert abs(answer - 1) < 1e-9, f"4 MB at 4 GB/s take a millisecond, not {answer:g}"
+answer = bandwidth_ms(3 * 768, 3 * 768, 49_152)
+assert abs(answer - forward_mb / 4.8e3) < 1e-9, f"the forward kernel's {forward_mb:.0f} MB take {forward_mb / 4.8e3:.4f} ms, not {answer:g}"  # fmt: skip
+answer = bandwidth_ms(100, 0, 10, 2e6)
+assert abs(answer - 1) < 1e-9, f"a kernel that only reads 2,000 bytes at 2 MB/s takes a millisecond, not {answer:g}"  # fmt: skip
+print(f"a residual add of 768 numbers a token: {bandwidth_ms(2 * 768, 768, 49_152):.3f} ms")
+
+# %% [markdown]
+# 2. The formula for $\partial x$ works for any matrix $R$ that preserves inner products. Write `norm_gradient(grad, y, factor, unturn)`: the gradient of $x$ for $y = R\,(\text{factor} \cdot x)$, (rows, width), given $y$'s gradient, the norms' factors, (rows,), and a function that applies $R^\top$ to rows.
+
+
+# %% tags=["solution"]
+def norm_gradient(grad: Tensor, y: Tensor, factor: Tensor, unturn: Any) -> Tensor:
+    """As in the kernel: the norm's part first, from the turned vectors, then back."""
+    inner = (grad * y).mean(-1, keepdim=True)
+    return unturn((grad - inner * y) * factor[:, None])
+
+
+# %%
+basis, _ = torch.linalg.qr(torch.randn(6, 6, generator=generator, dtype=torch.float64))
+rows_here = torch.randn(5, 6, generator=generator, dtype=torch.float64).requires_grad_()
+y = rms_norm(rows_here) @ basis.T
+upstream = torch.randn(5, 6, generator=generator, dtype=torch.float64)
+(known,) = torch.autograd.grad(y, rows_here, upstream)
+scale_of_rows = (rows_here.square().mean(-1) + EPS).rsqrt().detach()
+answer = norm_gradient(upstream, y.detach(), scale_of_rows, lambda rows: rows @ basis)
+worst = (answer - known).abs().max().item()
+assert worst < 1e-6, f"the gradient is off by {worst:.1e} for a random rotation of six numbers"
+print(f"a random rotation in six dimensions: off by at most {worst:.0e}")
+
+# %% [markdown]
+# ## Since then
+#
+# Record 90 norms, rotates, shifts keys by a position, pads heads to the width that FlashAttention wants and rounds to eight bits, all in one kernel each way. Record 92 puts norm and rotation into the epilogue of the product itself. [Chapter 18](18_fused_mlp.py) has products with epilogues, [chapter 11](11_attention_backends.py) the kernel that reads what this one writes.

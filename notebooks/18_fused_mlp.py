@@ -11,9 +11,111 @@
 # ---
 
 # %% [markdown]
-# # The fused MLP
+# # Linear and ReLU² in one kernel, in eight bits
+#
+# ```{admonition} Cost box
+# About half a minute on two CPU cores, where Triton's interpreter runs the kernel at small shapes; on one GPU with FP8 it is compiled. Times and losses come from committed measurements on H200s.
+# The fused kernel is record 59's: \@andrewbriand8 and \@Joshrav21. Keeping only the square: record 87, \@cong\_ml and AI System Recursive. The first matrix in FP8: record 84, \@sisovicm; the second: record 89, \@Mister-dev-oss, \@CerovazS, \@MarioPaerle, \@GabrieleCirillo, \@crisostomi; the backward pass: record 90, \@theonlyglitch_, and record 92, \@devenpzak, whose epilogues write both layouts. The scales without a history, and the kernel, are this book's own.
+# ```
+#
+# ## The problem
+#
+# An MLP is two matrices with a square between them: $y = \mathrm{relu}(x\,W_1^\top)^2\, W_2^\top$. Forward and backward that is six matrix products of one size, and in `record` there are eleven such layers. What they take, compiled by PyTorch in bfloat16, of a forward and backward pass over 49,152 tokens:
+
+# %%
+from speedrun.lab.tier import choose_tier
+
+tier = choose_tier()
+
+# %%
+from speedrun.lab.hardware import setup
+
+machine = setup()
+
+# %% tags=["hide-input"]
+import numpy as np
+
+from speedrun.lab.results import load_result, measured_on
+from speedrun.presets import preset
+
+TOKENS, LAYERS = 49_152, preset("record_200m").model.num_layers
+result = load_result("mlp", "kernels")
+rows = {(row["name"], row["tokens"]): row["p50"] for row in result["data"]["rows"]}
+arms = {row["arm"]: row["ms"] for row in load_result("norm_rotary", "ledger")["data"]["rows"]}
+before = arms["and the MLP in bfloat16"]
+flops = 2 * TOKENS * 768 * 3072
+six_ms, six_fp8_ms = 6e3 * flops / 989e12, 6e3 * flops / 1979e12  # an H200's data sheet, dense
+hidden_mb = TOKENS * 3072 * 2 / 1e6
+share = LAYERS * rows["plain", TOKENS] / before["wall"]
+print(
+    f"one layer: {rows['plain', TOKENS]:.2f} ms; all {LAYERS}: {share:.0%} of the pass's {before['wall']:.1f} ms"
+)
+print(
+    f"six products of {flops / 1e9:.0f} GFLOP: by the data sheet at least {six_ms:.2f} ms in bfloat16, {six_fp8_ms:.2f} in FP8"
+)
+print(f"the hidden vectors of one layer: {hidden_mb:.0f} MB in bfloat16")
+print(measured_on(result))
+assert 0.33 < share < 0.38 and 1.4 < six_ms < 1.42 and 300 < hidden_mb < 304
+
+# %% [markdown]
+# More than a third of the pass. The products alone would take two thirds of that by the data sheet, and no product reaches the data sheet. The rest is traffic. Between the first product and the second, 302 megabytes of hidden vectors are written by the product, read by the ReLU, written as squares, and read by the second product. In the backward pass the same happens to their gradient, with the stored vectors read once more.
+#
+# ```{admonition} Prediction
+# A kernel that squares in its epilogue saves two of these trips forward and two backward, 1.2 GB or a quarter of a millisecond at an H200's 4.8 TB/s. Eight bits halve the time of a product, in principle. **How much faster is the whole layer in bfloat16 with fused epilogues, and how much with eight bits throughout?** And a number cannot be rounded to eight bits before it is known how large its neighbours are: a scale comes first. The kernel writes the squares tile by tile, so nobody has seen the largest when the first is written. **How large can a square be at most**, if all you know are the weights?
+# ```
+#
+# ## The idea
+#
+# ### Only the square is kept
+#
+# With $h = x W_1^\top$, the gradient of the square is $2\,\mathrm{relu}(h)$ times what comes from above. So the backward pass needs $\mathrm{relu}(h)$, and the forward pass has stored $p = \mathrm{relu}(h)^2$ for the second product anyway. A square root is cheaper than a second tensor: record 87 keeps only $p$, and multiplies by $2\sqrt{p}$. Both passes then have the same form, a product with an epilogue:
+#
+# $$
+# p = \mathrm{relu}(x W_1^\top)^2, \qquad g = (\partial y\, W_2) \cdot 2\sqrt{p}.
+# $$
+#
+# ### Eight bits want two layouts
+#
+# On Hopper the matrix units take eight-bit operands only with the inner dimension contiguous ([chapter 15](15_low_precision.py)). The squares are an operand twice: in $y = p\,W_2^\top$ the inner dimension is the hidden one, in $\partial W_2 = \partial y^\top p$ it is the tokens. So each of $x$, $p$, $g$, $\partial y$ and the weights is needed straight and transposed. For a tensor of 150 million bytes a pass of its own that only transposes would undo much of the gain (record 92 reports 10.7 seconds a run for it). The epilogue has the tile in registers, and writes it twice.
+#
+# ### Scales without a history
+#
+# The contest's records solve the question of the scale by looking back: they use the largest square of the *previous* step, with a margin of 1.03 (record 92) to 1.8 (record 89). That is called delayed scaling, and it has a price that is not in its running time. The history is a state: it must be right in the first step, saved in checkpoints, reduced over ranks, and a step whose squares grow faster than the margin is clipped.
+#
+# Here the norm helps. An RMS norm leaves every row of $x$ with the length $\sqrt{d}$, exactly. By Cauchy and Schwarz no hidden number can then exceed $\sqrt d\,|w_j|$, where $w_j$ is a row of $W_1$, and
+#
+# $$
+# p_{tj} \le d\,\max_j |w_j|^2, \qquad
+# |g_{tj}| \le \sqrt d\,\max|\partial y| \cdot \max_j |w'_j| \cdot 2 \sqrt d\, \max_j |w_j| ,
+# $$
+#
+# with $w'_j$ the columns of $W_2$. Both bounds need the weights and one maximum, which are known before the product begins. **Nothing is ever clipped, and there is no state.** What can be wrong with a bound is that it is too large. If $x$ and $w_j$ point in unrelated directions, a square is $|w_j|^2$ on average, 768 times smaller than the bound: nearly ten binary places of e4m3's range are given away. How many has it?
+
+# %%
+import torch
+
+from speedrun.kernels.fp8 import E4M3, E5M2
+
+octaves = {}
+for dtype in (E4M3, E5M2):
+    info = torch.finfo(dtype)
+    octaves[dtype] = np.log2(info.max / info.smallest_normal)
+    print(f"{dtype}: normal numbers over {octaves[dtype]:.1f} octaves, to {info.max:,.0f}")
+typical = 448 / 768
+print(
+    f"a square of the average size comes out as {typical:.2f}, {np.log2(typical / torch.finfo(E4M3).smallest_normal):.1f} octaves above the smallest normal number"
+)
+assert 0.5 < typical < 1 and 14 < octaves[E4M3] < 15 and 29 < octaves[E5M2] < 30
+
+# %% [markdown]
+# Enough. Average squares lie in the middle of e4m3's range, five octaves above its smallest normal number. A square that is below that is a thousandth of the largest ones that occur, and adds as little to $y$. The gradient's bound gives away ten octaves more, for which e5m2 has room.
 #
 # ## The code
+#
+# ### Scales
+#
+# One small table for all layers, computed in the forward pass by plain PyTorch, which the compiler fuses. Each scale is repeated four times, because a matrix unit wants it at a multiple of 16 bytes.
+
 
 # %%
 #| default_exp kernels.mlp
@@ -36,10 +138,6 @@ except ImportError:  # macOS, Windows
 NAMESPACE = __name__.strip("_").replace(".", "_")  # the notebook's operator is not the package's
 
 
-# %% [markdown]
-# ### Scales without a history
-
-
 # %%
 #| export
 @torch.no_grad()
@@ -58,8 +156,36 @@ def mlp_scales(up: Tensor, down: Tensor) -> Tensor:
     return torch.stack(scales, 1).clamp(min=1e-12)[..., None].expand(-1, -1, 4).contiguous()
 
 
+# %%
+generator = torch.Generator().manual_seed(0)
+WIDTH_HERE, HIDDEN_HERE, ROWS_HERE = 64, 256, 192
+x = torch.nn.functional.rms_norm(
+    torch.randn(ROWS_HERE, WIDTH_HERE, generator=generator), (WIDTH_HERE,)
+)
+up = 0.06 * torch.randn(HIDDEN_HERE, WIDTH_HERE, generator=generator)
+down = 0.05 * torch.randn(WIDTH_HERE, HIDDEN_HERE, generator=generator)
+grad = 1e-5 * torch.randn(ROWS_HERE, WIDTH_HERE, generator=generator)
+scales = mlp_scales(up[None], down[None])[0]
+of_x, of_up, of_down, of_square, of_hidden = scales[:, 0].tolist()
+h = x @ up.T
+g = (grad @ down) * 2 * h.relu()
+assert x.abs().max() <= 448 * of_x and h.relu().square().max() <= 448 * of_square
+assert g.abs().max() <= of_hidden * grad.abs().max(), "times the output gradient's largest"
+aligned = x.clone()
+aligned[0] = up[up.norm(dim=1).argmax()]
+aligned[0] *= WIDTH_HERE**0.5 / aligned[0].norm()
+reached = (aligned @ up.T).relu().square().max() / (448 * of_square)
+assert abs(reached - 1) < 1e-5, "the bound is reached where a vector points along a row"
+print(
+    f"random vectors reach {h.relu().square().max() / (448 * of_square):.1%} of the bound, an aligned one {reached:.1%}"
+)
+
 # %% [markdown]
 # ### The kernel
+#
+# A product as in every textbook on Triton: a program computes a tile of the result, adding up over the inner dimension. Three things make it fast. Programs are *persistent*: there are as many as the chip holds at a time, and each takes one tile after the other, so that the loads of the next tile begin under the epilogue of the last. Tiles are loaded and stored by *descriptor*, one instruction each where the chip has a tensor memory accelerator. And tiles are numbered so that eight rows of them go through the columns together, and what one program has loaded another finds in the cache.
+#
+# These three are not the MLP's own. [Chapter 19](19_head_and_loss.py)'s head uses them as well.
 
 
 # %%
@@ -90,6 +216,8 @@ def store_block(
         tl.store(X + r.to(tl.int64)[:, None] * columns + c[None, :], block, there)
 
 
+# %%
+#| export
 @jit
 def place_of(block, row_blocks, column_blocks):
     """Which block of a matrix comes as number `block`, (row, column): eight rows of blocks go through the columns together, so that both operands stay in the cache."""
@@ -97,6 +225,20 @@ def place_of(block, row_blocks, column_blocks):
     high = tl.minimum(row_blocks - group * 8, 8)
     inside = block % (8 * column_blocks)
     return group * 8 + inside % high, inside // high
+
+
+# %%
+by_hand = []  # the same in Python, for 20 × 3 tiles
+for n in range(20 * 3):
+    group = n // (8 * 3)
+    high = min(20 - group * 8, 8)
+    by_hand.append((group * 8 + n % (8 * 3) % high, n % (8 * 3) // high))
+assert sorted(by_hand) == [(row, column) for row in range(20) for column in range(3)], "each once"
+assert by_hand[8] == (0, 1) and by_hand[24] == (8, 0)
+print("the first tiles of 20 × 3:", by_hand[:10])
+
+# %% [markdown]
+# The epilogue. `P` is `None` in the forward pass, and Triton compiles the kernel without that branch. The tile comes in two halves, which halves the shared memory that its stores need. A value that is not a number stays so: `maximum` and `clamp` would swallow it otherwise, and a diverging run would look healthy.
 
 
 # %%
@@ -147,6 +289,10 @@ def hidden_kernel(
         write_hidden(right, P, OUT, TURNED, row, column + HALF, tokens, hidden, scale, root, largest, ROWS, HALF, KIND, BULK)  # fmt: skip
 
 
+# %% [markdown]
+# Two programs share a multiprocessor on chips with much shared memory, and one's epilogue runs under the other's product. Forward and backward want different tiles, since the backward epilogue loads a tile as well.
+
+
 # %%
 #| export
 class Blocks(NamedTuple):
@@ -171,6 +317,19 @@ def blocks_for(device: torch.device, configs: dict[int, Any]) -> Any:
     return configs[max(chip for chip in configs if chip <= 10 * major + minor)]
 
 
+# %%
+for chip, blocks in CONFIGS.items():
+    for way, each in zip(("forward", "backward"), blocks):
+        operands = (each.rows + each.columns) * each.depth * each.stages * each.programs
+        limit = 101_376 if chip in (89, 120) else 232_448
+        assert operands < limit, "bytes of shared memory that a multiprocessor has"
+        print(
+            f"compute capability {chip / 10}: {way:8} {each.rows} × {each.columns} × {each.depth}, operands in flight: {operands / 1024:.0f} KiB of {limit / 1024:.0f}"
+        )
+
+
+# %%
+#| export
 def in_blocks(x: Tensor | None, block: list[int]) -> Any:
     """A matrix as the tensor memory accelerator reads and writes it."""
     if x is None:
@@ -229,6 +388,12 @@ def launch_hidden(
     return out.to(kind), None if other is None else other.to(kind)
 
 
+# %% [markdown]
+# ### The reference, and who decides
+#
+# The reference is the same in plain PyTorch. It is what runs on CPUs, and for sizes that the matrix units do not take (multiples of 16 only).
+
+
 # %%
 #| export
 def hidden_reference(
@@ -245,6 +410,8 @@ def hidden_reference(
     return out, out.mT.contiguous() if turned else None
 
 
+# %%
+#| export
 def why_no_kernel(device: torch.device) -> str:
     """Why a device computes by the definition and not by a kernel in eight bits; empty: the kernel runs."""
     if device.type != "cuda":
@@ -266,6 +433,37 @@ def hidden_layer(
 
 
 # %%
+from speedrun.kernels.fp8 import scale_of
+
+of_x, of_up, of_down, of_square, of_hidden = (scale[:1] for scale in scales)
+x8, up8 = quantize(x, of_x)[0], quantize(up, of_up)[0]
+told = x8, up8, (of_x, of_up, None, of_square), E4M3
+narrow = Blocks(32, 64, 32, 4, 2)
+square, turned = launch_hidden(*told, None, True, narrow, False)
+wanted, _ = hidden_reference(*told)
+assert torch.equal(square.float(), wanted.float()) and torch.equal(turned.float(), square.float().T)
+exact = h.double().relu().square()
+off = (square.double() * of_square.double() - exact).norm() / exact.norm()
+of_grad = scale_of(grad, E5M2)
+grad8, down8t = quantize(grad, of_grad, E5M2)[0], quantize(down, of_down, turned=True)[1]
+told = grad8, down8t, (of_grad, of_down, of_square, of_hidden * of_grad), E5M2, square
+hidden, _ = launch_hidden(*told, True, narrow, False)
+assert torch.equal(hidden.float(), hidden_reference(*told)[0].float())
+off_hidden = (
+    hidden.double() * (of_hidden * of_grad).double() - g.double()
+).norm() / g.double().norm()
+print(
+    f"kernel and reference agree in every bit; the squares are off by {off:.1%}, their gradient by {off_hidden:.1%}"
+)
+assert 0.03 < off < 0.08 and 0.06 < off_hidden < 0.12
+
+# %% [markdown]
+# ### The operator
+#
+# For autograd and the compiler the whole layer is one operator. Its forward pass quantises, multiplies twice and keeps five tensors of one byte a number. Its backward pass has four products. The scale of the output gradient is computed outside of the operator, where the compiler fuses the maximum with whatever makes the gradient.
+
+
+# %%
 #| export
 @torch.library.custom_op(f"{NAMESPACE}::mlp", mutates_args=())
 def mlp_op(x: Tensor, up: Tensor, down: Tensor, scales: Tensor) -> list[Tensor]:
@@ -283,6 +481,8 @@ def mlp_op(x: Tensor, up: Tensor, down: Tensor, scales: Tensor) -> list[Tensor]:
     return [y, x8t, square, squaret, up8t, down8t]
 
 
+# %%
+#| export
 def check_mlp(x: Tensor, up: Tensor, down: Tensor) -> None:
     """Raise ValueError for shapes that are no MLP's."""
     if x.dim() != 2 or up.dim() != 2 or x.shape[1] != up.shape[1] or down.shape != up.mT.shape:
@@ -299,6 +499,8 @@ def fake_mlp(x, up, down, scales):
     return [torch.empty_like(x), *(x.new_empty(shape, dtype=E4M3) for shape in shapes)]
 
 
+# %%
+#| export
 @torch.library.custom_op(f"{NAMESPACE}::mlp_backward", mutates_args=())
 def mlp_backward_op(
     grad: Tensor, of_grad: Tensor, saved: list[Tensor], scales: Tensor
@@ -316,6 +518,8 @@ def mlp_backward_op(
     return [dx, dup, fp8_matmul(grad8t, squaret, of_grad, of_square, grad.dtype)]
 
 
+# %%
+#| export
 @mlp_backward_op.register_fake
 def fake_mlp_backward(grad, of_grad, saved, scales):
     x8t, _, _, up8t, down8t = saved
@@ -337,7 +541,24 @@ def mlp_gradients(ctx: Any, grads: list[Tensor]) -> tuple:
 mlp_op.register_autograd(mlp_gradients, setup_context=keep_saved)
 
 
+# %%
+leaves = [each.clone().requires_grad_() for each in (x, up, down)]
+y = mlp_op(*leaves, scales)[0]
+found = [y, *torch.autograd.grad(y, leaves, grad)]
+doubles = [each.double().requires_grad_() for each in (x, up, down)]
+y64 = torch.relu(doubles[0] @ doubles[1].T).square() @ doubles[2].T
+known = [y64, *torch.autograd.grad(y64, doubles, grad.double())]
+off_by = {name: ((a - b).norm() / b.norm()).item() for name, a, b in zip(("y", "dx", "dup", "ddown"), found, known)}  # fmt: skip
+print(", ".join(f"{name} {error:.1%}" for name, error in off_by.items()), "off, against float64")
+assert all(0.04 < error < 0.11 for error in off_by.values())
+one_step = torch.compile(lambda x, up, down: mlp_op(x, up, down, scales)[0], fullgraph=True, backend="aot_eager")  # fmt: skip
+assert torch.equal(one_step(*leaves), y), "one operator for the compiler"
+
 # %% [markdown]
+# Six per cent in the output and up to nine in the gradients sounds like a lot, and is what the formats cost ([chapter 15](15_low_precision.py)): each rounding to e4m3 is worth 2.4% and to e5m2 4.7%, they add up as squares, and squaring doubles an error. It is noise of zero mean that is drawn anew in each step, as the noise of a small batch is; a run has to say what it costs.
+#
+# In the model this is a switch of [chapter 05](05_modern_block.py)'s block, `model.block.fp8`. Training takes it; validation multiplies in bfloat16, as the records' does, so that a loss is the weights' and not the kernel's.
+#
 # ## The measurement
 
 
@@ -449,9 +670,10 @@ def parts_of(x: Tensor, up: Tensor, down: Tensor, grad: Tensor) -> dict[str, Cal
     }
     tried = [*LARGE_SHARED, Blocks(128, 256, 128, 8, 3), Blocks(128, 128, 128, 8, 3, 2), Blocks(256, 128, 128, 8, 3)]  # fmt: skip
     tried += [Blocks(64, 256, 64, 4, 4, 2), LARGE_SHARED[0]._replace(programs=1)]
+    launch: Callable[..., Any] = launch_hidden
     for way, told in (("forward", forward), ("backward", backward)):
         for blocks in tried:
-            found[f"{way} {tuple(blocks)}"] = partial(launch_hidden, *told, blocks, True)
+            found[f"{way} {tuple(blocks)}"] = partial(launch, *told, blocks, True)
     of_forward = forward[2]
     found["forward straight"] = partial(launch_hidden, x8, up8, of_forward, E4M3, None, False, LARGE_SHARED[0], True)  # fmt: skip
     return found
@@ -487,8 +709,8 @@ def exponents(values: Tensor) -> dict[str, Any]:
 
 
 def hidden_of_run(folder: Path) -> dict[str, Any]:
-    """What the kernel writes in a finished run's layers, forward and backward, on a validation micro-batch: in eight bits, so over its scale."""
-    from speedrun.train import build_run, forward_loss, resume, told_now, val_batches
+    """What the kernel writes in a finished run's layers, forward and backward, on a micro-batch of its last stage: in eight bits, so over its scale."""
+    from speedrun.train import build_run, forward_loss, resume
 
     config, rows = config_of_run(folder), list[dict[str, Any]]()
 
@@ -503,10 +725,23 @@ def hidden_of_run(folder: Path) -> dict[str, Any]:
         run = build_run(config, Path(scratch), echo=None)
         run.folder = folder
         resume(run)
-        batch, told = next(iter(val_batches(run, config.val_tokens))), told_now(run)
-        loss = forward_loss(run.model, batch, run.ranks.device, config.precision, told)
+        now = run.schedule.at(config.steps - 1)
+        batch = run.loader.next(now.batch_tokens, now.max_doc_tokens)[0]
+        told = run.told[now.stage], torch.tensor(0)
+        loss = forward_loss(run.model, batch, run.ranks.device, config.precision, *told)
         (loss / config.data.micro_batches).backward()
     return {"layers": rows, "tokens": batch.targets.numel(), "loss": loss.item()}
+
+
+# %%
+seen_powers = exponents(torch.tensor([0.0, 1.0, 1.5, -2.0, 448.0]))
+assert seen_powers["zero"] == 1 and seen_powers["largest"] == 448
+assert [n - 17 for n, count in enumerate(seen_powers["counts"]) for _ in range(count)] == [
+    0,
+    0,
+    1,
+    8,
+]
 
 
 # %%
@@ -522,3 +757,174 @@ def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
         raise UserError("no run is given for trained", "python scripts/measure.py mlp trained runs/…")  # fmt: skip
     seed = config_of_run(Path(arguments[0])).seed
     return hidden_of_run(Path(arguments[0])), stamp(command, [*modules, "speedrun.train"], 1, [seed])  # fmt: skip
+
+
+# %%
+print("tokens", *(f"{tokens:,}" for tokens in SHAPES))
+NAMES_OF = {"plain": "PyTorch, compiled, bfloat16", "fused": "fused epilogues, bfloat16", "fp8": "fused, eight bits, both passes"}  # fmt: skip
+for name, label in NAMES_OF.items():
+    print(f"{label:32}", *(f"{rows[name, tokens]:6.2f} ms" for tokens in SHAPES))
+faster = {name: [rows["plain", tokens] / rows[name, tokens] for tokens in SHAPES] for name in NAMES_OF}  # fmt: skip
+part = {name: ms for (name, tokens), ms in rows.items() if tokens == TOKENS}
+blocks = {way: f"{way} {tuple(LARGE_SHARED[way == 'backward'])}" for way in ("forward", "backward")}
+products = [part[name] for name in ("square down", "dx", "dup", "ddown", *blocks.values())]
+around = [part[name] for name in ("quantise x", "quantise weights", "scale of the gradient", "quantise the gradient")]  # fmt: skip
+print(
+    f"in eight bits: six products {sum(products):.2f} ms, quantising beside them {sum(around):.2f}"
+)
+print(f"the six by the data sheet: {six_fp8_ms:.2f} ms; {measured_on(result)}")
+assert all(1.07 < each < 1.12 for each in faster["fused"]) and max(faster["fp8"]) < 1.65
+assert min(faster["fp8"]) > 1.4 and sum(products) < 1.25 and sum(around) < 0.17
+
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Left: milliseconds of a layer in three versions at four token counts. Right: a forward and backward pass of record_200m by kind of kernel, with the MLP in bfloat16 and in eight bits."}}
+from matplotlib import pyplot as plt
+
+from speedrun.lab.results import figure_style
+
+figure_style()
+fig, (left, right) = plt.subplots(1, 2, figsize=(8.6, 3.4), layout="constrained")
+for name, label in NAMES_OF.items():
+    left.plot(SHAPES, [rows[name, tokens] for tokens in SHAPES], "o-", ms=4, label=label)
+for ms, style in ((six_ms, "--"), (six_fp8_ms, ":")):
+    left.plot(SHAPES, [ms * tokens / TOKENS for tokens in SHAPES], style, color="k", lw=1)
+left.set_xlabel("tokens (dashed, dotted: six products by the data sheet)")
+left.set_ylabel("ms, forward and backward")
+left.set_title(f"one layer: {min(faster['fp8']):.1f} to {max(faster['fp8']):.1f} times as fast in eight bits")  # fmt: skip
+left.legend(fontsize=7)
+after = arms["without the kernel"]
+kinds = ["matmul", "MLP", "quantising", "attention", "pointwise", "gathers and scatters", "head", "gaps"]  # fmt: skip
+bottoms = np.zeros(2)
+for number, kind in enumerate(kinds):
+    ms = np.array([arm.get(kind, 0.0) for arm in (before, after)])
+    right.bar(["MLP in bfloat16", "in eight bits"], ms, 0.6, bottom=bottoms, label=kind, color=f"C{number}")  # fmt: skip
+    bottoms += ms
+right.set_ylabel("ms of a pass of 49,152 tokens")
+saved = 1 - after["wall"] / before["wall"]
+right.set_title(f"of the whole pass {saved:.0%} is gone")
+right.legend(fontsize=6.5, loc="center left", bbox_to_anchor=(1, 0.5))
+fig.text(0.99, -0.04, measured_on(result), ha="right", fontsize=6.5)
+plt.show()
+
+# %%
+assert 0.13 < saved < 0.16
+products_saved = before["matmul"] - after["matmul"] - after["MLP"]
+around_saved = before["wall"] - after["wall"] - products_saved
+print(f"of {before['wall'] - after['wall']:.1f} ms saved in {LAYERS} layers, products gave {products_saved:.1f}, traffic and launches {around_saved:.1f}")  # fmt: skip
+assert 6 < products_saved < 7.5 and 2.5 < around_saved < 4
+
+# %% [markdown]
+# The answer to the prediction: fused epilogues alone are worth a tenth, since most of the layer's time is products and not traffic; with eight bits the layer is 1.4 to 1.6 times as fast, not twice. Two things are in the way of two. Quantising costs a tenth of the layer. And a product in eight bits reaches a smaller share of what the data sheet promises, because its tiles are done before the next ones have come.
+#
+# How exact is it on the GPU? Against float64, 4,096 tokens:
+
+# %%
+for error in result["data"]["errors"]:
+    when = "at step 0 (W₂ is zero)" if error["zero"] else "later"
+    print(f"{when:24} {NAMES_OF[error['name']]:32}", *(f"{key} {error[key]:.1%}" for key in ("y", "dx", "dup", "ddown")))  # fmt: skip
+later = {e["name"]: e for e in result["data"]["errors"] if not e["zero"]}
+assert later["fused"]["dx"] < later["plain"]["dx"] < 0.005 and 0.09 < later["fp8"]["dx"] < 0.1
+assert all(e["y"] == e["dx"] == e["dup"] == 0 for e in result["data"]["errors"] if e["zero"])
+
+# %% [markdown]
+# At step 0 the second matrix is zero, so are its scale's ingredients, and what should be zero is zero, not NaN.
+#
+# ## What it buys
+#
+# `record_200m` on two H200s, same text, same seeds: with [chapter 19](19_head_and_loss.py)'s head alone, and with this chapter's MLP and [chapter 17](17_norm_and_rotary.py)'s kernel as well. The two came together; how they share the time is in the ledger, how they share the loss has not been measured.
+
+# %%
+pairs = {kind: load_result("speedrun", name)["data"]["runs"] for kind, name in (("before", "record_200m_fp8_head"), ("with both", "record_200m"))}  # fmt: skip
+for kind, found in pairs.items():
+    took = ", ".join(f"{run['seconds']:.1f}" for run in found)
+    ended = ", ".join(f"{run['curve'][-1]['val_loss']:.4f}" for run in found)
+    print(f"{kind:10} {took} seconds; final loss {ended}; {found[0]['memory_mb']['allocated'] / 1024:.1f} GiB allocated")  # fmt: skip
+seconds = {kind: np.mean([run["seconds"] for run in found]) for kind, found in pairs.items()}
+ends = {kind: np.mean([run["curve"][-1]["val_loss"] for run in found]) for kind, found in pairs.items()}  # fmt: skip
+shorter, lost = 1 - seconds["with both"] / seconds["before"], ends["with both"] - ends["before"]
+print(f"{shorter:.0%} less time, {lost:+.4f} in loss; {measured_on(load_result('speedrun', 'record_200m'))}")  # fmt: skip
+assert 0.26 < shorter < 0.3 and 0.001 < lost < 0.004
+
+# %% [markdown]
+# More than a quarter of the training time, for under three thousandths of a nat. With two runs against two and a spread of one to two thousandths between seeds, that loss is barely distinguishable from none. The contest's own numbers agree: record 89 saw a ten-thousandth for its forward pass in FP8, record 92's ablation four ten-thousandths for both passes, with three runs at most.
+#
+# ## What it costs, and when it fails
+#
+# - The bound is the RMS norm's. With layer norm's gains, with biases or with GELU it does not hold, and the trainer refuses the switch by name.
+# - A layer keeps five tensors for the backward pass, of one byte a number. That is less than bfloat16's: peak memory falls.
+# - Python has more to do. A layer is a dozen launches and four descriptors, where the compiler's was a handful. At 49,152 tokens the GPU is slower than Python; at the 16,384 tokens a rank has with eight GPUs, and in a small model, it may not be. `small` therefore keeps its MLP in bfloat16. CUDA graphs would answer this, and are not built yet.
+# - GPUs without units for eight bits compute the layer in bfloat16, by PyTorch.
+#
+# ## What did not work
+
+# %%
+tried = {name: ms for name, ms in part.items() if name.startswith(("forward (", "backward ("))}
+for way in ("forward", "backward"):
+    best = min(ms for name, ms in tried.items() if name.startswith(way))
+    assert tried[blocks[way]] == best
+    for name, ms in sorted(tried.items(), key=lambda pair: pair[1]):
+        if name.startswith(way):
+            print(f"{name:36} {ms:.3f} ms, {ms / best:.2f} times")
+straight = part["forward straight"]
+print(
+    f"without the transposed copy: {straight:.3f} ms; the copy costs {tried[blocks['forward']] - straight:.3f}"
+)
+assert 0.02 < tried[blocks["forward"]] - straight < 0.04
+
+# %% [markdown]
+# - **Record 59's tile**, 128 × 256, is not the best here: two programs with smaller tiles overlap better. The backward pass wants the inner dimension in smaller pieces, since it needs shared memory for a tile of squares.
+# - **A second layout by pointers.** On chips whose tiles are not stored by descriptor (Ada), a kernel that wrote the eight-bit tile straight and transposed got a quarter of the transposed entries wrong when it was tried on an H200, whether it turned the tile before or after rounding. There the copy is made afterwards.
+# - **QKV in eight bits**, which records 90 and 92 have. What its three products would save is about what quantising a gradient of 2,304 numbers a token costs, unless the kernel that makes that gradient quantises it, too. That is counted, not measured.
+#
+# ## Exercises
+#
+# 1. What does the backward pass have to keep? Write `kept_bytes(tokens, width, hidden, version)`: the bytes per layer of what is stored between the passes, weights apart, for `"plain"` (bfloat16: the normed input, $h$ and the square), `"fused"` (bfloat16: the input and the square) and `"fp8"` (one byte: the input transposed, the square in both layouts).
+
+
+# %% tags=["solution"]
+def kept_bytes(tokens: int, width: int, hidden: int, version: str) -> int:
+    """Numbers a token, times bytes a number."""
+    numbers = {"plain": width + 2 * hidden, "fused": width + hidden, "fp8": width + 2 * hidden}
+    return tokens * numbers[version] * (1 if version == "fp8" else 2)
+
+
+# %%
+saved_by_op = mlp_op(x, up, down, scales)[1:4]
+stored = sum(each.numel() * each.element_size() for each in saved_by_op)
+answer = kept_bytes(ROWS_HERE, WIDTH_HERE, HIDDEN_HERE, "fp8")
+assert answer == stored, (
+    f"the operator keeps {stored:,} bytes of {ROWS_HERE} tokens, not {answer:,}"
+)
+answer = kept_bytes(10, 4, 16, "plain")
+assert answer == 720, f"ten tokens of 36 numbers of two bytes are 720 bytes, not {answer}"
+answer = kept_bytes(10, 4, 16, "fused")
+assert answer == 400, f"without h ten tokens keep 400 bytes, not {answer}"
+print(
+    f"a layer of record: {kept_bytes(TOKENS, 768, 3072, 'plain') / 2**20:.0f} MiB plain, {kept_bytes(TOKENS, 768, 3072, 'fp8') / 2**20:.0f} MiB in eight bits"
+)
+
+# %% [markdown]
+# 2. Delayed scaling clips when the largest number grows by more than its margin from one step to the next. Write `clipped_steps(largest, margin)`: how many steps of a history of largest numbers (one a step, the first is not scaled by a predecessor and does not count) exceed the previous one times the margin.
+
+
+# %% tags=["solution"]
+def clipped_steps(largest: list[float], margin: float) -> int:
+    """Steps whose largest number is beyond the scale that the step before allows."""
+    return sum(now > margin * then for then, now in zip(largest, largest[1:]))
+
+
+# %%
+answer = clipped_steps([1.0, 1.05, 1.2, 1.1, 2.0], 1.1)
+assert answer == 2, (
+    f"1.2 after 1.05 and 2.0 after 1.1 exceed their margin of 1.1: 2 steps, not {answer}"
+)
+answer = clipped_steps([5.0, 1.0, 1.0], 1.03)
+assert answer == 0, f"falling and equal numbers clip nothing, not {answer} steps"
+answer = clipped_steps([1.0, 1.5, 2.25], 1.5)
+assert answer == 0, f"exactly the margin still fits: 0 steps, not {answer}"
+noisy = np.exp(np.cumsum(np.random.default_rng(0).normal(0, 0.1, 1000))).tolist()
+print("of 999 steps of a random walk of 10% a step:", {margin: clipped_steps(noisy, margin) for margin in (1.03, 1.12, 1.8)})  # fmt: skip
+
+# %% [markdown]
+# ## Since then
+#
+# Record 92's MLP has the same six products in eight bits, 128 × 256 tiles and delayed scales. Record 90 rounds the gradients to e4m3 as well, with scales of the step before, and finds that a stale scale for the *incoming* gradient lets errors grow, so that one is exact there as here. Both multiply Q, K and V in eight bits too. [Chapter 15](15_low_precision.py) has the formats, [chapter 19](19_head_and_loss.py) the head's kernel, [chapter 17](17_norm_and_rotary.py) what stands around attention.

@@ -700,6 +700,7 @@ PRESETS: dict[str, tuple[str, Changes]] = {  # name → the run that it starts f
     "small": (
         "record_200m",
         {
+            "model.block.fp8": False,
             "model.num_layers": 8,
             "model.num_heads": 4,
             "model.model_dim": 512,

@@ -120,6 +120,7 @@ def test_every_switch_is_off_in_the_small_model():
 class TestEverySwitch:
     def test_loss_and_gradients_are_those_of_loops(self, way):
         model = model_with(WAYS[way])
+        model.fp8 = False  # rounding to eight bits has tests of its own
         tokens = torch.randint(19, (2, 8), generator=torch.Generator().manual_seed(2))
         inputs, targets = tokens[:, :-1], tokens[:, 1:]
         loss = cross_entropy(model(inputs).flatten(0, 1), targets.flatten())

@@ -1,7 +1,7 @@
 # Tangled from notebooks/18_fused_mlp.py: edit the notebook, then run "make tangle". Edits made here are lost.
 
 
-# %% The code
+# %% Scales
 import math
 from typing import Any, NamedTuple
 
@@ -20,7 +20,6 @@ except ImportError:  # macOS, Windows
 NAMESPACE = __name__.strip("_").replace(".", "_")  # the notebook's operator is not the package's
 
 
-# %% Scales without a history
 @torch.no_grad()
 def mlp_scales(up: Tensor, down: Tensor) -> Tensor:
     """Scales of each layer's tensors in eight bits, (layers, 5, 4) float32, the four numbers of a scale equal, so that each begins at a multiple of 16 bytes.
@@ -195,6 +194,7 @@ def launch_hidden(
     return out.to(kind), None if other is None else other.to(kind)
 
 
+# %% The reference, and who decides
 def hidden_reference(
     a: Tensor, w: Tensor, scales: tuple, kind: torch.dtype, square: Tensor | None = None, turned: bool = True
 ) -> tuple[Tensor, Any]:  # fmt: skip
@@ -229,6 +229,7 @@ def hidden_layer(
     return launch_hidden(a, w, scales, kind, square, True, blocks, bulk)
 
 
+# %% The operator
 @torch.library.custom_op(f"{NAMESPACE}::mlp", mutates_args=())
 def mlp_op(x: Tensor, up: Tensor, down: Tensor, scales: Tensor) -> list[Tensor]:
     """relu(x upᵀ)² downᵀ in eight bits, (tokens, width) in x's dtype; then what the backward pass needs: x turned, the square in both layouts, up and down turned.

@@ -1,7 +1,7 @@
 # Tangled from notebooks/17_norm_and_rotary.py: edit the notebook, then run "make tangle". Edits made here are lost.
 
 
-# %% The code
+# %% A first kernel
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ ROWS = 16  # tokens of a program
 NAMESPACE = __name__.strip("_").replace(".", "_")  # the notebook's operators are not the package's
 
 
+# %% Forward
 @jit
 def load_halves(X, at, mine, HALF: constexpr):
     """Rows of twice HALF numbers that begin at `at`, (ROWS, 1), float32: their first and their second half."""
@@ -65,6 +66,7 @@ def norm_rotary_kernel(
         store_halves(V, a, b, place, mine, HALF)
 
 
+# %% Backward
 @jit
 def norm_rotary_gradient_kernel(
     DQ, DK, DV, Q, K, FACTORS, COS, SIN, DQKV, tokens, HEADS: constexpr, HALF: constexpr, ROWS: constexpr
@@ -87,6 +89,7 @@ def norm_rotary_gradient_kernel(
         store_halves(DQKV, a, b, place + 2 * WIDTH, mine, HALF)
 
 
+# %% The operators
 @torch.library.custom_op(f"{NAMESPACE}::norm_rotary", mutates_args=())
 def norm_rotary_op(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int) -> list[Tensor]:
     """Queries and keys, RMS-normed and turned, and values, (tokens, heads, head_dim) each; and what the norms multiplied by, (2, tokens, heads) float32.

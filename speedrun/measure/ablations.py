@@ -30,8 +30,8 @@ def arms() -> dict[str, dict[str, Any]]:
 
 
 def study() -> dict[str, Config]:
-    """`record_200m` with its head in bfloat16 and one part left out, two seeds each. Its runs with everything: book/results/speedrun/record_200m_plain_head.json."""
-    base = vary(preset("record_200m"), {"model.head.fp8": False})
+    """`record_200m` with head and MLP in bfloat16 and one part left out, two seeds each. Its runs with everything: book/results/speedrun/record_200m_plain_head.json."""
+    base = vary(preset("record_200m"), {"model.head.fp8": False, "model.block.fp8": False})
     return runs_of({arm: vary(base, changes) for arm, changes in arms().items()}, (0, 1))
 
 

@@ -115,9 +115,10 @@ def parts_of(x: Tensor, up: Tensor, down: Tensor, grad: Tensor) -> dict[str, Cal
     }
     tried = [*LARGE_SHARED, Blocks(128, 256, 128, 8, 3), Blocks(128, 128, 128, 8, 3, 2), Blocks(256, 128, 128, 8, 3)]  # fmt: skip
     tried += [Blocks(64, 256, 64, 4, 4, 2), LARGE_SHARED[0]._replace(programs=1)]
+    launch: Callable[..., Any] = launch_hidden
     for way, told in (("forward", forward), ("backward", backward)):
         for blocks in tried:
-            found[f"{way} {tuple(blocks)}"] = partial(launch_hidden, *told, blocks, True)
+            found[f"{way} {tuple(blocks)}"] = partial(launch, *told, blocks, True)
     of_forward = forward[2]
     found["forward straight"] = partial(launch_hidden, x8, up8, of_forward, E4M3, None, False, LARGE_SHARED[0], True)  # fmt: skip
     return found
@@ -151,8 +152,8 @@ def exponents(values: Tensor) -> dict[str, Any]:
 
 
 def hidden_of_run(folder: Path) -> dict[str, Any]:
-    """What the kernel writes in a finished run's layers, forward and backward, on a validation micro-batch: in eight bits, so over its scale."""
-    from speedrun.train import build_run, forward_loss, resume, told_now, val_batches
+    """What the kernel writes in a finished run's layers, forward and backward, on a micro-batch of its last stage: in eight bits, so over its scale."""
+    from speedrun.train import build_run, forward_loss, resume
 
     config, rows = config_of_run(folder), list[dict[str, Any]]()
 
@@ -167,8 +168,10 @@ def hidden_of_run(folder: Path) -> dict[str, Any]:
         run = build_run(config, Path(scratch), echo=None)
         run.folder = folder
         resume(run)
-        batch, told = next(iter(val_batches(run, config.val_tokens))), told_now(run)
-        loss = forward_loss(run.model, batch, run.ranks.device, config.precision, told)
+        now = run.schedule.at(config.steps - 1)
+        batch = run.loader.next(now.batch_tokens, now.max_doc_tokens)[0]
+        told = run.told[now.stage], torch.tensor(0)
+        loss = forward_loss(run.model, batch, run.ranks.device, config.precision, *told)
         (loss / config.data.micro_batches).backward()
     return {"layers": rows, "tokens": batch.targets.numel(), "loss": loss.item()}
 
