@@ -1,5 +1,6 @@
 """Shared by all tests: the interpreter switch for kernels, GPT-2's vocabulary without a network, the embedded text."""
 
+import functools
 import os
 import shutil
 import signal
@@ -13,6 +14,7 @@ from vocabulary import offline_vocabulary
 from speedrun.config import vary
 from speedrun.data.shards import data_folder
 from speedrun.data.sources import build_embedded
+from speedrun.lab import provenance
 from speedrun.lab.provenance import root
 from speedrun.presets import preset
 
@@ -20,7 +22,12 @@ if (
     signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 ):  # started in the background: children would ignore Ctrl-C, too
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    # under nohup: children would ignore it, too, and never end; a handler is not handed on
+    signal.signal(signal.SIGHUP, lambda *_: None)
 offline_vocabulary(root() / "_build" / "tiktoken")
+for pure in ("code_hash", "imported_names"):  # of the same texts for every run that a test makes
+    setattr(provenance, pure, functools.cache(getattr(provenance, pure)))
 if "PYTEST_XDIST_WORKER" in os.environ:  # two workers with two threads each fight over two cores
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
