@@ -1,9 +1,10 @@
 """Some steps of the optimizer on one of several ranks; started by test_optimizer.py.
 
-    torchrun … optimizer_ranks.py DEVICE JOBS
+    torchrun … optimizer_ranks.py DEVICE ROUNDS
 
 Each of four micro-batches has its own gradient; a rank has the sum of its own ones. Writes parameters, state, and what else a test asks.
-JOBS: a list, as JSON, of scenario, file to write, and null twice or another run's file and which of the states in it to go on from.
+ROUNDS: a list, as JSON, of a number of ranks and their jobs; a job is a scenario, the file to write, and null twice or another run's file and
+which of the states in it to go on from. Where there are several rounds, ranks that have no part in one wait for the next.
 """
 
 import json
@@ -12,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from datetime import timedelta
 from hashlib import sha256
 from pathlib import Path
 
@@ -160,7 +162,12 @@ def run_steps(scenario: str, device: str, saved: dict | None) -> dict:
             sparse.announced = False
         if "nan" in scenario and step == 5 and rank == world - 1:
             parameters["values"].grad[3, 2] = float("nan")
-        optimizer.step(settings_at(step, untie=step >= 3))
+        try:
+            optimizer.step(settings_at(step, untie=step >= 3))
+        except RuntimeError as error:
+            if "silent" not in scenario:
+                raise
+            return {"refused": of_all_ranks(f"step {step}: {error}")}
     left = {name: p.grad.abs().max().item() for name, p in parameters.items()}
     now = {"parameters": copies(parameters), "state": copies(optimizer.state_dict())}
     out |= {**now, "left": left, "nonfinite": optimizer.nonfinite_params()}
@@ -191,37 +198,49 @@ def everything(result: dict) -> dict[str, torch.Tensor]:
 SCENARIOS = ("integers", "float32", "normal", "integers-nan", "float32-clipped", "adamw-float32-clipped", "adamw-integers")  # fmt: skip
 
 
-def starter(folder: Path, device: str = "cpu", together: Sequence[str] = ()):
+Rounds = Sequence[tuple[int, Sequence[tuple[str, tuple[str, int, int] | None]]]]
+
+
+def starter(folder: Path, device: str = "cpu", together: Sequence[str] = (), rounds: Rounds = ()):
     """A function that runs a scenario on some ranks, once, and gives its result. saved: (scenario, world, step) to go on from.
 
     together: of these all are run, one after the other, when the first is asked for: starting ranks takes longer than they run.
-    `run.all` starts several jobs, (scenario, saved), at once.
+    rounds: (ranks, jobs) that are all run, in this order, by one start of the largest number of ranks.
     """
     found: dict = {}
 
     def named(scenario: str, world: int, saved: tuple[str, int, int] | None) -> str:
         return str(folder / "-".join(map(str, (scenario, world, *(saved or ())))))
 
-    def start(jobs: list[tuple[str, tuple[str, int, int] | None]], world: int) -> None:
+    def start(rounds: Rounds) -> None:
         listed = [
-            (name, named(name, world, saved), saved and named(*saved[:2], None), saved and saved[2])
-            for name, saved in jobs
+            (
+                world,
+                [
+                    (n, named(n, world, of), of and named(*of[:2], None), of and of[2])
+                    for n, of in jobs
+                ],
+            )
+            for world, jobs in rounds
         ]
+        most = max(world for world, _ in rounds)
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += [f"--nproc-per-node={world}", __file__, device, json.dumps(listed)]
+        command += [f"--nproc-per-node={most}", __file__, device, json.dumps(listed)]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, capture_output=True, text=True, env=environment)
         assert done.returncode == 0, done.stderr[-9000:]
-        for name, saved in jobs:
-            found[name, world, saved] = torch.load(named(name, world, saved))
+        for world, jobs in rounds:
+            for name, saved in jobs:
+                found[name, world, saved] = torch.load(named(name, world, saved))
 
     def run(scenario: str, world: int, saved: tuple[str, int, int] | None = None) -> dict:
+        if rounds and not found:
+            start(rounds)
         if (scenario, world, saved) not in found:
             both = together if scenario in together and not saved else (scenario,)
-            start([(name, saved) for name in both], world)
+            start([(world, [(name, saved) for name in both])])
         return found[scenario, world, saved]
 
-    run.all = start  # type: ignore[attr-defined]
     return run
 
 
@@ -229,12 +248,22 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     torch._dynamo.config.automatic_dynamic_shapes = False  # each scenario as if it were alone
     torch._dynamo.config.recompile_limit = 64
-    device, jobs = sys.argv[1], json.loads(sys.argv[2])
+    device, rounds = sys.argv[1], json.loads(sys.argv[2])
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if device == "cuda" else "gloo")
-    for scenario, out, saved, step in jobs:
-        result = run_steps(scenario, device, torch.load(saved)["at"][step] if saved else None)
-        if dist.get_rank() == 0:
-            torch.save(result, out)
-    dist.destroy_process_group()
+    for number, (world, jobs) in enumerate(rounds):
+        rank = int(os.environ["RANK"])
+        if rank >= world:
+            continue
+        way: dict = {}
+        if len(rounds) > 1:
+            met = Path(jobs[0][1]).with_name(f"round {number}")
+            way = {"init_method": met.as_uri(), "rank": rank, "world_size": world}
+            way |= {"timeout": timedelta(minutes=2)}  # a rank that waits in vain ends
+        dist.init_process_group("nccl" if device == "cuda" else "gloo", **way)
+        for scenario, out, saved, step in jobs:
+            result = run_steps(scenario, device, torch.load(saved)["at"][step] if saved else None)
+            if rank == 0:
+                torch.save(result, out)
+        dist.barrier()  # the next round may read what this one has written
+        dist.destroy_process_group()
