@@ -23,7 +23,7 @@ from speedrun.launch import LaunchCommand
 from speedrun.model.gpt import GPT, param_specs
 from speedrun.presets import as_arguments, known_presets, preset, read_command
 from speedrun.schedule import StepSettings
-from speedrun.train import build_optimizer
+from speedrun.train import build_optimizer, main
 
 NAMES = [*known_presets()]
 
@@ -413,10 +413,11 @@ class TestCommands:
                 assert f"--{name.replace('_', '-')}" in done.stdout or isinstance(field, bool), name
             assert "Longest row of tokens" in done.stdout and "Peak learning rate" in done.stdout
 
-    def test_a_misspelt_flag_is_named(self):
-        command = [sys.executable, "-m", "speedrun.train", "--model.layer", "3"]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 2 and "--model.num-layers" in done.stderr + done.stdout
+    def test_a_misspelt_flag_is_named(self, capsys):
+        with pytest.raises(SystemExit) as caught:
+            main(["--model.layer", "3"])
+        said = capsys.readouterr()
+        assert caught.value.code == 2 and "--model.num-layers" in said.err + said.out
 
     @pytest.mark.parametrize(
         "flags, both",
@@ -447,19 +448,13 @@ class TestCommands:
         assert caught.value.code == 2 and "--help" in said.out + said.err
 
     @pytest.mark.parametrize("flags", [["--optim.grad-clip", "-1"], ["--optim.adam.eps", "nan"]])
-    def test_numbers_out_of_bounds_are_problems(self, flags, tmp_path):
-        command = [sys.executable, "-m", "speedrun.train", "--preset", "smoke", *flags]
-        done = subprocess.run(
-            [*command, "--out", str(tmp_path / "run")], capture_output=True, text=True
-        )
-        assert done.returncode == 1 and "is not allowed: it must be at least" in done.stderr
-        assert f"{flags[0]} " in done.stderr and "Traceback" not in done.stderr
+    def test_numbers_out_of_bounds_are_problems(self, flags, tmp_path, capsys):
+        assert main(["--preset", "smoke", *flags, "--out", str(tmp_path / "run")]) == 1
+        said = capsys.readouterr().err
+        assert "is not allowed: it must be at least" in said
+        assert f"{flags[0]} " in said and "Traceback" not in said
 
-    def test_a_misspelt_preset_is_a_problem(self):
-        command = [sys.executable, "-m", "speedrun.train", "--preset", "smol"]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert (
-            done.returncode == 1
-            and "there is no preset “smol”" in done.stderr
-            and "did you mean" in done.stderr
-        )
+    def test_a_misspelt_preset_is_a_problem(self, capsys):
+        assert main(["--preset", "smol"]) == 1
+        said = capsys.readouterr().err
+        assert "there is no preset “smol”" in said and "did you mean" in said

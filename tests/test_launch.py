@@ -106,8 +106,15 @@ class TestNoRankOutlivesAnybody:
         assert launcher.wait(timeout=30) != 0
 
     @pytest.mark.slow
-    @pytest.mark.parametrize("victim", ["papermill", "kernel"])
-    @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+    @pytest.mark.parametrize(  # make check kills papermill in tests/test_endurance.py
+        ("victim", "how"),
+        [
+            pytest.param("papermill", signal.SIGKILL, marks=pytest.mark.long),
+            ("papermill", signal.SIGTERM),
+            ("kernel", signal.SIGKILL),
+            ("kernel", signal.SIGTERM),
+        ],
+    )
     def test_killed_from_a_notebook(self, rude, tmp_path, victim, how):
         code = f"from pathlib import Path\nfrom speedrun.supervise import run_ranks\nrun_ranks({rude!r}, 2, Path({rude[1]!r}))"
         write_notebook(tmp_path / "in.ipynb", code)

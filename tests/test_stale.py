@@ -410,9 +410,7 @@ class TestProof:
     @pytest.mark.parametrize(  # make check takes a sample
         "what",
         [
-            pytest.param(
-                what, marks=[] if what in ("cooldown", "decay", "warm-up") else pytest.mark.long
-            )
+            pytest.param(what, marks=[] if what in ("cooldown", "decay") else pytest.mark.long)
             for what in ALONE
         ],
     )
@@ -448,8 +446,10 @@ class TestProof:
 
     @pytest.mark.parametrize("called", [False, True])
     def test_a_new_module_about_gpus_counts_where_a_run_enters_it(self, project, called):
+        """And an old one as little where it does not enter it."""
         (project / "speedrun/fast.py").write_text("def nothing():\n    return 'cuda'\n")
         add = "\n    nothing()" if called else ""
+        edit(project / "speedrun/optim/soap.py", "return torch.linalg.eigh(covariance)[1].flip(-1)", "return torch.linalg.eigh(covariance.cuda())[1].flip(-1)")  # fmt: skip
         edit(project / "speedrun/train.py", "from speedrun.lab.hardware import setup\n", "from speedrun.fast import nothing\nfrom speedrun.lab.hardware import setup\n")  # fmt: skip
         edit(project / "speedrun/train.py", "    run.step += 1\n", f"    run.step += 1{add}\n")  # fmt: skip
         said, _ = prove(project)
@@ -474,10 +474,6 @@ class TestProof:
         said, _ = prove(project)
         refused = f"not proved: speedrun.{module} is a kernel"
         assert said == {"record1": SAME if what == "flash_op" else refused, "small_gpt2": SAME}
-
-    def test_an_old_module_that_the_run_does_not_enter_does_not_count(self, project):
-        edit(project / "speedrun/optim/soap.py", "return torch.linalg.eigh(covariance)[1].flip(-1)", "return torch.linalg.eigh(covariance.cuda())[1].flip(-1)")  # fmt: skip
-        assert prove(project)[0] == {"record1": SAME, "small_gpt2": SAME}
 
     def test_a_path_that_only_gpus_take_is_never_proved(self, project):
         edit(project / "speedrun/lab/timer.py", "torch.cuda.synchronize(self.device)", "torch.cuda.synchronize()")  # fmt: skip

@@ -53,11 +53,18 @@ def long(brief):
     return vary(brief, {"steps": 1_000_000, "val_every": 1_000_000})
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """A folder for one run that all tests of this file get copies of."""
+    return tmp_path_factory.mktemp("finished") / "run"
+
+
 @pytest.fixture
-def finished(brief, tmp_path) -> Path:
-    """A finished run with two checkpoints, at steps 6 and 12."""
-    train(vary(brief, {"checkpoint_every": 6}), tmp_path / "run", echo=None)
-    return tmp_path / "run"
+def finished(brief, trained, tmp_path) -> Path:
+    """A finished run with two checkpoints, at steps 6 and 12: a copy."""
+    if not trained.exists():
+        train(vary(brief, {"checkpoint_every": 6}), trained, echo=None)
+    return Path(shutil.copytree(trained, tmp_path / "run"))
 
 
 class TestOneOwner:

@@ -143,7 +143,8 @@ class TestEverySwitch:
     def test_it_learns(self, way, embedded, tmp_path):
         base = vary(at_cpu_size(preset("cpu_gpt2")), {"data.path": str(embedded), "warmup": 0})
         muon = {"optim.matrices": "muon", "optim.matrix_lr": 0.02, "schedule.warmup_steps": 0}
-        train(vary(base, WAYS[way] | muon | {"log_every": 19}), tmp_path, echo=None)
+        brief = {"log_every": 19, "val_tokens": 4096}
+        train(vary(base, WAYS[way] | muon | brief), tmp_path, echo=None)
         records = read_metrics(tmp_path / "metrics.jsonl")
         val = [record["val_loss"] for record in series(records, "val")]
         assert val[-1] < val[0] - (0.4 if way == "all" else 0.8), val

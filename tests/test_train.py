@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from resuming import broken_and_resumed
 
 from speedrun.checkpoint import (
     checkpoints,
@@ -28,7 +29,7 @@ from speedrun.lab.runlog import parse_line
 from speedrun.presets import as_arguments, known_presets, preset
 from speedrun.schedule import Stage
 from speedrun.supervise import run_ranks
-from speedrun.train import accumulate, build_run, train
+from speedrun.train import accumulate, build_run, main, train
 
 
 def state_dict_from_gpt2(state: dict, layers: int) -> dict:
@@ -253,17 +254,11 @@ class TestOneRank:
         )
         assert series(read_metrics(tmp_path / "run" / "metrics.jsonl"), "step")[-1]["epoch"] == 2
 
-    def test_without_data_it_says_how_to_get_them(self, brief, tmp_path):
-        done = subprocess.run(
-            command(vary(brief, {"data.path": str(tmp_path)}), tmp_path / "r"),
-            capture_output=True,
-            text=True,
-        )
-        assert (
-            done.returncode == 1
-            and "holds no manifest.json" in done.stderr
-            and "Traceback" not in done.stderr
-        )
+    def test_without_data_it_says_how_to_get_them(self, brief, tmp_path, capsys):
+        nothing = vary(brief, {"data.path": str(tmp_path)})
+        assert main(["--out", str(tmp_path / "r"), *as_arguments(nothing)]) == 1
+        said = capsys.readouterr().err
+        assert "holds no manifest.json" in said and "Traceback" not in said
 
     def test_weights_and_biases_is_asked_for_only_when_named(self, brief, tmp_path, monkeypatch):
         import types
@@ -294,28 +289,15 @@ class TestOneRank:
 
 
 class TestResuming:
-    @pytest.mark.parametrize("stop", [1, 5, 6, 11])
-    def test_every_bit_is_the_same(self, brief, tmp_path, stop):
-        train(brief, tmp_path / "whole", echo=None)
-        train(vary(brief, {"max_steps": stop}), tmp_path / "broken", echo=None)
-        train(brief, tmp_path / "broken", again=True, echo=None)
+    def test_every_bit_is_the_same(self, brief, tmp_path):
+        stops = (1, 5, 6, 11)
+        broken_and_resumed(brief, tmp_path, *stops)
         whole, broken = weights(tmp_path / "whole"), weights(tmp_path / "broken")
         assert all(torch.equal(whole[name], broken[name]) for name in whole)
         assert curve(tmp_path / "whole")[-1] == curve(tmp_path / "broken")[-1]
         read = [read_metrics(tmp_path / name / "metrics.jsonl") for name in ("whole", "broken")]
         (one, two) = ({r["step"]: r["train_loss"] for r in series(log, "step")} for log in read)
-        assert two == one | {stop: two[stop]}, "the broken run also logged its last step"
-
-    @pytest.mark.slow
-    def test_every_bit_is_the_same_when_compiled(self, brief, tmp_path):
-        """On one thread. On several, inductor's embedding gradient adds up in whatever order the threads come."""
-        torch.set_num_threads(1)
-        compiled = vary(brief, {"compile": True})
-        train(compiled, tmp_path / "whole", echo=None)
-        train(vary(compiled, {"max_steps": 5}), tmp_path / "broken", echo=None)
-        train(compiled, tmp_path / "broken", again=True, echo=None)
-        whole, broken = weights(tmp_path / "whole"), weights(tmp_path / "broken")
-        assert all(torch.equal(whole[name], broken[name]) for name in whole)
+        assert two == one | {stop: two[stop] for stop in stops}, "the broken run also logged where it stopped"  # fmt: skip
 
     def test_killed_without_warning_it_goes_on_from_the_last_checkpoint(self, brief, tmp_path):
         train(brief, tmp_path / "whole", echo=None)
@@ -366,13 +348,9 @@ class TestResuming:
                 echo=None,
             )
 
-    def test_a_folder_without_a_checkpoint(self, tmp_path):
-        done = subprocess.run(
-            [sys.executable, "-m", "speedrun.train", "--resume", str(tmp_path)],
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 1 and "has no checkpoint" in done.stderr
+    def test_a_folder_without_a_checkpoint(self, tmp_path, capsys):
+        assert main(["--resume", str(tmp_path)]) == 1
+        assert "has no checkpoint" in capsys.readouterr().err
 
 
 class TestTrouble:
@@ -458,18 +436,11 @@ sys.exit(status)
         with pytest.raises(UserError, match="step 0: the loss is nan"):
             train(brief, tmp_path, echo=None)
 
-    def test_a_rate_that_explodes_stops_the_run(self, brief, tmp_path):
-        train(vary(brief, {"max_steps": 3}), tmp_path, echo=None)
-        done = subprocess.run(
-            command(vary(brief, {"optim.adam.lr": 1e9}), tmp_path / "x"),
-            capture_output=True,
-            text=True,
-        )
-        assert (
-            done.returncode == 1
-            and "is not finite" in done.stderr
-            and "--optim.adam.lr" in done.stderr
-        )
+    def test_a_rate_that_explodes_stops_the_run(self, brief, tmp_path, capsys):
+        explosive = vary(brief, {"optim.adam.lr": 1e9})
+        assert main(["--out", str(tmp_path), *as_arguments(explosive)]) == 1
+        said = capsys.readouterr().err
+        assert "is not finite" in said and "--optim.adam.lr" in said
 
 
 class TestTwoRanks:
@@ -486,7 +457,8 @@ class TestTwoRanks:
             assert (one[name] - two[name]).norm() <= 1e-4 * one[name].norm() + 1e-6, name
         assert read_metrics(tmp_path / "two" / "metrics.jsonl")[0]["world"] == 2
 
-    @pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
+    # make check has four ranks read documents, in tests/test_attention.py
+    @pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.long)])
     def test_they_read_and_learn_the_same_in_every_stage(self, brief, tmp_path, world):
         stages = (Stage(0.5), Stage(0.5, batch_mul=3, lr_mul=1.5), Stage(0, batch_mul=2))
         changes = {"schedule.stages": stages, "schedule.extension_steps": 2, "log_every": 1}
@@ -517,7 +489,7 @@ class TestTwoRanks:
     @pytest.mark.slow
     def test_interrupted_and_resumed_on_one_rank(self, brief, tmp_path):
         """Two ranks are told to stop through their launcher; one rank finishes what they began."""
-        long = vary(brief, {"steps": 400, "val_every": 400})
+        long = vary(brief, {"steps": 150, "val_every": 150})
         train(long, tmp_path / "whole", echo=None)
         code = (
             "import sys; from pathlib import Path; from speedrun.supervise import run_ranks;"
@@ -572,15 +544,10 @@ class TestAdamEveryOtherStep:
         assert "up to rounding: 2 ranks, not 1" in (tmp_path / "seven" / "log.txt").read_text()
         assert curve(tmp_path / "seven")[-1] == pytest.approx(curve(tmp_path / "one")[-1], abs=1e-3)
 
-    @pytest.mark.parametrize("stop", [5, 6])
     def test_resuming_is_exact_in_the_middle_of_a_pair_of_steps_as_well(
-        self, every_other, tmp_path, stop
+        self, every_other, tmp_path
     ):
-        train(every_other, tmp_path / "whole", echo=None)
-        train(vary(every_other, {"max_steps": stop}), tmp_path / "broken", echo=None)
-        train(every_other, tmp_path / "broken", again=True, echo=None)
-        whole, broken = weights(tmp_path / "whole"), weights(tmp_path / "broken")
-        assert all(torch.equal(whole[name], broken[name]) for name in whole)
+        broken_and_resumed(every_other, tmp_path, 5, 6)
 
     def test_the_nonfinite_gradient_is_named(self, every_other, tmp_path):
         from speedrun.train import build_run, run_loop, train_step
@@ -599,7 +566,8 @@ class TestAdamEveryOtherStep:
 
 @pytest.mark.slow
 class TestCompiled:
-    @pytest.mark.parametrize("name", ["cpu", "record"])
+    # make check compiles the record's model in the test below
+    @pytest.mark.parametrize("name", ["cpu", pytest.param("record", marks=pytest.mark.long)])
     def test_inductor_computes_eagers_gradients(self, name, embedded, tmp_path):
         """Under Muon and an epsilon of 1e-10 a few steps make much of a rounding, so here it is one pass: of packed documents."""
         found = []
@@ -648,13 +616,17 @@ class TestCompiled:
 
     @pytest.mark.parametrize("name", ["cpu_gpt2", "record1"])
     def test_inductor_trains_what_eager_trains(self, name, embedded, tmp_path):
+        """And resumed, to the bit, on one thread. On several, inductor's embedding gradient adds up in whatever order the threads come."""
+        torch.set_num_threads(1)
         brief = {"schedule.warmup_steps": 3, "log_every": 2, "compile": True}
         run = vary(at_cpu_size(preset(name), 10), brief)
-        train(run, tmp_path / "compiled", echo=None)
+        whole = train(run, tmp_path / "compiled", echo=None)
         train(vary(run, {"compile": False}), tmp_path / "eager", echo=None)
         assert curve(tmp_path / "compiled", "step") == pytest.approx(
             curve(tmp_path / "eager", "step"), abs=1e-4
         )
+        if name == "cpu_gpt2":
+            broken_and_resumed(run, tmp_path, 5, whole=whole)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals")
