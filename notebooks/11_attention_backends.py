@@ -889,9 +889,9 @@ CASES = {  # bounds, tokens, window
 }
 
 
-def errors_in(ends: list[int], tokens: int, window: int, bounded: bool, dim: int = 16) -> list[float]:  # fmt: skip
+def errors_in(ends: list[int], tokens: int, window: int, bounded: bool, heads: int = 1, dim: int = 16) -> list[float]:  # fmt: skip
     """Errors of output, dq, dk and dv in float32, over their norms, or over 1 where those are smaller (a single key has no dq)."""
-    data = torch.randn(4, tokens, 2, dim, generator=generator, dtype=torch.float64)
+    data = torch.randn(4, tokens, heads, dim, generator=generator, dtype=torch.float64)
     q, k, v, arrives = [*F.rms_norm(data[:2], (dim,)), *data[2:]] if bounded else data
     cu_seqlens = torch.tensor(ends, dtype=torch.int32)
     asked = [each.float().to(machine.device).requires_grad_() for each in (q, k, v)]
@@ -910,7 +910,7 @@ for name, case in CASES.items():
     each = [errors_in(*case, bounded) for bounded in (True, False)]
     assert max(each[0] + each[1]) < 1e-5, name
     print(f"{name}: {max(each[0][0], each[1][0]):.0e} forward, {max(each[0][1:] + each[1][1:]):.0e} backward")  # fmt: skip
-wide = errors_in([0, 100, 140], 140, 50, True, dim=64)
+wide = errors_in([0, 100, 140], 140, 50, True, heads=2, dim=64)
 assert max(wide) < 1e-5
 
 # %% [markdown]

@@ -1421,6 +1421,8 @@ command = [
     "speedrun.train",
     "--preset",
     "smoke",
+    "--log-every",
+    "10",
     "--out",
     str(scratch / "live"),
 ]
@@ -1428,12 +1430,12 @@ live = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOU
 said = []
 for line in live.stdout:
     said.append(line.rstrip())
-    if line.startswith("step:100/"):
+    if line.startswith("step:20/"):
         live.send_signal(signal.SIGINT)
 assert live.wait() == 130 and said[-1].startswith("to resume: python -m speedrun.train --resume")
 advice = said[-1].removeprefix("to resume: python").split()
-on = subprocess.run([sys.executable, *advice, "--max-steps", "150"], capture_output=True, text=True)
-assert on.returncode == 0 and "finished at step 150" in on.stdout, on.stderr
+on = subprocess.run([sys.executable, *advice, "--max-steps", "30"], capture_output=True, text=True)
+assert on.returncode == 0 and "finished at step 30" in on.stdout, on.stderr
 answer = on.stdout.splitlines()
 print("\n".join([*said[-3:], "…", answer[0], answer[-1]]).replace(str(scratch), "runs"))
 

@@ -65,7 +65,7 @@ gpus = 0
 data = ""
 target = 0.0
 out = ""
-changes = "--steps 270 --val-every 90"  # further flags of speedrun.train
+changes = "--steps 150 --val-every 50"  # further flags of speedrun.train
 
 # %% [markdown]
 # ## The code
@@ -590,7 +590,7 @@ print(asked.stdout)
 # %% [markdown]
 # ## The measurement: a run, live
 #
-# Here is one. A notebook that is to be run with other settings needs a tool that sets them: *papermill* fills in the cell at the top of this page, executes all cells, and keeps the result even when one fails. In the book the preset is `smoke`, cut to 270 steps. Lines appear as the ranks write them.
+# Here is one. A notebook that is to be run with other settings needs a tool that sets them: *papermill* fills in the cell at the top of this page, executes all cells, and keeps the result even when one fails. In the book the preset is `smoke`, cut to 150 steps. Lines appear as the ranks write them.
 
 # %% tags=["live"]
 import shlex

@@ -180,10 +180,10 @@ from speedrun.presets import preset
 from speedrun.train import train
 
 scratch = Path(tempfile.mkdtemp())
-brief = {"steps": 300, "val_every": 300, "log_every": 100, "val_tokens": 16_384}
+brief = {"steps": 120, "val_every": 120, "log_every": 40, "val_tokens": 16_384}
 train(vary(preset("smoke"), brief | {"device": tier.device}), scratch)
 trained = load_trained(scratch, tier.device)
-assert trained.step == 300 and trained.tokenizer.name == "bytes" and trained.seq_len == 128
+assert trained.step == 120 and trained.tokenizer.name == "bytes" and trained.seq_len == 128
 
 # %% [markdown]
 # The two knobs are one small function. It is tested where it is exact: at temperature zero it must choose the likeliest token, and with $k=2$ nothing but the likeliest two, in the right proportion.

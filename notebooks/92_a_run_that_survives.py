@@ -1002,6 +1002,8 @@ assert not psutil.pid_exists(read_heartbeats(silent)[0].pid)
 # Now the prediction. A launcher of a dozen lines starts eight ranks, each in a session of its own as under `torchrun`, with one remedy at a time. It gets one of three signals. Who is left after two seconds?
 
 # %%
+from concurrent.futures import ThreadPoolExecutor
+
 rank_program = "import os, time; time.sleep(600)"
 watching_rank = "import os; os.read(0, 1); os._exit(70)"  # a lifeline and nothing else
 launcher_program = """
@@ -1039,7 +1041,8 @@ def survivors(remedy: str, number: int) -> int:
 
 NUMBERS = {"SIGINT": signal.SIGINT, "SIGTERM": signal.SIGTERM, "SIGKILL": signal.SIGKILL}
 REMEDIES = ("nothing", "a finally block", "a handler for SIGTERM", "a lifeline")
-left = {remedy: [survivors(remedy, n) for n in NUMBERS.values()] for remedy in REMEDIES}
+with ThreadPoolExecutor(len(NUMBERS)) as at_once:
+    left = {r: list(at_once.map(survivors, [r] * 3, NUMBERS.values())) for r in REMEDIES}
 assert left["nothing"] == [8, 8, 8] and left["a lifeline"] == [0, 0, 0]
 assert left["a finally block"] == [0, 8, 8] and left["a handler for SIGTERM"] == [8, 0, 8]
 print(f"{'of eight ranks still alive after':34}", *(f"{name:>8}" for name in NUMBERS))
