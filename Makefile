@@ -49,7 +49,7 @@ chromium:
 .PHONY: check
 check: chromium book  ## what make test leaves out: every chapter, the book, the book in a browser, long tests
 	@$(call python,book dev); export PATH="$$(dirname "$$py"):$$PATH"; \
-	"$$py" -m pytest -m "browser and not long" -n 2 --dist loadfile $(TESTS)$(if $(TESTS), || test $$? = 5); \
+	"$$py" -m pytest -m "browser and not long" -n 2 --dist loadscope $(TESTS)$(if $(TESTS), || test $$? = 5); \
 	"$$py" -m pytest -m "(chapters or slow) and not (browser or long)" -n 2 --dist worksteal $(TESTS)
 
 .PHONY: tangle

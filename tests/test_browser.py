@@ -3,6 +3,7 @@
 import functools
 import http.server
 import json
+import os
 import re
 import threading
 from pathlib import Path
@@ -72,10 +73,29 @@ def site():
     server.shutdown()
 
 
+def photograph(page, name: str) -> None:
+    """Keep what a page looks like, for whoever wants to look: SCREENS=1. Drawing a whole page takes longer than reading it."""
+    if os.environ.get("SCREENS"):
+        SCREENS.mkdir(exist_ok=True)
+        page.screenshot(path=SCREENS / name, full_page=True)
+
+
+@pytest.fixture(scope="module")
+def contexts(browser):
+    """One visitor for each width, who has the book's scripts and fonts from the second page on."""
+    made = {
+        name: browser.new_context(viewport={"width": size[0], "height": size[1]})
+        for name, size in WIDTHS.items()
+    }
+    yield made
+    for context in made.values():
+        context.close()
+
+
 @pytest.fixture
-def visit(browser, site):
+def visit(contexts, site):
     """Open a page at a width; afterwards nothing may have failed, complained or gone elsewhere."""
-    complaints, contexts = [], []
+    complaints, opened = [], []
 
     def watch(request) -> None:
         if not request.url.startswith((site, "file:", "data:", "blob:")):
@@ -86,9 +106,8 @@ def visit(browser, site):
             complaints.append(f"failed: {request.url}: {request.failure}")
 
     def open_page(name: str, width: str = "desktop", address: str = site):
-        size = WIDTHS[width]
-        contexts.append(browser.new_context(viewport={"width": size[0], "height": size[1]}))
-        page = contexts[-1].new_page()
+        page = contexts[width].new_page()
+        opened.append(page)
         page.on("request", watch)
         page.on("console", lambda m: complaints.append(m.text) if m.type == "error" else None)
         page.on("pageerror", lambda error: complaints.append(str(error)))
@@ -97,8 +116,8 @@ def visit(browser, site):
         return page
 
     yield open_page
-    for context in contexts:
-        context.close()
+    for page in opened:
+        page.close()
     assert not complaints
 
 
@@ -148,17 +167,16 @@ class TestPages:
             assert "table" in (table.get_attribute("class") or "").split()
         overflow = page.evaluate("document.documentElement.scrollWidth - window.innerWidth")
         assert overflow <= 1, f"the page is {overflow} pixels wider than the screen"
-        SCREENS.mkdir(exist_ok=True)
-        page.screenshot(path=SCREENS / f"{name.replace('/', '-')}.{width}.png", full_page=True)
+        photograph(page, f"{name.replace('/', '-')}.{width}.png")
         if width == "desktop":  # the same at every width
             check_links(page, site)
             check_mentions(page, name)
+            if name.startswith("notebooks/"):
+                self.check_outputs_figures_and_download(page, name)
 
-
-class TestChapterPages:
-    @pytest.mark.parametrize("name", [page for page in PAGES if page.startswith("notebooks/")])
-    def test_it_shows_its_outputs_figures_and_download(self, visit, name, site):
-        page = visit(name)
+    def check_outputs_figures_and_download(self, page, name):
+        """What a chapter has and other pages have not."""
+        page.evaluate("scrollTo(0, 0)")
         assert page.locator("article .cell_output").count() >= 5
         source = (root() / f"{name}.py").read_text(encoding="utf-8")
         drawn = source.count('mystnb={"image"')
@@ -229,7 +247,8 @@ class TestTheBook:
         assert max(map(int, re.findall(r"\d+", background)[:3])) < 80
         page.reload()
         assert mode() == "dark"
-        page.screenshot(path=SCREENS / "dark.png")
+        photograph(page, "dark.png")
+        page.evaluate("localStorage.clear()")  # the next page's visitor has chosen nothing
 
     def test_it_opens_from_the_disk(self, visit):
         page = visit("notebooks/01_are_you_faster", address=SITE.as_uri())
@@ -248,6 +267,20 @@ class TestTheBook:
         assert not list(SITE.rglob(str(Path("_sources") / "*.py")))
 
 
+@pytest.fixture(scope="module")
+def report(embedded, tmp_path_factory) -> str:
+    """The address of a short run's report."""
+    from speedrun.config import vary
+    from speedrun.presets import preset
+    from speedrun.report import write_report
+    from speedrun.train import train
+
+    folder = tmp_path_factory.mktemp("report") / "run"
+    short = {"steps": 4, "val_every": 2, "val_tokens": 4096, "data.path": str(embedded)}
+    train(vary(preset("smoke"), short), folder, echo=lambda line: None)
+    return write_report(folder).as_uri()
+
+
 class TestReport:
     def test_a_runs_html_opens_without_a_network(self, visit, browser, tmp_path):
         import nbformat
@@ -264,19 +297,12 @@ class TestReport:
     @pytest.mark.parametrize("scheme", ["light", "dark"])
     @pytest.mark.parametrize("width", [420, 1280])
     def test_the_report_fits_and_shows_the_figures_of_its_scheme(
-        self, browser, scheme, width, embedded, tmp_path
+        self, browser, scheme, width, report
     ):
-        from speedrun.config import vary
-        from speedrun.presets import preset
-        from speedrun.report import write_report
-        from speedrun.train import train
-
-        short = {"steps": 4, "val_every": 2, "val_tokens": 4096, "data.path": str(embedded)}
-        train(vary(preset("smoke"), short), tmp_path / "run", echo=lambda line: None)
         page = browser.new_page(
             viewport={"width": width, "height": 900}, color_scheme=scheme, offline=True
         )
-        page.goto(write_report(tmp_path / "run").as_uri())
+        page.goto(report)
         wide = page.evaluate("document.documentElement.scrollWidth")
         shown = page.evaluate("[...document.images].map(i => [i.currentSrc, i.naturalWidth])")
         page.locator("summary").click()

@@ -38,6 +38,14 @@ STATE = """() => {
 }"""
 
 
+def photograph(page, name: str, settles_ms: int = 500) -> None:
+    """Keep what a page looks like, for whoever wants to look: SCREENS=1."""
+    if os.environ.get("SCREENS"):
+        SCREENS.mkdir(parents=True, exist_ok=True)
+        page.wait_for_timeout(settles_ms)
+        page.screenshot(path=SCREENS / f"{name}.png")
+
+
 class Sink:
     """A proxy that answers nobody and counts who called: requests that would have left the machine."""
 
@@ -131,8 +139,21 @@ def lab(tmp_path_factory, embedded):
     if (root() / "data" / "wheels").is_dir():  # what chapter 02 fetches the first time
         (tree / "data" / "wheels").symlink_to(root() / "data" / "wheels")
     running = Lab(tree, home, Sink())
-    yield running
-    running.close()
+    try:
+        yield running
+        check_nothing_left(running)
+    finally:
+        running.close()
+
+
+def check_nothing_left(lab) -> None:
+    """Whatever was done in the lab: nothing left the machine, and nothing stays behind. Of each lab, where two processes share the tests."""
+    assert status(lab) == ""
+    assert not list(lab.tree.rglob(".ipynb_checkpoints")), "checkpoints are kept in _build/"
+    assert lab.sink.calls == []
+    home = lab.log.parent
+    kept = [path for path in home.rglob("*") if path.is_file() and path != lab.log]
+    assert not [path for path in kept if "settings" in str(path) or "ipython" in str(path)]
 
 
 @pytest.fixture
@@ -151,22 +172,27 @@ def one_page(opener):
 
 @pytest.fixture(scope="module")
 def opener(browser, lab):
-    return functools.partial(watched, browser, lab)
+    contexts: dict = {}
+    yield functools.partial(watched, browser, lab, contexts)
+    for context in contexts.values():
+        context.close()
 
 
 @contextlib.contextmanager
-def watched(browser, lab):
-    complaints, contexts = [], []
+def watched(browser, lab, contexts):
+    """contexts: a reader for each scheme, who has the lab's scripts from the second page on."""
+    complaints, opened = [], []
 
     def watch(request) -> None:
         if not request.url.startswith((f"http://127.0.0.1:{lab.port}", "data:", "blob:")):
             complaints.append(f"left the machine: {request.url}")
 
     def open_page(path: str = "notebooks", scheme: str = "light"):
-        contexts.append(
-            browser.new_context(viewport={"width": 1400, "height": 1000}, color_scheme=scheme)
-        )
-        page = contexts[-1].new_page()
+        if scheme not in contexts:
+            size = {"width": 1400, "height": 1000}
+            contexts[scheme] = browser.new_context(viewport=size, color_scheme=scheme)
+        page = contexts[scheme].new_page()
+        opened.append(page)
         page.on("request", watch)
         page.on("pageerror", lambda error: complaints.append(error.stack or str(error)))
         page.on("console", lambda m: complaints.append(m.text) if m.type == "error" else None)
@@ -177,8 +203,8 @@ def watched(browser, lab):
     try:
         yield open_page
     finally:
-        for context in contexts:
-            context.close()
+        for page in opened:
+            page.close()
         lab.end_kernels()
     assert not complaints
 
@@ -334,7 +360,7 @@ class TestEditing:
         self.edit(page, before, "Cosines and sines of all angles")
         assert "speedrun/model/rotary.py" in self.toast(page)
         assert "Cosines and sines of all angles" in module.read_text()
-        page.screenshot(path=SCREENS / "saved.png")
+        photograph(page, "saved")
         changed = " M notebooks/06_rotary.py\n M speedrun/model/rotary.py\n"
         assert status(lab) == changed
         patch = git(lab.tree, "diff", "--numstat").split()
@@ -350,7 +376,7 @@ class TestEditing:
         self.edit(page, good, bad)
         page.wait_for_selector(".speedrun-not-tangled", timeout=20_000)
         page.wait_for_timeout(500)
-        page.screenshot(path=SCREENS / "not-tangled.png")
+        photograph(page, "not-tangled")
         text = page.locator(".speedrun-not-tangled").inner_text()
         assert "not tangled" in text and "no_such_name" in text and "notebooks/06_rotary.py" in text
         assert "export the cell that defines it" in text, "what to do about it"
@@ -418,8 +444,7 @@ class TestExercises:
         said = errors(run_all(page))
         assert len(said) == len(holes) and all("exercise: write" in each for each in said)
         page.locator(f"{PANEL} .jp-Cell").nth(answers[0]).scroll_into_view_if_needed()
-        page.wait_for_timeout(500)
-        page.screenshot(path=SCREENS / "exercise.png")
+        photograph(page, "exercise")
         fill = """([hole, answer]) => {
           const cells = jupyterapp.shell.currentWidget.content.model.sharedModel.cells;
           cells[answer].setSource(cells[answer].source.replace('if False', 'if True'));
@@ -460,7 +485,7 @@ class TestTheServer:
         text = page.locator(".jp-MarkdownViewer").inner_text()
         assert "@KellerJordan" in text or "@kellerjordan0" in text
         assert not RAW.search(text) and page.locator(".jp-MarkdownViewer tr").count() > 90
-        page.screenshot(path=SCREENS / "credits.png")
+        photograph(page, "credits")
 
     def test_other_python_files_open_as_text(self, lab, show):
         page = show("speedrun/model")
@@ -470,19 +495,13 @@ class TestTheServer:
     @pytest.mark.parametrize("scheme", ["light", "dark"])
     def test_it_is_looked_at(self, lab, show, scheme):
         page = show(scheme=scheme)
-        SCREENS.mkdir(parents=True, exist_ok=True)
-        for name in ("00_start_here", "06_rotary", "12_newton_schulz"):
+        more = ("06_rotary", "12_newton_schulz") if os.environ.get("SCREENS") else ()
+        for name in ("00_start_here", *more):
             double_click(page, name)
-            page.wait_for_timeout(1500)
-            page.screenshot(path=SCREENS / f"{name}.{scheme}.png")
+            photograph(page, f"{name}.{scheme}", 1500)
         background = page.evaluate("getComputedStyle(document.body).backgroundColor")
         light = sum(map(int, re.findall(r"\d+", background)[:3])) > 380
         assert light == (scheme == "light")
 
     def test_nothing_left_the_machine_and_nothing_stays_behind(self, lab):
-        assert status(lab) == ""
-        assert not list(lab.tree.rglob(".ipynb_checkpoints")), "checkpoints are kept in _build/"
-        assert lab.sink.calls == []
-        home = lab.log.parent
-        kept = [path for path in home.rglob("*") if path.is_file() and path != lab.log]
-        assert not [path for path in kept if "settings" in str(path) or "ipython" in str(path)]
+        check_nothing_left(lab)
