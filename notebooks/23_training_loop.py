@@ -208,10 +208,8 @@ print(f"{clock.ms:.0f} ms of training in 250 ms of life")
 # %%
 #| default_exp run
 #| export
-import contextlib
 import dataclasses
 import importlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -220,11 +218,9 @@ import psutil
 import torch
 from torch import Tensor
 
-from speedrun.checkpoint import RESUMABLE_FIELDS, checkpoints, damaged
-from speedrun.config import Config, config_from_json, fields_of
+from speedrun.config import Config
 from speedrun.data.loader import Loader, Shards
 from speedrun.heartbeat import Heartbeat, Interrupts
-from speedrun.lab.errors import UserError, quoted, visible
 from speedrun.lab.provenance import commit, module_file, module_hashes, stamp
 from speedrun.lab.runlog import RunLog
 from speedrun.lab.timer import TrainClock
@@ -294,6 +290,7 @@ if __name__ == "__main__" and __spec__ is not None:  # python -m: before what ta
 
 # %%
 #| export
+import importlib
 import itertools
 import math
 import shlex
@@ -538,7 +535,18 @@ for seed in (0, 1):
 
 
 # %%
-#| export run
+#| export trouble
+import contextlib
+import json
+from pathlib import Path
+
+import torch
+
+from speedrun.checkpoint import RESUMABLE_FIELDS, checkpoints, damaged
+from speedrun.config import config_from_json, fields_of
+from speedrun.lab.errors import UserError, quoted, visible
+
+
 def nonfinite_error(run: Run, loss: float = 0.0) -> UserError:
     """What to say about a loss, or steps left out, that are not finite: which parameter, what still happened, the way on."""
     gradients = run.optimizer.nonfinite_params()
@@ -556,6 +564,17 @@ def nonfinite_error(run: Run, loss: float = 0.0) -> UserError:
         back = f"--resume {quoted(run.folder)} goes back to {saved[-1].name}"
         fix = f"{back}; or begin again with {fix}"
     return UserError(f"step {run.step}: {what}", fix)
+
+
+# %% [markdown]
+# What there is to say of a run that cannot go on is a module of its own, `speedrun.trouble`, which is imported when it is needed.
+
+
+# %%
+#| export
+def in_trouble() -> Any:
+    """The module with what there is to say of a run that cannot go on."""
+    return importlib.import_module("speedrun.trouble")
 
 
 # %% [markdown]
@@ -757,6 +776,8 @@ def facts_of(run: Run) -> dict:
     }
 
 
+# %%
+#| export trouble
 def check_same_run(path: Path, facts: dict, run: Run) -> None:
     """Raise UserError where a checkpoint is of other data, or of other settings, than the folder that it lies in."""
     folder, now = run.loader.shards.folder, facts_of(run)
@@ -784,7 +805,7 @@ def resume(run: Run) -> None:
     """Go back to the latest checkpoint of the run's folder."""
     path = latest_checkpoint(run.folder)
     weights, moments, facts = load_checkpoint(path)
-    check_same_run(path, facts, run)
+    in_trouble().check_same_run(path, facts, run)
     check_tensors(path, weights, run.model.state_dict())
     for name, tensor in (weights | moments).items():
         if not torch.isfinite(tensor.float()).all():
@@ -812,7 +833,7 @@ def resume(run: Run) -> None:
 def save(run: Run, patience_s: float = 0.0) -> Path | None:
     """Save a checkpoint (rank 0), off the clock; tries again for `patience_s`. None where it failed, which is said. Raises UserError on every rank if a number is broken: such a state is not worth going back to."""
     if run.nonfinite_steps.item():
-        raise nonfinite_error(run)
+        raise in_trouble().nonfinite_error(run)
     if run.saved and run.saved.name == f"step-{run.step:07d}":  # nothing has happened since
         return run.saved
     end, moments, saved = time.monotonic() + patience_s, run.optimizer.state_dict(), None
@@ -945,7 +966,7 @@ def log_step(run: Run, loss: Tensor, marks: StepTimer) -> None:
     together = all_reduce_sum(torch.stack([loss, run.nonfinite_steps]), run.ranks.world)
     mean, left_out = together.tolist()
     if left_out or not math.isfinite(mean):
-        raise nonfinite_error(run, mean)
+        raise in_trouble().nonfinite_error(run, mean)
     run.log.line(format_line(run.step, run.config.steps, run.clock.ms, train_loss=mean))
     run.log.record(
         "step",
@@ -966,7 +987,7 @@ def validate(run: Run) -> float:
     state = gpu_state(run.ranks.device)
     loss, ms = validation_loss(run, val_batches(run, run.config.val_tokens)), run.clock.ms
     if not math.isfinite(loss):
-        raise nonfinite_error(run, loss)
+        raise in_trouble().nonfinite_error(run, loss)
     run.log.line(format_line(run.step, run.config.steps, ms, val_loss=loss))
     run.log.record(
         "val",
@@ -1156,13 +1177,13 @@ def finish(run: Run, why: str) -> None:
     run.heartbeat.phase("end")
     lost = run.log.lacking() + ["the checkpoint"] * (kept is None and run.ranks.rank == 0)
     if lost:
-        raise unsaved(run, lost)
+        raise in_trouble().unsaved(run, lost)
     if why == "interrupted" and kept:
         run.log.line(f"to resume: python -m speedrun.train --resume {quoted(run.folder)}")
 
 
 # %%
-#| export run
+#| export trouble
 def unsaved(run: Run, lost: list[str]) -> UserError:
     """What to say where the end of a run could not be written."""
     size = sum(p.numel() * p.element_size() for p in run.model.parameters()) * 3 / 1e6

@@ -5,10 +5,8 @@ from speedrun.ranks import Ranks
 
 
 # %% The state of a run
-import contextlib
 import dataclasses
 import importlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +15,9 @@ import psutil
 import torch
 from torch import Tensor
 
-from speedrun.checkpoint import RESUMABLE_FIELDS, checkpoints, damaged
-from speedrun.config import Config, config_from_json, fields_of
+from speedrun.config import Config
 from speedrun.data.loader import Loader, Shards
 from speedrun.heartbeat import Heartbeat, Interrupts
-from speedrun.lab.errors import UserError, quoted, visible
 from speedrun.lab.provenance import commit, module_file, module_hashes, stamp
 from speedrun.lab.runlog import RunLog
 from speedrun.lab.timer import TrainClock
@@ -59,26 +55,6 @@ class Run:
     saved: Path | None = None
 
 
-# %% Non-finite gradients
-def nonfinite_error(run: Run, loss: float = 0.0) -> UserError:
-    """What to say about a loss, or steps left out, that are not finite: which parameter, what still happened, the way on."""
-    gradients = run.optimizer.nonfinite_params()
-    weights = [n for n, p in run.model.named_parameters() if not torch.isfinite(p).all()]
-    if weights:
-        what = f"parameter {', '.join(weights)} is not finite; nothing has been updated since"
-    elif gradients:
-        what = f"the gradient of {', '.join(gradients)} is not finite; that step was left out"
-    elif run.nonfinite_steps:
-        what = f"in {int(run.nonfinite_steps)} steps the gradient's norm was not finite; they were left out, the others taken"
-    else:
-        what = f"the loss is {loss}, with weights and gradients that are finite"
-    fix = "a lower --optim.adam.lr, or a longer --schedule.warmup-steps"
-    if saved := checkpoints(run.folder):
-        back = f"--resume {quoted(run.folder)} goes back to {saved[-1].name}"
-        fix = f"{back}; or begin again with {fix}"
-    return UserError(f"step {run.step}: {what}", fix)
-
-
 # %% Building a run
 class SilentLog(RunLog):
     """The log of the other ranks: it writes nothing."""
@@ -109,27 +85,6 @@ def facts_of(run: Run) -> dict:
         "tokenizer": manifest.tokenizer,
         "world": run.ranks.world,
     }
-
-
-def check_same_run(path: Path, facts: dict, run: Run) -> None:
-    """Raise UserError where a checkpoint is of other data, or of other settings, than the folder that it lies in."""
-    folder, now = run.loader.shards.folder, facts_of(run)
-    if facts["data_sha256"] != now["data_sha256"]:
-        what = f"{path} was trained on other data than {folder} lists now"
-        count = facts.get("train_shards", "N")
-        again = f"shards fetched since: python -m speedrun.data fineweb --shards {count} lists those of then"
-        raise UserError(what, f"{again}; other text: --data.path FOLDER")
-    for name in ("vocab_size", "tokenizer", "train_shards"):
-        if facts.get(name, now[name]) != now[name]:
-            raise damaged(path, f"{name} is {facts[name]!r}, and in {folder} {now[name]!r}")
-    with contextlib.suppress(OSError, ValueError, KeyError, AttributeError):
-        first = json.loads((run.folder / "metrics.jsonl").open(encoding="utf-8").readline())
-        begun = fields_of(config_from_json(first["config"]))
-        for name, value in fields_of(config_from_json(facts["config"])).items():
-            if name not in RESUMABLE_FIELDS and value != begun[name]:
-                values = visible(f"{name} is {value}, and was {begun[name]}")
-                what = f"{path} is of another run: {values}"
-                raise UserError(what, f"put it aside: mv {quoted(path)} {quoted(run.folder)}/")
 
 
 # %% Logging
@@ -205,19 +160,3 @@ def memory_mb(device: torch.device) -> dict[str, int]:
         )
         return {"allocated": allocated >> 20, "reserved": reserved >> 20}
     return {"resident": psutil.Process().memory_info().rss >> 20}
-
-
-# %% Training from start to finish
-def unsaved(run: Run, lost: list[str]) -> UserError:
-    """What to say where the end of a run could not be written."""
-    size = sum(p.numel() * p.element_size() for p in run.model.parameters()) * 3 / 1e6
-    older = [path.name for path in checkpoints(run.folder)]
-    room = f"free {size + 1:.0f} MB where {run.folder} lies, or see that it can be written to"
-    on = (
-        f"--resume {quoted(run.folder)} then goes on from {older[-1]}"
-        if older
-        else "then train again"
-    )
-    return UserError(
-        f"step {run.step} is reached, but not saved: {', '.join(lost)}", f"{room}; {on}"
-    )

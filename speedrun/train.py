@@ -20,18 +20,16 @@ from speedrun.ranks import all_reduce_sum, join_ranks, rank_numbers
 from speedrun.run import (
     Run,
     SilentLog,
-    check_same_run,
     describe_run,
     epochs_line,
     facts_of,
     gpu_state,
     memory_mb,
-    nonfinite_error,
     open_log,
-    unsaved,
 )
 
 
+import importlib
 import itertools
 import math
 import shlex
@@ -160,6 +158,12 @@ def accumulate(
     return total
 
 
+# %% Non-finite gradients
+def in_trouble() -> Any:
+    """The module with what there is to say of a run that cannot go on."""
+    return importlib.import_module("speedrun.trouble")
+
+
 # %% Building a run
 def compile_model(model: GPT) -> Any:
     """The model under torch.compile, without the fusion that breaks gradients of a bank's slices (pytorch#193061)."""
@@ -217,7 +221,7 @@ def resume(run: Run) -> None:
     """Go back to the latest checkpoint of the run's folder."""
     path = latest_checkpoint(run.folder)
     weights, moments, facts = load_checkpoint(path)
-    check_same_run(path, facts, run)
+    in_trouble().check_same_run(path, facts, run)
     check_tensors(path, weights, run.model.state_dict())
     for name, tensor in (weights | moments).items():
         if not torch.isfinite(tensor.float()).all():
@@ -243,7 +247,7 @@ def resume(run: Run) -> None:
 def save(run: Run, patience_s: float = 0.0) -> Path | None:
     """Save a checkpoint (rank 0), off the clock; tries again for `patience_s`. None where it failed, which is said. Raises UserError on every rank if a number is broken: such a state is not worth going back to."""
     if run.nonfinite_steps.item():
-        raise nonfinite_error(run)
+        raise in_trouble().nonfinite_error(run)
     if run.saved and run.saved.name == f"step-{run.step:07d}":  # nothing has happened since
         return run.saved
     end, moments, saved = time.monotonic() + patience_s, run.optimizer.state_dict(), None
@@ -326,7 +330,7 @@ def log_step(run: Run, loss: Tensor, marks: StepTimer) -> None:
     together = all_reduce_sum(torch.stack([loss, run.nonfinite_steps]), run.ranks.world)
     mean, left_out = together.tolist()
     if left_out or not math.isfinite(mean):
-        raise nonfinite_error(run, mean)
+        raise in_trouble().nonfinite_error(run, mean)
     run.log.line(format_line(run.step, run.config.steps, run.clock.ms, train_loss=mean))
     run.log.record(
         "step",
@@ -345,7 +349,7 @@ def validate(run: Run) -> float:
     state = gpu_state(run.ranks.device)
     loss, ms = validation_loss(run, val_batches(run, run.config.val_tokens)), run.clock.ms
     if not math.isfinite(loss):
-        raise nonfinite_error(run, loss)
+        raise in_trouble().nonfinite_error(run, loss)
     run.log.line(format_line(run.step, run.config.steps, ms, val_loss=loss))
     run.log.record(
         "val",
@@ -372,7 +376,7 @@ def finish(run: Run, why: str) -> None:
     run.heartbeat.phase("end")
     lost = run.log.lacking() + ["the checkpoint"] * (kept is None and run.ranks.rank == 0)
     if lost:
-        raise unsaved(run, lost)
+        raise in_trouble().unsaved(run, lost)
     if why == "interrupted" and kept:
         run.log.line(f"to resume: python -m speedrun.train --resume {quoted(run.folder)}")
 

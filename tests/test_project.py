@@ -41,7 +41,7 @@ LAYERS = [  # imports point from a later line to an earlier one, or stay on one 
     {"speedrun.config", "speedrun.presets", "speedrun.history", "speedrun.cpu_size"},
     {"speedrun.ranks", "speedrun.checkpoint", "speedrun.tracking"},
     {"speedrun.heartbeat"},
-    {"speedrun.run", "speedrun.command"},
+    {"speedrun.run", "speedrun.command", "speedrun.trouble"},
     {"speedrun.train"},
     {"speedrun.supervise"},
     {"speedrun.launch", "speedrun.report", "speedrun.sample", "speedrun.evaluate"},
@@ -120,6 +120,7 @@ class TestLayers:
             "speedrun.data.tokenizer",
             "speedrun.model.backends",
             "speedrun.tracking",
+            "speedrun.trouble",
         )
         tokens = {
             module: tokens_of_code(source_of(module))
@@ -128,7 +129,8 @@ class TestLayers:
         }
         # upstream's trainer with its two files of kernels: 32,205 at record 89
         kernels = sum(tokens.pop(name) for name in [*tokens] if ".kernels." in name)
-        assert kernels <= 10_000 and sum(tokens.values()) <= 38_700, tokens
+        # attention 4,414, head 3,325, MLP 2,899, norm and rotary 1,536, formats 1,053
+        assert kernels <= 13_250 and sum(tokens.values()) <= 38_600, tokens
         code = "import sys, speedrun.train; print(*[m for m in sys.modules if m in sys.argv[1:]])"
         command = [sys.executable, "-c", code, *elsewhere]
         assert not subprocess.run(
@@ -828,7 +830,12 @@ class TestReadme:
             withdrawn = f"{run['curve'][-1]['val_loss']:.3f}"  # pytorch#193061, chapter 23
             assert withdrawn not in self.text
             assert f"{1000 * run['seconds'] / run['step']:,.0f} ms" in self.text
-        names = ("record_200m", "record_200m_plain_head", "record_200m_4gpu")
+        names = (
+            "record_200m",
+            "record_200m_fp8_head",
+            "record_200m_plain_head",
+            "record_200m_4gpu",
+        )
         runs = [run for name in names for run in self.runs(name)]
         whole, second, *_ = runs
         assert f"{memory_needed_gb('record', runs):.0f} GB" in self.text
@@ -853,7 +860,7 @@ class TestReadme:
         return read / before
 
     def saved(self) -> float:
-        """Seconds that the FP8 head saves `record` on eight GPUs: a quarter of what it saves on two."""
+        """Seconds that head, MLP, and norm and rotary save `record` on eight GPUs: a quarter of what they save on two."""
         from statistics import mean
 
         names = ("record_200m_plain_head", "record_200m")

@@ -566,8 +566,7 @@ class TestAdamEveryOtherStep:
 
 @pytest.mark.slow
 class TestCompiled:
-    # make check compiles the record's model in the test below
-    @pytest.mark.parametrize("name", ["cpu", pytest.param("record", marks=pytest.mark.long)])
+    @pytest.mark.parametrize("name", ["cpu", "record"])
     def test_inductor_computes_eagers_gradients(self, name, embedded, tmp_path):
         """Under Muon and an epsilon of 1e-10 a few steps make much of a rounding, so here it is one pass: of packed documents."""
         found = []
