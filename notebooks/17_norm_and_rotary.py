@@ -361,8 +361,7 @@ from speedrun.config import vary
 from speedrun.lab.bench import KINDS, bench, ledger
 from speedrun.lab.errors import UserError
 from speedrun.lab.provenance import stamp
-from speedrun.measure.loss import relative_error
-from speedrun.measure.runs import corpus_of
+from speedrun.measure.runs import corpus_of, relative_error
 from speedrun.model.mlp import rms_norm
 from speedrun.model.rotary import RotaryConfig, apply_rotary, rotary_tables
 from speedrun.presets import preset

@@ -580,7 +580,7 @@ from speedrun.kernels.fp8 import E4M3, E5M2, fp8_matmul, quantize, scale_of
 from speedrun.lab.bench import bench
 from speedrun.lab.errors import UserError
 from speedrun.lab.provenance import stamp
-from speedrun.measure.loss import config_of_run, relative_error
+from speedrun.measure.runs import config_of_run, relative_error
 
 NAMES = ()
 ON_GPUS = ("kernels", "trained")  # trained: the folder of a finished run

@@ -1421,6 +1421,18 @@ def corpus_of(run: Config) -> dict[str, str]:
     return {"name": manifest.source, "sha256": manifest.sha256}
 
 
+def config_of_run(folder: Path) -> Config:
+    """The settings of a finished run, to be used on one GPU."""
+    from speedrun.checkpoint import latest_checkpoint, load_facts
+
+    return config_from_json(load_facts(latest_checkpoint(folder))["config"])
+
+
+def relative_error(found: Any, known: Any) -> float:
+    """Norm of a tensor's difference from one in float64, over its norm."""
+    return ((found.double() - known).norm() / known.norm()).item()
+
+
 # %% [markdown]
 # A GPU trains one of these in seconds, and would spend more of them on compiling. So there a process assembles a run once and trains others with its compiled model, as long as they differ in nothing that the model can see. `gpu_base` is the run for such comparisons: half the layers and half the width of record 1, a sixteenth of its batch.
 

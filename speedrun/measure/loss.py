@@ -31,6 +31,7 @@ from speedrun.kernels.fp8 import E4M3, E5M2, fp8_matmul, quantize, scale_of
 from speedrun.lab.bench import bench
 from speedrun.lab.errors import UserError
 from speedrun.lab.provenance import stamp
+from speedrun.measure.runs import config_of_run, relative_error
 from speedrun.model.head import loss_of
 
 NAMES = ()
@@ -122,11 +123,6 @@ def peak_mib(call: Callable[[], Any]) -> int:
     return (torch.cuda.max_memory_allocated() - before) >> 20
 
 
-def relative_error(found: Tensor, known: Tensor) -> float:
-    """Norm of the difference over the norm."""
-    return (torch.linalg.norm(found.double() - known) / torch.linalg.norm(known)).item()
-
-
 def errors_of(tokens: int = 2048, candidates: int = 10_240) -> list[dict[str, Any]]:
     """Error in the loss (nats), and relative errors of both gradients, of each version against float64; std: of the head's weights, 0 at step 0."""
     found = []
@@ -199,14 +195,6 @@ def losses_by_candidates(folder: Path, counts: tuple[int, ...], batches: int = 1
                     loss = forward_loss(run.model, batch, place, config.precision, told, torch.tensor(count))  # fmt: skip
                     losses[str(count)].append(loss.item())
     return {"losses": losses, "tokens": batch.targets.numel(), "distinct_targets": targets}
-
-
-def config_of_run(folder: Path) -> Any:
-    """The settings of a finished run, to be used on one GPU."""
-    from speedrun.checkpoint import latest_checkpoint, load_facts
-    from speedrun.config import config_from_json
-
-    return config_from_json(load_facts(latest_checkpoint(folder))["config"])
 
 
 def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:

@@ -70,6 +70,18 @@ def corpus_of(run: Config) -> dict[str, str]:
     return {"name": manifest.source, "sha256": manifest.sha256}
 
 
+def config_of_run(folder: Path) -> Config:
+    """The settings of a finished run, to be used on one GPU."""
+    from speedrun.checkpoint import latest_checkpoint, load_facts
+
+    return config_from_json(load_facts(latest_checkpoint(folder))["config"])
+
+
+def relative_error(found: Any, known: Any) -> float:
+    """Norm of a tensor's difference from one in float64, over its norm."""
+    return ((found.double() - known).norm() / known.norm()).item()
+
+
 SHORT: dict[str, Any] = {"steps": 600, "val_tokens": 131_072}  # what a laptop's comparisons run
 
 

@@ -200,6 +200,23 @@ def attend_packed(
     return attend(q, k, v, packed, long, context.backend, bounded, context.tiles)
 
 
+def heads_of(
+    qkv: Tensor, config: GPTConfig, context: AttentionContext
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values, (batch, heads, tokens, head_dim) each, of (batch, tokens, 3 · width): queries and keys normed and turned, for our kernel by one of chapter 17's."""
+    qk_norm, interleaved = config.block.qk_norm, config.rotary.interleaved
+    if context.backend == "triton" and context.cos_sin and qk_norm and not interleaved:
+        turned = norm_rotary_op(qkv.flatten(0, 1), *context.cos_sin, config.num_heads)
+        q, k, v = (each.transpose(0, 1).unsqueeze(0) for each in turned[:3])
+        return q, k, v
+    q, k, v = qkv.unflatten(2, (3, config.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    if qk_norm:
+        q, k = rms_norm(q), rms_norm(k)
+    if context.cos_sin is not None:
+        q, k = (apply_rotary(each, *context.cos_sin, interleaved) for each in (q, k))
+    return q, k, v
+
+
 def attention(
     x: Tensor,
     weights: Mapping[str, Tensor],
@@ -212,21 +229,7 @@ def attention(
 
     ve: values to mix in, (batch, heads, tokens, head_dim). long: whether it looks back over the long window.
     """
-    batch, tokens, width = x.shape
-    shape = (batch, tokens, 3, config.num_heads, width // config.num_heads)
-    qkv = linear(x, weights, "attention_qkv")
-    qk_norm, halves = config.block.qk_norm, not config.rotary.interleaved
-    if context.backend == "triton" and context.cos_sin and qk_norm and halves:
-        turned = norm_rotary_op(qkv.flatten(0, 1), *context.cos_sin, config.num_heads)
-        q, k, v = (each.transpose(0, 1).unsqueeze(0) for each in turned[:3])
-    else:
-        q, k, v = qkv.view(shape).permute(2, 0, 3, 1, 4)
-        if qk_norm:
-            q, k = rms_norm(q), rms_norm(k)
-        if context.cos_sin is not None:
-            q, k = (
-                apply_rotary(each, *context.cos_sin, config.rotary.interleaved) for each in (q, k)
-            )
+    q, k, v = heads_of(linear(x, weights, "attention_qkv"), config, context)
     if ve is not None:
         v = add_value_embed(v, ve.to(v.dtype), x, weights, config.embedding.value_residual).to(
             v.dtype
@@ -236,7 +239,7 @@ def attention(
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale).transpose(1, 2)
     else:
         y = attend_packed(q, k, v, context, context.packed, config.block.qk_norm, long)
-    return linear(y.reshape(batch, tokens, width), weights, "attention_out"), v
+    return linear(y.reshape(x.shape), weights, "attention_out"), v
 
 
 def attention_context(self, inputs: Tensor, packed: Packed | None) -> AttentionContext:
