@@ -421,22 +421,13 @@ def has_fp8(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
-def quantize(
+def launch_quantize(
     x: Tensor, scale: Tensor, dtype: torch.dtype = E4M3, factor: Tensor | None = None,
     straight: bool = True, turned: bool = False,
 ) -> tuple[Any, Any]:  # fmt: skip
-    """x, times `factor` if given, over `scale`, in eight bits: as it is (straight), (rows, columns), and transposed (turned), (columns, rows), both row-major. What is not asked for is None.
-
-    x: (rows, columns), any float dtype or layout; copied if it is not contiguous. scale: (1,) float32. factor: (rows,) float32. dtype: E4M3, E5M2, or float32, which rounds nothing. Clipping,
-    infinities and NaN: as `quantize_reference`, which is also what runs where there are no units for eight bits and no interpreter.
-    """
-    interpreted = type(quantize_kernel).__name__ == "InterpretedFunction"
-    if not (has_fp8(x.device) or interpreted):
-        x = x if factor is None else x.float() * factor[:, None]
-        whole = quantize_reference(x, scale, dtype)
-        return (whole if straight else None), (whole.mT.contiguous() if turned else None)
+    """As `quantize`, by the kernel; off a GPU, for the interpreter, in float32, rounded afterwards."""
     (rows, columns), x = x.shape, x.contiguous()
-    kept = torch.float32 if interpreted else dtype
+    kept = dtype if x.device.type == "cuda" else torch.float32
     q = x.new_empty(rows, columns, dtype=kept) if straight else None
     qt = x.new_empty(columns, rows, dtype=kept) if turned else None
     grid, largest = (-(-rows // 64), -(-columns // 64)), torch.finfo(dtype).max
@@ -444,10 +435,25 @@ def quantize(
     return (None if q is None else q.to(dtype)), (None if qt is None else qt.to(dtype))
 
 
+def quantize(
+    x: Tensor, scale: Tensor, dtype: torch.dtype = E4M3, factor: Tensor | None = None,
+    straight: bool = True, turned: bool = False,
+) -> tuple[Any, Any]:  # fmt: skip
+    """x, times `factor` if given, over `scale`, in eight bits: as it is (straight), (rows, columns), and transposed (turned), (columns, rows), both row-major. What is not asked for is None.
+
+    x: (rows, columns), any float dtype or layout; copied if it is not contiguous. scale: (1,) float32. factor: (rows,) float32. dtype: E4M3, E5M2, or float32, which rounds nothing. Clipping,
+    infinities and NaN: as `quantize_reference`, which is also what runs where there are no units for eight bits.
+    """
+    if has_fp8(x.device):
+        return launch_quantize(x, scale, dtype, factor, straight, turned)
+    whole = quantize_reference(x if factor is None else x.float() * factor[:, None], scale, dtype)
+    return (whole if straight else None), (whole.mT.contiguous() if turned else None)
+
+
 # %%
 on_device = [each.float().to(machine.device) for each in (x, w, g)]
 scales = [scale_of(each, dtype) for each, dtype in zip(on_device, (E4M3, E4M3, E5M2))]
-pairs = [quantize(each, s, dtype, turned=True) for each, s, dtype in zip(on_device, scales, (E4M3, E4M3, E5M2))]  # fmt: skip
+pairs = [launch_quantize(each, s, dtype, turned=True) for each, s, dtype in zip(on_device, scales, (E4M3, E4M3, E5M2))]  # fmt: skip
 for each, s, (q, qt) in zip(on_device, scales, pairs):
     reference = quantize_reference(each, s, q.dtype)
     same = (q.float() == reference.float()).float().mean().item()
@@ -455,7 +461,7 @@ for each, s, (q, qt) in zip(on_device, scales, pairs):
     assert torch.equal(q.float(), qt.float().mT) and qt.is_contiguous() and q.dtype == reference.dtype  # fmt: skip
     print(f"{tuple(q.shape)} in {str(q.dtype)[6:]}: {q.numel() / 1e3:.0f} kB each way")
 rising = torch.arange(1, len(x) + 1, device=machine.device) / len(x)
-_, only = quantize(on_device[0], scales[0], factor=rising, straight=False, turned=True)
+_, only = launch_quantize(on_device[0], scales[0], factor=rising, straight=False, turned=True)
 exact = (x * rising.cpu()[:, None].double()).T
 assert error(only.double().cpu() * scales[0].double().cpu(), exact) < 0.03
 

@@ -72,6 +72,20 @@ def has_fp8(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
+def launch_quantize(
+    x: Tensor, scale: Tensor, dtype: torch.dtype = E4M3, factor: Tensor | None = None,
+    straight: bool = True, turned: bool = False,
+) -> tuple[Any, Any]:  # fmt: skip
+    """As `quantize`, by the kernel; off a GPU, for the interpreter, in float32, rounded afterwards."""
+    (rows, columns), x = x.shape, x.contiguous()
+    kept = dtype if x.device.type == "cuda" else torch.float32
+    q = x.new_empty(rows, columns, dtype=kept) if straight else None
+    qt = x.new_empty(columns, rows, dtype=kept) if turned else None
+    grid, largest = (-(-rows // 64), -(-columns // 64)), torch.finfo(dtype).max
+    quantize_kernel[grid](x, scale, factor, q, qt, rows, columns, largest, ROWS=64, COLUMNS=64)
+    return (None if q is None else q.to(dtype)), (None if qt is None else qt.to(dtype))
+
+
 def quantize(
     x: Tensor, scale: Tensor, dtype: torch.dtype = E4M3, factor: Tensor | None = None,
     straight: bool = True, turned: bool = False,
@@ -79,20 +93,12 @@ def quantize(
     """x, times `factor` if given, over `scale`, in eight bits: as it is (straight), (rows, columns), and transposed (turned), (columns, rows), both row-major. What is not asked for is None.
 
     x: (rows, columns), any float dtype or layout; copied if it is not contiguous. scale: (1,) float32. factor: (rows,) float32. dtype: E4M3, E5M2, or float32, which rounds nothing. Clipping,
-    infinities and NaN: as `quantize_reference`, which is also what runs where there are no units for eight bits and no interpreter.
+    infinities and NaN: as `quantize_reference`, which is also what runs where there are no units for eight bits.
     """
-    interpreted = type(quantize_kernel).__name__ == "InterpretedFunction"
-    if not (has_fp8(x.device) or interpreted):
-        x = x if factor is None else x.float() * factor[:, None]
-        whole = quantize_reference(x, scale, dtype)
-        return (whole if straight else None), (whole.mT.contiguous() if turned else None)
-    (rows, columns), x = x.shape, x.contiguous()
-    kept = torch.float32 if interpreted else dtype
-    q = x.new_empty(rows, columns, dtype=kept) if straight else None
-    qt = x.new_empty(columns, rows, dtype=kept) if turned else None
-    grid, largest = (-(-rows // 64), -(-columns // 64)), torch.finfo(dtype).max
-    quantize_kernel[grid](x, scale, factor, q, qt, rows, columns, largest, ROWS=64, COLUMNS=64)
-    return (None if q is None else q.to(dtype)), (None if qt is None else qt.to(dtype))
+    if has_fp8(x.device):
+        return launch_quantize(x, scale, dtype, factor, straight, turned)
+    whole = quantize_reference(x if factor is None else x.float() * factor[:, None], scale, dtype)
+    return (whole if straight else None), (whole.mT.contiguous() if turned else None)
 
 
 # %% The product
