@@ -862,4 +862,4 @@ print({kind: f"× {times:.2f}" for kind, times in growth.items()}, "for inputs t
 # %% [markdown]
 # ## Since then
 #
-# Norms without parameters, QK-norm, ReLU² and six heads of 128 are in record 89. Since record 59 the MLP's first matrix and ReLU² are one kernel. Record 19's scale is there too; of the zeros half is left.
+# Norms without parameters, QK-norm, ReLU² and six heads of 128 are in record 89. Since record 59 the MLP's first matrix and ReLU² are one kernel ([chapter 18](18_fused_mlp.py)). Record 19's scale is there too; of the zeros half is left.

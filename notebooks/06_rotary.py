@@ -615,4 +615,4 @@ print(f"base 10,000: {full:,.0f} tokens; half-truncated: {half:,.0f}")
 # %% [markdown]
 # ## Since then
 #
-# Record 31 slows the slow frequencies down (a method called YaRN) as it lets attention look further back in the course of training. Record 89 still turns half of the numbers. The half that does not turn has found a use of its own: in layers with long windows record 49 puts the token before into that part of a token's key, so that a query can ask for what followed something.
+# Record 31 slows the slow frequencies down (a method called YaRN) as it lets attention look further back in the course of training. Record 89 still turns half of the numbers. Norm, rotation and layout are one kernel since record 90 ([chapter 17](17_norm_and_rotary.py)). The half that does not turn has found a use of its own: in layers with long windows record 49 puts the token before into that part of a token's key, so that a query can ask for what followed something.

@@ -20,7 +20,7 @@
 #
 # ## The problem
 #
-# The compiler fuses. [Chapter 03](03_baseline.py) saw it halve a step, and ever since this book has written norms, rotations and gates as plain PyTorch and left the rest to Inductor. Here is where a forward and backward pass of `record_200m` spends its time, 49,152 tokens on one H200, after the MLP ([chapter 18](18_fused_mlp.py)) and the head ([chapter 19](19_head_and_loss.py)) have been given kernels of their own:
+# The compiler fuses. [Chapter 03](03_baseline.py) saw what that brings for one line, and ever since, this book has written norms, rotations and gates as plain PyTorch and left the rest to Inductor. Here is where a forward and backward pass of `record_200m` spends its time, 49,152 tokens on one H200, after the MLP ([chapter 18](18_fused_mlp.py)) and the head ([chapter 19](19_head_and_loss.py)) have been given kernels of their own. (Both chapters come after this one because they need what it teaches. The measurement did not wait.)
 
 # %%
 from speedrun.lab.tier import choose_tier
@@ -49,12 +49,12 @@ assert around > 3 * before["attention"] and 0.4 < around / before["wall"] < 0.45
 assert before["pointwise"] > before["matmul"] > before["attention"]
 
 # %% [markdown]
-# **24 of 57 milliseconds are neither products nor attention.** (The head's own kernel is counted among them here; it is small.) What moves numbers and hardly computes has become the largest part, larger than the products of attention, three times as large as attention itself. Half of it stands in one place: between the product that makes queries, keys and values, and the kernel that attends.
+# **24 of 57 milliseconds are neither products nor attention.** (The head's kernel, which contains one product, was classed as pointwise in this measurement.) What moves numbers and hardly computes has become the largest part: larger than all products that a library still computes, three times as large as attention. Half of it is spent in one place: between the product that makes queries, keys and values, and the kernel that attends.
 #
 # What happens there? The product writes one tensor, (tokens, 3 · heads · head_dim). Queries and keys are normed, rotated by their position, and all three are copied into the layout that the attention kernel reads. In the backward pass, three gradients go the same way back.
 #
 # ```{admonition} Prediction
-# Count the bytes that have to move, if everything between the product and attention happens in one kernel each way: 2,304 numbers of two bytes a token are read, and as many written. Backward, three gradients are read and one is written, and the norm's gradient needs to know what it has normed. **How many milliseconds is that for 49,152 tokens and ten layers**, at the 4.8 TB/s of an H200's data sheet? And must the backward pass have kept the vectors *before* the norm?
+# Count the bytes that have to move, if everything between the product and attention happens in one kernel each way: 2,304 numbers of two bytes a token are read, and as many written. Backward, three gradients are read and one is written, and the norm's gradient needs to know what it has normed. **How many milliseconds is that for 49,152 tokens and ten layers**, at the 4.8 TB/s of an H200's data sheet? Cosines and sines add five per cent; leave them out. And must the backward pass have kept the vectors *before* the norm?
 # ```
 #
 # ## The idea
@@ -73,17 +73,17 @@ assert before["pointwise"] > before["matmul"] > before["attention"]
 # \partial x = r\,\Big(\partial n - \tfrac1d\,(n \cdot \partial n)\, n\Big), \qquad \partial n = R^\top \partial q .
 # $$
 #
-# The usual way is to keep $x$, compute $n$ again, and turn the gradient back first. But a rotation changes no inner product: $n \cdot \partial n = q \cdot \partial q$. And $R^\top$ is linear, so it can come last:
+# The usual way is to keep $x$, compute $n$ again, and turn the gradient back first. But a rotation changes no inner product: $n \cdot \partial n = (R^\top q) \cdot (R^\top \partial q) = q \cdot \partial q$, since $R R^\top = 1$. Put $n = R^\top q$ and $\partial n = R^\top \partial q$ into the formula, and both terms in the bracket begin with $R^\top$, which can be taken out:
 #
 # $$
 # \partial x = R^\top \Big( r\,\big(\partial q - \tfrac1d\,(q \cdot \partial q)\, q\big) \Big).
 # $$
 #
-# Everything on the right is there already. The attention kernel has kept $q$ and $k$ for its own backward pass, and $r$ is one number for each token and head. **The vectors before the norm need not be kept at all**, which is 226 megabytes a layer.
+# Everything on the right is there already. The attention kernel has kept $q$ and $k$ for its own backward pass, and $r$ is one number for each token and head. **The vectors before the norm need not be kept at all.** With them goes the product's whole output, 226 megabytes a layer, since a view of its queries and keys would keep all of it alive.
 #
 # ### Why did the compiler not find this?
 #
-# It does fuse norm and rotation, and forward it is not far from the best. Three things are out of its reach. It differentiates what it is given, and does not know that rotations preserve inner products. It recomputes cosines and sines inside each kernel, because a recomputed cosine costs no memory, and some thirty kernels do so. And it follows views to the letter:
+# It does fuse norm and rotation. Three things it does not do. It differentiates what it is given, and does not know that rotations preserve inner products. It recomputes cosines and sines inside each kernel, because a recomputed cosine costs no memory. And between two operators that it cannot see into it has to make every tensor that autograd asks for:
 
 # %%
 import torch
@@ -99,13 +99,13 @@ assert torch.equal(of_picked, of_squeezed)
 assert of_squeezed.data_ptr() == base.data_ptr() != of_picked.data_ptr(), "a view, and a copy"
 
 # %% [markdown]
-# `x[0]` of a batch of one and `x.squeeze(0)` are the same numbers in the same place. But the first one's gradient is a new tensor of zeros into which the gradient is copied, for `select` might have picked one of many. The second's is a view. When the kernels below were first tried, such copies stood around them in every layer, and took longer than they did.
+# `x[0]` of a batch of one and `x.squeeze(0)` are the same numbers in the same place. But the first one's gradient is a new tensor of zeros into which the gradient is copied, for `select` might have picked one of many. The second's is a view. When the kernels below were first tried, such copies stood around them in every layer. (The baseline of this chapter's measurement indexes with `[0]`, as the model did then.)
 #
 # ## The code
 #
 # ### A first kernel
 #
-# A Triton kernel is a function that runs many times at once. Each instance, a *program*, asks for its number, computes which block of the data is its own, loads the block, computes on it as on a small tensor, and stores it. Sizes of blocks are powers of two and known when the kernel is compiled (`constexpr`). What lies beyond the edge of the data is masked. Here each program scales four rows to a root mean square of one:
+# A Triton kernel is a function that runs many times at once. Each instance, a *program*, asks for its number, computes which block of the data is its own, loads the block, computes on it as on a small tensor, and stores it. Sizes of blocks are powers of two and known when the kernel is compiled (`constexpr`). What lies beyond the edge of the data is masked. Here each program scales four rows to a root mean square of one. `X` is a pointer to the first number, so that adding offsets to it gives pointers to the others; `tl.load(pointers, mask, 0.0)` reads where the mask is true; and `norm_rows[(3,)]` launches a grid of three programs:
 
 
 # %%
@@ -147,11 +147,11 @@ assert torch.allclose(normed, given / given.square().mean(1, keepdim=True).sqrt(
 print("ten rows by three programs:", normed.square().mean(1).tolist()[:2], "…")
 
 # %% [markdown]
-# There is no shared memory, no thread and no synchronisation in it; the compiler decides which thread holds what. `tl.sum` adds up over threads. What a writer of Triton decides is the block, and in what order memory is touched.
+# In CUDA one would also place data in shared memory, assign elements to threads and synchronise them. In Triton the compiler does all three: `tl.sum` adds up over however many threads hold the row. What is left to choose is the block, and in what order memory is touched.
 #
 # ### Forward
 #
-# A program takes sixteen tokens, loads their cosines and sines once, and goes through the heads. A head is loaded in halves, since a pair is one number of each (GPT-NeoX's pairing; half-truncated rotary embeddings are pairs with an angle of zero). Everything is computed in float32 and rounded once.
+# A program takes sixteen tokens, loads their cosines and sines once, and goes through the heads. A head is loaded in halves, since a pair is one number of each (GPT-NeoX's pairing; half-truncated rotary embeddings are pairs with an angle of zero). Everything is computed in float32 and rounded once. `tl.static_range` is unrolled when the kernel is compiled, so that `part == 0` chooses between two pointers at no cost.
 
 
 # %%
@@ -236,21 +236,22 @@ def norm_rotary_gradient_kernel(
 # %% [markdown]
 # ### The operators
 #
-# The reference is [chapter 05](05_modern_block.py)'s norm and [chapter 06](06_rotary.py)'s rotation, which is what runs everywhere else. The operator hides the kernels from `torch.compile` and tells autograd what to keep: not its input.
+# The reference is [chapter 05](05_modern_block.py)'s norm and [chapter 06](06_rotary.py)'s rotation, which is what runs everywhere else. The operator hides the kernels from `torch.compile`, which traces with a *fake* version that only says which shapes come out, and it tells autograd what to keep: not its input.
 
 
 # %%
 #| export
 @torch.library.custom_op(f"{NAMESPACE}::norm_rotary", mutates_args=())
 def norm_rotary_op(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int) -> list[Tensor]:
-    """Queries and keys, RMS-normed and turned, and values, (tokens, heads, head_dim) each; and what the norms multiplied by, (2, tokens, heads) float32.
+    """Queries and keys, RMS-normed and turned, and values, (tokens, heads, head_dim) each; and their reciprocal root mean squares (rstd), (2, tokens, heads) float32, through which no gradient flows.
 
     qkv: (tokens, 3 · heads · head_dim). cos, sin: (tokens, head_dim / 2) float32. A pair is a number of a head's first half and one of its second. Computed in float32, for heads of a power of two of numbers.
     """
     tokens, half = len(qkv), qkv.shape[1] // (6 * heads)
-    if qkv.shape[1] % (6 * heads) or not cos.shape == sin.shape == (tokens, half):
+    fits = qkv.shape[1] == 6 * heads * half and half & (half - 1) == 0 < half
+    if not (fits and cos.shape == sin.shape == (tokens, half)):
         shapes = f"{tuple(qkv.shape)}, {tuple(cos.shape)}, {tuple(sin.shape)}"
-        raise ValueError(f"qkv (tokens, 3 · {heads} heads · head_dim), cos and sin (tokens, head_dim / 2), not {shapes}")  # fmt: skip
+        raise ValueError(f"qkv (tokens, 3 · {heads} heads · head_dim, a power of two), cos and sin (tokens, head_dim / 2), not {shapes}")  # fmt: skip
     qkv, cos, sin = qkv.contiguous(), cos.contiguous(), sin.contiguous()
     q, k, v = (qkv.new_empty(tokens, heads, 2 * half) for _ in range(3))
     factors, grid = cos.new_empty(2, tokens, heads), (-(-tokens // ROWS),)
@@ -264,8 +265,8 @@ from speedrun.model.rotary import RotaryConfig, apply_rotary, rotary_tables
 
 tokens, heads, dim = 37, 3, 16
 generator = torch.Generator().manual_seed(0)
-qkv = torch.randn(tokens, 3 * heads * dim, generator=generator)
-cos, sin = rotary_tables(tokens, dim, RotaryConfig("half_rope"))
+qkv = torch.randn(tokens, 3 * heads * dim, generator=generator).to(machine.device)
+cos, sin = (each.to(machine.device) for each in rotary_tables(tokens, dim, RotaryConfig("half_rope")))  # fmt: skip
 q, k, v, factors = norm_rotary_op(qkv, cos, sin, heads)
 
 
@@ -281,7 +282,7 @@ def by_chapters(qkv: Tensor) -> list[Tensor]:
 
 wanted = by_chapters(qkv.double())
 worst = max((a - b).abs().max().item() for a, b in zip((q, k, v), wanted))
-assert worst < 2e-6 and torch.allclose(q.square().mean(-1), torch.ones(()), atol=1e-4)
+assert worst < 2e-6 and torch.allclose(q.square().mean(-1), torch.ones_like(q[..., 0]), atol=1e-4)
 print(f"queries, keys and values differ from float64's by at most {worst:.0e}")
 
 
@@ -325,7 +326,7 @@ norm_rotary_op.register_autograd(norm_rotary_gradients, setup_context=keep_turne
 
 # %%
 leaf, exact = qkv.clone().requires_grad_(), qkv.double().requires_grad_()
-grads = [torch.randn(tokens, heads, dim, generator=generator) for _ in range(3)]
+grads = [torch.randn(tokens, heads, dim, generator=generator).to(machine.device) for _ in range(3)]
 (found,) = torch.autograd.grad(norm_rotary_op(leaf, cos, sin, heads)[:3], leaf, grads)
 (known,) = torch.autograd.grad(by_chapters(exact), exact, [each.double() for each in grads])
 worst = (found - known).abs().max().item()
@@ -339,7 +340,7 @@ before_turning = [(apply_rotary(each.transpose(0, 1), cos, -sin) * apply_rotary(
 assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(inner, before_turning)), "a rotation changes no inner product"  # fmt: skip
 
 # %% [markdown]
-# The model takes the operator where our attention kernel computes, with queries and keys that are normed and paired in halves, and writes the same thing in PyTorch elsewhere. On a CPU nothing has changed, bit by bit.
+# The model takes the operator where our attention kernel computes, with queries and keys that are normed and paired in halves, and writes the same thing in PyTorch elsewhere. There the code is what it was.
 #
 # ## The measurement
 
@@ -386,7 +387,7 @@ def drawn_heads(tokens: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, lis
 # %%
 #| export measure.norm_rotary
 def separate(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int) -> list[Tensor]:
-    """Chapters 05's norm and 06's rotation: q, k and v, (tokens, heads, head_dim)."""
+    """Chapter 05's norm and chapter 06's rotation: q, k and v, (tokens, heads, head_dim)."""
     q, k, v = qkv.view(1, len(qkv), 3, heads, -1).permute(2, 0, 3, 1, 4)
     q, k = (apply_rotary(rms_norm(each), cos, sin) for each in (q, k))
     return [each[0].transpose(0, 1).to(v.dtype).contiguous() for each in (q, k, v)]
@@ -540,7 +541,7 @@ ORDER = [
     "all",
 ]
 LABELS = ["compiled PyTorch\nand our attention", "+ head in FP8,\ncandidates (19)", "+ MLP in FP8\n(18)", "+ norm and rotary\n(this chapter)"]  # fmt: skip
-STACK = {"matmul": ("matmul",), "MLP's kernel": ("MLP",), "attention": ("attention",), "norm and rotary": ("norm and rotary",), "pointwise, gathers, scatters": ("pointwise", "gathers and scatters"), "loss of the head": ("head",), "quantising": ("quantising",), "gaps": ("gaps",)}  # fmt: skip
+STACK = {"matmul": ("matmul",), "MLP's kernel": ("MLP",), "attention": ("attention",), "norm and rotary": ("norm and rotary",), "pointwise, gathers, scatters": ("pointwise", "gathers and scatters"), "the head's loss, unfused": ("head",), "quantising": ("quantising",), "gaps": ("gaps",)}  # fmt: skip
 fig, ax = plt.subplots(figsize=(8.2, 3.8), layout="constrained")
 bottom = np.zeros(4)
 for number, (label, parts) in enumerate(STACK.items()):
@@ -552,14 +553,14 @@ for place, arm in enumerate(ORDER):
 ax.set_ylabel("ms of a pass of 49,152 tokens")
 ax.set_ylim(0, 95)
 ax.set_title(
-    f"three kernels take a pass from {arms[ORDER[0]]['ms']['wall']:.0f} to {after['wall']:.0f} ms"
+    f"three kernels, and a sampled softmax, take a pass from {arms[ORDER[0]]['ms']['wall']:.0f} to {after['wall']:.0f} ms"
 )
 ax.legend(fontsize=7, loc="upper right")
 fig.text(0.99, -0.03, measured_on(result), ha="right", fontsize=6.5)
 plt.show()
 
 # %% [markdown]
-# The prediction was 2.2 milliseconds for ten layers, and it is 2.8: four fifths of the bandwidth on the data sheet, which no kernel reaches. They take the place of more than twelve. The last bar but one is the lesson of this chapter. Once the products are fast, what is left between them decides.
+# By count it is at least 2.2 milliseconds for ten layers; measured, 2.8: about four fifths of the data sheet's bandwidth, which no kernel reaches in full. They take the place of more than twelve. And the vectors before the norm are not needed. In the third bar more than two fifths of the pass are pointwise work and copies: once products are fast, what lies between them decides.
 #
 # ## What it buys
 
@@ -575,23 +576,23 @@ print(f"still pointwise, gathers and scatters: {still:.1f} ms; gaps {before['gap
 assert 11 < still < 12 and after["gaps"] > 2 * before["gaps"]
 
 # %% [markdown]
-# Fifteen per cent of the pass and two gigabytes, for no change of the mathematics; the numbers are rounded less often than before. What it gives in a whole run, together with the MLP, stands in [chapter 18](18_fused_mlp.py) and [24](24_speedrun.py).
+# Fifteen per cent of the pass and two gigabytes, for no change of the mathematics. (Forward, queries and keys are rounded once instead of twice; backward, the formula uses the rounded ones. Which of the two weighs more in the gradient's error has not been measured.) What it gives in a whole run, together with the MLP, stands in [chapter 18](18_fused_mlp.py) and [24](24_speedrun.py).
 #
 # ## What it costs, and when it fails
 #
 # - **Queries and keys must be normed** and paired in halves. Without QK-norm, with learned positions or with interleaved pairs the model takes PyTorch's way; so does every backend but our own kernel.
-# - **The gaps have grown.** They are times in which the GPU has nothing to do, because Python has not launched the next kernel yet. The faster the kernels, the more often. The cure is a CUDA graph, which this book has not built yet.
+# - **The gaps have grown.** The GPU waits for Python. Each of the twenty calls of an operator leaves the compiled graph and costs Python time, and that takes back a part of what the kernels save: they replace 12.8 ms by 2.8, and the pass is 8.4 shorter. A CUDA graph would give the rest; this book has not built one yet.
 # - A kernel is code that somebody has to keep. These two and their operators are a hundred lines; what they replace were four lines of PyTorch, and those are still there, as the reference.
 #
 # ## What did not work
 #
-# - **A program for each head.** The first form loaded the cosines and sines of its tokens for each of six heads. They come from the cache, but from a cache that has other things to do. Looping over heads inside the program made both kernels faster, by more than anything else that was tried; the number of tokens in a program hardly matters.
+# - **A program for each head.** The first form loaded the cosines and sines of its tokens for each of six heads. They hit the L2 cache, but that traffic is not free: looping over heads inside the program made both kernels faster.
 # - **Returning queries, keys and values as one tensor.** Then autograd stacks the three gradients before it calls the backward kernel, a copy as large as the one that the kernel saves.
 # - **Fusing the value embeddings' gate as well** was left alone: five of ten layers have one, and it is a small part of the eleven milliseconds that are left. The largest is the gradient of the value tables, a scatter of 189 million numbers.
 #
 # ## Exercises
 #
-# 1. Which kernels wait for memory? Write `bandwidth_ms(read, written, tokens, bandwidth)`: the least time in milliseconds of a kernel that reads and writes so many numbers of two bytes a token, at so many bytes a second.
+# 1. Write `bandwidth_ms(read, written, tokens, bandwidth=4.8e12)`: the least time in milliseconds of a kernel that reads and writes so many numbers of two bytes a token, at so many bytes a second.
 
 
 # %% tags=["solution"]
@@ -610,7 +611,7 @@ assert abs(answer - 1) < 1e-9, f"a kernel that only reads 2,000 bytes at 2 MB/s 
 print(f"a residual add of 768 numbers a token: {bandwidth_ms(2 * 768, 768, 49_152):.3f} ms")
 
 # %% [markdown]
-# 2. The formula for $\partial x$ works for any matrix $R$ that preserves inner products. Write `norm_gradient(grad, y, factor, unturn)`: the gradient of $x$ for $y = R\,(\text{factor} \cdot x)$, (rows, width), given $y$'s gradient, the norms' factors, (rows,), and a function that applies $R^\top$ to rows.
+# 2. The formula for $\partial x$ works for any matrix $R$ that preserves inner products. Write `norm_gradient(grad, y, factor, unturn)`: the gradient of $x$ for $y = R\,(\text{factor} \cdot x)$, (rows, width), given $y$'s gradient, the norms' reciprocal root mean squares `factor`, (rows,), and a function that applies $R^\top$ to rows.
 
 
 # %% tags=["solution"]
@@ -629,8 +630,10 @@ upstream = torch.randn(5, 6, generator=generator, dtype=torch.float64)
 scale_of_rows = (rows_here.square().mean(-1) + EPS).rsqrt().detach()
 answer = norm_gradient(upstream, y.detach(), scale_of_rows, lambda rows: rows @ basis)
 worst = (answer - known).abs().max().item()
-assert worst < 1e-6, f"the gradient is off by {worst:.1e} for a random rotation of six numbers"
-print(f"a random rotation in six dimensions: off by at most {worst:.0e}")
+assert worst < 1e-6, (
+    f"the gradient is off by {worst:.1e} for a random orthogonal matrix of six rows"
+)
+print(f"a random orthogonal matrix in six dimensions: off by at most {worst:.0e}")
 
 # %% [markdown]
 # ## Since then

@@ -20,7 +20,7 @@
 #
 # ## The problem
 #
-# An MLP is two matrices with a square between them: $y = \mathrm{relu}(x\,W_1^\top)^2\, W_2^\top$. Forward and backward that is six matrix products of one size, and in `record` there are eleven such layers. What they take, compiled by PyTorch in bfloat16, of a forward and backward pass over 49,152 tokens:
+# An MLP is two matrices with a squared ReLU between them: $y = \mathrm{relu}(x\,W_1^\top)^2\, W_2^\top$. Forward and backward that is six matrix products of one size, and in `record` there are eleven such layers. What they take, compiled by PyTorch in bfloat16, of a forward and backward pass over 49,152 tokens:
 
 # %%
 from speedrun.lab.tier import choose_tier
@@ -58,10 +58,10 @@ print(measured_on(result))
 assert 0.33 < share < 0.38 and 1.4 < six_ms < 1.42 and 300 < hidden_mb < 304
 
 # %% [markdown]
-# More than a third of the pass. The products alone would take two thirds of that by the data sheet, and no product reaches the data sheet. The rest is traffic. Between the first product and the second, 302 megabytes of hidden vectors are written by the product, read by the ReLU, written as squares, and read by the second product. In the backward pass the same happens to their gradient, with the stored vectors read once more.
+# More than a third of the pass. The products alone would take two thirds of that by the data sheet, and no product reaches the data sheet. The rest is that shortfall, and traffic. Between the first product and the second, 302 megabytes of hidden vectors are written by the product, read by the ReLU, written as squares, and read by the second product. In the backward pass the same happens to their gradient, with the stored vectors read once more.
 #
 # ```{admonition} Prediction
-# A kernel that squares in its epilogue saves two of these trips forward and two backward, 1.2 GB or a quarter of a millisecond at an H200's 4.8 TB/s. Eight bits halve the time of a product, in principle. **How much faster is the whole layer in bfloat16 with fused epilogues, and how much with eight bits throughout?** And a number cannot be rounded to eight bits before it is known how large its neighbours are: a scale comes first. The kernel writes the squares tile by tile, so nobody has seen the largest when the first is written. **How large can a square be at most**, if all you know are the weights?
+# A kernel that squares in its *epilogue* (what it does to a tile after the product, before it stores it) saves two of these trips forward and two backward, 1.2 GB or a quarter of a millisecond at an H200's 4.8 TB/s. Eight bits halve the time of a product, in principle. **How much faster is the whole layer in bfloat16 with fused epilogues, and how much with eight bits throughout?** And a number cannot be rounded to eight bits before it is known how large its neighbours are: a scale comes first. The kernel writes the squares tile by tile, so nobody has seen the largest when the first is written. **How large can a square be at most**, if all you know are the weights, and that $x$ has just been RMS-normed?
 # ```
 #
 # ## The idea
@@ -76,20 +76,20 @@ assert 0.33 < share < 0.38 and 1.4 < six_ms < 1.42 and 300 < hidden_mb < 304
 #
 # ### Eight bits want two layouts
 #
-# On Hopper the matrix units take eight-bit operands only with the inner dimension contiguous ([chapter 15](15_low_precision.py)). The squares are an operand twice: in $y = p\,W_2^\top$ the inner dimension is the hidden one, in $\partial W_2 = \partial y^\top p$ it is the tokens. So each of $x$, $p$, $g$, $\partial y$ and the weights is needed straight and transposed. For a tensor of 150 million bytes a pass of its own that only transposes would undo much of the gain (record 92 reports 10.7 seconds a run for it). The epilogue has the tile in registers, and writes it twice.
+# On Hopper the matrix units take eight-bit operands only with the inner dimension contiguous ([chapter 15](15_low_precision.py)). The squares are an operand twice: in $y = p\,W_2^\top$ the inner dimension is the hidden one, in $\partial W_2 = \partial y^\top p$ it is the tokens. So each of $x$, $p$, $g$, $\partial y$ and the weights is needed straight and transposed. A separate transposing pass over 150 million bytes would undo much of the gain (record 92 reports 10.7 seconds a run for it). The epilogue has the tile in registers, and writes it twice.
 #
 # ### Scales without a history
 #
-# The contest's records solve the question of the scale by looking back: they use the largest square of the *previous* step, with a margin of 1.03 (record 92) to 1.8 (record 89). That is called delayed scaling, and it has a price that is not in its running time. The history is a state: it must be right in the first step, saved in checkpoints, reduced over ranks, and a step whose squares grow faster than the margin is clipped.
+# The contest's records solve the question of the scale by looking back: they use the largest square of the *previous* step, with a margin of 1.03 (record 92) to 1.8 (record 89). That is called delayed scaling, and its price is complexity, not time. The history is a state: it must be right in the first step, saved in checkpoints, reduced over ranks, and a step whose squares grow faster than the margin is clipped.
 #
-# Here the norm helps. An RMS norm leaves every row of $x$ with the length $\sqrt{d}$, exactly. By Cauchy and Schwarz no hidden number can then exceed $\sqrt d\,|w_j|$, where $w_j$ is a row of $W_1$, and
+# Here the norm helps. An RMS norm leaves every row of $x$ with the length $\sqrt{d}$. By the Cauchy–Schwarz inequality no hidden number can then exceed $\sqrt d\,|w_j|$, where $w_j$ is a row of $W_1$, and
 #
 # $$
 # p_{tj} \le d\,\max_j |w_j|^2, \qquad
 # |g_{tj}| \le \sqrt d\,\max|\partial y| \cdot \max_j |w'_j| \cdot 2 \sqrt d\, \max_j |w_j| ,
 # $$
 #
-# with $w'_j$ the columns of $W_2$. Both bounds need the weights and one maximum, which are known before the product begins. **Nothing is ever clipped, and there is no state.** What can be wrong with a bound is that it is too large. If $x$ and $w_j$ point in unrelated directions, a square is $|w_j|^2$ on average, 768 times smaller than the bound: nearly ten binary places of e4m3's range are given away. How many has it?
+# with $w'_j$ the columns of $W_2$. Both bounds need the weights and one maximum, which are known before the product begins. (Both gradients are e5m2, so that 57,344 cancels: the scale of $g$ is $2 d \max|w_j| \max|w'_j|$ times the scale of $\partial y$, and that factor depends on the weights alone.) **There is no state, and in exact arithmetic nothing is clipped.** Rounding the operands can lift a row that points exactly along $w_j$ above the bound, by a quarter at most; then the kernel clips it, and real rows are far away. What can be wrong with a bound is that it is too large. If $x$ and $w_j$ point in unrelated directions, a square that ReLU lets through is $|w_j|^2$ on average, 768 times smaller than the bound: nearly ten binary places of e4m3's range are given away. How many has it?
 
 # %%
 import torch
@@ -108,13 +108,13 @@ print(
 assert 0.5 < typical < 1 and 14 < octaves[E4M3] < 15 and 29 < octaves[E5M2] < 30
 
 # %% [markdown]
-# Enough. Average squares lie in the middle of e4m3's range, five octaves above its smallest normal number. A square that is below that is a thousandth of the largest ones that occur, and adds as little to $y$. The gradient's bound gives away ten octaves more, for which e5m2 has room.
+# Enough. Average squares lie five octaves above the smallest normal number and nearly ten below the largest. What is much smaller than average adds as little to $y$. The gradient's bound gives away the same 9.6 octaves, and besides as many as the largest entry of $\partial y$ lies above a typical one; e5m2 has 29.8.
 #
 # ## The code
 #
 # ### Scales
 #
-# One small table for all layers, computed in the forward pass by plain PyTorch, which the compiler fuses. Each scale is repeated four times, because a matrix unit wants it at a multiple of 16 bytes.
+# One small table for all layers, computed in the forward pass by plain PyTorch, which the compiler fuses. Each scale is repeated four times, because cuBLAS takes scales only at addresses that 16 divides.
 
 
 # %%
@@ -158,6 +158,7 @@ def mlp_scales(up: Tensor, down: Tensor) -> Tensor:
 
 # %%
 generator = torch.Generator().manual_seed(0)
+device = machine.device
 WIDTH_HERE, HIDDEN_HERE, ROWS_HERE = 64, 256, 192
 x = torch.nn.functional.rms_norm(
     torch.randn(ROWS_HERE, WIDTH_HERE, generator=generator), (WIDTH_HERE,)
@@ -165,6 +166,7 @@ x = torch.nn.functional.rms_norm(
 up = 0.06 * torch.randn(HIDDEN_HERE, WIDTH_HERE, generator=generator)
 down = 0.05 * torch.randn(WIDTH_HERE, HIDDEN_HERE, generator=generator)
 grad = 1e-5 * torch.randn(ROWS_HERE, WIDTH_HERE, generator=generator)
+x, up, down, grad = (each.to(device) for each in (x, up, down, grad))
 scales = mlp_scales(up[None], down[None])[0]
 of_x, of_up, of_down, of_square, of_hidden = scales[:, 0].tolist()
 h = x @ up.T
@@ -177,13 +179,13 @@ aligned[0] *= WIDTH_HERE**0.5 / aligned[0].norm()
 reached = (aligned @ up.T).relu().square().max() / (448 * of_square)
 assert abs(reached - 1) < 1e-5, "the bound is reached where a vector points along a row"
 print(
-    f"random vectors reach {h.relu().square().max() / (448 * of_square):.1%} of the bound, an aligned one {reached:.1%}"
+    f"the largest square of random vectors (width {WIDTH_HERE}) reaches {h.relu().square().max() / (448 * of_square):.1%} of the bound, an aligned one {reached:.1%}"
 )
 
 # %% [markdown]
 # ### The kernel
 #
-# A product as in every textbook on Triton: a program computes a tile of the result, adding up over the inner dimension. Three things make it fast. Programs are *persistent*: there are as many as the chip holds at a time, and each takes one tile after the other, so that the loads of the next tile begin under the epilogue of the last. Tiles are loaded and stored by *descriptor*, one instruction each where the chip has a tensor memory accelerator. And tiles are numbered so that eight rows of them go through the columns together, and what one program has loaded another finds in the cache.
+# A product as in every textbook on Triton: a program computes a tile of the result, adding up over the inner dimension. Three things make it fast. Programs are *persistent*: there are as many as fit on the GPU at once, and each takes one tile after the other, so that the loads of the next tile begin under the epilogue of the last. Tiles are loaded and stored by *descriptor*, one instruction each where the chip has a tensor memory accelerator. And tiles are numbered so that eight rows of them go through the columns together, and what one program has loaded another finds in the L2 cache.
 #
 # These three are not the MLP's own. [Chapter 19](19_head_and_loss.py)'s head uses them as well.
 
@@ -238,7 +240,7 @@ assert by_hand[8] == (0, 1) and by_hand[24] == (8, 0)
 print("the first tiles of 20 × 3:", by_hand[:10])
 
 # %% [markdown]
-# The epilogue. `P` is `None` in the forward pass, and Triton compiles the kernel without that branch. The tile comes in two halves, which halves the shared memory that its stores need. A value that is not a number stays so: `maximum` and `clamp` would swallow it otherwise, and a diverging run would look healthy.
+# The epilogue. In the forward pass `P` is `None`; Triton resolves `if P is None` when it compiles and drops the other branch. The tile comes in two halves, which halves the shared memory that its stores need. NaN stays NaN: `maximum` and `clamp` would swallow it otherwise, and a diverging run would look healthy. (An infinity is clipped.)
 
 
 # %%
@@ -322,7 +324,9 @@ for chip, blocks in CONFIGS.items():
     for way, each in zip(("forward", "backward"), blocks):
         operands = (each.rows + each.columns) * each.depth * each.stages * each.programs
         limit = 101_376 if chip in (89, 120) else 232_448
-        assert operands < limit, "bytes of shared memory that a multiprocessor has"
+        assert operands < limit, (
+            f"{operands:,} bytes of shared memory of {limit:,}, and the epilogue needs some"
+        )
         print(
             f"compute capability {chip / 10}: {way:8} {each.rows} × {each.columns} × {each.depth}, operands in flight: {operands / 1024:.0f} KiB of {limit / 1024:.0f}"
         )
@@ -391,7 +395,7 @@ def launch_hidden(
 # %% [markdown]
 # ### The reference, and who decides
 #
-# The reference is the same in plain PyTorch. It is what runs on CPUs, and for sizes that the matrix units do not take (multiples of 16 only).
+# The reference is the same in plain PyTorch. It is what runs on CPUs. On a GPU, tokens, width and hidden must be multiples of 16, and other sizes are refused.
 
 
 # %%
@@ -425,7 +429,7 @@ def hidden_layer(
     a: Tensor, w: Tensor, scales: tuple, kind: torch.dtype, square: Tensor | None = None
 ) -> tuple[Tensor, Any]:
     """`hidden_reference` in both layouts, by the kernel where there is one."""
-    if why_no_kernel(a.device) or any(size % 16 for size in (*a.shape, len(w))):
+    if why_no_kernel(a.device):
         return hidden_reference(a, w, scales, kind, square)
     blocks = blocks_for(a.device, CONFIGS)[square is not None]
     bulk = torch.cuda.get_device_capability(a.device) >= (9, 0)
@@ -441,23 +445,33 @@ told = x8, up8, (of_x, of_up, None, of_square), E4M3
 narrow = Blocks(32, 64, 32, 4, 2)
 square, turned = launch_hidden(*told, None, True, narrow, False)
 wanted, _ = hidden_reference(*told)
-assert torch.equal(square.float(), wanted.float()) and torch.equal(turned.float(), square.float().T)
+
+
+def alike(found: Tensor, known: Tensor) -> bool:
+    """Equal bits; on a GPU, whose sums have another order, of all but a few."""
+    share = (found.float() != known.float()).float().mean()
+    return share == 0 or (machine.device == "cuda" and share < 0.02)
+
+
+assert alike(square, wanted) and torch.equal(turned.float(), square.float().T)
 exact = h.double().relu().square()
 off = (square.double() * of_square.double() - exact).norm() / exact.norm()
 of_grad = scale_of(grad, E5M2)
 grad8, down8t = quantize(grad, of_grad, E5M2)[0], quantize(down, of_down, turned=True)[1]
 told = grad8, down8t, (of_grad, of_down, of_square, of_hidden * of_grad), E5M2, square
 hidden, _ = launch_hidden(*told, True, narrow, False)
-assert torch.equal(hidden.float(), hidden_reference(*told)[0].float())
+assert alike(hidden, hidden_reference(*told)[0])
 off_hidden = (
     hidden.double() * (of_hidden * of_grad).double() - g.double()
 ).norm() / g.double().norm()
 print(
-    f"kernel and reference agree in every bit; the squares are off by {off:.1%}, their gradient by {off_hidden:.1%}"
+    f"kernel and reference agree; the squares are off by {off:.1%}, their gradient by {off_hidden:.1%}"
 )
 assert 0.03 < off < 0.08 and 0.06 < off_hidden < 0.12
 
 # %% [markdown]
+# In the interpreter they agree in every bit. It computes in float32 and without descriptors, so the transposed store is compared entry by entry by a test that needs a GPU. There the kernel's sums of 768 products are *fast* ([chapter 15](15_low_precision.py)); of the terms' rounding that is a small part. The four products that the library computes, two of which sum over tokens, are slow.
+#
 # ### The operator
 #
 # For autograd and the compiler the whole layer is one operator. Its forward pass quantises, multiplies twice and keeps five tensors of one byte a number. Its backward pass has four products. The scale of the output gradient is computed outside of the operator, where the compiler fuses the maximum with whatever makes the gradient.
@@ -484,12 +498,15 @@ def mlp_op(x: Tensor, up: Tensor, down: Tensor, scales: Tensor) -> list[Tensor]:
 # %%
 #| export
 def check_mlp(x: Tensor, up: Tensor, down: Tensor) -> None:
-    """Raise ValueError for shapes that are no MLP's."""
+    """Raise ValueError for shapes that are no MLP's, and on a GPU for sizes that are no multiples of 16."""
     if x.dim() != 2 or up.dim() != 2 or x.shape[1] != up.shape[1] or down.shape != up.mT.shape:
         shapes = ", ".join(str(tuple(each.shape)) for each in (x, up, down))
         raise ValueError(
             f"x (tokens, width), up (hidden, width), down (width, hidden), not {shapes}"
         )
+    if x.device.type == "cuda" and any(size % 16 for size in (*x.shape, len(up))):
+        sizes = f"{len(x)} tokens, width {x.shape[1]}, hidden {len(up)}"
+        raise ValueError(f"matrix units for eight bits want multiples of 16, not {sizes}")
 
 
 @mlp_op.register_fake
@@ -555,7 +572,7 @@ one_step = torch.compile(lambda x, up, down: mlp_op(x, up, down, scales)[0], ful
 assert torch.equal(one_step(*leaves), y), "one operator for the compiler"
 
 # %% [markdown]
-# Six per cent in the output and up to nine in the gradients sounds like a lot, and is what the formats cost ([chapter 15](15_low_precision.py)): each rounding to e4m3 is worth 2.4% and to e5m2 4.7%, they add up as squares, and squaring doubles an error. It is noise of zero mean that is drawn anew in each step, as the noise of a small batch is; a run has to say what it costs.
+# Six per cent in the output and up to nine in the gradients sounds like a lot, and is what the formats cost ([chapter 15](15_low_precision.py)). A rounding to e4m3 is worth some 2.5%, one to e5m2 twice that, and errors of different tensors add up as squares. (Squaring doubles a number's relative error, but most of a hidden vector's error sits on its small numbers; of the norm it makes $2/\sqrt3$.) It is not the noise of a small batch: equal numbers get equal errors, and a weight keeps its error until it has moved by a gap of the format. What that costs, only a run can say.
 #
 # In the model this is a switch of [chapter 05](05_modern_block.py)'s block, `model.block.fp8`. Training takes it; validation multiplies in bfloat16, as the records' does, so that a loss is the weights' and not the kernel's.
 #
@@ -583,7 +600,7 @@ from speedrun.lab.provenance import stamp
 from speedrun.measure.runs import config_of_run, relative_error
 
 NAMES = ()
-ON_GPUS = ("kernels", "trained")  # trained: the folder of a finished run
+ON_GPUS = ("kernels", "trained")  # trained: the folder of a finished run, anywhere
 SHAPES = (16_384, 32_768, 49_152, 65_536)  # tokens of record_200m's forward passes
 WIDTH, HIDDEN = 768, 3072
 BF16_BLOCKS = Blocks(128, 256, 64, 8, 4), Blocks(128, 256, 64, 8, 3)
@@ -748,9 +765,9 @@ assert [n - 17 for n, count in enumerate(seen_powers["counts"]) for _ in range(c
 #| export measure.mlp
 def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
     """kernels: times and errors. trained: which numbers a finished run's hidden layers hold; its argument the run's folder."""
-    if not torch.cuda.is_available():
-        raise UserError(f"{name} needs FP8 matrix units", "run it on an NVIDIA GPU")
     modules = ["speedrun.measure.mlp"]
+    if name == "kernels" and not torch.cuda.is_available():
+        raise UserError(f"{name} needs FP8 matrix units", "run it on an NVIDIA GPU")
     if name == "kernels":
         return measure_kernels(), stamp(command, modules, 1, [0])
     if not arguments:
@@ -775,6 +792,16 @@ print(
 print(f"the six by the data sheet: {six_fp8_ms:.2f} ms; {measured_on(result)}")
 assert all(1.07 < each < 1.12 for each in faster["fused"]) and max(faster["fp8"]) < 1.65
 assert min(faster["fp8"]) > 1.4 and sum(products) < 1.25 and sum(around) < 0.17
+library = 4 * six_fp8_ms / 6 / sum(part[name] for name in ("square down", "dx", "dup", "ddown"))
+own = [six_fp8_ms / 6 / part[name] for name in blocks.values()]
+print(
+    f"of the data sheet: the library's four {library:.0%}, ours {own[0]:.0%} and {own[1]:.0%}; the library's first product, into bfloat16: {part['x up']:.2f} ms"
+)
+assert 0.7 < library < 0.73 and 0.5 < own[0] < 0.53 and 0.38 < own[1] < 0.4
+assert (
+    0.18 < rows["plain", TOKENS] - rows["fused", TOKENS] < 0.2
+    and 0.11 < sum(around) / rows["fp8", TOKENS] < 0.13
+)
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Left: milliseconds of a layer in three versions at four token counts. Right: a forward and backward pass of record_200m by kind of kernel, with the MLP in bfloat16 and in eight bits."}}
 from matplotlib import pyplot as plt
@@ -809,11 +836,11 @@ plt.show()
 assert 0.13 < saved < 0.16
 products_saved = before["matmul"] - after["matmul"] - after["MLP"]
 around_saved = before["wall"] - after["wall"] - products_saved
-print(f"of {before['wall'] - after['wall']:.1f} ms saved in {LAYERS} layers, products gave {products_saved:.1f}, traffic and launches {around_saved:.1f}")  # fmt: skip
+print(f"of {before['wall'] - after['wall']:.1f} ms saved in {LAYERS} layers, products gave {products_saved:.1f}, everything else, net of quantising, {around_saved:.1f}")  # fmt: skip
 assert 6 < products_saved < 7.5 and 2.5 < around_saved < 4
 
 # %% [markdown]
-# The answer to the prediction: fused epilogues alone are worth a tenth, since most of the layer's time is products and not traffic; with eight bits the layer is 1.4 to 1.6 times as fast, not twice. Two things are in the way of two. Quantising costs a tenth of the layer. And a product in eight bits reaches a smaller share of what the data sheet promises, because its tiles are done before the next ones have come.
+# The answer to the prediction: fused epilogues save 0.19 ms of the quarter that was counted, less than a tenth of the layer, since most of its time is products and not traffic. With eight bits it is 1.4 to 1.6 times as fast, not twice. Quantising takes an eighth of the layer. The four library products reach 71% of the data sheet, about what they reach in bfloat16; our two reach half and two fifths, for their epilogues write 302 megabytes each and one reads another 151. (The library's own first product, with one bfloat16 result instead of two copies in eight bits, takes 0.21 ms, ours 0.23.) What exactly they wait for has not been found out.
 #
 # How exact is it on the GPU? Against float64, 4,096 tokens:
 
@@ -826,7 +853,7 @@ assert later["fused"]["dx"] < later["plain"]["dx"] < 0.005 and 0.09 < later["fp8
 assert all(e["y"] == e["dx"] == e["dup"] == 0 for e in result["data"]["errors"] if e["zero"])
 
 # %% [markdown]
-# At step 0 the second matrix is zero, so are its scale's ingredients, and what should be zero is zero, not NaN.
+# At step 0 the second matrix is zero, and so are the norms that its scales are made from. They end at 1e-12 instead, and what should be zero is zero, not NaN.
 #
 # ## What it buys
 #
@@ -845,18 +872,20 @@ print(f"{shorter:.0%} less time, {lost:+.4f} in loss; {measured_on(load_result('
 assert 0.26 < shorter < 0.3 and 0.001 < lost < 0.004
 
 # %% [markdown]
-# More than a quarter of the training time, for under three thousandths of a nat. With two runs against two and a spread of one to two thousandths between seeds, that loss is barely distinguishable from none. The contest's own numbers agree: record 89 saw a ten-thousandth for its forward pass in FP8, record 92's ablation four ten-thousandths for both passes, with three runs at most.
+# More than a quarter of the training time, and both seeds end 0.0027 higher. Two pairs cannot fix the size of that, but its sign is hardly in doubt. The contest reports less: 0.0001 for the forward pass (record 89), 0.0004 for MLP and head's copies together (record 92, two runs).
 #
 # ## What it costs, and when it fails
 #
 # - The bound is the RMS norm's. With layer norm's gains, with biases or with GELU it does not hold, and the trainer refuses the switch by name.
 # - A layer keeps five tensors for the backward pass, of one byte a number. That is less than bfloat16's: peak memory falls.
-# - Python has more to do. A layer is a dozen launches and four descriptors, where the compiler's was a handful. At 49,152 tokens the GPU is slower than Python; at the 16,384 tokens a rank has with eight GPUs, and in a small model, it may not be. `small` therefore keeps its MLP in bfloat16. CUDA graphs would answer this, and are not built yet.
+# - A square that rounds to zero has a gradient of exactly zero; in bfloat16 it would be small. Of random vectors that happens to a few per cent of the positive hidden numbers.
+# - Python has more to do. A layer is about a dozen launches and nine descriptors, made anew in each pass, where the compiler's was a handful. At 49,152 tokens the GPU is mostly busy; at the 16,384 tokens a rank has with eight GPUs, and in a small model, it may not be. `small` therefore keeps its MLP in bfloat16. CUDA graphs would answer this, and are not built yet.
 # - GPUs without units for eight bits compute the layer in bfloat16, by PyTorch.
 #
 # ## What did not work
 
 # %%
+print("(rows, columns, depth, warps, stages, programs on a multiprocessor)")
 tried = {name: ms for name, ms in part.items() if name.startswith(("forward (", "backward ("))}
 for way in ("forward", "backward"):
     best = min(ms for name, ms in tried.items() if name.startswith(way))
@@ -871,7 +900,7 @@ print(
 assert 0.02 < tried[blocks["forward"]] - straight < 0.04
 
 # %% [markdown]
-# - **Record 59's tile**, 128 × 256, is not the best here: two programs with smaller tiles overlap better. The backward pass wants the inner dimension in smaller pieces, since it needs shared memory for a tile of squares.
+# - **Record 59's tile**, 128 × 256, is not the best here, by 7% forward and 13% backward: probably two programs with smaller tiles overlap better. The backward pass wants the inner dimension in smaller pieces, probably because it needs shared memory for a tile of squares, and two programs no longer fit with the larger ones.
 # - **A second layout by pointers.** On chips whose tiles are not stored by descriptor (Ada), a kernel that wrote the eight-bit tile straight and transposed got a quarter of the transposed entries wrong when it was tried on an H200, whether it turned the tile before or after rounding. There the copy is made afterwards.
 # - **QKV in eight bits**, which records 90 and 92 have. What its three products would save is about what quantising a gradient of 2,304 numbers a token costs, unless the kernel that makes that gradient quantises it, too. That is counted, not measured.
 #
@@ -927,4 +956,4 @@ print("of 999 steps of a random walk of 10% a step:", {margin: clipped_steps(noi
 # %% [markdown]
 # ## Since then
 #
-# Record 92's MLP has the same six products in eight bits, 128 × 256 tiles and delayed scales. Record 90 rounds the gradients to e4m3 as well, with scales of the step before, and finds that a stale scale for the *incoming* gradient lets errors grow, so that one is exact there as here. Both multiply Q, K and V in eight bits too. [Chapter 15](15_low_precision.py) has the formats, [chapter 19](19_head_and_loss.py) the head's kernel, [chapter 17](17_norm_and_rotary.py) what stands around attention.
+# Record 92's MLP has the same six products in eight bits, 128 × 256 tiles and delayed scales. Record 90 rounds the gradients to e4m3 as well, with scales of the step before, and finds that a stale scale for the *incoming* gradient lets errors grow, so that it computes that one from the current gradient, as we do. Both multiply Q, K and V in eight bits too. [Chapter 15](15_low_precision.py) has the formats, [chapter 19](19_head_and_loss.py) the head's kernel, [chapter 17](17_norm_and_rotary.py) what stands around attention.

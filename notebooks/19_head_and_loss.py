@@ -160,6 +160,7 @@ x = torch.randn(60, 32, generator=generator, dtype=torch.float64)
 w = torch.randn(32, 100, generator=generator, dtype=torch.float64)
 targets = torch.randint(0, 100, (60,), generator=generator)
 everything = torch.ones(100, dtype=torch.bool)
+x, w, targets, everything = (each.to(machine.device) for each in (x, w, targets, everything))
 asked = x.clone().requires_grad_(), w.clone().requires_grad_()
 bounded = CAP * torch.sigmoid((asked[0] @ asked[1] + SHIFT) / SLOPE)
 by_autograd = torch.nn.functional.cross_entropy(bounded, targets)
@@ -373,7 +374,7 @@ def launch_head(
 
 # %%
 narrow = Blocks(32, 32, 16, 4, 2, 1)
-g, gt, sums = launch_head(x.float(), w.T.float().contiguous(), torch.ones(1), torch.float32, narrow, False, False)  # fmt: skip
+g, gt, sums = launch_head(x.float(), w.T.float().contiguous(), torch.ones(1, device=machine.device), torch.float32, narrow, False, False)  # fmt: skip
 s = squashed(x, w)
 assert torch.allclose(sums.double(), torch.exp(CAP * s - CAP).sum(1))
 assert torch.allclose(g.double() / GAIN, torch.exp(CAP * s - CAP) * s * (1 - s), atol=1e-9)

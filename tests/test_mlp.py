@@ -184,6 +184,18 @@ class TestOperator:
         with pytest.raises(ValueError, match=r"x \(tokens, width\)"):
             mlp_op(*(each.float() for each in spoil(*drawn(32, 16, 32)[:3])), torch.ones(5, 4))
 
+    @pytest.mark.parametrize("sizes", [(40, 32, 64), (48, 24, 64), (48, 32, 72)])
+    def test_on_a_gpu_sizes_are_multiples_of_16(self, sizes):
+        tokens, width, hidden = sizes
+        told = [torch.empty(shape, device="meta") for shape in ((tokens, width), (hidden, width), (width, hidden))]  # fmt: skip
+        kernels.check_mlp(*told)  # elsewhere any size
+
+        class OnGPU(torch.Tensor):
+            device = torch.device("cuda")
+
+        with pytest.raises(ValueError, match="multiples of 16"):
+            kernels.check_mlp(told[0].as_subclass(OnGPU), *told[1:])
+
     def test_why_there_is_no_kernel(self, monkeypatch):
         assert "no NVIDIA GPU" in kernels.why_no_kernel(torch.device("cpu"))
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))

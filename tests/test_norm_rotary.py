@@ -99,10 +99,13 @@ class TestOperator:
         found = torch.autograd.grad(compiled(leaf), leaf, [each.float() for each in grads])[0]
         assert torch.equal(found, known)
 
-    @pytest.mark.parametrize(("columns", "tokens"), [(95, 20), (96, 19), (90, 20)])
-    def test_what_it_cannot_take_is_refused(self, columns, tokens):
-        with pytest.raises(ValueError, match=r"qkv \(tokens, 3 · 2 heads · head_dim\)"):
-            norm_rotary_op(torch.ones(20, columns), torch.ones(tokens, 8), torch.ones(tokens, 8), 2)
+    @pytest.mark.parametrize(
+        ("columns", "tokens", "half"), [(95, 20, 8), (96, 19, 8), (90, 20, 8), (72, 20, 6)]
+    )
+    def test_what_it_cannot_take_is_refused(self, columns, tokens, half):
+        turns = torch.ones(tokens, half)
+        with pytest.raises(ValueError, match=r"3 · 2 heads · head_dim, a power of two"):
+            norm_rotary_op(torch.ones(20, columns), turns, turns, 2)
 
     def test_gradients_in_any_layout(self):
         qkv, cos, sin, grads = (each for each in drawn(20, 2, 16))

@@ -222,7 +222,7 @@ def hidden_layer(
     a: Tensor, w: Tensor, scales: tuple, kind: torch.dtype, square: Tensor | None = None
 ) -> tuple[Tensor, Any]:
     """`hidden_reference` in both layouts, by the kernel where there is one."""
-    if why_no_kernel(a.device) or any(size % 16 for size in (*a.shape, len(w))):
+    if why_no_kernel(a.device):
         return hidden_reference(a, w, scales, kind, square)
     blocks = blocks_for(a.device, CONFIGS)[square is not None]
     bulk = torch.cuda.get_device_capability(a.device) >= (9, 0)
@@ -247,12 +247,15 @@ def mlp_op(x: Tensor, up: Tensor, down: Tensor, scales: Tensor) -> list[Tensor]:
 
 
 def check_mlp(x: Tensor, up: Tensor, down: Tensor) -> None:
-    """Raise ValueError for shapes that are no MLP's."""
+    """Raise ValueError for shapes that are no MLP's, and on a GPU for sizes that are no multiples of 16."""
     if x.dim() != 2 or up.dim() != 2 or x.shape[1] != up.shape[1] or down.shape != up.mT.shape:
         shapes = ", ".join(str(tuple(each.shape)) for each in (x, up, down))
         raise ValueError(
             f"x (tokens, width), up (hidden, width), down (width, hidden), not {shapes}"
         )
+    if x.device.type == "cuda" and any(size % 16 for size in (*x.shape, len(up))):
+        sizes = f"{len(x)} tokens, width {x.shape[1]}, hidden {len(up)}"
+        raise ValueError(f"matrix units for eight bits want multiples of 16, not {sizes}")
 
 
 @mlp_op.register_fake

@@ -92,14 +92,15 @@ def norm_rotary_gradient_kernel(
 # %% The operators
 @torch.library.custom_op(f"{NAMESPACE}::norm_rotary", mutates_args=())
 def norm_rotary_op(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int) -> list[Tensor]:
-    """Queries and keys, RMS-normed and turned, and values, (tokens, heads, head_dim) each; and what the norms multiplied by, (2, tokens, heads) float32.
+    """Queries and keys, RMS-normed and turned, and values, (tokens, heads, head_dim) each; and their reciprocal root mean squares (rstd), (2, tokens, heads) float32, through which no gradient flows.
 
     qkv: (tokens, 3 · heads · head_dim). cos, sin: (tokens, head_dim / 2) float32. A pair is a number of a head's first half and one of its second. Computed in float32, for heads of a power of two of numbers.
     """
     tokens, half = len(qkv), qkv.shape[1] // (6 * heads)
-    if qkv.shape[1] % (6 * heads) or not cos.shape == sin.shape == (tokens, half):
+    fits = qkv.shape[1] == 6 * heads * half and half & (half - 1) == 0 < half
+    if not (fits and cos.shape == sin.shape == (tokens, half)):
         shapes = f"{tuple(qkv.shape)}, {tuple(cos.shape)}, {tuple(sin.shape)}"
-        raise ValueError(f"qkv (tokens, 3 · {heads} heads · head_dim), cos and sin (tokens, head_dim / 2), not {shapes}")  # fmt: skip
+        raise ValueError(f"qkv (tokens, 3 · {heads} heads · head_dim, a power of two), cos and sin (tokens, head_dim / 2), not {shapes}")  # fmt: skip
     qkv, cos, sin = qkv.contiguous(), cos.contiguous(), sin.contiguous()
     q, k, v = (qkv.new_empty(tokens, heads, 2 * half) for _ in range(3))
     factors, grid = cos.new_empty(2, tokens, heads), (-(-tokens // ROWS),)

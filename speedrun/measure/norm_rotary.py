@@ -43,7 +43,7 @@ def drawn_heads(tokens: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, lis
 
 
 def separate(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int) -> list[Tensor]:
-    """Chapters 05's norm and 06's rotation: q, k and v, (tokens, heads, head_dim)."""
+    """Chapter 05's norm and chapter 06's rotation: q, k and v, (tokens, heads, head_dim)."""
     q, k, v = qkv.view(1, len(qkv), 3, heads, -1).permute(2, 0, 3, 1, 4)
     q, k = (apply_rotary(rms_norm(each), cos, sin) for each in (q, k))
     return [each[0].transpose(0, 1).to(v.dtype).contiguous() for each in (q, k, v)]
