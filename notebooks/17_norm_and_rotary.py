@@ -345,7 +345,7 @@ assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(inner, before_turning
 # ## The measurement
 
 
-# %%
+# %% tags=["hide-input"]
 #| export measure.norm_rotary
 import dataclasses
 import tempfile
@@ -384,7 +384,7 @@ def drawn_heads(tokens: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, lis
     return draw(tokens, 3 * HEADS * HEAD_DIM).bfloat16(), cos, sin, grads
 
 
-# %%
+# %% tags=["hide-input"]
 #| export measure.norm_rotary
 def separate(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int) -> list[Tensor]:
     """Chapter 05's norm and chapter 06's rotation: q, k and v, (tokens, heads, head_dim)."""
@@ -437,7 +437,7 @@ def measure_kernels() -> dict[str, Any]:
     return found
 
 
-# %%
+# %% tags=["hide-input"]
 #| export measure.norm_rotary
 HEAD = {"model.head.fp8": False}
 ARMS: dict[str, dict[str, Any]] = {  # what is left out of record_200m, one thing more in each line
@@ -493,7 +493,7 @@ def ledger_of(arm: str, folder: str, step: int = 500) -> dict[str, Any]:
     }
 
 
-# %%
+# %% tags=["hide-input"]
 #| export measure.norm_rotary
 def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
     """kernels: times and errors. ledger: where a forward and backward pass's time goes, with and without each kernel; its argument the folder of a corpus."""

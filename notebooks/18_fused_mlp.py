@@ -579,7 +579,7 @@ assert torch.equal(one_step(*leaves), y), "one operator for the compiler"
 # ## The measurement
 
 
-# %%
+# %% tags=["hide-input"]
 #| export measure.mlp
 import sys
 import tempfile
@@ -622,7 +622,7 @@ def exact_mlp(x: Tensor, up: Tensor, down: Tensor, grad: Tensor) -> list[Tensor]
     return [y, *torch.autograd.grad(y, leaves, grad)]
 
 
-# %%
+# %% tags=["hide-input"]
 #| export measure.mlp
 def plain_mlp(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
     """Chapter 05's MLP, in bfloat16."""
@@ -660,7 +660,7 @@ def mlp_versions(x: Tensor, up: Tensor, down: Tensor, grad: Tensor) -> dict[str,
     return {"plain": plain, "fused": partial(fused_bfloat16, *given), "fp8": partial(fp8_mlp, *given)}  # fmt: skip
 
 
-# %%
+# %% tags=["hide-input"]
 #| export measure.mlp
 def parts_of(x: Tensor, up: Tensor, down: Tensor, grad: Tensor) -> dict[str, Callable[[], Any]]:
     """What version 3 consists of; and the kernels in other blocks."""
@@ -715,7 +715,7 @@ def measure_kernels() -> dict[str, Any]:
     return found
 
 
-# %%
+# %% tags=["hide-input"]
 #| export measure.mlp
 def exponents(values: Tensor) -> dict[str, Any]:
     """How often each power of two occurs among magnitudes, from 2^-17 to 2^16, how many are 0, and the largest."""
@@ -761,7 +761,7 @@ assert [n - 17 for n, count in enumerate(seen_powers["counts"]) for _ in range(c
 ]
 
 
-# %%
+# %% tags=["hide-input"]
 #| export measure.mlp
 def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
     """kernels: times and errors. trained: which numbers a finished run's hidden layers hold; its argument the run's folder."""
@@ -816,7 +816,7 @@ for ms, style in ((six_ms, "--"), (six_fp8_ms, ":")):
     left.plot(SHAPES, [ms * tokens / TOKENS for tokens in SHAPES], style, color="k", lw=1)
 left.set_xlabel("tokens (dashed, dotted: six products by the data sheet)")
 left.set_ylabel("ms, forward and backward")
-left.set_title(f"one layer: {min(faster['fp8']):.1f} to {max(faster['fp8']):.1f} times as fast in eight bits")  # fmt: skip
+left.set_title(f"one layer, in eight bits:\n{min(faster['fp8']):.1f} to {max(faster['fp8']):.1f} times as fast")  # fmt: skip
 left.legend(fontsize=7)
 after = arms["without the kernel"]
 kinds = ["matmul", "MLP", "quantising", "attention", "pointwise", "gathers and scatters", "head", "gaps"]  # fmt: skip
@@ -827,7 +827,7 @@ for number, kind in enumerate(kinds):
     bottoms += ms
 right.set_ylabel("ms of a pass of 49,152 tokens")
 saved = 1 - after["wall"] / before["wall"]
-right.set_title(f"of the whole pass {saved:.0%} is gone")
+right.set_title(f"the whole pass:\n{saved:.0%} less time")
 right.legend(fontsize=6.5, loc="center left", bbox_to_anchor=(1, 0.5))
 fig.text(0.99, -0.04, measured_on(result), ha="right", fontsize=6.5)
 plt.show()
@@ -846,8 +846,8 @@ assert 6 < products_saved < 7.5 and 2.5 < around_saved < 4
 
 # %%
 for error in result["data"]["errors"]:
-    when = "at step 0 (W₂ is zero)" if error["zero"] else "later"
-    print(f"{when:24} {NAMES_OF[error['name']]:32}", *(f"{key} {error[key]:.1%}" for key in ("y", "dx", "dup", "ddown")))  # fmt: skip
+    when, keys = "step 0" if error["zero"] else "later", ("y", "dx", "dup", "ddown")
+    print(f"{when:7} {error['name']:6}", *(f"{key} {error[key]:5.1%} " for key in keys))
 later = {e["name"]: e for e in result["data"]["errors"] if not e["zero"]}
 assert later["fused"]["dx"] < later["plain"]["dx"] < 0.005 and 0.09 < later["fp8"]["dx"] < 0.1
 assert all(e["y"] == e["dx"] == e["dup"] == 0 for e in result["data"]["errors"] if e["zero"])
