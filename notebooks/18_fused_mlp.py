@@ -500,7 +500,7 @@ def mlp_op(x: Tensor, up: Tensor, down: Tensor, scales: Tensor) -> list[Tensor]:
 def check_mlp(x: Tensor, up: Tensor, down: Tensor) -> None:
     """Raise ValueError for shapes that are no MLP's, and on a GPU for sizes that are no multiples of 16."""
     if x.dim() != 2 or up.dim() != 2 or x.shape[1] != up.shape[1] or down.shape != up.mT.shape:
-        shapes = ", ".join(str(tuple(each.shape)) for each in (x, up, down))
+        shapes = f"{tuple(x.shape)}, {tuple(up.shape)}, {tuple(down.shape)}"
         raise ValueError(
             f"x (tokens, width), up (hidden, width), down (width, hidden), not {shapes}"
         )
@@ -840,7 +840,7 @@ print(f"of {before['wall'] - after['wall']:.1f} ms saved in {LAYERS} layers, pro
 assert 6 < products_saved < 7.5 and 2.5 < around_saved < 4
 
 # %% [markdown]
-# The answer to the prediction: fused epilogues save 0.19 ms of the quarter that was counted, less than a tenth of the layer, since most of its time is products and not traffic. With eight bits it is 1.4 to 1.6 times as fast, not twice. Quantising takes an eighth of the layer. The four library products reach 71% of the data sheet, about what they reach in bfloat16; our two reach half and two fifths, for their epilogues write 302 megabytes each and one reads another 151. (The library's own first product, with one bfloat16 result instead of two copies in eight bits, takes 0.21 ms, ours 0.23.) What exactly they wait for has not been found out.
+# The answer to the prediction: fused epilogues save 0.19 ms of the quarter that was counted, less than a tenth of the layer, since most of its time is products and not traffic. With eight bits it is 1.4 to 1.6 times as fast, not twice. Quantising takes an eighth of the layer. The four library products reach 72% of the data sheet, about what they reach in bfloat16; our two reach half and two fifths, for their epilogues write 302 megabytes each and one reads another 151. (The library's own first product, with one bfloat16 result instead of two copies in eight bits, takes 0.21 ms, ours 0.23.) What exactly they wait for has not been found out.
 #
 # How exact is it on the GPU? Against float64, 4,096 tokens:
 

@@ -249,7 +249,7 @@ def mlp_op(x: Tensor, up: Tensor, down: Tensor, scales: Tensor) -> list[Tensor]:
 def check_mlp(x: Tensor, up: Tensor, down: Tensor) -> None:
     """Raise ValueError for shapes that are no MLP's, and on a GPU for sizes that are no multiples of 16."""
     if x.dim() != 2 or up.dim() != 2 or x.shape[1] != up.shape[1] or down.shape != up.mT.shape:
-        shapes = ", ".join(str(tuple(each.shape)) for each in (x, up, down))
+        shapes = f"{tuple(x.shape)}, {tuple(up.shape)}, {tuple(down.shape)}"
         raise ValueError(
             f"x (tokens, width), up (hidden, width), down (width, hidden), not {shapes}"
         )
