@@ -790,8 +790,8 @@ for version, label in NAMES_OF.items():
     found = [rows[version, tokens] for tokens, _ in SHAPES]
     print(f"{label:32}", *(f"{row['p50']:6.2f} ms, {row['peak_mib'] / 1024:4.1f} GiB" for row in found), sep="  ")  # fmt: skip
 one, few, base = (np.array([rows[name, tokens]["p50"] for tokens, _ in SHAPES]) for name in ("one pass", "sampled", "plain"))  # fmt: skip
-assert (1.65 < base / one).all() and (base / one < 2.2).all() and (2.5 < base / few).all()
-assert (base / few)[1:].min() > 4, "from 32,768 tokens on"
+assert (1.9 < (base / one)[1:]).all() and (base / one < 2.2).all() and (4 < (base / few)[1:]).all()
+assert (base / one)[0] > 1.65 and (base / few)[0] > 2.5, "16,384 tokens: see below"
 assert rows["two passes", TOKENS]["p50"] > rows["plain", TOKENS]["p50"]
 print(f"against PyTorch: {(base / one).min():.1f} to {(base / one).max():.1f} times as fast, with candidates {(base / few).min():.1f} to {(base / few).max():.1f} times")  # fmt: skip
 alone = result["data"]["blocks"]["as it is"]["p50"]

@@ -1157,11 +1157,16 @@ for name, runs in made.items():
     thirds = [[quantile(run["steps_ms"], share) for share in (1 / 6, 1 / 2, 5 / 6)] for run in runs]
     lost = describe(run["curve"][-1]["val_loss"] for run in runs)
     print(f"{kinds[name]}: {lost} nats a token;", *(f"{run['seconds']:.1f} s" for run in runs))
+    apart = max(max(stage) / min(stage) for stage in zip(*thirds))
+    assert apart < (1.06 if name == "record_200m" else 1.02), "both runs alike"
     each = ["/".join(f"{ms:.0f}" for ms in sorted(stage)) for stage in zip(*thirds)]
     print(f"  a step of the three thirds, in both runs: {', '.join(each)} ms")
     memory = max(run["memory_mb"]["reserved"] for run in runs) / 1024
     print(f"  reserved on each GPU, validation included: {memory:.1f} GiB")
-    assert lost.mean < 3.264 and max(run["seconds"] for run in runs) < 385 / runs[0]["world"]
+    assert (
+        lost.mean < (3.264 if name == "record_200m" else 3.261)
+        and max(run["seconds"] for run in runs) < 385 / runs[0]["world"]
+    )
 prepared = [run["prepared_s"] for runs in made.values() for run in runs]
 cold, warm = [s for s in prepared if s > 60], [s for s in prepared if s < 20]
 assert len(cold) + len(warm) == len(prepared) and len(warm) == 3

@@ -157,14 +157,19 @@ def hidden_of_run(folder: Path) -> dict[str, Any]:
 
     config, rows = config_of_run(folder), list[dict[str, Any]]()
 
-    def watch(a: Tensor, w: Tensor, scales: tuple, kind: torch.dtype, square: Any = None) -> tuple:
+    def recorded(
+        a: Tensor, w: Tensor, scales: tuple, kind: torch.dtype, square: Any = None
+    ) -> tuple:
         out = hidden_layer(a, w, scales, kind, square)
         way = "forward" if square is None else "backward"
         rows.append({"pass": way, "operand": exponents(a)} | exponents(out[0]))
         return out
 
     module = sys.modules[hidden_layer.__module__]
-    with tempfile.TemporaryDirectory() as scratch, mock.patch.object(module, "hidden_layer", watch):
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        mock.patch.object(module, "hidden_layer", recorded),
+    ):
         run = build_run(config, Path(scratch), echo=None)
         run.folder = folder
         resume(run)
