@@ -333,30 +333,28 @@ def scalar_specs(
 # %%
 #| export
 def mix_residual(
-    x: Tensor,
-    x0: Tensor,
-    outputs: Sequence[Tensor],
-    spec: LayerSpec,
-    weights: Mapping[str, Tensor],
-    skips: str,
+    x: Tensor, x0: Tensor, skip: Tensor | None, weights: Mapping[str, Tensor], skips: str
 ) -> Tensor:
-    """What a layer gets, (batch, tokens, width): the stream, with an earlier layer's output and x0 mixed in."""
-    if spec.skip is not None:
+    """What a layer gets, (batch, tokens, width): the stream, with an earlier layer's output (skip) and x0 mixed in."""
+    if skip is not None:
         weight = weights["skip_lambdas"]
         weight = weight if skips == "unet" else torch.sigmoid(weight)
         if skips == "single_gated":
             weight = weight * gate(x0, weights["skip_gate"])[..., None]
-        x = x + weight * outputs[spec.skip]
+        x = x + weight * skip
     if "x0_lambdas" in weights:
         x = weights["resid_lambdas"] * x + weights["x0_lambdas"] * x0
     return x
 
 
-def apply_backout(x: Tensor, outputs: Sequence[Tensor], weights: Mapping[str, Any]) -> Tensor:
-    """What the final norm gets: the stream, less a share of what it was after three quarters of the layers."""
-    if weights.get("backout_lambda") is None:
-        return x
-    return x - weights["backout_lambda"] * outputs[min(2 * len(outputs) // 3, len(outputs) - 2)]
+def backout_layer(layers: int) -> int:
+    """The layer behind which three quarters of the layers are over: a share of its output is taken out at the end."""
+    return min(2 * layers // 3, layers - 2)
+
+
+def apply_backout(x: Tensor, early: Tensor, weights: Mapping[str, Any]) -> Tensor:
+    """What the final norm gets: the stream, less a share of what it was behind `backout_layer` (early)."""
+    return x - weights["backout_lambda"] * early
 
 
 # %% [markdown]
@@ -376,11 +374,14 @@ def triangle(model) -> Tensor:
     x = x0 = unit[0]
     heard, outputs = [], []
     for n, (spec, weights) in enumerate(zip(model.layout, weights_of_layers(model))):
-        x = mix_residual(x, x0, outputs, spec, weights, model.config.layout.skips)
+        skip = None if spec.skip is None else outputs[spec.skip]
+        x = mix_residual(x, x0, skip, weights, model.config.layout.skips)
         heard.append(x)
         x = x + unit[n + 1]
         outputs.append(x)
-    return torch.stack([*heard, apply_backout(x, outputs, model._parameters)]).detach()
+    if model.config.layout.backout:
+        x = apply_backout(x, outputs[backout_layer(len(outputs))], model._parameters)
+    return torch.stack([*heard, x]).detach()
 
 
 # %%

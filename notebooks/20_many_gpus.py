@@ -474,6 +474,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from speedrun.lab.bounds import NonNegativeFloat
+from speedrun.lab.compile import compiled_copy
 from speedrun.optim.muon import MuonConfig, matrix_lr_mul, muon_state, muon_step, split_bf16
 from speedrun.params import ParamSpec
 
@@ -524,6 +525,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
+from speedrun.lab.compile import GraphedCall, compiled_copy, new_stream
 from speedrun.params import ParamSpec
 from speedrun.schedule import StepSettings
 
@@ -589,9 +591,8 @@ for wrong in (good[:1], (*good, good[0]), (good[0], replace(good[1], name="tabel
 
 # %%
 #| export optim.graph
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FunctionType
 from typing import Any
 
 import torch
@@ -626,47 +627,8 @@ def bias_correction(beta: float | Tensor, updates: Tensor) -> Tensor:
     return (1 - beta ** updates.clamp(min=1)).float()
 
 
-class GraphedCall:
-    """A function without arguments, called; or, with a stream, recorded in it at its third call and replayed from then on.
-
-    Graphs that run at once need streams of their own: recorded in one, they share its scratch memory for products.
-    """
-
-    graph: Any = None
-
-    def __init__(self, function: Callable[[], None], stream: Any = None):
-        self.function, self.calls, self.stream = function, 0, stream
-
-    def __call__(self) -> None:
-        self.calls += 1
-        if self.stream is None or self.calls < 3:
-            return self.function()
-        if self.graph is None:
-            self.graph = torch.cuda.CUDAGraph()
-            # thread_local: else what NCCL's own thread asks the GPU meanwhile would break the recording
-            with torch.cuda.graph(
-                self.graph, stream=self.stream, capture_error_mode="thread_local"
-            ):
-                self.function()
-        self.graph.replay()
-
-
-def compile_update(function: Callable, on: bool) -> Callable:
-    """The function, fused for a GPU if `on`: a copy of it, since compiled code is kept by function, and shapes are many."""
-    if not on:
-        return function
-    code, known = function.__code__.replace(), function.__globals__
-    own = FunctionType(code, known, function.__name__, function.__defaults__)
-    return torch.compile(own, dynamic=False, fullgraph=True)
-
-
 # %%
 #| export optim.graph
-def new_stream(device: torch.device) -> Any:
-    """A stream of a GPU; None elsewhere."""
-    return torch.cuda.Stream(device) if device.type == "cuda" else None
-
-
 @contextmanager
 def on_stream(stream: Any) -> Iterator[None]:
     """On a GPU: what is begun here runs in a stream of its own, after all that was begun before."""
@@ -679,6 +641,8 @@ def on_stream(stream: Any) -> Iterator[None]:
 
 
 # %%
+from speedrun.lab.compile import GraphedCall, new_stream
+
 scalars, seen = StepScalars(torch.device("cpu")), []
 call = GraphedCall(lambda: seen.append(scalars["momentum"]))
 for step, momentum in enumerate((0.85, 0.9, 0.95)):
@@ -729,7 +693,7 @@ class AdamRule:
         betas = [[(spec.betas or config.adam.betas)[n] for spec in specs] for n in (0, 1)]
         self.betas = (column(betas[0]), column(betas[1]))
         self.betas64 = [column(values, torch.float64) for values in betas]
-        self.step = compile_update(adam_step, fuse)
+        self.step = compiled_copy(adam_step, fuse)
 
     def update(self, scalars: StepScalars, skip: Tensor, updates: Tensor) -> None:
         """One step of the shard."""
@@ -782,7 +746,7 @@ class MuonRule:
             turns = [spec.lr_mul[n % len(spec.lr_mul)] for n in range(len(comm.full))]
             column = torch.tensor(turns, device=comm.shard.device)[:, None, None]
             self.lr_mul = comm.my_slice(column)  # type: ignore[assignment]
-        self.step = compile_update(muon_step, fuse and self.graphable)
+        self.step = compiled_copy(muon_step, fuse and self.graphable)
 
     def update(self, scalars: StepScalars, skip: Tensor, updates: Tensor) -> None:
         """One step of the shard."""
@@ -918,7 +882,7 @@ class Ties:
 
     def __init__(self, specs: Iterable[ParamSpec], states: Mapping[str, ParamState], fuse: bool):
         self.states, self.tied = states, {spec.name: spec.tied_to for spec in specs if spec.tied_to}
-        self.add, self.copy = (compile_update(f, fuse) for f in (add_transposed, copy_transposed))
+        self.add, self.copy = (compiled_copy(f, fuse) for f in (add_transposed, copy_transposed))
 
     def pairs(self, due: Sequence[str]) -> Iterator[tuple[Any, Any]]:
         """The comms of each tied parameter, and of the one that it is tied to, where that is due."""

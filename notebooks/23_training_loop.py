@@ -221,6 +221,7 @@ from torch import Tensor
 from speedrun.config import Config
 from speedrun.data.loader import Loader, Shards
 from speedrun.heartbeat import Heartbeat, Interrupts
+from speedrun.lab.compile import Recorder
 from speedrun.lab.provenance import commit, module_file, module_hashes, stamp
 from speedrun.lab.runlog import RunLog
 from speedrun.lab.timer import TrainClock
@@ -255,6 +256,7 @@ class Run:
     heartbeat: Heartbeat
     nonfinite_steps: Tensor
     interrupts: Interrupts
+    recorder: Recorder | None
     step: int = 0
     stop_at: int | None = None
     saved: Path | None = None
@@ -296,7 +298,8 @@ import math
 import shlex
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -315,11 +318,13 @@ from speedrun.config import Config, check_config, schedule_of
 from speedrun.data.loader import Batch, Loader, Position, Shards, validation_batches
 from speedrun.heartbeat import Heartbeat, Interrupts, agree_on_stop, lifeline
 from speedrun.lab.errors import quoted, run_main
+from speedrun.lab.compile import Recorder
 from speedrun.lab.hardware import setup
 from speedrun.lab.runlog import format_line
 from speedrun.lab.timer import StepTimer, TrainClock, off_the_clock
 from speedrun.kernels.fp8 import has_fp8
 from speedrun.model.attention import AttentionSettings, Packed, choose_backend
+from speedrun.model.compiled import compile_model
 from speedrun.model.gpt import GPT, attention_settings
 from speedrun.optim.optimizer import MuonAdam
 from speedrun.optim.state import assign_optimizers
@@ -334,7 +339,9 @@ def train_step(run: Run) -> Tensor:
     batches = run.loader.next(now.batch_tokens, now.max_doc_tokens)
     parts, beating = len(batches) * run.ranks.world, run.heartbeat.over(batches)
     few = torch.tensor(now.candidates) if run.config.model.head.fp8 else None
-    loss = accumulate(run.forward, beating, parts, device, precision, run.told[now.stage], few)
+    record = partial(run.recorder, now.stage) if run.recorder else None
+    told = run.told[now.stage], few, record
+    loss = accumulate(run.forward, beating, parts, device, precision, *told)
     run.optimizer.step(now)
     run.nonfinite_steps += run.optimizer.skip
     run.step += 1
@@ -451,7 +458,18 @@ for matrices in ("adam", "muon", "soap"):
 
 
 # %%
-#| export
+#| export passes
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from speedrun.data.loader import Batch
+from speedrun.model.attention import AttentionSettings, Packed
+
+
 def forward_loss(
     forward,
     batch: Batch,
@@ -469,6 +487,24 @@ def forward_loss(
         return forward(*there, candidates=candidates)
 
 
+def forward_backward(
+    forward,
+    micro_batches: int,
+    device: torch.device,
+    precision: str,
+    told: AttentionSettings | None,
+    candidates: Tensor | None,
+    longest: Tensor | None,
+    *tensors: Tensor,
+) -> Tensor:
+    """Forward and backward through one batch's tensors, whose gradients are added. Returns its part of the mean loss."""
+    inputs, targets, *borders = tensors
+    batch = Batch(inputs, targets, borders[0] if borders else None, longest)
+    loss = forward_loss(forward, batch, device, precision, told, candidates) / micro_batches
+    loss.backward()
+    return loss.detach()
+
+
 def accumulate(
     forward,
     batches: Iterable[Batch],
@@ -477,16 +513,18 @@ def accumulate(
     precision: str,
     told: AttentionSettings | None = None,
     candidates: Tensor | None = None,
+    record: Callable | None = None,
 ) -> Tensor:
     """Forward and backward through this rank's batches. Gradients add up; returns its part of the mean loss.
 
-    micro_batches: how many batches the step has, on all ranks together.
+    micro_batches: how many batches the step has, on all ranks together. record: calls a function with a batch's tensors, as a CUDA graph.
     """
     total = torch.zeros((), device=device)
+    told_all = (forward, micro_batches, device, precision, told, candidates)
     for batch in batches:
-        loss = forward_loss(forward, batch, device, precision, told, candidates) / micro_batches
-        loss.backward()
-        total += loss.detach()
+        one_pass = partial(forward_backward, *told_all, batch.longest)
+        tensors = [tensor for tensor in batch[:3] if tensor is not None]
+        total += record(one_pass, tensors) if record else one_pass(*tensors)
     return total
 
 
@@ -658,34 +696,6 @@ def open_log(config: Config, folder: Path, echo) -> RunLog:
 
 # %%
 #| export
-def compile_model(model: GPT) -> Any:
-    """The model under torch.compile, without the fusion that breaks gradients of a bank's slices (pytorch#193061)."""
-    safe: dict[str, Any] = {"triton.mix_order_reduction": False}
-    return torch.compile(model, dynamic=False, fullgraph=True, options=safe)
-
-
-# %%
-import torch._inductor
-
-assert "triton.mix_order_reduction" in torch._inductor.list_options(), "this PyTorch has the switch"
-
-# %%
-from speedrun.model.gpt import param_specs
-from speedrun.presets import known_presets
-
-names = [name for name in known_presets() if name.startswith("record")]
-learns = {  # whether a norm has a gain, or a product a bias
-    name: any(
-        spec.name.endswith(("_gain", "_bias")) for spec in param_specs(preset(name).model, 50_257)
-    )
-    for name in names
-}
-assert [name for name in names if learns[name]] == ["record1"]
-print(f"gains and biases: of {len(names)} recipes for records one has them, record1")
-
-
-# %%
-#| export
 def prepare_attention(config: Config, model: GPT, device: torch.device) -> list[AttentionSettings]:
     """What attention is told in each stage. For packed documents the model's backend is chosen, too."""
     if config.data.mode != "stream":
@@ -714,15 +724,18 @@ def build_run(config: Config, folder: Path, echo=print) -> Run:
     validation = Shards(config.data.path, "val")
     heartbeat.phase("build")
     model = GPT(config.model, loader.shards.manifest.vocab_size, config.seed).to(device)
+    optimizer, told = build_optimizer(config, model), prepare_attention(config, model, device)
+    fixed = model.backend == "triton" or config.data.mode == "stream"  # no sizes that Python reads
+    graphs = config.compile and device.type == "cuda" and fixed
     return Run(
         config,
         folder,
         ranks,
         model,
         compile_model(model) if config.compile else model,
-        build_optimizer(config, model),
+        optimizer,
         schedule,
-        prepare_attention(config, model, device),
+        told,
         loader,
         validation,
         TrainClock(device),
@@ -730,6 +743,7 @@ def build_run(config: Config, folder: Path, echo=print) -> Run:
         heartbeat,
         torch.zeros((), device=device),
         Interrupts(),
+        Recorder(device) if graphs else None,
     )
 
 
@@ -940,6 +954,8 @@ def warm_up(run: Run) -> float:
     run.step, run.loader.position = step, position
     run.nonfinite_steps.zero_()
     run.clock.wait()
+    if run.recorder:  # what the first calls have left is not the graphs'
+        torch.cuda.empty_cache()
     return time.perf_counter() - begin
 
 

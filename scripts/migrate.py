@@ -26,7 +26,7 @@ from speedrun.config import Config, config_from_json, fields_of
 from speedrun.lab.errors import UserError, run_main
 from speedrun.lab.files import atomic_write
 from speedrun.lab.provenance import root
-from speedrun.model.gpt import DRAWN_AS
+from speedrun.model.init import DRAWN_AS
 
 Flat = dict[str, Any]
 RENAMED = {  # before house I → since

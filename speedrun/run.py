@@ -18,6 +18,7 @@ from torch import Tensor
 from speedrun.config import Config
 from speedrun.data.loader import Loader, Shards
 from speedrun.heartbeat import Heartbeat, Interrupts
+from speedrun.lab.compile import Recorder
 from speedrun.lab.provenance import commit, module_file, module_hashes, stamp
 from speedrun.lab.runlog import RunLog
 from speedrun.lab.timer import TrainClock
@@ -50,6 +51,7 @@ class Run:
     heartbeat: Heartbeat
     nonfinite_steps: Tensor
     interrupts: Interrupts
+    recorder: Recorder | None
     step: int = 0
     stop_at: int | None = None
     saved: Path | None = None

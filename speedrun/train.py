@@ -16,6 +16,7 @@ from speedrun.command import (
     run_folder,
     sole_owner,
 )
+from speedrun.passes import accumulate, forward_loss
 from speedrun.ranks import all_reduce_sum, join_ranks, rank_numbers
 from speedrun.run import (
     Run,
@@ -35,7 +36,8 @@ import math
 import shlex
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,11 +56,13 @@ from speedrun.config import Config, check_config, schedule_of
 from speedrun.data.loader import Batch, Loader, Position, Shards, validation_batches
 from speedrun.heartbeat import Heartbeat, Interrupts, agree_on_stop, lifeline
 from speedrun.lab.errors import quoted, run_main
+from speedrun.lab.compile import Recorder
 from speedrun.lab.hardware import setup
 from speedrun.lab.runlog import format_line
 from speedrun.lab.timer import StepTimer, TrainClock, off_the_clock
 from speedrun.kernels.fp8 import has_fp8
 from speedrun.model.attention import AttentionSettings, Packed, choose_backend
+from speedrun.model.compiled import compile_model
 from speedrun.model.gpt import GPT, attention_settings
 from speedrun.optim.optimizer import MuonAdam
 from speedrun.optim.state import assign_optimizers
@@ -71,7 +75,9 @@ def train_step(run: Run) -> Tensor:
     batches = run.loader.next(now.batch_tokens, now.max_doc_tokens)
     parts, beating = len(batches) * run.ranks.world, run.heartbeat.over(batches)
     few = torch.tensor(now.candidates) if run.config.model.head.fp8 else None
-    loss = accumulate(run.forward, beating, parts, device, precision, run.told[now.stage], few)
+    record = partial(run.recorder, now.stage) if run.recorder else None
+    told = run.told[now.stage], few, record
+    loss = accumulate(run.forward, beating, parts, device, precision, *told)
     run.optimizer.step(now)
     run.nonfinite_steps += run.optimizer.skip
     run.step += 1
@@ -120,44 +126,6 @@ def build_optimizer(config: Config, model: GPT) -> MuonAdam:
     return MuonAdam(dict(model.named_parameters()), specs, config.optim, config.compile)
 
 
-def forward_loss(
-    forward,
-    batch: Batch,
-    device: torch.device,
-    precision: str,
-    told: AttentionSettings | None = None,
-    candidates: Tensor | None = None,
-) -> Tensor:
-    """The model's mean loss on a batch, nats a token. told: what attention is told in this stage, for packed documents. candidates: the FP8 head's."""
-    there: list[Any] = [tensor.to(device, non_blocking=True) for tensor in batch[:2]]
-    if batch.cu_seqlens is not None and batch.longest is not None and told is not None:
-        borders = batch.cu_seqlens.to(device, non_blocking=True)
-        there.append(Packed(borders, batch.longest, *told))
-    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-        return forward(*there, candidates=candidates)
-
-
-def accumulate(
-    forward,
-    batches: Iterable[Batch],
-    micro_batches: int,
-    device: torch.device,
-    precision: str,
-    told: AttentionSettings | None = None,
-    candidates: Tensor | None = None,
-) -> Tensor:
-    """Forward and backward through this rank's batches. Gradients add up; returns its part of the mean loss.
-
-    micro_batches: how many batches the step has, on all ranks together.
-    """
-    total = torch.zeros((), device=device)
-    for batch in batches:
-        loss = forward_loss(forward, batch, device, precision, told, candidates) / micro_batches
-        loss.backward()
-        total += loss.detach()
-    return total
-
-
 # %% Non-finite gradients
 def in_trouble() -> Any:
     """The module with what there is to say of a run that cannot go on."""
@@ -165,12 +133,6 @@ def in_trouble() -> Any:
 
 
 # %% Building a run
-def compile_model(model: GPT) -> Any:
-    """The model under torch.compile, without the fusion that breaks gradients of a bank's slices (pytorch#193061)."""
-    safe: dict[str, Any] = {"triton.mix_order_reduction": False}
-    return torch.compile(model, dynamic=False, fullgraph=True, options=safe)
-
-
 def prepare_attention(config: Config, model: GPT, device: torch.device) -> list[AttentionSettings]:
     """What attention is told in each stage. For packed documents the model's backend is chosen, too."""
     if config.data.mode != "stream":
@@ -197,15 +159,18 @@ def build_run(config: Config, folder: Path, echo=print) -> Run:
     validation = Shards(config.data.path, "val")
     heartbeat.phase("build")
     model = GPT(config.model, loader.shards.manifest.vocab_size, config.seed).to(device)
+    optimizer, told = build_optimizer(config, model), prepare_attention(config, model, device)
+    fixed = model.backend == "triton" or config.data.mode == "stream"  # no sizes that Python reads
+    graphs = config.compile and device.type == "cuda" and fixed
     return Run(
         config,
         folder,
         ranks,
         model,
         compile_model(model) if config.compile else model,
-        build_optimizer(config, model),
+        optimizer,
         schedule,
-        prepare_attention(config, model, device),
+        told,
         loader,
         validation,
         TrainClock(device),
@@ -213,6 +178,7 @@ def build_run(config: Config, folder: Path, echo=print) -> Run:
         heartbeat,
         torch.zeros((), device=device),
         Interrupts(),
+        Recorder(device) if graphs else None,
     )
 
 
@@ -321,6 +287,8 @@ def warm_up(run: Run) -> float:
     run.step, run.loader.position = step, position
     run.nonfinite_steps.zero_()
     run.clock.wait()
+    if run.recorder:  # what the first calls have left is not the graphs'
+        torch.cuda.empty_cache()
     return time.perf_counter() - begin
 
 

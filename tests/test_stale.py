@@ -22,7 +22,7 @@ from speedrun.config import Config, check_config, config_from_json, fields_of, v
 from speedrun.cpu_size import RAMPS, at_cpu_size
 from speedrun.lab.errors import UserError
 from speedrun.lab.provenance import module_hashes, root
-from speedrun.model.gpt import DRAWN_AS
+from speedrun.model.init import DRAWN_AS
 from speedrun.presets import known_presets, preset
 from speedrun.schedule import Stage
 from speedrun.train import TrainCommand, run_config, train

@@ -110,7 +110,7 @@ def norm_rotary_op(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int) -> list[Te
 
 @norm_rotary_op.register_fake
 def fake_norm_rotary(qkv, cos, sin, heads):
-    shape = len(qkv), heads, qkv.shape[1] // (3 * heads)
+    shape = qkv.shape[0], heads, qkv.shape[1] // (3 * heads)
     return [*(qkv.new_empty(shape) for _ in range(3)), cos.new_empty(2, *shape[:2])]
 
 
@@ -127,7 +127,7 @@ def norm_rotary_backward_op(
 
 @norm_rotary_backward_op.register_fake
 def fake_norm_rotary_backward(grads, q, k, factors, cos, sin):
-    return q.new_empty(len(q), 3 * q.shape[1] * q.shape[2])
+    return q.new_empty(q.shape[0], 3 * q.shape[1] * q.shape[2])
 
 
 def keep_turned(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:

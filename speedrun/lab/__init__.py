@@ -1,2 +1,2 @@
 # Written by "make tangle". Edits made here are lost.
-"""speedrun.lab: bench, bounds, doctor, errors, files, hardware, metrics, provenance, results, runlog, stats, tier, timer."""
+"""speedrun.lab: bench, bounds, compile, doctor, errors, files, hardware, metrics, provenance, results, runlog, stats, tier, timer."""

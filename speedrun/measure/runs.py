@@ -130,7 +130,7 @@ def reset_run(live: "Run", config: Config) -> None:
     import torch
 
     from speedrun.data.loader import Position
-    from speedrun.model.gpt import init_weights
+    from speedrun.model.init import init_weights
     from speedrun.train import build_optimizer, warm_up
 
     model = live.model

@@ -1,8 +1,9 @@
 # Tangled from notebooks/23_training_loop.py: edit the notebook, then run "make tangle". Edits made here are lost.
 
 
+from speedrun.passes import accumulate
 from speedrun.run import Run
-from speedrun.train import accumulate, build_run, train_step, warm_up
+from speedrun.train import build_run, train_step, warm_up
 
 
 # %% The measurement

@@ -1,2 +1,2 @@
 # Written by "make tangle". Edits made here are lost.
-"""speedrun.model: attention, backends, baseline, embedding, gpt, head, layout, masks, mlp, rotary, yarn."""
+"""speedrun.model: attention, backends, baseline, compiled, embedding, gpt, head, init, layout, masks, mlp, rotary, yarn."""

@@ -1,13 +1,13 @@
 # Tangled from notebooks/21_model.py: edit the notebook, then run "make tangle". Edits made here are lost.
 
 
+from speedrun.model.init import init_weights
 from speedrun.params import ParamSpec
 
 
 # %% The code
 import math
-import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, NamedTuple
 
@@ -37,7 +37,14 @@ from speedrun.model.embedding import (
 )
 from speedrun.model.head import HeadConfig, softcap, loss_of, round_up
 from speedrun.model.mlp import BlockConfig, linear, linear_init, mlp, apply_norm, rms_norm
-from speedrun.model.layout import LayerSpec, LayoutConfig, mix_residual, apply_backout, make_layout
+from speedrun.model.layout import (
+    LayerSpec,
+    LayoutConfig,
+    mix_residual,
+    apply_backout,
+    backout_layer,
+    make_layout,
+)
 from speedrun.model.layout import scalar_specs, num_value_tables
 from speedrun.model.rotary import RotaryConfig, frequencies, apply_rotary, rotary_tables
 from speedrun.model.yarn import follow_windows
@@ -142,39 +149,6 @@ def param_specs(config: GPTConfig, vocab_size: int) -> tuple[ParamSpec, ...]:
     return tuple(specs)
 
 
-# %% Initialisation
-DRAWN_AS = {  # the names that these had in the first measured runs, whose initial values are still theirs
-    "embed": "token_embedding",
-    "pos_embed": "position_embedding",
-    "value_embeds": "value_embedding",
-    "lm_head": "head",
-}
-
-
-def init_parameter(spec: ParamSpec, seed: int) -> Tensor:
-    """The initial values of one parameter, float32 on the CPU: a function of the seed and the row alone."""
-    generator = torch.Generator().manual_seed(
-        zlib.crc32(f"{seed}:{DRAWN_AS.get(spec.name, spec.name)}".encode())
-    )
-    values = torch.full(spec.shape, spec.init_mean)
-    if spec.init_uniform:
-        draw = 2 * torch.rand(spec.shape, generator=generator) - 1
-        return values + math.sqrt(3) * spec.init_std * draw
-    if not spec.init_std:
-        return values
-    return values + spec.init_std * torch.randn(spec.shape, generator=generator)
-
-
-@torch.no_grad()
-def init_weights(model, seed: int) -> None:
-    """Give a model, in place and on whatever device it is, the initial values of a seed; tied parameters start equal, transposed."""
-    for spec in model.specs:
-        model.get_parameter(spec.name).copy_(init_parameter(spec, seed))
-    for spec in model.specs:
-        if spec.tied_to:
-            model.get_parameter(spec.tied_to).copy_(model.get_parameter(spec.name).mT)
-
-
 # %% The forward pass
 class AttentionContext(NamedTuple):
     """What attention needs beside its input: who computes it, and where documents lie, if rows are packed."""
@@ -182,22 +156,23 @@ class AttentionContext(NamedTuple):
     cos_sin: tuple[Tensor, Tensor] | None
     """Cosines and sines to turn queries and keys by."""
     packed: Packed | None = None
+    """Its first window is the layer's."""
     tiles: Any = None
     backend: str = "sdpa"
 
 
 def attend_packed(
-    q: Tensor, k: Tensor, v: Tensor, context: AttentionContext, packed: Packed, qk_norm: bool, long: bool
+    q: Tensor, k: Tensor, v: Tensor, context: AttentionContext, packed: Packed, qk_norm: bool
 ) -> Tensor:  # fmt: skip
     """Attention that keeps documents apart, by the context's backend: (1, heads, tokens, head_dim) each → (tokens, heads, head_dim)."""
     bounded = qk_norm and v.dtype != torch.float16
     q, k, v = (each.squeeze(0).transpose(0, 1).to(v.dtype).contiguous() for each in (q, k, v))
     if context.backend == "triton":
-        kernel = (context.tiles, packed.windows[int(long)], packed.scale, bounded)
+        kernel = (context.tiles, packed.windows[0], packed.scale, bounded)
         return attention_op(q, k, v, *kernel)[0]
     from speedrun.model.backends import attend
 
-    return attend(q, k, v, packed, long, context.backend, bounded, context.tiles)
+    return attend(q, k, v, packed, False, context.backend, bounded, context.tiles)
 
 
 def heads_of(
@@ -223,42 +198,44 @@ def attention(
     config: GPTConfig,
     context: AttentionContext,
     ve: Tensor | None = None,
-    long: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Causal self-attention, (batch, tokens, width) → the same, and its values. qkv: (3 · width, width), out: (width, width).
+    """Causal self-attention, (batch, tokens, width) → the same, and its values, (batch, heads, tokens, head_dim). qkv: (3 · width, width), out: (width, width).
 
-    ve: values to mix in, (batch, heads, tokens, head_dim). long: whether it looks back over the long window.
+    ve: values to mix in, (batch, tokens, width).
     """
     q, k, v = heads_of(linear(x, weights, "attention_qkv"), config, context)
     if ve is not None:
-        v = add_value_embed(v, ve.to(v.dtype), x, weights, config.embedding.value_residual).to(
-            v.dtype
-        )
+        ve = ve.unflatten(-1, (config.num_heads, -1)).transpose(1, 2).to(v.dtype)
+        v = add_value_embed(v, ve, x, weights, config.embedding.value_residual).to(v.dtype)
     if context.packed is None:
         scale = config.attention.scale or None  # None: 1 / sqrt(head_dim)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale).transpose(1, 2)
     else:
-        y = attend_packed(q, k, v, context, context.packed, config.block.qk_norm, long)
+        y = attend_packed(q, k, v, context, context.packed, config.block.qk_norm)
     return linear(y.reshape(x.shape), weights, "attention_out"), v
 
 
-def attention_context(self, inputs: Tensor, packed: Packed | None) -> AttentionContext:
-    """What all attention layers of a forward pass share. In packed rows positions count from a document's beginning."""
+def attention_contexts(self, inputs: Tensor, packed: Packed | None) -> list[AttentionContext]:
+    """What all attention layers of a forward pass share: those with the short window, and those with the long one. In packed rows positions count from a document's beginning."""
     learned = self.config.rotary.pos == "learned"
     if packed is None:
-        return AttentionContext(None if learned else (self.cos, self.sin))
+        return [AttentionContext(None if learned else (self.cos, self.sin))] * 2
     tokens = inputs.shape[1]
     angles = positions_of(packed.cu_seqlens, tokens)[:, None] * packed.frequencies
-    tiles = prepare_tiles(packed, tokens, self.backend)
-    return AttentionContext((angles.cos(), angles.sin()), packed, tiles, self.backend)
+    told, tiles = (angles.cos(), angles.sin()), prepare_tiles(packed, tokens, self.backend)
+    found = []
+    for n, window in enumerate(packed.windows.split(1)):
+        own = tiles[n : n + 1] if isinstance(tiles, list) else tiles
+        found.append(AttentionContext(told, packed._replace(windows=window), own, self.backend))
+    return found
 
 
-def weights_of_layers(self) -> list[dict[str, Tensor]]:
+def weights_of_layers(self, scales: Tensor | None = None) -> list[dict[str, Tensor]]:
     """Each layer's slices of the banks, by the banks' names; and its scales, where training's MLPs compute in eight bits."""
     found: list[dict[str, Tensor]] = [{} for _ in range(self.config.num_layers)]
     banks = {name: getattr(self, name) for name in self.banks}
-    if self.fp8 and torch.is_grad_enabled():
-        banks["mlp_scales"] = mlp_scales(self.mlp_up, self.mlp_down)
+    if scales is not None:
+        banks["mlp_scales"] = scales
     for name, bank in banks.items():
         layers = self.banks.get(name, self.banks.get("mlp_up"))
         for layer, piece in zip(layers, bank.unbind()):
@@ -277,12 +254,12 @@ def embed_inputs(self, inputs: Tensor) -> Tensor:
     return x.bfloat16() if self.config.layout.stream_dtype == "bfloat16" else x
 
 
-def values_from_tables(self, inputs: Tensor) -> list[Tensor]:
-    """What each value table has for the inputs, in heads: (batch, heads, tokens, head_dim)."""
+def values_from_tables(self, inputs: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    """What each value table has for the inputs, (batch, tokens, width)."""
     if not (tables := num_value_tables(self.layout)):
         return []
     rows = lookup_value_embeds(inputs, self.value_embeds, tables)
-    return [row.unflatten(-1, (self.config.num_heads, -1)).transpose(1, 2) for row in rows]
+    return [row.to(dtype) for row in rows]
 
 
 def logits_of(self, x: Tensor) -> Tensor:
@@ -299,37 +276,109 @@ def loss_in_slabs(self, x: Tensor, targets: Tensor, rows: int = 2**15) -> Tensor
     return total / targets.numel()
 
 
+def added(x: Tensor, more: Tensor | None) -> Tensor:
+    """The stream, (batch, tokens, width), with what was still to be added."""
+    return x if more is None else x + more
+
+
+def begin_forward(self, inputs: Tensor) -> tuple[Tensor, list[Tensor], Tensor | None]:
+    """The stream's beginning, (batch, tokens, width); what value tables have for the inputs; and the MLPs' scales, if training computes them in eight bits."""
+    x = embed_inputs(self, inputs)
+    eight = self.fp8 and torch.is_grad_enabled()
+    scales = mlp_scales(self.mlp_up, self.mlp_down) if eight else None
+    return x, values_from_tables(self, inputs, x.dtype), scales
+
+
+def attention_half(
+    x: Tensor,
+    more: Tensor | None,
+    x0: Tensor,
+    skip: Tensor | None,
+    ve: Tensor | None,
+    weights: Mapping[str, Tensor],
+    config: GPTConfig,
+    context: AttentionContext | None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """A layer's first half: the stream, what is to be added, and the values, if other layers want them. context: None for a layer without attention."""
+    x = mix_residual(added(x, more), x0, skip, weights, config.layout.skips)
+    if context is None:
+        return x, None, None
+    y, v = attention(apply_norm(x, weights, "attention_norm"), weights, config, context, ve)
+    wanted = config.embedding.values == "first"
+    return x, y, v.transpose(1, 2).flatten(2) if wanted else None
+
+
+def mlp_half(
+    x: Tensor, more: Tensor | None, weights: Mapping[str, Tensor], block: BlockConfig
+) -> tuple[Tensor, Tensor]:
+    """A layer's second half: the stream, and what is to be added to it."""
+    x = added(x, more)
+    return x, mlp(apply_norm(x, weights, "mlp_norm"), weights, block)
+
+
+def end_forward(
+    self,
+    x: Tensor,
+    more: Tensor | None,
+    early: Tensor | None,
+    targets: Tensor | None,
+    candidates: Tensor | None,
+    slabs: bool,
+) -> Tensor:
+    """Logits, or the loss. early: what backout takes a share of. slabs: the loss of a long row, without gradients."""
+    x = added(x, more)
+    x = x if early is None else apply_backout(x, early, self._parameters)
+    x = apply_norm(x, self._parameters, "final_norm")
+    if candidates is not None and targets is not None:
+        return head_loss_op(x.flatten(0, 1), self.lm_head, targets.flatten(), candidates)[0]
+    if slabs and targets is not None:
+        return loss_in_slabs(self, x, targets)
+    logits = logits_of(self, x)
+    if targets is None:
+        return softcap(logits[..., : self.vocab_size], self.config.head.softcap)
+    return loss_of(logits, targets, self.config.head.softcap)
+
+
+class Parts(NamedTuple):
+    """The functions that make a forward pass, as they are or compiled."""
+
+    begin: Callable = begin_forward
+    attention: Callable = attention_half
+    mlp: Callable = mlp_half
+    end: Callable = end_forward
+
+
+PARTS = Parts()
+
+
 def gpt_forward(
     self,
     inputs: Tensor,
     targets: Tensor | None = None,
     packed: Packed | None = None,
     candidates: Tensor | None = None,
+    parts: Parts = PARTS,
 ) -> Tensor:
     """Logits (batch, tokens, vocab) of inputs, (batch, tokens) int64; with targets the mean cross-entropy, nats; with candidates, () int in CPU memory, the FP8 head's, its softmax over so many words, 0: all. packed: of one row."""
-    config, context = self.config, attention_context(self, inputs, packed)
-    x = x0 = embed_inputs(self, inputs)
-    outputs: list[Tensor] = []
-    values: dict[Any, Tensor] = dict(enumerate(values_from_tables(self, inputs)))
-    for n, (spec, weights) in enumerate(zip(self.layout, weights_of_layers(self))):
-        x = mix_residual(x, x0, outputs, spec, weights, config.layout.skips)
-        if spec.attention:
-            told = config, context, values.get(spec.value), n in config.attention.long_layers
-            y, v = attention(apply_norm(x, weights, "attention_norm"), weights, *told)
-            values.setdefault("first", v)
-            x = x + y
+    config, contexts = self.config, attention_contexts(self, inputs, packed)
+    x0, tables, scales = parts.begin(self, inputs)
+    x, more = x0, None
+    outputs: dict[Any, Tensor] = {}
+    values: dict[Any, Tensor] = dict(enumerate(tables))
+    for n, (spec, weights) in enumerate(zip(self.layout, weights_of_layers(self, scales))):
+        own = {name: piece for name, piece in weights.items() if name.startswith("mlp_")}
+        others = {name: piece for name, piece in weights.items() if name not in own}
+        context = contexts[n in config.attention.long_layers] if spec.attention else None
+        heard = outputs.get(spec.skip), values.get(spec.value), others
+        x, more, v = parts.attention(x, more, x0, *heard, config, context)
+        values.setdefault("first", v)
         if spec.mlp:
-            x = x + mlp(apply_norm(x, weights, "mlp_norm"), weights, config.block)
-        outputs.append(x)
-    x = apply_norm(apply_backout(x, outputs, self._parameters), self._parameters, "final_norm")
-    if candidates is not None and targets is not None:
-        return head_loss_op(x.flatten(0, 1), self.lm_head, targets.flatten(), candidates)[0]
-    if packed is not None and targets is not None and not torch.is_grad_enabled():
-        return loss_in_slabs(self, x, targets)
-    logits = logits_of(self, x)
-    if targets is None:
-        return softcap(logits[..., : self.vocab_size], config.head.softcap)
-    return loss_of(logits, targets, config.head.softcap)
+            x, more = parts.mlp(x, more, own, config.block)
+        if n in self.kept:
+            x, more = added(x, more), None
+            outputs[n] = x
+    slabs = packed is not None and not torch.is_grad_enabled()
+    return parts.end(self, x, more, outputs.get(self.backout), targets, candidates, slabs)
 
 
 def attention_settings(
@@ -360,6 +409,8 @@ class GPT(nn.Module):
             self.register_parameter(spec.name, nn.Parameter(torch.empty(spec.shape)))
         init_weights(self, seed)
         self.banks = {spec.name: spec.layers for spec in self.specs if spec.layers}
+        self.backout = backout_layer(config.num_layers) if config.layout.backout else None
+        self.kept = {self.backout, *(spec.skip for spec in self.layout)}  # outputs heard again
         self.backend = "sdpa"  # for packed rows: a trainer that knows its device chooses
         self.fp8 = config.block.fp8  # where the device has units for eight bits, or is a CPU
         if config.rotary.pos != "learned":

@@ -2,9 +2,8 @@
 
 
 # %% CUDA graphs: scalars in device memory
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FunctionType
 from typing import Any
 
 import torch
@@ -37,45 +36,6 @@ class StepScalars:
 def bias_correction(beta: float | Tensor, updates: Tensor) -> Tensor:
     """1 − betaᵗ after t = updates (float64), as float32; before the first update as after it."""
     return (1 - beta ** updates.clamp(min=1)).float()
-
-
-class GraphedCall:
-    """A function without arguments, called; or, with a stream, recorded in it at its third call and replayed from then on.
-
-    Graphs that run at once need streams of their own: recorded in one, they share its scratch memory for products.
-    """
-
-    graph: Any = None
-
-    def __init__(self, function: Callable[[], None], stream: Any = None):
-        self.function, self.calls, self.stream = function, 0, stream
-
-    def __call__(self) -> None:
-        self.calls += 1
-        if self.stream is None or self.calls < 3:
-            return self.function()
-        if self.graph is None:
-            self.graph = torch.cuda.CUDAGraph()
-            # thread_local: else what NCCL's own thread asks the GPU meanwhile would break the recording
-            with torch.cuda.graph(
-                self.graph, stream=self.stream, capture_error_mode="thread_local"
-            ):
-                self.function()
-        self.graph.replay()
-
-
-def compile_update(function: Callable, on: bool) -> Callable:
-    """The function, fused for a GPU if `on`: a copy of it, since compiled code is kept by function, and shapes are many."""
-    if not on:
-        return function
-    code, known = function.__code__.replace(), function.__globals__
-    own = FunctionType(code, known, function.__name__, function.__defaults__)
-    return torch.compile(own, dynamic=False, fullgraph=True)
-
-
-def new_stream(device: torch.device) -> Any:
-    """A stream of a GPU; None elsewhere."""
-    return torch.cuda.Stream(device) if device.type == "cuda" else None
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 
 from speedrun.optim.comm import Replicated, dist_info
-from speedrun.optim.graph import GraphedCall, StepScalars, compile_update, new_stream, on_stream
+from speedrun.optim.graph import StepScalars, on_stream
 from speedrun.optim.state import MATRIX_RULES, OptimConfig, ParamState, REPLICATED, build_states
 
 
@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
+from speedrun.lab.compile import GraphedCall, compiled_copy, new_stream
 from speedrun.params import ParamSpec
 from speedrun.schedule import StepSettings
 
@@ -100,7 +101,7 @@ class Ties:
 
     def __init__(self, specs: Iterable[ParamSpec], states: Mapping[str, ParamState], fuse: bool):
         self.states, self.tied = states, {spec.name: spec.tied_to for spec in specs if spec.tied_to}
-        self.add, self.copy = (compile_update(f, fuse) for f in (add_transposed, copy_transposed))
+        self.add, self.copy = (compiled_copy(f, fuse) for f in (add_transposed, copy_transposed))
 
     def pairs(self, due: Sequence[str]) -> Iterator[tuple[Any, Any]]:
         """The comms of each tied parameter, and of the one that it is tied to, where that is due."""

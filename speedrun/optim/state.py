@@ -3,7 +3,7 @@
 
 from speedrun.optim.adam import AdamConfig, Number, adam_step
 from speedrun.optim.comm import Replicated, Sharded
-from speedrun.optim.graph import StepScalars, bias_correction, compile_update
+from speedrun.optim.graph import StepScalars, bias_correction
 
 
 # %% The parameter table
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from speedrun.lab.bounds import NonNegativeFloat
+from speedrun.lab.compile import compiled_copy
 from speedrun.optim.muon import MuonConfig, matrix_lr_mul, muon_state, muon_step, split_bf16
 from speedrun.params import ParamSpec
 
@@ -78,7 +79,7 @@ class AdamRule:
         betas = [[(spec.betas or config.adam.betas)[n] for spec in specs] for n in (0, 1)]
         self.betas = (column(betas[0]), column(betas[1]))
         self.betas64 = [column(values, torch.float64) for values in betas]
-        self.step = compile_update(adam_step, fuse)
+        self.step = compiled_copy(adam_step, fuse)
 
     def update(self, scalars: StepScalars, skip: Tensor, updates: Tensor) -> None:
         """One step of the shard."""
@@ -127,7 +128,7 @@ class MuonRule:
             turns = [spec.lr_mul[n % len(spec.lr_mul)] for n in range(len(comm.full))]
             column = torch.tensor(turns, device=comm.shard.device)[:, None, None]
             self.lr_mul = comm.my_slice(column)  # type: ignore[assignment]
-        self.step = compile_update(muon_step, fuse and self.graphable)
+        self.step = compiled_copy(muon_step, fuse and self.graphable)
 
     def update(self, scalars: StepScalars, skip: Tensor, updates: Tensor) -> None:
         """One step of the shard."""

@@ -1,0 +1,45 @@
+# Tangled from notebooks/16_compile.py: edit the notebook, then run "make tangle". Edits made here are lost.
+
+
+from speedrun.lab.compile import compiled_copy
+
+
+# %% torch.compile, warm-up and the clock
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from speedrun.model.gpt import GPT, PARTS, AttentionContext, Parts, gpt_forward
+
+
+def mark_tokens(argument: Any) -> None:
+    """Tell the compiler which dimension counts the tokens of packed rows, so that no other number of them compiles again: of (1, tokens, …), angles and tiles."""
+    mark = torch._dynamo.maybe_mark_dynamic
+    if isinstance(argument, Tensor) and argument.ndim > 1 and len(argument) == 1:
+        mark(argument, 1)
+    if isinstance(argument, AttentionContext) and argument.packed is not None:
+        for angles in argument.cos_sin or ():
+            mark(angles, 0)
+        if isinstance(argument.tiles, Tensor):
+            mark(argument.tiles, 1)
+
+
+def compiled_part(function: Callable) -> Callable:
+    """A part of the forward pass, compiled once for all layers of one kind and for all numbers of tokens."""
+    part = compiled_copy(function)
+
+    def call(*arguments: Any) -> Any:
+        for argument in arguments:
+            mark_tokens(argument)
+        return part(*arguments)
+
+    return call
+
+
+def compile_model(model: GPT) -> Callable:
+    """The model's forward pass, each of its parts compiled. Slices of banks are inputs of those graphs."""
+    torch._dynamo.config.recompile_limit = 64  # kinds of layers, times training and validation
+    return partial(gpt_forward, model, parts=Parts(*map(compiled_part, PARTS)))

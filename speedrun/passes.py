@@ -1,0 +1,71 @@
+# Tangled from notebooks/23_training_loop.py: edit the notebook, then run "make tangle". Edits made here are lost.
+
+
+# %% A training step, and gradient accumulation
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from speedrun.data.loader import Batch
+from speedrun.model.attention import AttentionSettings, Packed
+
+
+def forward_loss(
+    forward,
+    batch: Batch,
+    device: torch.device,
+    precision: str,
+    told: AttentionSettings | None = None,
+    candidates: Tensor | None = None,
+) -> Tensor:
+    """The model's mean loss on a batch, nats a token. told: what attention is told in this stage, for packed documents. candidates: the FP8 head's."""
+    there: list[Any] = [tensor.to(device, non_blocking=True) for tensor in batch[:2]]
+    if batch.cu_seqlens is not None and batch.longest is not None and told is not None:
+        borders = batch.cu_seqlens.to(device, non_blocking=True)
+        there.append(Packed(borders, batch.longest, *told))
+    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+        return forward(*there, candidates=candidates)
+
+
+def forward_backward(
+    forward,
+    micro_batches: int,
+    device: torch.device,
+    precision: str,
+    told: AttentionSettings | None,
+    candidates: Tensor | None,
+    longest: Tensor | None,
+    *tensors: Tensor,
+) -> Tensor:
+    """Forward and backward through one batch's tensors, whose gradients are added. Returns its part of the mean loss."""
+    inputs, targets, *borders = tensors
+    batch = Batch(inputs, targets, borders[0] if borders else None, longest)
+    loss = forward_loss(forward, batch, device, precision, told, candidates) / micro_batches
+    loss.backward()
+    return loss.detach()
+
+
+def accumulate(
+    forward,
+    batches: Iterable[Batch],
+    micro_batches: int,
+    device: torch.device,
+    precision: str,
+    told: AttentionSettings | None = None,
+    candidates: Tensor | None = None,
+    record: Callable | None = None,
+) -> Tensor:
+    """Forward and backward through this rank's batches. Gradients add up; returns its part of the mean loss.
+
+    micro_batches: how many batches the step has, on all ranks together. record: calls a function with a batch's tensors, as a CUDA graph.
+    """
+    total = torch.zeros((), device=device)
+    told_all = (forward, micro_batches, device, precision, told, candidates)
+    for batch in batches:
+        one_pass = partial(forward_backward, *told_all, batch.longest)
+        tensors = [tensor for tensor in batch[:3] if tensor is not None]
+        total += record(one_pass, tensors) if record else one_pass(*tensors)
+    return total
