@@ -681,8 +681,7 @@ PRESETS: dict[str, tuple[str, Changes]] = {  # name → the run that it starts f
             "schedule.stages": (
                 Stage(1 / 3, 1, 1.0, 896, (128, 384), 10_240),
                 Stage(1 / 3, 2, 1.52, 2048, (384, 896), 10_240),
-                Stage(0.27, 3, 1.73, 2048, (640, 1408), 16_384),
-                Stage(1 / 3 - 0.27, 3, 1.73, 2048, (640, 1408)),
+                Stage(1 / 3, 3, 1.73, 2048, (640, 1408)),
                 Stage(0, 3, 1.73, 2048, (768, 1664)),
             ),
             "schedule.val_windows": (0, 2560),
@@ -1500,6 +1499,8 @@ def reset_run(live: "Run", config: Config) -> None:
     live.config, live.step, live.loader.position = config, 0, Position()
     live.optimizer = build_optimizer(config, model)
     live.nonfinite_steps.zero_()
+    if live.recorder:
+        live.recorder.calls.clear()  # recorded with the old places
     live.clock.elapsed_ms = 0.0
     warm_up(live)
 

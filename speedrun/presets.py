@@ -168,8 +168,7 @@ PRESETS: dict[str, tuple[str, Changes]] = {  # name → the run that it starts f
             "schedule.stages": (
                 Stage(1 / 3, 1, 1.0, 896, (128, 384), 10_240),
                 Stage(1 / 3, 2, 1.52, 2048, (384, 896), 10_240),
-                Stage(0.27, 3, 1.73, 2048, (640, 1408), 16_384),
-                Stage(1 / 3 - 0.27, 3, 1.73, 2048, (640, 1408)),
+                Stage(1 / 3, 3, 1.73, 2048, (640, 1408)),
                 Stage(0, 3, 1.73, 2048, (768, 1664)),
             ),
             "schedule.val_windows": (0, 2560),

@@ -142,7 +142,7 @@ class TestInARun:
             assert preset(name).schedule == ScheduleConfig(warmup_steps=100)
         assert preset("record1").schedule == COSINE
         whole, part = preset("record").schedule, preset("record_200m").schedule
-        assert whole.stages == part.stages and len(whole.stages) == 5
+        assert whole.stages == part.stages and len(whole.stages) == 4
         assert (whole.extension_steps, part.extension_steps) == (40, 10)
         assert preset("small").schedule == part
         own = {"cpu", "cpu_gpt2", "smoke", "small", "small_gpt2", "record", "record_200m"}

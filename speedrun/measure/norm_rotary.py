@@ -134,7 +134,8 @@ def ledger_of(arm: str, folder: str, step: int = 500) -> dict[str, Any]:
         now = run.schedule.at(step)
         batch = run.loader.next(now.batch_tokens, now.max_doc_tokens)[0]
         few = None if bf16_head else torch.tensor(now.candidates)
-        told = run.ranks.device, config.precision, run.told[now.stage], few
+        record = partial(run.recorder, now.stage) if run.recorder else None
+        told = run.ranks.device, config.precision, run.told[now.stage], few, record
         torch.cuda.reset_peak_memory_stats()
         found = ledger(lambda: accumulate(run.forward, [batch], 8, *told), "cuda", 3, RECORD_KINDS)
         peak = torch.cuda.max_memory_allocated() >> 20
