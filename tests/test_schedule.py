@@ -444,7 +444,9 @@ class TestInAStagedRun:
     @pytest.mark.parametrize("steps, shown", [(20, [128, 64, 128, 48, 0]), (8, [128, 48, 0])])
     def test_at_cpu_size_softmaxes_run_over_some_of_few_words(self, embedded, tmp_path, steps, shown):  # fmt: skip
         run, counts = preset("record_200m"), (10_240, 64, 144, 48, 0)
-        pairs = zip(run.schedule.stages, counts, strict=True)
+        first, second, third, last = run.schedule.stages
+        parts = (replace(third, duration=share) for share in (0.27, 1 / 3 - 0.27))
+        pairs = zip((first, second, *parts, last), counts, strict=True)
         stages = tuple(replace(stage, candidates=count) for stage, count in pairs)
         small = at_cpu_size(vary(run, {"schedule.stages": stages}), steps)
         assert [stage.candidates for stage in small.schedule.stages] == shown
