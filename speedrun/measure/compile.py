@@ -32,7 +32,7 @@ from speedrun.model.gpt import GPT
 from speedrun.presets import preset
 
 NAMES = ()
-ON_GPUS = ("start", "passes")  # both: the folder of a corpus
+ON_GPUS = ("whole", "parts", "passes")  # with the folder of a corpus
 RANKS = (8, 4, 2)  # of which one is timed
 ONE_RANK: dict[str, Any] = {"data.batch_tokens": 16_384, "data.micro_batches": 1}  # of eight
 
@@ -102,22 +102,22 @@ def listening(seconds: list[float]):
         knobs.compilation.listener = None
 
 
-def measure_start(folder: str) -> list[dict[str, Any]]:
-    """`start_up` with empty caches and then with full ones, for each way, in new processes."""
-    rows = []
+def measure_start(way: str, folder: str) -> list[dict[str, Any]]:
+    """`start_up` with empty caches and then with full ones, in new processes."""
     code = "import json, sys; from speedrun.measure.compile import start_up; print(json.dumps(start_up(*sys.argv[1:])))"
-    for way in WAYS:
-        with tempfile.TemporaryDirectory() as cache:
-            places = {
-                "TORCHINDUCTOR_CACHE_DIR": f"{cache}/inductor",
-                "TRITON_CACHE_DIR": f"{cache}/triton",
-            }
-            for kept in ("cold", "warm"):
-                words = [sys.executable, "-c", code, way, folder]
-                told = os.environ | places | {"PYTHONPATH": str(root())}
-                done = subprocess.run(words, env=told, capture_output=True, text=True, check=True)
-                rows.append({"caches": kept} | json.loads(done.stdout.splitlines()[-1]))
-                print(rows[-1], flush=True)
+    words, rows = [sys.executable, "-c", code, way, folder], []
+    with tempfile.TemporaryDirectory() as cache:
+        places = {
+            "TORCHINDUCTOR_CACHE_DIR": f"{cache}/inductor",
+            "TRITON_CACHE_DIR": f"{cache}/triton",
+        }
+        for kept in ("cold", "warm"):
+            told = os.environ | places | {"PYTHONPATH": str(root())}
+            done = subprocess.run(words, env=told, capture_output=True, text=True)
+            if done.returncode:
+                raise UserError(f"{way}, {kept} caches: {done.stderr[-2000:]}", "run it by itself")
+            rows.append({"caches": kept} | json.loads(done.stdout.splitlines()[-1]))
+            print(rows[-1], flush=True)
     return rows
 
 
@@ -160,12 +160,13 @@ def pass_times(folder: str) -> list[dict[str, Any]]:
 
 
 def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
-    """start: seconds from a process's start to the first step, by part. passes: milliseconds of a pass, by Python and by a CUDA graph. Both for one rank of record_200m on a corpus, whose folder is the argument."""
+    """whole, parts: seconds from a process's start to the first step, by what they went into, of a model compiled as one graph or in parts. passes: milliseconds of a pass, by Python and by a CUDA graph. For one rank of record_200m on a corpus, whose folder is the argument."""
     if not torch.cuda.is_available():
         raise UserError(f"{name} needs a GPU", "run it on an NVIDIA GPU")
     if not arguments:
         raise UserError(f"no corpus is given for {name}", f"python scripts/measure.py compile {name} data/fineweb10B")  # fmt: skip
-    rows = {"start": measure_start, "passes": pass_times}[name](arguments[0])
+    folder = arguments[0]
+    rows = pass_times(folder) if name == "passes" else measure_start(name, folder)
     corpus = corpus_of(vary(preset("record_200m"), {"data.path": arguments[0]}))
     modules = ["speedrun.measure.compile", "speedrun.train"]
     return {"rows": rows}, stamp(command, modules, 1, [0], corpus)
