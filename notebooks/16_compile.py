@@ -69,18 +69,20 @@ class GraphedCall:
 # %%
 #| export
 class Recorder:
-    """Functions of tensors that return a number, recorded as CUDA graphs, one for each key. Their inputs are copied to where the graph reads them.
+    """Functions of tensors that return a number, recorded as CUDA graphs, one for each key, or just called if not `on`. Inputs are copied to where the graph reads them.
 
     Whatever else a function reads has to stay in its place, and to be the same in each call with one key.
     """
 
-    def __init__(self, device: torch.device):
-        self.device, self.stream = device, new_stream(device)
+    def __init__(self, device: torch.device, on: bool = True):
+        self.device, self.stream = device, new_stream(device) if on else None
         self.pool = torch.cuda.graph_pool_handle() if self.stream else None
         self.calls: dict[Any, tuple[GraphedCall, list[Tensor], Tensor]] = {}
 
     def __call__(self, key: Any, function: Callable, tensors: Sequence[Tensor]) -> Tensor:
         """The function's result for tensors on any device, (): where the next call with this key writes its own. Python does not wait."""
+        if self.stream is None:
+            return function(*tensors)
         if key not in self.calls:
             places = [tensor.to(self.device, copy=True) for tensor in tensors]
             result = torch.zeros((), device=self.device)
@@ -96,13 +98,13 @@ class Recorder:
 # %%
 #| export model.compiled
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from speedrun.model.gpt import GPT, PARTS, AttentionContext, Parts, gpt_forward
+from speedrun.model.gpt import GPT, AttentionContext, gpt_forward
 
 
 def mark_tokens(argument: Any) -> None:
@@ -117,22 +119,25 @@ def mark_tokens(argument: Any) -> None:
             mark(argument.tiles, 1)
 
 
-def compiled_part(function: Callable) -> Callable:
-    """A part of the forward pass, compiled once for all layers of one kind and for all numbers of tokens."""
-    part = compiled_copy(function)
+def compile_model(model: GPT) -> Callable:
+    """The model's forward pass, each part compiled once for all layers of one kind and all numbers of tokens. Slices of banks are inputs of those graphs."""
+    torch._dynamo.config.recompile_limit = 64  # kinds of layers, times training and validation
+    compiled = cache(compiled_copy)
 
-    def call(*arguments: Any) -> Any:
+    def call(part: Callable, *arguments: Any) -> Any:
         for argument in arguments:
             mark_tokens(argument)
-        return part(*arguments)
+        return compiled(part)(*arguments)
 
-    return call
+    return partial(gpt_forward, model, call=call)
 
 
-def compile_model(model: GPT) -> Callable:
-    """The model's forward pass, each of its parts compiled. Slices of banks are inputs of those graphs."""
-    torch._dynamo.config.recompile_limit = 64  # kinds of layers, times training and validation
-    return partial(gpt_forward, model, parts=Parts(*map(compiled_part, PARTS)))
+# %%
+#| export model.compiled
+def can_record(model: GPT, packed: bool) -> bool:
+    """Whether nothing in a forward pass but its tensors differs from batch to batch: FlashAttention and our reference read the longest document in Python."""
+    on_gpu = next(model.parameters()).is_cuda
+    return on_gpu and (model.backend == "triton" or not packed)
 
 
 # %%
@@ -279,7 +284,7 @@ def pass_times(folder: str) -> list[dict[str, Any]]:
             record = partial(Recorder(run.ranks.device), way)
             calls[f"{way}, by Python"] = partial(train.accumulate, forward, batches, ranks, *told)
             calls[f"{way}, a CUDA graph"] = partial(
-                train.accumulate, forward, batches, ranks, *told, record
+                train.accumulate, forward, batches, ranks, *told, record=record
             )
         for name, took in bench(calls, "cuda", 15, warm_up=4).items():
             host = host_ms(calls[name])

@@ -256,7 +256,7 @@ class Run:
     heartbeat: Heartbeat
     nonfinite_steps: Tensor
     interrupts: Interrupts
-    recorder: Recorder | None
+    recorder: Recorder
     step: int = 0
     stop_at: int | None = None
     saved: Path | None = None
@@ -324,7 +324,7 @@ from speedrun.lab.runlog import format_line
 from speedrun.lab.timer import StepTimer, TrainClock, off_the_clock
 from speedrun.kernels.fp8 import has_fp8
 from speedrun.model.attention import AttentionSettings, Packed, choose_backend
-from speedrun.model.compiled import compile_model
+from speedrun.model.compiled import can_record, compile_model
 from speedrun.model.gpt import GPT, attention_settings
 from speedrun.optim.optimizer import MuonAdam
 from speedrun.optim.state import assign_optimizers
@@ -339,9 +339,8 @@ def train_step(run: Run) -> Tensor:
     batches = run.loader.next(now.batch_tokens, now.max_doc_tokens)
     parts, beating = len(batches) * run.ranks.world, run.heartbeat.over(batches)
     few = torch.tensor(now.candidates) if run.config.model.head.fp8 else None
-    record = partial(run.recorder, now.stage) if run.recorder else None
-    told = run.told[now.stage], few, record
-    loss = accumulate(run.forward, beating, parts, device, precision, *told)
+    told, record = run.told[now.stage], partial(run.recorder, now.stage)
+    loss = accumulate(run.forward, beating, parts, device, precision, told, few, record=record)
     run.optimizer.step(now)
     run.nonfinite_steps += run.optimizer.skip
     run.step += 1
@@ -488,19 +487,12 @@ def forward_loss(
 
 
 def forward_backward(
-    forward,
-    micro_batches: int,
-    device: torch.device,
-    precision: str,
-    told: AttentionSettings | None,
-    candidates: Tensor | None,
-    longest: Tensor | None,
-    *tensors: Tensor,
+    forward, micro_batches: int, longest: Tensor | None, told: tuple, *tensors: Tensor
 ) -> Tensor:
-    """Forward and backward through one batch's tensors, whose gradients are added. Returns its part of the mean loss."""
+    """Forward and backward through one batch's tensors; its gradients are added to those that are there. Returns its part of the mean loss."""
     inputs, targets, *borders = tensors
     batch = Batch(inputs, targets, borders[0] if borders else None, longest)
-    loss = forward_loss(forward, batch, device, precision, told, candidates) / micro_batches
+    loss = forward_loss(forward, batch, *told) / micro_batches
     loss.backward()
     return loss.detach()
 
@@ -509,20 +501,17 @@ def accumulate(
     forward,
     batches: Iterable[Batch],
     micro_batches: int,
-    device: torch.device,
-    precision: str,
-    told: AttentionSettings | None = None,
-    candidates: Tensor | None = None,
+    *told: Any,
     record: Callable | None = None,
 ) -> Tensor:
     """Forward and backward through this rank's batches. Gradients add up; returns its part of the mean loss.
 
-    micro_batches: how many batches the step has, on all ranks together. record: calls a function with a batch's tensors, as a CUDA graph.
+    micro_batches: how many batches the step has, on all ranks together. told: the device, the precision, and what else `forward_loss` is told.
+    record: calls a function with a batch's tensors, as a CUDA graph.
     """
-    total = torch.zeros((), device=device)
-    told_all = (forward, micro_batches, device, precision, told, candidates)
+    total = torch.zeros((), device=told[0])
     for batch in batches:
-        one_pass = partial(forward_backward, *told_all, batch.longest)
+        one_pass = partial(forward_backward, forward, micro_batches, batch.longest, told)
         tensors = [tensor for tensor in batch[:3] if tensor is not None]
         total += record(one_pass, tensors) if record else one_pass(*tensors)
     return total
@@ -725,8 +714,7 @@ def build_run(config: Config, folder: Path, echo=print) -> Run:
     heartbeat.phase("build")
     model = GPT(config.model, loader.shards.manifest.vocab_size, config.seed).to(device)
     optimizer, told = build_optimizer(config, model), prepare_attention(config, model, device)
-    fixed = model.backend == "triton" or config.data.mode == "stream"  # no sizes that Python reads
-    graphs = config.compile and device.type == "cuda" and fixed
+    graphs = config.compile and can_record(model, config.data.mode != "stream")
     return Run(
         config,
         folder,
@@ -743,7 +731,7 @@ def build_run(config: Config, folder: Path, echo=print) -> Run:
         heartbeat,
         torch.zeros((), device=device),
         Interrupts(),
-        Recorder(device) if graphs else None,
+        Recorder(device, graphs),
     )
 
 
@@ -954,8 +942,7 @@ def warm_up(run: Run) -> float:
     run.step, run.loader.position = step, position
     run.nonfinite_steps.zero_()
     run.clock.wait()
-    if run.recorder:  # what the first calls have left is not the graphs'
-        torch.cuda.empty_cache()
+    torch.cuda.empty_cache()  # what the first calls have left is not the graphs'
     return time.perf_counter() - begin
 
 

@@ -31,19 +31,12 @@ def forward_loss(
 
 
 def forward_backward(
-    forward,
-    micro_batches: int,
-    device: torch.device,
-    precision: str,
-    told: AttentionSettings | None,
-    candidates: Tensor | None,
-    longest: Tensor | None,
-    *tensors: Tensor,
+    forward, micro_batches: int, longest: Tensor | None, told: tuple, *tensors: Tensor
 ) -> Tensor:
-    """Forward and backward through one batch's tensors, whose gradients are added. Returns its part of the mean loss."""
+    """Forward and backward through one batch's tensors; its gradients are added to those that are there. Returns its part of the mean loss."""
     inputs, targets, *borders = tensors
     batch = Batch(inputs, targets, borders[0] if borders else None, longest)
-    loss = forward_loss(forward, batch, device, precision, told, candidates) / micro_batches
+    loss = forward_loss(forward, batch, *told) / micro_batches
     loss.backward()
     return loss.detach()
 
@@ -52,20 +45,17 @@ def accumulate(
     forward,
     batches: Iterable[Batch],
     micro_batches: int,
-    device: torch.device,
-    precision: str,
-    told: AttentionSettings | None = None,
-    candidates: Tensor | None = None,
+    *told: Any,
     record: Callable | None = None,
 ) -> Tensor:
     """Forward and backward through this rank's batches. Gradients add up; returns its part of the mean loss.
 
-    micro_batches: how many batches the step has, on all ranks together. record: calls a function with a batch's tensors, as a CUDA graph.
+    micro_batches: how many batches the step has, on all ranks together. told: the device, the precision, and what else `forward_loss` is told.
+    record: calls a function with a batch's tensors, as a CUDA graph.
     """
-    total = torch.zeros((), device=device)
-    told_all = (forward, micro_batches, device, precision, told, candidates)
+    total = torch.zeros((), device=told[0])
     for batch in batches:
-        one_pass = partial(forward_backward, *told_all, batch.longest)
+        one_pass = partial(forward_backward, forward, micro_batches, batch.longest, told)
         tensors = [tensor for tensor in batch[:3] if tensor is not None]
         total += record(one_pass, tensors) if record else one_pass(*tensors)
     return total

@@ -29,6 +29,17 @@ RECORD_MUON = MuonConfig(
 )
 """Muon as it was in record 89, from records 38, 41, 43, 48, 57 and 78, with a Gram Newton–Schulz in float16 that it does not have."""
 
+RECORD_STAGES = (
+    Stage(1 / 3, 1, 1.0, 896, (128, 384), 10_240),
+    Stage(1 / 3, 2, 1.52, 2048, (384, 896), 10_240),
+    Stage(1 / 3, 3, 1.73, 2048, (640, 1408)),
+    Stage(0, 3, 1.73, 2048, (768, 1664)),
+)
+SMALL_THIRD = (
+    Stage(0.27, 3, 1.73, 2048, (640, 1408), 16_384),
+    Stage(1 / 3 - 0.27, 3, 1.73, 2048, (640, 1408)),
+)
+
 Changes = dict[str, Any]
 FINEWEB = "data/fineweb10B"
 PRESETS: dict[str, tuple[str, Changes]] = {  # name → the run that it starts from, what it changes
@@ -165,12 +176,7 @@ PRESETS: dict[str, tuple[str, Changes]] = {  # name → the run that it starts f
             "schedule.final_lr_frac": 0.15,
             "schedule.momentum_min": 0.85,
             "schedule.extension_steps": 40,
-            "schedule.stages": (
-                Stage(1 / 3, 1, 1.0, 896, (128, 384), 10_240),
-                Stage(1 / 3, 2, 1.52, 2048, (384, 896), 10_240),
-                Stage(1 / 3, 3, 1.73, 2048, (640, 1408)),
-                Stage(0, 3, 1.73, 2048, (768, 1664)),
-            ),
+            "schedule.stages": RECORD_STAGES,
             "schedule.val_windows": (0, 2560),
             "data.path": FINEWEB,
             "data.mode": "documents",
@@ -187,6 +193,7 @@ PRESETS: dict[str, tuple[str, Changes]] = {  # name → the run that it starts f
         "record_200m",
         {
             "model.block.fp8": False,
+            "schedule.stages": (*RECORD_STAGES[:2], *SMALL_THIRD, RECORD_STAGES[3]),
             "model.num_layers": 8,
             "model.num_heads": 4,
             "model.model_dim": 512,

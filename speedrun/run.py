@@ -51,7 +51,7 @@ class Run:
     heartbeat: Heartbeat
     nonfinite_steps: Tensor
     interrupts: Interrupts
-    recorder: Recorder | None
+    recorder: Recorder
     step: int = 0
     stop_at: int | None = None
     saved: Path | None = None

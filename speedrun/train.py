@@ -62,7 +62,7 @@ from speedrun.lab.runlog import format_line
 from speedrun.lab.timer import StepTimer, TrainClock, off_the_clock
 from speedrun.kernels.fp8 import has_fp8
 from speedrun.model.attention import AttentionSettings, Packed, choose_backend
-from speedrun.model.compiled import compile_model
+from speedrun.model.compiled import can_record, compile_model
 from speedrun.model.gpt import GPT, attention_settings
 from speedrun.optim.optimizer import MuonAdam
 from speedrun.optim.state import assign_optimizers
@@ -75,9 +75,8 @@ def train_step(run: Run) -> Tensor:
     batches = run.loader.next(now.batch_tokens, now.max_doc_tokens)
     parts, beating = len(batches) * run.ranks.world, run.heartbeat.over(batches)
     few = torch.tensor(now.candidates) if run.config.model.head.fp8 else None
-    record = partial(run.recorder, now.stage) if run.recorder else None
-    told = run.told[now.stage], few, record
-    loss = accumulate(run.forward, beating, parts, device, precision, *told)
+    told, record = run.told[now.stage], partial(run.recorder, now.stage)
+    loss = accumulate(run.forward, beating, parts, device, precision, told, few, record=record)
     run.optimizer.step(now)
     run.nonfinite_steps += run.optimizer.skip
     run.step += 1
@@ -160,8 +159,7 @@ def build_run(config: Config, folder: Path, echo=print) -> Run:
     heartbeat.phase("build")
     model = GPT(config.model, loader.shards.manifest.vocab_size, config.seed).to(device)
     optimizer, told = build_optimizer(config, model), prepare_attention(config, model, device)
-    fixed = model.backend == "triton" or config.data.mode == "stream"  # no sizes that Python reads
-    graphs = config.compile and device.type == "cuda" and fixed
+    graphs = config.compile and can_record(model, config.data.mode != "stream")
     return Run(
         config,
         folder,
@@ -178,7 +176,7 @@ def build_run(config: Config, folder: Path, echo=print) -> Run:
         heartbeat,
         torch.zeros((), device=device),
         Interrupts(),
-        Recorder(device) if graphs else None,
+        Recorder(device, graphs),
     )
 
 
@@ -287,8 +285,7 @@ def warm_up(run: Run) -> float:
     run.step, run.loader.position = step, position
     run.nonfinite_steps.zero_()
     run.clock.wait()
-    if run.recorder:  # what the first calls have left is not the graphs'
-        torch.cuda.empty_cache()
+    torch.cuda.empty_cache()  # what the first calls have left is not the graphs'
     return time.perf_counter() - begin
 
 

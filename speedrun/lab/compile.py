@@ -51,18 +51,20 @@ class GraphedCall:
 
 
 class Recorder:
-    """Functions of tensors that return a number, recorded as CUDA graphs, one for each key. Their inputs are copied to where the graph reads them.
+    """Functions of tensors that return a number, recorded as CUDA graphs, one for each key, or just called if not `on`. Inputs are copied to where the graph reads them.
 
     Whatever else a function reads has to stay in its place, and to be the same in each call with one key.
     """
 
-    def __init__(self, device: torch.device):
-        self.device, self.stream = device, new_stream(device)
+    def __init__(self, device: torch.device, on: bool = True):
+        self.device, self.stream = device, new_stream(device) if on else None
         self.pool = torch.cuda.graph_pool_handle() if self.stream else None
         self.calls: dict[Any, tuple[GraphedCall, list[Tensor], Tensor]] = {}
 
     def __call__(self, key: Any, function: Callable, tensors: Sequence[Tensor]) -> Tensor:
         """The function's result for tensors on any device, (): where the next call with this key writes its own. Python does not wait."""
+        if self.stream is None:
+            return function(*tensors)
         if key not in self.calls:
             places = [tensor.to(self.device, copy=True) for tensor in tensors]
             result = torch.zeros((), device=self.device)

@@ -147,7 +147,7 @@ def pass_times(folder: str) -> list[dict[str, Any]]:
             record = partial(Recorder(run.ranks.device), way)
             calls[f"{way}, by Python"] = partial(train.accumulate, forward, batches, ranks, *told)
             calls[f"{way}, a CUDA graph"] = partial(
-                train.accumulate, forward, batches, ranks, *told, record
+                train.accumulate, forward, batches, ranks, *told, record=record
             )
         for name, took in bench(calls, "cuda", 15, warm_up=4).items():
             host = host_ms(calls[name])

@@ -134,10 +134,11 @@ def ledger_of(arm: str, folder: str, step: int = 500) -> dict[str, Any]:
         now = run.schedule.at(step)
         batch = run.loader.next(now.batch_tokens, now.max_doc_tokens)[0]
         few = None if bf16_head else torch.tensor(now.candidates)
-        record = partial(run.recorder, now.stage) if run.recorder else None
-        told = run.ranks.device, config.precision, run.told[now.stage], few, record
+        record = partial(run.recorder, now.stage)
+        told = run.ranks.device, config.precision, run.told[now.stage], few
         torch.cuda.reset_peak_memory_stats()
-        found = ledger(lambda: accumulate(run.forward, [batch], 8, *told), "cuda", 3, RECORD_KINDS)
+        one_pass = partial(accumulate, run.forward, [batch], 8, *told, record=record)
+        found = ledger(one_pass, "cuda", 3, RECORD_KINDS)
         peak = torch.cuda.max_memory_allocated() >> 20
     return {
         "arm": arm,

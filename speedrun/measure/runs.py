@@ -141,8 +141,7 @@ def reset_run(live: "Run", config: Config) -> None:
     live.config, live.step, live.loader.position = config, 0, Position()
     live.optimizer = build_optimizer(config, model)
     live.nonfinite_steps.zero_()
-    if live.recorder:
-        live.recorder.calls.clear()  # recorded with the old places
+    live.recorder.calls.clear()  # recorded with the old places
     live.clock.elapsed_ms = 0.0
     warm_up(live)
 

@@ -6,13 +6,13 @@ from speedrun.lab.compile import compiled_copy
 
 # %% torch.compile, warm-up and the clock
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from speedrun.model.gpt import GPT, PARTS, AttentionContext, Parts, gpt_forward
+from speedrun.model.gpt import GPT, AttentionContext, gpt_forward
 
 
 def mark_tokens(argument: Any) -> None:
@@ -27,19 +27,20 @@ def mark_tokens(argument: Any) -> None:
             mark(argument.tiles, 1)
 
 
-def compiled_part(function: Callable) -> Callable:
-    """A part of the forward pass, compiled once for all layers of one kind and for all numbers of tokens."""
-    part = compiled_copy(function)
+def compile_model(model: GPT) -> Callable:
+    """The model's forward pass, each part compiled once for all layers of one kind and all numbers of tokens. Slices of banks are inputs of those graphs."""
+    torch._dynamo.config.recompile_limit = 64  # kinds of layers, times training and validation
+    compiled = cache(compiled_copy)
 
-    def call(*arguments: Any) -> Any:
+    def call(part: Callable, *arguments: Any) -> Any:
         for argument in arguments:
             mark_tokens(argument)
-        return part(*arguments)
+        return compiled(part)(*arguments)
 
-    return call
+    return partial(gpt_forward, model, call=call)
 
 
-def compile_model(model: GPT) -> Callable:
-    """The model's forward pass, each of its parts compiled. Slices of banks are inputs of those graphs."""
-    torch._dynamo.config.recompile_limit = 64  # kinds of layers, times training and validation
-    return partial(gpt_forward, model, parts=Parts(*map(compiled_part, PARTS)))
+def can_record(model: GPT, packed: bool) -> bool:
+    """Whether nothing in a forward pass but its tensors differs from batch to batch: FlashAttention and our reference read the longest document in Python."""
+    on_gpu = next(model.parameters()).is_cuda
+    return on_gpu and (model.backend == "triton" or not packed)

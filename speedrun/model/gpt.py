@@ -339,16 +339,9 @@ def end_forward(
     return loss_of(logits, targets, self.config.head.softcap)
 
 
-class Parts(NamedTuple):
-    """The functions that make a forward pass, as they are or compiled."""
-
-    begin: Callable = begin_forward
-    attention: Callable = attention_half
-    mlp: Callable = mlp_half
-    end: Callable = end_forward
-
-
-PARTS = Parts()
+def plainly(part: Callable, *arguments: Any) -> Any:
+    """Call a part of the forward pass as it is."""
+    return part(*arguments)
 
 
 def gpt_forward(
@@ -357,28 +350,27 @@ def gpt_forward(
     targets: Tensor | None = None,
     packed: Packed | None = None,
     candidates: Tensor | None = None,
-    parts: Parts = PARTS,
+    call: Callable = plainly,
 ) -> Tensor:
-    """Logits (batch, tokens, vocab) of inputs, (batch, tokens) int64; with targets the mean cross-entropy, nats; with candidates, () int in CPU memory, the FP8 head's, its softmax over so many words, 0: all. packed: of one row."""
+    """Logits (batch, tokens, vocab) of inputs, (batch, tokens) int64; with targets the mean cross-entropy, nats; with candidates, () int in CPU memory, the FP8 head's, its softmax over so many words, 0: all. packed: of one row. call: how its parts are called."""
     config, contexts = self.config, attention_contexts(self, inputs, packed)
-    x0, tables, scales = parts.begin(self, inputs)
+    x0, tables, scales = call(begin_forward, self, inputs)
     x, more = x0, None
     outputs: dict[Any, Tensor] = {}
     values: dict[Any, Tensor] = dict(enumerate(tables))
     for n, (spec, weights) in enumerate(zip(self.layout, weights_of_layers(self, scales))):
         own = {name: piece for name, piece in weights.items() if name.startswith("mlp_")}
-        others = {name: piece for name, piece in weights.items() if name not in own}
-        context = contexts[n in config.attention.long_layers] if spec.attention else None
-        heard = outputs.get(spec.skip), values.get(spec.value), others
-        x, more, v = parts.attention(x, more, x0, *heard, config, context)
+        context = contexts[int(n in config.attention.long_layers)] if spec.attention else None
+        heard = outputs.get(spec.skip), values.get(spec.value), weights
+        x, more, v = call(attention_half, x, more, x0, *heard, config, context)
         values.setdefault("first", v)
         if spec.mlp:
-            x, more = parts.mlp(x, more, own, config.block)
+            x, more = call(mlp_half, x, more, own, config.block)
         if n in self.kept:
             x, more = added(x, more), None
             outputs[n] = x
     slabs = packed is not None and not torch.is_grad_enabled()
-    return parts.end(self, x, more, outputs.get(self.backout), targets, candidates, slabs)
+    return call(end_forward, self, x, more, outputs.get(self.backout), targets, candidates, slabs)
 
 
 def attention_settings(
