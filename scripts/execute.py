@@ -15,12 +15,12 @@ if __name__ == "__main__":
 
 import argparse
 import concurrent.futures
+import functools
 import hashlib
 import importlib.metadata
 import json
 import os
 import shutil
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -29,17 +29,23 @@ from pathlib import Path
 
 import jupytext
 import nbformat
+from jupyter_client.kernelspec import KernelSpecManager
+from jupyter_client.manager import AsyncKernelManager
 from kernel import own_kernel
+from nbclient import NotebookClient
 from tangle import chapter_paths
 from vocabulary import offline_vocabulary
 
 from speedrun.data.shards import data_folder
 from speedrun.data.sources import build_embedded
+from speedrun.lab import provenance
 from speedrun.lab.files import atomic_write
 from speedrun.lab.hardware import detect_machine
 from speedrun.lab.provenance import imported_names, module_hashes, root
 from speedrun.lab.tier import Tier, tier_of
 
+for pure in ("code_hash", "imported_names"):  # asked again for every chapter, of the same texts
+    setattr(provenance, pure, functools.cache(getattr(provenance, pure)))
 EXECUTED = root() / "_build" / "executed"
 LIBRARIES = (
     "torch",
@@ -84,6 +90,12 @@ class Chapter:
         return EXECUTED / f"{self.name}.json"
 
 
+@functools.lru_cache(maxsize=64)
+def notebook_of(text: str) -> nbformat.NotebookNode:
+    """A chapter as a notebook. The book asks for all of them several times; whoever gets one gets a copy."""
+    return jupytext.reads(text, fmt="py:percent")
+
+
 def chapters(wanted: tuple[str, ...] | list[str] = ()) -> list[Chapter]:
     """All chapters, or those whose number or name begins with one of `wanted`."""
     paths = chapter_paths(root())
@@ -94,7 +106,8 @@ def chapters(wanted: tuple[str, ...] | list[str] = ()) -> list[Chapter]:
         sys.exit(
             f"no chapter begins with {' or '.join(wanted)}: there are {', '.join(path.stem for path in paths)}"
         )
-    return [Chapter(path.stem, jupytext.read(path, fmt="py:percent")) for path in chosen]
+    texts = {path.stem: path.read_text(encoding="utf-8") for path in chosen}
+    return [Chapter(name, nbformat.from_dict(notebook_of(text))) for name, text in texts.items()]
 
 
 def tier_here() -> Tier:
@@ -165,12 +178,27 @@ def opened_files(ledger: Path) -> dict[str, str | None]:
     return {path: hash_of(path) for path in inside}
 
 
+def why_not_whole(
+    notebook: nbformat.NotebookNode, folder: Path, environment: dict[str, str]
+) -> str | None:
+    """Execute all cells in a kernel of their own; what they say is put into the notebook, as far as it comes. What ended it early."""
+    specs = KernelSpecManager(kernel_dirs=[str(folder / "jupyter" / "kernels")])
+    kernel = AsyncKernelManager(kernel_name="python3", kernel_spec_manager=specs)
+    client = NotebookClient(notebook, kernel, timeout=LIMIT_S, raise_on_iopub_timeout=True)
+    with open(folder / "said", "w", encoding="utf-8") as said:
+        try:
+            client.execute(env=environment, cwd=str(root()), stdout=said, stderr=said)
+        except Exception as error:
+            outside = (folder / "said").read_text(encoding="utf-8", errors="replace")
+            return f"{outside[-1000:]}{type(error).__name__}: {error}"[-4000:]
+    return None
+
+
 def execute(chapter: Chapter, threads: int | None) -> tuple[Chapter, str | None, float]:
     """Execute one chapter in a process of its own. Returns it, the error if there was one, and the seconds it took."""
     folder = EXECUTED / f".{chapter.name}"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    nbformat.write(chapter.notebook, folder / "in.ipynb")
     environment = os.environ | {
         "SPEEDRUN_OPENED": str(folder / "opened"),
         "PYTHONPATH": str(root()),
@@ -183,28 +211,13 @@ def execute(chapter: Chapter, threads: int | None) -> tuple[Chapter, str | None,
     startup.mkdir(parents=True)
     (startup / "hashes.py").write_text(STARTUP, encoding="utf-8")
     state, begin = state_of(chapter), time.perf_counter()
-    command = [
-        sys.executable,
-        "-m",
-        "papermill",
-        "--no-progress-bar",
-        "--execution-timeout",
-        str(LIMIT_S),
-        "--cwd",
-        str(root()),
-    ]
-    done = subprocess.run(
-        [*command, str(folder / "in.ipynb"), str(folder / "out.ipynb")],
-        env=environment,
-        capture_output=True,
-        encoding="utf-8",
-        errors="replace",
-    )
+    notebook = nbformat.from_dict(chapter.notebook)
+    error = why_not_whole(notebook, folder, environment)
     seconds = time.perf_counter() - begin
-    if done.returncode:
-        if (folder / "out.ipynb").exists():
-            shutil.copy(folder / "out.ipynb", EXECUTED / f"{chapter.name}.failed.ipynb")
-        return chapter, done.stderr[-4000:], seconds
+    if error:
+        nbformat.write(notebook, EXECUTED / f"{chapter.name}.failed.ipynb")
+        return chapter, error, seconds
+    nbformat.write(notebook, folder / "out.ipynb")
     facts = {
         "state": state,
         "opened": opened_files(folder / "opened"),
@@ -231,7 +244,6 @@ def refresh_prose(chapter: Chapter) -> None:
         (cell for cell in fresh.cells if cell.cell_type == "code"), ran, strict=True
     ):
         cell.outputs, cell.execution_count = old.outputs, old.execution_count
-    fresh.metadata.papermill = executed.metadata.get("papermill", {})
     part = chapter.output.with_suffix(".part")
     nbformat.write(fresh, part)
     os.replace(part, chapter.output)
@@ -262,7 +274,7 @@ def run_chapters(wanted: list[str], force: bool = False) -> list[str]:
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
         jobs = [
             pool.submit(execute, chapter, max(1, detect_machine().cores // 2))
-            for chapter in together
+            for chapter in reversed(together)  # the last ones take longest: no one waits for them
         ]
         results = [job.result() for job in map(announce, concurrent.futures.as_completed(jobs))]
     for chapter in todo:
