@@ -22,7 +22,7 @@ from speedrun.lab.errors import run_main
 from speedrun.lab.provenance import root
 from speedrun.lab.results import freshness
 
-for pure in ("code_hash", "imported_names"):  # asked again for every result, of the same texts
+for pure in ("code_hash", "imported_names", "module_file"):  # asked again for every result
     setattr(provenance, pure, functools.cache(getattr(provenance, pure)))
 SOURCE, SITE = root() / "_build" / "book", root() / "_build" / "site"
 
