@@ -36,14 +36,7 @@ from speedrun.data.shards import data_folder
 from speedrun.lab import provenance
 from speedrun.lab.errors import UserError, run_main, visible
 from speedrun.lab.files import atomic_write
-from speedrun.lab.provenance import (
-    canonical,
-    code_hash,
-    is_docstring,
-    module_file,
-    module_hashes,
-    root,
-)
+from speedrun.lab.provenance import canonical, code_hash, is_docstring, module_hashes, root
 from speedrun.lab.results import freshness
 
 GPU_WORDS = (
@@ -63,7 +56,7 @@ IF_PEER = re.compile(
 BESIDE = frozenset(("speedrun.model.attention", name) for name in PEERS)
 AS_COMMAND = "if __name__ == '__main__'"
 OUR_IMPORTS = ("from speedrun", "import speedrun", "if TYPE_CHECKING:\n    from speedrun")
-for pure in ("code_hash", "imported_names"):  # asked again for every result, of the same texts
+for pure in ("code_hash", "imported_names", "module_file"):  # asked again for every result
     setattr(provenance, pure, functools.cache(getattr(provenance, pure)))
 TINY: dict[str, Any] = {
     "model.model_dim": 32,
@@ -262,13 +255,14 @@ def changes(before: dict[str, str], after: dict[str, str]) -> dict[str, list[tup
 
     A statement that has left one of them and come to another has moved, and is shared. Imports of the package are not compared: what they name is.
     """
-    then = {name: statements(text) for name, text in before.items()}
-    now = {name: statements(text) for name, text in after.items()}
+    differ = [name for name in before if before[name] != after[name]]
+    then = {name: statements(before[name]) for name in differ}
+    now = {name: statements(after[name]) for name in differ}
     gone = {name: then[name].keys() - now[name].keys() for name in then}
     come = {name: now[name].keys() - then[name].keys() for name in then}
     moved = set().union(*gone.values()) & set().union(*come.values())
-    told = {}
-    for name in then:
+    told: dict[str, list[tuple[str, str]]] = {name: [] for name in before}
+    for name in differ:
         own = then[name] | now[name]
         left = [(key[0], own[key]) for key in sorted((gone[name] | come[name]) - moved)]
         told[name] = [(where, text) for where, text in left if not text.startswith(OUR_IMPORTS)]
@@ -295,7 +289,6 @@ def used_statements(
     read: a module's name → its text. Of a module that is imported as a whole, everything counts but what it does as a command.
     beside: (module, name): what that module imports by this name is not followed.
     """
-    parsed: dict[str, list] = {}
     found: dict[tuple[str, str], set[str]] = defaultdict(
         set
     )  # a name may be defined in several steps
@@ -305,15 +298,11 @@ def used_statements(
         if (module, name) in seen:
             continue
         seen.add((module, name))
-        if module not in parsed:
-            parsed[module] = [it for node in ast.parse(read(module)).body for it in apart(node)]
-        functions = {n.name for n in parsed[module] if isinstance(n, ast.FunctionDef)}
-        for node in parsed[module]:
-            own = defined_by(node) or [called_on(node)] * (called_on(node) in functions)
-            if name and own and name not in own or ast.unparse(node).startswith(AS_COMMAND):
+        for node, own, text, form in top_statements(read(module)):
+            if name and own and name not in own or text.startswith(AS_COMMAND):
                 continue
-            if not ast.unparse(node).startswith(OUR_IMPORTS):
-                found[", ".join(own), canonical(node)].add(module)
+            if not text.startswith(OUR_IMPORTS):
+                found[", ".join(own), form].add(module)
             for inner in ast.walk(node):
                 if isinstance(inner, ast.Name):
                     wanted.append((module, inner.id))
@@ -327,6 +316,15 @@ def used_statements(
                     names = [alias.name for alias in inner.names]
                     wanted += [(other, "") for other in names if other.startswith("speedrun.")]
     return found
+
+
+@functools.cache
+def top_statements(source: str) -> list[tuple[ast.stmt, list[str], str, str]]:
+    """A module's statements, imports one by one: each with what it defines or belongs to, as text, and in canonical form."""
+    nodes = [it for node in ast.parse(source).body for it in apart(node)]
+    functions = {node.name for node in nodes if isinstance(node, ast.FunctionDef)}
+    own = [defined_by(n) or [called_on(n)] * (called_on(n) in functions) for n in nodes]
+    return [(n, names, ast.unparse(n), canonical(n)) for n, names in zip(nodes, own)]
 
 
 def apart(node: ast.stmt) -> list[ast.stmt]:
@@ -367,7 +365,7 @@ def used_then_and_now(
     start: tuple[str, ...], commit: str, beside: frozenset = frozenset()
 ) -> list[dict]:
     """`used_statements` of modules at a commit, and today's."""
-    today = {name: file for name in module_hashes(start) if (file := module_file(name))}
+    today = {name: file for name in module_hashes(start) if (file := provenance.module_file(name))}
 
     def read(name: str) -> str:
         return today[name].read_text(encoding="utf-8") if name in today else ""
