@@ -20,6 +20,7 @@ import ast
 import builtins
 import contextlib
 import difflib
+import functools
 import hashlib
 import json
 import os
@@ -100,6 +101,7 @@ def read_cells(notebook, name: str) -> list[Cell]:
     return cells
 
 
+@functools.lru_cache(maxsize=8192)
 def bound_names(source: str, where: str) -> tuple[set[str], set[str]]:
     """Names that a cell binds at module level: those it defines (def, class, assignment) and those it imports."""
     try:
@@ -124,6 +126,7 @@ def bound_names(source: str, where: str) -> tuple[set[str], set[str]]:
     } - imported, imported
 
 
+@functools.lru_cache(maxsize=8192)
 def free_names(source: str) -> set[str]:
     """Global names that the code reads anywhere: in functions, classes, comprehensions and at module level."""
     names, stack = set(), [symtable.symtable(source, "module", "exec")]
@@ -305,10 +308,18 @@ def package_inits(paths: list[str]) -> dict[str, bytes]:
     return inits
 
 
+@functools.lru_cache(maxsize=64)
+def read_notebook(text: str):
+    """A chapter as a notebook; the lab asks for all of them at every save, and one has changed."""
+    import jupytext
+
+    return jupytext.reads(text, fmt="py:percent")
+
+
 def tangle_all(root: Path) -> dict[str, bytes]:
     """Every file of the package, path → bytes, from every notebook. Raises TangleError with all problems."""
     try:
-        import jupytext
+        import jupytext  # noqa: F401
 
         tangler = exporter()
     except ImportError as error:
@@ -318,7 +329,7 @@ def tangle_all(root: Path) -> dict[str, bytes]:
     files, owner, problems = {}, {}, []
     for path in chapter_paths(root):
         try:
-            notebook = jupytext.read(path, fmt="py:percent")
+            notebook = read_notebook(path.read_text(encoding="utf-8"))
         except Exception as error:  # what jupytext, YAML and decoding raise
             problems.append(
                 f"notebooks/{path.name} is not a notebook in percent format: {' '.join(str(error).split())}.\n  → it begins with a YAML header in comments, and is UTF-8; git diff notebooks/{path.name} shows what has changed"
