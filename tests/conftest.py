@@ -1,5 +1,6 @@
 """Shared by all tests: the interpreter switch for kernels, GPT-2's vocabulary without a network, the embedded text."""
 
+import copy
 import functools
 import os
 import shutil
@@ -7,8 +8,10 @@ import signal
 from pathlib import Path
 
 import interpreted  # noqa: F401 first of all: see there
+import jupytext
 import pytest
 import torch
+from ahead import Ahead
 from vocabulary import offline_vocabulary
 
 from speedrun.config import vary
@@ -28,11 +31,40 @@ if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_I
 offline_vocabulary(root() / "_build" / "tiktoken")
 for pure in ("code_hash", "imported_names"):  # of the same texts for every run that a test makes
     setattr(provenance, pure, functools.cache(getattr(provenance, pure)))
+
+
+def read_once(read=jupytext.read):
+    """jupytext.read, which takes as long for a chapter as some dozens of tests: each text is read once, and every caller gets a copy."""
+    kept: dict = {}
+
+    @functools.wraps(read)
+    def copied(path, as_version=4, fmt=None, **more):
+        if more or not isinstance(path, (str, Path)) or path == "-":
+            return read(path, as_version, fmt, **more)
+        key = Path(path).suffix, Path(path).read_bytes(), as_version, str(fmt)
+        if key not in kept:
+            kept[key] = read(path, as_version, fmt)
+        return copy.deepcopy(kept[key])
+
+    return copied
+
+
+jupytext.read = read_once()
 if "PYTEST_XDIST_WORKER" in os.environ:  # two workers with two threads each fight over two cores
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
 
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+
+
+def pytest_collection_modifyitems(items):
+    """For make check: a class of browser tests shares its pages, so one process has it; what is quick comes last, so none waits."""
+    for item in items:
+        if item.get_closest_marker("browser"):
+            item.add_marker(
+                pytest.mark.xdist_group(item.nodeid.partition("[")[0].rpartition("::")[0])
+            )
+    items.sort(key=lambda item: item.path.name == "test_chapters.py")
 
 
 @pytest.fixture(scope="session")
@@ -48,6 +80,15 @@ def browser():
         chromium = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
         yield chromium
         chromium.close()
+
+
+@pytest.fixture(scope="session")
+def compiled_ahead():
+    """What compiles kernels for other chips; it starts with the first test that asks."""
+    pytest.importorskip("triton")
+    running = Ahead()
+    yield running
+    running.close()
 
 
 @pytest.fixture(scope="session")

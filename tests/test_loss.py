@@ -1,10 +1,6 @@
 """Head and loss in one pass: the kernel against the definition in float64, candidates, the operator, the compiler for each chip."""
 
-import json
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -195,13 +191,9 @@ print(json.dumps({"shared": made.metadata.shared, "size": len(made.asm["cubin"])
 
 @pytest.mark.slow
 @pytest.mark.parametrize("chip", sorted(CONFIGS))
-def test_every_configuration_compiles_for_its_chip(chip):
+def test_every_configuration_compiles_for_its_chip(chip, compiled_ahead):
     """Without a GPU, with the divisibility that a launch has; the shared memory is at most the chip's."""
-    pytest.importorskip("triton")
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", AHEAD, str(chip)], capture_output=True, text=True, env=environment)  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = compiled_ahead(AHEAD, chip)
     assert 0 < found["shared"] * CONFIGS[chip].programs <= LIMITS[chip] and found["size"] > 0
 
 

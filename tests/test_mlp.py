@@ -1,10 +1,6 @@
 """The MLP in eight bits: bounds, the kernel against the reference and float64, the operator, what takes it and what does not, the compiler for each chip."""
 
-import json
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -289,14 +285,9 @@ print(json.dumps({"shared": made.metadata.shared, "size": len(made.asm["cubin"])
 @pytest.mark.slow
 @pytest.mark.parametrize("backward", [0, 1])
 @pytest.mark.parametrize("chip", sorted(CONFIGS))
-def test_every_configuration_compiles_for_its_chip(chip, backward):
+def test_every_configuration_compiles_for_its_chip(chip, backward, compiled_ahead):
     """Without a GPU, with the divisibility that a launch has; the shared memory of all programs at a time is at most the chip's."""
-    pytest.importorskip("triton")
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", AHEAD, str(chip), str(backward)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = compiled_ahead(AHEAD, chip, backward)
     programs = CONFIGS[chip][backward].programs
     assert 0 < found["shared"] * programs <= LIMITS[chip] and found["size"] > 0
 

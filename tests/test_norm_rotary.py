@@ -1,10 +1,5 @@
 """Norm and rotary in one kernel: against chapters 05 and 06 in float64, the operators, the model that takes them, the compiler for each chip."""
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -177,13 +172,8 @@ print(json.dumps({"shared": made.metadata.shared, "size": len(made.asm["cubin"])
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["norm_rotary_kernel", "norm_rotary_gradient_kernel"])
 @pytest.mark.parametrize("chip", [80, 86, 89, 90, 100, 120])
-def test_it_compiles_for_every_chip(chip, name):
-    pytest.importorskip("triton")
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", AHEAD, str(chip), name]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+def test_it_compiles_for_every_chip(chip, name, compiled_ahead):
+    found = compiled_ahead(AHEAD, chip, name)
     assert found["shared"] <= 101_376 and found["size"] > 0
 
 
