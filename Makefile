@@ -37,8 +37,8 @@ speedrun:  ## train on this machine (PRESET=… GPUS=… DATA=… ARGS="--steps 
 .PHONY: test
 test:  ## unit tests, tangle-check, lint and types (seven minutes on 2 cores)
 	@$(call python,book dev); export PATH="$$(dirname "$$py"):$$PATH"; \
-	"$$py" scripts/tangle.py --check; \
-	"$$py" -m ruff check . ; "$$py" -m ruff format --check . ; "$$py" -m mypy; \
+	"$$py" -m mypy & types=$$!; "$$py" scripts/tangle.py --check; \
+	"$$py" -m ruff check . ; "$$py" -m ruff format --check . ; wait $$types; \
 	"$$py" -m pytest -n 2 --dist loadfile $(TESTS)
 
 .PHONY: chromium
@@ -49,8 +49,7 @@ chromium:
 .PHONY: check
 check: chromium book  ## what make test leaves out: every chapter, the book, the book in a browser, long tests
 	@$(call python,book dev); export PATH="$$(dirname "$$py"):$$PATH"; \
-	"$$py" -m pytest -m "browser and not long" -n 2 --dist loadscope $(TESTS)$(if $(TESTS), || test $$? = 5); \
-	"$$py" -m pytest -m "(chapters or slow) and not (browser or long)" -n 2 --dist worksteal $(TESTS)
+	"$$py" -m pytest -m "(browser or chapters or slow) and not long" -n 2 --dist loadgroup $(TESTS)
 
 .PHONY: tangle
 tangle:  ## notebooks/ → speedrun/ (FORCE=1 overwrites modules that were edited by hand)

@@ -102,17 +102,22 @@ def answers(python: Path, index: str) -> bool:
 
 
 def install(python: Path, extras: list[str]) -> None:
-    """Install the project, editable, with its extras; where it makes a difference, torch's build for the CPU."""
+    """Install the project, editable, with its extras; where it makes a difference, torch's build for the CPU.
+
+    Python compiles what it imports, when it first does; pip would compile all 16,000 files, one after the other.
+    """
     torch = next(need for need in requirements([]) if need.startswith("torch"))
     if wants_cpu_build() and not pip_is_configured(python):
         small = answers(python, CPU_INDEX)
         if small:
             say("no NVIDIA driver: taking torch's build for the CPU (200 MB instead of 3 GB)")
-            small = pip(python, "install", "--quiet", "--index-url", CPU_INDEX, torch)
+            small = pip(
+                python, "install", "--quiet", "--no-compile", "--index-url", CPU_INDEX, torch
+            )
         if not small:
             say(f"no torch from {CPU_INDEX}: taking the default index's, with CUDA (3 GB)")
     what = f"{ROOT}[{','.join(extras)}]" if extras else str(ROOT)
-    if not pip(python, "install", "--quiet", "--editable", what):
+    if not pip(python, "install", "--quiet", "--no-compile", "--editable", what):
         sys.exit(f"pip could not install the project into {python}; its message is above\n  → make PYTHON=… with an interpreter that has everything, or mend that, and run this again")  # fmt: skip
 
 

@@ -211,7 +211,7 @@ class TestTheBook:
         page = visit("intro")
         for name in PAGES[1:]:
             page.locator("a.right-next").first.click()
-            page.wait_for_url(f"**/{name}.html")
+            page.wait_for_url(f"**/{name}.html", wait_until="domcontentloaded")
 
     def test_search_finds_a_word_of_a_chapter(self, visit):
         page = visit("search")
