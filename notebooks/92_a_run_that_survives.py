@@ -1041,8 +1041,9 @@ def survivors(remedy: str, number: int) -> int:
 
 NUMBERS = {"SIGINT": signal.SIGINT, "SIGTERM": signal.SIGTERM, "SIGKILL": signal.SIGKILL}
 REMEDIES = ("nothing", "a finally block", "a handler for SIGTERM", "a lifeline")
-with ThreadPoolExecutor(len(NUMBERS)) as at_once:
-    left = {r: list(at_once.map(survivors, [r] * 3, NUMBERS.values())) for r in REMEDIES}
+with ThreadPoolExecutor(len(REMEDIES) * len(NUMBERS)) as at_once:
+    asked = {r: [at_once.submit(survivors, r, n) for n in NUMBERS.values()] for r in REMEDIES}
+left = {remedy: [each.result() for each in those] for remedy, those in asked.items()}
 assert left["nothing"] == [8, 8, 8] and left["a lifeline"] == [0, 0, 0]
 assert left["a finally block"] == [0, 8, 8] and left["a handler for SIGTERM"] == [8, 0, 8]
 print(f"{'of eight ranks still alive after':34}", *(f"{name:>8}" for name in NUMBERS))
