@@ -31,6 +31,9 @@ SCREENS = root() / "_build" / "screens" / "lab"
 RAW = re.compile(r"\{[a-z][\w:-]*\}`|\{admonition\}|^:::|^```|\$\$", re.M)
 BROKEN = '.katex-error, .myst-error, [title$="Not Found"]'
 PANEL = ".jp-NotebookPanel:not(.lm-mod-hidden)"
+DRAWN = (
+    "shown => [...document.querySelectorAll(shown)].filter(node => node.textContent.trim()).length"
+)
 STATE = """() => {
   const panel = jupyterapp.shell.currentWidget;
   const cells = panel.content.widgets.map(cell => cell.model.toJSON());
@@ -296,15 +299,13 @@ class TestEveryChapter:
         for cell, written in zip(cells, source.cells):
             tags = {"hide-input", "hide-cell", "remove-cell", "solution"}
             assert is_folded(cell) == bool(tags & set(written.metadata.get("tags", [])))
-        shown, texts = page.locator(f"{PANEL} .jp-MarkdownCell .myst"), []
-        for _ in range(
-            20
-        ):  # until the last cells on the screen are drawn; a busy machine takes long
-            page.wait_for_timeout(600)
-            drawn = [text for text in shown.all_inner_texts() if text.strip()]
-            if len(drawn) == len(texts) > 5:
+        shown, counts = f"{PANEL} .jp-MarkdownCell .myst", []
+        for _ in range(60):  # until nothing more is drawn for 0.6 s; a busy machine takes long
+            page.wait_for_timeout(200)
+            counts.append(page.evaluate(DRAWN, shown))
+            if counts[-1] > 5 and counts[-4:] == 4 * counts[-1:]:
                 break
-            texts = drawn
+        texts = [text for text in page.locator(shown).all_inner_texts() if text.strip()]
         assert len(texts) > 5 and not [RAW.search(t)[0] for t in texts if RAW.search(t)]
         assert page.locator(f"{PANEL} .jp-MarkdownCell").locator(BROKEN).count() == 0
         assert not page.evaluate(STATE)["dirty"], "opening a chapter changes nothing"
