@@ -58,12 +58,10 @@ CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stab
 
 
 def pytest_collection_modifyitems(items):
-    """For make check: a class of browser tests shares its pages, so one process has it; what is quick comes last, so none waits."""
-    for item in items:
-        if item.get_closest_marker("browser"):
-            item.add_marker(
-                pytest.mark.xdist_group(item.nodeid.partition("[")[0].rpartition("::")[0])
-            )
+    """What is quick once the book is there comes last, so that no process of make check waits long for the other.
+
+    Nothing has a group, so that --dist loadgroup gives tests one by one, in this order, to whoever is free.
+    """
     items.sort(key=lambda item: item.path.name == "test_chapters.py")
 
 
