@@ -311,8 +311,9 @@ class TestEveryChapter:
         assert not page.evaluate(STATE)["dirty"], "opening a chapter changes nothing"
         assert page.locator(".jp-toast-button, .Toastify__toast").count() == 0, "nothing pops up"
         assert status(lab) == ""
-        # the page would style all that was ever opened again at each step of the next chapter
-        page.evaluate("jupyterapp.shell.currentWidget.close()")
+        if len(texts) == sum(cell["cell_type"] == "markdown" for cell in cells):  # all is drawn
+            # open, it would be styled anew at each step of the next chapter; half drawn, it would complain
+            page.evaluate("jupyterapp.shell.currentWidget.close()")
 
     @pytest.mark.parametrize(
         "name",
