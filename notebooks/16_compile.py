@@ -134,10 +134,10 @@ def compile_model(model: GPT) -> Callable:
 
 # %%
 #| export model.compiled
-def can_record(model: GPT, packed: bool) -> bool:
+def can_record(model: GPT, mode: str) -> bool:
     """Whether nothing in a forward pass but its tensors differs from batch to batch: FlashAttention and our reference read the longest document in Python."""
     on_gpu = next(model.parameters()).is_cuda
-    return on_gpu and (model.backend == "triton" or not packed)
+    return on_gpu and (model.backend == "triton" or mode == "stream")
 
 
 # %%

@@ -298,7 +298,6 @@ import math
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -315,7 +314,7 @@ from speedrun.checkpoint import (
     save_checkpoint,
 )
 from speedrun.config import Config, check_config, schedule_of
-from speedrun.data.loader import Batch, Loader, Position, Shards, validation_batches
+from speedrun.data.loader import Loader, Position, Shards, validation_batches
 from speedrun.heartbeat import Heartbeat, Interrupts, agree_on_stop, lifeline
 from speedrun.lab.errors import quoted, run_main
 from speedrun.lab.compile import Recorder
@@ -323,7 +322,7 @@ from speedrun.lab.hardware import setup
 from speedrun.lab.runlog import format_line
 from speedrun.lab.timer import StepTimer, TrainClock, off_the_clock
 from speedrun.kernels.fp8 import has_fp8
-from speedrun.model.attention import AttentionSettings, Packed, choose_backend
+from speedrun.model.attention import AttentionSettings, choose_backend
 from speedrun.model.compiled import can_record, compile_model
 from speedrun.model.gpt import GPT, attention_settings
 from speedrun.optim.optimizer import MuonAdam
@@ -335,12 +334,12 @@ from speedrun.presets import read_command
 #| export
 def train_step(run: Run) -> Tensor:
     """One step: read, forward and backward, update. Returns this rank's part of the loss."""
-    now, device, precision = run.schedule.at(run.step), run.ranks.device, run.config.precision
+    now = run.schedule.at(run.step)
     batches = run.loader.next(now.batch_tokens, now.max_doc_tokens)
-    parts, beating = len(batches) * run.ranks.world, run.heartbeat.over(batches)
+    parts, record = len(batches) * run.ranks.world, partial(run.recorder, now.stage)
     few = torch.tensor(now.candidates) if run.config.model.head.fp8 else None
-    told, record = run.told[now.stage], partial(run.recorder, now.stage)
-    loss = accumulate(run.forward, beating, parts, device, precision, told, few, record=record)
+    told = run.ranks.device, run.config.precision, run.told[now.stage], few
+    loss = accumulate(run.forward, run.heartbeat.over(batches), parts, *told, record=record)
     run.optimizer.step(now)
     run.nonfinite_steps += run.optimizer.skip
     run.step += 1
@@ -458,7 +457,7 @@ for matrices in ("adam", "muon", "soap"):
 
 # %%
 #| export passes
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -487,7 +486,7 @@ def forward_loss(
 
 
 def forward_backward(
-    forward, micro_batches: int, longest: Tensor | None, told: tuple, *tensors: Tensor
+    forward, micro_batches: int, longest: Tensor | None, told: tuple, *tensors: Any
 ) -> Tensor:
     """Forward and backward through one batch's tensors; its gradients are added to those that are there. Returns its part of the mean loss."""
     inputs, targets, *borders = tensors
@@ -498,11 +497,7 @@ def forward_backward(
 
 
 def accumulate(
-    forward,
-    batches: Iterable[Batch],
-    micro_batches: int,
-    *told: Any,
-    record: Callable | None = None,
+    forward, batches: Iterable[Batch], micro_batches: int, *told: Any, record=None
 ) -> Tensor:
     """Forward and backward through this rank's batches. Gradients add up; returns its part of the mean loss.
 
@@ -512,7 +507,7 @@ def accumulate(
     total = torch.zeros((), device=told[0])
     for batch in batches:
         one_pass = partial(forward_backward, forward, micro_batches, batch.longest, told)
-        tensors = [tensor for tensor in batch[:3] if tensor is not None]
+        tensors = batch[: 2 if batch.cu_seqlens is None else 3]
         total += record(one_pass, tensors) if record else one_pass(*tensors)
     return total
 
@@ -713,17 +708,15 @@ def build_run(config: Config, folder: Path, echo=print) -> Run:
     validation = Shards(config.data.path, "val")
     heartbeat.phase("build")
     model = GPT(config.model, loader.shards.manifest.vocab_size, config.seed).to(device)
-    optimizer, told = build_optimizer(config, model), prepare_attention(config, model, device)
-    graphs = config.compile and can_record(model, config.data.mode != "stream")
     return Run(
         config,
         folder,
         ranks,
         model,
         compile_model(model) if config.compile else model,
-        optimizer,
+        build_optimizer(config, model),
         schedule,
-        told,
+        prepare_attention(config, model, device),
         loader,
         validation,
         TrainClock(device),
@@ -731,7 +724,7 @@ def build_run(config: Config, folder: Path, echo=print) -> Run:
         heartbeat,
         torch.zeros((), device=device),
         Interrupts(),
-        Recorder(device, graphs),
+        Recorder(device, config.compile and can_record(model, config.data.mode)),
     )
 
 

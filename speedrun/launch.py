@@ -57,7 +57,8 @@ def kin(name: str) -> set[str]:
 
 def memory_needed_gb(name: str, runs: list[dict]) -> float:
     """GB of GPU memory that a rank of a preset or its `kin` reserved at most, and a twentieth more; 0: not measured."""
-    reserved = [run["memory_mb"].get("reserved", 0) for run in runs if run["preset"] in kin(name)]
+    alike = kin(name)
+    reserved = [run["memory_mb"].get("reserved", 0) for run in runs if run["preset"] in alike]
     return 1.05 * max(reserved, default=0) / 1024
 
 
@@ -217,7 +218,8 @@ def plan_cost(plan: Plan, runs: list[dict], dollars_per_hour: float = 0.0) -> st
     """
     there = [run for run in runs if "prepared_s" in run]
     there = [run for run in there if (run["device"] == "CPU") == (plan.device == "cpu")]
-    alike = [run for run in there if run["preset"] in kin(plan.config.preset)] or there
+    names = kin(plan.config.preset)
+    alike = [run for run in there if run["preset"] in names] or there
     if plan.minutes is None or not alike:
         return "in all: unknown"
     slowest = max(alike, key=lambda run: run["prepared_s"])

@@ -2,7 +2,7 @@
 
 
 # %% A training step, and gradient accumulation
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -31,7 +31,7 @@ def forward_loss(
 
 
 def forward_backward(
-    forward, micro_batches: int, longest: Tensor | None, told: tuple, *tensors: Tensor
+    forward, micro_batches: int, longest: Tensor | None, told: tuple, *tensors: Any
 ) -> Tensor:
     """Forward and backward through one batch's tensors; its gradients are added to those that are there. Returns its part of the mean loss."""
     inputs, targets, *borders = tensors
@@ -42,11 +42,7 @@ def forward_backward(
 
 
 def accumulate(
-    forward,
-    batches: Iterable[Batch],
-    micro_batches: int,
-    *told: Any,
-    record: Callable | None = None,
+    forward, batches: Iterable[Batch], micro_batches: int, *told: Any, record=None
 ) -> Tensor:
     """Forward and backward through this rank's batches. Gradients add up; returns its part of the mean loss.
 
@@ -56,6 +52,6 @@ def accumulate(
     total = torch.zeros((), device=told[0])
     for batch in batches:
         one_pass = partial(forward_backward, forward, micro_batches, batch.longest, told)
-        tensors = [tensor for tensor in batch[:3] if tensor is not None]
+        tensors = batch[: 2 if batch.cu_seqlens is None else 3]
         total += record(one_pass, tensors) if record else one_pass(*tensors)
     return total
