@@ -12,6 +12,146 @@
 
 # %% [markdown]
 # # torch.compile, warm-up and the clock
+#
+# ```{admonition} Cost box
+# Half a minute on two CPU cores; the same on one GPU, where the graphs are real. Seconds of a start come from a committed measurement on an H200.
+# CUDA graphs for forward and backward pass are record 92's. How the forward pass is cut into compiled parts, and the tape below, are this book's own.
+# ```
+#
+# ## The problem
+#
+# A speedrun's clock starts when training does. What comes before, importing, compiling, warming up, does not count, by the contest's rules; whoever waits for it may see that differently. Record 89's authors give their trainer some minutes before its first step. And a second problem does count. A GPU does nothing by itself. For each kernel Python has to call an operator, which looks at types and shapes, asks for memory and puts the kernel into a queue. How long does that take for one forward and backward pass? Here is the record's model, eleven layers, with vectors so short that next to nothing is left to compute.
+
+# %%
+from speedrun.lab.tier import choose_tier
+
+tier = choose_tier()
+
+# %%
+from speedrun.lab.hardware import setup
+
+machine = setup()
+
+# %%
+import time
+
+import numpy as np
+import torch
+
+from speedrun.config import vary
+from speedrun.cpu_size import at_cpu_size
+from speedrun.data.loader import packed_row
+from speedrun.model.gpt import GPT, attention_settings
+from speedrun.passes import accumulate
+from speedrun.presets import preset
+
+narrow = {"model.num_layers": 11, "model.model_dim": 64, "model.attention.long_layers": (3, 10)}
+narrow |= {"model.head.fp8": False, "model.block.fp8": False, "schedule.stages": preset("cpu").schedule.stages}  # fmt: skip
+config = vary(at_cpu_size(preset("record")), narrow).model
+device = torch.device(machine.device)
+model = GPT(config, 288).to(device)
+(told,) = attention_settings(config, [(64, 128)], device)
+for parameter in model.parameters():
+    parameter.grad = torch.zeros_like(parameter)
+
+
+def random_row(seed: int, tokens: int = 256):
+    """A packed row of random tokens, in documents of 50."""
+    row = np.random.default_rng(seed).integers(0, 287, tokens + 1)
+    row[::50] = 287
+    return packed_row(row, 287)
+
+
+def pass_ms(tokens: int, repeats: int = 5) -> float:
+    """Milliseconds of a forward and backward pass over a row, the fastest of some."""
+    took, batch = [], random_row(0, tokens)
+    for _ in range(repeats):
+        began = time.perf_counter()
+        accumulate(model, [batch], 1, device, "float32", told)
+        took.append(1000 * (time.perf_counter() - began))
+    return min(took)
+
+
+short, longer = pass_ms(64), pass_ms(256)
+print(f"a pass over 64 tokens: {short:.0f} ms; over 256: {longer:.0f} ms")
+assert longer < 3 * short, "four times the tokens, and far from four times the time"
+
+# %%
+from speedrun.lab.results import load_result, measured_on
+
+result = load_result("norm_rotary", "ledger")
+wall = next(row["ms"]["wall"] for row in result["data"]["rows"] if row["arm"] == "all")
+gpu_ms = wall * 16_384 / 49_152
+print(f"one of eight GPUs computes its 16,384 tokens of record_200m in about {gpu_ms:.0f} ms")
+print(measured_on(result), "for 49,152 tokens; a third of that is taken here")
+
+# %% [markdown]
+# Four times the tokens take little more time, because the time is not the arithmetic's. **To ask for a pass takes a machine about as long as an H200 needs to compute one**: in the first third of the record each of eight GPUs gets 16,384 tokens a step, and has done its part in less than 20 milliseconds.
+#
+# ```{admonition} Prediction
+# How many times does the pass above call an operator of PyTorch, forward and backward, for eleven layers? Compiled, the pointwise ones between two products become one kernel each. **Does that solve the problem?** And if one graph of the whole model takes half a minute to compile: how many graphs does a schedule need that has three batch sizes and three pairs of windows, and how few could it do with?
+# ```
+#
+# ## What is called
+#
+# PyTorch can tell. A `TorchDispatchMode` sees every operator that reaches the tensors, those that autograd calls included. The one below does not only count. It keeps what it has seen, each operator with its arguments and its result, and can do all of it again; we shall come back to that.
+
+# %%
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from speedrun.passes import forward_backward
+
+
+class Tape(TorchDispatchMode):
+    """Keeps the operators that are called while it is on, their arguments and results; `replay` does the same again, in the same places."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls, self.views = [], 0
+
+    def __torch_dispatch__(self, operator, types, arguments=(), named=None):
+        found = operator(*arguments, **(named or {}))
+        marks = [each.alias_info for each in operator._schema.arguments if each.alias_info]
+        if any(not mark.is_write for mark in marks):  # a view computes nothing
+            self.views += 1
+            return found
+        bare = (
+            tree_map_only(torch.Tensor, torch.Tensor.detach, tree) for tree in (arguments, found)
+        )
+        self.calls.append((operator, named or {}, *bare))
+        return found
+
+    @torch.no_grad()
+    def replay(self) -> None:
+        for operator, named, arguments, found in self.calls:
+            fresh = operator(*arguments, **named)
+            for old, new in zip(tree_leaves(found), tree_leaves(fresh)):
+                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+
+
+first = random_row(1)
+places = [tensor.to(device, copy=True) for tensor in first[:3]]
+facts = (device, "float32", told)
+with Tape() as tape:
+    loss = forward_backward(model, 1, first.longest, facts, *places)
+calls = len(tape.calls) + tape.views
+print(
+    f"{calls:,} calls of an operator, {tape.views} of them views; {1000 * short / calls:.0f} µs each"
+)
+assert 2000 < calls < 3500 and loss.item() > 5
+
+# %% [markdown]
+# More than two thousand calls, at some ten microseconds each. On a GPU the views launch nothing, but Python makes them all the same.
+#
+# ## torch.compile, and where to cut
+#
+# `torch.compile` takes away most of those calls. It works in four stages. *Dynamo* follows the Python and writes down a graph of operators, with *guards*: facts about the arguments under which this graph is right. *AOTAutograd* makes the backward graph. *Inductor* fuses what is pointwise into kernels, and *Triton* compiles those. A call whose arguments fail all guards is compiled anew.
+#
+# Which function to compile? The obvious answer is the model: one graph, everything in sight of the fuser. It has three costs. Compiling takes time in proportion to the layers, although ten of the record's eleven are nearly alike. Each number of tokens needs a graph of its own, since tensors' shapes are guarded. And one has bitten this trainer: in a graph that holds a whole bank of weights ([chapter 21](21_model.py)), Inductor of PyTorch 2.10 and later fuses two reductions of a norm's backward pass and leaves most of the gradient of gains that are slices of one tensor *unwritten* ([pytorch#193061](https://github.com/pytorch/pytorch/issues/193061)). Nothing fails; training goes on with whatever stood in that memory, and for a while even learns. What gave it away was a loss that rose while the rate fell towards zero, which no descent does. The flag that switches that fusion off, `triton.mix_order_reduction`, is one that the contest's third rule forbids: no flags for `torch.compile` beyond the record's own.
+#
+# So the trainer compiles four functions, and calls them again and again: what comes before the layers, a layer's first half, its second half, and what comes after ([chapter 21](21_model.py) has them). Slices of the banks are inputs of these graphs, and the trap is gone with them. Cutting has a price, if one cuts anywhere. Between two graphs all that is handed on goes through memory, and nothing is fused across. But at one kind of place nothing could have been fused in any case: right behind a product of matrices, whose result a library writes to memory. There the halves end. The sum of the product and the stream, which comes next, is left to the graph that follows, which is why a half hands on two tensors.
 
 # %%
 #| default_exp lab.compile
@@ -31,6 +171,143 @@ def compiled_copy(function: Callable, on: bool = True) -> Callable:
     code, known = function.__code__.replace(), function.__globals__
     own = FunctionType(code, known, function.__name__, function.__defaults__)
     return torch.compile(own, dynamic=False, fullgraph=True)
+
+
+# %% [markdown]
+# A function is copied before it is compiled, because compiled code is kept by function. The optimizer's updates ([chapter 20](20_many_gpus.py)) are compiled in the same way. And a number of tokens becomes a symbol: `maybe_mark_dynamic` says which dimension may differ without compiling again. Windows and the number of the softmax's candidates are tensors anyway, in CPU memory, and read inside an operator.
+
+# %%
+#| export model.compiled
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from speedrun.model.gpt import GPT, AttentionContext, gpt_forward
+
+
+def mark_tokens(argument: Any) -> None:
+    """Tell the compiler which dimension counts the tokens of packed rows, so that no other number of them compiles again: of (1, tokens, …), borders, angles and tiles."""
+    mark = torch._dynamo.maybe_mark_dynamic
+    if isinstance(argument, Tensor) and argument.ndim > 1 and len(argument) == 1:
+        mark(argument, 1)
+    if isinstance(argument, AttentionContext) and argument.packed is not None:
+        mark(argument.packed.cu_seqlens, 0)  # room for documents, by the number of tokens
+        for angles in argument.cos_sin or ():
+            mark(angles, 0)
+        if isinstance(argument.tiles, Tensor):
+            mark(argument.tiles, 1)
+
+
+def compile_model(model: GPT) -> Callable:
+    """The model's forward pass, each part compiled once for all layers of one kind and all numbers of tokens. Slices of banks are inputs of those graphs."""
+    torch._dynamo.config.recompile_limit = 64  # kinds of layers, times training and validation
+    compiled = cache(compiled_copy)
+
+    def call(part: Callable, *arguments: Any) -> Any:
+        for argument in arguments:
+            mark_tokens(argument)
+        return compiled(part)(*arguments)
+
+    return partial(gpt_forward, model, call=call)
+
+
+# %% [markdown]
+# Count the graphs, then. Dynamo alone is enough for that, so the compiler behind it is replaced by one that does nothing.
+
+# %%
+from functools import partial
+from unittest import mock
+
+from torch._dynamo.utils import counters
+
+
+def graphs_for(way, rows: list, backend: str = "eager") -> tuple[int, list[float]]:
+    """How many graphs Dynamo makes of a model for these rows, and the losses."""
+    torch._dynamo.reset()
+    counters.clear()
+    with mock.patch("torch.compile", partial(torch.compile, backend=backend)):
+        forward = way(model)
+        found = [accumulate(forward, [row], 1, *facts).item() for row in rows]
+    return counters["stats"]["unique_graphs"], found
+
+
+def as_one(model: GPT):
+    return torch.compile(model, dynamic=False, fullgraph=True)
+
+
+lengths = [random_row(seed, tokens) for seed, tokens in enumerate((128, 256, 384))]
+whole, losses = graphs_for(as_one, lengths[:2])
+parts, same = graphs_for(compile_model, lengths)
+plain = [accumulate(model, [row], 1, *facts).item() for row in lengths]
+assert whole == 2 and parts == 10, "one for each number of tokens; ten for all of them"
+assert losses == plain[:2] and same == plain
+print(
+    f"the whole model: a graph of eleven layers for each number of tokens; in parts: {parts} small graphs for all three"
+)
+
+# %% [markdown]
+# Ten: one each for the beginning and the end, two second halves (one behind a layer without attention), and six first halves. Layers differ in whether they have a value embedding, a skip connection, or attention at all, and the very first one gets the same tensor twice. A fourth number of tokens, other windows or other candidates would add none.
+#
+# What a sum at the wrong end of a half would cost can be counted. It would be written by one kernel and read by the next, which is two times the stream's size, 22 times:
+
+# %%
+from speedrun.lab.bench import PEAKS
+
+stream_mb = 65_536 * 768 * 2 / 1e6
+extra_ms = 22 * 2 * stream_mb / 1e3 / PEAKS["H200"].bytes_s * 1e12
+print(f"a stream of {stream_mb:.0f} MB; {extra_ms:.2f} ms of a pass of 65,536 tokens on an H200")
+assert 0.8 < extra_ms < 1.1
+
+# %% [markdown]
+# ## CUDA graphs
+#
+# Compiled, the pass still has some five hundred kernels, and Python still launches each: our own kernels, products, and what Inductor has made. But from one step to the next *the same* kernels are launched, in the same order. The tape above is what is wanted. Play it again, and the pass is computed, without autograd, without Dynamo's guards and without a line of the model's Python:
+
+# %%
+second = random_row(2)
+for place, tensor in zip(places, second[:3]):
+    place.copy_(tensor)
+for parameter in model.parameters():
+    parameter.grad.zero_()
+tape.replay()
+replayed = {name: p.grad.clone() for name, p in model.named_parameters()}
+for parameter in model.parameters():
+    parameter.grad.zero_()
+expected = accumulate(model, [second], 1, *facts)
+for name, parameter in model.named_parameters():
+    assert torch.allclose(replayed[name], parameter.grad, rtol=1e-4, atol=1e-6), name
+assert abs(loss.item() - expected.item()) < 1e-5
+print(
+    f"another batch, put where the first one lay: loss {loss.item():.4f}, and all gradients are right"
+)
+
+# %% [markdown]
+# The tape knows no names. It knows *places*, and finds whatever lies there: the new batch was copied over the old one, so it was read; gradients were added where gradients are. And it knows the *numbers* that it has seen, for good:
+
+# %%
+x, rate = torch.ones(3, device=device), 0.1
+stored = torch.tensor(0.1, device=device)
+with Tape() as small:
+    by_number, by_place = x * rate, x * stored
+rate = 0.2
+stored.fill_(0.2)
+small.replay()
+assert (
+    by_number[0].item() == torch.tensor(0.1).item()
+    and by_place[0].item() == torch.tensor(0.2).item()
+)
+x = torch.zeros(3, device=device)  # another tensor: the tape does not know it
+small.replay()
+assert by_place[0].item() == torch.tensor(0.2).item()
+print(
+    "a Python number stays what it was; a number in a tensor is read again; a new tensor is not seen"
+)
+
+# %% [markdown]
+# That is a *CUDA graph*, with one difference that makes it worth having. The tape still calls each operator from Python. A CUDA graph is recorded by the driver while the kernels are launched, and its replay is one call, after which the GPU goes through the list by itself. The rules are the tape's: places stay, numbers stay, and nothing may happen in Python in between that depends on what was computed.
 
 
 # %%
@@ -66,6 +343,10 @@ class GraphedCall:
         self.graph.replay()
 
 
+# %% [markdown]
+# The first two calls run as usual: they compile, and let libraries choose their kernels, neither of which can be recorded. The optimizer's updates have used this class all along. For the forward and backward pass one thing comes on top, since a batch is new each time: it is copied to where the graph reads it.
+
+
 # %%
 #| export
 class Recorder:
@@ -96,40 +377,26 @@ class Recorder:
 
 
 # %%
-#| export model.compiled
-from collections.abc import Callable
-from functools import cache, partial
-from typing import Any
+on_cpu = Recorder(torch.device("cpu"))
+assert on_cpu.stream is None, "a CPU has no graphs: the function is called"
+doubled = on_cpu("stage 1", lambda a, b: (a * b).sum(), [torch.ones(2), torch.full((2,), 3.0)])
+assert doubled.item() == 6.0 and not on_cpu.calls
+recorded = Recorder(device)
+numbers = [torch.full((), float(n)) for n in range(5)]
+found = [recorded("square", lambda a: a * a, [n]).item() for n in numbers]
+assert found == [0.0, 1.0, 4.0, 9.0, 16.0]
+print(f"recorded here: {len(recorded.calls)} graphs; squares {found}")
 
-import torch
-from torch import Tensor
-
-from speedrun.model.gpt import GPT, AttentionContext, gpt_forward
-
-
-def mark_tokens(argument: Any) -> None:
-    """Tell the compiler which dimension counts the tokens of packed rows, so that no other number of them compiles again: of (1, tokens, …), angles and tiles."""
-    mark = torch._dynamo.maybe_mark_dynamic
-    if isinstance(argument, Tensor) and argument.ndim > 1 and len(argument) == 1:
-        mark(argument, 1)
-    if isinstance(argument, AttentionContext) and argument.packed is not None:
-        for angles in argument.cos_sin or ():
-            mark(angles, 0)
-        if isinstance(argument.tiles, Tensor):
-            mark(argument.tiles, 1)
-
-
-def compile_model(model: GPT) -> Callable:
-    """The model's forward pass, each part compiled once for all layers of one kind and all numbers of tokens. Slices of banks are inputs of those graphs."""
-    torch._dynamo.config.recompile_limit = 64  # kinds of layers, times training and validation
-    compiled = cache(compiled_copy)
-
-    def call(part: Callable, *arguments: Any) -> Any:
-        for argument in arguments:
-            mark_tokens(argument)
-        return compiled(part)(*arguments)
-
-    return partial(gpt_forward, model, call=call)
+# %% [markdown]
+# What differs between two passes of a training run, and where does it live?
+#
+# | what | where |
+# | --- | --- |
+# | the batch: inputs, targets, borders of documents | copied into the graph's own tensors |
+# | weights, gradients, moments | never move ([chapter 20](20_many_gpus.py): all are views of storage that is kept) |
+# | learning rates, momentum | a vector on the device, which the optimizer's graphs read |
+# | windows, scale, candidates, number of tokens | the same for a whole stage of the schedule: one graph for each stage, all in one pool of memory |
+# | the longest document of a batch | a Python number, which FlashAttention's interface wants; with those backends nothing is recorded. [Chapter 11](11_attention_backends.py)'s kernel does not ask |
 
 
 # %%
@@ -141,6 +408,25 @@ def can_record(model: GPT, mode: str) -> bool:
 
 
 # %%
+assert not can_record(GPT(config, 288), "documents"), "on a CPU nothing is recorded"
+if tier.device == "cuda":
+    assert can_record(model, "stream") and not can_record(model, "documents"), "its backend is sdpa"
+print(
+    f"backend {model.backend} on {device}: recorded in stream mode: {can_record(model, 'stream')}"
+)
+
+# %% [markdown]
+# A graph goes wrong silently: it computes with whatever lies in the places that it knows. Two things stand against that. The optimizer looks at every step whether values and gradients are still where they were, and stops the run if not. And tests on a GPU compare replayed gradients with those of the plain model.
+#
+# ## Warm-up
+#
+# Before the clock starts, the trainer takes three real steps in each stage of the schedule and one batch of validation, and then undoes them: weights, moments and the position in the data are put back. So everything is compiled, and recorded, at the sizes that will come. On the clock no kernel is compiled for the first time.
+#
+# ## The measurement
+#
+# How long does all this take, for one rank of eight? A new process each time, once with empty caches (Inductor and Triton keep what they have compiled on the disk), once with full ones.
+
+# %% tags=["hide-input"]
 #| default_exp measure.compile
 #| export
 import contextlib
@@ -183,6 +469,8 @@ def whole_model(model: GPT) -> Callable:
 WAYS: dict[str, Callable] = {"whole": whole_model, "parts": compile_model}
 
 
+# %% tags=["hide-input"]
+#| export
 def compiler_seconds(own_kernels_s: float) -> dict[str, float]:
     """What this process has spent in each part of the compiler so far, by PyTorch's own clocks, which contain one another."""
     from torch._dynamo.utils import compile_times
@@ -201,6 +489,16 @@ def compiler_seconds(own_kernels_s: float) -> dict[str, float]:
     }
 
 
+# %%
+
+clocks = compiler_seconds(1.5)
+assert set(clocks) == {"Dynamo", "AOTAutograd", "Inductor", "Triton", "autotuning"}
+assert clocks["Dynamo"] > 0.1 and clocks["Triton"] >= 1.5, "the eager backend above has only traced"
+print({kind: round(seconds, 1) for kind, seconds in clocks.items()})
+
+
+# %% tags=["hide-input"]
+#| export
 def start_up(way: str, folder: str) -> dict[str, Any]:
     """Seconds from this process's start to the first step of one rank of eight's run, by what they went into; called in a process of its own."""
     began, marks, own = psutil.Process().create_time(), dict[str, float](), []
@@ -223,6 +521,8 @@ def start_up(way: str, folder: str) -> dict[str, Any]:
     }
 
 
+# %% tags=["hide-input"]
+#| export
 @contextlib.contextmanager
 def listening(seconds: list[float]):
     """Triton's time for each kernel that is compiled in this block, of our own: Inductor's are counted by its clock."""
@@ -239,6 +539,25 @@ def listening(seconds: list[float]):
         knobs.compilation.listener = None
 
 
+# %%
+from types import SimpleNamespace
+
+from speedrun.lab.hardware import find_triton
+
+if find_triton():
+    from triton import knobs
+
+    heard: list[float] = []
+    with listening(heard):
+        for name in ("head_kernel", "triton_poi_fused_add_0"):
+            knobs.compilation.listener(
+                src=SimpleNamespace(name=name), times=SimpleNamespace(total=2e6)
+            )
+    assert heard == [2.0] and knobs.compilation.listener is None, "Inductor's own are left out"
+
+
+# %% tags=["hide-input"]
+#| export
 def measure_start(way: str, folder: str) -> list[dict[str, Any]]:
     """`start_up` with empty caches and then with full ones, in new processes."""
     code = "import json, sys; from speedrun.measure.compile import start_up; print(json.dumps(start_up(*sys.argv[1:])))"
@@ -258,6 +577,8 @@ def measure_start(way: str, folder: str) -> list[dict[str, Any]]:
     return rows
 
 
+# %% tags=["hide-input"]
+#| export
 def host_ms(call: Callable[[], Any], repeats: int = 11) -> float:
     """Milliseconds until a call returns, whatever it has asked a GPU for; the median."""
     took = []
@@ -269,6 +590,8 @@ def host_ms(call: Callable[[], Any], repeats: int = 11) -> float:
     return statistics.median(took)
 
 
+# %% tags=["hide-input"]
+#| export
 def pass_times(folder: str) -> list[dict[str, Any]]:
     """Milliseconds of one rank's forward and backward pass, launched by Python and replayed, by its number of tokens; and of one graph of the whole model, replayed."""
     from speedrun import train
@@ -296,6 +619,8 @@ def pass_times(folder: str) -> list[dict[str, Any]]:
     return rows
 
 
+# %% tags=["hide-input"]
+#| export
 def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
     """whole, parts: seconds from a process's start to the first step, by what they went into, of a model compiled as one graph or in parts. passes: milliseconds of a pass, by Python and by a CUDA graph. For one rank of record_200m on a corpus, whose folder is the argument."""
     if not torch.cuda.is_available():
@@ -307,3 +632,143 @@ def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
     corpus = corpus_of(vary(preset("record_200m"), {"data.path": arguments[0]}))
     modules = ["speedrun.measure.compile", "speedrun.train"]
     return {"rows": rows}, stamp(command, modules, 1, [0], corpus)
+
+
+# %%
+rows = {row["caches"]: row for row in load_result("compile", "parts")["data"]["rows"]}
+runs = {
+    name: [run["prepared_s"] for run in load_result("speedrun", name)["data"]["runs"]]
+    for name in ("record_200m", "record_200m_sampled")
+}
+cold, warm = (rows[kind]["seconds"]["warm-up"] for kind in ("cold", "warm"))
+print(f"from the start of the process to the first step: {cold:.0f} s cold, {warm:.0f} s warm")
+print(
+    f"compiling and warming up record_200m on two GPUs: {runs['record_200m'][0]:.0f} s cold, {runs['record_200m'][1]:.0f} s warm"
+)
+print(
+    f"the same with graphs of the whole model, two numbers of tokens: {runs['record_200m_sampled'][0]:.0f} and {runs['record_200m_sampled'][1]:.0f} s"
+)
+assert 85 < cold < 95 and 20 < warm < 26 and rows["cold"]["graphs"] == 30
+assert runs["record_200m"][0] < 0.7 * runs["record_200m_sampled"][0]
+
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Seconds of a start with empty and with full caches, stacked by imports, building, Dynamo, AOTAutograd, Inductor and Triton, autotuning and the steps."}}
+from matplotlib import pyplot as plt
+
+from speedrun.lab.results import figure_style
+
+figure_style()
+COLUMNS = ["cold", "warm"]
+marks = [rows[kind]["seconds"] for kind in COLUMNS]
+spent = [rows[kind]["compiler"] for kind in COLUMNS]
+stack = {
+    "imports": [mark["import"] for mark in marks],
+    "building model and optimizer": [mark["build"] - mark["import"] for mark in marks],
+    "Dynamo: following the Python": [each["Dynamo"] for each in spent],
+    "AOTAutograd: the backward graphs": [each["AOTAutograd"] for each in spent],
+    "Inductor and Triton: writing and compiling kernels": [
+        each["Inductor"] + each["Triton"] for each in spent
+    ],
+    "autotuning": [each["autotuning"] for each in spent],
+}
+rest = [mark["warm-up"] - sum(kind[n] for kind in stack.values()) for n, mark in enumerate(marks)]
+stack["the steps themselves, and recording"] = [max(0.0, each) for each in rest]
+fig, ax = plt.subplots(figsize=(8.2, 2.9), layout="constrained")
+left = np.zeros(2)
+for number, (label, values) in enumerate(stack.items()):
+    ax.barh(
+        ["empty caches", "full caches"], values, 0.6, left=left, label=label, color=f"C{number}"
+    )
+    left += values
+ax.invert_yaxis()
+ax.set_xlabel("seconds from the start of the process to the first step")
+share = (marks[1]["build"] + spent[1]["Dynamo"]) / warm
+ax.set_title(
+    f"caches spare {cold - warm:.0f} of {cold:.0f} seconds; what is left is building, and Dynamo"
+)
+ax.legend(fontsize=7, loc="lower right")
+fig.text(0.99, -0.04, measured_on(load_result("compile", "parts")), ha="right", fontsize=6.5)
+plt.show()
+assert share > 0.95 and abs(rest[1]) < 1
+
+# %% [markdown]
+# With full caches nothing is compiled, and the start still takes more than twenty seconds. Imports and building the model, drawing its 355 million initial numbers among other things, are half of it; PyTorch's caches cannot help there. The other half is Dynamo, which follows the Python of all graphs again in every new process, because guards and code objects belong to the process. Cold, the largest part is writing kernels and compiling them, which runs on as many cores as there are. A third number of tokens, which eight GPUs need and two do not, costs nothing in parts; of the whole model it would be another graph of eleven layers, forward and backward.
+#
+# Thirty graphs are compiled in all: ten for the forward and backward pass, the same ten without gradients for validation, and ten for the optimizer, whose updates have one for each bank of weights.
+
+# %% [markdown]
+# ## What it costs, and when it fails
+#
+# - **Memory.** A graph keeps the memory of its pass for itself as long as it lives. The stages' graphs share one pool, but before a stage is recorded, its first two passes have taken as much again outside of it. So the most that is ever reserved has grown; what the warm-up has left is given back before the clock starts.
+# - **Two kernels more at each cut.** The gradient of $x_0$, which every layer hears, is added up by autograd between the graphs and not inside one; and the largest entry of the gradient that an eight-bit MLP needs for its scale ([chapter 18](18_fused_mlp.py)) is found in a kernel of its own, where a graph of the whole model found it while the gradient was written.
+# - **What depends on a computed number cannot be recorded**: an `if` about a loss, a shape that depends on data, `.item()`. The first form of the softmax's candidates ([chapter 19](19_head_and_loss.py)) waited for the GPU in each pass; a graph refuses that at once, while a run only gets slower.
+# - **On one or two GPUs it buys next to nothing.** There a pass has 65,536 tokens, and the GPU is the slower of the two; Python is done long before. Recorded passes matter where a rank has few tokens. `python scripts/measure.py compile passes FOLDER` times both ways for one rank of eight, of four and of two; no result of it is committed yet.
+#
+# ## What did not work
+#
+# - **Compiling one layer as a whole, shared by all.** The record's eleven layers are of five kinds, and by halves of six and two. Cut between layers, a graph is twice as long, and the sum behind the MLP still has to be handed on.
+# - **Returning the sum at the end of a half.** One tensor instead of two, simpler to read, and one more write and read of the stream each time: the millisecond computed above.
+#
+# ## Exercises
+#
+# 1. Write `python_bound(operators, us_each, gpu_ms)`: how many milliseconds a step takes if Python needs `us_each` microseconds to launch each of so many operators, and the GPU needs `gpu_ms` for all of them. They work side by side.
+
+
+# %% tags=["solution"]
+def python_bound(operators: int, us_each: float, gpu_ms: float) -> float:
+    """Whoever is slower decides."""
+    return max(operators * us_each / 1000, gpu_ms)
+
+
+# %%
+answer = python_bound(1000, 10.0, 4.0)
+assert abs(answer - 10.0) < 1e-9, (
+    f"a thousand launches of 10 µs take 10 ms, and the GPU waits for them: not {answer:g}"
+)
+answer = python_bound(1000, 10.0, 25.0)
+assert abs(answer - 25.0) < 1e-9, f"here the GPU is the slower one, with 25 ms, not {answer:g}"
+print(
+    f"the pass above, by Python: {python_bound(calls, 1000 * short / calls, gpu_ms):.0f} ms; from a graph: {python_bound(1, 1000 * short / calls, gpu_ms):.0f}"
+)
+
+# %% [markdown]
+# 2. A training loop is to be recorded, and its learning rate changes in each step. Write `recordable_sgd(weights, grads, rate)`, which makes the rate a tensor on the weights' device and returns two functions: `step()`, which takes `rate` times the gradient off the weights, in place, and can be recorded; and `set_rate(value)`, after which a replay uses the new value.
+
+
+# %% tags=["solution"]
+def recordable_sgd(weights: torch.Tensor, grads: torch.Tensor, rate: float):
+    """The rate lives in memory, where a replay reads it."""
+    stored = torch.full((), rate, device=weights.device)
+
+    def step() -> None:
+        weights.sub_(stored * grads)
+
+    def set_rate(value: float) -> None:
+        stored.fill_(value)
+
+    return step, set_rate
+
+
+# %%
+weights, grads = torch.zeros(2, device=device), torch.ones(2, device=device)
+step, set_rate = recordable_sgd(weights, grads, 1.0)
+with Tape() as update:
+    step()
+assert weights.tolist() == [-1.0, -1.0], (
+    f"one step at a rate of 1 takes the gradient off: {weights.tolist()}"
+)
+set_rate(0.5)
+update.replay()
+assert weights.tolist() == [-1.5, -1.5], (
+    f"replayed at a rate of 0.5 the weights are −1.5, not {weights.tolist()}"
+)
+grads.fill_(2.0)
+update.replay()
+assert weights.tolist() == [-2.5, -2.5], (
+    f"and with gradients of 2 they are −2.5, not {weights.tolist()}"
+)
+print("a recorded step that follows rate and gradients")
+
+# %% [markdown]
+# ## Since then
+#
+# Record 92 records forward and backward pass for nine combinations of sizes, the updates of three banks, and the requantising of weights, and counts three of its 34 seconds less for it. [Chapter 20](20_many_gpus.py) records the optimizer, [chapter 23](23_training_loop.py) has the loop that calls all this.

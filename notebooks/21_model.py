@@ -624,6 +624,15 @@ def end_forward(
 
 
 # %%
+from speedrun.model.mlp import BlockConfig
+
+ones, blank = torch.ones(1, 2, 8), {"mlp_up": torch.zeros(32, 8), "mlp_down": torch.zeros(8, 32)}
+assert added(ones, None) is ones, "nothing is copied where nothing is to be added"
+stream, more = mlp_half(ones, ones, blank, BlockConfig(norm="rms", biases=False))
+assert torch.equal(stream, 2 * ones) and not more.any(), "first the sum, then the MLP"
+
+
+# %%
 #| export
 def plainly(part: Callable, *arguments: Any) -> Any:
     """Call a part of the forward pass as it is."""

@@ -673,9 +673,7 @@ def open_log(config: Config, folder: Path, echo) -> RunLog:
 
 
 # %% [markdown]
-# Compiling has a trap, and this trainer sat in it. A norm's backward pass has two reductions: along each row for the input's gradient, and over all tokens for gain's and bias's. From version 2.10 on PyTorch fuses them, in large passes: at a width of 512 from 10,240 tokens on, at 768 from 6,827. Where gains and biases are slices of one tensor, as in our banks, most of their gradient is then left *unwritten* ([pytorch#193061](https://github.com/pytorch/pytorch/issues/193061)). Nothing fails. Training goes on with whatever stood in that memory, and for a while it even learns. What gave it away was a loss that rose while the rate fell towards zero, which no descent does. So that fusion is switched off; a test compares compiled gradients with eager ones. (What the fusion would have saved is not measured.)
-#
-# The option that switches it off is one that the contest's third rule does not allow: no flags for `torch.compile` beyond those of the record's own code. It is there for right gradients and not for speed, but a run with it could not be submitted as it is. Only gains and biases in a bank need it, and from record 2 on no recipe has any here; the trainer sets the option all the same, in every run that it compiles.
+# [Chapter 16](16_compile.py) compiles the forward pass in parts, and records forward and backward pass of each stage as a CUDA graph, which a GPU replays without waiting for Python. Both have to know the device and the way in which attention is computed, so this is where they are decided.
 
 
 # %%

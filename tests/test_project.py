@@ -141,7 +141,7 @@ class TestLayers:
             for node in ast.parse(source).body
             if isinstance(node, ast.FunctionDef) and node.name in PARTS
         ]
-        assert len(parts) == len(PARTS) and compiling + sum(parts) <= 1_270, (compiling, parts)
+        assert len(parts) == len(PARTS) and compiling + sum(parts) <= 1_285, (compiling, parts)
         assert sum(tokens.values()) - sum(parts) <= 38_650, tokens
         code = "import sys, speedrun.train; print(*[m for m in sys.modules if m in sys.argv[1:]])"
         command = [sys.executable, "-c", code, *elsewhere]

@@ -243,6 +243,28 @@ def nearest_e4m3(value):  # halves away from zero
         ("late_scales = lambda largest, margin, start, exact: [own / 448 if n < exact else (start if n == 0 else largest[n - 1] / 448) for n, own in enumerate(largest)]", "margin 1.5"),
         ("truth = late_scales; late_scales = lambda largest, margin, start, exact: [scale * (margin if n < exact else 1) for n, scale in enumerate(truth(largest, margin, start, exact))]", "the first 2 exact"),
     ],
+    ("16", 1): [
+        ("python_bound = lambda operators, us_each, gpu_ms: operators * us_each / 1000 + gpu_ms", "take 10 ms"),  # one after the other
+        ("python_bound = lambda operators, us_each, gpu_ms: max(operators * us_each, gpu_ms)", "take 10 ms"),
+        ("python_bound = lambda operators, us_each, gpu_ms: operators * us_each / 1000", "the GPU is the slower one"),
+    ],
+    ("16", 2): [
+        ("""
+def recordable_sgd(weights, grads, rate):  # the number is recorded
+    told = [rate]
+    return lambda: weights.sub_(told[0] * grads), lambda value: told.__setitem__(0, value)
+""", "replayed at a rate of 0.5"),
+        ("""
+def recordable_sgd(weights, grads, rate):  # another tensor, which the tape does not know
+    told = [torch.tensor(rate)]
+    return lambda: weights.sub_(told[0] * grads), lambda value: told.__setitem__(0, torch.tensor(value))
+""", "replayed at a rate of 0.5"),
+        ("""
+def recordable_sgd(weights, grads, rate):  # the gradient of now, and not of then
+    stored, kept = torch.full((), rate), grads.clone()
+    return lambda: weights.sub_(stored * kept), lambda value: stored.fill_(value)
+""", "with gradients of 2"),
+    ],
     ("17", 1): [
         ("bandwidth_ms = lambda read, written, tokens, bandwidth=4.8e12: 2 * (read + written) * tokens / bandwidth", "take a millisecond"),  # seconds
         ("bandwidth_ms = lambda read, written, tokens, bandwidth=4.8e12: 1000 * (read + written) * tokens / bandwidth", "take a millisecond"),  # numbers, not bytes

@@ -1,7 +1,7 @@
 # Tangled from notebooks/16_compile.py: edit the notebook, then run "make tangle". Edits made here are lost.
 
 
-# %% torch.compile, warm-up and the clock
+# %% torch.compile, and where to cut
 from collections.abc import Callable, Sequence
 from types import FunctionType
 from typing import Any
@@ -19,6 +19,7 @@ def compiled_copy(function: Callable, on: bool = True) -> Callable:
     return torch.compile(own, dynamic=False, fullgraph=True)
 
 
+# %% CUDA graphs
 def new_stream(device: torch.device) -> Any:
     """A stream of a GPU; None elsewhere."""
     return torch.cuda.Stream(device) if device.type == "cuda" else None

@@ -5,7 +5,7 @@ from speedrun.lab.compile import Recorder
 from speedrun.model.compiled import compile_model
 
 
-# %% torch.compile, warm-up and the clock
+# %% The measurement
 import contextlib
 import json
 import os

@@ -4,7 +4,7 @@
 from speedrun.lab.compile import compiled_copy
 
 
-# %% torch.compile, warm-up and the clock
+# %% torch.compile, and where to cut
 from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
@@ -16,11 +16,12 @@ from speedrun.model.gpt import GPT, AttentionContext, gpt_forward
 
 
 def mark_tokens(argument: Any) -> None:
-    """Tell the compiler which dimension counts the tokens of packed rows, so that no other number of them compiles again: of (1, tokens, …), angles and tiles."""
+    """Tell the compiler which dimension counts the tokens of packed rows, so that no other number of them compiles again: of (1, tokens, …), borders, angles and tiles."""
     mark = torch._dynamo.maybe_mark_dynamic
     if isinstance(argument, Tensor) and argument.ndim > 1 and len(argument) == 1:
         mark(argument, 1)
     if isinstance(argument, AttentionContext) and argument.packed is not None:
+        mark(argument.packed.cu_seqlens, 0)  # room for documents, by the number of tokens
         for angles in argument.cos_sin or ():
             mark(angles, 0)
         if isinstance(argument.tiles, Tensor):
@@ -40,6 +41,7 @@ def compile_model(model: GPT) -> Callable:
     return partial(gpt_forward, model, call=call)
 
 
+# %% CUDA graphs
 def can_record(model: GPT, mode: str) -> bool:
     """Whether nothing in a forward pass but its tensors differs from batch to batch: FlashAttention and our reference read the longest document in Python."""
     on_gpu = next(model.parameters()).is_cuda
