@@ -574,7 +574,7 @@ for wrong in (x[:, :5], x[0], x.long()):
 # %% [markdown]
 # ## The measurement
 #
-# Six heads at the three row lengths of `record_200m`, each forward and backward, with cold caches, in turn. Vectors and matrix are drawn at random, targets from the softmax. *Plain* is chapter 08's head under `torch.compile`. *Two passes* writes logits by an FP8 product, and a compiled loss reads them and writes an e5m2 gradient; records 19 to 89 store logits in this order, too (an e5m2 gradient from the loss itself since 67, one kernel for loss and gradient since 79), and their kernels are written by hand. Liger's fused head {cite}`liger` and cut-cross-entropy {cite}`wijmans2025` know softcaps of the form $c \tanh(z/c)$ only, and are timed with $c = 30$. Random words are the worst case of cut-cross-entropy, which skips blocks of small gradients that a trained model has.
+# Six heads at the three row lengths of `record_200m`, each forward and backward, with cold caches, in turn. Vectors and matrix are drawn at random, targets from the softmax. *Plain* is chapter 08's head under `torch.compile`. *Two passes* writes logits by an FP8 product, and a compiled loss reads them and writes an e5m2 gradient; records 19 to 89 store logits in this order, too (an e5m2 gradient from the loss itself since 67, one kernel for loss and gradient since 79), and their kernels are written by hand. Liger's fused head {cite}`liger` and cut-cross-entropy {cite}`wijmans2025` know softcaps of the form $c \tanh(z/c)$ only, and are timed with $c = 30$. Random words are the worst case of cut-cross-entropy, which skips blocks of small gradients that a trained model has. (The candidates at the longest rows are those that the last third once had; today it has all words.)
 
 
 # %% tags=["hide-input"]
@@ -800,7 +800,7 @@ assert alone < 3 * floor_fp8 / 3
 print("beside it:", result["data"]["peers"], measured_on(result))
 
 # %% [markdown]
-# The two libraries save memory, which is what they are for: they keep no logits at all, and pay by computing them twice, or in slices. Ours keeps two tensors of one byte a logit for a moment, and is in its product and epilogue within a factor of three of what the matrix units could do at best. The rest is the two backward products, which are PyTorch's, and all that is small. At 16,384 tokens a call takes longer than its kernels: Python has some twenty launches to make, and the GPU waits for them.
+# The two libraries save memory, which is what they are for: they keep no logits at all, and pay by computing them twice, or in slices. Ours keeps two tensors of one byte a logit for a moment, and is in its product and epilogue within a factor of three of what the matrix units could do at best. The rest is the two backward products, which are PyTorch's, and all that is small. At 16,384 tokens a call takes longer than its kernels: Python has some twenty launches to make, and the GPU waits for them. (In the trainer it does not, since a whole pass is replayed from a CUDA graph: [chapter 16](16_compile.py).)
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Left: milliseconds of six heads at 49,152 tokens, with the least time by operations in bfloat16 and FP8. Right: the loss of a trained model against the number of candidates."}}
 from matplotlib import pyplot as plt
@@ -858,9 +858,11 @@ for std in (0.02, 0.15, 0.3):
 # %% [markdown]
 # ## What it buys
 #
-# `record` and `record_200m` train with this head, and with candidates for all but the last part of the schedule: 10,240 words in the first two thirds, 16,384 in most of the third, then all. Here are runs with it beside the runs before, on the same text, with the same seeds, on two H200s. (Both are older than the MLP in eight bits, [chapter 18](18_fused_mlp.py).)
+# `record` and `record_200m` train with this head, and with 10,240 candidates in the first two thirds of the schedule. When the head was new, most of the last third had candidates, too, 16,384 of them, and only the last steps had all words. Here are the runs made then beside the runs before, on the same text, with the same seeds, on two H200s. (Both are older than the MLP in eight bits, [chapter 18](18_fused_mlp.py).)
 
 # %%
+from speedrun.config import config_from_json
+
 runs = {kind: load_result("speedrun", name)["data"]["runs"] for kind, name in (("before", "record_200m_plain_head"), ("with it", "record_200m_fp8_head"))}  # fmt: skip
 for kind, found in runs.items():
     took = ", ".join(f"{run['seconds']:.1f}" for run in found)
@@ -877,7 +879,7 @@ print(f"{saved:.0%} less time, {lost:+.4f} in loss, which {lost / slope_at_end:.
 print("behind at each validation:", ", ".join(f"{step}: {gap:+.3f}" for step, gap in behind.items()))  # fmt: skip
 assert 0.19 < saved < 0.21 and 0.004 < lost < 0.008 and lost / slope_at_end < 12
 assert 0.4 < behind[125] < 0.5 and behind[625] > 0.04 > 5 * behind[735]
-schedule = preset("record_200m").schedule
+schedule = config_from_json(runs["with it"][0]["config"]).schedule
 with_all_words = (
     schedule.stages[3].duration * (735 - schedule.extension_steps) + schedule.extension_steps
 )
@@ -895,14 +897,47 @@ print(measured_on(load_result("speedrun", "record_200m_fp8_head")))
 #
 # The curve is the instructive part. While the model trains on candidates, its loss over *all* words is behind: by nearly half a nat at first, and still by several hundredths when the last part of the schedule begins. Words that are rarely asked about are not pushed down far enough. In the last 56 steps, with all words, nearly all of that comes back. Whoever validates on the way is misled; record 92 validates once, at the end.
 #
+# ### All words sooner
+#
+# Is what is left at the end a matter of time? Today's schedule gives the model the whole last third to catch up. (`small` has kept the former one.) These runs, too, are on the same text, with the same seeds, on two H200s; they have [chapter 18](18_fused_mlp.py)'s MLP:
+
+# %%
+was, now = (load_result("speedrun", name)["data"]["runs"] for name in ("record_200m_sampled", "record_200m"))  # fmt: skip
+plans = [config_from_json(found[0]["config"]).schedule for found in (was, now)]
+asked = [[stage.candidates for stage in plan.stages] for plan in plans]
+assert asked == [[10_240, 10_240, 16_384, 0, 0], [10_240, 10_240, 0, 0]]
+assert plans[1] == preset("record_200m").schedule != plans[0] == preset("small").schedule
+with_all_now = plans[1].stages[2].duration * (735 - plans[1].extension_steps) + plans[1].extension_steps  # fmt: skip
+print(f"steps with all words: {with_all_words:.0f} before, {with_all_now:.0f} now")
+points = {}
+for kind, found in (("before", was), ("now", now)):
+    for run in found:
+        seed, curve = run["config"]["seed"], {point["step"]: point for point in run["curve"]}
+        points[kind, seed] = at = curve[500]["train_time_ms"] / 1000, curve[625]["val_loss"], curve[735]["val_loss"]  # fmt: skip
+        print(f"{kind:7} seed {seed}: {at[0]:.1f} s to step 500, {run['seconds']:.1f} in all; loss {at[1]:.4f} at 625, {at[2]:.4f} at the end")  # fmt: skip
+gained = [points["before", seed][2] - points["now", seed][2] for seed in (0, 1)]
+ahead = [points["before", seed][1] - points["now", seed][1] for seed in (0, 1)]
+seconds = {kind: np.mean([run["seconds"] for run in found]) for kind, found in (("before", was), ("now", now))}  # fmt: skip
+longer = seconds["now"] - seconds["before"]
+step_ms = np.quantile(now[0]["steps_ms"], 5 / 6)  # the last third's steps are the longest
+print(f"both end lower, by {gained[0]:.4f} and {gained[1]:.4f}, and take {longer:.1f} s longer, {longer / seconds['before']:.0%}: {1000 * longer / step_ms:.0f} steps of the last third")  # fmt: skip
+assert (round(with_all_words), round(with_all_now)) == (56, 252)
+assert all(0.0025 < gain < 0.0035 for gain in gained) and 5.5 < longer < 7.5
+assert all(0.045 < gain < 0.055 for gain in ahead) and 0.45 < np.mean(gained) / lost < 0.55
+assert all(0 < points["now", seed][0] - points["before", seed][0] < longer / 3 for seed in (0, 1))
+print(measured_on(load_result("speedrun", "record_200m")))
+
+# %% [markdown]
+# With more than four times as many steps over all words both seeds end about three thousandths lower, half of what the head had cost, and take six per cent longer. The two pairs agree more closely than two seeds do, but two pairs can establish the sign at most. And the schedule is not all that differs: between these runs the model has come to be compiled in parts, and its passes to be replayed from a CUDA graph ([chapter 16](16_compile.py)). Neither changes what is computed, but for the order of sums, so that the loss is probably the schedule's. Most of the seconds are the last third's, too. Whether the former schedule, made longer by as many seconds, would have gained as much has not been measured.
+#
 # ## What it costs, and when it fails
 #
 # - The largest entry of $G$ fits e5m2 because the softcap is $23\,\sigma((z+5)/7.5)$. Another cap needs another gain, and one without a bound needs a maximum, and so a second pass. The trainer refuses others by name.
 # - A head that is tied all the time is refused, too. (One that is tied until a step and then parts, as in `record`, is a matrix of its own that is kept equal.)
 # - Without matrix units for FP8 the definition runs, on rounded operands: slowly, and with no rounding of the gradient.
 # - Sums of gradients over tokens with the same target are added by atomics, in an order that changes from run to run. Two runs with one seed agree until rounding separates them.
-# - Two tensors of a byte a logit are alive for a moment. On two H200s `record_200m` allocates less memory at its peak than before and reserves more, since rows of three lengths leave gaps.
-# #
+# - Two tensors of a byte a logit are alive for a moment. On two H200s the first runs with this head allocated less memory at their peak than those before, and reserved more, since rows of three lengths leave gaps.
+#
 # ## What did not work
 
 # %%
