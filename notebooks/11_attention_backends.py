@@ -1725,7 +1725,7 @@ assert 0.2 < on_host < 0.6 < ms_of("triton")[chosen] and 0.4 < 1 - without / on_
 assert ms_of("triton")[:2].max() < on_host
 
 # %% [markdown]
-# In the longest rows the GPU's time is longer, and hides it. In rows of 16,384 tokens Python is the slower one; there longer rows are the remedy (`data.max_forward_tokens` joins them), or a graph of launches, as in [chapter 20](20_many_gpus.py).
+# In the longest rows the GPU's time is longer, and hides it. In rows of 16,384 tokens Python is the slower one; there longer rows are the remedy (`data.max_forward_tokens` joins them), or a graph of launches, which is what the trainer replays for a whole pass ([chapter 16](16_compile.py)).
 #
 # ## What did not work
 #
