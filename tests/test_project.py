@@ -844,6 +844,7 @@ class TestReadme:
             assert f"{1000 * run['seconds'] / run['step']:,.0f} ms" in self.text
         names = (
             "record_200m",
+            "record_200m_sampled",
             "record_200m_fp8_head",
             "record_200m_plain_head",
             "record_200m_4gpu",
