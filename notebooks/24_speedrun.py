@@ -1148,7 +1148,7 @@ plt.show()
 # %% [markdown]
 # *Left: the embedded text on two cores, by llm.c's recipe and by `record`'s made small. Middle: ours on English that is **not** FineWeb, 200 million tokens of it for `record_200m` and 100 for `small`. (What trains on a sample of the words is behind over all of them until it trains on all: [chapter 19](19_head_and_loss.py).) Right: the contest's logs on FineWeb; record 89's is that of its pull request, 79.5 s, where the merged code takes 73.8 s. No height in one panel can be compared with one in another.*
 #
-# The losses of `record1` in the list are withdrawn: those fifty steps were taken before we knew of the trap that [chapter 23](23_training_loop.py) describes, and their passes were long enough for it. The model was compiled as one graph then, with a fused kernel that left gradients unwritten, so its times too are those of another program. Today's, compiled in parts ([chapter 16](16_compile.py)), has not been timed in its place.
+# The losses of `record1` in the list are withdrawn: those fifty steps were taken before we knew of the trap that [chapter 16](16_compile.py) describes, and their passes were long enough for it. The model was compiled as one graph then, with a fused kernel that left gradients unwritten, so its times too are those of another program. Today's, compiled in parts, has not been timed in its place.
 #
 # What do these curves claim? That the trainer trains, on these machines, at these rates. `record_200m` is `record` with fewer steps, and its runs say what to expect of it:
 

@@ -839,7 +839,7 @@ class TestReadme:
             then, now = config_from_json(run["config"]), preset(name)
             assert (then.model, then.optim, then.schedule) == (now.model, now.optim, now.schedule)
         for run in [self.runs(f"record1_{n}gpu")[0] for n in (1, 2)]:
-            withdrawn = f"{run['curve'][-1]['val_loss']:.3f}"  # pytorch#193061, chapter 23
+            withdrawn = f"{run['curve'][-1]['val_loss']:.3f}"  # pytorch#193061, chapter 16
             assert withdrawn not in self.text
             assert f"{1000 * run['seconds'] / run['step']:,.0f} ms" in self.text
         names = (
