@@ -586,7 +586,7 @@ for wrong in (good[:1], (*good, good[0]), (good[0], replace(good[1], name="tabel
 # %% [markdown]
 # ### CUDA graphs: scalars in device memory
 #
-# Sharding divides the work, but not its launching: every rank launches every kernel itself, and for small matrices that takes longer than computing. From one step to the next nothing changes but three scalars: two learning rates and the momentum. Keep those in a vector on the device, and the whole update of a parameter is a fixed list of kernels that can be recorded once, as a *CUDA graph* ([chapter 16](16_compile.py)), and replayed with one launch. A graph remembers addresses and not names, so parameters, gradients, state and these scalars never move; everything here is changed in place. The first call compiles, the third is recorded. (PyTorch's AdamW takes its rate as a number from the host and is not recorded; on a CPU nothing is.)
+# Sharding divides the work, but not its launching: every rank launches every kernel itself, and for small matrices that takes longer than computing. From one step to the next nothing changes but three scalars: two learning rates and the momentum. Keep those in a vector on the device, and the whole update of a parameter is a fixed list of kernels that can be recorded once, as a *CUDA graph* ([chapter 16](16_compile.py)), and replayed with one launch. A graph remembers addresses and not names, so parameters, gradients, state and these scalars never move; everything here is changed in place. (PyTorch's AdamW takes its rate as a number from the host and is not recorded; on a CPU nothing is.)
 
 
 # %%
