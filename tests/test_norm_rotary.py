@@ -134,7 +134,7 @@ class TestModel:
             asked.append(told)
             return norm_rotary_op(*told)
 
-        def attend(q, k, v, context, packed, qk_norm, long):
+        def attend(q, k, v, context, packed, qk_norm):
             seen[context.backend] = [each.squeeze(0).transpose(0, 1) for each in (q, k, v)]
             return v.squeeze(0).transpose(0, 1)
 
