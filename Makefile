@@ -35,7 +35,7 @@ speedrun:  ## train on this machine (PRESET=… GPUS=… DATA=… ARGS="--steps 
 	@$(call python,); exec "$$py" scripts/run_speedrun.py $(if $(PRESET),--preset $(call q,$(PRESET))) $(if $(GPUS),--gpus $(call q,$(GPUS))) $(if $(DATA),--data $(call q,$(DATA))) $(ARGS)
 
 .PHONY: test
-test:  ## unit tests, tangle-check, lint and types (seven minutes on 2 cores)
+test:  ## unit tests, tangle-check, lint and types (eight minutes on 2 cores)
 	@$(call python,book dev); export PATH="$$(dirname "$$py"):$$PATH"; \
 	"$$py" -m mypy & types=$$!; "$$py" scripts/tangle.py --check; \
 	"$$py" -m ruff check . ; "$$py" -m ruff format --check . ; wait $$types; \

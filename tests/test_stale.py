@@ -410,7 +410,7 @@ class TestProof:
     @pytest.mark.parametrize(  # make check takes a sample
         "what",
         [
-            pytest.param(what, marks=[] if what in ("cooldown", "decay") else pytest.mark.long)
+            pytest.param(what, marks=[] if what == "cooldown" else pytest.mark.long)
             for what in ALONE
         ],
     )

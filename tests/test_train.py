@@ -566,7 +566,7 @@ class TestAdamEveryOtherStep:
 
 @pytest.mark.slow
 class TestCompiled:
-    @pytest.mark.parametrize("name", ["cpu", "record"])
+    @pytest.mark.parametrize("name", ["record", pytest.param("cpu", marks=pytest.mark.long)])
     def test_inductor_computes_eagers_gradients(self, name, embedded, tmp_path):
         """Under Muon and an epsilon of 1e-10 a few steps make much of a rounding, so here it is one pass: of packed documents."""
         found = []
@@ -614,7 +614,7 @@ class TestCompiled:
                 assert (ours[key] - grad).norm() <= 1e-2 * grad.norm(), key
         assert found[False, 128][0] < found[False, 0][0] - 0.1
 
-    @pytest.mark.parametrize("name", ["cpu_gpt2", "record1"])
+    @pytest.mark.parametrize("name", ["cpu_gpt2", pytest.param("record1", marks=pytest.mark.long)])
     def test_inductor_trains_what_eager_trains(self, name, embedded, tmp_path):
         """And resumed, to the bit, on one thread. On several, inductor's embedding gradient adds up in whatever order the threads come."""
         torch.set_num_threads(1)
