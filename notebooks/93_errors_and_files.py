@@ -77,7 +77,7 @@ if FULL.exists():
 #
 # ## The code
 #
-# ### Errors with a way out
+# ### UserError: an error that names a remedy
 #
 # A message that only says what went wrong leaves its reader where the program stopped. An error that somebody can mend is a `UserError`: what is wrong, with the name and the value, and the way out.
 

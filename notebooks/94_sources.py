@@ -890,7 +890,7 @@ except UserError as problem:
 
 
 # %% [markdown]
-# ### Text for everyone
+# ### The embedded corpus
 #
 # The contest's text is FineWeb, tokenised, on the Hugging Face hub: 200 MB a shard, 103 shards. That is no download for somebody who wants to see a loss go down on a train. So the book
 # carries its own corpus without carrying it: the Python source of two packages, SymPy and NetworkX, which PyTorch depends on. They are documented well and at length. Their wheels are pure

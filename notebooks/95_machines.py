@@ -71,7 +71,7 @@ assert problem.what in str(problem) and problem.fix in str(problem)
 print(problem)
 
 # %% [markdown]
-# ### Looking without touching
+# ### Detecting GPUs without initialising CUDA
 #
 # Asking PyTorch for GPUs has a side effect. It can initialise CUDA in the process that asks, which from then on cannot safely start copies of itself (*fork*), and holds a few hundred megabytes of a GPU. A notebook that *launches* training should hold nothing of the kind. The driver's own tool, `nvidia-smi`, answers without
 # leaving a trace, so we ask it and parse what it prints.

@@ -49,7 +49,7 @@ def write_corpus(
         return write_files(staged, documents, tokenizer, source, command, shard_tokens)
 
 
-# %% Text for everyone
+# %% The embedded corpus
 WHEELS = {  # package → version, SHA-256 of its wheel, SHA-256 of the text that we take from it
     "sympy": (
         "1.14.0",

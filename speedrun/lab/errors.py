@@ -1,7 +1,7 @@
 # Tangled from notebooks/93_errors_and_files.py: edit the notebook, then run "make tangle". Edits made here are lost.
 
 
-# %% Errors with a way out
+# %% UserError: an error that names a remedy
 import contextlib
 import errno
 import os

@@ -5,7 +5,7 @@
 from speedrun.lab.errors import UserError
 
 
-# %% Looking without touching
+# %% Detecting GPUs without initialising CUDA
 import contextlib
 import ctypes
 import importlib
