@@ -533,7 +533,7 @@ class TestTrainer:
         ("mode", "world"),
         [
             ("documents", 2),
-            pytest.param("documents", 4, marks=pytest.mark.long),
+            pytest.param("documents", 4, marks=pytest.mark.slow),
             pytest.param("packed", 4, marks=pytest.mark.long),
         ],
     )
