@@ -302,7 +302,7 @@ print(f"record 26, where no row begins in the middle: {saved:.1%} fewer steps")
 # %% [markdown]
 # Long rows alone leave two tokens of a hundred without their beginning, and record 26 got one step of a hundred for giving it back, for little more than another way to read. (It lengthened the cooldown as well, so not all of that need be the data's.)
 #
-# ## Reading, the naive way
+# ## The loader, naively: stream mode
 #
 # A training step consumes `batch_tokens` tokens, and must consume the *same* ones however many GPUs share the work. If two GPUs saw another stream than eight, no experiment made on two
 # would say anything about eight. So a step is cut into `micro_batches` equal **micro-batches** (no relation to the files), eight for the contest, and a machine with $w$ *ranks*, processes with a GPU each, gives each of them $8/w$. What depends on the number

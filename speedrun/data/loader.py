@@ -5,7 +5,7 @@
 from speedrun.data.shards import data_folder, load_manifest, read_shard
 
 
-# %% Reading, the naive way
+# %% The loader, naively: stream mode
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
