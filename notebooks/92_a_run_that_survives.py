@@ -999,21 +999,23 @@ assert not psutil.pid_exists(read_heartbeats(silent)[0].pid)
 # %% [markdown]
 # ## The measurement: who ends eight ranks?
 #
-# Now the prediction. A launcher of a dozen lines starts eight ranks, each in a session of its own as under `torchrun`, with one remedy at a time. It gets one of three signals. Who is left after two seconds?
+# Now the prediction. A short launcher starts eight ranks, each in a session of its own as under `torchrun`, with one remedy at a time. When all eight run, it gets one of three signals. Who is left a few seconds later?
 
 # %%
-from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 
-rank_program = "import os, time; time.sleep(600)"
-watching_rank = "import os; os.read(0, 1); os._exit(70)"  # a lifeline and nothing else
+rank_program = "import time; print('up', flush=True); time.sleep(600)"
+watching_rank = "import os; print('up', flush=True); os.read(0, 1); os._exit(70)"  # a lifeline
 launcher_program = """
 import signal, subprocess, sys, time
+from subprocess import PIPE
 remedy, rank_program = sys.argv[1:]
-start = lambda: subprocess.Popen([sys.executable, "-S", "-c", rank_program], stdin=subprocess.PIPE, start_new_session=True)
-ranks = [start() for _ in range(8)]
+command = [sys.executable, "-S", "-c", rank_program]
+ranks = [subprocess.Popen(command, stdin=PIPE, stdout=PIPE, start_new_session=True) for _ in range(8)]
 if remedy == "a handler for SIGTERM":
     signal.signal(signal.SIGTERM, lambda *_: [rank.kill() for rank in ranks] and sys.exit())
 try:
+    ups = [rank.stdout.readline() for rank in ranks]
     print(*(rank.pid for rank in ranks), flush=True)
     time.sleep(600)
 finally:
@@ -1021,34 +1023,33 @@ finally:
         for rank in ranks:
             rank.kill()
 """
+REMEDIES = ("nothing", "a finally block", "a handler for SIGTERM", "a lifeline")
+NUMBERS = {"SIGINT": signal.SIGINT, "SIGTERM": signal.SIGTERM, "SIGKILL": signal.SIGKILL}
 
-
-def survivors(remedy: str, number: int) -> int:
-    """How many of eight ranks are alive two seconds after their launcher has got a signal."""
-    program = watching_rank if remedy == "a lifeline" else rank_program
-    command = [sys.executable, "-c", launcher_program, remedy, program]
-    launcher = subprocess.Popen(
+launchers, ranks = {}, {}
+for trial in product(REMEDIES, NUMBERS):
+    program = watching_rank if trial[0] == "a lifeline" else rank_program
+    command = [sys.executable, "-c", launcher_program, trial[0], program]
+    launchers[trial] = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     )
-    eight = [psutil.Process(int(pid)) for pid in launcher.stdout.readline().split()]
-    launcher.send_signal(number)
+for trial, launcher in launchers.items():
+    ranks[trial] = [psutil.Process(int(pid)) for pid in launcher.stdout.readline().split()]
+for (_, name), launcher in launchers.items():
+    launcher.send_signal(NUMBERS[name])
+for launcher in launchers.values():
     launcher.wait()
-    _, alive = psutil.wait_procs(eight, timeout=2)
-    for process in alive:
-        process.kill()
-    return len(alive)
-
-
-NUMBERS = {"SIGINT": signal.SIGINT, "SIGTERM": signal.SIGTERM, "SIGKILL": signal.SIGKILL}
-REMEDIES = ("nothing", "a finally block", "a handler for SIGTERM", "a lifeline")
-with ThreadPoolExecutor(len(REMEDIES) * len(NUMBERS)) as at_once:
-    asked = {r: [at_once.submit(survivors, r, n) for n in NUMBERS.values()] for r in REMEDIES}
-left = {remedy: [each.result() for each in those] for remedy, those in asked.items()}
+_, alive = psutil.wait_procs(sum(ranks.values(), []), timeout=5)
+for process in alive:
+    process.kill()
+counts = {trial: len([p for p in eight if p in alive]) for trial, eight in ranks.items()}
+left = {remedy: [counts[remedy, name] for name in NUMBERS] for remedy in REMEDIES}
+assert all(len(eight) == 8 for eight in ranks.values())
 assert left["nothing"] == [8, 8, 8] and left["a lifeline"] == [0, 0, 0]
 assert left["a finally block"] == [0, 8, 8] and left["a handler for SIGTERM"] == [8, 0, 8]
 print(f"{'of eight ranks still alive after':34}", *(f"{name:>8}" for name in NUMBERS))
-for remedy, counts in left.items():
-    print(f"{remedy:34}", *(f"{count:>8}" for count in counts))
+for remedy, numbers in left.items():
+    print(f"{remedy:34}", *(f"{number:>8}" for number in numbers))
 
 # %% [markdown]
 # Each remedy but one answers the signals that it has heard of. A `finally` block runs where an exception passes, and SIGTERM raises none in Python; a handler for SIGTERM knows nothing of Ctrl-C. For SIGKILL there is nothing to write in the launcher at all. (Killing the process group takes somebody who is alive to do it, and these ranks are not in the launcher's group.) Only the ranks themselves are still there to act, and the end of their standard input tells them.
