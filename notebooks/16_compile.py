@@ -357,7 +357,7 @@ def new_stream(device: torch.device) -> Any:
 
 
 class GraphedCall:
-    """A function without arguments, called; or, with a stream, recorded in it at its third call and replayed from then on.
+    """A function without arguments, called; or, with a stream, recorded in it after `plain` such calls and replayed from then on.
 
     Graphs that run at once need streams of their own: recorded in one, they share its scratch memory for products. Graphs that run one
     after the other may share a pool of memory.
@@ -365,12 +365,12 @@ class GraphedCall:
 
     graph: Any = None
 
-    def __init__(self, function: Callable[[], Any], stream: Any = None, pool: Any = None):
-        self.function, self.calls, self.stream, self.pool = function, 0, stream, pool
+    def __init__(self, function: Callable[[], Any], stream: Any = None, pool: Any = None, plain=2):
+        self.function, self.stream, self.pool, self.plain = function, stream, pool, plain
 
     def __call__(self) -> None:
-        self.calls += 1
-        if self.stream is None or self.calls < 3:
+        if self.stream is None or self.plain > 0:
+            self.plain -= 1
             self.function()
             return
         if self.graph is None:
@@ -383,7 +383,7 @@ class GraphedCall:
 
 
 # %% [markdown]
-# The first two calls run as usual: they compile, and let libraries choose their kernels and take their scratch memory. The third is recorded, which computes nothing, and then replayed. The optimizer's updates have used this class all along ([chapter 20](20_many_gpus.py)); sums over ranks are no part of any graph. Gradients exist before anything is recorded, as views of the optimizer's storage, so that a graph adds to them in place.
+# The first calls run as usual: they compile, and let libraries choose their kernels and take their scratch memory. The next one is recorded, which computes nothing, and then replayed. The optimizer's updates have used this class all along ([chapter 20](20_many_gpus.py)); sums over ranks are no part of any graph. Gradients exist before anything is recorded, as views of the optimizer's storage, so that a graph adds to them in place.
 #
 # For the forward and backward pass one thing is added, since a batch is new each time: it is copied to where the graph reads it. And there is a graph for each stage of the schedule. They share one pool, which is safe because they run one after the other and leave nothing in it that is needed later: the loss is copied out, and gradients lie elsewhere.
 
@@ -391,10 +391,12 @@ class GraphedCall:
 # %%
 #| export
 class Recorder:
-    """Functions of tensors that return a number, recorded as CUDA graphs, one for each key, or just called if not `on`. Inputs are copied to where the graph reads them.
+    """Functions of tensors that return a number, called; on a GPU, if `on`, those that are called while `recording` is true become CUDA graphs, one for each key. Inputs are copied to where the graph reads them.
 
-    Whatever else a function reads has to stay in its place, and to be the same in each call with one key.
+    Whatever else a function reads has to stay in its place, and to be the same in each call with one key. It has to have been called before.
     """
+
+    recording = False
 
     def __init__(self, device: torch.device, on: bool = True):
         self.device, self.stream = device, new_stream(device) if on else None
@@ -403,12 +405,12 @@ class Recorder:
 
     def __call__(self, key: Any, function: Callable, tensors: Sequence[Tensor]) -> Tensor:
         """The function's result for tensors on any device, (): where the next call with this key writes its own. Python does not wait."""
-        if self.stream is None:
+        if self.stream is None or not (self.recording or key in self.calls):
             return function(*tensors)
         if key not in self.calls:
             places = [tensor.to(self.device, copy=True) for tensor in tensors]
             result = torch.zeros((), device=self.device)
-            call = GraphedCall(lambda: result.copy_(function(*places)), self.stream, self.pool)
+            call = GraphedCall(lambda: result.copy_(function(*places)), self.stream, self.pool, 0)
             self.calls[key] = call, places, result
         call, places, result = self.calls[key]
         for place, tensor in zip(places, tensors, strict=True):
@@ -424,7 +426,10 @@ doubled = on_cpu("stage 1", lambda a, b: (a * b).sum(), [torch.ones(2), torch.fu
 assert doubled.item() == 6.0 and not on_cpu.calls
 recorded = Recorder(device)
 numbers = [torch.full((), float(n)) for n in range(5)]
-found = [recorded("square", lambda a: a * a, [n]).item() for n in numbers]
+found = []
+for number in numbers:
+    found.append(recorded("square", lambda a: a * a, [number]).item())
+    recorded.recording = True  # from the second call on
 assert found == [0.0, 1.0, 4.0, 9.0, 16.0]
 print(f"recorded here: {len(recorded.calls)} graphs; squares {found}")
 
@@ -461,7 +466,7 @@ print(
 #
 # ## Warm-up
 #
-# Before the clock starts, the trainer takes three real steps in each stage of the schedule and one batch of validation, and then undoes them: weights, moments and the position in the data are put back. So everything is compiled, and recorded, at the sizes that will come. On the clock no kernel is compiled for the first time.
+# Before the clock starts, the trainer takes three real steps in each stage of the schedule and one batch of validation, and then undoes them: weights, moments and the position in the data are put back. On a GPU a fourth step in each stage is recorded, after all others, the stage with the longest passes first: so the graphs' pool is taken when the plain passes have given their memory back, and the shorter stages find room in it. Everything is compiled, and recorded, at the sizes that will come. On the clock no kernel is compiled for the first time.
 #
 # ## The measurement
 #
@@ -645,7 +650,9 @@ def pass_times(folder: str) -> list[dict[str, Any]]:
         told = run.ranks.device, config.precision, run.told[now.stage], torch.tensor(now.candidates)
         calls = {}
         for way, forward in ways.items():
-            record = partial(Recorder(run.ranks.device), way)
+            recorder = Recorder(run.ranks.device)
+            recorder.recording = True  # after the same pass by Python, which is timed before it
+            record = partial(recorder, way)
             calls[f"{way}, by Python"] = partial(train.accumulate, forward, batches, ranks, *told)
             calls[f"{way}, a CUDA graph"] = partial(
                 train.accumulate, forward, batches, ranks, *told, record=record
@@ -760,7 +767,7 @@ assert share > 0.95 and abs(rest[1]) < 1 and min(min(values) for values in stack
 #
 # ## What it costs, and when it fails
 #
-# - **Memory.** A CUDA graph keeps the memory of its pass for itself as long as it lives. All stages' graphs share a pool, but the two passes before each recording take as much again outside of it. So the most that is ever reserved has grown by a quarter, as printed above; what the warm-up has left is given back before the clock starts.
+# - **Memory.** A CUDA graph keeps the memory of its pass for itself as long as it lives. All stages' graphs share a pool. The runs above recorded each stage right after its own first passes, which stood beside the pool of the stages before, so that the most that was ever reserved grew by a quarter. Since then all plain passes come first, and their memory is given back before anything is recorded; what that saves, no run has shown yet.
 # - **One to two per cent of a step**, in the two thirds of the runs above whose schedules are the same. Two causes can be named. The gradient of $x_0$, which every layer reads, is added up by autograd between the compiled graphs and not inside one. And the largest entry of the gradient that an eight-bit MLP needs for its scale ([chapter 18](18_fused_mlp.py)) is found by a kernel of its own, where a graph of the whole model found it while the gradient was written. How the loss divides among them, symbols for sizes and copies of batches has not been measured.
 # - **What depends on a computed number cannot be recorded**: an `if` about a loss, a shape that depends on data, `.item()`. The first form of the softmax's candidates ([chapter 19](19_head_and_loss.py)) waited for the GPU in each pass. While recording that is refused at once; without a graph a run only gets slower.
 # - **On two GPUs recording bought no time that these runs could show.** There a pass has 49,152 or 65,536 tokens, and the GPU is the slower of the two. It should matter where a rank has few tokens, as with eight. `python scripts/measure.py compile passes FOLDER` times both ways for one rank of eight, of four and of two; no result of it is committed yet, so what it saves there is so far an expectation.

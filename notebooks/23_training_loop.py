@@ -909,25 +909,36 @@ assert (
 )
 
 # %% [markdown]
-# The first step compiles, allocates and tunes. So, as in the contest's later records, a few real steps of each stage (another batch is another shape) and a validation batch are run before the clock starts, and then undone: weights and the optimizer's state are put back, the data stream is set to where it was. (On a GPU the optimizer before them compiles and records all of its updates, those of later steps as well, and updates nothing.) In one thing our clock is kinder than upstream's: there the loader is made anew after the warm-up, so that reading the first shard and finding its documents is timed, and here the shard stays in memory.
+# The first step compiles, allocates and tunes. So, as in the contest's later records, a few real steps of each stage (another batch is another shape), the longest first, and a validation batch are run before the clock starts, and then undone: weights and the optimizer's state are put back, the data stream is set to where it was. (On a GPU the optimizer before them compiles and records all of its updates, those of later steps as well, and updates nothing; and a step more of each stage is recorded as CUDA graphs.) In one thing our clock is kinder than upstream's: there the loader is made anew after the warm-up, so that reading the first shard and finding its documents is timed, and here the shard stays in memory.
 
 
 # %%
 #| export train
+def take_steps(run: Run, start: int, count: int) -> None:
+    """Steps from `start` on, the run's last one at the latest."""
+    for step in range(start, start + count):
+        run.step = min(step, run.config.last_step - 1)
+        train_step(run)
+        run.heartbeat.beat()
+
+
 def warm_up(run: Run) -> float:
-    """Run a few real steps of each stage to come and a validation batch, undo them, and return the seconds that it took."""
+    """Run a few real steps of each stage to come and a validation batch, record a step of each, undo them all, and return the seconds that it took."""
     begin = time.perf_counter()
     step, position = run.step, run.loader.position
     weights = {name: p.clone() for name, p in run.model.state_dict().items()}
     moments = run.optimizer.state_dict()
     run.optimizer.warm_up()
     last = run.config.last_step - 1
-    for begin_step in [step, *(start for start in run.schedule.starts if step < start <= last)]:
-        for ahead in range(run.config.warmup):
-            run.step = min(begin_step + ahead, last)
-            train_step(run)
-            run.heartbeat.beat()
+    starts = [min(step, last), *(start for start in run.schedule.starts if step < start <= last)]
+    starts.sort(key=lambda start: -run.schedule.at(start).batch_tokens)  # shorter passes fit in
+    for start in starts:
+        take_steps(run, start, run.config.warmup)
     validation_loss(run, itertools.islice(val_batches(run, run.config.val_tokens), 1))
+    run.recorder.recording = run.recorder.stream is not None
+    for start in starts if run.recorder.recording else ():
+        take_steps(run, start, 1)
+    run.recorder.recording = False
     run.model.load_state_dict(weights)
     run.optimizer.load_state_dict(moments)
     run.step, run.loader.position = step, position

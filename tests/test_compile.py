@@ -17,7 +17,8 @@ from speedrun.model.compiled import can_record, compile_model
 from speedrun.model.gpt import GPT, attention_settings
 from speedrun.passes import accumulate, forward_loss
 from speedrun.presets import known_presets, preset
-from speedrun.train import build_run, train_step
+from speedrun.schedule import Stage
+from speedrun.train import build_run, train_step, warm_up
 
 CPU = torch.device("cpu")
 PLAIN = {"model.head.fp8": False, "model.block.fp8": False, "model.model_dim": 32}
@@ -146,7 +147,7 @@ class TestRecorder:
 
         monkeypatch.setattr("speedrun.lab.compile.new_stream", lambda device: "stream")
         monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
-        monkeypatch.setattr(torch.cuda, "CUDAGraph", mock.Mock)
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", type("Graph", (mock.Mock,), {}))
         recorded = []
 
         class Recording:
@@ -162,28 +163,37 @@ class TestRecorder:
         monkeypatch.setattr(torch.cuda, "graph", Recording)
         return recorded
 
-    def test_one_graph_for_each_key_recorded_at_the_third_call(self, drawn):
+    def test_one_graph_for_each_key_that_is_called_while_recording(self, drawn, monkeypatch):
         recorder, calls = Recorder(CPU), []
 
         def mean(x):
             calls.append(x)
             return x.mean()
 
-        for number in range(2):
-            assert recorder("a", mean, [torch.full((4,), float(number))]) == number
-        assert not drawn
-        own = recorder.calls["a"][0]
-        with mock.patch.object(torch.cuda, "CUDAGraph", lambda: mock.Mock(replay=own.function)):
-            for number in range(2, 5):
-                assert recorder("a", mean, [torch.full((4,), float(number))]) == number
+        def replay(graph):
+            (call,) = (call for call, _, _ in recorder.calls.values() if call.graph is graph)
+            call.function()
+
+        def rows(number):
+            return [torch.full((4,), float(number))]
+
+        assert recorder("a", mean, rows(0)) == 0 and not drawn and not recorder.calls
+        monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", replay, raising=False)
+        recorder.recording = True
+        for number in range(2, 5):
+            assert recorder("a", mean, rows(number)) == number
         assert len(drawn) == 1 and drawn[0][1] == "pool"
         assert drawn[0][2] == {"stream": "stream", "capture_error_mode": "thread_local"}
-        assert all(x is calls[0] for x in calls), "one place for all batches"
-        recorder("b", mean, [torch.ones(2)])
-        assert set(recorder.calls) == {"a", "b"}
+        recorder.recording = False
+        assert recorder("a", mean, rows(5)) == 5 and len(drawn) == 1, "replayed for good"
+        assert all(x is calls[1] for x in calls[1:]), "one place for all batches"
+        assert recorder("b", mean, rows(6)) == 6 and set(recorder.calls) == {"a"}
+        recorder.recording = True
+        assert recorder("b", mean, rows(7)) == 7 and set(recorder.calls) == {"a", "b"}
 
     def test_a_batch_of_another_size_is_refused_and_not_cut(self, drawn):
         recorder = Recorder(CPU)
+        recorder.recording = True
         recorder("a", torch.sum, [torch.ones(4)])
         with pytest.raises(RuntimeError):
             recorder("a", torch.sum, [torch.ones(5)])
@@ -192,6 +202,7 @@ class TestRecorder:
 
     def test_the_callers_tensors_are_not_written_to(self, drawn):
         recorder, mine = Recorder(CPU), torch.ones(3)
+        recorder.recording = True
         recorder("a", lambda x: x.mul_(2).sum(), [mine])
         assert torch.equal(mine, torch.ones(3))
 
@@ -201,6 +212,39 @@ class TestRecorder:
         for _ in range(5):
             call()
         assert len(calls) == 5 and call.graph is None and not drawn
+
+
+class TestWarmUp:
+    def test_stages_are_recorded_after_all_plain_passes_the_longest_first(self, brief, tmp_path):
+        """Then no plain pass lies beside the graphs' pool, and the shorter stages find room in it."""
+        stages = tuple(Stage(1 / 3, factor, 1.0) for factor in (1, 2, 3))
+        changes = {"schedule.stages": stages, "steps": 12, "warmup": 2}
+        run = build_run(vary(brief, changes), tmp_path, echo=None)
+        passes = []
+
+        class Listening(Recorder):
+            def __call__(self, key, function, tensors):
+                passes.append((self.recording, run.schedule.at(run.step).stage, len(tensors[0])))
+                assert key == run.schedule.at(run.step).stage
+                return function(*tensors)
+
+        run.recorder = Listening(CPU)
+        run.recorder.stream = "a GPU's"
+        losses = [train_step(run).item() for _ in range(3)]
+        run = build_run(vary(brief, changes), tmp_path / "again", echo=None)
+        run.recorder, before = Listening(CPU), len(passes)
+        run.recorder.stream = "a GPU's"
+        warm_up(run)
+        kinds = list(dict.fromkeys(p[:2] for p in passes[before:]))
+        assert kinds == [(round, stage) for round in (False, True) for stage in (2, 1, 0)]
+        assert not run.recorder.recording
+        assert [train_step(run).item() for _ in range(3)] == losses, "and undone"
+
+    def test_where_nothing_can_be_recorded_no_step_is_taken_for_it(self, brief, tmp_path):
+        run = build_run(vary(brief, {"warmup": 2}), tmp_path, echo=None)
+        with mock.patch("speedrun.train.train_step") as taken:
+            warm_up(run)
+        assert taken.call_count == 2
 
 
 class TestWhatCanBeRecorded:
@@ -228,6 +272,7 @@ class TestOnAGPU:
             torch._dynamo.reset()
             run = build_run(config, tmp_path / str(on), echo=None)
             run.recorder = Recorder(run.ranks.device, on)
+            warm_up(run)
             losses[on] = [train_step(run).item() for _ in range(config.steps)]
             recorded = [call.graph for call, _, _ in run.recorder.calls.values()]
             assert all(recorded) and len(recorded) >= 3 if on else not recorded
@@ -238,5 +283,6 @@ class TestOnAGPU:
         recorder, rate = Recorder(device), torch.tensor(2.0, device=device)
         for number in range(6):
             rate.fill_(number)
+            recorder.recording = number > 0
             assert recorder("k", lambda x: (x * rate).sum(), [torch.full((3,), 2.0)]) == 6 * number
         assert recorder.calls["k"][0].graph is not None

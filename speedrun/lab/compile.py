@@ -26,7 +26,7 @@ def new_stream(device: torch.device) -> Any:
 
 
 class GraphedCall:
-    """A function without arguments, called; or, with a stream, recorded in it at its third call and replayed from then on.
+    """A function without arguments, called; or, with a stream, recorded in it after `plain` such calls and replayed from then on.
 
     Graphs that run at once need streams of their own: recorded in one, they share its scratch memory for products. Graphs that run one
     after the other may share a pool of memory.
@@ -34,12 +34,12 @@ class GraphedCall:
 
     graph: Any = None
 
-    def __init__(self, function: Callable[[], Any], stream: Any = None, pool: Any = None):
-        self.function, self.calls, self.stream, self.pool = function, 0, stream, pool
+    def __init__(self, function: Callable[[], Any], stream: Any = None, pool: Any = None, plain=2):
+        self.function, self.stream, self.pool, self.plain = function, stream, pool, plain
 
     def __call__(self) -> None:
-        self.calls += 1
-        if self.stream is None or self.calls < 3:
+        if self.stream is None or self.plain > 0:
+            self.plain -= 1
             self.function()
             return
         if self.graph is None:
@@ -52,10 +52,12 @@ class GraphedCall:
 
 
 class Recorder:
-    """Functions of tensors that return a number, recorded as CUDA graphs, one for each key, or just called if not `on`. Inputs are copied to where the graph reads them.
+    """Functions of tensors that return a number, called; on a GPU, if `on`, those that are called while `recording` is true become CUDA graphs, one for each key. Inputs are copied to where the graph reads them.
 
-    Whatever else a function reads has to stay in its place, and to be the same in each call with one key.
+    Whatever else a function reads has to stay in its place, and to be the same in each call with one key. It has to have been called before.
     """
+
+    recording = False
 
     def __init__(self, device: torch.device, on: bool = True):
         self.device, self.stream = device, new_stream(device) if on else None
@@ -64,12 +66,12 @@ class Recorder:
 
     def __call__(self, key: Any, function: Callable, tensors: Sequence[Tensor]) -> Tensor:
         """The function's result for tensors on any device, (): where the next call with this key writes its own. Python does not wait."""
-        if self.stream is None:
+        if self.stream is None or not (self.recording or key in self.calls):
             return function(*tensors)
         if key not in self.calls:
             places = [tensor.to(self.device, copy=True) for tensor in tensors]
             result = torch.zeros((), device=self.device)
-            call = GraphedCall(lambda: result.copy_(function(*places)), self.stream, self.pool)
+            call = GraphedCall(lambda: result.copy_(function(*places)), self.stream, self.pool, 0)
             self.calls[key] = call, places, result
         call, places, result = self.calls[key]
         for place, tensor in zip(places, tensors, strict=True):

@@ -144,7 +144,9 @@ def pass_times(folder: str) -> list[dict[str, Any]]:
         told = run.ranks.device, config.precision, run.told[now.stage], torch.tensor(now.candidates)
         calls = {}
         for way, forward in ways.items():
-            record = partial(Recorder(run.ranks.device), way)
+            recorder = Recorder(run.ranks.device)
+            recorder.recording = True  # after the same pass by Python, which is timed before it
+            record = partial(recorder, way)
             calls[f"{way}, by Python"] = partial(train.accumulate, forward, batches, ranks, *told)
             calls[f"{way}, a CUDA graph"] = partial(
                 train.accumulate, forward, batches, ranks, *told, record=record
