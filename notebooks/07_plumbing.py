@@ -720,16 +720,11 @@ assert (gain["x0"] + two.delta("x0")) < 2 * study.pooled_sd * 0.4**0.5
 # %% tags=["hide-input"]
 #| default_exp measure.plumbing
 #| export
-import tempfile
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
-from pathlib import Path
 from typing import Any
 
 from speedrun.config import Config, vary
-from speedrun.lab.hardware import detect_machine
 from speedrun.lab.provenance import stamp
-from speedrun.measure.runs import best_of, corpus_of, train_in_place
+from speedrun.measure.runs import best_of, corpus_of, train_arms
 
 NAMES = ("heads",)
 HEADS: dict[str, dict[str, Any]] = {"one matrix": {}, "two matrices": {"model.head.tie": "untied"}}
@@ -753,25 +748,11 @@ def arms_of() -> dict[str, Config]:
     }
 
 
-def trained(run: Config) -> dict:
-    """What `train_in_place` says of a run on one thread."""
-    import torch
-
-    from speedrun.train import build_run
-
-    torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as folder:
-        return train_in_place(build_run(run, Path(folder), echo=None), run)
-
-
 def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
     """Train every arm with three seeds, {"arms": {arm: [run, …]}}, with its weights that mix over the run."""
     arms = arms_of()
     facts = stamp(command, ["speedrun.measure.plumbing", "speedrun.train"], 3, range(3), corpus_of(arms["one matrix"]))  # fmt: skip
-    runs = [vary(run, {"seed": seed}) for run in arms.values() for seed in range(3)]
-    with ProcessPoolExecutor(detect_machine().cores, get_context("spawn")) as pool:
-        done = list(pool.map(trained, runs))
-    return {"arms": {arm: done[3 * n : 3 * n + 3] for n, arm in enumerate(arms)}}, facts
+    return {"arms": train_arms(arms, 3, facts)}, facts
 
 
 # %%

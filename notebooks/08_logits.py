@@ -406,7 +406,7 @@ from typing import Any
 
 from speedrun.config import Config, vary
 from speedrun.lab.provenance import stamp
-from speedrun.measure.runs import best_of, corpus_of, train_arms, train_many
+from speedrun.measure.runs import best_of, corpus_of, train_arms
 
 NAMES = ("laptop",)
 ARMS: dict[str, dict[str, Any]] = {
@@ -430,7 +430,7 @@ def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
     """Train every arm with three seeds, {"arms": {arm: [run, …]}}."""
     arms = arms_of()
     facts = stamp(command, ["speedrun.measure.logits", "speedrun.train"], 3, range(3), corpus_of(arms["30 tanh(z/30)"]))  # fmt: skip
-    return {"arms": train_arms(arms, 3, train_many)}, facts
+    return {"arms": train_arms(arms, 3, facts)}, facts
 
 
 # %%

@@ -1483,7 +1483,7 @@ from speedrun.lab.bench import clocked, sample_in_turn
 from speedrun.lab.provenance import stamp
 from speedrun.lab.timer import StepTimer
 from speedrun.lab.results import load_result
-from speedrun.measure.runs import corpus_of, cpu_base, train_arms, train_many
+from speedrun.measure.runs import corpus_of, cpu_base, train_arms
 from speedrun.presets import preset
 
 NAMES = ("cpu", "gpu", "adam_rates", "adam")
@@ -1588,8 +1588,8 @@ def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
     modules = ["speedrun.measure.training_loop"]
     if name.startswith("adam"):
         seeds, corpus = 9 if name == "adam" else 1, corpus_of(preset("cpu_gpt2"))
-        arms = train_arms(adam_arms(name), seeds, train_many)
-        return {"arms": arms}, stamp(command, modules, seeds, range(seeds), corpus)
+        facts = stamp(command, modules, seeds, range(seeds), corpus)
+        return {"arms": train_arms(adam_arms(name), seeds, facts)}, facts
     config = vary(preset(PRESET_OF[name]), {"data.path": arguments[0]} if arguments else {})
     with tempfile.TemporaryDirectory() as folder:
         run, repeats = build_run(config, Path(folder), echo=None), 40

@@ -28,7 +28,7 @@ from speedrun.lab.files import atomic_write
 from speedrun.lab.hardware import detect_machine, setup
 from speedrun.lab.provenance import stamp
 from speedrun.lab.stats import describe, study_of
-from speedrun.measure.runs import corpus_of, each_on_cpus, each_on_gpus
+from speedrun.measure.runs import corpus_of, train_each
 from speedrun.presets import read_command
 
 MODULES = ["speedrun.train", "speedrun.measure.runs"]
@@ -160,9 +160,9 @@ def main(arguments: list[str]) -> int:
     wanted = [vary(runs[name], {"seed": seed}) for name, seed in pairs]
     if wanted:
         write(options.out, facts, base, done)  # fails now, and not after hours, if it must not
-    each = each_on_gpus if detect_machine().gpus else each_on_cpus
+    ended = train_each(wanted, bool(detect_machine().gpus))
     new: dict[str, dict[int, dict]] = {name: {} for name in missing}
-    for number, result in tqdm(each(wanted) if wanted else (), total=len(wanted), unit="run"):
+    for number, result in tqdm(ended, total=len(wanted), unit="run"):
         name, seed = pairs[number]
         new[name][seed] = result
         if len(new[name]) == counts[name]:

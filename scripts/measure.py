@@ -16,6 +16,7 @@ import importlib
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -28,6 +29,7 @@ from speedrun.lab.errors import UserError
 from speedrun.lab.hardware import detect_machine, setup
 from speedrun.lab.provenance import root
 from speedrun.lab.results import result_names, save_result
+from speedrun.measure.runs import kept_runs
 
 
 def measured(module: Any, name: str, rest: list[str], command: str) -> tuple[dict, dict]:
@@ -84,6 +86,7 @@ def main(arguments: list[str]) -> int:
         data, stamp = measured(module, name, rest, command)
         stamp.setdefault("minutes", round((time.perf_counter() - begin) / 60, 2))
         print(f"wrote {save_result(slug, name, data, stamp).relative_to(root())}", flush=True)
+        shutil.rmtree(kept_runs(stamp), ignore_errors=True)
     return 0
 
 

@@ -6,12 +6,14 @@ from dataclasses import replace
 import measure
 import pytest
 
-from speedrun.config import vary
+from speedrun.config import config_from_json, vary
 from speedrun.cpu_size import at_cpu_size
 from speedrun.lab.errors import UserError
 from speedrun.lab.hardware import detect_machine
-from speedrun.measure import ablations, documents
+from speedrun.measure import ablations, documents, runs
 from speedrun.measure.study import train_alone
+from speedrun.presets import preset
+from speedrun.train import build_run
 
 
 class TestMissing:
@@ -91,3 +93,86 @@ class TestScaling:
         for kind in ("sums", "gathers"):
             names = [name for k, name in begun if k == kind]
             assert names.count("qk") == 2 and names.count("head") == names.count("bigram") == 1
+
+
+class TestArms:
+    """`train_arms`: paired seeds, balanced, and what ended is kept until all of it has."""
+
+    FACTS = {"command": "c", "modules": {}, "gpu": None, "cpu": "1", "torch": "2", "corpus": None}
+
+    @pytest.fixture
+    def trained(self, monkeypatch, tmp_path):
+        """What is trained, in order: (steps, seed, what its process sees); from the moment that `stop` is set, nothing ends."""
+        monkeypatch.setattr(runs, "root", lambda: tmp_path)
+        given: list = []
+
+        def each(wanted, on_gpus, after=None):
+            for number, run in reversed(list(enumerate(wanted))) if on_gpus else enumerate(wanted):
+                if given and given[0] == "stop after 3" and len(given) > 3:
+                    raise KeyboardInterrupt
+                given.append((run.steps, run.seed))
+                yield number, {"val_loss": run.steps + run.seed / 10, "after": str(after)}
+
+        monkeypatch.setattr(runs, "train_each", each)
+        return given
+
+    @pytest.fixture
+    def arms(self):
+        return {name: vary(preset("cpu_gpt2"), {"steps": n}) for name, n in (("a", 1), ("b", 2))}
+
+    @pytest.mark.parametrize("on_gpus", [False, True])
+    def test_all_arms_have_a_seed_before_any_has_the_next(self, on_gpus, trained, arms):
+        done = runs.train_arms(arms, {"a": 3, "b": 1}, self.FACTS, on_gpus)
+        assert {arm: [run["val_loss"] for run in of] for arm, of in done.items()} == {"a": [1.0, 1.1, 1.2], "b": [2.0]}  # fmt: skip
+        order = [(1, 0), (2, 0), (1, 1), (1, 2)]
+        assert trained == (order[::-1] if on_gpus else order)
+
+    def test_a_measurement_goes_on_where_it_was_stopped(self, trained, arms, tmp_path):
+        trained.append("stop after 3")
+        with pytest.raises(KeyboardInterrupt):
+            runs.train_arms(arms, 3, self.FACTS)
+        assert trained[1:] == [(1, 0), (2, 0), (1, 1)]
+        trained.clear()
+        done = runs.train_arms(arms, 3, self.FACTS)
+        assert trained == [(2, 1), (1, 2), (2, 2)] and [len(of) for of in done.values()] == [3, 3]
+        assert runs.train_arms(arms, 3, self.FACTS) == done and len(trained) == 3
+
+    @pytest.mark.parametrize("fact", ["command", "modules", "gpu", "cpu", "torch", "corpus"])
+    def test_other_code_or_another_machine_begins_anew(self, fact, trained, arms):
+        runs.train_arms(arms, 1, self.FACTS)
+        runs.train_arms(arms, 1, self.FACTS | {fact: "other"})
+        assert trained == [(1, 0), (2, 0)] * 2
+
+    def test_in_processes_of_their_own_runs_end_as_here(self, brief, tmp_path, monkeypatch):
+        monkeypatch.setattr(runs, "root", lambda: tmp_path)
+        brief = vary(brief, {"device": "auto"})
+        wide = vary(brief, {"model.model_dim": 48, "model.num_heads": 3})
+        arms = {"narrow": brief, "wide": wide}
+        done = runs.train_arms(arms, {"narrow": 2, "wide": 1}, self.FACTS, after=width_of)
+        for arm, (first, *_) in done.items():
+            live = build_run(vary(arms[arm], {"device": "cpu"}), tmp_path / arm, echo=None)
+            here = runs.train_in_place(live, arms[arm], width_of)
+            assert first["val_loss"] == here["val_loss"] and first["width"] == here["width"]
+            assert config_from_json(first["config"]) == arms[arm]
+        one, other = done["narrow"]
+        assert one["val_loss"] != other["val_loss"] and other["config"]["seed"] == 1
+
+    def test_without_a_gpu_what_wants_one_is_refused(self, monkeypatch, arms):
+        bare = replace(detect_machine(), gpus=())
+        monkeypatch.setattr(runs, "detect_machine", lambda: bare)
+        with pytest.raises(UserError, match="measured on a GPU"):
+            next(runs.train_each(list(arms.values()), on_gpus=True))
+
+    def test_a_finished_measurement_keeps_its_result_alone(self, monkeypatch, tmp_path):
+        folder = runs.kept_runs(self.FACTS)
+        assert folder != runs.kept_runs(self.FACTS | {"torch": "3"})
+        monkeypatch.setattr(runs, "root", lambda: tmp_path)
+        folder = runs.kept_runs(self.FACTS)
+        folder.mkdir(parents=True)
+        monkeypatch.setattr(measure, "measured", lambda *given: ({}, dict(self.FACTS)))
+        monkeypatch.setattr(measure, "save_result", lambda *given: measure.root() / "there.json")
+        assert measure.main(["logits", "laptop"]) == 0 and not folder.exists()
+
+
+def width_of(live) -> dict:
+    return {"width": live.model.config.model_dim}

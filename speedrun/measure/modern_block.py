@@ -3,11 +3,7 @@
 
 # %% The measurement
 import math
-import tempfile
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 import torch
@@ -15,9 +11,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from speedrun.config import Config, vary
-from speedrun.lab.hardware import detect_machine
 from speedrun.lab.provenance import stamp
-from speedrun.measure.runs import best_of, corpus_of, cpu_base, step_times, train_arms, train_many
+from speedrun.measure.runs import best_of, corpus_of, cpu_base, step_times, train_arms
+
+if TYPE_CHECKING:
+    from speedrun.run import Run
 
 NAMES = ("rates", "without", "alone", "other_rates", "long", "inside", "pace")
 GPT2: dict[str, Any] = {
@@ -97,11 +95,11 @@ def arms_of(name: str) -> dict[str, Config]:
     return {"modern": modern} | without | {"one head": vary(modern, {"model.num_heads": 1})}
 
 
-def look_inside(run: Config) -> dict:
-    """Train a run; then, in one row of validation text: the largest score, its bound, and the share of activations at zero."""
-    from speedrun.train import build_run, val_batches, train_step
+@torch.no_grad()
+def look_inside(live: "Run") -> dict:
+    """In one row of validation text of a trained run: the largest score, its bound, and the share of activations at zero."""
+    from speedrun.train import val_batches
 
-    torch.set_num_threads(1)
     found: dict[str, Any] = {"scores": [], "zeros": []}
     attend, relu = F.scaled_dot_product_attention, F.relu
 
@@ -117,45 +115,36 @@ def look_inside(run: Config) -> dict:
         found["zeros"].append((x <= 0).float().mean().item())
         return relu(x)
 
-    with tempfile.TemporaryDirectory() as folder:
-        live = build_run(run, Path(folder), echo=None)
-        for _ in range(run.steps):
-            train_step(live)
-        batch = next(val_batches(live, run.val_tokens))
+    batch = next(val_batches(live, live.config.val_tokens))
     noted = patch.object(F, "scaled_dot_product_attention", attend_and_note)
-    with torch.no_grad(), noted, patch.object(F, "relu", relu_and_note):
+    with noted, patch.object(F, "relu", relu_and_note):
         live.model(batch.inputs, batch.targets)
     return found
 
 
-def inside() -> dict[str, list[dict]]:
-    """`look_inside` with and without QK-norm, at the tuned rate of the matrices and at twice that; three seeds each."""
-    arms = {}
-    for times in (1, 2):
-        faster = vary(tuned(), {"optim.matrix_lr": times * tuned().optim.matrix_lr})
-        for norm in (True, False):
-            arms[f"{'with' if norm else 'without'} {times}"] = vary(
-                faster, {"model.block.qk_norm": norm}
-            )
-    runs = [vary(run, {"seed": seed}) for run in arms.values() for seed in range(3)]
-    with ProcessPoolExecutor(detect_machine().cores, get_context("spawn")) as pool:
-        found = list(pool.map(look_inside, runs))
-    return {arm: found[3 * n : 3 * n + 3] for n, arm in enumerate(arms)}
+def inside() -> dict[str, Config]:
+    """With and without QK-norm, at the tuned rate of the matrices and at twice that."""
+    rate = tuned().optim.matrix_lr
+    return {
+        f"{'with' if norm else 'without'} {times}": vary(
+            tuned(), {"optim.matrix_lr": times * rate, "model.block.qk_norm": norm}
+        )
+        for times in (1, 2)
+        for norm in (True, False)
+    }
 
 
 def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
     """Train arms with paired seeds, {"arms": {arm: [run, …]}}: the modern block nine times, each change five times.
 
-    rates: its grid. pace: step times, {"ms": {arm: [ms, …]}}. inside: what a trained model's attention and MLP do.
+    rates: its grid. pace: step times, {"ms": {arm: [ms, …]}}. inside: also what a trained model's attention and MLP do.
     """
     seeds = {"without": 9, "alone": 5, "inside": 3, "other_rates": 3, "long": 3}.get(name, 1)
     modules = ["speedrun.measure.modern_block", "speedrun.train"]
     facts = stamp(command, modules, seeds, range(seeds), corpus_of(cpu_base()))
-    if name == "inside":
-        return {"arms": inside()}, facts
-    arms = arms_of(name)
+    arms = inside() if name == "inside" else arms_of(name)
     if name == "pace":
         return {"ms": step_times(arms)}, facts
-    control = {"modern": arms.pop("modern")} if name == "without" else {}
-    nine = train_arms(control, 9, train_many)
-    return {"arms": nine | train_arms(arms, min(seeds, 5), train_many)}, facts
+    counts = {arm: seeds if arm == "modern" else min(seeds, 5) for arm in arms}
+    after = look_inside if name == "inside" else None
+    return {"arms": train_arms(arms, counts, facts, after=after)}, facts

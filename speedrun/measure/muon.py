@@ -18,8 +18,6 @@ from speedrun.measure.runs import (
     step_times,
     with_record_muon,
     train_arms,
-    train_many,
-    train_on_gpus,
 )
 
 NAMES = (
@@ -107,15 +105,13 @@ def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
     seeds = 3 if name in ("laptop_long", "laptop_weights") else seeds
     modules = ["speedrun.measure.muon", "speedrun.train"]
     facts = stamp(command, modules, seeds, range(seeds), corpus_of(base))
-    many = train_many if laptop else train_on_gpus
     if name.endswith("rates"):
         points = rates(base)
         if "long" in name:  # around the best of the short runs
             points = {at: run for at, run in points.items() if run.optim.matrix_lr in RATES[1:3]}
-        return {"arms": train_arms(points, 1, many)}, facts
+        return {"arms": train_arms(points, 1, facts, not laptop)}, facts
     arms = arms_of(name, base)
     if name == "laptop_pace":
         return {"ms": step_times(arms)}, facts
-    control = train_arms({"today": arms.pop("today")}, seeds, many) if "today" in arms else {}
-    others = train_arms(arms, seeds if name == "laptop_record_4" else 3, many)
-    return {"arms": control | others}, facts
+    counts = {arm: seeds if arm in ("today", "record 4") else 3 for arm in arms}
+    return {"arms": train_arms(arms, counts, facts, not laptop)}, facts

@@ -13,15 +13,7 @@ from speedrun.config import Config, vary
 from speedrun.presets import preset
 from speedrun.lab.provenance import stamp
 from speedrun.lab.results import load_result
-from speedrun.measure.runs import (
-    SHORT,
-    gpu_base,
-    corpus_of,
-    step_times,
-    train_arms,
-    train_many,
-    train_on_gpus,
-)
+from speedrun.measure.runs import SHORT, gpu_base, corpus_of, step_times, train_arms
 
 NAMES = ("grid", "low", "winners", "pace", "clock", "parts", "long")
 RULES = {"adamw": "adam", "soap": "soap", "muon": "muon"}
@@ -109,8 +101,6 @@ def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
     if kind == "pace":
         took = step_times(arms)
         return {"ms": took, "median": {a: statistics.median(ms) for a, ms in took.items()}}, facts
-    many = train_on_gpus if place else train_many
-    if place and kind == "winners":  # one control for both
-        control = train_arms({"muon": arms.pop("muon")}, seeds, many)
-        return {"arms": control | train_arms(arms, 3, many)}, facts
-    return {"arms": train_arms(arms, seeds, many)}, facts
+    one_control = place and kind == "winners"
+    counts = {arm: 3 if one_control and arm != "muon" else seeds for arm in arms}
+    return {"arms": train_arms(arms, counts, facts, bool(place))}, facts

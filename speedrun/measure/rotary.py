@@ -2,20 +2,18 @@
 
 
 # %% The measurement
-import tempfile
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from speedrun.config import Config, vary
-from speedrun.lab.hardware import detect_machine
 from speedrun.lab.provenance import stamp
-from speedrun.measure.runs import best_of, corpus_of, train_arms, train_many
+from speedrun.measure.runs import best_of, corpus_of, train_arms
+
+if TYPE_CHECKING:
+    from speedrun.run import Run
 
 NAMES = ("positions", "long", "beyond")
 ARMS: dict[str, dict[str, Any]] = {
@@ -34,43 +32,30 @@ def arms_of(name: str) -> dict[str, Config]:
     return {arm: vary(modern, change) for arm, change in ARMS.items()}
 
 
-def loss_by_position(run: Config) -> dict[str, list[float]]:
-    """Train a run; then the mean loss of each position in validation rows of twice the length, and of the same tokens in rows of its own."""
+@torch.no_grad()
+def loss_by_position(live: "Run") -> dict[str, list[float]]:
+    """The mean loss of each position in validation rows of twice a trained run's length, and of the same tokens in rows of its own."""
     from speedrun.model.gpt import GPT
-    from speedrun.train import build_run, val_batches, train_step
+    from speedrun.train import val_batches
 
-    torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as folder:
-        live = build_run(run, Path(folder), echo=None)
-        for _ in range(run.steps):
-            train_step(live)
-        twice = 2 * run.data.seq_len
-        live.config = vary(run, {"data.seq_len": twice, "model.max_seq_len": twice})
-        longer = GPT(live.config.model, live.model.vocab_size).to(live.ranks.device)
-        longer.load_state_dict(live.model.state_dict())
-        found: dict[str, list[Tensor]] = {"twice": [], "own": []}
-        with torch.no_grad():
-            for batch in val_batches(live, run.val_tokens):
-                for name, model, length in (
-                    ("twice", longer, twice),
-                    ("own", live.model, twice // 2),
-                ):
-                    logits = model(batch.inputs.view(-1, length)).flatten(0, 1)
-                    losses = F.cross_entropy(logits, batch.targets.flatten(), reduction="none")
-                    found[name].append(losses.view(-1, twice))
+    own, found = live.config.data.seq_len, dict[str, list[Tensor]](twice=[], own=[])
+    live.config = vary(live.config, {"data.seq_len": 2 * own, "model.max_seq_len": 2 * own})
+    longer = GPT(live.config.model, live.model.vocab_size).to(live.ranks.device)
+    longer.load_state_dict(live.model.state_dict())
+    for batch in val_batches(live, live.config.val_tokens):
+        for name, model, length in (("twice", longer, 2 * own), ("own", live.model, own)):
+            logits = model(batch.inputs.view(-1, length)).flatten(0, 1)
+            losses = F.cross_entropy(logits, batch.targets.flatten(), reduction="none")
+            found[name].append(losses.view(-1, 2 * own))
     return {name: torch.cat(losses).mean(0).tolist() for name, losses in found.items()}
 
 
 def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
     """Train the arms with paired seeds, {"arms": {arm: [run, …]}}; long: for 2,000 steps.
 
-    beyond: each arm's loss by position, {"arms": {arm: [{"twice": losses, "own": losses}, …]}}.
+    beyond: also each run's loss by position, "twice" and "own".
     """
     arms, seeds = arms_of(name), 3 if name == "long" else 5
     facts = stamp(command, ["speedrun.measure.rotary", "speedrun.train"], seeds, range(seeds), corpus_of(arms["half 1024"]))  # fmt: skip
-    if name != "beyond":
-        return {"arms": train_arms(arms, seeds, train_many)}, facts
-    runs = [vary(run, {"seed": seed}) for run in arms.values() for seed in range(seeds)]
-    with ProcessPoolExecutor(detect_machine().cores, get_context("spawn")) as pool:
-        found = list(pool.map(loss_by_position, runs))
-    return {"arms": {arm: found[5 * n : 5 * n + 5] for n, arm in enumerate(arms)}}, facts
+    after = loss_by_position if name == "beyond" else None
+    return {"arms": train_arms(arms, seeds, facts, after=after)}, facts

@@ -7,12 +7,14 @@ from speedrun.presets import RECORD_MUON, preset
 
 # %% Ablations of the laptop's choices
 import dataclasses
+import hashlib
+import json
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,47 +23,17 @@ from tqdm import tqdm
 
 from speedrun.data.loader import Shards
 from speedrun.lab.errors import UserError
+from speedrun.lab.files import atomic_write
 from speedrun.lab.hardware import detect_machine
+from speedrun.lab.provenance import root
 from speedrun.lab.results import load_result
-from speedrun.lab.metrics import read_metrics, series
 from speedrun.optim.muon import MuonConfig
 from speedrun.schedule import Stage
 
 if TYPE_CHECKING:
     from speedrun.run import Run
 
-
-def train_one(run: Config) -> dict:
-    """Train a run on one thread; its final validation loss (nats a token), its seconds of training, its config."""
-    import torch
-
-    from speedrun.train import train
-
-    torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as folder:
-        train(vary(run, {"val_every": run.steps, "device": "cpu"}), Path(folder), echo=None)
-        last = series(read_metrics(Path(folder) / "metrics.jsonl"), "val")[-1]
-    seconds, config = last["train_time_ms"] / 1000, dataclasses.asdict(run)
-    return {"val_loss": last["val_loss"], "seconds": seconds, "config": config}
-
-
-def each_on_cpus(runs: Sequence[Config]) -> Iterator[tuple[int, dict]]:
-    """Train runs, as many at a time as there are cores; the number of each with what `train_one` says, as they end."""
-    with ProcessPoolExecutor(detect_machine().cores, get_context("spawn")) as pool:
-        numbers = {pool.submit(train_one, run): number for number, run in enumerate(runs)}
-        for future in as_completed(numbers):
-            yield numbers[future], future.result()
-
-
-def in_order(ended: Iterable[tuple[int, dict]], runs: Sequence[Config]) -> list[dict]:
-    """What was said of each run, in the runs' order; shows how many have ended."""
-    found = dict(tqdm(ended, total=len(runs), unit="run"))
-    return [found[number] for number in range(len(runs))]
-
-
-def train_many(runs: Sequence[Config]) -> list[dict]:
-    """Train runs on the CPU; what `train_one` says of each, in order."""
-    return in_order(each_on_cpus(runs), runs)
+After = Callable[["Run"], dict]  # what else to measure on a trained run
 
 
 def corpus_of(run: Config) -> dict[str, str]:
@@ -163,24 +135,22 @@ def train_with_history(live: "Run") -> dict[str, list]:
     return learned
 
 
-def train_in_place(
-    live: "Run", config: Config, alone: AbstractContextManager[Any] | None = None
-) -> dict:
-    """Train a run with the assembled model of another; what it ends with. alone: entered while the clock runs."""
+WORKER: dict[str, Any] = {"turn": nullcontext()}  # a process's own place: entered while it trains
+
+
+def train_in_place(live: "Run", config: Config, after: After | None = None) -> dict:
+    """Train a run with the assembled model of another; what it ends with, and what `after` finds in it."""
     from speedrun.train import validation_loss, val_batches
 
     reset_run(live, config)
-    with alone or nullcontext():
+    with WORKER["turn"]:
         live.clock.start()
         learned = train_with_history(live)
         live.clock.stop()
     done: dict[str, Any] = {"val_loss": validation_loss(live, val_batches(live, config.val_tokens))}
     done |= {"seconds": live.clock.elapsed_ms / 1000, "skipped": live.nonfinite_steps.item()}
-    done |= {"learned": learned} if learned else {}
+    done |= ({"learned": learned} if learned else {}) | (after(live) if after else {})
     return done | {"config": dataclasses.asdict(config)}
-
-
-WORKER: dict[str, Any] = {}  # a process's GPU
 
 
 def compile_key(config: Config) -> str:
@@ -189,26 +159,65 @@ def compile_key(config: Config) -> str:
     return repr((*parts, config.optim.muon.param_dtype))
 
 
-def train_group(runs: Sequence[Config]) -> list[dict]:
+def group_by_model(runs: Sequence[Config], gpus: int) -> list[list[int]]:
+    """Numbers of runs that share a model; dealt out to the GPUs if there are fewer models than those."""
+    alike: dict[str, list[int]] = {}
+    for number, run in enumerate(runs):
+        alike.setdefault(compile_key(run), []).append(number)
+    parts = 1 if len(alike) >= gpus else gpus
+    dealt = [group[part::parts] for group in alike.values() for part in range(parts)]
+    return [group for group in dealt if group]
+
+
+def take_place(places: Any) -> None:
+    """Let this process see one GPU only, on which it trains when it is its turn; or none, and use one thread."""
+    import torch
+
+    gpu, turn = places.get()
+    os.environ["CUDA_VISIBLE_DEVICES"] = gpu
+    if turn is not None:
+        WORKER["turn"] = turn
+    else:
+        torch.set_num_threads(1)
+
+
+def train_group(runs: Sequence[Config], after: After | None) -> list[dict]:
     """Train runs of one model, one after the other; what `train_in_place` says of each."""
     import torch
 
     from speedrun.train import build_run
 
     torch._dynamo.reset()  # PyTorch keeps eight versions of a function at most
-    live = build_run(runs[0], Path(tempfile.mkdtemp()), echo=None)
-    return [train_in_place(live, run, WORKER["turn"]) for run in runs]
+    with tempfile.TemporaryDirectory() as folder:
+        live = build_run(runs[0], Path(folder), echo=None)
+        return [train_in_place(live, run, after) for run in runs]
 
 
-def train_arms(
-    arms: dict[str, Config], seeds: int, many: Callable[[Sequence[Config]], list[dict]]
-) -> dict[str, list[dict]]:
-    """Train every arm with the same seeds 0 … seeds − 1. many: trains a list of runs."""
-    runs = {
-        (arm, seed): vary(run, {"seed": seed}) for arm, run in arms.items() for seed in range(seeds)
-    }
-    done = dict(zip(runs, many(list(runs.values()))))
-    return {arm: [done[arm, seed] for seed in range(seeds)] for arm in arms}
+def train_each(
+    runs: Sequence[Config], on_gpus: bool, after: After | None = None
+) -> Iterator[tuple[int, dict]]:
+    """Train runs on the GPUs of this machine, or one on each of its cores; the number of each with what `train_in_place` says, as they end.
+
+    Two processes share a GPU: while one trains, the other compiles the next model.
+    """
+    context, machine = get_context("spawn"), detect_machine()
+    if on_gpus and not machine.gpus:
+        raise UserError("this is measured on a GPU, and PyTorch sees none", "make doctor says why")
+    groups = [[number] for number in range(len(runs))]
+    free: list[tuple[str, Any]] = [("", None)] * machine.cores
+    if on_gpus:
+        groups = group_by_model(runs, len(machine.gpus))
+        free = 2 * [(str(gpu), context.Lock()) for gpu in range(len(machine.gpus))]
+    places = context.Queue()
+    for place in free:
+        places.put(place)
+    workers = max(1, min(len(free), len(groups)))
+    with ProcessPoolExecutor(workers, context, take_place, (places,)) as pool:
+        jobs = {
+            pool.submit(train_group, [runs[n] for n in group], after): group for group in groups
+        }
+        for job in as_completed(jobs):
+            yield from zip(jobs[job], job.result())
 
 
 def step_times(
@@ -236,41 +245,34 @@ def step_times(
     return took
 
 
-def take_gpu(numbers: Any, turns: Sequence[Any]) -> None:
-    """Let this process see one GPU only, on which it trains when it is its turn."""
-    number = numbers.get()
-    os.environ["CUDA_VISIBLE_DEVICES"], WORKER["turn"] = str(number), turns[number]
+def kept_runs(facts: dict) -> Path:
+    """The folder for what is finished of a measurement with this stamp, until all of it is: by its command, code, machine and text."""
+    same = [facts[key] for key in ("command", "modules", "gpu", "cpu", "torch", "corpus")]
+    name = hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()[:16]
+    return root() / "_build" / "measured" / name
 
 
-def group_by_model(runs: Sequence[Config], gpus: int) -> list[list[int]]:
-    """Numbers of runs that share a model; dealt out to the GPUs if there are fewer models than those."""
-    alike: dict[str, list[int]] = {}
-    for number, run in enumerate(runs):
-        alike.setdefault(compile_key(run), []).append(number)
-    parts = 1 if len(alike) >= gpus else gpus
-    dealt = [group[part::parts] for group in alike.values() for part in range(parts)]
-    return [group for group in dealt if group]
+def train_arms(
+    arms: dict[str, Config],
+    seeds: int | dict[str, int],
+    facts: dict,
+    on_gpus: bool = False,
+    after: After | None = None,
+) -> dict[str, list[dict]]:
+    """Train every arm with the seeds 0 … seeds − 1, all arms with one seed before any with the next: {arm: [run, …]}.
 
-
-def each_on_gpus(runs: Sequence[Config]) -> Iterator[tuple[int, dict]]:
-    """Train runs; the number of each with what `train_in_place` says, as they end.
-
-    Two processes share a GPU: while one trains, the other compiles the next model.
+    seeds: for all arms, or by arm. facts: the measurement's stamp; runs that ended when it was made before, and did not end itself, are not made again.
     """
-    context, gpus = get_context("spawn"), len(detect_machine().gpus)
-    if not gpus:
-        raise UserError("this is measured on a GPU, and PyTorch sees none", "make doctor says why")
-    numbers, groups = context.Queue(), group_by_model(runs, gpus)
-    for number in (*range(gpus), *range(gpus)):
-        numbers.put(number)
-    turns = [context.Lock() for _ in range(gpus)]
-    workers = min(2 * gpus, len(groups))
-    with ProcessPoolExecutor(workers, context, take_gpu, (numbers, turns)) as pool:
-        jobs = {pool.submit(train_group, [runs[n] for n in group]): group for group in groups}
-        for job in as_completed(jobs):
-            yield from zip(jobs[job], job.result())
-
-
-def train_on_gpus(runs: Sequence[Config]) -> list[dict]:
-    """Train runs on the GPUs of this machine; what `train_in_place` says of each, in order."""
-    return in_order(each_on_gpus(runs), runs)
+    counts = {arm: seeds if isinstance(seeds, int) else seeds[arm] for arm in arms}
+    pairs = [(arm, seed) for seed in range(max(counts.values())) for arm in arms if seed < counts[arm]]  # fmt: skip
+    runs = [vary(arms[arm], {"seed": seed}) for arm, seed in pairs]
+    texts = [json.dumps(dataclasses.asdict(run), sort_keys=True) for run in runs]
+    names = [hashlib.sha256(text.encode()).hexdigest()[:16] for text in texts]
+    files = [kept_runs(facts) / f"{name}.json" for name in names]
+    files[0].parent.mkdir(parents=True, exist_ok=True)
+    missing = [number for number, file in enumerate(files) if not file.exists()]
+    ended = train_each([runs[number] for number in missing], on_gpus, after)
+    for number, done in tqdm(ended, total=len(missing), unit="run"):
+        atomic_write(files[missing[number]], json.dumps(done))
+    found = dict(zip(pairs, (json.loads(file.read_text(encoding="utf-8")) for file in files)))
+    return {arm: [found[arm, seed] for seed in range(counts[arm])] for arm in arms}

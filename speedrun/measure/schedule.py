@@ -35,10 +35,10 @@ from typing import Any
 from speedrun.config import Config, vary
 from speedrun.presets import preset
 from speedrun.lab.provenance import stamp
-from speedrun.measure.runs import corpus_of, train_many
+from speedrun.measure.runs import corpus_of, train_arms
 
 NAMES = ("shapes",)
-SEEDS = (0, 1, 2)
+SEEDS = 3
 SHARES = (0.2, 0.4, 0.6, 0.8, 1.0)
 MUON: dict[str, Any] = {
     "optim.matrices": "muon",
@@ -60,8 +60,6 @@ def arms() -> dict[str, Config]:
 
 def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
     """Train each arm with each seed: {"arms": {arm: [run, …]}}."""
-    runs = {(a, s): vary(run, {"seed": s}) for a, run in arms().items() for s in SEEDS}
     modules = ["speedrun.measure.schedule", "speedrun.train"]
-    facts = stamp(command, modules, len(SEEDS), SEEDS, corpus_of(preset("cpu_gpt2")))
-    done = dict(zip(runs, train_many(list(runs.values()))))
-    return {"arms": {arm: [done[arm, seed] for seed in SEEDS] for arm in arms()}}, facts
+    facts = stamp(command, modules, SEEDS, range(SEEDS), corpus_of(preset("cpu_gpt2")))
+    return {"arms": train_arms(arms(), SEEDS, facts)}, facts
