@@ -4,7 +4,7 @@
 #   docker run --gpus all --ipc=host -v speedrun-data:/speedrun/data -v "$PWD/runs:/speedrun/runs" speedrun
 #
 # --ipc=host (or --shm-size=8g): ranks talk through shared memory, and a container's default of 64 MB ends them with a bus error.
-# /speedrun/data: FineWeb shards, 0.4 GB for the preset small, 21 GB for record. /speedrun/runs: logs, checkpoints, reports.
+# /speedrun/data: FineWeb shards, 0.6 GB for the preset small, 1.6 GB for record, 21 GB for record1. /speedrun/runs: logs, checkpoints, reports.
 # The image needs an NVIDIA driver of at least 580 (CUDA 13). Without --gpus it trains the small model of the CPU.
 
 FROM nvidia/cuda:13.0.1-base-ubuntu24.04

@@ -22,13 +22,13 @@
 #
 # In May 2024 a well-tuned C program trained a 124-million-parameter GPT-2 to a validation loss of 3.28 in **45 minutes** on eight H100s. In September
 # 2026 a program was accepted that reaches the same loss on the same kind of machine in **39.9 seconds**. The text is the same, and so is the target; PyTorch got a little faster. The model is no GPT-2 any more.
-# Nearly all of the rest is that some fifty people, and lately a few AI systems, had some ninety ideas, most of them small enough to explain over lunch.
+# Nearly all of the rest is that some fifty people, and since record 32 a few AI systems, set ninety-one records after the first, most of them with several ideas, most of them small enough to explain over lunch.
 #
-# You would like to understand them. So you open the trainer that holds the record, and meet thousands of lines in which every line is the residue
-# of an argument that somebody won. Most of the arguments are written down: in the READMEs of two thirds of the record folders, in pull requests and their discussions, in posts such as Keller Jordan's on Muon {cite}`jordan2024`. They are not in one place or in order; and many ideas arrived several to a record, so that the ladder does not say what each is worth alone.
+# You would like to understand them. So you open the trainer that holds the record, and meet thousands of lines, and hardly any of them
+# says why it is there. Most of the reasons are written down: in the READMEs of two thirds of the record folders, in pull requests and their discussions, in posts such as Keller Jordan's on Muon {cite}`jordan2024`. They are not in one place or in order; and many ideas arrived several to a record, so that the ladder does not say what each is worth alone.
 #
 # That is what this book adds. Each chapter takes one idea, asks what it should buy, builds it in the fewest lines that work, and measures. The lines
-# are then collected, mechanically, into a trainer; the code you read is the code that runs. There is the *spine*, from the data and the baseline to the launcher and the means to measure, and there are thirteen chapters of ideas so far, on the architecture, on attention over whole documents, on the optimizer, and on kernels and eight bits. They take the ladder to its thirty-first record, and parts of it much further.
+# are then collected, mechanically, into a trainer; the code you read is the code that runs. There is the *spine*, from the data and the baseline to the launcher and the means to measure, and there are sixteen chapters of ideas so far: four on the architecture, three on attention over whole documents, four on the optimizer, and five on low precision, kernels and compiling. They take the ladder to its thirty-first record, and parts of it much further.
 
 # %%
 from speedrun.lab.tier import choose_tier
@@ -47,7 +47,7 @@ tier = choose_tier()
 #
 # Why 3.28? It is about where llm.c, Andrej Karpathy's reproduction of GPT-2, arrived after its 45 minutes; its log ends a little lower, at 3.272. And why is it a good game? Because the score is
 # a *time*. Papers trade in currencies that cannot be exchanged: this one saves steps, that one saves memory, a third one gains accuracy at equal
-# FLOPs. Here an idea that learns 2% more from each token and slows each step by 3% is worth less than nothing, and the clock says so. (How many runs it takes to hear it is the subject of the next chapter.)
+# FLOPs. Here an idea that learns 2% more from each token and slows each step by 3% is worth less than nothing, and the clock says so. (How many runs it takes to tell such a difference from chance is the subject of the next chapter.)
 #
 # Below is the whole history, record by record. Before you scroll to the figure, decide what you expect.
 
@@ -99,10 +99,11 @@ for i in sorted(half):
     row, share = ladder[i + 1], gains[i] / sum(gains)
     what = textwrap.shorten(row["description"], 46, placeholder=" …")
     print(f"record {row['record']:>2} {seconds[i + 1]:5.0f} s {share:5.1%}  {what}")
+    print(f"{'':24} {row['contributors']}")
 print(f"half of the progress took {len(half)} steps, the other half {len(gains) - len(half)}")
 
 # %% [markdown]
-# Five of the six are early. Most changed several things at once, and are called here by the best known of them: rotary positions, Muon, a squared ReLU, a shortcut for the values, attention that respects documents. (Record 2 also tripled the learning rate, and record 5 changed the vocabulary's padding, the heads and the initial weights.) The sixth is the latest. Record 92, too, brings many ideas together: its author measured eleven parts by taking each away, from a softmax over a sample of the vocabulary to a table of 65 billion parameters that is only looked up. What kind of progress was each? A run gets faster in two ways. It reads fewer tokens, or it spends
+# Five of the six are early. Most changed several things at once, and are called here by the best known of them: rotary positions, Muon, a squared ReLU, the value residual, attention masked at the borders of documents (FlexAttention). (Record 2 also tripled the learning rate, and record 5 changed the vocabulary's padding, the heads and the initial weights.) The sixth is the latest. Record 92, too, brings many ideas together: its author measured eleven parts by taking each away, from a softmax over a sample of the vocabulary to a table of 65 billion parameters that is only looked up. What kind of progress was each? A run gets faster in two ways. It reads fewer tokens, or it spends
 # less time on each. On the logarithmic scale the two add up, so one can ask which share of a gain is tokens:
 
 
@@ -194,7 +195,7 @@ plt.show()
 # *Source: the public record logs and README of modded-nanogpt, to record 89 as of August 2026, records 90 to 92 as of 3 October 2026, carried over in `book/data/records.csv`; dates are those of submission. Code lines, without blank ones, are counted in
 # what each record's log embeds, and logs of branches that were merged later differ from the code that holds the record: the jumps at records 85 and 90 are such logs'. None was counted for record 92. An ellipsis stands for the other changes of a record. Record 21 was timed again under stricter rules, and record 22 had to beat the new time: hence the step upwards.*
 #
-# That settles the second guess. The first log that holds its program is record 4's, with 462 lines. Record 89's has 2,978, record 91's 5,946, and record 92 added 5,068 lines and took 2,465 away. The lower curve is the reason for this book. The five hundred lines of January 2025 were one evening's reading.
+# So between records 4 and 91 the time fell twentyfold and the program grew thirteenfold. The first log that holds its program is record 4's, with 462 lines. Record 89's has 2,978, record 91's 5,946, and record 92, which was built on record 89 and not on 91, added 5,068 lines and took 2,465 away. The lower curve is the reason for this book.
 #
 # ## How to read this book
 #
@@ -211,16 +212,28 @@ plt.show()
 # ## Your machine
 #
 # You do not need eight H100s. Every chapter runs on a laptop CPU in about a minute at most, on real text, with the same code at smaller shapes; on one GPU with 16 GB it
-# computes there, at larger shapes where they show more, in three minutes at most; and [chapter 24](24_speedrun.py) runs the whole trainer on whatever you have. The first line that a chapter prints says which of the two it is.
+# computes there, at larger shapes where they show more, in three minutes at most; and [chapter 24](24_speedrun.py) runs the whole trainer on whatever you have. The first line that a chapter prints says which: *tier C* is the CPU, *tier 1* a GPU with at least 14 GB of free memory.
 #
 # | you have | you can | command |
 # | --- | --- | --- |
 # | a browser | read, with every output on the page | |
 # | a CPU | run each chapter; train a small GPT in about five minutes | `make speedrun` |
 # | one NVIDIA GPU | train on GPT-2's tokens, in minutes | `make speedrun` |
-# | several with 48 GB each | train `record`, the best that the chapters give together, on FineWeb | `make speedrun` |
+# | several with 50 GB each | train `record`, the best that the chapters give together, on FineWeb | `make speedrun` |
 # | the same | follow the contest from record 1, llm.c's, to record 31; record 11 took 7 minutes on 8×H100 | `make speedrun PRESET=record11` |
 #
+# `record` itself has not been run whole yet; [chapter 24](24_speedrun.py) predicts what it should reach. What there is, on two H200s and English that is not FineWeb:
+
+# %% tags=["hide-input"]
+from speedrun.lab.results import load_result, measured_on
+
+ours = load_result("speedrun", "record_200m")
+for run in ours["data"]["runs"]:
+    loss = run["curve"][-1]["val_loss"]
+    print(f"record_200m, {run['step']} steps: {run['seconds']:.0f} s of training to {loss:.3f}")
+print(measured_on(ours))
+
+# %% [markdown]
 # It is the same command on purpose: a trainer that works only on the machine it was tuned for is of no use on yours. `make doctor` says what it sees of yours, and for each problem the way out. How a machine is looked at without touching its GPUs, and what the doctor knows, is [a page of the workshop](95_machines.py), at the end of the book, where the tools are: how errors are told, files written, data fetched, runs logged. No idea of the other chapters rests on having read it.
 
 # %% [markdown]

@@ -23,7 +23,7 @@
 # You have an idea. You train once without it and once with it, and the loss is lower by **0.001**. Near the end of training that is worth seven
 # steps, half a second, a record. Is it real?
 #
-# We can ask people who did not know they were being asked. When record 37 was submitted, its author ran the same program twenty-four times and
+#  When record 37 was submitted, its author, \@Gusarich, ran the same program twenty-four times and
 # uploaded every log. Nothing differs between those runs but the random initial weights, for which the program fixes no seed, and the order in which a GPU adds numbers.
 
 # %%
@@ -64,8 +64,7 @@ print(f"of the {len(pairs)} pairs, {fooled:.0%} differ by 0.001 or more")
 # Here $\alpha$ is the chance of seeing an effect that is not there and $\beta$ that of missing one that is. $z_\alpha$ and $z_\beta$ are the points that a normal variable exceeds with those probabilities. With $\alpha = 0.01$ (one-sided) and
 # $\beta = 0.1$ they are 2.33 and 1.28, and the bracket is about 3.6. Halving $\Delta$ costs four times the runs, and there is no way around the square.
 #
-# Because $\sigma$ is itself estimated from few runs, exact numbers come from Student's $t$ {cite}`student1908`. Student was a brewer who could not afford large
-# samples either. The tails of his distribution are SciPy's business and not ours.
+# Because $\sigma$ is itself estimated from few runs, exact numbers come from Student's $t$ {cite}`student1908`. SciPy has its tails.
 #
 # ## The code
 #
@@ -140,7 +139,7 @@ print(f"of all {len(fours):,} ways to pick four of them, {valid:.0%} would have 
 # With four runs the author would have had a record by luck, or more likely none. The maintainers also keep a buffer of one or two thousandths below 3.28, and a record that eats it must beat what simply cutting steps would have bought.
 #
 # For two programs the question is whether their means differ. Welch's form of the test, after the statistician who found it, does not assume that both scatter equally, which matters because
-# an idea that makes training unstable announces itself in the standard deviation first.
+# an idea that makes training unstable widens the scatter, often before it moves the mean.
 
 
 # %%
@@ -161,20 +160,25 @@ def compare_line(sample: Summary, control: Summary) -> str:
 
 # %%
 folders = {"26": "2025-07-12_BosAlign", "41": "2025-10-24_NorMuon"}
+retimed = "c1fd8a38-bb9f-45c4-8af0-d37f70c993f3"  # of refactored code with another last rate
 kept = {
-    number: describe(float(run["final_val_loss"]) for run in runs if run["folder"] == folder)
+    number: describe(
+        float(run["final_val_loss"])
+        for run in runs
+        if run["folder"] == folder and run["run_id"] != retimed
+    )
     for number, folder in folders.items()
 }
 p = p_difference(kept["26"], kept["41"])
 assert p_difference(kept["26"], kept["26"]) == 1.0 and p == p_difference(kept["41"], kept["26"])
-assert p > 0.05 and min(sample.n for sample in kept.values()) == 20
+assert p > 0.05 and all(sample.n == 20 for sample in kept.values())
 assert compare_line(kept["41"], kept["26"]).startswith(
     f"{kept['41']}  "
 ) and f"p = {p:.1e}" in compare_line(kept["41"], kept["26"])
 print(f"record 26 {kept['26']}, record 41 {kept['41']}: p = {p:.2f}")
 
 # %% [markdown]
-# Records 26 and 41 are three months and thirty seconds apart, share hardly a schedule, and their final losses cannot be told apart by some twenty runs each. That is by
+# Records 26 and 41 are three months and thirty seconds apart, share hardly a schedule, and their final losses cannot be told apart by twenty runs each. (Record 26's folder has a twenty-first log, the maintainers' run of refactored code with another learning rate at the end. That is another program, and left out.) That is by
 # design, since both were cut to stop just under 3.28. It is also a measure of how little twenty runs can see. (This test is two-sided, because we did not say beforehand who should win. At the same $p$ it asks for a few more runs than a one-sided one.)
 #
 # ### How many runs?
@@ -218,7 +222,7 @@ print(f"to see 0.001 at sd {record_37.sd:.4f}: {needed} runs with, {needed} with
 print(f"to see 0.0005: {halved} and {halved}")
 
 # %% [markdown]
-# Seventy-odd runs a side, not ten. At two and a half minutes each that is six hours of a machine that costs some twenty-five dollars an hour, for a thousandth of a nat. It explains
+# Seventy-odd runs a side, not ten. At two and a half minutes each that is six hours of training alone, without a minute of compiling, on a machine that costs some twenty-five dollars an hour, for a thousandth of a nat. It explains
 # much about the contest: why its thousandths are rarely *shown* one by one, why several small ideas travel together in one record, why the margin exists. And it decides how this book
 # measures. Three runs a side see what is nearly five standard deviations large, nine a side two. Effects on the loss are therefore claimed on small models, where a run costs seconds, only where they are several times the scatter, and always with their $n$; effects on speed on the real one.
 #
@@ -266,7 +270,7 @@ right.annotate(f"0.001 needs {needed} each", (0.001, needed), (0.00052, 9), arro
 right.set_xlabel("true difference (nats per token)")
 right.set_ylabel("runs per arm")
 right.legend(loc="upper right")
-right.set_title("halve the effect, quadruple the runs")
+right.set_title("runs per arm to find a difference (1%, nine times in ten)")
 plt.show()
 
 # %% [markdown]
@@ -333,7 +337,7 @@ assert 0.2 < divided[1].mean() < 0.3 and 0.7 < (t[1] > threshold).mean() < 0.8
 assert abs(simple - threshold) < 0.08
 
 # %% [markdown]
-# At 0.05 nearly every study finds something in nothing. Dividing that by the number of ideas, Bonferroni's way, should mend it, and a quarter of the studies are still fooled, while three quarters of the real effects are missed. The division is not at fault; Welch is. Three runs know next to nothing about their own scatter, and it asks nobody else; where the three happen to agree, it takes that for precision. But the noise is mostly that of the model and its seeds, and all arms together have seen it 94 times: 14 times in the control's fifteen runs, and twice in the three of each arm. With one deviation for all, dividing does nearly as well as the simulated threshold.
+# At 0.05 nearly every study finds something in nothing. Dividing that by the number of ideas, Bonferroni's way, should mend it, and a quarter of the studies are still fooled, while three quarters of the real effects are missed. The division is not at fault. Welch's test estimates each arm's deviation from its own three runs; where these happen to lie close together the estimate is far too small, and the difference looks sure. But the noise is mostly that of the model and its seeds, and all arms together have seen it 94 times: 14 times in the control's fifteen runs, and twice in the three of each arm. With one deviation for all, dividing does nearly as well as the simulated threshold.
 #
 # So three runs see more than *How many runs?* allowed them. Fifteen controls and a shared deviation show an effect of two and a half deviations three times in four, and one of nearly three nine times in ten, among forty. Three runs against three needed nearly five for that, though at 1%. The exact form of this is Dunnett's test {cite}`dunnett1955`: its threshold is the height that the largest of all $|t|$ passes in one of twenty studies in which there is nothing, and it counts that all arms share their control. Above, that height was found by simulation; the library computes the same probability as an integral:
 
@@ -420,7 +424,7 @@ print(
 # The statistics fail where their assumptions do. The $t$-test believes that runs are independent and roughly normal. Twenty-four runs of record 37 do not contradict that, but
 # twenty-four runs could hardly contradict anything. And no test knows about the runs that were not reported; that nobody chooses among their runs is implied by the contest's rules, and rests on trust.
 #
-# A thousandth of a nat and half a second are worth about the same in this contest. The half second takes five runs a side to see (exercise 2 asks for half a per cent, which takes four), the thousandth of a nat takes seventy. Kernels are honest work. Be suspicious of everything that touches the loss.
+# A thousandth of a nat and half a second are worth about the same in this contest. The half second takes five runs a side to see (exercise 2 asks for half a per cent, which takes four), the thousandth of a nat takes seventy. So a gain in speed is cheap to prove, and a gain in loss is not.
 #
 # ## Exercises
 #
@@ -479,4 +483,4 @@ print(
 # %% [markdown]
 # ## Where to go next
 #
-# [Chapter 02](02_data.py) turns text into tokens, and finds that half of them have lost their beginning.
+# [Chapter 02](02_data.py) turns text into tokens, and counts how many of them stand in a row in which their document does not begin.

@@ -24,8 +24,8 @@
 # concatenation of documents, though, and a batch cut from it every 1,024 tokens knows nothing of where they begin. The model sees the second half of a recipe, is asked
 # to continue it, and has no way to find out that it is a recipe.
 #
-# Record 12 let each GPU read one sequence of 64 thousand tokens instead, masked attention at the borders of documents and limited it to 1,024 tokens back. Together these changes made **1,875 steps of 3,000**; one record cannot say which of them did how much. They left one document per GPU and step without its head. Record 26 moved that cut to where a document begins, lengthened the cooldown, and
-# took **20 of 1,770 steps** off. Record 29 clipped documents at 2,048 tokens, among other things, and 25 more went. Nobody had invented a layer for either. They had stopped throwing away first lines. (Outside the contest, Ding and others report better models when fewer documents are cut {cite}`ding2024`.)
+# Record 12 let each GPU read one sequence of 64 thousand tokens instead, masked attention at the borders of documents and limited it to 1,024 tokens back. Together these changes made **1,875 steps of 3,000**; one record cannot say which of them did how much. With them only one document per GPU and step was cut off from its beginning. Record 26 moved that cut to where a document begins, lengthened the cooldown, and
+# took **20 of 1,770 steps** off. Record 29 clipped documents at 2,048 tokens, among other things, and 25 more went. Part of these gains came from nothing but another way to read the same text; how large a part, neither record says. (Outside the contest, Ding and others report better models when fewer documents are cut {cite}`ding2024`.)
 
 # %%
 from speedrun.lab.tier import choose_tier
@@ -202,7 +202,7 @@ for tokenizer in (get_tokenizer("bytes"), get_tokenizer("gpt2")):
 # Tokens are kept in *shards*, in llm.c's format, which is as plain as a format can be. A header of 256 32-bit integers, of which three mean something (a magic number, a version, the number of tokens), then the tokens as
 # 16-bit integers. Nothing in a shard says which vocabulary its integers index, so a *manifest* lies beside the shards and does: tokenizer, vocabulary size, document token, and for each file its tokens, its bytes of text and its SHA-256.
 #
-# The contest's text is FineWeb, tokenised, on the Hugging Face hub: 103 shards of 200 MB. That is no download for somebody who wants to see a loss go down on a train. So the small runs of this book, and this page, read a text that every machine can make for itself, equal to the last bit: the Python source of two packages, SymPy and NetworkX, which PyTorch depends on. They are
+# The contest's text is FineWeb, tokenised, on the Hugging Face hub: 103 shards of 200 MB. That is a large download for a first try. So the small runs of this book, and this page, read a text that every machine can make for itself, equal to the last bit: the Python source of two packages, SymPy and NetworkX, which PyTorch depends on. They are
 # documented well and at length. A twentieth of the files, chosen by a hash of their names, validates. Files are cut at ends of lines into documents of at most 1,024 tokens, and these are shuffled. How all that is done, for FineWeb and for text of your own as well, is [a page of the workshop](94_sources.py). It also builds the functions by which shards and manifests are read, and which refuse whatever is damaged or is not what the manifest says:
 
 # %%
@@ -239,7 +239,7 @@ print(
 print(decode_bytes(first)[:300].decode())
 
 # %% [markdown]
-# Like this one, most of these documents begin in the middle of a file: the very fault that this chapter is about. It is the price of cutting, which lets a short context see whole thoughts. For a small model we pay it.
+# This one begins in the middle of a file, as do all but the first piece of every long file. So the fault that this chapter is about is in our own text, too; with documents of at most 1,024 tokens a short context at least sees whole pieces. For a small model we pay it.
 #
 # ## The measurement
 #
@@ -302,11 +302,11 @@ print(f"record 26, where no row begins in the middle: {saved:.1%} fewer steps")
 # %% [markdown]
 # Long rows alone leave two tokens of a hundred without their beginning, and record 26 got one step of a hundred for giving it back, for little more than another way to read. (It lengthened the cooldown as well, so not all of that need be the data's.)
 #
-# ## The loader, naively: stream mode
+# ## The loader: stream mode
 #
 # A training step consumes `batch_tokens` tokens, and must consume the *same* ones however many GPUs share the work. If two GPUs saw another stream than eight, no experiment made on two
-# would say anything about eight. So a step is cut into `micro_batches` equal **micro-batches** (no relation to the files), eight for the contest, and a machine with $w$ *ranks*, processes with a GPU each, gives each of them $8/w$. What depends on the number
-# of ranks is who computes a micro-batch, never what is in it.
+# would say anything about eight. So a step is cut into `micro_batches` equal **micro-batches**, eight for the contest, and a machine with $w$ *ranks*, processes with a GPU each, gives each of them $8/w$. What depends on the number
+# of ranks is who computes a micro-batch, never, in training, what is in it.
 
 # %%
 #| default_exp data.loader
@@ -349,22 +349,20 @@ class DataConfig:
 def check_options(options: DataConfig, world: int = 1) -> int:
     """Tokens a micro-batch, after checking that everything divides."""
     check_ranges(options, "data.")
-    shards, tokens = options.micro_batches, options.batch_tokens
-    if shards % world:
+    count, tokens = options.micro_batches, options.batch_tokens
+    if count % world:
         what = (
-            f"{world} ranks cannot share {shards} micro-batches a step evenly (data.micro_batches)"
+            f"{world} ranks cannot share {count} micro-batches a step evenly (data.micro_batches)"
         )
-        fix = f"a divisor of {shards} as the number of GPUs, or --data.micro-batches a multiple of {world}"
+        fix = f"a divisor of {count} as the number of GPUs, or --data.micro-batches a multiple of {world}"
         raise UserError(what, fix)
     row = options.seq_len if options.mode == "stream" else 1
-    if tokens % (shards * row):
-        what = (
-            f"data.batch_tokens={tokens} is no multiple of micro_batches × row = {shards} × {row}"
-        )
+    if tokens % (count * row):
+        what = f"data.batch_tokens={tokens} is no multiple of micro_batches × row = {count} × {row}"
         raise UserError(
-            what, f"--data.batch-tokens {max(1, round(tokens / shards / row)) * shards * row}"
+            what, f"--data.batch-tokens {max(1, round(tokens / count / row)) * count * row}"
         )
-    return tokens // shards
+    return tokens // count
 
 
 # %%
@@ -455,7 +453,7 @@ assert len(shards.held) <= 3
 print(f"{len(shards.files)} shards, {shards.total:,} tokens, {len(shards.held)} shards in memory")
 
 # %% [markdown]
-# In the naive mode a step is then a slice: `batch_tokens` tokens and one more, for the last target. Where the stream ends, another **epoch** begins at its start, and says so; the upstream
+# In stream mode a step is then a slice: `batch_tokens` tokens and one more, for the last target. Where the stream ends, another **epoch** begins at its start, and says so; the upstream
 # loader runs out of files there and stops with an error. The position in the data is three numbers, and they are all that a checkpoint has to keep.
 
 
@@ -520,7 +518,7 @@ print(f"{per_epoch} steps an epoch, then from the start again")
 # skipped; the last one is clipped where the micro-batch is full. The batch is one long row, and `cu_seqlens`, the cumulative lengths, tell attention ([chapter 11](11_attention_backends.py)) where documents begin, so
 # that no token looks across a border. It has room for a fixed number of documents, since a tensor of another length would be another program to compile; slots that are not used lie at the end and are empty.
 #
-# Between the two modes there is a third, *packed*, which was the contest's from record 12 to record 25: a micro-batch is one long row, cut from the stream wherever it falls, with the borders of the documents in it. Nothing is skipped, and only the first document of a row begins in its middle.
+# Between the two modes there is a third, *packed*, which was the contest's from record 12 to record 25: a micro-batch is one long row, cut from the stream wherever it falls, with the borders of the documents in it. Nothing is skipped, and only the first document of a row begins in its middle. (Records 26 to 28 let each GPU's row begin with a document and clipped nothing; no mode here is exactly theirs.)
 
 
 # %%
@@ -815,7 +813,7 @@ assert len(alone) == 50_000 // 4096 and sorted(alone) == sorted(shared)
 print(f"{len(alone)} micro-batches of 4,096 tokens, each on one rank")
 
 # %% [markdown]
-# ## The two side by side
+# ## Rows cut from the stream, and rows of documents
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Left: share of tokens whose document began in an earlier row, against row length. Right: six rows of a naive and of an aligned batch, coloured by document."}}
 import matplotlib.pyplot as plt
@@ -828,8 +826,8 @@ left.semilogx(row_lengths, [100 * lost[seq_len] for seq_len in row_lengths], "o-
 left.set_xticks(row_lengths, [str(seq_len) for seq_len in row_lengths])
 left.set_ylim(0, 100)
 left.set_xlabel("row length T (tokens)")
-left.set_ylabel("beheaded tokens (%)")
-left.set_title(f"at T = 1024, {lost[1024]:.0%} lost their beginning")
+left.set_ylabel("share of tokens (%)")
+left.set_title(f"tokens whose document began in an\nearlier row: {lost[1024]:.0%} at T = 1024")
 T, colors = 1024, plt.get_cmap("Set2").colors[:7]  # the eighth is grey
 picked = np.random.default_rng(0).integers(0, len(stream) // T, 6) * T
 
@@ -841,13 +839,13 @@ def pieces_of_row(start: int) -> list[tuple[int, int]]:
     return [(int(began[a]), b - a) for a, b in zip(edges, edges[1:])]
 
 
-naive = [[(at, n, at >= start) for at, n in pieces_of_row(start)] for start in picked]
+blind = [[(at, n, at >= start) for at, n in pieces_of_row(start)] for start in picked]
 aligned = []
 for start in picked:
     cuts, _ = fill(opens, opens + lengths, int(np.searchsorted(opens, start)), T, 1024)
     aligned.append([(a, b - a, True) for a, b in cuts])
 assert all(whole_head for row in aligned for *_, whole_head in row)
-for group, (name, picture) in enumerate((("naive", naive), ("by documents", aligned))):
+for group, (name, picture) in enumerate((("stream", blind), ("documents", aligned))):
     for y, row in enumerate(picture):
         x = 0
         for at, length, has_head in row:
@@ -861,11 +859,11 @@ right.set_yticks([])
 right.set_ylim(-13.2, 1.9)
 right.grid(False)
 right.set_xlabel("position in the row")
-right.set_title("by documents, no row begins in the middle")
+right.set_title("six rows of 1,024: cut from the stream, and filled by documents")
 plt.show()
 
 # %% [markdown]
-# *The embedded text: Python source of SymPy and NetworkX, documents cut at 1,024 tokens. Six rows drawn at random; grey is a document without its beginning, and each other colour a document of its own.*
+# *The embedded text: Python source of SymPy and NetworkX, documents cut at 1,024 tokens. Six rows drawn at random; grey is the rest of a document that began in an earlier row, and a change of colour is a change of document (the seven colours repeat).*
 #
 # ## What it costs, and when it fails
 #
@@ -892,7 +890,7 @@ for most, share in clipped.items():
     print(f"clipped at {most:,}, FineWeb would lose {share:.0%} if its lengths are log-normal")
 
 # %% [markdown]
-# Record 89 clips at 896 tokens in its first third and at 2,048 afterwards. It reads a thirtieth of the ten billion tokens that the contest's files hold, and can afford that; on a corpus that is read twice it is text you paid for. And an aligned batch is only half of the idea. The rows are aligned, but as long as attention
+# Record 89 clips at 896 tokens in its first third and at 2,048 afterwards. It reads a thirtieth of the ten billion tokens that the contest's files hold, and can afford that; on a corpus that is read more than once, skipped text is fresh text given up for repeated text. And an aligned batch is only half of the idea. The rows are aligned, but as long as attention
 # runs across borders, a token still looks into the tail of somebody else's document. That needs a mask, and masks are [chapter 09](09_flex_attention.py)'s. GPT-2's presets read the
 # plain stream, as llm.c does; `record` reads documents.
 #

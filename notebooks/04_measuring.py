@@ -259,7 +259,7 @@ print(f"a product is done after {device_ms:.1f} ms; Python is free after {host_m
 # %% [markdown]
 # ### Several calls, in turn
 #
-# A sample is one call: by the host's clock, or, on a GPU, between two events, which leaves out what Python did before the device began. `cold` writes a large buffer first, so that the caches hold nothing of use; on a GPU that also keeps the device busy while Python queues what comes, and the events stand close around the kernels. `graph` records the call once as a CUDA graph and replays it: what a function costs if it is never launched by Python ([chapter 20](20_many_gpus.py) trains that way).
+# A sample is one call: by the host's clock, or, on a GPU, between two events, which leaves out what Python did before the device began. `cold` writes a large buffer first, so that the caches hold nothing of use; on a GPU that also keeps the device busy while Python queues what comes, and the events stand close around the kernels. `graph` records the call once as a CUDA graph and replays it: what a function costs if it is never launched by Python ([chapter 16](16_compile.py)'s passes and [chapter 20](20_many_gpus.py)'s updates run that way).
 
 
 # %%
@@ -423,7 +423,7 @@ assert apart > 1.2 > 1.15 > together
 print(f"one after the other: {apart:.2f} times as slow; in turn: {together:.2f} times")
 
 # %% [markdown]
-# So all four are answers to the prediction's first half, and only the last can be cured by nothing but the design of the measurement.
+# Three of the four pass the factor of two. The order changed the result by less here, as much as this machine was told to drift; but it is the only one that no repetition cures: the functions have to take turns.
 #
 # ### The roof
 #
@@ -588,7 +588,14 @@ for axis, roof, products in ((left, peak, ours), (right, h100, theirs)):
 for (name, which), p in ours.items():
     left.plot(p.intensity, reached[name, which] / 1e9, markers[which], color=f"C{names.index(name)}", ms=5)  # fmt: skip
 for (name, which), p in theirs.items():
-    right.plot(p.intensity, h100.flops_s / 1e9, markers[which], color=f"C{names.index(name)}", ms=5)
+    right.plot(
+        p.intensity,
+        h100.flops_s / 1e9,
+        markers[which],
+        color=f"C{names.index(name)}",
+        ms=6,
+        markerfacecolor="none",
+    )
 right.plot(together, in_products / 1e9, "*", color="black", ms=11)
 right.annotate("measured, all together", (together, in_products / 1e9), (0.3, 0.62), textcoords="axes fraction", fontsize=8, arrowprops={"arrowstyle": "-", "color": "0.5"})  # fmt: skip
 for name in names:
@@ -597,17 +604,21 @@ for which, marker in markers.items():
     left.plot([], [], marker, color="0.5", label=which)
 left.set_ylabel("GFLOPs a second")
 left.legend(fontsize=7, ncols=2, loc="lower right")
-left.set_title(f"Here: {share[worst]:.0%} to {share[best]:.0%} of the peak")
+left.set_title(
+    f"this machine, measured:\nproducts at {share[worst]:.0%} to {share[best]:.0%} of the peak"
+)
 beyond = sum(p.intensity > ridge_h100 for p in theirs.values())
-right.set_title(f"GPT-2, H100: {beyond} of {len(theirs)} right of the ridge")
+right.set_title(
+    f"GPT-2 on an H100: where its products could\nrun ({beyond} of {len(theirs)} beyond the ridge), and did (★)"
+)
 plt.show()
 
 # %% [markdown]
-# The left panel's roof was measured with the library that computes its points, so they come close to it; how close, depends on the shape and on the neighbours, who use the other core. All products on the right lie beyond the ridge, so what separates the star from the roof is not memory. Some of it is the data sheet, which no real product reaches.
+# The left panel's roof was measured with the library that computes its points, so they come close to it; how close, depends on the shape and on what else runs on the machine. All products on the right lie beyond the ridge, if every operand is read once. So memory need not be what separates the star from the roof; a profile of single kernels would have to say. Some of it is the data sheet, which no real product reaches. (Only the star was measured; the other markers have an intensity and are placed on the roof.)
 #
 # ### A step by kind
 #
-# A roofline is about one function. A *trace* is about a step: a list of all kernels that ran, with their times. Sorted by kind, it is the ledger in which every later chapter books its gain. PyTorch's profiler makes the list; kernels are sorted by patterns in their names, and what matches none is pointwise. Times in which no kernel ran are gaps. (On a GPU kernels of several streams may overlap, so gaps are what the union of all kernels leaves.)
+# A roofline is about one function. A *trace* is about a step: a list of all kernels that ran, with their times. Sorted by kind, chapters 16 to 18 use it to say where a step's time goes. PyTorch's profiler makes the list; kernels are sorted by patterns in their names, and what matches none is pointwise. Times in which no kernel ran are gaps. (On a GPU kernels of several streams may overlap, so gaps are what the union of all kernels leaves.)
 
 
 # %%
@@ -810,6 +821,6 @@ for what, (spans, right) in cases.items():
 print("no kernel ran for", {what: f"{right:.1%}" for what, (_, right) in cases.items()})
 
 # %% [markdown]
-# ## Since then
+# ## Where to go next
 #
 # The contest's own clock has changed more than once. Since record 21 was timed again, the first steps count and long searches for faster kernels do not happen before the start; [chapter 23](23_training_loop.py) tells that story, and measures what a forgotten wait does to a whole training step. Whether a difference between two runs is one at all, however well both were timed, is [chapter 01](01_are_you_faster.py)'s question. Next, [chapter 05](05_modern_block.py) begins to change the model. [Chapter 11](11_attention_backends.py) holds an attention kernel against its roofline, and [chapter 20](20_many_gpus.py) traces a step of several GPUs, where a new kind comes into the ledger: communication.

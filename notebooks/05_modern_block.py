@@ -40,7 +40,7 @@ print(f"steps: {old['steps']} to {new['steps']}, {fewer:.1%} fewer")
 print(f"ms a step: {old['step_avg_ms']} to {new['step_avg_ms']}, {faster:.1%} less")
 
 # %% [markdown]
-# About half of it is fewer steps and half is shorter ones. We found no log of them one at a time. A record is a race and not an experiment, and whoever copies from one wants to know which part to copy. Three of the seven are in this chapter, with two from record 2 and one from record 19.
+# About half of it is fewer steps and half is shorter ones. We found no runs of them one at a time. A record is not made to separate its changes, and whoever copies from one wants to know which part to copy. Three of the seven are in this chapter, with two from record 2 and one from record 19.
 #
 # ```{admonition} Prediction
 # The six: norms lose their gains, biases and means. Matrices lose their biases. Queries and keys are normed. The activation becomes ReLU². Matrices that write to the residual stream (the *stream* from here on) begin at zero. The others begin with a spread that follows from their number of columns. Take each away from all six, on a small model that is trained for a fixed number of steps. **Which are missed, which are not, and does any change the time of a step?**
@@ -197,7 +197,7 @@ print({kind: f"{rms:.2f}" for kind, rms in size.items()}, "is what a normal z be
 def linear_init(
     config: BlockConfig, init_std: float, layers: int, columns: int, adds: bool
 ) -> dict[str, Any]:
-    """How a matrix of so many columns is initialised, as columns of its ParamSpec. adds: it writes to the residual stream."""
+    """Deviation and distribution with which a matrix of so many columns begins, as fields of its ParamSpec (chapter 21). adds: it writes to the residual stream."""
     std = 0.5 / math.sqrt(columns) if config.fan_in_init else init_std
     if adds:
         std = 0.0 if config.zero_init_proj else std / math.sqrt(2 * layers)
@@ -345,9 +345,9 @@ axis.set_title(
 plt.show()
 
 # %% [markdown]
-# One run each {cite}`moddednanogpt`, which is enough for 0.04 against 0.002. Nobody has published them one at a time. What follows are small models and short runs. They can show how changes depend on each other and on rates; they are too small to divide 0.04 by seven, and where they say something else, the curves above are right about the record.
+# One run each {cite}`moddednanogpt`, which is enough for 0.04 against 0.002. We found no runs of them one at a time. What follows are small models and short runs. They can show how changes depend on each other and on rates; they are too small to divide 0.04 by seven, and where they say something else, the curves above are right about the record.
 #
-# On the laptop's model: two layers, 128 wide, 600 steps under today's Muon ([chapter 13](13_muon.py)). There are two rates, Muon's for the matrices and AdamW's for everything else: embeddings, gains, biases. For GPT-2's block that chapter has tuned them. For the block with all six changes they are tuned here, on a grid of twelve points. Then each change is taken away from the six, and each is added alone to GPT-2's block, at *both* pairs of rates, always against a control at the same rates.
+# On the laptop's model: two layers, 128 wide, 600 steps under record 89's Muon ([chapter 13](13_muon.py)). There are two rates, Muon's for the matrices and AdamW's for everything else: embeddings, gains, biases. For GPT-2's block that chapter has tuned them. For the block with all six changes they are tuned here, on a grid of twelve points. Then each change is taken away from the six, and each is added alone to GPT-2's block, at *both* pairs of rates, always against a control at the same rates.
 
 # %% tags=["hide-input"]
 #| default_exp measure.modern_block
@@ -563,7 +563,10 @@ taken = {
 }
 added = {c: (minus(other[f"alone {c}"], fast), minus(alone[c], gpt2)) for c in alone}
 fig, axes = plt.subplots(1, 2, figsize=(7.6, 3.3), sharey=True, sharex=True, layout="constrained")
-for axis, arms, title in ((axes[0], taken, "without it"), (axes[1], added, "GPT-2 with it alone")):
+for axis, arms, title in (
+    (axes[0], taken, "all six less one, against all six"),
+    (axes[1], added, "GPT-2 plus one, against GPT-2"),
+):
     for y, change in enumerate(alone):
         for n, dots in enumerate(arms[change]):
             label = ("0.008, 0.008", "0.016, 0.004")[n] if not y else None
@@ -576,7 +579,7 @@ axes[0].invert_yaxis()
 axes[1].legend(fontsize=8, title="rates: matrices, rest", title_fontsize=8)
 mean = {change: [sum(dots) / len(dots) for dots in both] for change, both in taken.items()}
 fig.suptitle(
-    f"QK-norm and ReLU² are missed, by {mean['QK-norm'][0]:.2f} and {mean['ReLU²'][0]:.2f}, at one pair of rates only"
+    f"Without QK-norm and ReLU² the loss is higher, by {mean['QK-norm'][0]:.2f} and {mean['ReLU²'][0]:.2f}, at one pair of rates only"
 )
 plt.show()
 
@@ -595,7 +598,7 @@ assert all(p_of[c] < 2e-3 for c in ("QK-norm", "ReLU²", "zeros")) and mean["one
 assert max(abs(sum(both[1]) / 5) for both in added.values()) < 0.015
 
 # %% [markdown]
-# So much for most of the prediction. Missed at the rates of the six: QK-norm and ReLU², by 0.09 and 0.08. The plain norms' 0.02, $p = 0.04$, is no more than a hint among seven arms. Not visibly: biases and scale. Better without: zeros. And at the other pair of rates no absence makes a difference that three seeds show; zeros, with 0.024 less, come nearest. Added to GPT-2's block alone, at the rates that suit it, none of the six moves the mean by more than a hundredth or so, and five seeds could hardly see less.
+# So much for most of the prediction. Missed at the rates of the six: QK-norm and ReLU², by 0.09 and 0.08. The plain norms' 0.02, $p = 0.04$, is no more than a hint among seven arms. Not visibly: biases and scale. Better without: zeros. At the other pair of rates no absence makes a difference that three seeds show by Welch's test; zeros, with 0.024 less, come nearest. Added to GPT-2's block alone, at the rates that suit it, none of the six moves the mean by more than a hundredth or so, and five seeds could hardly see less.
 #
 # Between the pairs two rates differ. Which of them is it? (The two single changes are one run each, from chapter 13's grid.)
 
@@ -615,7 +618,7 @@ for change, part in repaired.items():
     print(f"  with {change:15} {gone_wrong - part:+.3f}")
 
 # %% [markdown]
-# It is mostly the matrices, which learn too slowly at half the rate. QK-norm makes good two thirds of that, ReLU² four tenths and the plain norms a little less. (They overlap.) What these three bring to so short a run is that matrices need less rate; why, these runs do not say. An ablation at fixed rates tells how badly a change is needed by its companions. It does not tell what it is worth.
+# It is mostly the matrices, which learn too slowly at half the rate. QK-norm makes good two thirds of that, ReLU² four tenths and the plain norms a little less. (They overlap.) What these three bring to so short a run is that matrices need less rate; why, these runs do not say. An ablation at fixed rates measures a change together with those rates, and not the change alone.
 #
 # Does any of it last?
 
@@ -714,7 +717,7 @@ print(
 # %% [markdown]
 # GPT-2's block is *better*, by 0.08 at the rates of the six and 0.09 at its own. GELU alone brings 0.04 and layer norms alone 0.06; whether the two overlap or the other four take some of it back these runs do not show. Here layer norms bring more than a norm: matrices have no biases in these runs, so those of the norms act as such, and the last norm's gain and bias no matrix can take over. How much of the 0.06 is theirs was not measured. The other four make no difference that shows. All of it is uncertain by 0.024 either way, if 35 arms are to be right at once; for QK-norm's absence that is from $-0.026$ to $+0.022$, which excludes the laptop's 0.09 and not its 0.017.
 #
-# 600 steps are a sprint. Both blocks again for 2,000, with warm-up and ramps as long a share of it: one run at the best rates and at half of either or both, then three at the best.
+# 600 steps are a short run. Both blocks again for 2,000, with warm-up and ramps as long a share of it: one run at the best rates and at half of either or both, then three at the best.
 
 # %%
 again = grids_of("long_rates")
@@ -728,7 +731,7 @@ print(f"2,000 steps, all six {six}\n2,000 steps, GPT-2's block {compare_line(old
 assert 0.01 < six.mean - old.mean < 0.02 < p_difference(old, six) < 0.03
 
 # %% [markdown]
-# At no lower rate is either block better; with half the rate for the rest the older one is as good. Higher rates were not tried. Of a lead of 0.09 there is 0.014 left, with $p = 0.02$. Most of what the older block has is a head start.
+# At no lower rate is either block better; with half the rate for the rest the older one is as good. Higher rates were not tried. Of a lead of 0.09 there is 0.014 left, with $p = 0.02$. Most of what the older block lacks is an early lead, which shrinks.
 #
 # On the laptop it was the other way round, as far as one can see: at the rates of the six GELU cost 0.08 and layer norms perhaps 0.02, and with rates for each the six led by 0.012 ($p = 0.06$), five of them by 0.05. So even the sign, of ReLU² at least, belongs to a model, and its size to rates and length. Depth, width, rows, vocabulary, batch, positions, the norm behind the embedding, schedule and precision differ between the two machines, and which of them turns it these runs do not say. Neither says what record 5 gained. Its width has not been tried, nor its 5,100 steps.
 #
@@ -801,7 +804,7 @@ print({f"{d} numbers": f"{share:.0%}" for d, share in among.items()}, "of 1,024 
 #
 # ## What did not work
 #
-# The contest went back on half of one of the six. Since record 64 attention's outputs begin like all other matrices, and only the MLP's still begin at zero; that record, which also changed the scale of queries and keys, saved twenty steps. Norms that subtract the mean were tried again on record 70: at the same loss, 3.2796 against 3.2793 in five runs ($p = 0.33$), and 1.8 seconds later {cite}`moddednanogpt`. That is what this chapter derives, at full size.
+# The contest went back on half of one of the six. Since record 64 attention's outputs begin like all other matrices, and only the MLP's still begin at zero; that record, which also changed the scale of queries and keys, saved twenty steps. Norms that subtract the mean were tried again on record 70: at the same loss, 3.2796 against 3.2793 in five runs ($p = 0.33$), and 1.8 seconds later {cite}`moddednanogpt`. That agrees with what this chapter derives. It does not contradict the layer norms' lead above, which have gains and biases as well.
 #
 # ## Exercises
 #
@@ -851,4 +854,4 @@ print({kind: f"× {times:.2f}" for kind, times in growth.items()}, "for inputs t
 # %% [markdown]
 # ## Since then
 #
-# Norms without parameters, QK-norm, ReLU² and six heads of 128 are in record 89. Since record 59 the MLP's first matrix and ReLU² are one kernel ([chapter 18](18_fused_mlp.py)). Record 19's scale is there too; of the zeros half is left.
+# Norms without parameters, QK-norm, ReLU² and six heads of 128 are in record 89. Since record 59 the MLP's first matrix and ReLU² are one kernel ([chapter 18](18_fused_mlp.py)). Record 19's scale is there too; of the zeros half is left. Record 90 cut queries and keys to 96 numbers, and record 92 to 64 in five of its seven attention layers, with scores times 0.13, so that their bound is 8.3; its two layers with long windows keep 128. By its author's account heads, widths and queries, keys and values in eight bits together cost 6.9 thousandths of loss and saved 5 seconds.

@@ -15,12 +15,12 @@
 #
 # ```{admonition} Cost box
 # About fifteen seconds on two CPU cores; within three minutes on one GPU. The comparisons are committed: fifteen minutes on a laptop's two cores, and 24 runs of 20 seconds on H100s.
-# Record 2: \@kellerjordan0. Record 17: \@YouJiacheng. Record 58: \@classiclarryd.
+# Record 2: \@kellerjordan0. Record 17: \@YouJiacheng. Record 20: \@leloykun and others. Records 31, 49, 58, 62: \@classiclarryd. Record 32: \@bernard24 and hiverge.ai. Record 90: \@theonlyglitch_.
 # ```
 #
 # ## The problem
 #
-# Attention does not know where its tokens are: deal out keys and values in another order, and a query gathers the same. (A causal mask tells how many came before, and no more.) GPT-2 adds a learned vector for each position to the stream, **786,432 numbers** in all, and each is trained by the tokens at its own position alone. That a token should look at the one before it has to be learned at position 17, and again at 18. A row of 1,025 tokens has no vector for the last.
+# Attention does not know where its tokens are: permute keys and values, and a query gathers the same. (A causal mask tells how many came before, and no more.) GPT-2 adds a learned vector for each position to the stream, **786,432 numbers** in all, and each is trained by the tokens at its own position alone. That a token should look at the one before it has to be learned at position 17, and again at 18. A row of 1,025 tokens has no vector for the last.
 
 # %%
 from speedrun.lab.tier import choose_tier
@@ -215,7 +215,7 @@ assert torch.allclose(angles[::2], angles[1::2]), "eigenvalues come in pairs, e^
 print("a random rotation turns four pairs by", [f"{angle:.2f}" for angle in angles[::2].tolist()])
 
 # %% [markdown]
-# ### How sharp can a place be?
+# ### How much attention can position alone give the token before?
 #
 # With QK-norm a score is at most $\sqrt d$, and the fastest pair turns by one radian a token. How much of its attention can a head give to the token just before, if it looks at nothing but the place? Query and key put the same shares $w_j$ of their squared length into the pairs, turned such that every pair's score is largest at distance 1. At a distance $\Delta$ it is then $\sqrt d \sum_j w_j \cos \theta_j(\Delta - 1)$. Choose the shares that give the token before the largest weight in a softmax over a row of 1,024 (a convex problem, so a minimiser finds the best; other phases would add half a point):
 
@@ -424,17 +424,22 @@ SPECTRA = {
     "rotary 1024": RotaryConfig("rope", base=1024.0),
     "half 1024": HALF,
 }
+NAMED = {
+    "rotary 10000": "all pairs, base 10,000",
+    "rotary 1024": "all pairs, base 1,024",
+    "half 1024": "half-truncated, base 1,024",
+}
 fig, axes = plt.subplots(1, 2, figsize=(7.6, 3.3), layout="constrained")
 distance = torch.arange(257).float()
 rises: dict[str, list[float]] = {}
 for n, (arm, options) in enumerate(SPECTRA.items()):
     echo = torch.outer(distance, frequencies(64, options)).cos().mean(1)
-    axes[0].plot(distance, echo, color=f"C{n}", label=arm)
+    axes[0].plot(distance, echo, color=f"C{n}", label=NAMED[arm])
     by_seed = torch.tensor([[run["twice"], run["own"]] for run in beyond[arm]])
     apart = by_seed[:, 0] - by_seed[:, 1]
     rises[arm] = apart[:, 192:].mean(1).tolist()
     smooth = apart.mean(0).view(-1, 8).mean(1).repeat_interleave(8)
-    axes[1].plot(smooth, color=f"C{n}", label=arm)
+    axes[1].plot(smooth, color=f"C{n}", label=NAMED[arm])
 axes[0].axhline(0.5, color="C2", lw=0.8, ls=":")
 axes[0].set_xlabel("distance (tokens)")
 axes[0].set_ylabel("mean of cos(θΔ), heads of 64")
@@ -447,8 +452,12 @@ axes[1].set_xlabel("position in rows of 256")
 axes[1].set_ylabel("loss, less that in rows of 128 (nats)")
 axes[1].legend()
 at_end = {arm: describe(values) for arm, values in rises.items()}
-fig.suptitle(
-    f"rows twice as long: at their end {at_end['rotary 1024'].mean:+.2f} nats, half-truncated {at_end['half 1024'].mean:+.2f}"
+axes[0].set_title(
+    "how alike equal vectors are at a distance:\nhalf-truncated stays near 0.5", fontsize=9
+)
+axes[1].set_title(
+    f"beyond the trained 128 positions the loss rises\nby {at_end['rotary 1024'].mean:.2f}, half-truncated by {at_end['half 1024'].mean:.2f}",
+    fontsize=9,
 )
 plt.show()
 
@@ -520,7 +529,7 @@ print({f"record {n}": f"{s:.1f} s" for n, s in seconds.items()})
 #
 # ## What it costs, and when it fails
 #
-# Two multiplications a number, for queries and keys, in every layer, and tables: half a MiB in float32 for 1,024 positions and heads of 128, 67 MB in bfloat16 for rows of 262,144. (Upstream stores every angle twice, as it is and for paired heads, and needs some 800 for its validation.)
+# Two multiplications a number, for queries and keys, in every layer, and tables: half a MiB in float32 for 1,024 positions and heads of 128, 67 MB in bfloat16 for rows of 262,144. (Upstream also keeps tables for its paired heads, two heads that share one sequence of double length, and holds about 800 MB for its validation.)
 #
 # What it does not give is an absolute position. What such a model knows of that, it infers from the causal mask, or from a token that stands at every beginning.
 #
@@ -600,4 +609,4 @@ print(f"base 10,000: {full:,.0f} tokens; half-truncated: {half:,.0f}")
 # %% [markdown]
 # ## Since then
 #
-# Record 31 slows the slow frequencies down (a method called YaRN) as it lets attention look further back in the course of training. Record 89 still turns half of the numbers. Norm, rotation and layout are one kernel since record 90 ([chapter 17](17_norm_and_rotary.py)). The half that does not turn has found a use of its own: in layers with long windows record 49 puts the token before into that part of a token's key, so that a query can ask for what followed something.
+# Record 31 slows the slow frequencies down (a method called YaRN) as it lets attention look further back in the course of training. Record 89 still turns half of the numbers. Norm, rotation and layout are one kernel since record 90 ([chapter 17](17_norm_and_rotary.py)), which rotates 48 of 96 numbers; in record 92 the narrow heads rotate all of their 64 and the wide ones half of 128, and each kind has a YaRN of its own. The half that does not turn has found a use of its own: in layers with long windows record 49 puts the token before into that part of a token's key, so that a query can ask for what followed something.

@@ -20,7 +20,7 @@
 #
 # ## The problem
 #
-# Record 9 took **156 seconds** off 648, and hardly a matrix changed. Each layer got two numbers that say how much of the stream and how much of the embedding it hears, and one more for how much of the first layer's values. For the next year the contest rewired the same model. Skips between mirrored layers came with record 11, their weights were passed through a sigmoid in record 32, and in record 45 all but one of them went. The first layer's values gave way to a table for every layer, 463 million parameters, then to six tables, to three, and to five.
+# Record 9 took **156 seconds** off 648, and hardly a matrix changed. Each layer got two numbers that say how much of the stream and how much of the embedding it receives, and one more for how much of the first layer's values. For the next year the contest rewired the same model. Skips between mirrored layers came with record 11, their weights were passed through a sigmoid in record 32, and in record 45 all but one of them went. The first layer's values gave way to a table for every layer, 463 million parameters, then to six tables, to three, and to five.
 
 # %%
 from speedrun.lab.tier import choose_tier
@@ -55,11 +55,11 @@ print({f"record {n}": f"{s:.1f} s, {s / seconds[n - 1]:.1%}" for n, s in gained.
 #
 # **The embedding again.** Record 9 lets layer $\ell$ begin with $x \leftarrow a_\ell x + b_\ell w_0$ (the contest calls $w_0$ x0). It fills the column of the embedding with anything, and multiplies all that came before by $a_\ell$. If all $a_\ell$ are $a$ and all $b_\ell$ zero, row $\ell$ is $a^\ell, a^{\ell-1}, \dots, a$: if $a$ exceeds one, what was written earlier counts for more. A model whose writing matrices are divided by $a$, once more in each layer, is the same function. So the $a_\ell$ add nothing that the matrices could not do. The $b_\ell$ do. Scaling what is written changes it for all later layers by one factor. So without $b_\ell$ all layers hear the embedding and the first layer's write in one proportion; with them each layer has its own.
 #
-# **Skips.** Record 11 (U-net in the tables below) adds the output of layer $\ell$ to the input of layer $L+1-\ell$, after the U-shaped networks of image models. There the middle is narrow, and skips carry what does not fit through it. Here nothing is narrow. What they do is to count: an output holds all that was written until then, so late layers hear early writes several times.
+# **Skips.** Record 11 (U-net in the tables below) adds the output of layer $\ell$ to the input of layer $L+1-\ell$, after the U-shaped networks of image models. There the middle is narrow, and skips carry what does not fit through it. Here the middle is as wide as the ends. A skip adds an output that already contains all earlier writes, so late layers receive early writes several times over.
 #
 # **Taking out.** Record 40 (backout) subtracts half of the stream as it was after nine of twelve layers, just before the head. For the head alone, early writes count half. That goes in the other direction: late layers should hear more of what early ones wrote, and the head less.
 #
-# **Values.** Attention moves values from token to token, and a value is a matrix times what the layer hears. In the first layer that is the embedding, so a value is a function of its token alone; it could stand in a table. Record 9 mixes the first layer's values into every other's. Record 14 lets the table learn for itself, one for each layer: no product, any vector for any token.
+# **Values.** Attention moves values from token to token, and a value is a matrix times what the layer hears. In the first layer that is the embedding, so a value is a function of its token alone; it could stand in a table. Record 9 mixes the first layer's values into every other's: the *value residual* {cite}`zhou2024`. Record 14 lets the table learn for itself, one for each layer (*value embeddings*): no product, any vector for any token.
 #
 # **Gates.** Record 55 multiplies a table's vector by $2\sigma(W x)$ for each head, where $W$ sees twelve numbers of $x$ and begins at zero, the gate at one.
 #
@@ -440,7 +440,7 @@ assert not torch.allclose(model(tokens), fresh(tokens), atol=0.1)
 print(f"the same logits, with a weight less a layer; 1.1^11 is {1.1**11:.1f}, 1.1^10 {1.1**10:.1f}")
 
 # %% [markdown]
-# (Norms add a millionth to what they divide by, hence the tolerance.) Record 45's 1.1 is worth 0.001 by its author's count. With it what the first layer writes reaches the head 2.9 times as loud as what the last one writes (2.6 times in record 45, whose first block was empty). Under Muon, whose steps have a size of their own, 1.1 is a rate of the writing matrices that falls by a tenth from layer to layer.
+# (Norms add a millionth to what they divide by, hence the tolerance.) Record 45's 1.1 is worth 0.001 by its author's count. Alone it lets the first layer's write reach the head 2.9 times as large as the last one's. In record 45, with its skip and with backout, that is 2.0 at the start, as printed above (1.9 for its second layer, since its first block was empty). Under Muon, whose steps have a size of their own, 1.1 is a rate of the writing matrices that falls by a tenth from layer to layer.
 #
 # And the first layer's values are a table, without having been stored as one:
 
@@ -622,7 +622,7 @@ for axis, (name, arm) in zip(axes, SHOWN.items()):
     axis.set_title(f"{name} ({arm})", loc="left", fontsize=9)
     axis.set_xlabel("step")
 fig.suptitle(
-    "late layers subtract the embedding, and live on the first layer's values; skips shrink"
+    "weights learned in 600 steps (seed 0; a number is a layer, from 0):\nx0's become negative in late layers, skips shrink"
 )
 plt.show()
 
@@ -669,12 +669,12 @@ print(
 )
 
 # %% [markdown]
-# Both signs, is the answer here. `x0_lambdas` falls from layer to layer: the first four add the embedding, the next does hardly anything, the last three subtract it. Layer 1 turns its stream down to a quarter, and with it what layer 0 wrote. (In layer 0 stream and embedding are the same vector: two weights with one job.) Layers 4 to 7 give the first layer's values a weight between two thirds and one and a half, and their own one minus that; layer 1's weight may be anything up to a half. Skips shrink and are not gone after 600 steps. Backout grows.
+# The weights become both: the early ones positive, the late ones negative. `x0_lambdas` falls from layer to layer: the first four add the embedding, the next does hardly anything, the last three subtract it. Layer 1 turns its stream down to a quarter, and with it what layer 0 wrote. (In layer 0 stream and embedding are the same vector: two weights with one job.) Layers 4 to 7 give the first layer's values a weight between two thirds and one and a half, and their own one minus that; layer 1's weight may be anything up to a half. Skips shrink and are not gone after 600 steps. Backout grows.
 #
 # Smear's weight grows to 0.70. Where its gate is undecided, that is 0.35 of the token before; in record 34 it ended near 0.07, and record 52 trained its gate's twelve numbers at a hundredth of the rate, and it at five times. Ours was not tuned. From layer 1 on the mirrored tables' weights rise from 0.5 to three and more. But so do the weights of the layers' own values, to between 1.4 and 3. From there on all values become larger, and the tables', which begin small, most of all. That is one arm: of record 14's tables, which begin large, most weights stay below the layers' own.
 
 # %% [markdown]
-# ### Whose sign is it?
+# ### x0's sign with one matrix and with two
 #
 # An untrained model whose head is its embedding expects every token again ([chapter 08](08_logits.py)), and what it must learn first is to take a token's own vector out before the head. Late weights below zero work in that direction, and so does backout. Record 45's head was a matrix of its own, and the weights that its author gives for the trained model are all positive, from 1.5 to 6.5 {cite}`moddednanogpt`. So the same wires, with two matrices:
 
@@ -713,7 +713,7 @@ assert (gain["backout"] + two.delta("backout")) > 4 * study.pooled_sd * 0.4**0.5
 assert (gain["x0"] + two.delta("x0")) < 2 * study.pooled_sd * 0.4**0.5
 
 # %% [markdown]
-# (Here $p$ is Dunnett's for five arms with two matrices, chapter 08's quarter of the rate among them, beside three runs.)
+# (These $p$ are Dunnett's for the five arms with two matrices, four shown here and one in chapter 08, against a control of three runs.)
 #
 # The sign is the head's, at these rates, which were chosen for one matrix and at which two are 0.10 worse. With two matrices every layer adds the embedding, and backout falls to a quarter and saves nothing. The first layer's values save half of what they did. x0 still saves 0.018, and that is sure; whether it is less than with one matrix is not. What nobody asked for is the scatter. Here seeds make five times less difference to a model whose head begins at zero than to one whose first logits are random. On the laptop, with four layers and chapter 05's block and rates:
 
@@ -827,7 +827,7 @@ assert {run["config"]["steps"] for runs in longer["data"]["arms"].values() for r
 # %% [markdown]
 # Of x0's 0.066 there is 0.004, of backout's 0.040 nothing, and neither can be told from nothing; the first layer's values save 0.009, a hint. On the laptop these two wires were a head start. (At full size x0 is none: see below.)
 #
-# Two matrices alone are 0.13 *better* here, and 0.10 worse in [chapter 08](08_logits.py), on the laptop and on the GPU. Between the two models on the laptop, is that the norm behind the embedding, which chapter 08's has not?
+# On this laptop's model, two matrices are 0.13 *better* than one; on [chapter 08](08_logits.py)'s, and on the GPU, they are 0.10 worse. The two laptop models differ in the norm behind the embedding, which chapter 08's lacks. Is that the reason?
 
 # %%
 norms = load_result("plumbing", "norms")
@@ -850,9 +850,9 @@ print(f"the norm with two matrices: {-gained:+.3f}, p = {p_gained:.3f}")
 print(f"one matrix, no norm    {bare}; {measured_on(norms)}")
 
 # %% [markdown]
-# About half of it is. Without the norm the two heads end within 0.004 of each other; chapter 08's, with two layers and learned positions and no norm either, were a tenth apart. The norm costs one matrix 0.093, and saves two 0.033, if anything. On the GPU, with 50,257 tokens and rates that were chosen for one matrix with the norm, it saves one matrix 0.11 and two 0.10, and two are worse with it and without. So norm and head have to be chosen together, and for the model at hand. Record 8 brought both in one day.
+# About half of it is. Without the norm the two heads end within 0.004 of each other; chapter 08's, with two layers and learned positions and no norm either, were a tenth apart. The norm costs one matrix 0.093, and saves two 0.033, if anything. On the GPU, with 50,257 tokens and rates that were chosen for one matrix with the norm, it saves one matrix 0.11 and two 0.10, and two are worse with it and without. So norm and head have to be chosen together, and for the model at hand. Record 8 brought both at once.
 #
-# Back to the GPU's runs. Weights are not lengths, and what one matrix could undo is no finding. So scale the triangles until every layer hears the newest write with a weight of one; what is left below the diagonal no matrix can undo:
+# Back to the GPU's runs. A weight that a matrix could undo says nothing. So scale the triangles until every layer hears the newest write with a weight of one; what is left below the diagonal no matrix can undo:
 
 
 # %%
@@ -920,7 +920,7 @@ for axis, machine, found in ((axes[2], "GPU", on_gpu_column), (axes[3], "laptop"
 for axis, last in ((axes[2], 8), (axes[3], 4)):
     axis.set_xticks([0, last // 2, last], ["0", str(last // 2), "head"])
     axis.set_ylim(0)
-    axis.set_xlabel("heard by layer")
+    axis.set_xlabel("received by layer")
 fig.suptitle(
     "with one matrix the embedding is turned up to the middle and down again; with two, up to the end"
 )
@@ -976,9 +976,9 @@ plt.show()
 print("saved at the end:", {ADDED[arm]: f"{saved[3200]:.4f}" for arm, saved in saves.items()})
 
 # %% [markdown]
-# One run each {cite}`moddednanogpt`. The value residual saves most at once, and a hundredth at the end. x0 costs a hundredth at step 125, has earned it back by step 500, and keeps it: at full size it is no head start, whatever our small models say. As large as the laptop's and the GPU's differences above are, where the public logs say something else, they are right about the record.
+# One run each {cite}`moddednanogpt`. The value residual saves most at once, and a hundredth at the end. x0 costs a hundredth at step 125, has earned it back by step 500, and keeps it: at full size it is no head start, whatever our small models say. As large as the laptop's and the GPU's differences above are, where the public logs say something else, trust the logs.
 #
-# In the other public logs, what the first cell prints; each with other changes in the same record. Twice their author took one thing away: without its last skip record 45 lost 0.0025, and without gates on its tables record 55 some 0.004 {cite}`moddednanogpt`. The value residual had been published two weeks before record 9 {cite}`zhou2024`. Learned weights for each layer and each earlier layer's output, which span the same triangle, were a paper of that February {cite}`pagliardini2024`.
+# In the other public logs, what the first cell prints; each with other changes in the same record. The author of records 45 and 55, \@classiclarryd, twice took one thing away: without its last skip record 45 lost 0.0025, and without gates on its tables record 55 some 0.004 {cite}`moddednanogpt`. The value residual had been published two weeks before record 9 {cite}`zhou2024`. Learned weights for each layer and each earlier layer's output, which span the same triangle, were a paper of that February {cite}`pagliardini2024`.
 #
 # ## What it costs, and when it fails
 #
@@ -999,7 +999,7 @@ print({f"record {n}": f"{x:.0f} ms a step" for n, x in step_ms.items()})
 print(f"equal runs here: {min(took):.1f} to {max(took):.1f} s")
 
 # %% [markdown]
-# Record 14's twelve tables cost 13 ms a step, and record 15's six, with other changes, gave them back. Record 89 holds even more, 483 million numbers in tables. Its eight GPUs share their update, and every second step has none ([chapter 20](20_many_gpus.py)).
+# Record 14's twelve tables cost 13 ms a step, and record 15's six, with other changes, gave them back. Record 89 holds 483 million numbers in tables, and record 92 sixty-five billion, nearly all of them in one table of n-grams whose rows are fetched only where they are used. Its eight GPUs share their update, and every second step has none ([chapter 20](20_many_gpus.py)).
 #
 # Mirrored skips with weights of one fail here. Record 11 had the $a_\ell$ beside them, which may make up for it; that was not tried. One rate was not tuned: weights that mix train at the embedding's. Record 9's trained at a fifteenth of it, and at ten times the head's. And on the GPU all of it was measured for 600 steps. What the laptop keeps of x0 and backout after 2,000, and the GPU of [chapter 05](05_modern_block.py)'s older block, says how much that may be worth.
 #
@@ -1053,4 +1053,4 @@ print(model.x0_lambdas.tolist())
 # %% [markdown]
 # ## Since then
 #
-# Record 89 has x0, tables, gates and smear, and makes most of it depend on the token. The embedding's weights are functions of the embedding in the first four layers, and of the stream later (record 85, which also has a token gate for its one skip). A table of pairs of tokens is added to nearly every layer's stream since record 62, the largest gain of the contest's second year. And the last layer and the head add earlier outputs with weights that are learned for each token anew (record 81, multiway connections), in which backout is a constant.
+# Record 89 has x0, tables, gates and smear, and makes most of it depend on the token. The embedding's weights are functions of the embedding in the first four layers, and of the stream later (record 85, which also has a token gate for its one skip). A table of pairs of tokens is added to nearly every layer's stream since record 62, which brought the largest gain between records 20 and 89, 5.5%. And the last layer and the head add earlier outputs with weights that are learned for each token anew (record 81, multiway connections), in which backout is a constant. Record 92 keeps four value tables (layers 1, 2, 8 and 10), adds x0 in six places only and vectors of n-grams in six, and takes attention out of four of eleven layers and both halves out of layer 7.

@@ -59,7 +59,7 @@ print({f"record {n}": f"{s:.1f} s, {share[n]:.1%}" for n, s in gained.items()})
 # \frac{\partial L}{\partial E_t} = \underbrace{\textstyle\sum_{\text{read } t} g}_{\text{as an embedding}} + \underbrace{\textstyle\sum (p_t - [t = y])\, h}_{\text{as a head}} .
 # $$
 #
-# One rate has to serve both. Record 8's two matrices had rates of 0.3 and 0.002, but its embedding was normed behind the lookup, so that its size was free. In record 89 both have the same rate, also when they have parted.
+# One rate has to serve both. Record 8's two matrices had rates of 0.3 and 0.002, but there a norm follows the lookup, so the scale of the embedding has no effect on the forward pass. In record 89 both have the same rate, also when they have parted.
 #
 # **The cap.** $z \mapsto c \tanh(z/c)$ is nearly the identity for small logits and never exceeds $c$. The gradient of a logit is multiplied by the slope there, $1 - \tanh^2(z/c)$. So a logit that is large already, right or wrong, is moved less.
 #
@@ -191,7 +191,7 @@ print({cap: f"{steep:.2f}" for cap, steep in at_zero.items()}, "is the slope at 
 # %% [markdown]
 # ### Nats, and sixteen bits
 #
-# The loss is the mean of $-\ln p$ of the tokens that came, in *nats*. Divided by $\ln 2$ it is bits, and per byte of text it can be compared across vocabularies. The contest's 3.28 nats a token are 4.73 bits. Ours is computed in float32, but from logits that a product in bfloat16 has rounded to eight bits: one of 20 is off by up to 0.06. Does that matter? A single token's loss moves by up to nine hundredths. In the mean the errors cancel, to first order. What is left, if tokens come as the model expects them, is the divergence of the two distributions, a ten-thousandth, and to the worse:
+# The loss is the mean of $-\ln p$ of the tokens that came, in *nats*. Divided by $\ln 2$ it is bits, and per byte of text it can be compared across vocabularies. The contest's 3.28 nats a token are 4.73 bits. This chapter's head computes it in float32, but from logits that a product in bfloat16 has rounded to eight bits: one of 20 is off by up to 0.06. Does that matter? A single token's loss moves by up to nine hundredths. In the mean the errors cancel, to first order. What is left, if tokens come as the model expects them, is the divergence of the two distributions, a ten-thousandth, and to the worse:
 
 # %%
 many = 5 * torch.randn(20_000, 288, generator=torch.Generator().manual_seed(6))
@@ -471,7 +471,7 @@ print(
 #
 # ### On a GPU
 #
-# With 50,257 tokens: 8 layers, a width of 384, 600 steps of 32,768 tokens, a norm behind the embedding; tied, no cap and no padding in the control ([chapter 05](05_modern_block.py) says more of these runs):
+# With GPT-2's vocabulary of 50,257: 8 layers, a width of 384, 600 steps of 32,768 tokens, a norm behind the embedding; tied, no cap and no padding in the control ([chapter 05](05_modern_block.py) says more of these runs):
 
 # %%
 import statistics
@@ -517,7 +517,7 @@ print(f"the split head and its own control differ by {shared:+.4f}")
 # %% [markdown]
 # At full size record 9's cap is seen at each of its logged validations: against the same run without it, it saves 0.033 at step 125, 0.009 at 500, and 0.005 at the end (one run each {cite}`moddednanogpt`). Our models are too small, and their runs too short, to say anything against that.
 #
-# A head that begins with zeros costs a tenth here as well, at rates that were chosen for a shared matrix. A quarter of its rate costs another 0.09; whether a higher one would help was not tried, and on the laptop four times cost more, too. In record 8 the embedding's rate was 0.3 and the head's 0.002, where here both are 0.008; so this says nothing against that record. (Runs with two matrices scatter by a fifth of what others do, so they stand outside Dunnett's test, with Welch's $p$; [chapter 07](07_plumbing.py) has more of them.) The split head was trained under the record's Adam ([chapter 20](20_many_gpus.py)), which decays cautiously, steps after every second batch and does not clip, and which by itself may cost 0.025 at these rates ($p = 0.03$). Beside *that*, 400 steps with one matrix and 200 in which the two part differ by 0.004 from one matrix throughout, which three runs cannot tell from nothing.
+# A head that begins with zeros costs a tenth here as well, at rates that were chosen for a shared matrix. A quarter of its rate costs another 0.09; whether a higher one would help was not tried, and on the laptop four times cost more, too. In record 8 the embedding's rate was 0.3 and the head's 0.002, where here both are 0.008; so this says nothing against that record. (Runs with two matrices have standard deviations of 0.0006 and 0.0030, the others of about 0.012, so they stand outside [Dunnett's test](01_are_you_faster.py), with Welch's $p$; [chapter 07](07_plumbing.py) has more of them.) The split head was trained under the record's Adam ([chapter 20](20_many_gpus.py)), which decays cautiously, steps after every second batch and does not clip, and which by itself may cost 0.025 at these rates ($p = 0.03$). Beside *that*, 400 steps with one matrix and 200 in which the two part differ by 0.004 from one matrix throughout, which three runs cannot tell from nothing.
 #
 # Of the caps the last one costs 0.04, less than half of the laptop's tenth, and what the others do three seeds do not show.
 #
@@ -525,13 +525,13 @@ print(f"the split head and its own control differ by {shared:+.4f}")
 #
 # ## What it buys
 #
-# The first cell prints it, from the public logs, at full size. Record 8, the first head of its own, gained most, a tenth; how much of that was the head one cannot say, since the embedding was normed in the same record and attention became faster. Record 53's seconds came with a loss over several next tokens. The cleanest are two caps: records 18 and 54 changed little else and saved 100 and 40 steps. Our short runs show nothing of the first, and the second costs something; what differs is the length, the size, the rates and all else in the record, and we cannot say which of it counts. Record 9's log has a column of single runs at 3,200 steps, each with one thing more than the last: its cap took the loss from 3.2844 to 3.2791, the smallest of five steps {cite}`moddednanogpt`.
+# The first cell prints it, from the public logs, at full size. Record 8, the first head of its own, gained most, a tenth; how much of that was the head one cannot say, since the embedding was normed in the same record and attention became faster. Record 53's seconds came with a loss over several next tokens. The cleanest are two caps. Record 18 saved 100 steps. Record 54 saved 40, and also shortened the cooldown from 55% to 50%. Our short runs show nothing of the first, and the second costs something; what differs is the length, the size, the rates and all else in the record, and we cannot say which of it counts. Record 9's log has a column of single runs at 3,200 steps, each with one thing more than the last: its cap took the loss from 3.2844 to 3.2791, the smallest of five steps {cite}`moddednanogpt`.
 #
 # ## What it costs, and when it fails
 #
 # An untied head is a second matrix of 39 million numbers to store, to update, and to sum over GPUs. What records 8 and 51 gained were steps, 522 and 55 of them, at the same time for each. In record 8 attention became 4 ms faster, so something else, perhaps the second matrix, cost as much. In record 51 it was not the matrix less that paid, and nothing says whether it was sharing, the smaller start, the new rate or the new scales of its 8-bit products.
 #
-# A cap costs next to nothing in a kernel that computes cap, softmax and loss together. If it is not in there, it is one more tensor of tokens times vocabulary, read and written: 16,384 tokens make that 1.6 GB in 16 bits, in each direction, and twice that in float32, which ours is. In the runs above the caps' medians are one to five per cent above the control's, all about or above the slowest of its fifteen; how much of that is the cards' we cannot say.
+# A cap costs next to nothing in a kernel that computes cap, softmax and loss together. If it is not in there, it is one more tensor of tokens times vocabulary, read and written: 16,384 tokens make that 1.6 GB in 16 bits, in each direction, and twice that in float32, which this chapter's head uses. (The preset `record` trains with [chapter 19](19_head_and_loss.py)'s head, which computes cap, softmax, loss and gradient in one kernel.) In the runs above the caps' medians are one to five per cent above the control's, all about or above the slowest of its fifteen; how much of that is the cards' we cannot say.
 
 # %%
 gigabytes = 16_384 * 50_304 * 2 / 1e9

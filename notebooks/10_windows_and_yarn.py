@@ -15,7 +15,7 @@
 #
 # ```{admonition} Cost box
 # About fifteen seconds on two CPU cores; there is nothing for a GPU to do. The evidence at full size is the contest's.
-# Record 13: \@fernbear.bsky.social. Record 29: \@varunneal. Record 31: \@classiclarryd.
+# Record 13: \@fernbear.bsky.social. Record 29: \@varunneal. Records 31, 33, 35: \@classiclarryd.
 # ```
 #
 # ## The problem
@@ -297,7 +297,7 @@ print(f"without YaRN it would end at {LONG[-1] * turning[31]:.3f}")
 # %% [markdown]
 # On the left, dotted lines are what the angles would be if nothing were done. With YaRN the slow end of the spectrum stays exactly where it was in the first stage: no slow pair ever meets a new angle. At the fast end nothing happens. On the right is the price: in the last stage the slow pairs turn at less than a quarter of their first frequency.
 #
-# What the fast pairs are kept for can be put in a number. The fastest one turns by a radian a token. Between a distance and the next, from the best one, its cosine falls by 0.46; slowed by the same factor as the slow ones it would fall by less than a seventeenth of that.
+# What the fast pairs are kept for can be put in a number. The fastest one turns by a radian a token. Where it is largest, its cosine falls by 0.46 from one token to the next; slowed by the same factor as the slow ones it would fall by less than a seventeenth of that.
 
 # %%
 falls = [1 - math.cos(theta) for theta in (by_steps[0].item(), spectrum[0].item() * 384 / 1664)]
@@ -308,7 +308,7 @@ assert ratio_short[0] > ratios[0] and 1.28 < reach[1] / reach[0] < 1.29
 print(f"fall of the cosine to the next token: {falls[0]:.2f} kept, {falls[1]:.3f} interpolated")
 
 # %% [markdown]
-# One thing is approximate. All layers share one set of frequencies, and it follows the long window. The layers with a short window go from 128 to 384 tokens at the first change, by three and not by 2.33, so their slow pairs do meet angles that are new, by 29%.
+# One thing is approximate. All layers share one set of frequencies, and it follows the long window. (Record 92 has two sets of frequencies and scales: one follows the short window, the other the long one.) The layers with a short window go from 128 to 384 tokens at the first change, by three and not by 2.33, so their slow pairs do meet angles that are new, by 29%.
 #
 # ## The measurement
 #
@@ -442,19 +442,19 @@ axis.set_xlabel("steps after the change")
 axis.set_ylabel("loss, answers in the old window")
 axis.legend()
 caught_up = next((8 * n for n, loss in enumerate(mended["unchanged"]) if loss <= both[0]), 0)
-axis.set_title(f"unchanged, after {caught_up} steps it is where YaRN began")
+axis.set_title(f"without YaRN it takes {caught_up} steps to reach\nthe loss with which YaRN starts")
 plt.show()
 assert 8 < caught_up <= 24 and mended["unchanged"][-1] < 0.6 * mended["unchanged"][0]
 assert mended["unchanged"][-1] > mended["YaRN and scale"][-1]
 assert mended["unchanged"][1] > mended["YaRN and scale"][0], "eight steps do not make up for it"
 
 # %% [markdown]
-# Training mends it. Within a few dozen steps the head that nobody told of the change comes to where YaRN had begun, and is still behind at the end of these. So what YaRN can save in a run of more than a thousand steps is the spike, and some steps after it, at each change.
+# Training mends it. Within a few dozen steps the head that nobody told of the change comes to where YaRN had begun, and is still behind at the end of these. In this toy, one model and one seed, what YaRN saves is the spike and some steps after it; whether that is so in a run of a thousand steps it cannot say.
 
 # %% [markdown]
 # ### A model that writes, on long documents
 #
-# Does a model of text behave like that toy? The laptop's run can be made to: the same Python as everywhere in this book, but whole files, cut only where they are longer than 4,096 tokens; three layers, of which the last has a long window, 256 and in the second half 512. It is then examined with windows that it was never trained with, on the tokens that have at least 512 before them.
+# Does a model of text behave like that toy? The laptop's run can be made to: the same Python as everywhere in this book, but whole files, cut only where they are longer than 4,096 tokens; three layers, of which the last has a long window, 256 and in the second half 512. It is then evaluated with windows that it was never trained with, on the tokens that have at least 512 before them.
 
 # %% tags=["hide-input"]
 #| export measure.windows
@@ -525,7 +525,7 @@ def far_loss(live: Any, window: int, turning: torch.Tensor, scale: float, tokens
 
 
 def after(live: Any, tokens: int = 131_072) -> dict:
-    """Far losses by the window of the examination: as trained; and wider ones also with new frequencies and scale, or one of the two."""
+    """Far losses by the window of the evaluation: as trained; and wider ones also with new frequencies and scale, or one of the two."""
     told = live.told[-1]
     turning, scale = told.frequencies, told.scale.item()
     found = {"as trained": {w: far_loss(live, w, turning, scale, tokens) for w in NARROWER + WIDER}}
@@ -565,7 +565,7 @@ for seed in range(3):
     assert with_both[1024][seed] < 0 < with_both[2048][seed] < plain[2048][seed]
     assert scale_only[4096][seed] < with_both[4096][seed] < yarn_only[4096][seed]
 
-# %% tags=["hide-input"] mystnb={"image": {"alt": "Change of loss on tokens far from their document's beginning, against the window at the examination, for four ways to widen it, three seeds each"}}
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Change of loss on tokens far from their document's beginning, against the window at evaluation, for four ways to widen it, three seeds each"}}
 figure_style()
 fig, axis = plt.subplots(figsize=(6, 3.4), layout="constrained")
 for n, (way, by) in enumerate(moved.items()):
@@ -579,7 +579,7 @@ for n, (way, by) in enumerate(moved.items()):
 axis.axhline(0, color="0.4", lw=0.8, ls=":")
 axis.set_xscale("log", base=2)
 axis.set_xticks([256, 512, 1024, 2048, 4096], ["256", "512", "1,024", "2,048", "4,096"])
-axis.set_xlabel("long window at the examination (trained with 512)")
+axis.set_xlabel("long window at evaluation (trained with 512)")
 axis.set_ylabel("change of loss (nats a token)")
 axis.legend(fontsize=8)
 axis.set_title(
@@ -589,7 +589,7 @@ fig.text(0.99, -0.03, measured_on(seen[0]).replace("n=1", "n=3"), ha="right", fo
 plt.show()
 
 # %% [markdown]
-# The same picture, in each of three seeds. Doubled without more ado, the window costs loss though it shows more text. With both halves of YaRN the wider window is worth something at once, to a model that was never trained with it; neither half alone gets so far. At four times the old window next to nothing is gained any more, and at eight the frequencies do harm: the scale alone is best there. That is one leap, though, where record 31 makes three smaller ones, and trains between them. Its last, for the validation alone, is by a fifth, on the left of this figure.
+# In part the same picture, in each of three seeds: unchanged it gets worse, and both halves together are best at twice the window. But the halves change places. Here the scale alone takes back all of the loss, and the frequencies alone little. Doubled without more ado, the window costs loss though it shows more text. With both halves of YaRN the wider window is worth something at once, to a model that was never trained with it; neither half alone gets so far. At four times the old window nothing is gained any more: both together end 0.011 above the narrow window, and frequencies alone already do more harm than no change. At eight times the scale alone is best. That is one leap, though, where record 31 makes three smaller ones, and trains between them. Its last leap, for the validation alone, is from 1,408 to 1,664, a factor of 1.18, which lies between 512 and 1,024 in this figure.
 #
 # ## What it buys
 #
@@ -634,7 +634,7 @@ assert abs(gaps[625] - gaps[500]) < 0.001, "no difference that came with the cha
 print("record 31's loss, less record 30's:", ", ".join(f"{gap:+.4f} at {step}" for step, gap in gaps.items()))  # fmt: skip
 
 # %% [markdown]
-# Nearly: record 31's losses are a little higher, by less than these runs can tell from chance. Along the way the one logged run of record 31 is ahead from the beginning, when its windows are the same and only the scale differs (0.100 against 0.12), and it is no further ahead after the first change than before. So these logs do not show what YaRN does at the change. They validate every 125 steps, the change lies between two of them, and one run is one run. The record's notes say that without YaRN there is a large spike of the loss right after it, and show it in a figure with finer steps; they also show both halves left out once each, as curves without numbers {cite}`moddednanogpt`.
+# Nearly: record 31's losses are a little higher, by less than these runs can tell from chance. Along the way the one logged run of record 31 is ahead from the beginning, when its windows are the same and only the scale differs (0.100 against 0.12), and it is no further ahead after the first change than before. So these logs do not show what YaRN does at the change. They validate every 125 steps, the change lies between two of them, and it is a single run. The record's notes say that without YaRN there is a large spike of the loss right after it, and show it in a figure with finer steps; they also show both halves left out once each, as curves without numbers {cite}`moddednanogpt`. In `record_200m`, windows that were as long as the longest document from the beginning changed the loss by +0.005 with one seed and +0.001 with the other, and saved no time ([chapter 24](24_speedrun.py)); no document of that text is longer than 1,024 tokens.
 #
 # ## What it costs, and when it fails
 #
@@ -671,7 +671,7 @@ assert [*counted.values()] == [4, 2, 1]
 print(counted)
 
 # %% [markdown]
-# Upstream compiles with `dynamic=False` and passes integers, so each window is a graph of its own, for forward and backward, and each has to be warmed up before the clock starts. Left to itself, PyTorch makes a second graph in which the integer is a symbol; for a kernel that picks its tiles by it, that is not always as fast. The masks of [FlexAttention](09_flex_attention.py) and the kernel of [chapter 11](11_attention_backends.py) take the window as data, as they take frequencies and scale, so a change of [stage](14_schedule.py) compiles nothing.
+# Upstream compiles with `dynamic=False` and passes integers, so each window is a graph of its own, for forward and backward, and each has to be warmed up before the clock starts. Left to itself, PyTorch makes a second graph in which the integer is a symbol; for a kernel that picks its tiles by it, that is not always as fast. The masks of [FlexAttention](09_flex_attention.py) and the kernel of [chapter 11](11_attention_backends.py) take the window as data, as they take frequencies and scale, so another window compiles nothing. But where passes are replayed from CUDA graphs, window and scale are part of the recording, and each [stage](14_schedule.py) has a graph of its own, recorded before the clock starts ([chapter 16](16_compile.py)).
 #
 # It fails, or does harm, in three ways.
 #
@@ -764,4 +764,4 @@ print({pairs: smallest_window(turning, pairs) for pairs in (1, 3, 8, 16)})
 # %% [markdown]
 # ## Since then
 #
-# Widening windows in the course of training is older than the contest; Longformer did it in phases {cite}`beltagy2020`. What the contest added is that each change costs seconds, and so has to be paid back. Record 33 widened the last layer's window to 2,560 tokens for the last validation, record 35 all long ones, without applying YaRN again; by their author's account each was worth a thousandth. Record 89 has the windows of this chapter, and a fourth stage of 15 steps, the extension, with windows of 768 and 1,664, before it validates at 2,560. Proposals of August 2026, not merged by then, start from a scale of 0.085, or train the last steps at 2,560 as well.
+# Widening windows in the course of training is older than the contest; Longformer did it in phases {cite}`beltagy2020`. What the contest added is that each change costs seconds, and so has to be paid back. Record 33 widened the last layer's window to 2,560 tokens for the last validation, record 35 all long ones, without applying YaRN again; by their author's account each was worth a thousandth. Record 89 has the windows of this chapter, and a fourth stage of 15 steps, the extension, with windows of 768 and 1,664, before it validates at 2,560. Record 92, submitted in August 2026 and merged in September, starts from 0.085 in its wide heads and 0.13 in its narrow ones. A proposal to train the last steps at 2,560 as well was not merged.

@@ -234,7 +234,7 @@ assert not torch.equal(first[0], v[0]) and torch.equal(first[1], v[0])
 #
 # $dq$ is a sum over keys, $dk$ and $dv$ are sums over queries. FlashAttention computes all three in one pass over tiles of keys. That takes five matrix products for each pair of tiles ($q k$, $g v$, and one for each gradient), but $dq$ collects contributions from many programs, so it is a float32 tensor that is cleared, added to atomically, and converted at the end. The obvious way round that is two kernels, one over tiles of keys and one over tiles of queries. Then each sum stays in one program's registers, in an order that never changes, so equal inputs give equal bits. But $qk$ and $gv$ are computed twice: seven products.
 #
-# What both kernels need is $D$. Once the first has it, it can write it down, in bfloat16, and to the second one product is left. Is that a good bargain? By the data sheet it is a bad one:
+# What both kernels need is $D$. (Papers on FlashAttention call it $dS$; their $D$ is our $\delta$.) Once the first has it, it can write it down, in bfloat16, and to the second one product is left. Is that a good bargain? By the data sheet it is a bad one:
 
 # %%
 computed = 1.16 * pairs_of(row_bounds, 640) * HEADS  # pairs in the kernel's tiles, see below
@@ -248,11 +248,11 @@ assert 0.25 < of_operations < 0.4 and of_bytes < 0.25
 print(f"D written and read: {2 * computed / 1e6:.0f} MB twice, {written:.3f} ms; computed again: {twice:.3f} ms")  # fmt: skip
 
 # %% [markdown]
-# But the two are not paid in the same coin. With seven products the kernel reaches about a third of the data sheet's operations here, and needs less than a quarter of its bandwidth. What is written and read meanwhile may be free; what is computed again is not. The measurement below says which of the two arguments is right.
+# But the two use different resources. With seven products the kernel reaches about a third of the data sheet's operations here, and needs less than a quarter of its bandwidth. What is written and read meanwhile may be free; what is computed again is not. The measurement below says which of the two arguments is right.
 #
 # ### Windows and scale are data
 #
-# Windows and scale change with the stages of a run ([chapter 10](10_windows_and_yarn.py)). They are scalars in CPU memory, which the operator reads when it launches the kernel. So the kernel gets them as ordinary arguments, no GPU has to be waited for, and `torch.compile` sees a tensor whose value it does not need: no new stage compiles the model again.
+# Windows and scale change with the stages of a run ([chapter 10](10_windows_and_yarn.py)). They are scalars in CPU memory, which the operator reads when it launches the kernel. So the kernel gets them as ordinary arguments, no GPU has to be waited for, and `torch.compile` sees a tensor whose value it does not need: no new stage compiles the model again. (Recorded into a CUDA graph they become constants, so each stage has a graph of its own: [chapter 16](16_compile.py).)
 #
 # Three conventions are the same in every backend. A window of $w$ keeps $w + 1$ keys, the query's own included. Empty slots lie at the end of the bounds. And rows in no document give zeros (but FlashAttention leaves them unwritten; our loader makes none).
 #
@@ -423,7 +423,7 @@ for tokens, cap, _ in SHAPES:
 # %% [markdown]
 # ### Bulk loads
 #
-# Every kernel goes over blocks of consecutive rows of one head. On a GPU of compute capability 9 or later such a block is one instruction: the kernel is given a **tensor descriptor** (shape, strides, size of a block), and the chip's tensor memory accelerator copies the block into shared memory and computes the addresses itself. Elsewhere each thread computes its own. Where a block reaches beyond its document, threads leave such rows zero, and the accelerator brings the next document's along. Products with them are masked.
+# Every kernel goes over blocks of consecutive rows of one head. On a GPU of compute capability 9 or later such a block is one instruction: the kernel is given a **tensor descriptor** (shape, strides, size of a block), and the chip's Tensor Memory Accelerator (TMA) copies the block into shared memory and computes the addresses itself. Elsewhere each thread computes its own. Where a block reaches beyond its document, threads leave such rows zero, and the accelerator brings the next document's along. Products with them are masked.
 
 
 # %%
@@ -932,7 +932,7 @@ assert all(abs(a / b - 1) < 0.02 for a, b in zip(ERRORS["triton online"], ERRORS
 # %% [markdown]
 # With the running maximum the kernel is as exact as FlashAttention. The bounded form's output is off by a fifth more, for the reason given above.
 #
-# Because tiles begin with their document, and because no sum depends on the order in which programs run, a document's results are the same *to the last bit* wherever it stands and whatever numbers stand beside it. (Beside it may even stand what is not a number, as long as blocks are not loaded in bulk.)
+# Because tiles begin with their document, and because no sum depends on the order in which programs run, a document's results are the same *to the last bit* wherever it stands and whatever numbers stand beside it. (Where blocks are not loaded by the TMA, the neighbours may even be NaN.)
 
 
 # %%
@@ -989,7 +989,7 @@ print(*checked)
 # %% [markdown]
 # ### One function over all
 #
-# The model calls one function and does not know who computes. What a stage and a row say to attention goes in two tuples. Everything in them that changes from step to step is a tensor.
+# The model calls one function and does not know who computes. Attention gets a stage's settings and a row's borders as two tuples. Everything in them that changes from step to step is a tensor.
 
 
 # %%
@@ -1285,7 +1285,7 @@ def attend(
 
 # %%
 assert choose_backend("auto", torch.device("cpu"), torch.float32, 128) == "sdpa"
-elsewhere = "cuda"  # a machine that is played
+elsewhere = "cuda"  # a stand-in for a machine with a GPU
 assert "float32" in why_not("triton", torch.device(elsewhere), torch.float32)
 for name in ("triton", "fa2", "fa3", "fa4"):
     try:
@@ -1567,7 +1567,7 @@ print("against the higher floor, backward:", *(f"{ratio:.1f}" for ratio in above
 # %% [markdown]
 # This is one run on one card. In sum the kernel is level with FlashAttention-3's own operator, called without PyTorch between, and with FlashAttention-4; it takes well under two thirds of FlashAttention-2's time. It is ahead where windows are short, and falls behind by a few per cent as keys become more, perhaps because what it saves are pairs at the borders, of which long windows have fewer. (Through PyTorch's activation, FlashAttention-3's forward pass takes up to twice as long as its operator. The build is that of xformers 0.0.34. FlexAttention's time has its block mask in it, ours no list of tiles, which is made once for all layers.)
 #
-# The missing maximum saves 4 to 17% of the forward pass, more where more keys are seen. The backward pass is the same code in both forms, and takes the same time. And the floors are still far: two to three times in the forward pass, three to four in the backward pass.
+# The missing maximum saves 6 to 16% of the forward pass, more where more keys are seen. The backward pass is the same code in both forms, and takes the same time. And the floors are still far: two to three times in the forward pass, three to four in the backward pass.
 #
 # ### One step at a time
 #
@@ -1603,7 +1603,7 @@ plt.show()
 print("backward time saved by writing D:", *(f"{share:.0%}" for share in d_saves))
 
 # %% [markdown]
-# Skipping other documents, which every packed backend does, is a factor of about thirty, and the window another quarter. All else together is less than a third, and of that writing $D$ down is the largest part. So the second argument was right: what is written and read meanwhile costs less than two products. It saves a sixth to a fifth of the backward pass. A card with far less bandwidth for its arithmetic should rather compute $D$ again.
+# Skipping other documents, which every packed backend does, is a factor of about thirty, and the window another quarter. All else together is less than a third, and of that writing $D$ down is the largest part. So the second argument was right: what is written and read meanwhile costs less than two products. It saves a sixth to a fifth of the backward pass. On a card with far less bandwidth for its arithmetic the trade may turn round; that was not measured.
 #
 # ### Waste
 #
@@ -1701,12 +1701,15 @@ print(f"record 29 against 28: {faster:.1f} s, of which {fewer:.1f} s by fewer st
 # %% [markdown]
 # The public history has one record whose subject is a backend. Record 29 replaced FlexAttention by FlashAttention-3, and won 4.9 seconds. But it also cut documents at 2,048 tokens and let windows grow in three steps, and half of what it won is fewer steps. No log says what the kernel did alone.
 #
+# In whole runs of this book the kernel's lead does not show: `record_200m` took 182.7 s through FlexAttention and 182.5 and 183.0 s through this kernel ([chapter 09](09_flex_attention.py)), before today's faster head and MLP. A run with FlashAttention-2 was not made.
+#
 # ## What it costs, and when it fails
 #
 # - Heads have 16, 32, 64 or 128 numbers and as many heads of keys as of queries. There is one size of query tile, no dropout, and no attention but the causal one.
 # - The fast form needs QK-norm, and a scale below the limit computed above. The scale is checked at each launch, the norm is not: were queries longer than the bound says, weights would exceed 1, which does no harm until they overflow.
 # - Documents must lie in the row in order, without gaps, with empty slots at the end.
 # - The list of tiles is some small launches of its own, once for each row, shared by all layers. A forward pass is one launch, a backward pass three.
+# - Where the TMA loads blocks, a block brings the next document's rows along. They are masked, but 0 · NaN is NaN, so that a NaN in one document spreads to its neighbours.
 # - $D$ needs memory for every pair of tiles that a window could touch, for the time of one layer's backward pass. Where there is no room for it, it is computed again, and the backward pass takes longer by what the figure shows.
 # - Descriptors for bulk loads are made on the CPU, anew for each call. That is about half of what Python does to launch the kernels (without the operator around them, where the CPU was disturbed least; the medians are up to three times as long):
 
@@ -1777,4 +1780,4 @@ print(f"scale 0.12: lost at cosines up to {lost_cosine(0.12, 128):.2f}; scale 0.
 # %% [markdown]
 # ## Since then
 #
-# Record 89 still computes attention with FlashAttention-3, and so do the records after it. Record 90 narrows queries and keys to 96 numbers, which this kernel does not take. Record 92 has fewer and narrower heads and a FlashAttention-3 that was patched for keys and values of different widths {cite}`moddednanogpt`. This chapter's kernel belongs to no record. It is here because one can read it, and because it needs nothing that does not come with PyTorch. [Chapter 21](21_model.py) calls it.
+# Record 89 still computes attention with FlashAttention-3, and so do the records after it. Record 90 narrows queries and keys to 96 numbers, which this kernel does not take. Record 92 has attention in seven layers instead of ten, heads of 64 in most of them, and a FlashAttention-3 that was patched for keys and values of different widths {cite}`moddednanogpt`. This chapter's kernel belongs to no record. It is here because one can read it, and because it needs nothing that does not come with PyTorch. [Chapter 21](21_model.py) calls it.

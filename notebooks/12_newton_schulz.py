@@ -20,7 +20,7 @@
 #
 # ## The problem
 #
-# AdamW sees a matrix as a bag of numbers. The mean gradient of each is divided by its usual size, and no number knows its neighbours. But a matrix acts as a whole, and its gradient has a shape that the bag does not show. Here is a small GPT after sixty steps of AdamW. (It keeps its matrices in *banks*: a bank stacks the same matrix of all layers into one parameter, [chapter 21](21_model.py).) We look at the matrix that makes the keys of layer 0, and at the running mean of its gradient, which the optimizer follows (Muon calls it the *momentum buffer*).
+# AdamW treats every entry of a matrix by itself: it divides the mean gradient of each by its usual size. But a matrix acts as a whole, and its gradient has a structure that single entries do not show. Here is a small GPT after sixty steps of AdamW. (It keeps its matrices in *banks*: a bank stacks the same matrix of all layers into one parameter, [chapter 21](21_model.py).) We look at the matrix that makes the keys of layer 0, and at the running mean of its gradient, which the optimizer follows (Muon calls it the *momentum buffer*).
 #
 # Any matrix is a sum $G = \sum_i \sigma_i\, u_i v_i^\top$, its *singular value decomposition*, or $U\Sigma V^\top$. The $u_i$ have length 1 and are perpendicular to one another, and so are the $v_i$. The *singular values* $\sigma_1 \ge \sigma_2 \ge \dots \ge 0$ say how much of each term there is. A *direction* of a matrix is such a pair $u_i, v_i$: it sends $v_i$ to $\sigma_i u_i$. The matrix's *Frobenius norm*, or length, is $\lVert G\rVert_F = (\sum_i \sigma_i^2)^{1/2}$, which is the root of its entries' summed squares. Its *spectral norm* is $\sigma_1$.
 #
@@ -215,7 +215,7 @@ assert torch.allclose(got, iterated(exact, 5).sort(-1, descending=True).values, 
 print("the singular values went through the polynomial, five times, and nobody looked at them")
 
 # %% [markdown]
-# The polar factor of a transpose is the transpose of the polar factor. So the code transposes a tall matrix, and the *Gram matrix* $XX^\top$ is always the smaller of the two. A bank of matrices goes through in one call. The result does not depend on the scale of what it is given, as long as its norm is far above the 1e-7 that guards the division and the square of the norm fits into float32, beyond which the step silently becomes zero: a loss that was scaled, by the same factor in every step, need not be unscaled for these matrices.
+# The polar factor of a transpose is the transpose of the polar factor. So the code transposes a tall matrix, and the *Gram matrix* $XX^\top$ is always the smaller of the two. A bank of matrices goes through in one call. The result does not depend on the scale of what it is given, as long as its norm is far above the 1e-7 that guards the division and the square of the norm fits into float32; beyond that the step silently becomes zero. So if a loss is multiplied by a constant, these updates need not be corrected.
 
 # %%
 wide = torch.randn(3, 64, 128, dtype=torch.float64, generator=generator)
@@ -403,7 +403,7 @@ for whose, distance in off.items():
 # %% [markdown]
 # ### SOAP: Adam in Shampoo's eigenbases
 #
-# There is an older road to the same place. Shampoo {cite}`gupta2018` multiplies the gradient by inverse roots of its two covariances, $GG^\top$ and $G^\top G$, summed over time. SOAP's authors {cite}`vyas2025` noticed that a variant of this is Adafactor, Adam's thriftier cousin, in the eigenbases of the two covariances, and put Adam itself there: rotate the gradient into the eigenbases, let Adam divide, and rotate the result back.
+# There is an older road to the same place. Shampoo {cite}`gupta2018` multiplies the gradient by inverse roots of its two covariances, $GG^\top$ and $G^\top G$, summed over time. SOAP's authors {cite}`vyas2025` noticed that a variant of this is Adafactor, which stores less than Adam, in the eigenbases of the two covariances, and put Adam itself there: rotate the gradient into the eigenbases, let Adam divide, and rotate the result back.
 
 # %%
 #| default_exp optim.soap
@@ -847,7 +847,7 @@ print(
 )
 
 # %% [markdown]
-# The lead over AdamW is half a nat here, too, after so short a run. SOAP, which led by steps on the laptop, is 0.04 behind, and takes 1.8 times as long. But the grid decides who is ahead as much as the seeds do. For all three the better rate of the rest is the higher of two, so a larger grid might help each. At SOAP's best rate of the matrices, doubling it gained more than SOAP is behind. Muon's rate of the matrices is at the edge as well. By steps, then, the two are not told apart here; by the clock they are.
+# The lead over AdamW is half a nat here, too, after so short a run. SOAP, which led by steps on the laptop, is 0.04 behind, and takes 1.8 times as long. But the grid decides who is ahead as much as the seeds do. For all three the better rate of the rest is the higher of two, so a larger grid might help each. At SOAP's best rate of the matrices, doubling the rate of the rest gained more than SOAP is behind. Muon's rate of the matrices is at the edge as well. With these rates Muon is ahead beyond doubt; but as the grid ends at the best rates, it does not say which rule is better by steps. By the clock Muon is.
 #
 # ### The FLOPs of orthogonalisation
 #
@@ -949,13 +949,13 @@ for part in order:
 print(f"three iterations lift what is above 1/{reach_of_three:.0f}")
 
 # %% [markdown]
-# With three seeds the exact polar factor differs from the polynomial's rough one by less than 0.005: that the singular values are *of one order* is what counts, and exact equality is not. With three iterations most small ones stay small, and the whole step is shorter; together that costs more than a tenth of a nat. Without momentum a quarter of a nat is lost, at rates tuned with it. That fits the guess that much of what is small in a single gradient is noise, which a mean takes away; it does not prove it, since no momentum costs any optimizer something. And the exact polar factor, which also lifts the last directions that the polynomial leaves low, gains nothing by it. (No arm was tuned anew. These are costs at Muon's best rates, and not the worth of its parts.)
+# With three seeds the exact polar factor differs from the polynomial's rough one by less than 0.005: that the singular values are *of one order* is what counts, and exact equality is not. With three iterations most small ones stay small, and the whole step is shorter; together that costs more than a tenth of a nat. Without Nesterov's form 0.06 is lost, and 0.05 without the shape factor, that is with half the rate for the MLP's first matrix. Without momentum a quarter of a nat is lost, at rates tuned with it. That fits the guess that much of what is small in a single gradient is noise, which a mean takes away; it does not prove it, since no momentum costs any optimizer something. And the exact polar factor, which also lifts the last directions that the polynomial leaves low, gains nothing by it. (No arm was tuned anew. These are costs at Muon's best rates, and not the worth of its parts.)
 #
 # ## What it buys
 #
 # The public ladder has the same comparison at full size. Record 2 read 9,536 steps of 524,288 tokens with a tuned AdamW; record 4 reached the target in 6,200 with Muon and a schedule of its own. A race of optimizers at record 7, each at the best of about twenty settings, without weight decay and on a trapezoid ([chapter 14](14_schedule.py)), one run each, ended with Muon at 3.2760 and 142 ms a step, SOAP at 3.2752 and 301 ms, Adam at 3.3406 and 139 ms {cite}`moddednanogpt`. There a step of SOAP is worth a step of Muon, as it nearly is here after 2,000, and the clock decides. (Nikhil Vyas's run with SOAP, two days before record 4, needed 3.15 billion tokens to record 4's 3.25, at 363 ms a step.)
 #
-# The same repository also holds a contest of optimizers alone, on one fixed model and counted in steps. There Adam needed 5,625, which the table calls most likely undertuned, Muon without momentum 8,225, and a tuned Muon 3,250; the best by August 2026, with 2,690, lets SOAP rotate and scale the gradient *before* it is orthogonalised {cite}`moddednanogpt`.
+# The same repository also holds a contest of optimizers alone, on one fixed model and counted in steps. There Adam needed 5,625, which the table calls most likely undertuned, a constrained form of it, AdamH, 4,875, spectral descent without momentum 8,225, and a tuned Muon 3,250; the best by August 2026, with 2,690, lets SOAP rotate and scale the gradient *before* it is orthogonalised {cite}`moddednanogpt`.
 
 # %%
 steps = {n: int(ladder[n]["steps"]) for n in ("2", "4")}
@@ -971,11 +971,11 @@ print(
 # %% [markdown]
 # ## When it fails
 #
-# Orthogonalising is right for what *multiplies* a stream whose directions all matter. An embedding is looked up, not multiplied: its inputs are single tokens, never mixtures. The spectral norm bounds the step for mixtures that do not occur, and it does not treat tokens alike: the lengths of the rows of $UV^\top$ depend on which other tokens were in the batch. For lookups the norm should be the length of the longest row, as in exercise 2. The head does multiply; that it, too, is left to Adam is the contest's practice and not a consequence of this argument. Gains and biases have no singular values worth the name. So Muon is always half of an optimizer, and the other half is AdamW.
+# Orthogonalising is right for what *multiplies* a stream whose directions all matter. An embedding is looked up, not multiplied: its inputs are single tokens, never mixtures. The spectral norm bounds the step for mixtures that do not occur, and it does not treat tokens alike: the lengths of the rows of $UV^\top$ depend on which other tokens were in the batch. For lookups the norm should be the length of the longest row, as in exercise 2. The head does multiply; that it, too, is left to Adam is the contest's practice and not a consequence of this argument. Gains and biases have no singular values worth the name. So Muon is used for the blocks' matrices only; everything else is trained by AdamW.
 #
 # Muon needs whole matrices, and so does SOAP. Adam and its kin work entry by entry and can be cut anywhere. A matrix has to be in one place to be multiplied by itself. That is why the optimizer of [chapter 20](20_many_gpus.py) combines two things for each parameter: a rule, such as Muon or Adam, and a way of sharing the parameter among the GPUs, which never cuts a matrix of Muon's in two.
 #
-# And Muon is deaf to the gradient's size. Where a matrix has nothing left to learn and its gradient is noise, Adam's step shrinks to about a quarter, because the mean of noise is that much smaller than its root mean square. Muon goes on moving by a full step in every direction. Only the schedule makes its steps smaller, so it depends on the schedule more than Adam does ([chapter 14](14_schedule.py)).
+# Muon's step does not depend on the gradient's size. Where a matrix has nothing left to learn and its gradient is noise, Adam's step shrinks to about a quarter, because the mean of noise is that much smaller than its root mean square. Muon goes on moving by a full step in every direction. Only the schedule makes its steps smaller, so it depends on the schedule more than Adam does ([chapter 14](14_schedule.py)).
 
 # %%
 seen = torch.zeros(50, 16, dtype=torch.float64)
@@ -1057,7 +1057,7 @@ assert best >= ours - 1e-3, (
     f"a random step of length 1 lowers the product to {best}, yours to {ours}"
 )
 
-# %%
+# %% tags=["remove-cell"]
 import shutil
 
 shutil.rmtree(scratch)

@@ -20,7 +20,7 @@
 #
 # ## The problem
 #
-# A step of record 89 takes 31.4 ms in the first third of its log, 56.9 ms in the second, 82.6 ms in the last. The merged run has 1,285 steps, and eight of its settings change while it runs. What if nothing changed, and every step were like the last?
+# A step of record 89 takes 31.4 ms in the first third of its log, 56.9 ms in the second, 82.6 ms in the last. The merged run has 1,285 steps, and eight of its settings change while it runs, by a schedule of their own. (More follows from those: embedding and head untie, and attention's scale and frequencies go with the windows.) What if nothing changed, and every step were like the last?
 
 # %%
 from speedrun.lab.tier import choose_tier
@@ -130,7 +130,7 @@ print(", ".join(f"{ratio}^{power} = {factor:.2f}" for (ratio, power), factor in 
 #
 # ### Why the batch should grow
 #
-# Put the best rate back. A step then gains $\lVert g\rVert^2/2h$ times $B/(B + B^*)$. At the noise scale half of the gain is lost to noise. Far below it every token counts in full; far above it more tokens buy nothing. As training goes on, what is left to learn becomes small beside the noise, so $B^*$ grows; the fit below says so. A batch that is too large for the beginning is too small for the end.
+# Put the best rate back. A step then gains $\lVert g\rVert^2/2h$ times $B/(B + B^*)$. At the noise scale half of the gain is lost to noise. Far below it every token counts in full; far above it more tokens buy nothing. As training goes on, what is left to learn becomes small beside the noise, so $B^*$ grows; the fit below says so. So one batch size is too large at first and too small at the end.
 #
 # How large is $B^*$ here? Years before the contest, a fit to many language models gave $2\cdot10^8$ tokens divided by the loss to the power $1/0.21$ {cite}`kaplan2020`. It was made on another text, with Adam. Record 89's log has the loss every 250 steps; between them we draw a line.
 
@@ -156,11 +156,11 @@ row = f"{jumps[0]:.2f} and {jumps[1]:.2f}, together {math.prod(jumps):.2f}"
 print(f"where the batch grows the rate should jump by {row}")
 
 # %% [markdown]
-# Each of the three batches, when its third ends, is at a little more than half of what the fit calls the noise scale. That may be luck: the thirds begin at 55, 1.2 and 0.8 of their noise scales, and by exercise 1 the three batches suit larger ones. The jumps that the derivation asks for are 1.20 and 1.13. The record's will turn out to be 1.52 and 1.13, of which nobody chose the second: two powers and a line leave it. (The derivation knows no momentum, which averages noise away before the step, and takes the curvature to be the same along the signal and the noise.)
+# Each of the three batches, when its third ends, is at a little more than half of what the fit calls the noise scale. That may be luck. The thirds begin at 55, 1.2 and 0.8 noise scales; and by step times alone (exercise 1) the three batches would be best at noise scales several times the fitted ones. The jumps that the derivation asks for are 1.20 and 1.13. The record's will turn out to be 1.52 and 1.13, of which nobody chose the second: two powers and a line leave it. (The derivation knows no momentum, which averages noise away before the step, and takes the curvature to be the same along the signal and the noise.)
 #
 # ### Rate and batch do the same work
 #
-# One step is not a training. So take the simplest whole training that can be computed without rolling dice. Sixty directions with curvatures $h_i$ between 1 and a thousandth, all starting at distance 1, and a gradient whose noise is larger where the curvature is, of variance $\nu h_i / B$. A step of gradient descent turns the expected squared distance $v_i$ into
+# One step is not a training. So take the simplest whole training that can be computed in closed form. Sixty directions with curvatures $h_i$ between 1 and a thousandth, all starting at distance 1, and a gradient whose noise is larger where the curvature is, of variance $\nu h_i / B$. A step of gradient descent turns the expected squared distance $v_i$ into
 #
 # $$
 # v_i \leftarrow (1 - \eta h_i)^2\, v_i + \eta^2 \nu h_i / B,
@@ -186,14 +186,14 @@ def final_loss(peaks, shape, batches, noise):
 
 ones = torch.ones(steps, dtype=torch.float64)
 walkers = torch.ones(tier.pick(cpu=2000, gpu=200_000), 60, dtype=torch.float64, device=tier.device)
-h, dice = curvature.to(tier.device), torch.Generator(tier.device).manual_seed(0)
+h, random = curvature.to(tier.device), torch.Generator(tier.device).manual_seed(0)
 for _ in range(steps):
-    luck = torch.randn(walkers.shape, generator=dice, dtype=torch.float64, device=tier.device)
+    luck = torch.randn(walkers.shape, generator=random, dtype=torch.float64, device=tier.device)
     walkers -= 0.05 * (h * walkers + (10 * h).sqrt() * luck)
 walked = 0.5 * (h * walkers.square()).sum(-1).mean().item()
 (exact,) = final_loss(torch.tensor([0.05]), ones, ones, 10).tolist()
 assert abs(walked / exact - 1) < 0.03
-print(f"computed {exact:.3f}; {len(walkers):,} trainings with dice {walked:.3f}")
+print(f"computed {exact:.3f}; {len(walkers):,} simulated trainings {walked:.3f}")
 
 # %% [markdown]
 # With so many tokens and so many steps, how large should each batch be? The noise of step $t$ adds $c_t / B_t$ to the final loss, where $c_t = \tfrac12\nu\eta_t^2\sum_i h_i^2\prod_{s>t}(1-\eta_s h_i)^2$: what comes in, times what later steps leave of it. To minimise $\sum c_t/B_t$ at a fixed sum of $B_t$, make $B_t$ proportional to $\sqrt{c_t}$:
@@ -258,7 +258,7 @@ assert max(sums) / min(sums) < 1.002 and max(distances) / min(distances) < 1.001
 print("rates that add up to 9: starting distance leaves", [f"{loss:.3f}" for loss in distances])
 
 # %% [markdown]
-# So on top of a rate that falls well, a schedule of batches should work no miracles. What do thirds of one, two, three bring, against equal batches, if the rate falls over the last 60%, and with a growing batch stays, follows its root, or follows the batch itself? Every peak is tuned for itself.
+# So on top of a rate that falls well, a schedule of batches should bring little, in this toy. What do thirds of one, two, three bring, against equal batches, if the rate falls over the last 60%, and with a growing batch stays, follows its root, or follows the batch itself? Every peak is tuned for itself.
 
 # %%
 THIRDS = {name: torch.tensor(n) for name, n in {"growing": (1, 2, 3), "equal": (2, 2, 2)}.items()}
@@ -310,7 +310,7 @@ print(f"when the batch doubles, a step's best rate grows by {min(follow):.2f} or
 # %% [markdown]
 # The toy is plain gradient descent, and at all three noises its growing batches stay below the noise scale, which is 4 to 500 times as large. For a single step the rate should follow the batch nearly in proportion, each time. For the training it should only where there is hardly anything but noise, and there the order of the batches brings nothing. Where there is little, the rate should stay; in between, staying and following the root tie. In these two cases a rate in proportion to the batch takes back nine tenths and half of what the growing batch has done. Of optimizers that divide by the gradient's length the toy says nothing.
 #
-# Record 46, with the power 0.6, a longer fall and a lower rate for Muon, needed 65 steps fewer of 2,225, which is 1.8 seconds by its own account; which of them did it was not taken apart.
+# Record 46, with the power 0.6, a longer fall and a lower rate for Muon, needed 65 steps fewer of 2,225, which is 1.8 seconds by its own account; which of them did it was not taken apart. In `record_200m`, the second third's batch and rate throughout, for as many tokens and steps, cost 0.019 and 0.017 nats (two seeds, [chapter 24](24_speedrun.py)), more than ten times the standard deviation of the runs that have everything.
 #
 # ### Travel first, then come down
 #
@@ -367,8 +367,8 @@ assert len(COOLDOWN) - 1 == 15 and max(COOLDOWN.values()) == COOLDOWN[73] == 0.6
 figure_style()
 fig, axis = plt.subplots(figsize=(5.5, 2.9))
 for name, history in {
-    "its fall, share of the steps": COOLDOWN,
-    "its floor, share of the peak": FLOOR,
+    "cooldown, share of the steps": COOLDOWN,
+    "final rate, share of the peak": FLOOR,
 }.items():
     records = [*history, 89]
     axis.step(records, [*history.values(), [*history.values()][-1]], where="post", label=name)
@@ -376,7 +376,7 @@ axis.set_xlabel("record")
 axis.set_ylim(-0.02, 0.75)
 axis.yaxis.set_major_formatter("{x:.0%}")
 axis.legend(loc="upper left")
-axis.set_title(f"the fall of the rate: from {COOLDOWN[4]:.0%} to {COOLDOWN[73]:.0%} of the steps")
+axis.set_title(f"cooldown: from {COOLDOWN[4]:.0%} to {COOLDOWN[73]:.0%} of the steps")
 plt.show()
 
 # %%
@@ -408,7 +408,7 @@ assert abs(lengths[89][1] / lengths[89][0] / 524_288 - 0.5) < 0.01, "half the ba
 #
 # ### One table for a run
 #
-# In record 89 eight settings depend on the step: batch, learning rate, momentum, the cap on the length of a document, two attention windows (most layers look back over a short stretch, two over a long one), the weights of the tokens that the model has to predict ahead (*multi-token prediction*, record 53), and the weight of an extra target: the longest beginning of the right token, shorter than it, that is a token itself (record 88). Ours has a ninth, the number of words in the loss's softmax (`candidates`, [chapter 19](19_head_and_loss.py)). Written into the loop they would be as many `if`s with as many ideas of where a third begins. Written as data they are a list of **stages**, which can be plotted, resumed in the middle, and compiled for each shape before the clock starts. After the three thirds come a few steps at the lowest rate, the *extension*. GPT-2 has one stage, in which only the learning rate changes; that is the default:
+# In record 89 eight settings depend on the step: batch, learning rate, momentum, the cap on the length of a document, two attention windows (most layers look back over a short stretch, two over a long one), the weights of the tokens that the model has to predict ahead (*multi-token prediction*, record 53), and the weight of an extra target: the longest beginning of the right token, shorter than it, that is a token itself (record 88). Ours has a ninth, from record 92 (\@devenpzak): the number of candidates, that is of vocabulary entries over which the training loss's softmax runs (*sampled softmax*, [chapter 19](19_head_and_loss.py)). Written into the loop they would be as many `if`s with as many ideas of where a third begins. Written as data they are a list of **stages**, which can be plotted, resumed in the middle, and compiled for each shape before the clock starts. After the three thirds come a few steps at the lowest rate, the *extension*. GPT-2 has one stage, in which only the learning rate changes; that is the default:
 
 # %%
 #| default_exp schedule
@@ -448,7 +448,7 @@ class Stage:
     windows: tuple[NonNegativeInt, NonNegativeInt] = (0, 0)
     """How many tokens short and long attention look back; 0: all."""
     candidates: Annotated[int, Interval(ge=0, le=2**24)] = 0
-    """Words that the training loss's softmax runs over (sampled softmax, chapter 19), a multiple of 16; 0: all. Wants model.head.fp8."""
+    """Candidates: vocabulary entries that the training loss's softmax runs over (sampled softmax, chapter 19), a multiple of 16; 0: all. Wants model.head.fp8."""
     mtp_weights: tuple[tuple[NonNegativeFloat, ...], tuple[NonNegativeFloat, ...]] = (
         (1.0,),
         (1.0,),
@@ -487,7 +487,7 @@ class ScheduleConfig:
 
 
 # %% [markdown]
-# Record 89, whole, but for its base rates, its first batch and its highest momentum:
+# Record 89, whole, but for its base rates, its first batch, its highest momentum and its windows at validation:
 
 # %%
 from dataclasses import replace
@@ -502,6 +502,8 @@ TABLE_89 = ScheduleConfig(0, "trapezoid", 0.6, 0.15, 0.85, (300, 50), 2 / 3, 15,
 assert ScheduleConfig().stages == (Stage(),)
 
 # %% [markdown]
+# The preset `record` has these thirds, rates, caps and windows, but no extra targets, 10,240 candidates in the first two thirds, and an extension of 40 steps (10 in `record_200m`).
+#
 # Where do the stages begin? At the rounded multiples of their durations, so that no step is lost or done twice.
 
 
@@ -587,7 +589,7 @@ def loss_weights(schedule: "Schedule", step: int) -> tuple[tuple[float, ...], fl
 
 
 # %% [markdown]
-# All of it together is what a step is told. The loader takes the batch and the cap, the optimizer the rates (the matrices' is a fixed multiple of the other), momentum and whether to untie the head, the forward pass windows and loss weights:
+# `StepSettings` holds all settings of one step. The loader takes the batch and the cap, the optimizer the rates (the matrices' is a fixed multiple of the other), momentum and whether to untie the head, the forward pass the windows and the number of candidates. No model of this book predicts more than the next token, so `check_config` refuses `mtp_weights` and `prefix_weight` ([chapter 22](22_config.py)); they are here so that record 89's table can be written down whole.
 
 
 # %%
@@ -1013,8 +1015,8 @@ axis.xaxis.set_major_formatter("{x:.0%}")
 axis.set_xticks([float(arm) for arm in trapezoids])
 axis.legend()
 axis.set_title(
-    f"higher than the lowest, over {float(best):.0%} of the steps (p < 0.01):\n"
-    f"falls over {' and '.join(f'{float(arm):.0%}' for arm in worse)}"
+    f"cooldowns over {' and '.join(f'{float(arm):.0%}' for arm in worse)} of the steps, and the cosine,\n"
+    f"end higher than one over {float(best):.0%} (p < 0.01)"
 )
 plt.show()
 
@@ -1025,7 +1027,7 @@ plt.show()
 #
 # ## What it costs, and when it fails
 #
-# In code it costs a table and a handful of functions; in freedom, more. Every number here was tuned for a run of this length; cut the run by a tenth, and the fall and the stages shrink with it, while momentum's 300 and 50 steps and the extension's 15 stay. Whether either is right was not measured here. A stage with another batch or window is another shape, which has to be compiled and warmed up beforehand, or the clock pays for it ([chapter 23](23_training_loop.py)). And schedules hide each other. A rate that falls too late looks like a batch that is too small; both leave noise, as too little averaging does.
+# In code it costs a table and a handful of functions; in freedom, more. Every number here was tuned for a run of this length; cut the run by a tenth, and the fall and the stages shrink with it, while momentum's 300 and 50 steps and the extension's 15 stay. Whether either is right was not measured here. Another window or number of tokens compiles nothing in this trainer, but every stage is recorded as a CUDA graph of its own before the clock starts ([chapter 16](16_compile.py)); upstream compiles anew for each. And schedules hide each other. A rate that falls too late looks like a batch that is too small; both leave noise, as too little averaging does.
 #
 # A new idea that needs less forgetting at the end, or more, will look good or bad under somebody else's fall. Whoever changes an optimizer should try two or three falls before believing the difference.
 #

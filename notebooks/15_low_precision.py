@@ -15,12 +15,12 @@
 #
 # ```{admonition} Cost box
 # About half a minute on two CPU cores, where Triton's interpreter runs the kernel; on one GPU of compute capability 8.9 or later it is compiled, and the products are real ones. Nothing here is timed.
-# Record 10, all of the model in bfloat16: \@kellerjordan0. Record 19, the first matrix in eight bits: \@YouJiacheng. Record 57: \@classiclarryd, \@YouJiacheng, \@ChrisJMcCormick. Record 67: \@andrewbriand8. Record 84: \@sisovicm. Record 89: \@Mister-dev-oss, \@CerovazS, \@MarioPaerle, \@GabrieleCirillo, \@crisostomi. Record 90: \@theonlyglitch_. Record 92: \@devenpzak. The two formats are those of Micikevicius and others {cite}`micikevicius2022`.
+# Record 10, all of the model but the matrices' master weights in bfloat16: \@kellerjordan0. Record 19, the first matrix in eight bits: \@YouJiacheng. Record 57: \@classiclarryd, \@YouJiacheng, \@ChrisJMcCormick. Record 67: \@andrewbriand8. Record 84: \@sisovicm. Record 89: \@Mister-dev-oss, \@CerovazS, \@MarioPaerle, \@GabrieleCirillo, \@crisostomi. Record 90: \@theonlyglitch_. Record 92: \@devenpzak. The two formats are those of Micikevicius and others {cite}`micikevicius2022`.
 # ```
 #
 # ## The problem
 #
-# The matrix that turns a vector into 50,304 logits does **a third** of the operations that the record's matrices do. A pass of 49,152 tokens needs it three times, forward, for the gradient of its input and for its own, and that takes **11.5 ms** if an H100 reaches the 989 TFLOP/s which its data sheet promises for bfloat16. A whole step of record 89 takes 57 ms. For numbers of eight bits the same sheet promises 1,979, twice as many.
+# The matrix that turns a vector into 50,304 logits does **a third** of the operations that the record's matrices do. A pass of 49,152 tokens needs it three times, forward, for the gradient of its input and for its own, and that takes **11.5 ms** if an H100 reaches the 989 TFLOP/s which its data sheet promises for bfloat16. A step of record 89 with so many tokens on each GPU, in its last third, takes 83 ms. For numbers of eight bits the same sheet promises 1,979, twice as many.
 
 # %%
 from speedrun.lab.tier import choose_tier
@@ -57,7 +57,7 @@ print(
 
 # %% [markdown]
 # ```{admonition} Prediction
-# Of a number's digits the eight-bit format keeps three behind the leading one. So rounding to the nearest is wrong by up to a sixteenth, 6%. A logit is a sum of 768 products of two such numbers. **How wrong is the sum: 6%, because that is how wrong its parts can be? Or 6% divided by $\sqrt{768}$, which is 0.2%, because errors average out?** And does a sum of 50,304 products fare better or worse? Write two numbers down.
+# Of a number's binary digits the eight-bit format e4m3 keeps three, its *mantissa bits*, behind the leading one. So rounding to the nearest is wrong by up to a sixteenth, 6%. A logit is a sum of 768 products of two such numbers. **How wrong is the sum: 6%, because that is how wrong its parts can be? Or 6% divided by $\sqrt{768}$, which is 0.2%, because errors average out?** And does a sum of 50,304 products fare better or worse? Write two numbers down.
 # ```
 #
 # ## The idea
@@ -104,7 +104,7 @@ for dtype, layout in FORMATS.items():
     print(f"{str(dtype)[6:]:14} {len(ours):6} codes, {len(numbers[dtype]):6} numbers above 0: from 2^{math.log2(least):.0f} (normal from 2^{math.log2(normal):.0f}) to {largest:.4g}, {doublings:.0f} doublings; next after 1: {1 + torch.finfo(dtype).eps}")  # fmt: skip
 
 # %% [markdown]
-# All codes agree with PyTorch's. Bfloat16 is float32 with sixteen digits cut off, so it has float32's range and nobody needs to think about scales. With eight bits one has to choose. E4m3 has three digits and eighteen doublings between its least number and its largest, 448. E5m2 has two digits and 32 doublings, as many as float16 up to the last few: an e5m2 number is the upper byte of one in float16. Neither is more than a logarithmic table with eight or four entries for each doubling.
+# All codes agree with PyTorch's. Bfloat16 is float32 with sixteen digits cut off, so it has float32's range and nobody needs to think about scales. With eight bits one has to choose. E4m3 has three digits and eighteen doublings between its least number and its largest, 448. E5m2 has two digits and 32 doublings. It has float16's exponents: an e5m2 number is the upper byte of one in float16. Neither is more than a logarithmic table with eight or four entries for each doubling.
 #
 # ### What has to fit
 #
@@ -190,7 +190,7 @@ assert lost[torch.bfloat16] == 0 and x.abs().max() < 448 and 0.1 < below < 0.5
 print(f"of the weights {below:.0%} are subnormal in e4m3 as they stand")
 
 # %% [markdown]
-# The vectors would fit, since a norm has just been applied to them. The weights lie at the lower end, where digits get lost. The gradient is a mean over the batch, so it is divided by the number of tokens, and nearly all of it lies below everything that e4m3 has. But it is not wide; it is in the wrong place. Multiplied by a suitable number it would fit.
+# The vectors would fit, since a norm has just been applied to them. The weights lie at the lower end, where digits get lost. The gradient is a mean over the batch, so it is divided by the number of tokens, and nearly all of it lies below everything that e4m3 has. It is the widest of the three, some sixteen doublings, but it is mostly in the wrong place: multiplied by a suitable number nearly all of it would fit.
 #
 # ### Scales
 #
@@ -292,7 +292,7 @@ axis.set_ylabel("relative error")
 axis.legend(loc="upper center")
 inside = {label: [shift for shift, off in zip(shifts, found) if off < 1.2 * min(found)] for label, found in curves.items()}  # fmt: skip
 widths = {label: kept[-1] - kept[0] for label, kept in inside.items()}
-fig.suptitle(f"left numbers are clipped, right they underflow; between lie {min(widths.values())} to {max(widths.values())} doublings")  # fmt: skip
+fig.suptitle(f"the error stays within a fifth of its least over {min(widths.values())} to {max(widths.values())} doublings of the scale\n(left of them numbers are clipped, right of them they underflow)")  # fmt: skip
 plt.show()
 
 # %%
@@ -328,7 +328,7 @@ assert min(clips[1.0].values()) > 10
 print("largest growth in a step, from the first on:", {name: f"{ratios.max():.2f}" for name, ratios in growth.items()})  # fmt: skip
 
 # %% [markdown]
-# Without a margin something would be clipped in many steps, and with a small one weights never would. The beginning is another matter, so record 89 takes exact scales for its weights in the first sixteen steps.
+# After the first twenty steps, which are not counted here, something would be clipped in many steps without a margin, and nothing at all with one of 1.12. Before that the largest number grows much faster, so record 89 takes exact scales for its weights in the first sixteen steps.
 #
 # One scale may also stand for each *row*, as long as the sum does not run over rows: $s_a$ becomes $s_{a,i}$ and still goes in front. It pays where the rows' lengths differ by more than the plateau is wide, and only there:
 
@@ -349,9 +349,9 @@ assert worst["W"][1] > 0.8 * worst["W"][0], "W gains nothing"
 assert worst["rows over 20 doublings"][0] > 0.3 and worst["rows over 20 doublings"][1] < 0.04
 
 # %% [markdown]
-# ### Every matrix, twice
+# ### Two layouts of every matrix
 #
-# The matrix units of Hopper and Ada multiply numbers of eight bits only if in *both* operands the dimension that is summed over is the one whose numbers lie side by side in memory. (For sixteen bits Hopper's take either order.) A matrix that is used forward and backward is summed over in both of its dimensions:
+# The matrix units of Hopper and Ada (*Tensor Cores*) multiply numbers of eight bits only if in *both* operands the dimension that is summed over is the one whose numbers lie side by side in memory. (For sixteen bits Hopper's take either order.) A matrix that is used forward and backward is summed over in both of its dimensions:
 #
 # | product | summed over | first operand, by rows | second operand, by rows |
 # | --- | --- | --- | --- |
@@ -363,7 +363,7 @@ assert worst["rows over 20 doublings"][0] > 0.3 and worst["rows over 20 doubling
 #
 # ## The code
 #
-# A program takes a block of 64 × 64. It may also multiply each row by a factor of its own, for a kernel of [the loss](08_logits.py) that does not know a row's softmax sum before it has been through the row: the gradient is divided by that sum afterwards.
+# A program takes a block of 64 × 64. (*Program*, block and mask are Triton's words; [chapter 17](17_norm_and_rotary.py) begins with its smallest kernel.) It may also multiply each row by a factor of its own, for a kernel of [the loss](08_logits.py) that does not know a row's softmax sum before it has been through the row: the gradient is divided by that sum afterwards.
 
 
 # %%
@@ -586,7 +586,7 @@ for axis, case in zip(axes, ("either sign", "one sign")):
 axes[0].set_ylabel("relative error")
 fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
 at_768 = LENGTHS.index(768)
-fig.suptitle(f"at 768 the error is {measured['either sign', 'e4m3 × e4m3'][at_768]:.1%} or {measured['one sign', 'e4m3 × e4m3'][at_768]:.2%}; fast accumulation takes {measured['one sign', 'fast'][-1]:.0%} off a long sum of one sign")  # fmt: skip
+fig.suptitle(f"e4m3 × e4m3, 768 terms: {measured['either sign', 'e4m3 × e4m3'][at_768]:.1%} off for either sign, for one sign {measured['one sign', 'e4m3 × e4m3'][at_768]:.2%}; fast accumulation takes {measured['one sign', 'fast'][-1]:.0%} off a long sum of one sign")  # fmt: skip
 plt.show()
 
 # %%
@@ -615,7 +615,7 @@ assert 0.003 < measured["either sign", "fast"][-1] < 0.015
 print(f"the mean of positive numbers falls by {shrunk:.2%} when they are rounded to e4m3")
 
 # %% [markdown]
-# For products of either sign the error is about 4%, at any length: less than the worst case, and almost twenty times more than 6% over $\sqrt{768}$. For products of one sign it is 0.3% at 768, and falls with the length. It does not fall for ever, since only chance averages out. At each power of two the gap doubles: numbers are rounded down to it from half a wide gap above, and up to it from half a narrow gap below. So magnitudes shrink a little, by $2^{-4-2m}$ if they are evenly spread within each doubling, which is a thousandth at most in e4m3.
+# For products of either sign the error is about 4%, at any length: less than the worst case, and almost twenty times more than 6% over $\sqrt{768}$. For products of one sign it is 0.3% at 768, and falls with the length. It does not fall for ever, since only chance averages out. Rounding is fair where numbers are spread evenly within a doubling: what is lost at its lower end, where numbers are rounded down across half a wide gap, is made up for at its upper end. But small numbers are usually more frequent than large ones, so a little more is rounded down than up. Numbers that are spread evenly on a logarithmic scale shrink by $2^{-2m}/48$, 0.03% in e4m3; normal ones by about twice as much.
 #
 # Does the formula hold for the model's three products, too?
 
@@ -647,13 +647,13 @@ print(f"{of_targets:.0%} of the squared gradient is in one entry a row; with tha
 # %% [markdown]
 # For the logits and $dx$ it does, nearly. Logits are sums whose terms agree. In $dx$ nothing agrees, and one factor has but two digits. In $dW$ the error is larger than chance would have it, since rounding is no chance: equal numbers get equal errors, and where many tokens have nearly the same gradient, these add up.
 #
-# And nearly all of the gradient is in *one* entry of each row, that of the word which came. Its $p - 1$ is large where all other $p$ are small. Left out of the eight bits and added exactly, which takes as many numbers as there are tokens, it halves the error and more. No record up to 92 does so, as far as we have read.
+# And nearly all of the gradient is in *one* entry of each row, that of the word which came. Its $p - 1$ is large where all other $p$ are small. Left out of the eight bits and added exactly, which takes as many numbers as there are tokens, it halves the error and more. No record up to 92 does so, as far as we have read; [chapter 19](19_head_and_loss.py)'s kernel does.
 #
 # Fast accumulation adds next to nothing to a sum of 768 with either sign. In a long sum of one sign it is a disaster. The sum so far grows, and with it the last digit that is kept, until whole products lie below it and vanish. The gradients' products are sums over 50,304 words and 49,152 tokens, of both kinds in one. So record 89 accumulates fast in the forward product of the head and slowly in the backward ones; record 92's author reports NaN otherwise, and a pull request on kernels found fast backward sums too inaccurate {cite}`moddednanogpt`. `fp8_matmul` is slow always.
 #
 # ## What it buys
 #
-# Times are the public records' {cite}`moddednanogpt`, on eight H100s. We have not yet trained with this module; [the trainer](23_training_loop.py) does not import it.
+# Times are the public records' {cite}`moddednanogpt`, on eight H100s. What this module brings in our own runs is measured with the kernels that use it: the MLP's in [chapter 18](18_fused_mlp.py), the head's in [chapter 19](19_head_and_loss.py).
 
 # %%
 for n, what in ((10, "model in bfloat16"), (19, "head in FP8"), (57, "Muon's weights in bfloat16, mantissa kept"), (67, "loss kernel writes the gradient in FP8"), (84, "MLP's first matrix, forward"), (89, "MLP's second matrix, forward"), (90, "MLP backward, and queries, keys, values")):  # fmt: skip
@@ -669,7 +669,7 @@ assert int(ladder[19]["tokens_per_step_start"]) == 8 * 65_536
 print(f"record 19: a step is {faster:.1f} ms shorter; by count the head saves {counted:.1f}")
 
 # %% [markdown]
-# Record 10 is the plainest: everything in sixteen bits saved 24 s and took 42 steps more. In record 19 each GPU read 65,536 tokens a step, so by the data sheet's rates the head should have saved 7.7 ms of a step. It became 12 ms shorter. The units reach less than the sheet says, at sixteen bits as at eight, so a halving is worth more than counted; and the same record changed the cap and the schedule, which cost or gain something, too.
+# Record 10 is the plainest: everything but the master weights of the matrices in sixteen bits saved 24 s and took 42 steps more. In record 19 each GPU read 65,536 tokens a step, so by the data sheet's rates the head should have saved 7.7 ms of a step. It became 12 ms shorter. The units reach less than the sheet says, at sixteen bits as at eight, so a halving is worth more than counted; and the same record changed the cap and the schedule, which cost or gain something, too.
 #
 # Afterwards less was left to gain. Forward products in the MLP gave half a second and 0.8 s (records 84 and 89). Record 89's authors report 0.0001 more loss, which their runs cannot tell from nothing. Record 90 has the backward pass as well: by its author's own comparison 3.8 s less, narrower queries and keys included. In record 92 the author took eight bits away from MLP and the head's copies: 5.0 s more, at a loss that was lower by 0.0004 (two runs) {cite}`moddednanogpt`.
 #
@@ -713,7 +713,7 @@ assert random_dx > 1.2 * off["dx"] and random_dw < off["dW"]
 print(f"dx is off by {random_dx:.1%} instead of {off['dx']:.1%}, dW by {random_dw:.1%} instead of {off['dW']:.1%}")  # fmt: skip
 
 # %% [markdown]
-# One gradient is worse for it, the other hardly better. Other attempts are public {cite}`moddednanogpt`. A pass of its own that turns a matrix round cost record 92's author 10.7 s. A pull request on record 89 found the MLP's own gradients in eight bits not worth it without turned copies that a kernel writes on the way. And stale scales for a weight or a gradient clip, and what is clipped is fed on, says the author of record 90, who takes exact ones there.
+# One gradient's error grows by a third, the other's falls by a quarter. Other attempts are public {cite}`moddednanogpt`. A pass of its own that turns a matrix round cost record 92's author 10.7 s. A pull request on record 89 found the MLP's own gradients in eight bits not worth it without turned copies that a kernel writes on the way. And stale scales for a weight or a gradient clip, and what is clipped is fed on, says the author of record 90, who takes exact ones there.
 #
 # ## Exercises
 #
@@ -764,4 +764,4 @@ for name, values in amax.items():
 # %% [markdown]
 # ## Since then
 #
-# Records 84 and 89 took eight bits from the head to the MLP's forward products, record 90 to its backward ones and to queries, keys and values, with e4m3 even for gradients there. Record 92 has the logits themselves in e4m3, and in the head as in the MLP both copies of each matrix ready-made. The output projection of attention, the embedding, and all that Muon does are in sixteen bits still, and validation is, too. Newer GPUs have blocks of 16 or 32 numbers with a scale each, and formats of four bits; the contest runs on H100s, which have not.
+# Records 84 and 89 took eight bits from the head to the MLP's forward products, record 90 to its backward ones and to queries, keys and values, with e4m3 even for gradients there. Record 92 has the logits themselves in e4m3, and in the head as in the MLP both copies of each matrix ready-made. The output projection of attention, the embedding and the products of Muon are in sixteen bits still, Muon's momentum and Adam's moments in float32; validation is in sixteen bits, too. Newer GPUs have blocks of 16 or 32 numbers with a scale each, and formats of four bits; the contest runs on H100s, which have not.

@@ -15,7 +15,7 @@
 #
 # ```{admonition} Cost box
 # Half a minute on two CPU cores; the same on one GPU, where the graphs are real. Seconds of a start come from a committed measurement on an H200.
-# CUDA graphs for forward and backward pass are record 92's. Compiling repeated parts once is PyTorch's [regional compilation](https://docs.pytorch.org/tutorials/recipes/regional_compilation.html). Where to cut, and the tape below, are this book's own.
+# CUDA graphs of forward and backward pass together are record 92's, \@devenpzak. (Record 24, \@vagrawal, had `torch.compile`'s own; record 25 took them out.) Compiling repeated parts once is PyTorch's [regional compilation](https://docs.pytorch.org/tutorials/recipes/regional_compilation.html). Where to cut, and the tape below, are this book's own.
 # ```
 #
 # ## The problem
@@ -89,13 +89,13 @@ print(f"one of eight GPUs computes its 16,384 tokens of record_200m in about {gp
 print(measured_on(result), "for 49,152 tokens; a third of that is taken here")
 
 # %% [markdown]
-# Four times the tokens take nowhere near four times as long. Drawn to no tokens at all, the line through both does not end at nothing: what is left there is the asking. **To ask for a pass takes a machine a time of the same order as an H200 needs to compute one**: in the first third of the record each of eight GPUs gets 16,384 tokens a step, and has done its part in less than 20 milliseconds. (The comparison is a rough one: this pass is not compiled, and that one is.)
+# Four times the tokens take nowhere near four times as long. Drawn to no tokens at all, the line through both does not end at nothing: what is left there is *launch overhead*. **Launching a pass takes the CPU about as long as an H200 needs to compute one**: in the first third of the record each of eight GPUs gets 16,384 tokens a step, and has done its part in less than 20 milliseconds. (The comparison is a rough one: this pass is not compiled, and that one is; and the time is an upper bound, a third of a pass of the last third, with longer windows and all words.)
 #
 # ```{admonition} Prediction
 # How many times does the pass above call an operator of PyTorch, forward and backward, for eleven layers? `torch.compile` makes one kernel of what lies between two matrix products. **Does that solve the problem?** And a compiled graph is made for certain shapes. How many must be compiled for a schedule with three batch sizes and four pairs of attention windows, if a graph is the whole model, and how few could it do with?
 # ```
 #
-# ## What is called
+# ## Counting operator calls
 #
 # PyTorch can tell. A `TorchDispatchMode` sees every operator that reaches the tensors, those that autograd calls included. The one below does not only count. It keeps what it has seen, each operator with its arguments and its result, and can do all of it again; we shall come back to that. Views, which look at the same memory in another shape, compute nothing and are left out. (An operator's schema marks results that share memory with an argument; if nothing is written there, it is a view.)
 
@@ -151,7 +151,7 @@ assert 2000 < calls < 3500 and loss.item() > 5
 #
 # `torch.compile` takes away most of those calls. It works in four stages. *Dynamo* follows the Python and writes down a graph of operators, with *guards*: facts about the arguments under which this graph is right, such as shapes, and whether gradients are wanted. *AOTAutograd* traces forward and backward together and splits them, deciding what to keep for the backward pass and what to compute again. *Inductor* fuses pointwise work (what treats each number by itself) and reductions, and writes Triton code, or C++ on a CPU. *Triton* compiles that. A call for which all guards fail is compiled anew.
 #
-# Which function to compile? The obvious answer is the model: one graph, with everything in sight of Inductor. It has two costs. Compiling takes time in proportion to the layers, although the record's eleven are nearly alike. And there is a bug. The trainer keeps all layers' matrices, or gains, of one kind in one tensor, a *bank* ([chapter 21](21_model.py)). In a graph that holds a whole bank, Inductor of PyTorch 2.10 to 2.13 fuses two reductions of a norm's backward pass and leaves most of the gradient of gains that are slices of one tensor *unwritten* ([pytorch#193061](https://github.com/pytorch/pytorch/issues/193061)). Nothing fails; training goes on with whatever stood in that memory, and for a while even learns. What gave it away was a loss that rose while the rate fell towards zero, which correct gradients hardly do. A flag switches that fusion off, `triton.mix_order_reduction`, but the contest's third rule forbids flags for `torch.compile` beyond the record's own.
+# Which function to compile? The obvious answer is the model: one graph, with everything in sight of Inductor. It has two costs. Compiling takes time in proportion to the layers, although the record's eleven are nearly alike. And there is a bug. The trainer keeps all layers' matrices, or gains, of one kind in one tensor, a *bank* ([chapter 21](21_model.py)). In a graph that holds a whole bank, Inductor of PyTorch 2.10 to 2.14 at least fuses two reductions of a norm's backward pass and leaves most of the gradient of gains that are slices of one tensor *unwritten* ([pytorch#193061](https://github.com/pytorch/pytorch/issues/193061)). Nothing fails; training goes on with whatever stood in that memory, and for a while even learns. What gave it away was a loss that rose while the rate fell towards zero, which correct gradients hardly do. A flag switches that fusion off, `triton.mix_order_reduction`, but the contest's third rule forbids flags for `torch.compile` beyond the record's own.
 #
 # So the trainer compiles four functions, and calls them again and again: what comes before the layers, a layer's first half (attention), its second half (the MLP), and what comes after ([chapter 21](21_model.py) has them). Slices of the banks are inputs of these graphs, and the bug has nothing to act on: a test on a GPU compares compiled gradients with those of the plain model, in short passes and in long ones.
 #
@@ -280,7 +280,7 @@ for kind, layers in kinds.items():
 assert len(kinds) == 6 and len({spec.attention for spec in model.layout}) == 2
 
 # %% [markdown]
-# Ten: one each for the beginning and the end, two second halves (one behind the layer without attention), and six first halves. They differ in whether something is still to be added (`more`; two layers' outputs are heard again later, and are summed up at once), in attention, value embeddings and skip connection; and in the very first one $x$ and $x_0$ are the same tensor, about which Dynamo makes a guard as well. So, the prediction's second half: windows cost nothing, since they are tensors. Three numbers of tokens are three large graphs, or one with symbols, or ten small ones with symbols. (One large graph with symbols has not been tried on a GPU.) Validation needs the same ten once more, since whether gradients are wanted is guarded.
+# Ten: one each for the beginning and the end, two second halves (one behind the layer without attention), and six first halves. They differ in whether something is still to be added (`more`; two layers' outputs are read again later, and are summed up at once), in attention, value embeddings and skip connection; and in the very first one $x$ and $x_0$ are the same tensor, about which Dynamo makes a guard as well. So, the prediction's second half. If windows are Python numbers, each pair needs a graph of its own, four in all, since each comes with one of the three batches. Here windows cost nothing, since they are tensors. Three numbers of tokens are three large graphs, or one with symbols, or ten small ones with symbols. (One large graph with symbols has not been tried on a GPU.) Validation needs the same ten once more, since whether gradients are wanted is guarded.
 #
 # What would it cost to take the sum at the end of a half? Behind the MLP one tensor more is written and read, in eleven layers; behind attention one is read once more, in ten:
 
@@ -297,7 +297,7 @@ assert 0.6 < extra_ms < 0.75
 # %% [markdown]
 # ## CUDA graphs
 #
-# Compiled, the pass still has several hundred kernels, and Python launches each: our own kernels, products, and what Inductor has made. So compiling does not solve the problem. But from one step to the next *the same* kernels are launched, in the same order. We want what the tape does. Play it again, and the pass is computed, without autograd, without Dynamo's guards and without a line of the model's Python:
+# Compiled, the pass is still many kernels, and Python launches each: our own kernels (about a dozen for each MLP alone, [chapter 18](18_fused_mlp.py)), products, and what Inductor has made. So compiling does not solve the problem. But from one step to the next *the same* kernels are launched, in the same order. We want what the tape does. Play it again, and the pass is computed, without autograd, without Dynamo's guards and without a line of the model's Python:
 
 # %%
 second = random_row(2)
@@ -347,6 +347,8 @@ print(
 # - What makes Python wait for the GPU is refused while recording: `.item()` of a tensor there, a shape that depends on data, a copy from memory that is not pinned.
 #
 # PyTorch can record for us. `torch.compile(mode="reduce-overhead")` records each compiled graph by itself and looks after memory and inputs; between our parts Python would remain, and so would our own operators' launches. `torch.cuda.make_graphed_callables` records a module's forward and its backward pass. We record forward and backward together, autograd and sums of gradients included, as one graph, so that nothing is left to Python but to start it.
+#
+# A *stream*, below, is a queue of kernels: those in one stream run in order, those in different streams may overlap. A *pool* is the memory from which a graph's tensors are taken. (NCCL, which connects GPUs, has a thread of its own: [chapter 20](20_many_gpus.py).)
 
 
 # %%
@@ -419,7 +421,7 @@ class Recorder:
         return result
 
 
-# %%
+# %% tags=["hide-input"]
 on_cpu = Recorder(torch.device("cpu"))
 assert on_cpu.stream is None, "a CPU has no graphs: the function is called"
 doubled = on_cpu("stage 1", lambda a, b: (a * b).sum(), [torch.ones(2), torch.full((2,), 3.0)])
@@ -453,12 +455,12 @@ def can_record(model: GPT, mode: str) -> bool:
     return on_gpu and (model.backend == "triton" or mode == "stream")
 
 
-# %%
+# %% tags=["hide-input"]
 assert not can_record(GPT(config, 288), "documents"), "on a CPU nothing is recorded"
 if tier.device == "cuda":
     assert can_record(model, "stream") and not can_record(model, "documents"), "its backend is sdpa"
 print(
-    f"backend {model.backend} on {device}: recorded in stream mode: {can_record(model, 'stream')}"
+    f"backend {model.backend} on {device}: recorded with data.mode stream: {can_record(model, 'stream')}"
 )
 
 # %% [markdown]
@@ -535,7 +537,7 @@ def compiler_seconds(own_kernels_s: float) -> dict[str, float]:
     }
 
 
-# %%
+# %% tags=["hide-input"]
 
 clocks = compiler_seconds(1.5)
 assert set(clocks) == {"Dynamo", "AOTAutograd", "Inductor", "Triton", "autotuning"}
@@ -585,7 +587,7 @@ def listening(seconds: list[float]):
         knobs.compilation.listener = None
 
 
-# %%
+# %% tags=["hide-input"]
 from types import SimpleNamespace
 
 from speedrun.lab.hardware import find_triton
@@ -647,7 +649,12 @@ def pass_times(folder: str) -> list[dict[str, Any]]:
     now, ways = run.schedule.at(0), {"parts": run.forward, "whole": whole_model(run.model)}
     for ranks in RANKS:
         batches = run.loader.next(131_072 // ranks, now.max_doc_tokens)
-        told = run.ranks.device, config.precision, run.told[now.stage], torch.tensor(now.candidates)
+        told = (
+            run.ranks.device,
+            config.precision,
+            run.told[now.stage],
+            torch.tensor([now.candidates, 8 // ranks]),
+        )
         calls = {}
         for way, forward in ways.items():
             recorder = Recorder(run.ranks.device)
@@ -714,7 +721,7 @@ assert 110 < runs["the whole model, launched"][0] < 130, "two minutes, as said a
 assert 1.005 < ratio[2] < 1.03 and 1.005 < ratio[3] < 1.03, "as printed, one to two per cent"
 
 # %% [markdown]
-# The second line is the trainer's today. The first is an earlier state of it, with the whole model in one graph and everything launched by Python; its schedule had a stage more, in the last third. On two GPUs parts save forty seconds of a start with empty caches, which nobody's clock counts, and cost one or two per cent of each step, which the contest's does.
+# The second line is the trainer's today, but for the order of its warm-up (see *Memory* below). The first is an earlier state of it, with the whole model in one graph and everything launched by Python; its schedule had a stage more, in the last third. On two GPUs parts save forty seconds of a start with empty caches, which nobody's clock counts, and cost one or two per cent of each step, which the contest's does.
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Seconds of a start with empty and with full caches, stacked by imports, building, Dynamo, AOTAutograd, Inductor and Triton, autotuning and the steps."}}
 from matplotlib import pyplot as plt
@@ -765,6 +772,10 @@ assert share > 0.95 and abs(rest[1]) < 1 and min(min(values) for values in stack
 #
 # Thirty graphs are compiled in all: the ten of the forward and backward pass, the same ten for validation, and ten for the optimizer, whose updates have one for each bank of weights.
 #
+# ## What it buys
+#
+# A start with empty caches is forty seconds shorter, which no clock of the contest counts. On the clock we have measured nothing yet: on two GPUs a pass has 49,152 or 65,536 tokens, and the GPU is the slower of the two. Record 92's author puts what the graphs of forward and backward pass save at 3.0 seconds of 34, on eight H100s (two runs).
+#
 # ## What it costs, and when it fails
 #
 # - **Memory.** A CUDA graph keeps the memory of its pass for itself as long as it lives. All stages' graphs share a pool. The runs above recorded each stage right after its own first passes, which stood beside the pool of the stages before, so that the most that was ever reserved grew by a quarter. Since then all plain passes come first, and their memory is given back before anything is recorded; what that saves, no run has shown yet.
@@ -797,7 +808,7 @@ assert abs(answer - 10.0) < 1e-9, (
 answer = python_bound(1000, 10.0, 25.0)
 assert abs(answer - 25.0) < 1e-9, f"here the GPU is the slower one, with 25 ms, not {answer:g}"
 print(
-    f"the pass above, by Python: {python_bound(calls, us_each, gpu_ms):.0f} ms; from a graph: {python_bound(1, us_each, gpu_ms):.0f}"
+    f"Python's part of the pass above: {calls * us_each / 1000:.1f} ms, an H200's {gpu_ms:.1f}; from a graph a step takes {python_bound(1, us_each, gpu_ms):.1f}, and with three times as many calls by Python {python_bound(3 * calls, us_each, gpu_ms):.1f}"
 )
 
 # %% [markdown]

@@ -15,7 +15,7 @@
 #
 # ```{admonition} Cost box
 # A quarter of a minute on two CPU cores, where Triton's interpreter runs the kernels at small shapes; on one GPU they are compiled. Times come from committed measurements on H200s.
-# RMS norm of queries and keys is record 5's ([chapter 05](05_modern_block.py)), rotary embeddings are Su and others' ([chapter 06](06_rotary.py)). One kernel each way for norm, rotation and layout: record 90, \@theonlyglitch_. The kernels below, and the gradient from the turned vectors, are this book's own.
+# RMS norm of queries and keys is record 5's, \@Grad62304977 and \@kellerjordan0 ([chapter 05](05_modern_block.py)); rotary embeddings are Su and others', half-truncated they are record 17's, \@YouJiacheng ([chapter 06](06_rotary.py)). One kernel each way for norm, rotation and layout: record 90, \@theonlyglitch_. The kernels below, and the gradient that is computed from the rotated vectors, are this book's own.
 # ```
 #
 # ## The problem
@@ -84,7 +84,7 @@ print(f"pointwise, gathers and scatters: {around:.1f} of {before['wall']:.1f} ms
 #
 # ### Why did the compiler not find this?
 #
-# It does fuse norm and rotation. Three things it does not do. It differentiates what it is given, and does not know that rotations preserve inner products. It recomputes cosines and sines inside each kernel, because a recomputed cosine costs no memory. And between two operators that it cannot see into it has to make every tensor that autograd asks for:
+# It does fuse norm and rotation. Two things it does not do. It differentiates what it is given, and does not know that rotations preserve inner products. And what stands between our own operators (`custom_op`s, into which the compiler cannot look) it has to write to memory. So it matters how a tensor was picked out of another, because that decides what its gradient is:
 
 # %%
 import torch
@@ -104,9 +104,9 @@ assert of_squeezed.data_ptr() == base.data_ptr() != of_picked.data_ptr(), "a vie
 #
 # ## The code
 #
-# ### A first kernel
+# ### Triton, from the smallest kernel
 #
-# A Triton kernel is a function that runs many times at once. Each instance, a *program*, asks for its number, computes which block of the data is its own, loads the block, computes on it as on a small tensor, and stores it. Sizes of blocks are powers of two and known when the kernel is compiled (`constexpr`). What lies beyond the edge of the data is masked. Here each program scales four rows to a root mean square of one. `X` is a pointer to the first number, so that adding offsets to it gives pointers to the others; `tl.load(pointers, mask, 0.0)` reads where the mask is true; and `norm_rows[(3,)]` launches a grid of three programs:
+# Chapters [11](11_attention_backends.py) and [15](15_low_precision.py) have used Triton; here is its smallest kernel, in full. A Triton kernel is a function that runs many times at once. Each instance, a *program*, asks for its number, computes which block of the data is its own, loads the block, computes on it as on a small tensor, and stores it. Sizes of blocks are powers of two and known when the kernel is compiled (`constexpr`). What lies beyond the edge of the data is masked. Here each program scales four rows to a root mean square of one. `X` is a pointer to the first number, so that adding offsets to it gives pointers to the others; `tl.load(pointers, mask, 0.0)` reads where the mask is true; and `norm_rows[(3,)]` launches a grid of three programs:
 
 
 # %%
@@ -244,9 +244,9 @@ def norm_rotary_gradient_kernel(
 #| export
 @torch.library.custom_op(f"{NAMESPACE}::norm_rotary", mutates_args=())
 def norm_rotary_op(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int) -> list[Tensor]:
-    """Queries and keys, RMS-normed and turned, and values, (tokens, heads, head_dim) each; and their reciprocal root mean squares (rstd), (2, tokens, heads) float32, through which no gradient flows.
+    """Queries and keys, RMS-normed and rotated, and values, (tokens, heads, head_dim) each; and their reciprocal root mean squares (rstd), (2, tokens, heads) float32, through which no gradient flows.
 
-    qkv: (tokens, 3 · heads · head_dim). cos, sin: (tokens, head_dim / 2) float32. A pair is a number of a head's first half and one of its second. Computed in float32, for heads of a power of two of numbers.
+    qkv: (tokens, 3 · heads · head_dim). cos, sin: (tokens, head_dim / 2) float32. A pair is a number of a head's first half and one of its second. Computed in float32; head_dim must be a power of two.
     """
     tokens, half = len(qkv), qkv.shape[1] // (6 * heads)
     fits = qkv.shape[1] == 6 * heads * half and half & (half - 1) == 0 < half
@@ -482,11 +482,13 @@ def ledger_of(arm: str, folder: str, step: int = 500) -> dict[str, Any]:
         run = build_run(config, Path(scratch), echo=None)
         now = run.schedule.at(step)
         batch = run.loader.next(now.batch_tokens, now.max_doc_tokens)[0]
-        few = None if bf16_head else torch.tensor(now.candidates)
+        few = None if bf16_head else torch.tensor([now.candidates, 1])
         record = partial(run.recorder, now.stage)
         told = run.ranks.device, config.precision, run.told[now.stage], few
         torch.cuda.reset_peak_memory_stats()
         one_pass = partial(accumulate, run.forward, [batch], 8, *told, record=record)
+        one_pass()
+        run.recorder.recording = True
         found = ledger(one_pass, "cuda", 3, RECORD_KINDS)
         peak = torch.cuda.max_memory_allocated() >> 20
     return {
@@ -616,12 +618,12 @@ assert 10 < still < 11 and all(waits[arm] < 0.02 * arms[arm]["ms"]["wall"] for a
 # ## What it costs, and when it fails
 #
 # - **Queries and keys must be normed** and paired in halves. Without QK-norm, with learned positions or with interleaved pairs the model takes PyTorch's way; so does every backend but our own kernel.
-# - **A call of an operator costs Python time.** There are twenty in a pass, and each leaves the compiled graph. When passes were launched kernel by kernel, the GPU waited for that, and the wait took back a part of what these kernels save. Here a pass is replayed from a CUDA graph ([chapter 16](16_compile.py)), and with it the gaps are less than two per cent of a pass in every version. So the pass is shorter by what the kernels save, and not by less.
+# - **A call of an operator costs Python time.** There are twenty in a pass, and each leaves the compiled graph. When passes were launched kernel by kernel, the GPU waited for that, and the wait took back a part of what these kernels save. Here a pass is replayed from a CUDA graph ([chapter 16](16_compile.py)), and with it the gaps are less than two per cent of a pass in every version. So the pass is shorter by what the kernels save, and by the gaps that are gone.
 # - A kernel is code that somebody has to keep. These two and their operators are a hundred lines; what they replace were four lines of PyTorch, and those are still there, as the reference.
 #
 # ## What did not work
 #
-# - **A program for each head.** The first form loaded the cosines and sines of its tokens for each of six heads. They hit the L2 cache, but that traffic is not free: looping over heads inside the program made both kernels faster.
+# - **A program for each head.** The first form loaded the cosines and sines of its tokens for each of six heads. They hit the L2 cache, but that traffic is not free: looping over heads inside the program was faster when it was tried (the factor has not been kept).
 # - **Returning queries, keys and values as one tensor.** Then autograd stacks the three gradients before it calls the backward kernel, a copy as large as the one that the kernel saves.
 # - **Fusing the value embeddings' gate as well** was left alone: five of ten layers have one, and it is a small part of the eleven milliseconds that are left. The largest, when they were last taken apart, was the gradient of the value tables, a scatter of 189 million numbers.
 #
@@ -651,7 +653,7 @@ print(f"a residual add of 768 numbers a token: {bandwidth_ms(2 * 768, 768, 49_15
 
 # %% tags=["solution"]
 def norm_gradient(grad: Tensor, y: Tensor, factor: Tensor, unturn: Any) -> Tensor:
-    """As in the kernel: the norm's part first, from the turned vectors, then back."""
+    """As in the kernel: the norm's part first, from the rotated vectors, then back."""
     inner = (grad * y).mean(-1, keepdim=True)
     return unturn((grad - inner * y) * factor[:, None])
 
@@ -665,12 +667,10 @@ upstream = torch.randn(5, 6, generator=generator, dtype=torch.float64)
 scale_of_rows = (rows_here.square().mean(-1) + EPS).rsqrt().detach()
 answer = norm_gradient(upstream, y.detach(), scale_of_rows, lambda rows: rows @ basis)
 worst = (answer - known).abs().max().item()
-assert worst < 1e-6, (
-    f"the gradient is off by {worst:.1e} for a random orthogonal matrix of six rows"
-)
+assert worst < 1e-6, f"the gradient is off by {worst:.1e} for a random orthogonal 6 × 6 matrix"
 print(f"a random orthogonal matrix in six dimensions: off by at most {worst:.0e}")
 
 # %% [markdown]
 # ## Since then
 #
-# Record 90 norms, rotates, shifts keys by a position, pads heads to the width that FlashAttention wants and rounds to eight bits, all in one kernel each way. Record 92 puts norm and rotation into the epilogue of the product itself. [Chapter 18](18_fused_mlp.py) has products with epilogues, [chapter 11](11_attention_backends.py) the kernel that reads what this one writes.
+# Record 90 norms, rotates, shifts keys by a position, pads heads to the width that FlashAttention wants and rounds to eight bits, all in one kernel each way. Record 92 puts norm and rotation into the epilogue of the product itself, that is what a kernel does to a tile after the product, before it stores it. [Chapter 18](18_fused_mlp.py) has products with epilogues, [chapter 11](11_attention_backends.py) the kernel that reads what this one writes.

@@ -61,7 +61,7 @@ assert 0.33 < share < 0.38 and 1.4 < six_ms < 1.42 and 300 < hidden_mb < 304
 # More than a third of the pass. The products alone would take two thirds of that by the data sheet, and no product reaches the data sheet. The rest is that shortfall, and traffic. Between the first product and the second, 302 megabytes of hidden vectors are written by the product, read by the ReLU, written as squares, and read by the second product. In the backward pass the same happens to their gradient, with the stored vectors read once more.
 #
 # ```{admonition} Prediction
-# A kernel that squares in its *epilogue* (what it does to a tile after the product, before it stores it) saves two of these trips forward and two backward, 1.2 GB or a quarter of a millisecond at an H200's 4.8 TB/s. Eight bits halve the time of a product, in principle. **How much faster is the whole layer in bfloat16 with fused epilogues, and how much with eight bits throughout?** And a number cannot be rounded to eight bits before it is known how large its neighbours are: a scale comes first. The kernel writes the squares tile by tile, so nobody has seen the largest when the first is written. **How large can a square be at most**, if all you know are the weights, and that $x$ has just been RMS-normed?
+# A kernel that squares in its *epilogue* (what it does to a tile after the product, before it stores it) saves two of these trips forward and two backward, 1.2 GB or a quarter of a millisecond at an H200's 4.8 TB/s. Eight bits halve the time of a product, in principle. **How much faster is the whole layer in bfloat16 with fused epilogues, and how much with eight bits throughout?** And before a tensor can be rounded to eight bits its largest number must be known: a scale comes first. The kernel writes the squares tile by tile, so nobody has seen the largest when the first is written. **How large can a square be at most**, if all you know are the weights, and that $x$ has just been RMS-normed?
 # ```
 #
 # ## The idea
@@ -89,26 +89,26 @@ assert 0.33 < share < 0.38 and 1.4 < six_ms < 1.42 and 300 < hidden_mb < 304
 # |g_{tj}| \le \sqrt d\,\max|\partial y| \cdot \max_j |w'_j| \cdot 2 \sqrt d\, \max_j |w_j| ,
 # $$
 #
-# with $w'_j$ the columns of $W_2$. Both bounds need the weights and one maximum, which are known before the product begins. (Both gradients are e5m2, so that 57,344 cancels: the scale of $g$ is $2 d \max|w_j| \max|w'_j|$ times the scale of $\partial y$, and that factor depends on the weights alone.) **There is no state, and in exact arithmetic nothing is clipped.** Rounding the operands can lift a row that points exactly along $w_j$ above the bound, by a quarter at most; then the kernel clips it, and real rows are far away. What can be wrong with a bound is that it is too large. If $x$ and $w_j$ point in unrelated directions, a square that ReLU lets through is $|w_j|^2$ on average, 768 times smaller than the bound: nearly ten binary places of e4m3's range are given away. How many has it?
+# with $w'_j$ the columns of $W_2$. Both bounds need the weights and one maximum, which are known before the product begins. (Both gradients are e5m2, so that 57,344 cancels: the scale of $g$ is $2 d \max|w_j| \max|w'_j|$ times the scale of $\partial y$, and that factor depends on the weights alone.) **There is no state, and in exact arithmetic nothing is clipped.** Rounding the operands can lift a row that points exactly along $w_j$ above the bound, by 26% at most; then the kernel clips it, and real rows are far away. What can be wrong with a bound is that it is too large. If $x$ and $w_j$ point in unrelated directions, a square that ReLU lets through is $|w_j|^2$ on average, 768 times smaller than the bound: nearly ten binary places of e4m3's range are given away. How many has it?
 
 # %%
 import torch
 
 from speedrun.kernels.fp8 import E4M3, E5M2
 
-octaves = {}
+doublings = {}
 for dtype in (E4M3, E5M2):
     info = torch.finfo(dtype)
-    octaves[dtype] = np.log2(info.max / info.smallest_normal)
-    print(f"{dtype}: normal numbers over {octaves[dtype]:.1f} octaves, to {info.max:,.0f}")
+    doublings[dtype] = np.log2(info.max / info.smallest_normal)
+    print(f"{dtype}: normal numbers over {doublings[dtype]:.1f} doublings, to {info.max:,.0f}")
 typical = 448 / 768
 print(
-    f"a square of the average size comes out as {typical:.2f}, {np.log2(typical / torch.finfo(E4M3).smallest_normal):.1f} octaves above the smallest normal number"
+    f"a square of the average size comes out as {typical:.2f}, {np.log2(typical / torch.finfo(E4M3).smallest_normal):.1f} doublings above the smallest normal number"
 )
-assert 0.5 < typical < 1 and 14 < octaves[E4M3] < 15 and 29 < octaves[E5M2] < 30
+assert 0.5 < typical < 1 and 14 < doublings[E4M3] < 15 and 29 < doublings[E5M2] < 30
 
 # %% [markdown]
-# Enough. Average squares lie five octaves above the smallest normal number and nearly ten below the largest. What is much smaller than average adds as little to $y$. The gradient's bound gives away the same 9.6 octaves, and besides as many as the largest entry of $\partial y$ lies above a typical one; e5m2 has 29.8.
+# Enough. Average squares lie five doublings above the smallest normal number and nearly ten below the largest. What is much smaller than average adds as little to $y$. The gradient's bound gives away the same 9.6 doublings, and besides as many as the largest entry of $\partial y$ lies above a typical one; e5m2 has 29.8.
 #
 # ## The code
 #
@@ -185,7 +185,7 @@ print(
 # %% [markdown]
 # ### The kernel
 #
-# A product as in every textbook on Triton: a program computes a tile of the result, adding up over the inner dimension. Three things make it fast. Programs are *persistent*: there are as many as fit on the GPU at once, and each takes one tile after the other, so that the loads of the next tile begin under the epilogue of the last. Tiles are loaded and stored by *descriptor*, one instruction each where the chip has a tensor memory accelerator. And tiles are numbered so that eight rows of them go through the columns together, and what one program has loaded another finds in the L2 cache.
+# A product as in every textbook on Triton: a program computes a tile of the result, adding up over the inner dimension. Three things make it fast. Programs are *persistent*: there are as many as fit on the GPU at once, and each takes one tile after the other, so that the loads of the next tile can begin under the epilogue of the last. (For that the loops over tiles and over the inner dimension have to be one pipeline: `flatten=True`.) Tiles are loaded and stored by *descriptor*, one instruction each where the chip has a tensor memory accelerator. And tiles are numbered so that eight rows of them go through the columns together, and what one program has loaded another finds in the L2 cache.
 #
 # These three are not the MLP's own. [Chapter 19](19_head_and_loss.py)'s head uses them as well.
 
@@ -755,7 +755,7 @@ def hidden_of_run(folder: Path) -> dict[str, Any]:
     return {"layers": rows, "tokens": batch.targets.numel(), "loss": loss.item()}
 
 
-# %%
+# %% tags=["hide-input"]
 seen_powers = exponents(torch.tensor([0.0, 1.0, 1.5, -2.0, 448.0]))
 assert seen_powers["zero"] == 1 and seen_powers["largest"] == 448
 assert [n - 17 for n, count in enumerate(seen_powers["counts"]) for _ in range(count)] == [
@@ -836,7 +836,8 @@ right.set_ylabel("ms of a pass of 49,152 tokens")
 saved = 1 - after["wall"] / before["wall"]
 right.set_title(f"the whole pass:\n{saved:.0%} less time")
 right.legend(fontsize=6.5, loc="center left", bbox_to_anchor=(1, 0.5))
-fig.text(0.99, -0.04, measured_on(result), ha="right", fontsize=6.5)
+foot = f"left: {measured_on(result)}\nright: {measured_on(load_result('norm_rotary', 'ledger'))}"
+fig.text(0.99, -0.08, foot, ha="right", fontsize=6.5)
 plt.show()
 
 # %%
@@ -847,7 +848,7 @@ print(f"of {before['wall'] - after['wall']:.1f} ms saved in {LAYERS} layers, pro
 assert 6 < products_saved < 7.5 and 1 < around_saved < 2.2
 
 # %% [markdown]
-# The answer to the prediction: fused epilogues save 0.19 ms of the quarter that was counted, less than a tenth of the layer, since most of its time is products and not traffic. With eight bits it is 1.4 to 1.6 times as fast, not twice. Quantising takes an eighth of the layer. The four library products reach 72% of the data sheet, about what they reach in bfloat16; our two reach half and two fifths, for their epilogues write 302 megabytes each and one reads another 151. (The library's own first product, with one bfloat16 result instead of two copies in eight bits, is faster by little more than a hundredth of a millisecond.) What exactly they wait for has not been found out.
+# The answer to the prediction: fused epilogues save 0.19 ms of the quarter that was counted, less than a tenth of the layer, since most of its time is products and not traffic. With eight bits it is 1.4 to 1.6 times as fast, not twice. Quantising takes an eighth of the layer. The four library products reach seven tenths of the data sheet; our two reach half and two fifths, for their epilogues write 302 megabytes each and one reads another 151. (The library's own first product, with one bfloat16 result instead of two copies in eight bits, is faster by little more than a hundredth of a millisecond.) What exactly they wait for has not been found out.
 #
 # How exact is it on the GPU? Against float64, 4,096 tokens:
 
@@ -882,7 +883,9 @@ for ax, (way, found), dtype in zip(axes, passes.items(), (E4M3, E5M2)):
     below = totals[powers < np.log2(info.smallest_normal)].sum() / totals.sum()
     top = max(row["largest"] for row in found) / info.max
     facts[way] = (below, top)
-    ax.set_xlabel("power of two, over the scale")
+    ax.set_xlabel(
+        "log₂ of the stored number\n(line: the format's largest; dashed: its smallest normal)"
+    )
     ax.set_title(f"{'squares, e4m3' if way == 'forward' else 'hidden gradients, e5m2'}: the largest at 1/{1 / top:,.0f}\nof the format's, {below:.1%} below its normal numbers", fontsize=9)  # fmt: skip
 axes[0].set_ylabel("share of what is not 0")
 axes[0].legend(fontsize=7)
@@ -898,11 +901,11 @@ assert 0.3 < top < 0.5 and 0.05 < below < 0.15 and min(zero) > 0.6
 assert 0.005 < top_back < 0.03 and below_back < 0.001 and len(passes["forward"]) == 3
 
 # %% [markdown]
-# A trained layer comes within a factor of three of its bound: some vectors have learned to point along some rows. A delayed scale would have had to follow that. Most squares are zero, and of the others a tenth lies below the smallest normal number, where e4m3 has fewer digits. The hidden gradients sit in the middle of e5m2, with room on both sides. (This model is 128 wide, so its bounds are six times tighter than `record`'s, by $d$.)
+# A trained layer comes within a factor of three of its bound: some vectors have learned to point along some rows. A delayed scale would have had to follow that. Most squares are zero, and of the others a twelfth lies below the smallest normal number, where e4m3 has fewer digits. The hidden gradients sit in the middle of e5m2, with room on both sides. (This model is 128 wide, so its bounds are six times tighter than `record`'s, by $d$.)
 #
 # ## What it buys
 #
-# `record_200m` on two H200s, same text, same seeds: with [chapter 19](19_head_and_loss.py)'s head alone, and with this chapter's MLP and [chapter 17](17_norm_and_rotary.py)'s kernel as well. The two came together; how they share the time is in the ledger, how they share the loss has not been measured. (Both pairs launched their passes kernel by kernel, and sampled words in most of the last third, too. What has changed since is in [chapter 19](19_head_and_loss.py).)
+# `record_200m` on two H200s, same text, same seeds: with [chapter 19](19_head_and_loss.py)'s head alone, and with this chapter's MLP and [chapter 17](17_norm_and_rotary.py)'s kernel as well. The two came together; how they share the time of a pass is in the ledger of [chapter 17](17_norm_and_rotary.py) (12% and 13%, together 23%; the runs, which also launched kernel by kernel, got shorter by more, and where the rest comes from has not been traced), how they share the loss has not been measured. (Both pairs launched their passes kernel by kernel, and sampled words in most of the last third, too. What has changed since is in [chapter 19](19_head_and_loss.py).)
 
 # %%
 pairs = {kind: load_result("speedrun", name)["data"]["runs"] for kind, name in (("before", "record_200m_fp8_head"), ("with both", "record_200m_sampled"))}  # fmt: skip
@@ -917,9 +920,9 @@ print(f"{shorter:.0%} less time, {lost:+.4f} in loss; {measured_on(load_result('
 assert 0.26 < shorter < 0.3 and 0.001 < lost < 0.004
 
 # %% [markdown]
-# More than a quarter of the training time, and both seeds end 0.0027 higher. Two pairs cannot fix the size of that, but its sign is hardly in doubt. The contest reports less: 0.0001 for the forward pass (record 89), 0.0004 for MLP and head's copies together (record 92, two runs).
+# More than a quarter of the training time, and both seeds end 0.0027 higher. Two pairs cannot fix the size of that. Both point the same way, and the contest's logs know up to 0.002 from changes of kernels that leave the formulas as they are. The contest reports less: 0.0001 for the forward pass (record 89), 0.0004 for MLP and head's copies together (record 92, two runs).
 #
-# In a narrow model it costs more, perhaps because a sum there runs over fewer numbers, and the errors of its terms average out less:
+# In a narrow model it costs more. Why is not known: the error of a sum of either sign does not depend on its length ([chapter 15](15_low_precision.py)):
 
 # %%
 laptops = {name: load_result("speedrun", name)["data"]["runs"][0]["curve"][-1]["val_loss"] for name in ("cpu", "cpu_fp8")}  # fmt: skip

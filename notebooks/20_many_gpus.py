@@ -38,7 +38,7 @@ print(
 )
 
 # %% [markdown]
-# A seventh of every step was saved, although what one GPU alone has updated, all others must now be told. Most of this chapter's records lower the price of telling.
+# A seventh of every step was saved, although what one GPU alone has updated, all others now need. Most of this chapter's records make that exchange cheaper.
 #
 # ```{admonition} Prediction
 # Record 89 has 75 million weights in matrices and 560 million in tables, nearly all of them in bfloat16. Every step updates the matrices; every second one the tables too. (Head and embedding are tied at first, and updated as one.) With eight GPUs, **how many megabytes does each of them send in a step of either kind?** (In the first third of the run two batches of a rank touch at most a tenth of the rows of the largest table, which has 290 of the 560 million.) Compare with what it would send if every GPU updated the matrices, and only gradients were summed. Then divide by 450 GB/s, an H100's NVLink in one direction: how much of a step of 31 ms would that be, if nothing overlapped?
@@ -71,7 +71,7 @@ print(
 # | all-gather of [x] and [y] | [x y] | [x y] |
 # | all-to-all | [a c] | [b d] |
 #
-# With `async_op=True` a call only begins, and returns something to `wait()` for. Until then the tensors belong to the call: what it reads must not be written, and what it writes must not be read. gloo's `wait` stops Python; NCCL's only makes the GPU's stream wait. NCCL takes what was begun one after the other, on a stream beside the one that computes. So a gather begins only after all sums that were begun before it.
+# With `async_op=True` a call only begins, and returns something to `wait()` for. Until then the tensors belong to the call: what it reads must not be written, and what it writes must not be read. gloo's `wait` stops Python; NCCL's only makes the GPU's stream wait. (A *stream* is a queue of kernels on the GPU; queues run beside each other, and one can be told to wait for another.) NCCL takes what was begun one after the other, on a stream beside the one that computes. So a gather begins only after all sums that were begun before it.
 #
 # Gradients are *summed* over ranks, not averaged as elsewhere. Adam and Muon divide the scale away, but clipping does not, so [the trainer](23_training_loop.py) divides every loss by the step's number of batches.
 #
@@ -367,7 +367,7 @@ print(f"an all-reduce of the matrices: {as_before:.0f} MB")
 print(f"a step with tables, early on: {odd:.0f} MB, {odd / 450:.1f} ms")
 
 # %% [markdown]
-# A sharded update sends what an all-reduce sends. A step with tables (in the first third, where steps are shortest and head and embedding are one) sends 1.65 GB, more than half of it to collect tables: Adam moves rows that nobody has touched this time, so *gathering* a sparse table is dense. At the 450 GB/s of the data sheet that would be an eighth of that third's average step: worth hiding, and worth doing in every second step only.
+# A sharded update sends what an all-reduce of the same storage sends; the 292 MB against 264 are padding, a tenth. A step with tables (in the first third, where steps are shortest and head and embedding are one) sends 1.65 GB, more than half of it to collect tables: Adam also moves rows that this batch has not looked up, so *gathering* a sparse table is dense. At the 450 GB/s of the data sheet that would be an eighth of that third's average step: worth hiding, and worth doing in every second step only.
 #
 # ### The Adam step
 #
@@ -808,7 +808,7 @@ def build_states(
     return {name: build_state(rows, params, config, fuse) for name, rows in groups.items()}
 
 
-# %%
+# %% tags=["hide-input"]
 mantissas = OptimConfig(muon=MuonConfig(param_dtype="bf16_mantissa", beta2=0.9))
 bank = torch.nn.Parameter(torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(0)))
 row = ParamSpec("bank", (2, 6, 4), optim="muon", comm="sharded", matrices=1, lr_mul=(1.0, 2.0))
@@ -1428,7 +1428,7 @@ def wire_of_rank(device: str, scale: int = 8, touched: float = 0.2) -> dict:
     return found
 
 
-# %%
+# %% tags=["hide-input"]
 assert bytes_of_step(small_record(48)) == 0.0, "a rank alone sends nothing"
 
 
@@ -1505,7 +1505,7 @@ def step_of_rank(device: str, scale: int = 0) -> dict:
     return found
 
 
-# %%
+# %% tags=["hide-input"]
 scale = tier.pick(cpu=48, gpu=1)  # 1: record 89's own widths
 brief = step_of_rank(tier.device, scale)
 assert len(brief["tied"]["even"]) == len(brief["apart"]["odd"]) == 17
@@ -1554,7 +1554,7 @@ def stock_of_rank(device: str, scale: int = 0) -> dict:
     return {"parts": took, "matrices": len(matrices), "ceilings": ceilings(device)}
 
 
-# %%
+# %% tags=["hide-input"]
 stock = stock_of_rank(tier.device, scale=tier.pick(cpu=48, gpu=4))  # 16 GB hold no more beside it
 assert stock["matrices"] == 60 + 20 + 22 and len(stock["parts"]["AdamW"]) == 17
 
@@ -1596,7 +1596,7 @@ def stretches(kernels: list[tuple[str, float, float]], gap: float = 4.0) -> dict
     return found
 
 
-# %%
+# %% tags=["hide-input"]
 fake = [("ncclDevKernel_Sum", 1.0, 5.0), ("nvjet_sm90_hsh", 2.0, 3.0), ("nvjet_sm90_hsh", 4.0, 6.0)]
 fake += [("nccl:all_gather", 1.0, 5.0), ("triton_poi_fused", 11.0, 12.0)]
 seen = stretches(fake)
@@ -1675,7 +1675,7 @@ def named_transfers(kernels: Spans, begun: list[tuple[str, str]]) -> list[list]:
     return found
 
 
-# %%
+# %% tags=["hide-input"]
 known = [("ncclDevKernel_ReduceScatter_Sum_bf16", 0.0, 2.0), ("gemm", 1.0, 5.0)]
 known += [("ncclDevKernel_AllReduce_Sum_f32", 2.0, 3.0), ("ncclDevKernel_AllGather", 6.0, 8.0)]
 moved = named_transfers(known, [("sums", "qk"), ("gathers", "qk")])
@@ -2021,7 +2021,7 @@ print(f"with head and embedding apart, on one GPU: {apart:.1f} ms, its parts {al
 #
 # PyTorch's `Muon` updates the 102 matrices one after the other, and every operation is its own kernel; ours takes little more than a tenth of its time, though it does more: momentum in float32, mantissas, the non-finite check. A step with tables takes the pair 4.4 times as long.
 #
-# Two GPUs halve the arithmetic. The step without tables gets a quarter shorter, the one with tables a tenth.
+# Two GPUs halve the arithmetic. The step without tables gets more than a quarter shorter, the one with tables a tenth.
 #
 # On one GPU streams save little. On two they hide transfers:
 
@@ -2081,7 +2081,7 @@ print(f"the prediction's step at that rate: {slowest:.1f} ms")
 print(f"one step of each, {measured_on(load_result('many_gpus', 'trace'))}")
 
 # %% [markdown]
-# Overlapping saves 1.9 milliseconds of 9.4. But NCCL's kernels are then on the GPU 1.7 times as long. That includes waiting for the other rank, and competing for the GPU: two tables' gathers get 134 and 182 GB/s, undisturbed 285 and 264, three fifths of the data sheet's 450. A trace does not tell waiting from slow travelling. (This is in the order chosen above, with transfers at high priority. The trainer takes the table's order, and no priority.)
+# Overlapping saves 1.9 milliseconds of 9.4. But NCCL's kernels are then on the GPU 1.7 times as long. That includes waiting for the other rank, and competing for the GPU: two tables' gathers get 134 and 182 GB/s, undisturbed 285 and 264, three fifths of the data sheet's 450. (At those 450 the prediction's step would take 6.3 ms to send, a fifth of its 31.) A trace does not tell waiting from slow travelling. (This is in the order chosen above, with transfers at high priority. The trainer takes the table's order, and no priority.)
 
 # %% [markdown]
 # ### Scaling in a whole run
@@ -2106,6 +2106,7 @@ assert 3.6 < faster[4][0] < 3.7 and 3.85 < faster[4][2] < 3.95
 even, odd = (statistics.median(whole_runs[4]["stages"][0]["ms"][n::2]) for n in (0, 1))
 assert 4 < odd - even < 6
 print(f"four GPUs, first stage: {even:.1f} ms without tables, {odd:.1f} with them")
+print(measured_on(load_result("many_gpus", "run_4")))
 
 # %% [markdown]
 # The counters agree with the formula to a ten-thousandth. Two GPUs are nearly twice as fast as one. Four are 3.6 times as fast in the first stage, where a step is shortest, and 3.9 times in the last. (The question's arithmetic says 3.5 of 66 ms, a twentieth.) What they wait for is named in the trace of one step, of the kind that updates the tables too: all that travels does so in its last tenth.
@@ -2170,6 +2171,8 @@ print(f"predicted on eight: {', '.join(f'{ms:.0f}' for ms in on_8)} ms a step")
 print(f"which is {', '.join(f'{share:.0%}' for share in shares)} of eight times one GPU's speed")
 
 # %% [markdown]
+# (These are steps of the trainer before chapters 16 to 19. Today's takes 69, 136 and 246 ms on two GPUs and sends as many bytes, so that transfers are nearly twice as large a share of a step; it has not been measured on four.)
+#
 # ## What it buys
 #
 # By count, for record 89's parameters on eight GPUs: the state, and the work of the orthogonalisation.
@@ -2207,7 +2210,7 @@ for name, share in of_bank.items():
     print(f"{name:3}: {record_89[name].shape[0]} matrices on eight ranks, {share:.0%} busy")
 
 # %% [markdown]
-# The public ladder has the seconds. Record 15 began to gather while the next matrices are orthogonalised. Record 24 replaced all all-reduces by their halves (and used another PyTorch). Record 36 laid the banks out so that they divide evenly; its author's comparison gives that 0.7 s. Record 57 interleaved, Muon's sums first and Adam's gathers while Muon computes. Record 71 gained 0.75 s by its author's comparison, a part of it by sending touched rows only {cite}`moddednanogpt`. Officially:
+# The public ladder has the seconds. Record 6, the first that dealt matrices out to GPUs, took 126 s off 912. All others together are a few seconds. Record 15 began to gather while the next matrices are orthogonalised. Record 24 replaced all all-reduces by their halves (and used another PyTorch). Record 36 laid the banks out so that they divide evenly; its author's comparison gives that 0.7 s. Record 57 interleaved, Muon's sums first and Adam's gathers while Muon computes. Record 71 gained 0.75 s by its author's comparison, a part of it by sending touched rows only {cite}`moddednanogpt`. Officially:
 
 # %%
 gained = {
@@ -2215,12 +2218,13 @@ gained = {
     for n in (24, 36, 57, 61, 71)
 }
 assert all(0.2 < seconds < 2.5 for seconds in gained.values())
+assert round(float(ladder["5"]["record_time_s"]) - float(ladder["6"]["record_time_s"])) == 126
 print(", ".join(f"record {n}: {seconds:.1f} s" for n, seconds in gained.items()))
 
 # %% [markdown]
 # ### What three options do to the loss
 #
-# How many ranks share the work changes no loss, but for rounding. Three options of this optimizer may change it: clipping, which costs the overlap; the record's cautious decay in place of AdamW's; and updating tables in every second step, which halves their traffic. The laptop can tell them apart, in 600 steps under today's Muon with nine seeds. Cautious Adam, not clipped, has the best rates of a grid for either schedule (twelve points, one seed each). AdamW has those of [chapter 13](13_muon.py), found with clipping.
+# How many ranks share the work changes no loss, but for rounding. (A step is the same micro-batches on however many, and each of them chooses its own candidates for a sampled softmax, [chapter 19](19_head_and_loss.py).) Three options of this optimizer may change it: clipping, which costs the overlap; the record's cautious decay in place of AdamW's; and updating tables in every second step, which halves their traffic. The laptop can tell them apart, in 600 steps under record 89's Muon with nine seeds. Cautious Adam, not clipped, has the best rates of a grid for either schedule (twelve points, one seed each). AdamW has those of [chapter 13](13_muon.py), found with clipping.
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Validation loss of nine seeds each after 600 steps: AdamW and cautious Adam, both clipped and not, and cautious Adam in every second step"}}
 from speedrun.lab.stats import describe, p_difference
@@ -2294,7 +2298,7 @@ print(measured_on(compared))
 #
 # Gradients that have a fixed place must be *added* there: for tables 1.1 GB of gradients, read twice and written once in every backward pass.
 #
-# Sharding also ends an equality. All ranks must start from the same values: gathering makes sharded parameters equal at the first step, but replicated ones would stay apart unnoticed. Where all do the same sums, one that is wrong differs from the others and can be caught. Here each number is computed by one rank and believed by seven.
+# Sharding also ends an equality. All ranks must start from the same values: gathering makes sharded parameters equal at the first step, but replicated ones would stay apart unnoticed. Where all do the same sums, one that is wrong differs from the others and can be caught. Here each number is computed by one rank only, and a wrong one goes unnoticed.
 #
 # And sums in bfloat16 round, at each of a ring's $w - 1$ hops. The gradient of two ranks is not quite that of one: in the tests momenta after six steps differ by less than one part in 128.
 #
@@ -2365,4 +2369,4 @@ print(f"rows of 768: up to {wide:.1%}; rows of 4: up to {worth_it(4, 8):.0%}")
 # %% [markdown]
 # ## Since then
 #
-# Record 71's count of touched rows and record 61's order are still what record 89 runs.
+# Record 71's count of touched rows and record 61's order are still what record 89 runs. Record 92 (\@devenpzak) gathers sparsely, too: its large table moves only in rows that were touched, each rank fetches only the rows that its next steps will read, every second step and later every fourth, and its matrices' updates are recorded as CUDA graphs.

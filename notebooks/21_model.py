@@ -20,7 +20,7 @@
 #
 # ## The problem
 #
-# The plain GPT-2 of [chapter 03](03_baseline.py) holds its 124 million parameters in **148 tensors**. To the mathematics that is a matter of taste. To everything around the mathematics it is a bill. An optimizer visits 148 tensors, a communication library
+# The plain GPT-2 of [chapter 03](03_baseline.py) holds its 124 million parameters in **148 tensors**. To the formulas it makes no difference how many tensors hold them. To everything around the formulas it does. An optimizer visits 148 tensors, a communication library
 # announces 148 reductions unless it buckets them, a checkpoint lists 148 names. And an optimizer that multiplies matrices, as all the good ones in this book do, launches its kernels once for every one of 48 matrices that are far too small to fill a GPU.
 
 # %%
@@ -45,9 +45,9 @@ print(
 print(sorted(set(matrices)))
 
 # %% [markdown]
-# Forty-eight matrices, four shapes. Whoever wrote the model as a list of blocks threw that regularity away, and the rest of the program has to find it again. llm.c, record 1, never lost it: C has no lists of blocks, so it keeps sixteen tensors, each with a first dimension for the layers. The ports to PyTorch unpacked them.
+# Forty-eight matrices, four shapes. A list of blocks hides that regularity, and the rest of the program has to find it again. llm.c, record 1, never lost it: C has no lists of blocks, so it keeps sixteen tensors, each with a first dimension for the layers. The ports to PyTorch unpacked them.
 #
-# Take one customer, an optimizer that works on whole matrices and whose work eight GPUs share ([chapter 20](20_many_gpus.py); Muon of [chapter 12](12_newton_schulz.py) replaces a gradient by a matrix whose singular values are all near 1, which does not split well). Each GPU takes some of the matrices, in rounds of eight. The two matrices of the MLP make two groups of twelve, and the second round of each is half empty:
+# Take an optimizer that works on whole matrices and whose work eight GPUs share ([chapter 20](20_many_gpus.py); Muon of [chapter 12](12_newton_schulz.py) replaces a gradient by a matrix whose singular values are all near 1, which does not split well). Each GPU takes some of the matrices, in rounds of eight. The two matrices of the MLP make two groups of twelve, and the second round of each is half empty:
 
 
 # %%
@@ -137,7 +137,7 @@ assert len(qkv.layers) == qkv.shape[0] and qkv.wd_mul == 0.0
 assert qkv.shape[1] == qkv.matrices * 768, "queries, keys and values: three square matrices a layer"
 
 # %% [markdown]
-# What the table lists follows from the model's config: five numbers that say its shape, and five groups of options, each a config of its own from the chapter that explains it: `block` ([a modern block](05_modern_block.py)), `rotary` ([rotary positions](06_rotary.py)), `embedding` and `layout` ([residual wiring](07_plumbing.py)), and `head` ([logits and loss](08_logits.py)). A command line reaches into the groups, as in `--model.block.norm rms`. With the defaults it is GPT-2.
+# What the table lists follows from the model's config: five numbers that say its shape, and six groups of options, each a config of its own from the chapter that explains it: `block` ([a modern block](05_modern_block.py)), `rotary` ([rotary positions](06_rotary.py)), `embedding` and `layout` ([residual wiring](07_plumbing.py)), `attention` ([windows and YaRN](10_windows_and_yarn.py), [backends](11_attention_backends.py)), and `head` ([logits and loss](08_logits.py)). A command line reaches into the groups, as in `--model.block.norm rms`. With the defaults it is GPT-2.
 
 # %%
 #| default_exp model.gpt
@@ -413,7 +413,7 @@ print(
 )
 
 # %% [markdown]
-# Twelve full-size gradients, and eleven sums of them. A compiler may remove this waste; `unbind` costs nothing and does not depend on one. Upstream reads its banks by `unbind`, too.
+# Twelve full-size gradients, and eleven sums of them. A compiler may remove this waste; `unbind` writes the bank once and does not depend on one. Upstream reads its banks by `unbind`, too.
 #
 # ### The forward pass
 #
@@ -647,7 +647,7 @@ def gpt_forward(
     candidates: Tensor | None = None,
     call: Callable = plainly,
 ) -> Tensor:
-    """Logits (batch, tokens, vocab) of inputs, (batch, tokens) int64; with targets the mean cross-entropy, nats; with candidates, () int in CPU memory, the FP8 head's, its softmax over so many words, 0: all. packed: of one row. call: how its parts are called."""
+    """Logits (batch, tokens, vocab) of inputs, (batch, tokens) int64; with targets the mean cross-entropy, nats; with candidates, (2,) int in CPU memory, the FP8 head's: its softmax is over so many words, 0: all, for each of so many micro-batches. packed: of one row. call: how its parts are called."""
     config, contexts = self.config, attention_contexts(self, inputs, packed)
     x0, tables, scales = call(begin_forward, self, inputs)
     x, more = x0, None
@@ -656,8 +656,8 @@ def gpt_forward(
     for n, (spec, weights) in enumerate(zip(self.layout, weights_of_layers(self, scales))):
         own = {name: piece for name, piece in weights.items() if name.startswith("mlp_")}
         context = contexts[int(n in config.attention.long_layers)] if spec.attention else None
-        heard = outputs.get(spec.skip), values.get(spec.value), weights
-        x, more, v = call(attention_half, x, more, x0, *heard, config, context)
+        read = outputs.get(spec.skip), values.get(spec.value), weights
+        x, more, v = call(attention_half, x, more, x0, *read, config, context)
         values.setdefault("first", v)
         if spec.mlp:
             x, more = call(mlp_half, x, more, own, config.block)
@@ -709,7 +709,10 @@ class GPT(nn.Module):
         init_weights(self, seed)
         self.banks = {spec.name: spec.layers for spec in self.specs if spec.layers}
         self.backout = backout_layer(config.num_layers) if config.layout.backout else None
-        self.kept = {self.backout, *(spec.skip for spec in self.layout)}  # outputs heard again
+        self.kept = {
+            self.backout,
+            *(spec.skip for spec in self.layout),
+        }  # outputs that a later layer reads
         self.backend = "sdpa"  # for packed rows: a trainer that knows its device chooses
         self.fp8 = config.block.fp8  # where the device has units for eight bits, or is a CPU
         if config.rotary.pos != "learned":
@@ -755,7 +758,7 @@ except ValueError as error:
     print(error)
 
 # %% [markdown]
-# One promise of the design, with or without banks, is that the whole forward pass is *one* graph. `fullgraph=True` makes the compiler refuse if there is anything that it has to leave to Python. (The backend `eager` captures the graph and generates no code, which is all that is wanted here and takes a second.)
+# With or without banks the whole forward pass can be captured as *one* graph. (The trainer compiles it in parts all the same, for the reasons that [chapter 16](16_compile.py) gives.) `fullgraph=True` makes the compiler refuse if there is anything that it has to leave to Python. (The backend `eager` captures the graph and generates no code, which is all that is wanted here and takes a second.)
 
 # %%
 compiled = torch.compile(model, fullgraph=True, backend="eager")
@@ -832,7 +835,7 @@ print(
 def flops_per_token(config: GPTConfig, vocab_size: int, seq_len: int) -> float:
     """FLOPs of a token, forward and backward: 6 for each weight of a matrix product, 6 · seq_len · model_dim for each attention layer.
 
-    Attention counts what causality leaves: on average a token sees half of the row.
+    Attention counts what causality leaves: on average a token sees half of the row. Windows, borders of documents and words that a sampled softmax leaves out are not subtracted, so for `record` it is a nominal count.
     """
     specs = param_specs(config, vocab_size)
     weights = sum(math.prod(spec.shape) for spec in specs if spec.is_matmul)
@@ -850,12 +853,17 @@ groups = {
 }
 parameters = {label: sum(numbers[name] for name in names) for label, names in groups.items()}
 flops = {label: 6.0 * count for label, count in parameters.items()}
-flops["attention itself"] = 6.0 * 12 * 1024 * 768
+flops["attention scores and mixing"] = 6.0 * 12 * 1024 * 768
 parameters["positions, norms, biases"] = sum(numbers.values()) - sum(parameters.values())
 shares = {label: amount / total for label, amount in flops.items()}
 assert math.isclose(sum(shares.values()), 1.0) and max(shares, key=shares.get) == "MLP matrices"
-assert 0.28 < shares["embedding / head"] < 0.30 and 0.065 < shares["attention itself"] < 0.075
-whole_square = 2 * flops["attention itself"] / (total + flops["attention itself"])
+assert (
+    0.28 < shares["embedding / head"] < 0.30
+    and 0.065 < shares["attention scores and mixing"] < 0.075
+)
+whole_square = (
+    2 * flops["attention scores and mixing"] / (total + flops["attention scores and mixing"])
+)
 assert 0.125 < whole_square < 0.135, "as nanoGPT and PaLM count"
 print(
     f"{total / 1e6:.0f} MFLOPs a token:", {label: f"{share:.0%}" for label, share in shares.items()}
@@ -884,17 +892,19 @@ axis.grid(False)
 axis.set_xlim(0, 100)
 handles = [Patch(color=f"C{n}", label=label) for n, label in enumerate(labels)]
 axis.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.3), ncols=3)
-axis.set_title(f"one matrix, the head, is {shares['embedding / head']:.0%} of the work")
+axis.set_title(
+    f"GPT-2 124M: one matrix, the head, is {shares['embedding / head']:.0%} of the FLOPs"
+)
 plt.show()
 
 # %% [markdown]
 # *Computed from the parameter table: GPT-2 124M, rows of 1,024 tokens.*
 #
-# The MLP is the largest part of the work, and the head, a single matrix, comes next with 29 per cent. Attention itself, the part that everybody draws, is seven per cent at this length, or thirteen by the usual formula, which counts the whole square of queries and keys and not the causal half. Size alone does not explain where the records went. Eight-bit floats came to the head first (record 19), one matrix with three scales, which were constants, and to the larger MLP only 65 records later (84, 89), when there was machinery for a scale per layer. For queries, keys and values they came with record 90. And the loss, which reads what the head writes, was fused four times over.
+# The MLP is the largest part of the work, and the head, a single matrix, comes next with 29 per cent. Attention's own products, scores and the mixing of values, are seven per cent at this length, or thirteen by the usual formula, which counts the whole square of queries and keys and not the causal half. Size alone does not explain where the records went. Eight-bit floats came to the head first (record 19), one matrix with three scales, which were constants, and to the larger MLP only 65 records later (84, 89), when there was machinery for a scale per layer. For queries, keys and values they came with record 90. And the loss, which reads what the head writes, was fused four times over.
 #
 # ## What it buys, and what it costs
 #
-# Nothing yet, in seconds. That is worth saying plainly: with AdamW on one GPU, 16 tensors are as good as 148. What a bank buys is the chapters that follow. A checkpoint has sixteen names that mean something. A bank of equal matrices is sharded over eight GPUs by slicing it, padded where eight does not divide. And where an optimizer needs fifteen matrix products per gradient and step, as Muon does, a bank makes each of them one call where a list makes twelve:
+# Nothing yet, in seconds. That is worth saying plainly: with AdamW on one GPU, 16 tensors are as good as 148. What a bank buys is the chapters that follow. A checkpoint has sixteen names that mean something. A bank of equal matrices is sharded over eight GPUs by slicing it, padded where eight does not divide. And where an optimizer needs fifteen matrix products per gradient and step, as Muon does, a bank makes each of them one call where a list makes twelve (below). It also met a bug: in a graph that holds a whole bank, Inductor of PyTorch 2.10 to 2.13 fuses two reductions and leaves most of the gradient of gains that are slices unwritten, without an error. [Chapter 16](16_compile.py) compiles the model in parts whose inputs are the slices, and so has nothing to do with it.
 
 
 # %%
@@ -950,7 +960,7 @@ for name, count in banks.items():
 #
 # ## What does not work
 #
-# The obvious way to read a bank is `bank[i]`. It is correct, its tests pass, and the backward pass of an uncompiled step writes twelve times as much as it has to. Nothing in a loss curve shows such a thing. One finds it by counting, or never.
+# The obvious way to read a bank is `bank[i]`. It is correct, its tests pass, and the backward pass of an uncompiled step writes **twenty-three times** as much as it has to. A loss curve does not show it; counting does.
 #
 # A gentler design would keep the list of blocks and let each of their weights be a *view* into a bank, with gradients that are views into a bank of gradients, so that the model stays as it was and the optimizer sees one tensor. It works, until it does not:
 

@@ -39,7 +39,7 @@ assert 2**25 == 33_554_432
 #
 # ## The idea
 #
-# A run is a **value**. It is made of small frozen dataclasses, each exported by the chapter that explains its fields. There are four groups: the model, its shape ([chapter 21](21_model.py)) and in it the block ([05](05_modern_block.py)), rotary positions ([06](06_rotary.py)), embedding and layout ([07](07_plumbing.py)), and head ([08](08_logits.py)); the optimizer ([20](20_many_gpus.py)), and in it Adam and [Muon](13_muon.py); the schedule ([14](14_schedule.py)); and what the data loader reads ([02](02_data.py)). This chapter puts them side by side and adds what belongs to the run as a whole. Being a value,
+# A run is a **value**. It is made of small frozen dataclasses, each exported by the chapter that explains its fields. There are four groups: the model, its shape ([chapter 21](21_model.py)) and in it the block ([05](05_modern_block.py)), rotary positions ([06](06_rotary.py)), embedding and layout ([07](07_plumbing.py)), attention ([09](09_flex_attention.py) to [11](11_attention_backends.py)), and head ([08](08_logits.py)); the optimizer ([20](20_many_gpus.py)), and in it Adam and [Muon](13_muon.py); the schedule ([14](14_schedule.py)); and what the data loader reads ([02](02_data.py)). This chapter puts them side by side and adds what belongs to the run as a whole. Being a value,
 # it can be printed, compared, saved in the log, and varied: *this run, but with that field changed* is an expression, and an ablation is a list of such expressions.
 #
 # Three rules keep it honest. A module reads only its own options, so that one can tell from a signature what a function depends on. A field that is off leaves nothing behind in the compiled program, so that turning a technique off measures its absence and not the presence of an `if`. (The chapter of each technique asserts it.) And the vocabulary is *not* here: it is a property of the text and stands in the
@@ -510,9 +510,9 @@ for nonsense in (*mistakes, {"num_layers": 3}, {"optim.adam.betas": ("a", "b")})
 #
 # A preset is a name, another run that it starts from, and what it changes: a row of data. Whatever it does not say is GPT-2 as llm.c trains it. So to know what a run has turned on, read its rows.
 #
-# `small` is a run for one GPU and a coffee, `cpu` for a laptop and five minutes, `smoke` for [the page](24_speedrun.py) on which this book trains while you read. `cpu_gpt2` is llm.c's recipe for the laptop, and the run to which the chapters add one idea at a time; `small_gpt2` is GPT-2 under Muon for one GPU, on which [chapter 13](13_muon.py) compares optimizers. The targets of the small runs, 1.15, 1.55 and 2.75 on the embedded text, are a little above what they reach; 4.0 for `small` was set before it had been run on FineWeb, and leaves room. `record` is the best that these chapters give together, at the contest's size: whole documents, windows and batches that grow, eleven layers, value tables, gates, Muon as it runs today, and [chapter 19](19_head_and_loss.py)'s loss: in eight bits, and in the first two thirds of the run over a sample of the vocabulary. On a GPU its passes are compiled in parts and replayed from CUDA graphs ([chapter 16](16_compile.py)). Why it has 2,100 steps, and what it should reach with them, is a prediction, which [chapter 24](24_speedrun.py) makes. `record_200m` is the same for 200 million tokens, in which ideas can be compared at full size within minutes. The historic runs would take one GPU of the contest's kind twenty minutes to six hours, if it did the work of eight in eight times the official time, and save a checkpoint every thousand steps, off the clock, so that a power cut costs minutes.
+# `small` is a run for one GPU and a coffee, `cpu` for a laptop and five minutes, `smoke` for [the page](24_speedrun.py) on which this book trains while you read. `cpu_gpt2` is llm.c's recipe for the laptop, and the run to which the chapters add one idea at a time; `small_gpt2` is GPT-2 under Muon for one GPU, on which [chapter 13](13_muon.py) compares optimizers. The targets of the small runs, 1.15, 1.55 and 2.75 on the embedded text, are a little above what they reach; 4.0 for `small` was set before it had been run on FineWeb, and leaves room. `record` is the best that these chapters give together, at the contest's size: whole documents, windows and batches that grow, eleven layers, value tables, gates, record 89's Muon, an MLP with products in eight bits ([chapter 18](18_fused_mlp.py)), norm and rotation in one kernel ([chapter 17](17_norm_and_rotary.py)), and [chapter 19](19_head_and_loss.py)'s loss: in eight bits, and in the first two thirds of the run over a sample of the vocabulary. On a GPU its passes are compiled in parts and replayed from CUDA graphs ([chapter 16](16_compile.py)). Why it has 2,100 steps, and what it should reach with them, is a prediction, which [chapter 24](24_speedrun.py) makes. `record_200m` is the same for 200 million tokens, in which ideas can be compared at full size within minutes. The historic runs would take one GPU of the contest's kind twenty minutes to six hours, if it did the work of eight in eight times the official time, and save a checkpoint every thousand steps, off the clock, so that a power cut costs minutes.
 #
-# `small` is `record_200m` with half the tokens in a batch, and eight layers of width 512, with its MLP in bfloat16, and with the schedule that `record_200m` had when `small` was measured: most of its last third, too, runs over a sample of the vocabulary. `cpu` is `record` made smaller still. It has the same techniques, but for the loss in eight bits, which a CPU would only imitate: in three layers of width 128 instead of eleven of 768, all with attention; windows of 64 to 512 tokens; documents cut at 256, 512, and then 1,024 tokens; and batches of 1,024, doubled for the last third of its 1,600 steps.
+# `small` is `record_200m` with half the tokens in a batch, and eight layers of width 512, with its MLP in bfloat16, and with the schedule that `record_200m` had when `small` was measured: most of its last third, too, runs over a sample of the vocabulary. `cpu` is `record` made smaller still. It has the same techniques, but for head and MLP in eight bits, which a CPU would only imitate, and the softmax over a sample that comes with that head: in three layers of width 128 instead of eleven of 768, all with attention; windows of 64 to 512 tokens; documents cut at 256, 512, and then 1,024 tokens; and batches of 1,024, doubled for the last third of its 1,600 steps.
 #
 # The laptop's GPT-2, `cpu_gpt2`, is not record 1 made small. Its batches are small because what a short run lacks is *steps*: 1,024 tokens and eight thousand updates, where record 1 takes half a million tokens and twenty thousand. Its rows are short, its rate is three times as high. It does not compile, since it would spend a good part of its five minutes on that. And its initial deviation is 0.05: GPT-2's 0.02 belongs to a width of 768, and the usual rule lets it fall with the root of the width. Those are arguments, and arguments are cheap; the end of this chapter measures them.
 
@@ -934,7 +934,7 @@ def preset(name: str) -> Config:
     return vary(preset(parent) if parent else Config(), {"preset": name} | changes)
 
 
-# %%
+# %% tags=["hide-input"]
 import math
 import sys
 
@@ -1085,7 +1085,7 @@ assert firsts["cpu_gpt2"] == firsts["small_gpt2"] == firsts["record1"] != firsts
 # %% [markdown]
 # ### JSON and the command line
 #
-# A log holds a run as JSON, and a checkpoint has to become a run again. A field that today's code does not know is an error and not a shrug: the run was something that this program cannot be. A field that the *saved* run lacks is the more dangerous case, because today's default fills it without a word. That is right under one rule, which every chapter that adds a field keeps: **a new field's default is off**. Then a run that was saved before the field existed is the run with its default. (What every run has had from the beginning must be there.)
+# A log holds a run as JSON, and a checkpoint has to become a run again. A field that today's code does not know is an error, since the run was something that this program cannot be. A field that the *saved* run lacks is the more dangerous case, because today's default fills it without a word. That is right under one rule, which every chapter that adds a field keeps: **a new field's default is off**. Then a run that was saved before the field existed is the run with its default. (What every run has had from the beginning must be there.)
 
 
 # %%
@@ -1143,13 +1143,14 @@ for name in known_presets():
     del saved["optim"]["muon"]["beta2"], saved["model"]["layout"]  # from before both existed
     old = config_from_json(saved)
     assert old.optim.muon.beta2 == 0.0 and old.model.layout == LayoutConfig()
-known_by_heart = dataclasses.asdict(preset("cpu_gpt2"))
-wrong_saves = ({"flux_capacitor": True}, {"steps": "many"}, {"precision": "bf16"}, {"model": 3})
-for wrong_save in (known_by_heart | wrong for wrong in wrong_saves):
+known_by_heart = json.loads(json.dumps(dataclasses.asdict(preset("cpu_gpt2"))))
+wrong_saves = {"flux_capacitor": True, "steps": "many", "precision": "bf16", "model": 3}
+for name, value in wrong_saves.items():
     try:
-        config_from_json(wrong_save)
+        config_from_json(known_by_heart | {name: value})
         raise AssertionError("accepted")
     except UserError as problem:
+        assert name in problem.what
         print(problem)
 
 # %% [markdown]
@@ -1281,7 +1282,7 @@ print(shlex.join(as_arguments(odd)))
 # %% [markdown]
 # Every field explains itself, or `--help` would have a hole. That can be asserted as well: in the source of each class of options, each field is followed by its docstring.
 
-# %%
+# %% tags=["hide-input"]
 import ast
 
 from speedrun.lab.provenance import is_docstring, module_file
@@ -1421,7 +1422,7 @@ SHORT: dict[str, Any] = {"steps": 600, "val_tokens": 131_072}  # what a laptop's
 
 
 def with_record_muon(base: Config) -> Config:
-    """A run under Muon as it is today; momentum's ramps are as long a share of it as of the record's."""
+    """A run under record 89's Muon; momentum's ramps are as long a share of it as of the record's."""
     rises, falls = round(0.23 * base.steps), round(0.04 * base.steps)
     changes = fields_of(RECORD_MUON, "optim.muon.") | {"optim.matrices": "muon"}
     changes |= {"schedule.momentum_min": 0.85, "schedule.momentum_ramp": (rises, falls)}
@@ -1438,7 +1439,7 @@ def best_of(slug: str, name: str) -> Config:
 
 
 def cpu_base() -> Config:
-    """The run in which ideas are compared on a laptop: cpu_gpt2's model under today's Muon, at chapter 13's rates."""
+    """The run in which ideas are compared on a laptop: cpu_gpt2's model under record 89's Muon, at chapter 13's rates."""
     return vary(
         with_record_muon(vary(preset("cpu_gpt2"), SHORT)),
         {"optim.matrix_lr": 0.016, "optim.adam.lr": 0.004},
@@ -1796,7 +1797,7 @@ for arm in sorted(gap, key=gap.get):
 print(measured_on(result))
 
 # %% [markdown]
-# Eleven arms and three seeds make small samples. By chapter 01's own function, three runs a side see nine times out of ten what is nearly five standard deviations large; *visible* is that much. The same five arms are told from the first version by the test for many arms beside one control, Dunnett's, whose p is printed. Of the arguments for the laptop's choices, one holds: GPT-2's own deviation costs a narrow model dearly. Shorter rows cost more, and half the layers cost most. Whether batch and rate matter within a factor of two, three seeds cannot
+# Eleven arms and three seeds make small samples. At chapter 01's level of $p < 0.01$, three runs a side see nine times out of ten what is nearly five standard deviations large; *visible* is that much. The same five arms are told from the first version by the test for many arms beside one control, Dunnett's, whose p is printed. Of the arguments for the laptop's choices, one holds: GPT-2's own deviation costs a narrow model dearly. Shorter rows cost more, and half the layers cost most. Whether batch and rate matter within a factor of two, three seeds cannot
 # say: effects well below *visible* escape them.
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Final validation loss of eleven variants of the laptop's run, three seeds each"}}
@@ -1808,10 +1809,13 @@ figure_style()
 fig, axis = plt.subplots(figsize=(5.5, 3.8))
 order = sorted(arms, key=lambda arm: -losses[arm].mean)
 for y, arm in enumerate(order):
-    color = "C0" if arm == start else "C1" if gap[arm] < -visible else "0.45"
+    lower, higher = gap[arm] < -visible, gap[arm] > visible
+    color = "C0" if arm == start else "C1" if lower else "C3" if higher else "0.45"
     axis.plot([run["val_loss"] for run in arms[arm]], [y] * 3, "o", ms=5, alpha=0.8, color=color)
 axis.axvline(losses[start].mean, color="C0", lw=0.8, ls=":")
-names = [arm.replace(start, "rows of 64").replace(", GPT-2's", "") for arm in order]
+fields = {start: "rows of 64", "deviation 0.02, GPT-2's": "init std 0.02 (GPT-2's)"}
+fields |= {"deviation 0.10": "init std 0.10"}
+names = [fields.get(arm, arm.replace("the rate", "the learning rate")) for arm in order]
 axis.set_yticks(range(len(order)), names)
 axis.set_xlabel("final validation loss (nats a token), three seeds")
 better = [arm for arm in order if gap[arm] < -visible]
@@ -1820,6 +1824,8 @@ assert len(better) == 2
 plt.show()
 
 # %% [markdown]
+# *Blue: the control. Orange: visibly lower; red: visibly higher; grey: neither.*
+#
 # Four layers cost twice the arithmetic in the blocks. Rows of 128 cost next to nothing, and the quick search had said the opposite:
 
 # %%
@@ -1843,7 +1849,7 @@ print(measured_on(short))
 
 # %% [markdown]
 # The sign turns. The long difference is there, by Dunnett's test; the short one is a hint, since each of its three beat each of three, which chance does once in twenty. A likely reason is that a model has to learn to spell before it can use what stands further back, so that a run which ends while it is learning to spell sees only the price of the
-# longer row. Part of the gain may be the exam and not the pupil, since with longer rows validation sees more context, too; in this contest that counts. But a sign that turns is reason enough not to trust the short search. Short runs that stand for long ones are the cheapest instrument in this contest and its favourite way to be wrong. The preset has had rows of 128 since. It still has two
+# longer row. Part of the gain may come from the validation, which sees more context with longer rows, too; in this contest that counts. But a sign that turns is reason enough not to trust the short search. Short runs that stand for long ones are cheap, and here the short ones were wrong. The preset has had rows of 128 since. It still has two
 # layers, and eight thousand steps, because it is meant to take five minutes.
 #
 # ## What it costs, and when it fails

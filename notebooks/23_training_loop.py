@@ -198,7 +198,7 @@ with off_the_clock(clock, marks):
 clock.stop()
 (nap,) = marks.drain()
 assert 50 <= nap <= clock.ms < 250, "a step counts, on both; the pause does not"
-print(f"{clock.ms:.0f} ms of training in 250 ms of life")
+print(f"{clock.ms:.0f} ms of training in 250 ms")
 
 # %% [markdown]
 # ### The state of a run
@@ -337,7 +337,8 @@ def train_step(run: Run) -> Tensor:
     now = run.schedule.at(run.step)
     batches = run.loader.next(now.batch_tokens, now.max_doc_tokens)
     parts, record = len(batches) * run.ranks.world, partial(run.recorder, now.stage)
-    few = torch.tensor(now.candidates) if run.config.model.head.fp8 else None
+    joined = run.config.data.micro_batches // parts
+    few = torch.tensor([now.candidates, joined]) if run.config.model.head.fp8 else None
     told = run.ranks.device, run.config.precision, run.told[now.stage], few
     loss = accumulate(run.forward, run.heartbeat.over(batches), parts, *told, record=record)
     run.optimizer.step(now)
@@ -534,7 +535,7 @@ assert worst < 1e-12
 print(f"1,024 tokens in 1, 2, 4 or 8 parts: the gradients differ by {worst:.0e} of their length")
 
 # %% [markdown]
-# This is double precision. In single precision a sum in another order differs in the seventh digit, and in bfloat16 much sooner. Two runs of `record_200m` with one seed, on two GPUs and on four, end this far apart (they were made before the record had [chapter 19](19_head_and_loss.py)'s loss):
+# This is double precision. In single precision a sum in another order differs in the seventh digit, and in bfloat16 much sooner. Two runs of `record_200m` with one seed, on two GPUs and on four, end this far apart (runs with head and MLP in bfloat16; today's `record_200m` ends 0.006 higher, [chapter 24](24_speedrun.py)):
 
 # %%
 from speedrun.lab.results import load_result
@@ -1270,7 +1271,7 @@ print(f"stopped at 23, resumed to 40: every weight is equal, final loss {final:.
 #
 # Two things cannot be put back bit by bit, and then the log says so. A run that goes on with another number of ranks adds up in another order. And where Adam updates in every second step only (`optim.adam.every`, [chapter 20](20_many_gpus.py)), a checkpoint between two updates holds the sum over all ranks of the gradients that wait, and no longer what each rank had.
 #
-# And the broken number? Put one infinity into one matrix at step 12, and see who is accused:
+# And the broken number? Put one infinity into one matrix at step 12; the error has to name that matrix:
 
 # %%
 run = build_run(vary(brief, {"checkpoint_every": 4}), scratch / "poisoned", echo=None)
@@ -1550,7 +1551,7 @@ GRID = [(every, rate, other) for every in EVERY for rate in (0.008, 0.016, 0.032
 
 
 def adam_run(every: int, rate: float, other: float) -> Config:
-    """The laptop's run of 600 steps under today's Muon, with the record's Adam: cautious decay, no clipping."""
+    """The laptop's run of 600 steps under record 89's Muon, with the record's Adam: cautious decay, no clipping."""
     adam = {"optim.adam.cautious": True, "optim.adam.weight_decay": 0.75, "optim.adam.every": every}
     rates = {"optim.matrix_lr": rate, "optim.adam.lr": other, "optim.grad_clip": 0.0}
     return vary(cpu_base(), adam | rates)
@@ -1639,6 +1640,8 @@ of_update = gpu["pieces"]["clip and update"] / sum(gpu["pieces"].values())
 assert 0.8 < blind < 0.9 and 0 < asking < 0.03 and 0.05 < of_update < 0.15
 assert quartiles["without waiting"][2] < quartiles["true"][0] < quartiles["asking"][0]
 assert rest["gpu"] - of_update < 0.02 and rest["cpu"] < 0.1 and len(gpu["steps"]["true"]) == 40
+for pieces in (gpu["pieces"], cpu["pieces"]):
+    assert pieces["reading"] + pieces["heartbeat and mark"] < 0.01 * sum(pieces.values())
 print(f"a clock that does not wait sees {blind:.0%} of a GPU's step")
 print(f"asking for every loss costs {asking:+.1%}")
 for name, result in results.items():
@@ -1668,9 +1671,9 @@ axis.set_title(
 plt.show()
 
 # %% [markdown]
-# So the answer to the prediction. A clock that does not wait measures how long Python takes to *ask*. Here that is six sevenths of the step: Python is ahead of the GPU, but barely, perhaps because launching the kernels of so small a model takes nearly as long as running them. And asking for the loss after every step costs one or two per cent (the quartiles of the forty samples do not overlap): on this machine, with this model, a nuisance. Another model, or another processor beside the GPU, can have another answer.
+# So the answer to the prediction. A clock that does not wait measures how long Python takes to *ask*. Here that is six sevenths of the step: Python is ahead of the GPU, but barely, perhaps because launching the kernels of so small a model takes nearly as long as running them. (This was measured before passes were replayed from CUDA graphs, [chapter 16](16_compile.py). A graph is launched in one call, so today a clock that does not wait sees far less of the step; how much less has not been measured.) And asking for the loss after every step costs one or two per cent (the quartiles of the forty samples do not overlap): on this machine, with this model, a nuisance. Another model, or another processor beside the GPU, can have another answer.
 #
-# The loop itself is nearly free, and that is its whole ambition. Reading, heartbeats and marks together are less than two per cent of a step. The update is not free: on the GPU Muon's takes a tenth of the step. (It was measured with an optimizer that launched each of its small kernels by itself; [chapter 20](20_many_gpus.py)'s records them once and replays them.) The sum over ranks was timed apart, and is left out of the figure, since there was one rank. What the sum costs, record 1's first fifty steps say, on one GPU and on two. (These runs and the GPU's measurement above were made while the model was one graph, in which a fusion of the compiler's left gradients unwritten ([chapter 16](16_compile.py)). So the two runs' losses are withdrawn, and all these times are of that program; today's, compiled in parts, has not been timed in their place.)
+# The loop itself is nearly free, as it should be. Reading, heartbeats and marks together are less than one per cent of a step. The update is not free: on the GPU Muon's takes a tenth of the step. (It was measured with an optimizer that launched each of its small kernels by itself; [chapter 20](20_many_gpus.py)'s records them once and replays them.) The sum over ranks was timed apart, and is left out of the figure, since there was one rank. What the sum costs, record 1's first fifty steps say, on one GPU and on two. (These runs and the GPU's measurement above were made while the model was one graph, in which a fusion of the compiler's left gradients unwritten ([chapter 16](16_compile.py)). So the two runs' losses are withdrawn, and all these times are of that program; today's, compiled in parts, has not been timed in their place.)
 
 # %%
 runs = {n: load_result("speedrun", f"record1_{n}gpu")["data"]["runs"][0] for n in (1, 2)}
@@ -1689,7 +1692,7 @@ print(
 #
 # ## What it costs, and when it fails
 #
-# The ranks share the optimizer's state, but each holds all weights and all gradients. For 124 million parameters in float32 that is one gigabyte, on each of eight GPUs.
+# The ranks share the optimizer's state, but each holds all weights and all gradients. For record 1's 124 million parameters in float32 that is one gigabyte, on each of eight GPUs. `record` has 346 million, most of them in tables of value embeddings.
 #
 # The check for finite numbers looks at gradients alone. A loss that runs away slowly, finite all the while, passes it. And resuming is exact on a CPU only, uncompiled: the code that torch.compile generates adds up an embedding's gradient in whatever order its threads come. On a GPU, too, some sums are taken in whatever order the hardware finishes, so a resumed run is as close to the uninterrupted one as two uninterrupted runs are to each other.
 #
@@ -1738,7 +1741,9 @@ for count, ranks, right in (
         f"{count} micro-batches on {ranks} ranks, as evenly as possible: {right}, not {got}"
     )
 used = 8 / (3 * max(shares(8, 3)))
-print(f"three GPUs would be busy for {used:.0%} of the time: possible, correct, and a poor bargain")
+print(
+    f"three GPUs would be busy for {used:.0%} of the time: possible and correct, but a third of what was paid for is idle"
+)
 
 # %%
 import shutil

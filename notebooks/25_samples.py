@@ -19,7 +19,7 @@
 #
 # ## The problem
 #
-# The loss went down. Down to what? Nobody has ever met a nat. But bits are bits, and there are older programs that predict text for a living: a compressor that describes a text in few bits has predicted it well. Here is what two of them need for the validation text on which the laptop's run was scored, without any training:
+# The loss went down. Down to what? A nat is a unit without a scale that one knows. But it can be turned into bits, and there are older programs that predict text for a living: a compressor that describes a text in few bits has predicted it well. Here is what two of them need for the validation text on which the laptop's run was scored, without any training:
 
 # %%
 from speedrun.lab.tier import choose_tier
@@ -72,7 +72,7 @@ print(f"xz on the whole file, {len(held_out) / len(scored_text):.1f} times as lo
 # not exist. To see what a model knows, leave it alone with its own mistakes.
 #
 # ```{admonition} Prediction
-# Let the laptop's model write two thousand tokens of Python, and take from them every word of four letters or more. **Which share of those words occurs in the training text?** And what would the same count give for the same characters in random order?
+# Let the laptop's model write sixteen samples of 500 tokens of Python, and take from them every word of four letters or more. **Which share of those words occurs in the training text?** And what would the same count give for the same characters in random order?
 # ```
 #
 # ## The idea
@@ -220,7 +220,7 @@ print(f"top-2: token 1 drawn in {seen:.1%} of cases, expected {expected:.1%}")
 
 # %% [markdown]
 # Writing is then a loop over single tokens, each of which reads the whole window again. A cache of keys and values would save most of that work, but not once the window is full. GPT-2 *learns* its positions, and when the window slides by one, every token moves to another position and every key changes. Rotary
-# embeddings (chapter 06) do not have that flaw.
+# embeddings (chapter 06), which the laptop's run has, do not have that flaw.
 
 
 # %%
@@ -246,7 +246,7 @@ assert text == generate(trained, "def ", 250) != generate(trained, "def ", 250, 
 print("def " + text)
 
 # %% [markdown]
-# It has found out that there are words and that lines begin with spaces. Not more. How that goes on is the measurement; first it needs a judge.
+# It has learned that there are words, and that lines begin with spaces, and nothing else. How that goes on is the measurement; first it needs a judge.
 #
 # ### Counting words
 #
@@ -328,7 +328,7 @@ print(f"of a held-out file's pieces {theirs:.0%} stand in the training text")
 # %% [markdown]
 # ### How far back does it look?
 #
-# A second question has a sharper answer. At the first position of a row, or of a document, the model has seen one token; at the last, hundreds. If it uses what it sees, its loss must fall along the row, and where it stops falling is how far back it looks. A model that was trained on documents is asked about documents, each from its beginning.
+# A second question has a sharper answer. At the first position of a row, or of a document, the model has seen one token; at the last, hundreds. If it uses what it sees, its loss must fall along the row (from about the ninth token on: most documents here begin in the middle of a file, so that their first token is a line's indentation, which is easy, and the second that line's first letter, which is hard), and where it stops falling is how far back it looks. A model that was trained on documents is asked about documents, each from its beginning.
 
 
 # %%
@@ -554,14 +554,19 @@ for n, (stage, means) in enumerate(zip(stages, contexts)):
     )
 axis.axhline(tables["pairs"], color="0.5", ls=":")
 axis.annotate(
-    "a table of pairs", (0.1, tables["pairs"]), (0, -12), textcoords="offset points", color="0.4"
+    "a table of pairs",
+    (len(stages[0]["context"]) - 1, tables["pairs"]),
+    (0, 4),
+    textcoords="offset points",
+    ha="right",
+    color="0.4",
 )
 labels = [
     f"{a}" if a == b else f"{a}–{b}" for a, b in (step["seen"] for step in stages[0]["context"])
 ]
-axis.set_xticks(range(len(labels)), labels)
+axis.set_xticks(range(len(labels)), labels, rotation=45, ha="right")
 axis.set_xlabel("tokens seen")
-axis.set_ylabel("loss (nats a token), ±2 errors")
+axis.set_ylabel("loss (nats a token), ±2 standard errors")
 axis.set_title(f"from 16 to 512 tokens of context\nsave {long:.2f} nats a token, in the end")
 plt.show()
 
@@ -596,7 +601,7 @@ print(
 # %% [markdown]
 # It loops. The likeliest continuation of a phrase is often the phrase once more, a repeated phrase makes its own repetition likelier still, and nothing ever breaks the circle. The likeliest token at each step is not the likeliest text; it is not even a typical one. (At temperature 0.8 five of the sixteen samples get stuck as well, where none did after 500 steps. In between it seems to have learned to copy what stood there before.) A typical text of $n$ tokens has about $n$ times the entropy of one token of surprise in it, and this one has next to none. GPT-2 Large, with its 762 million parameters some 900 times this one's size, still loops when it is read out this way {cite}`holtzman2020`.
 
-# %%
+# %% tags=["hide-input"]
 assert 880 < 762e6 / run["parameters"] < 940
 
 # %% [markdown]
@@ -608,6 +613,10 @@ assert 880 < 762e6 / run["parameters"] < 940
 # ## The command
 #
 # `make speedrun` ends by writing a sample. By hand, with any run and any prompt:
+#
+# ```bash
+# python -m speedrun.sample runs/RUN --prompt "def " --tokens 600 --temperature 0.8
+# ```
 
 
 # %%

@@ -76,7 +76,7 @@ print(f"torchrun was killed; two seconds later {len(alive)} of 2 ranks are still
 # %% [markdown]
 # ## The idea
 #
-# No process cleans up after its own SIGKILL, so cleaning up cannot be the launcher's duty. Instead, every rank watches for the two things that do change when the tree above it breaks. Its standard input is the reading end of a pipe that only the launcher holds open; the kernel closes it when the launcher dies, however it dies. And its parent's process number changes when `torchrun` does. We call this watch a *lifeline*. (Linux can also be asked to kill a child when its parent dies, with `prctl(PR_SET_PDEATHSIG)`, even one that hangs. It works on Linux only and leaves no time to save, so it would be a second lifeline and not the first.)
+# No process cleans up after its own SIGKILL, so cleaning up cannot be the launcher's duty. Instead, every rank watches for the two things that do change when the tree above it breaks. Its standard input is the reading end of a pipe that only the launcher holds open; the kernel closes it when the launcher dies, however it dies. And its parent's process number changes when `torchrun` does. We call this watch a *lifeline*. (Linux can also be asked to kill a child when its parent dies, with `prctl(PR_SET_PDEATHSIG)`, even one that hangs. It works on Linux only; and of its signals SIGKILL leaves no time to save, while SIGTERM does not end a rank that hangs. So it would be a second lifeline and not the first.)
 #
 # A run survives by three agreements, and each of them has two ends:
 #
@@ -973,7 +973,7 @@ def run_ranks(
 
 
 # %% [markdown]
-# A rank that is as bad as a rank can be: it ignores SIGTERM, prints nothing, and sleeps. The supervisor notices it by its silence.
+# A rank that ignores SIGTERM, prints nothing, and sleeps. The supervisor notices it by its silence.
 
 # %%
 rude = scratch / "rude.py"
@@ -1052,7 +1052,7 @@ for remedy, numbers in left.items():
     print(f"{remedy:34}", *(f"{number:>8}" for number in numbers))
 
 # %% [markdown]
-# Each remedy but one answers the signals that it has heard of. A `finally` block runs where an exception passes, and SIGTERM raises none in Python; a handler for SIGTERM knows nothing of Ctrl-C. For SIGKILL there is nothing to write in the launcher at all. (Killing the process group takes somebody who is alive to do it, and these ranks are not in the launcher's group.) Only the ranks themselves are still there to act, and the end of their standard input tells them.
+# Each remedy but the lifeline works for the signals that it handles. A `finally` block runs where an exception passes, and SIGTERM raises none in Python; a handler for SIGTERM knows nothing of Ctrl-C. For SIGKILL there is nothing to write in the launcher at all. (Killing the process group takes somebody who is alive to do it, and these ranks are not in the launcher's group.) Only the ranks themselves are still there to act, and the end of their standard input tells them.
 #
 # So much for the toy. The same promise for the trainer's own launcher, with the rank that ignores everything: the launcher is killed, with the signal that nothing survives.
 
@@ -1078,7 +1078,7 @@ print(
 # %% [markdown]
 # ## What it costs, and when it fails
 #
-# The watch costs one small file per rank, and a touch of it per micro-batch: microseconds. `torchrun` could do one thing more: restart failed ranks by itself. We tell it not to. A restart after a failure that nobody has read is how a run burns a night repeating the same out-of-memory error, and the contest's clock would not forgive it anyway; a failed run should stop, say where, and name the command that goes on.
+# The watch costs one small file per rank, and a touch of it per micro-batch: microseconds. `torchrun` could do one thing more: restart failed ranks by itself. We tell it not to. A restart after a failure that nobody has read repeats the same out-of-memory error until somebody looks, and on the contest's clock it would count; a failed run should stop, say where, and name the command that goes on.
 #
 # It fails where its assumptions do. A rank that hangs *inside* a C extension while holding Python's lock cannot run the thread that watches its lifeline. The launcher still notices its silence and kills it, but if the launcher dies as well, only the operating system could. On several machines there is no common standard input, and the heartbeats would need a shared disk. The contest has one machine, and so has this launcher. And a checkpoint protects what came before it, never the steps since.
 #

@@ -59,14 +59,14 @@ if FULL.exists():
 #
 # ```{admonition} Prediction
 # :class: tip
-# Which of these can make the call `print("step 1")` raise an exception: a full disk, a closed terminal, the `head -1` that the output is piped into, a program started without any output at all, a character that the console cannot show?
+# Which of these can make the call `print("step 1", flush=True)` raise an exception: a full disk, a closed terminal, the `head -1` that the output is piped into, a program started without any output at all, a character that the console cannot show?
 # And which of them should end a run? Write down both lists before you read on.
 # ```
 #
 # ## The idea
 #
-# All five raise: `OSError` (with three different numbers), `AttributeError` on `None`, and `UnicodeEncodeError`. None of them should end a run. That is the general shape of the faults in this chapter: **one exception was foreseen, and its siblings were not**. `BrokenPipeError` had been caught,
-# since somebody once typed `| head`; the other four had not. So every command of this book goes through one door, and that door knows the kinds:
+# All but one: `OSError` (with three different numbers) and `UnicodeEncodeError`. Without any output `sys.stdout` is `None`; then `print` says nothing, but `sys.stdout.write` raises `AttributeError`. None of them should end a run. That is the general shape of the faults in this chapter: **one exception was foreseen, and its siblings were not**. `BrokenPipeError` had been caught,
+# since somebody once typed `| head`; the others had not. So every command of this book goes through one function, `run_main`, which knows the kinds:
 #
 # - what its reader can mend is a `UserError`, and is printed with its way out;
 # - what the operating system refuses (no room, no permission, no such folder) becomes a `UserError`, with the file's name and the way out for that refusal;
@@ -246,7 +246,7 @@ if FULL.exists():
     full.close()
 
 # %% [markdown]
-# ### One door for every command
+# ### One entry point for every command: run_main
 #
 # `run_main` is how each command of the book starts: `python -m speedrun.train`, `launch`, `sample`, `data`, and the scripts. Status 0 means done, 1 a problem that was printed with its way out, 130 interrupted.
 
@@ -308,7 +308,7 @@ if FULL.exists():
 # ### Ctrl-C, from the first moment
 #
 # Importing PyTorch takes a second or more. A Ctrl-C that falls into it raises `KeyboardInterrupt` somewhere inside the import: usually a page of traceback, and now and then nothing at all, because an exception inside a callback of the garbage collector is
-# printed and dropped, and the program that was told to stop trains on. (Tried with 44 interrupts during the import of this package's launcher: 34 tracebacks, 8 silent ends, 2 lost.) Nothing exists yet in that second that would have to be saved, so the right answer is the shortest: end.
+# printed and dropped, and the program that was told to stop trains on. (In an early trial, which was not kept as a measurement, 44 interrupts during the import of this package's launcher gave 34 tracebacks, 8 silent ends, and 2 were lost.) Nothing exists yet in that second that would have to be saved, so the right answer is the shortest: end.
 #
 # The same moment is the last one at which OpenMP can be told not to spin. Its threads wait for each other in a busy loop by default. On a machine that has something else to do, that loop takes the processor from the very thread that it waits for.
 
@@ -352,7 +352,7 @@ assert status == 130 and words == ""
 print("interrupted inside a destructor: status", status, "and not a word")
 
 # %% [markdown]
-# ### A file, whole or not at all
+# ### Atomic writes
 #
 # `path.write_text` empties the file first and fills it afterwards. Whoever reads in between, or after a crash in between, finds half of it. So: write beside, then rename, since a rename replaces a file in one step. Two details are easy to forget. The data must be on the disk *before* the rename is,
 # or a power cut leaves a whole name over an empty file: hence `fsync`. And a file written through `tempfile` (as safetensors does, [#782](https://github.com/safetensors/safetensors/issues/782)) may be read by its owner only, mode 0600, while its siblings may be read by all.
@@ -410,7 +410,7 @@ atomic_write(target, b"new")
 assert target.read_text() == "new" and not list(scratch.glob("*.part"))
 
 # %% [markdown]
-# ### A folder that nobody else has
+# ### Creating a folder without a race
 #
 # A run writes into `runs/<date>-<preset>`. Three runs begun in the same second once shared two folders: their logs interleaved, and one run's weights were nowhere. "Does it exist? then take another; now make it" leaves a gap between the question and the deed. `mkdir` *is* the question: it fails where the folder exists, and only one of two callers can succeed.
 
@@ -439,7 +439,7 @@ assert len(set(made)) == 8
 print("eight runs of one second:", ", ".join(sorted(folder.name[16:] for folder in made)))
 
 # %% [markdown]
-# ### Whose folder is it?
+# ### Locking a run's folder
 #
 # Two launchers that write into one folder delete each other's files, and the second one's clean-up once killed the first one's ranks. A process number in a file does not help: after a crash it names nobody, or somebody else. A *lock* is held by an open file, and the operating system lets go of it when its
 # process ends, however it ends. `filelock` does that on every system; it is installed anyway, since PyTorch and the Hugging Face hub use it.

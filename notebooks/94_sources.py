@@ -38,7 +38,7 @@ assert len(heard) == len(numbers) and (heard != numbers).sum() == 1 and heard.ma
 print(f"token 250 was {numbers[250]} and is {heard[250]}: numbers like any others")
 
 # %% [markdown]
-# A model trains on that without a word. Not all damage is so small. A download broke off; a server's error page was saved under the name of a shard; a disk was full when half of a corpus had been written over the old one; a manifest came with the data, from somebody who is not your friend.
+# A model trains on that without a word. Not all damage is so small. A download broke off; a server's error page was saved under the name of a shard; a disk was full when half of a corpus had been written over the old one; a manifest came with the data, from a source that one cannot trust.
 #
 # ```{admonition} Prediction
 # Seven ways to hurt a shard: cut off its last seven bytes; empty it; put a web page in its place; raise its version; let its header announce no tokens; let one token be beyond the vocabulary; flip one bit of a token, within the vocabulary. **How many of the seven does a reader see that checks the header, the size of the file and the range of the tokens?** And how many of two
@@ -325,7 +325,7 @@ for true, false in (
 save_manifest(scratch, counting)
 
 # %% [markdown]
-# ### Reading checks
+# ### What the reader checks
 #
 # Plain formats have one weakness: everything is a valid file until it is too late. A download that broke off, an HTML error page saved as `.bin`, shards of another vocabulary: each
 # of them trains, for a while. So each complaint says which file, at which byte, what stood there, what should have, and what to do. “Delete it” is never the answer: nanoGPT also calls its tokens `train.bin`, and this may be somebody's only copy. Most
@@ -467,7 +467,7 @@ def opened(path: Path) -> Iterator[tuple[BinaryIO, os.stat_result]]:
 
 
 # %% [markdown]
-# ### A hash, once
+# ### Checking SHA-256, once a file
 #
 # A header says nothing about the body. Flip one bit of a token, or fill half of a shard with zeros as a crashed copy does, and it trains, while the log records the hash of the text that should have been there. What sees this is the SHA-256 in the manifest, so a shard is compared
 # with it before its first token is used. Once is enough: the file does not change by itself, and a start should not take longer with every shard. A small file beside the manifest, `.verified.json`, keeps size, time of change and inode number of each file that was right; whoever changes a file, or copies the folder, changes one of them, and the file is hashed again. Where the folder cannot be
@@ -650,7 +650,7 @@ assert all(file.tokens <= 500 for file in tiny.files) and len(tiny.split("train"
 assert written[0] == BYTE_DOCUMENT and load_manifest(scratch / "staged") == tiny
 
 # %% [markdown]
-# ### Old until it is new
+# ### Replacing a corpus atomically
 #
 # The folder may hold a corpus already, perhaps one that took a night to make. A writer that empties the folder first and fills it afterwards loses the old corpus to a full disk, and somebody's own files to a mistyped name. So there are two rules. A command replaces only what the same command made: every file there must be in its manifest, with the hash that
 # stands in it. And the new files are written whole into a hidden folder *inside* the old one (on the same disk, also where the folder is a mount point or a link), and change places with the old ones by renaming. The manifest goes first and comes last, so that none ever stands over shards that are not its own; if anything fails before it has come, all goes back. An interrupt that falls between making something and noting that it was made would leave it behind: for those few lines, and for the tidying up, signals wait.
@@ -1026,7 +1026,7 @@ print(files["networkx/algorithms/euler.py"][:120].decode())
 # %% [markdown]
 # ### From files to documents
 #
-# Three decisions turn files into a corpus, and each is a place where experiments have gone wrong before.
+# Three decisions turn files into a corpus, and each can go wrong.
 #
 # *Which files validate?* Whole files, chosen by a hash of their **name**, before anything is cut. Splitting pieces of one file between training and validation
 # would let the model recite.

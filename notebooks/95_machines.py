@@ -25,7 +25,7 @@
 # A trainer that works only on the machine it was tuned for is of no use on yours, and neither is an error that says `AttributeError` or `AssertionError` when it means *you have no GPU*. Here is what a program hears that asks PyTorch for a GPU where none can be seen:
 
 # %%
-from speedrun.lab import tier as tangled  # what this chapter builds below, from the package
+from speedrun.lab import tier as tangled  # the finished module; this page builds it again below
 
 tier = tangled.choose_tier()
 
@@ -42,7 +42,7 @@ assert told.returncode == 1 and complaint[0].startswith("Traceback")
 print(f"{len(complaint)} lines, of which the last says: {complaint[-1]}")
 
 # %% [markdown]
-# It comes as a traceback, names no way out, and is the friendliest of its family. A driver that is older than PyTorch's CUDA gives a warning, and a GPU that is not used. In a container with 64 MB of shared memory eight processes die of a bus error that names nothing.
+# It comes as a traceback, names no way out, and is one of the clearer ones. A driver that is older than PyTorch's CUDA gives a warning, and a GPU that is not used. In a container with 64 MB of shared memory eight processes die of a bus error that names nothing.
 #
 # ```{admonition} Prediction
 # A server has eight GPUs, numbered 0 to 7, and `nvidia-smi` lists all eight whatever you do. **How many of them can a program use if the environment variable `CUDA_VISIBLE_DEVICES` is** (a) not set, (b) empty, (c) `2,9,4`, (d) `1,1`? And how many if GPU 0 is cut into two slices for two users,
@@ -163,7 +163,7 @@ def parse_gpus(text: str) -> tuple[GPU, ...]:
 
 
 # %% [markdown]
-# An eight-GPU server; then a virtual machine whose driver declines to say what its card can do, followed by a line of complaint:
+# An eight-GPU server; then a virtual machine whose driver does not report what its card can do, followed by a line of complaint:
 
 # %%
 row = "{i}, GPU-{i}f3c, NVIDIA H100 80GB HBM3, 81559, 580.65.06, 9.0, Disabled"
@@ -261,6 +261,9 @@ assert [gpu.index for gpu in visible_gpus(server, "2,9,4")] == [2], "9 matches n
 assert visible_gpus(server, "GPU-") == visible_gpus(server, "1,1") == ()
 assert visible_gpus(cut, None) == visible_gpus(cut, "0") == cut[:1], "one slice a process"
 assert visible_gpus(cut, "MIG-53864714") == cut[1:2] and visible_gpus(cut, "1") == cut[2:]
+for setting in (None, "", "2,9,4", "1,1"):
+    print(f"CUDA_VISIBLE_DEVICES {setting!r:8}: {len(visible_gpus(server, setting))} of 8 GPUs")
+print("GPU 0 in two slices, GPU 1 whole, not set:", len(visible_gpus(cut, None)), "slice")
 
 
 # %%
@@ -605,7 +608,7 @@ def software_findings(machine: Machine) -> list[Finding]:
 
 
 # %% [markdown]
-# The machine on which everything is wrong, the Mac, which is not wrong but a Mac, and a torch that was moved:
+# The machine on which everything is wrong, a Mac, which has no Triton, and a torch that was moved:
 
 # %%
 assert [finding.ok for finding in software_findings(poor)] == [False] * 5
@@ -856,7 +859,7 @@ print(f"looking at this machine: {1000 * looked_s:.0f} ms")
 #
 # - **Only NVIDIA's GPUs are looked for.** On a Mac, or with an AMD card, the book computes on the CPU, and says so.
 # - **A number in `CUDA_VISIBLE_DEVICES` is taken as `nvidia-smi` counts**, by slots. CUDA by default puts the fastest card first, so in a machine with different cards a number may mean another one to it. Where the tier leaves one of several GPUs it names it by UUID, which means the same to both.
-# - **A GPU that is listed may be busy.** Nobody is asked how much of its memory others have taken; the run finds out.
+# - **A GPU that is listed may be busy.** How much of its memory others have taken is not looked at (`memory.used` would say, but what is free now may not be free in a minute); the run finds out.
 # - **The doctor knows what somebody has met.** Where it finds nothing and something is wrong all the same, what it printed is the first thing to put into a report.
 #
 # ## Exercises

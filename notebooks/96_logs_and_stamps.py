@@ -21,7 +21,7 @@
 #
 # ## The problem
 #
-# [Chapter 01](01_are_you_faster.py) finds that a thousandth of a nat takes more than seventy runs a side. They are worth nothing if a year later nobody can say which program made them, and less than nothing if some of their lines are wrong. Lines go wrong when a program is killed while it writes. Here a run logs fifty records and is killed in the next one; it is
+# [Chapter 01](01_are_you_faster.py) finds that a thousandth of a nat takes more than seventy runs a side. Seventy runs are worth nothing if a year later nobody can say which program made them, and less if some lines of their logs are wrong. Lines go wrong when a program is killed while it writes. Here a run logs fifty records and is killed in the next one; it is
 # resumed, and the log goes on with fifty more:
 
 # %%
@@ -72,7 +72,7 @@ print(
 #
 # ### Logs: what a run must write down
 #
-# A loss without its program is a rumour. The contest solved this with admirable bluntness: each log begins with the complete source of the script that
+# A loss says little without the program that made it. In the contest each log begins with the complete source of the script that
 # wrote it. Ours keeps that habit in two files. `log.txt` has the lines that every speedrunner's eye and every existing parser knows:
 
 # %%
@@ -125,7 +125,7 @@ assert parse_line(upstream)["val_loss"] == 10.8258 and math.isnan(
 # `metrics.jsonl` has one JSON record a line, for programs. Its first record holds everything that could be different next time: the configuration, the source and
 # hash of every module, the versions, the GPUs.
 #
-# A log has one more duty. Disks fill up, and they fill up at night. A full disk must not kill a run that is otherwise healthy, and must not
+# A log has one more duty. Disks fill up. A full disk must not kill a run that is otherwise healthy, and must not
 # corrupt what has been written. So an append happens whole or not at all. If it fails its text is kept, and written together with the next one.
 
 
@@ -293,7 +293,7 @@ print([(record["step"], record["val_loss"]) for record in steps])
 # %% [markdown]
 # ### Results: numbers that remember where they come from
 #
-# A measured number grows stale in silence. The code moves on, the figure stays, and after a year nobody knows whether the claim beside it still
+# A measured number does not say that its code has changed since. The code moves on, the figure stays, and after a year nobody knows whether the claim beside it still
 # holds. We cannot measure everything again at every change. We can make every number carry enough to know *whether* it should be.
 #
 # Each measurement in this book is a JSON file under `book/results/`, and carries a **stamp**: the GPU, the driver, the versions, the command, the
@@ -498,7 +498,7 @@ print({name: now["stamp"][name] for name in ("gpu", "cpu", "torch", "n", "date")
 # result, trains twenty steps with the code of then and of now on one machine, and compares the losses bit by bit. Losses then still stand. Times do
 # not, and the badge on the page says so.
 #
-# What remains is to load and save in one place, so that everything that a page has read is known. The ledger is how the page you are reading knows that it is out of date when a
+# What remains is to load and save in one place, so that everything that a page has read is known. A list of the files that were read is how the page you are reading knows that it is out of date when a
 # measurement that it draws is replaced.
 
 
@@ -506,9 +506,9 @@ print({name: now["stamp"][name] for name in ("gpu", "cpu", "torch", "n", "date")
 #| export lab.provenance
 def note_opened(path: Path) -> None:
     """Tell whoever executes this notebook that it read `path`, so that a change of the file runs it again."""
-    ledger = os.environ.get("SPEEDRUN_OPENED")
-    if ledger:
-        with open(ledger, "a", encoding="utf-8") as file:
+    opened_files = os.environ.get("SPEEDRUN_OPENED")
+    if opened_files:
+        with open(opened_files, "a", encoding="utf-8") as file:
             file.write(f"{Path(path).resolve()}\n")
 
 
@@ -618,7 +618,7 @@ print(", ".join(f"{name}: {each_us:.0f} µs a record" for name, each_us in timed
 # - **Whole is not yet safe.** An append is not waited for until it is on the disk, as a checkpoint is ([errors and files](93_errors_and_files.py)). After a power cut the last lines may be missing; what stands there is whole.
 # - **Two writers of one log** would cut off each other's half lines. A run's folder has one owner, and a lock that says so.
 # - **The hash sees our modules and nothing below them.** A new PyTorch, a new driver or a warmer machine room can move a time by several per cent while every hash stays equal,
-#   which is why the stamp also says when and where, and why this book claims a speed only as a ratio of runs that were made in turn on one machine.
+#   which is why the stamp also says when and where, and why kernels are compared in turn on one machine. Whole runs, in [chapter 24](24_speedrun.py), were made on different days and hosts; their dates stand beside them.
 # - **A module that is imported by a name in a string** is not found by reading `import` statements. It has to be named to `stamp`.
 #
 # ## Exercises

@@ -69,7 +69,10 @@ def choose_preset(machine: Machine, needs_gb: float) -> tuple[str, str]:
     if machine.device == "cpu":
         return "cpu", f"no GPU that PyTorch can use. In about a minute: {command}smoke"
     if gpus == 1:
-        return "small", f"one GPU, two minutes. The contest's run, some twenty: {command}record"
+        return (
+            "small",
+            f"one GPU, a minute or two. The contest's run, ten to twenty: {command}record",
+        )
     if least < needs_gb:
         why = f"{gpus} GPUs, but record needs {needs_gb:.0f} GB on each and one has {least:.0f}"
         return "small", f"{why}. To try it anyway: {command}record"

@@ -171,7 +171,7 @@ def step_figure(run: dict):
     left.set_ylabel("ms")
     left.set_ylim(0, 2 * slow)
     right.hist(steps, bins=60, range=(0, 2 * slow), orientation="horizontal")
-    right.set_xlabel("steps")
+    right.set_xlabel("number of steps")
     figure.suptitle(f"a step takes {middle:.1f} ms, one in a hundred over {slow:.1f}")
     return figure
 

@@ -37,7 +37,7 @@ class Stage:
     windows: tuple[NonNegativeInt, NonNegativeInt] = (0, 0)
     """How many tokens short and long attention look back; 0: all."""
     candidates: Annotated[int, Interval(ge=0, le=2**24)] = 0
-    """Words that the training loss's softmax runs over (sampled softmax, chapter 19), a multiple of 16; 0: all. Wants model.head.fp8."""
+    """Candidates: vocabulary entries that the training loss's softmax runs over (sampled softmax, chapter 19), a multiple of 16; 0: all. Wants model.head.fp8."""
     mtp_weights: tuple[tuple[NonNegativeFloat, ...], tuple[NonNegativeFloat, ...]] = (
         (1.0,),
         (1.0,),

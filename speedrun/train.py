@@ -73,7 +73,8 @@ def train_step(run: Run) -> Tensor:
     now = run.schedule.at(run.step)
     batches = run.loader.next(now.batch_tokens, now.max_doc_tokens)
     parts, record = len(batches) * run.ranks.world, partial(run.recorder, now.stage)
-    few = torch.tensor(now.candidates) if run.config.model.head.fp8 else None
+    joined = run.config.data.micro_batches // parts
+    few = torch.tensor([now.candidates, joined]) if run.config.model.head.fp8 else None
     told = run.ranks.device, run.config.precision, run.told[now.stage], few
     loss = accumulate(run.forward, run.heartbeat.over(batches), parts, *told, record=record)
     run.optimizer.step(now)

@@ -107,6 +107,31 @@ class TestKernel:
         for a, b in zip(found[1:], known[1:]):
             assert (a.double() - b).abs().max() < (bound + 1e-6) * max(1.0, b.abs().max().item())
 
+    @pytest.mark.parametrize("count", [0, 16, 48])
+    @pytest.mark.parametrize("parts", [1, 2, 4])
+    def test_micro_batches_choose_their_own(self, parts, count):
+        """Loss and gradients are the means of the micro-batches' own, in the kernel and in the reference."""
+        x, w, targets = drawn(32, 16, 48)
+        alone = [
+            head_loss_by_hand(own, w, to, candidates(to, 48, count))
+            for own, to in zip(x.chunk(parts), targets.chunk(parts))
+        ]
+        loss = torch.stack([each[0] for each in alone]).mean()
+        dx = torch.cat([each[1] for each in alone]) / parts
+        dw = torch.stack([each[2] for each in alone]).mean(0)
+        args = x.float(), w.float(), targets, count
+        found = head_loss_fused(*args, NARROW, emulated=True, parts=parts)
+        for a, b in zip(found, (loss, dx, dw)):
+            assert off(a, b) < 1e-5
+        rounded = head_loss_op(*args[:3], torch.tensor([count, parts]))
+        for a, b, most in zip(rounded, (loss, dx, dw), (0.01, 0.1, 0.1)):
+            assert off(a, b) < most
+
+    def test_micro_batches_of_unequal_length_are_refused(self):
+        x, w, targets = drawn(30, 16, 48)
+        with pytest.raises(ValueError, match="30 tokens are not 4 micro-batches"):
+            head_loss_op(x.float(), w.float(), targets, torch.tensor([16, 4]))
+
     def test_rows_of_one_word(self):
         x, w, _ = drawn(40, 16, 64)
         targets = torch.full((40,), 7)
@@ -117,13 +142,18 @@ class TestKernel:
     def test_what_is_not_finite_stays_so(self):
         x, w, targets = drawn(8, 16, 32)
         x[3, 2] = math.nan
-        assert head_loss_op(x.float(), w.float(), targets, torch.tensor(0))[0].isnan()
+        assert head_loss_op(x.float(), w.float(), targets, torch.tensor([0, 1]))[0].isnan()
 
 
 class TestOperator:
     def test_it_is_an_operator(self):
         x, w, targets = drawn(32, 16, 48)
-        leaves = (x.float().requires_grad_(), w.float().requires_grad_(), targets, torch.tensor(16))
+        leaves = (
+            x.float().requires_grad_(),
+            w.float().requires_grad_(),
+            targets,
+            torch.tensor([16, 1]),
+        )
         torch.library.opcheck(head_loss_op, leaves, test_utils=("test_schema", "test_faketensor", "test_autograd_registration"))  # fmt: skip
 
     @pytest.mark.parametrize("compiled", [False, True])
@@ -141,8 +171,8 @@ class TestOperator:
         call = torch.compile(scaled, fullgraph=True, backend=count_graphs) if compiled else scaled
         for count in (0, 16, 32):
             leaves = x.float().requires_grad_(), w.float().requires_grad_()
-            call(*leaves, torch.tensor(count)).backward()
-            known = head_loss_op(x.float(), w.float(), targets, torch.tensor(count))[1:]
+            call(*leaves, torch.tensor([count, 1])).backward()
+            known = head_loss_op(x.float(), w.float(), targets, torch.tensor([count, 1]))[1:]
             for leaf, gradient in zip(leaves, known):
                 assert torch.allclose(leaf.grad, 5 * gradient)
         assert len(graphs) == compiled
@@ -206,7 +236,7 @@ def test_on_a_gpu(std, count):
     x = torch.nn.functional.rms_norm(x, (768,))
     inside = choose_candidates(targets, 50_304, count)[1] if count else torch.ones(50_304, device="cuda").bool()  # fmt: skip
     known = head_loss_by_hand(x, w, targets, inside, 500)
-    found = head_loss_op(x.bfloat16(), w.float(), targets, torch.tensor(count))
+    found = head_loss_op(x.bfloat16(), w.float(), targets, torch.tensor([count, 1]))
     assert abs(found[0].item() - known[0].item()) < 0.02
     for a, b in zip(found[1:], known[1:]):
         assert a.isfinite().all() and (not b.any() or off(a, b) < 0.08)

@@ -14,6 +14,7 @@ from resuming import broken_and_resumed
 
 from speedrun.config import check_config, config_from_json, schedule_of, vary
 from speedrun.cpu_size import at_cpu_size
+from speedrun.data.loader import Position
 from speedrun.kernels.loss import head_loss_op
 from speedrun.lab.errors import UserError
 from speedrun.lab.metrics import read_metrics, series
@@ -422,7 +423,7 @@ class TestInAStagedRun:
         from speedrun.train import warm_up
 
         warm_up(run)
-        assert seen == [1, 1, 3, 3, 2, 2, 4, 4] and run.step == 0
+        assert seen == [4, 4, 3, 3, 2, 2, 1, 1] and run.step == 0, "the longest first"
         run_loop(run)
         for name, p in run.model.named_parameters():
             assert torch.equal(p, dict(staged_run.model.named_parameters())[name]), name
@@ -479,9 +480,9 @@ class TestASoftmaxOverSomeWords:
         """In steps, and nowhere else: a validation's softmax is over all words."""
         told = []
 
-        def watched(x, w, targets, count):
-            told.append((count.item(), count.device.type))
-            return head_loss_op(x, w, targets, count)
+        def watched(x, w, targets, candidates):
+            told.append((*candidates.tolist(), candidates.device.type))
+            return head_loss_op(x, w, targets, candidates)
 
         monkeypatch.setattr("speedrun.model.gpt.head_loss_op", watched)
         run, seen = build_run(vary(brief, SAMPLED), tmp_path, echo=None), []
@@ -495,8 +496,29 @@ class TestASoftmaxOverSomeWords:
 
         run_loop(run, step=step)
         assert not told, "in the last validation"
-        assert seen == [{(now.candidates, "cpu")} for now in every_step(run.schedule)]
-        assert [n for n, _ in itertools.groupby(seen)] == [{(n, "cpu")} for n in (32, 96, 4096, 0)]
+        assert seen == [{(now.candidates, 1, "cpu")} for now in every_step(run.schedule)]
+        assert [n for n, _ in itertools.groupby(seen)] == [
+            {(n, 1, "cpu")} for n in (32, 96, 4096, 0)
+        ]
+
+    @pytest.mark.parametrize("mode", ["stream", "packed", "documents"])
+    def test_micro_batches_that_pass_together_choose_apart(self, mode, brief, tmp_path):
+        """So that a step is the same on few GPUs, which join micro-batches, as on many."""
+        steps, joined = {}, {}
+        both = SAMPLED | {"data.mode": mode, "data.micro_batches": 4, "optim.grad_clip": 0.0}
+        both |= {} if mode == "stream" else {"model.rotary.pos": "rope"}
+        for most in (0, 2**16):
+            config = vary(brief, both | {"data.max_forward_tokens": most})
+            run = build_run(config, tmp_path / str(most), echo=None)
+            joined[most] = len(run.loader.next())
+            run.loader.position = Position()
+            with torch.no_grad():
+                run.model.lm_head.normal_(0, 0.05, generator=torch.Generator().manual_seed(0))
+            loss = train_step(run).item()
+            steps[most] = [loss, run.model.lm_head.detach().clone()]
+        assert joined == {0: 4, 2**16: 1}
+        (apart, one), (together, other) = steps.values()
+        assert abs(apart - together) < 0.01 and (one - other).norm() < 0.02 * one.norm()
 
     def test_warming_up_leaves_no_trace(self, brief, tmp_path):
         runs = [

@@ -275,7 +275,7 @@ class TestAnEightBitHead:
             return head_loss_op(*told)
 
         monkeypatch.setattr("speedrun.model.gpt.head_loss_op", watched)
-        loss = model(inputs, targets, candidates=torch.tensor(count))
+        loss = model(inputs, targets, candidates=torch.tensor([count, 1]))
         (3 * loss).backward()
         assert asked["w"] is model.lm_head and torch.equal(asked["targets"], targets.flatten())
         inside = torch.ones(288, dtype=torch.bool)
@@ -298,7 +298,7 @@ class TestAnEightBitHead:
         torch._dynamo.reset()
         compiled = torch.compile(model, fullgraph=True, dynamic=False, backend=lambda g, _: graphs.append(g) or g)  # fmt: skip
         for count in (0, 32, 96, 0, 4096):
-            few, grads = torch.tensor(count), []
+            few, grads = torch.tensor([count, 1]), []
             for forward in (compiled, model):
                 model.zero_grad()
                 loss = forward(inputs, targets, candidates=few)
@@ -311,7 +311,7 @@ class TestAnEightBitHead:
         """A softmax over some of the words leaves out terms of the sum; the validation's leaves out none and rounds nothing."""
         model, inputs, targets = eight_bit_model()
         few, many, whole, more = (
-            model(inputs, targets, candidates=torch.tensor(count)).item()
+            model(inputs, targets, candidates=torch.tensor([count, 1])).item()
             for count in (32, 160, 0, 4096)
         )
         assert few < many - 0.1 < whole - 0.2 and more == whole

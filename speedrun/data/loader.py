@@ -5,7 +5,7 @@
 from speedrun.data.shards import data_folder, load_manifest, read_shard
 
 
-# %% The loader, naively: stream mode
+# %% The loader: stream mode
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -42,22 +42,20 @@ class DataConfig:
 def check_options(options: DataConfig, world: int = 1) -> int:
     """Tokens a micro-batch, after checking that everything divides."""
     check_ranges(options, "data.")
-    shards, tokens = options.micro_batches, options.batch_tokens
-    if shards % world:
+    count, tokens = options.micro_batches, options.batch_tokens
+    if count % world:
         what = (
-            f"{world} ranks cannot share {shards} micro-batches a step evenly (data.micro_batches)"
+            f"{world} ranks cannot share {count} micro-batches a step evenly (data.micro_batches)"
         )
-        fix = f"a divisor of {shards} as the number of GPUs, or --data.micro-batches a multiple of {world}"
+        fix = f"a divisor of {count} as the number of GPUs, or --data.micro-batches a multiple of {world}"
         raise UserError(what, fix)
     row = options.seq_len if options.mode == "stream" else 1
-    if tokens % (shards * row):
-        what = (
-            f"data.batch_tokens={tokens} is no multiple of micro_batches × row = {shards} × {row}"
-        )
+    if tokens % (count * row):
+        what = f"data.batch_tokens={tokens} is no multiple of micro_batches × row = {count} × {row}"
         raise UserError(
-            what, f"--data.batch-tokens {max(1, round(tokens / shards / row)) * shards * row}"
+            what, f"--data.batch-tokens {max(1, round(tokens / count / row)) * count * row}"
         )
-    return tokens // shards
+    return tokens // count
 
 
 def read_row(shards: "Shards", start: int, count: int) -> np.ndarray:

@@ -159,7 +159,7 @@ def unreadable(path: Path, error: OSError) -> UserError:
     return UserError(what, WAYS_OUT.get(error.errno or 0, "copy it again from where it came"))
 
 
-# %% Reading checks
+# %% What the reader checks
 FORMATS = (  # how a file begins, what it is then, and what to do with it
     (rb"\x1f\x8b", "compressed with gzip", "gunzip {unpack}"),
     (rb"BZh\d1AY&SY", "compressed with bzip2", "bunzip2 {unpack}"),
@@ -258,7 +258,7 @@ def opened(path: Path) -> Iterator[tuple[BinaryIO, os.stat_result]]:
         raise unreadable(path, error) from None
 
 
-# %% A hash, once
+# %% Checking SHA-256, once a file
 VERIFIED = ".verified.json"
 remembered: dict[Path, list] = {}  # for folders that cannot be written to
 one_at_a_time = threading.Lock()

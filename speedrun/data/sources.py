@@ -14,7 +14,7 @@ from speedrun.data.texts import cut, is_validation, read_documents, shuffled, sp
 from speedrun.data.writer import explaining, maker, replacing, save_manifest, staging, write_files
 
 
-# %% Old until it is new
+# %% Replacing a corpus atomically
 import hashlib
 import importlib.metadata
 import os

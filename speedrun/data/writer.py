@@ -63,7 +63,7 @@ def write_files(
     return manifest
 
 
-# %% Old until it is new
+# %% Replacing a corpus atomically
 STAGING = ".speedrun-staging"
 
 

@@ -3,6 +3,8 @@
 
 # %% The definition
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -60,11 +62,11 @@ STRIDE = 20_011  # record 92's sweep through the vocabulary
 
 
 def choose_candidates(targets: Tensor, words: int, count: int) -> tuple[Tensor, Tensor]:
-    """The `count` words that a batch's softmax runs over: its targets, filled up along a fixed sweep. (count,) int64, ascending; (words,) bool.
+    """The `count` words that a micro-batch's softmax runs over: its targets, filled up along a fixed sweep. (count,) int64, ascending; (words,) bool.
 
     The sweep visits word (offset + k) · stride mod words, k = 0, 1, …, each word once; the offset comes from the targets, so that the choice
-    depends on the batch alone, and not on the rank that has it (record 92 starts rank r at r/8 of the vocabulary instead). No random numbers, no wait for the device. Are there more
-    different targets than `count`, those late in the sweep are left out.
+    depends on the micro-batch alone, and not on the rank that has it (record 92 starts rank r at r/8 of the vocabulary instead). No random numbers, no wait for the device. If there are
+    more different targets than `count`, those late in the sweep are left out.
     """
     stride = next(s for s in range(STRIDE, STRIDE + words) if math.gcd(s, words) == 1)
     word = torch.arange(words, device=targets.device)
@@ -194,52 +196,70 @@ def dx_kernel(
 
 
 class Head(NamedTuple):
-    """Eight-bit operands of one pass: x (tokens, width); w (words, width) and the candidates' rows of it; their scales; who is a candidate."""
+    """Eight-bit operands of a pass, x (tokens, width) and w (words, width), and their scales."""
 
     x: Tensor
     w: Tensor
-    rows: Tensor
     scales: tuple[Tensor, Tensor]
-    chosen: Tensor | None
-    inside: Tensor
 
 
-def prepare_head(x: Tensor, w: Tensor, targets: Tensor, count: int, kind: torch.dtype) -> Head:
-    """Quantise x (tokens, width) and w (width, words), and choose the candidates; count: 0 for all words."""
-    scales, words = (scale_of(x), scale_of(w)), w.shape[1]
-    x8, w8 = quantize(x, scales[0], kind)[0], quantize(w, scales[1], kind, straight=False, turned=True)[1]  # fmt: skip
-    if not 0 < count < words:
-        return Head(x8, w8, w8, scales, None, targets.new_ones(words, dtype=torch.bool))
-    chosen, inside = choose_candidates(targets, words, count)
-    return Head(x8, w8, w8.view(BYTES[kind])[chosen].view(kind), scales, chosen, inside)
+def prepare_head(x: Tensor, w: Tensor, kind: torch.dtype) -> Head:
+    """Quantise x (tokens, width) and w (width, words)."""
+    scales = scale_of(x), scale_of(w)
+    turned = quantize(w, scales[1], kind, straight=False, turned=True)[1]
+    return Head(quantize(x, scales[0], kind)[0], turned, scales)
 
 
 BYTES = {E4M3: torch.uint8, torch.float32: torch.float32}  # no indexing for eight-bit numbers
 
 
-def head_loss_fused(
-    x: Tensor, w: Tensor, targets: Tensor, count: int, blocks: Blocks, bulk: bool = False, emulated: bool = False
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """As `head_loss_by_hand`, with products in eight bits. count: candidates, 0 for all. emulated: float32 in their place, for the interpreter."""
-    kinds = (torch.float32, torch.float32) if emulated else (E4M3, E5M2)
-    head = prepare_head(x, w, targets, count, kinds[0])
-    tokens, width = x.shape
-    sx, sw = head.scales
-    g, gt, sums = launch_head(head.x, head.rows, sx * sw, kinds[1], blocks, bulk, not emulated)
+def words_of_softmax(targets: Tensor, words: int, count: int) -> tuple[Tensor | None, Tensor]:
+    """The words that a micro-batch's softmax runs over, as in `choose_candidates`; None in place of all words."""
+    if 0 < count < words:
+        return choose_candidates(targets, words, count)
+    return None, targets.new_ones(words, dtype=torch.bool)
+
+
+def micro_batch_gradients(
+    head: Head, x: Tensor, targets: Tensor, count: int, dx: Tensor, factor: float, launch: Callable
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """One micro-batch's losses (tokens,) and what it adds to w's gradient: to the rows of its candidates, which they are (None: all), and to those of its targets, (tokens, width). Writes x's gradient into dx. factor: of the loss's slope, for the mean."""
+    (tokens, width), (sx, sw) = x.shape, head.scales
+    chosen, inside = words_of_softmax(targets, len(head.w), count)
+    kind, rows = head.w.dtype, head.w
+    rows = rows if chosen is None else rows.view(BYTES[kind])[chosen].view(kind)
+    g, gt, sums = launch(head.x, rows, sx * sw)
     loss, share, own = (torch.empty_like(sums) for _ in range(3))
-    sizes = {"ROWS": 4, "WIDTH": 1 << (width - 1).bit_length()}
-    inside, grid = head.inside.view(torch.uint8), (-(-tokens // 4),)
-    target_kernel[grid](head.x, head.w, targets, sums, inside, sx * sw, loss, share, own, tokens, width, **sizes)  # fmt: skip
-    factor, unit = CAP / SLOPE / tokens, sx.new_full((1,), 1 / GAIN)
-    raw, dx = fp8_matmul(g, head.rows.T.contiguous(), unit, sw, x.dtype), torch.empty_like(x)
+    sizes: dict[str, Any] = {"ROWS": 4, "WIDTH": 1 << (width - 1).bit_length()}
+    grid, unit = (-(-tokens // 4),), sx.new_full((1,), 1 / GAIN)
+    target_kernel[grid](head.x, head.w, targets, sums, inside.view(torch.uint8), sx * sw, loss, share, own, tokens, width, **sizes)  # fmt: skip
+    raw = fp8_matmul(g, rows.T.contiguous(), unit, sw, x.dtype)
     dx_kernel[grid](raw, head.w, targets, share, own, sw, dx, factor, tokens, width, **sizes)
     scale = sx * share.max()
-    xt = quantize(x, scale, kinds[0], share, straight=False, turned=True)[1]
+    xt = quantize(x, scale, head.x.dtype, share, straight=False, turned=True)[1]
     dw = fp8_matmul(gt, xt, unit * factor, scale, torch.float32)
-    if head.chosen is not None:
-        dw = dw.new_zeros(len(head.w), width).index_copy_(0, head.chosen, dw)
-    dw.index_add_(0, targets, x.float() * (own * -factor)[:, None])
-    return loss.mean(), dx, dw.T.contiguous()
+    return loss, dw, chosen, x.float() * (own * -factor)[:, None]
+
+
+def head_loss_fused(
+    x: Tensor, w: Tensor, targets: Tensor, count: int, blocks: Blocks, bulk: bool = False, emulated: bool = False, parts: int = 1
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """As `head_loss_by_hand`, with products in eight bits. count: candidates, 0 for all; parts: micro-batches of equal length that choose their own. emulated: float32 in place of eight bits, for the interpreter."""
+    kinds = (torch.float32, torch.float32) if emulated else (E4M3, E5M2)
+    launch = partial(launch_head, kind=kinds[1], blocks=blocks, bulk=bulk, fast=not emulated)
+    head, (tokens, width), few = prepare_head(x, w, kinds[0]), x.shape, 0 < count < w.shape[1]
+    size = tokens // parts if few else tokens
+    dx, dw = torch.empty_like(x), x.new_zeros(few * w.shape[1], width, dtype=torch.float32)
+    losses = []
+    for start in range(0, tokens, size):
+        mine = slice(start, start + size)
+        own = head._replace(x=head.x[mine])
+        there = own, x[mine], targets[mine], count, dx[mine], CAP / SLOPE / tokens, launch
+        loss, of_rows, chosen, of_targets = micro_batch_gradients(*there)
+        dw = of_rows if chosen is None else dw.index_add_(0, chosen, of_rows)
+        dw.index_add_(0, targets[mine], of_targets)
+        losses.append(loss)
+    return torch.cat(losses).mean(), dx, dw.T.contiguous()
 
 
 def check_head(x: Tensor, w: Tensor, targets: Tensor) -> None:
@@ -252,30 +272,43 @@ def check_head(x: Tensor, w: Tensor, targets: Tensor) -> None:
         raise ValueError(f"x and w of floating-point numbers and targets of int64, not {kinds}")
 
 
+def head_loss_reference(
+    x: Tensor, w: Tensor, targets: Tensor, count: int, parts: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `head_loss_fused` of operands rounded to eight bits, where the kernel does not run: products in float32, gradients not rounded."""
+    x8, w8 = (quantize_reference(each, scale_of(each)).float() * scale_of(each) for each in (x, w))
+    losses, dx, dw = [], [], torch.zeros(w.shape, device=w.device)
+    for own, to in zip(x8.chunk(parts), targets.chunk(parts)):
+        inside = words_of_softmax(to, w.shape[1], count)[1]
+        loss, *grads = head_loss_by_hand(own, w8, to, inside)
+        losses.append(loss)
+        dx.append(grads[0] / parts)
+        dw += grads[1] / parts
+    return torch.stack(losses).mean(), torch.cat(dx).to(x.dtype), dw
+
+
 @torch.library.custom_op(f"{NAMESPACE}::head_loss", mutates_args=())
 def head_loss_op(
-    x: Tensor, w: Tensor, targets: Tensor, count: Tensor
+    x: Tensor, w: Tensor, targets: Tensor, candidates: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Mean loss, float32, and its gradients with respect to x (tokens, width), in its dtype, and to w (width, words), float32.
 
-    count: () int in CPU memory, so that no step compiles again for a new one; candidates of the softmax, 0: all words.
+    candidates: (2,) int in CPU memory, so that no step compiles again for a new one: how many words the softmax is over, 0: all; and of how
+    many micro-batches of equal length, each of which chooses its own, the tokens are.
     """
     check_head(x, w, targets)
-    x, number = x.contiguous(), int(count)
-    sizes = (*x.shape, w.shape[1], number)
+    (count, parts), x = candidates.tolist(), x.contiguous()
+    if len(x) % parts:
+        raise ValueError(f"{len(x)} tokens are not {parts} micro-batches of equal length")
+    sizes = (len(x) // parts, x.shape[1], w.shape[1], count)
     if why_no_kernel(x.device) or any(size % 16 for size in sizes):
-        inside = targets.new_ones(w.shape[1], dtype=torch.bool)
-        if 0 < number < w.shape[1]:
-            inside = choose_candidates(targets, w.shape[1], number)[1]
-        x8, w8 = (quantize_reference(each, scale_of(each)).float() * scale_of(each) for each in (x, w))  # fmt: skip
-        loss, dx, dw = head_loss_by_hand(x8, w8, targets, inside)
-        return loss, dx.to(x.dtype), dw
+        return head_loss_reference(x, w, targets, count, parts)
     bulk = torch.cuda.get_device_capability(x.device) >= (9, 0)
-    return head_loss_fused(x, w, targets, number, blocks_for(x.device, CONFIGS), bulk)
+    return head_loss_fused(x, w, targets, count, blocks_for(x.device, CONFIGS), bulk, parts=parts)
 
 
 @head_loss_op.register_fake
-def fake_head_loss(x, w, targets, count):
+def fake_head_loss(x, w, targets, candidates):
     dw = w.new_empty(w.shape, dtype=torch.float32)
     return x.new_empty((), dtype=torch.float32), torch.empty_like(x), dw
 

@@ -1,7 +1,7 @@
 # Tangled from notebooks/17_norm_and_rotary.py: edit the notebook, then run "make tangle". Edits made here are lost.
 
 
-# %% A first kernel
+# %% Triton, from the smallest kernel
 from typing import Any
 
 import torch
@@ -92,9 +92,9 @@ def norm_rotary_gradient_kernel(
 # %% The operators
 @torch.library.custom_op(f"{NAMESPACE}::norm_rotary", mutates_args=())
 def norm_rotary_op(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int) -> list[Tensor]:
-    """Queries and keys, RMS-normed and turned, and values, (tokens, heads, head_dim) each; and their reciprocal root mean squares (rstd), (2, tokens, heads) float32, through which no gradient flows.
+    """Queries and keys, RMS-normed and rotated, and values, (tokens, heads, head_dim) each; and their reciprocal root mean squares (rstd), (2, tokens, heads) float32, through which no gradient flows.
 
-    qkv: (tokens, 3 · heads · head_dim). cos, sin: (tokens, head_dim / 2) float32. A pair is a number of a head's first half and one of its second. Computed in float32, for heads of a power of two of numbers.
+    qkv: (tokens, 3 · heads · head_dim). cos, sin: (tokens, head_dim / 2) float32. A pair is a number of a head's first half and one of its second. Computed in float32; head_dim must be a power of two.
     """
     tokens, half = len(qkv), qkv.shape[1] // (6 * heads)
     fits = qkv.shape[1] == 6 * heads * half and half & (half - 1) == 0 < half

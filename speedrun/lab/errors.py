@@ -107,7 +107,7 @@ def let_go(stream: Any) -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-# %% One door for every command
+# %% One entry point for every command: run_main
 def run_main(command: Callable[[], int | None]) -> int:
     """Run a command and return its exit status: 0, or what it returns; 1, a UserError, printed; 130, interrupted."""
     streams = sys.stdout, sys.stderr

@@ -4,7 +4,7 @@
 from speedrun.lab.errors import UserError
 
 
-# %% A file, whole or not at all
+# %% Atomic writes
 import hashlib
 import os
 from pathlib import Path
@@ -43,7 +43,7 @@ def atomic_write(path: str | Path, data: str | bytes) -> None:
     sync(path.parent)
 
 
-# %% A folder that nobody else has
+# %% Creating a folder without a race
 def new_folder(path: Path) -> Path:
     """Make a folder that did not exist: `path`, or `path-2`, `path-3`, … where that is taken."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -57,7 +57,7 @@ def new_folder(path: Path) -> Path:
             count += 1
 
 
-# %% Whose folder is it?
+# %% Locking a run's folder
 def claim(folder: Path, role: str) -> FileLock:
     """Be the only process with this role (`launch` or `train`) in a run's folder until it ends or lets go (`release()`).
 

@@ -109,7 +109,7 @@ def stamp(command: str, modules, n: int, seeds=(), corpus: dict | None = None) -
 
 def note_opened(path: Path) -> None:
     """Tell whoever executes this notebook that it read `path`, so that a change of the file runs it again."""
-    ledger = os.environ.get("SPEEDRUN_OPENED")
-    if ledger:
-        with open(ledger, "a", encoding="utf-8") as file:
+    opened_files = os.environ.get("SPEEDRUN_OPENED")
+    if opened_files:
+        with open(opened_files, "a", encoding="utf-8") as file:
             file.write(f"{Path(path).resolve()}\n")

@@ -141,7 +141,12 @@ def pass_times(folder: str) -> list[dict[str, Any]]:
     now, ways = run.schedule.at(0), {"parts": run.forward, "whole": whole_model(run.model)}
     for ranks in RANKS:
         batches = run.loader.next(131_072 // ranks, now.max_doc_tokens)
-        told = run.ranks.device, config.precision, run.told[now.stage], torch.tensor(now.candidates)
+        told = (
+            run.ranks.device,
+            config.precision,
+            run.told[now.stage],
+            torch.tensor([now.candidates, 8 // ranks]),
+        )
         calls = {}
         for way, forward in ways.items():
             recorder = Recorder(run.ranks.device)

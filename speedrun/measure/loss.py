@@ -104,8 +104,8 @@ def versions(x: Tensor, w: Tensor, targets: Tensor, candidates: int) -> dict[str
     found: dict[str, Callable[[], Any]] = {
         "plain": lambda: torch.autograd.grad(compiled(*leaves, targets), leaves),
         "two passes": partial(two_passes, x, w, targets, second),
-        "one pass": partial(head_loss_op, x, w, targets, torch.tensor(0)),
-        "sampled": partial(head_loss_op, x, w, targets, torch.tensor(candidates)),
+        "one pass": partial(head_loss_op, x, w, targets, torch.tensor([0, 1])),
+        "sampled": partial(head_loss_op, x, w, targets, torch.tensor([candidates, 1])),
     }
     for name in ("liger", "cce"):
         if call := by_library(name, x, w, targets):
@@ -142,9 +142,9 @@ def errors_of(tokens: int = 2048, candidates: int = 10_240) -> list[dict[str, An
     return found
 
 
-def blocks_tried(x: Tensor, w: Tensor, targets: Tensor) -> dict[str, Any]:
+def blocks_tried(x: Tensor, w: Tensor) -> dict[str, Any]:
     """Times of the kernel alone, all words, in other block sizes, and with the exact sigmoid."""
-    head, usual = prepare_head(x, w, targets, 0, E4M3), LARGE_SHARED
+    head, usual = prepare_head(x, w, E4M3), LARGE_SHARED
     scale = head.scales[0] * head.scales[1]
     tried = {
         "as it is": usual,
@@ -155,7 +155,7 @@ def blocks_tried(x: Tensor, w: Tensor, targets: Tensor) -> dict[str, Any]:
         "256 columns": usual._replace(columns=256, programs=1),
         "exact sigmoid": usual,
     }
-    calls = {name: partial(launch_head, head.x, head.rows, scale, E5M2, blocks, True, name != "exact sigmoid") for name, blocks in tried.items()}  # fmt: skip
+    calls = {name: partial(launch_head, head.x, head.w, scale, E5M2, blocks, True, name != "exact sigmoid") for name, blocks in tried.items()}  # fmt: skip
     return {name: took._asdict() for name, took in bench(calls, "cuda", 9, cold=True).items()}
 
 
@@ -172,7 +172,7 @@ def measure_kernels() -> dict[str, Any]:
             print(found[-1], flush=True)
     names = ("liger-kernel", "cut-cross-entropy")
     there = {n: found.version for n in names for found in importlib.metadata.distributions(name=n)}
-    blocks = blocks_tried(x, w, targets)
+    blocks = blocks_tried(x, w)
     return {"rows": found, "errors": errors_of(), "blocks": blocks, "peers": there}
 
 
@@ -192,7 +192,7 @@ def losses_by_candidates(folder: Path, counts: tuple[int, ...], batches: int = 1
                 targets.append(len(batch.targets.unique()))
                 for count in counts:
                     place, told = run.ranks.device, told_now(run)
-                    loss = forward_loss(run.model, batch, place, config.precision, told, torch.tensor(count))  # fmt: skip
+                    loss = forward_loss(run.model, batch, place, config.precision, told, torch.tensor([count, 1]))  # fmt: skip
                     losses[str(count)].append(loss.item())
     return {"losses": losses, "tokens": batch.targets.numel(), "distinct_targets": targets}
 

@@ -56,7 +56,7 @@ WEIGHTS = {
 
 
 def rates(base: Config) -> dict[str, Config]:
-    """Today's Muon at every rate of the matrices and of the rest."""
+    """Record 89's Muon at every rate of the matrices and of the rest."""
     points = [(rate, other) for rate in RATES for other in OTHERS]
     return {
         f"{r:g} {o:g}": vary(with_record_muon(base), {"optim.matrix_lr": r, "optim.adam.lr": o})
@@ -65,13 +65,13 @@ def rates(base: Config) -> dict[str, Config]:
 
 
 def tuned(name: str, base: Config) -> Config:
-    """Today's Muon at the rates that did best in a committed grid."""
+    """Record 89's Muon at the rates that did best in a committed grid."""
     arms = load_result("muon", name)["data"]["arms"]
     return rates(base)[min(arms, key=lambda arm: arms[arm][0]["val_loss"])]
 
 
 def arms_of(name: str, base: Config) -> dict[str, Config]:
-    """The arms of a measurement: today's Muon, tuned, and what is compared with it."""
+    """The arms of a measurement: record 89's Muon, tuned, and what is compared with it."""
     whole = tuned("laptop_rates" if name.startswith("laptop") else "rates", base)
     if name == "laptop_weights":
         half = vary(whole, {"precision": "bfloat16"})
@@ -95,8 +95,8 @@ def arms_of(name: str, base: Config) -> dict[str, Config]:
 def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
     """Train arms with paired seeds: {"arms": {arm: [run, …]}}; laptop_pace: step times, {"ms": {arm: [ms, …]}}.
 
-    rates: every point once. laptop and parts: today's Muon nine times, each part three times; laptop_record_4: chapter
-    12's Muon at today's rates, nine times; the rest: all three times.
+    rates: every point once. laptop and parts: record 89's Muon nine times, each part three times; laptop_record_4: chapter
+    12's Muon at these rates, nine times; the rest: all three times.
     """
     laptop = name.startswith("laptop")
     base = vary(preset("cpu_gpt2"), SHORT) if laptop else gpu_base(arguments[0])

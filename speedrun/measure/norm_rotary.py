@@ -133,11 +133,13 @@ def ledger_of(arm: str, folder: str, step: int = 500) -> dict[str, Any]:
         run = build_run(config, Path(scratch), echo=None)
         now = run.schedule.at(step)
         batch = run.loader.next(now.batch_tokens, now.max_doc_tokens)[0]
-        few = None if bf16_head else torch.tensor(now.candidates)
+        few = None if bf16_head else torch.tensor([now.candidates, 1])
         record = partial(run.recorder, now.stage)
         told = run.ranks.device, config.precision, run.told[now.stage], few
         torch.cuda.reset_peak_memory_stats()
         one_pass = partial(accumulate, run.forward, [batch], 8, *told, record=record)
+        one_pass()
+        run.recorder.recording = True
         found = ledger(one_pass, "cuda", 3, RECORD_KINDS)
         peak = torch.cuda.max_memory_allocated() >> 20
     return {

@@ -1,7 +1,7 @@
 # Tangled from notebooks/07_plumbing.py: edit the notebook, then run "make tangle". Edits made here are lost.
 
 
-# %% Whose sign is it?
+# %% x0's sign with one matrix and with two
 from typing import Any
 
 from speedrun.config import Config, vary

@@ -58,7 +58,7 @@ SHORT: dict[str, Any] = {"steps": 600, "val_tokens": 131_072}  # what a laptop's
 
 
 def with_record_muon(base: Config) -> Config:
-    """A run under Muon as it is today; momentum's ramps are as long a share of it as of the record's."""
+    """A run under record 89's Muon; momentum's ramps are as long a share of it as of the record's."""
     rises, falls = round(0.23 * base.steps), round(0.04 * base.steps)
     changes = fields_of(RECORD_MUON, "optim.muon.") | {"optim.matrices": "muon"}
     changes |= {"schedule.momentum_min": 0.85, "schedule.momentum_ramp": (rises, falls)}
@@ -75,7 +75,7 @@ def best_of(slug: str, name: str) -> Config:
 
 
 def cpu_base() -> Config:
-    """The run in which ideas are compared on a laptop: cpu_gpt2's model under today's Muon, at chapter 13's rates."""
+    """The run in which ideas are compared on a laptop: cpu_gpt2's model under record 89's Muon, at chapter 13's rates."""
     return vary(
         with_record_muon(vary(preset("cpu_gpt2"), SHORT)),
         {"optim.matrix_lr": 0.016, "optim.adam.lr": 0.004},

@@ -79,7 +79,7 @@ GRID = [(every, rate, other) for every in EVERY for rate in (0.008, 0.016, 0.032
 
 
 def adam_run(every: int, rate: float, other: float) -> Config:
-    """The laptop's run of 600 steps under today's Muon, with the record's Adam: cautious decay, no clipping."""
+    """The laptop's run of 600 steps under record 89's Muon, with the record's Adam: cautious decay, no clipping."""
     adam = {"optim.adam.cautious": True, "optim.adam.weight_decay": 0.75, "optim.adam.every": every}
     rates = {"optim.matrix_lr": rate, "optim.adam.lr": other, "optim.grad_clip": 0.0}
     return vary(cpu_base(), adam | rates)

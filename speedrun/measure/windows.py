@@ -70,7 +70,7 @@ def far_loss(live: Any, window: int, turning: torch.Tensor, scale: float, tokens
 
 
 def after(live: Any, tokens: int = 131_072) -> dict:
-    """Far losses by the window of the examination: as trained; and wider ones also with new frequencies and scale, or one of the two."""
+    """Far losses by the window of the evaluation: as trained; and wider ones also with new frequencies and scale, or one of the two."""
     told = live.told[-1]
     turning, scale = told.frequencies, told.scale.item()
     found = {"as trained": {w: far_loss(live, w, turning, scale, tokens) for w in NARROWER + WIDER}}

@@ -352,7 +352,7 @@ def gpt_forward(
     candidates: Tensor | None = None,
     call: Callable = plainly,
 ) -> Tensor:
-    """Logits (batch, tokens, vocab) of inputs, (batch, tokens) int64; with targets the mean cross-entropy, nats; with candidates, () int in CPU memory, the FP8 head's, its softmax over so many words, 0: all. packed: of one row. call: how its parts are called."""
+    """Logits (batch, tokens, vocab) of inputs, (batch, tokens) int64; with targets the mean cross-entropy, nats; with candidates, (2,) int in CPU memory, the FP8 head's: its softmax is over so many words, 0: all, for each of so many micro-batches. packed: of one row. call: how its parts are called."""
     config, contexts = self.config, attention_contexts(self, inputs, packed)
     x0, tables, scales = call(begin_forward, self, inputs)
     x, more = x0, None
@@ -361,8 +361,8 @@ def gpt_forward(
     for n, (spec, weights) in enumerate(zip(self.layout, weights_of_layers(self, scales))):
         own = {name: piece for name, piece in weights.items() if name.startswith("mlp_")}
         context = contexts[int(n in config.attention.long_layers)] if spec.attention else None
-        heard = outputs.get(spec.skip), values.get(spec.value), weights
-        x, more, v = call(attention_half, x, more, x0, *heard, config, context)
+        read = outputs.get(spec.skip), values.get(spec.value), weights
+        x, more, v = call(attention_half, x, more, x0, *read, config, context)
         values.setdefault("first", v)
         if spec.mlp:
             x, more = call(mlp_half, x, more, own, config.block)
@@ -402,7 +402,10 @@ class GPT(nn.Module):
         init_weights(self, seed)
         self.banks = {spec.name: spec.layers for spec in self.specs if spec.layers}
         self.backout = backout_layer(config.num_layers) if config.layout.backout else None
-        self.kept = {self.backout, *(spec.skip for spec in self.layout)}  # outputs heard again
+        self.kept = {
+            self.backout,
+            *(spec.skip for spec in self.layout),
+        }  # outputs that a later layer reads
         self.backend = "sdpa"  # for packed rows: a trainer that knows its device chooses
         self.fp8 = config.block.fp8  # where the device has units for eight bits, or is a CPU
         if config.rotary.pos != "learned":
@@ -418,7 +421,7 @@ class GPT(nn.Module):
 def flops_per_token(config: GPTConfig, vocab_size: int, seq_len: int) -> float:
     """FLOPs of a token, forward and backward: 6 for each weight of a matrix product, 6 · seq_len · model_dim for each attention layer.
 
-    Attention counts what causality leaves: on average a token sees half of the row.
+    Attention counts what causality leaves: on average a token sees half of the row. Windows, borders of documents and words that a sampled softmax leaves out are not subtracted, so for `record` it is a nominal count.
     """
     specs = param_specs(config, vocab_size)
     weights = sum(math.prod(spec.shape) for spec in specs if spec.is_matmul)

@@ -45,7 +45,7 @@ def dense_mask(mask_mod: MaskMod, tokens: int, device: torch.device | str = "cpu
 def dense_attention(
     q: Tensor, k: Tensor, v: Tensor, mask_mod: MaskMod, scale: Tensor | float
 ) -> Tensor:
-    """Attention with the whole mask in memory, (heads, tokens, head_dim) as q, k, v; rows that see nothing give zeros."""
+    """Attention with the whole mask in memory, (heads, tokens, head_dim) as q, k, v; queries that see nothing give zeros."""
     mask = dense_mask(mask_mod, q.shape[-2], q.device)
     return F.scaled_dot_product_attention(q * scale, k, v, mask, scale=1.0)
 
@@ -120,7 +120,7 @@ def flex_masks(cu_seqlens: Tensor, tokens: int, windows: Tensor) -> list[BlockMa
 def flex_attention_in(
     q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: Tensor | float
 ) -> Tensor:
-    """Attention through FlexAttention, (tokens, heads, head_dim) as q, k and v; rows that see nothing give zeros.
+    """Attention through FlexAttention, (tokens, heads, head_dim) as q, k and v; queries that see nothing give zeros.
 
     scale multiplies the logits; it may be 0-d in CPU memory. Fast under torch.compile on a GPU. On a CPU FlexAttention
     has no gradients, and without the compiler it is dense: there the same mask goes to `dense_attention`. In 16 bits q is rounded once more, by at most half a unit of

@@ -71,7 +71,7 @@ def mlp(x: Tensor, weights: Mapping[str, Tensor], options: BlockConfig) -> Tenso
 def linear_init(
     config: BlockConfig, init_std: float, layers: int, columns: int, adds: bool
 ) -> dict[str, Any]:
-    """How a matrix of so many columns is initialised, as columns of its ParamSpec. adds: it writes to the residual stream."""
+    """Deviation and distribution with which a matrix of so many columns begins, as fields of its ParamSpec (chapter 21). adds: it writes to the residual stream."""
     std = 0.5 / math.sqrt(columns) if config.fan_in_init else init_std
     if adds:
         std = 0.0 if config.zero_init_proj else std / math.sqrt(2 * layers)
