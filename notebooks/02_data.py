@@ -311,7 +311,7 @@ print(f"record 26, where no row begins in the middle: {saved:.1%} fewer steps")
 # %%
 #| default_exp data.loader
 #| export
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -319,6 +319,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 
 from speedrun.lab.bounds import NonNegativeInt, PositiveInt, check_ranges
 from speedrun.lab.errors import UserError
@@ -490,10 +491,11 @@ def next_slice(total: int, options: DataConfig, at: Position) -> tuple[int, Posi
     return at.offset, Position(at.epoch, at.offset + options.batch_tokens)
 
 
-def rows(tokens: np.ndarray, seq_len: int) -> Batch:
-    """A slice of n · seq_len + 1 tokens as a batch of n rows: the targets are the inputs shifted by one."""
-    row = torch.from_numpy(tokens.astype(np.int64))
-    return Batch(row[:-1].view(-1, seq_len), row[1:].view(-1, seq_len))
+def rows(pieces: Sequence[np.ndarray], seq_len: int) -> Batch:
+    """Pieces of n · seq_len + 1 tokens each as a batch of rows: the targets are the inputs shifted by one."""
+    tokens = torch.from_numpy(np.stack(pieces).astype(np.int64))
+    inputs, targets = (part.flatten().view(-1, seq_len) for part in (tokens[:, :-1], tokens[:, 1:]))
+    return Batch(inputs, targets)
 
 
 # %%
@@ -504,7 +506,7 @@ while at.epoch < 2:
     starts.append(start)
 per_epoch = (shards.total - 1) // options.batch_tokens
 assert starts[: per_epoch + 1] == [step * options.batch_tokens for step in range(per_epoch)] + [0]
-batch = rows(shards.read(0, 33), 16)
+batch = rows([shards.read(0, 33)], 16)
 assert batch.inputs.shape == (2, 16) and (batch.inputs[:, 1:] == batch.targets[:, :-1]).all()
 assert batch.targets[0, -1] == batch.inputs[1, 0], (
     "the last target of a row is the first input of the next"
@@ -546,37 +548,28 @@ def slots_for(tokens: int) -> int:
     return max(min(tokens, 256), tokens // 64)
 
 
-def packed_batch(row: torch.Tensor, borders: np.ndarray) -> Batch:
-    """A row of n + 1 tokens as n inputs and n targets. borders: where documents begin, from 0 on, in order."""
-    count = len(row) - 1
-    begins = np.unique(np.minimum(borders, count))
-    ends = np.append(begins[begins < count], count)
-    if len(ends) - 1 > slots_for(count):
-        what = f"a row of {count} tokens has {len(ends) - 1} documents, and room for {slots_for(count)}"
+def packed_row(pieces: Sequence[np.ndarray], document: int) -> Batch:
+    """Pieces of n + 1 tokens each as one row of n inputs from each, in which each piece and each document token begins a document."""
+    count = len(pieces[0]) - 1
+    inputs, targets, *_ = rows(pieces, count)
+    begins = inputs == document
+    begins[:, 0] = True
+    ends = F.pad(begins.flatten().nonzero()[:, 0], (0, 1), value=inputs.numel()).int()
+    room = len(pieces) * slots_for(count)
+    if len(ends) - 1 > room:
+        what = (
+            f"a row of {inputs.numel()} tokens has {len(ends) - 1} documents, and room for {room}"
+        )
         raise UserError(what, "--data.mode stream; or text whose documents have 64 tokens or more")
-    cu_seqlens = np.full(slots_for(count) + 1, count, np.int32)
-    cu_seqlens[: len(ends)] = ends
-    longest = torch.tensor(int(np.diff(ends).max()), dtype=torch.int32)
-    return Batch(row[None, :-1], row[None, 1:], torch.from_numpy(cu_seqlens), longest)
-
-
-def packed_row(tokens: np.ndarray, document: int) -> Batch:
-    """A piece of the stream, cut anywhere, as one row in which each document token begins a document."""
-    begins = np.append(0, np.flatnonzero(tokens == document))
-    return packed_batch(torch.from_numpy(tokens.astype(np.int64)), begins)
-
-
-def document_batch(tokens: np.ndarray, slices: list[tuple[int, int]]) -> Batch:
-    """A micro-batch of one row from slices of a shard: n + 1 tokens become n inputs and n targets."""
-    row = torch.from_numpy(np.concatenate([tokens[a:b] for a, b in slices]).astype(np.int64))
-    return packed_batch(row, np.cumsum([0] + [b - a for a, b in slices]))
+    cu_seqlens = F.pad(ends, (0, room + 1 - len(ends)), value=inputs.numel())
+    return Batch(inputs.view(1, -1), targets.view(1, -1), cu_seqlens, ends.diff().max())
 
 
 # %%
 heads = np.flatnonzero(whole == BYTE_DOCUMENT)
 ends = np.append(heads[1:], len(whole))
 slices, after = fill(heads, ends, first=3, need=141, longest=40)
-batch = document_batch(whole, slices)
+batch = packed_row([np.concatenate([whole[a:b] for a, b in slices])], BYTE_DOCUMENT)
 borders = batch.cu_seqlens.unique().tolist()
 assert len(batch.cu_seqlens) == slots_for(140) + 1 and batch.longest == max(np.diff(borders))
 assert (
@@ -645,53 +638,25 @@ def joined_micro_batches(options: DataConfig, share: int) -> int:
 
 def pinned(batch: Batch) -> Batch:
     """A batch in page-locked memory, which a GPU can fetch while Python goes on."""
-    borders = None if batch.cu_seqlens is None else batch.cu_seqlens.pin_memory()
-    return Batch(batch.inputs.pin_memory(), batch.targets.pin_memory(), borders, batch.longest)
+    return Batch._make(each if each is None else each.pin_memory() for each in batch)
 
 
-def next_stream(loader: "Loader", options: DataConfig) -> list[Batch]:
-    """A rank's part of the next slice of the stream."""
+def next_pieces(loader: "Loader", options: DataConfig) -> list[np.ndarray]:
+    """The tokens of a rank's micro-batches in the next step, one more each than it has inputs. Moves the loader on."""
+    if options.mode == "documents":
+        plan, number, loader.position = plan_documents(loader.shards, options, loader.position)
+        tokens, _ = loader.shards.shard(number)
+        return [np.concatenate([tokens[a:b] for a, b in plan[i]]) for i in loader.mine]
     start, loader.position = next_slice(loader.shards.total, options, loader.position)
-    micro, mine = options.batch_tokens // options.micro_batches, loader.mine
-    own = loader.shards.read(start + mine[0] * micro, len(mine) * micro + 1)
-    size = micro * joined_micro_batches(options, len(mine))
-    cuts = range(0, len(mine) * micro, size)
-    return [rows(own[at : at + size + 1], options.seq_len) for at in cuts]
+    micro = options.batch_tokens // options.micro_batches
+    return [loader.shards.read(start + i * micro, micro + 1) for i in loader.mine]
 
 
-def next_packed(loader: "Loader", options: DataConfig) -> list[Batch]:
-    """A rank's part of the next slice of the stream, a row for each micro-batch."""
-    start, loader.position = next_slice(loader.shards.total, options, loader.position)
-    micro, document = options.batch_tokens // options.micro_batches, loader.shards.manifest.document
-    pieces = [loader.shards.read(start + i * micro, micro + 1) for i in loader.mine]
-    return join_batches([packed_row(piece, document) for piece in pieces], options)
-
-
-def next_documents(loader: "Loader", options: DataConfig) -> list[Batch]:
-    """A rank's part of the next documents."""
-    plan, number, loader.position = plan_documents(loader.shards, options, loader.position)
-    tokens, _ = loader.shards.shard(number)
-    return join_batches([document_batch(tokens, plan[i]) for i in loader.mine], options)
-
-
-def join_batches(batches: list[Batch], options: DataConfig) -> list[Batch]:
-    """Micro-batches of one row each, as many joined as make a pass."""
-    size = joined_micro_batches(options, len(batches))
-    return [joined_rows(batches[at : at + size]) for at in range(0, len(batches), size)]
-
-
-def joined_rows(batches: list[Batch]) -> Batch:
-    """Packed rows as one. No document goes from one to the next."""
-    if len(batches) == 1:
-        return batches[0]
-    inputs = torch.cat([batch.inputs for batch in batches], 1)
-    targets = torch.cat([batch.targets for batch in batches], 1)
-    count, ends, longest = batches[0].inputs.shape[1], [torch.zeros(1, dtype=torch.int32)], 0
-    for number, batch in enumerate(batches):
-        assert batch.cu_seqlens is not None and batch.longest is not None
-        ends.append(batch.cu_seqlens[1:] + number * count)
-        longest = max(longest, int(batch.longest))
-    return Batch(inputs, targets, torch.cat(ends), torch.tensor(longest, dtype=torch.int32))
+def batch_of(pieces: Sequence[np.ndarray], options: DataConfig, document: int) -> Batch:
+    """Micro-batches of n + 1 tokens each as one batch: rows of the stream, or one packed row."""
+    if options.mode == "stream":
+        return rows(pieces, options.seq_len)
+    return packed_row(pieces, document)
 
 
 # %%
@@ -727,8 +692,10 @@ class Loader:
     def next(self, batch_tokens: int = 0, max_doc_tokens: int = 0) -> list[Batch]:
         """The next step's micro-batches for this rank, as many at a time as fit max_forward_tokens. 0: as in the options."""
         options = self.step_options(batch_tokens, max_doc_tokens)
-        make = {"stream": next_stream, "packed": next_packed, "documents": next_documents}
-        batches = make[options.mode](self, options)
+        pieces, document = next_pieces(self, options), self.shards.manifest.document
+        size = joined_micro_batches(options, len(pieces))
+        groups = [pieces[n : n + size] for n in range(0, len(pieces), size)]
+        batches = [batch_of(group, options, document) for group in groups]
         return [pinned(batch) if self.pin else batch for batch in batches]
 
 
@@ -787,8 +754,7 @@ def validation_batches(
 ) -> Iterator[Batch]:
     """This rank's share of the first `tokens` validation tokens, as micro-batches like those of training."""
     micro, there = check_options(options, world), min(tokens, shards.total - 1)
-    packed = options.mode != "stream"
-    if packed:  # longer rows, of as many tokens on each rank
+    if options.mode != "stream":  # longer rows, of as many tokens on each rank
         micro = max(micro, min(VAL_ROW, 16 * micro, there // world))
     if there < micro:
         what = (
@@ -796,8 +762,7 @@ def validation_batches(
         )
         raise UserError(what, "raise --val-tokens, or lower --data.batch-tokens")
     for number in range(rank, there // micro, world):
-        own, document = shards.read(number * micro, micro + 1), shards.manifest.document
-        yield packed_row(own, document) if packed else rows(own, options.seq_len)
+        yield batch_of([shards.read(number * micro, micro + 1)], options, shards.manifest.document)
 
 
 # %%

@@ -1020,7 +1020,7 @@ class AttentionConfig:
     yarn: bool = False
     """Frequencies and scale follow the long window (YaRN)."""
     backend: Backend = "auto"
-    """For packed documents. auto: triton on NVIDIA GPUs in 16 bits, else sdpa, document by document."""
+    """For packed documents. auto: triton on NVIDIA GPUs in 16 bits; where it cannot, FlashAttention if it is installed, else sdpa, document by document."""
 
 
 class AttentionSettings(NamedTuple):
@@ -1603,7 +1603,7 @@ plt.show()
 print("backward time saved by writing D:", *(f"{share:.0%}" for share in d_saves))
 
 # %% [markdown]
-# Skipping other documents, which every packed backend does, is a factor of about thirty, and the window another quarter. All else together is less than a third, and of that writing $D$ down is the largest part. So the second argument was right: what is written and read meanwhile costs less than two products. It saves a sixth to a fifth of the backward pass. On a card with far less bandwidth for its arithmetic the trade may turn round; that was not measured.
+# Skipping other documents, which every packed backend does, is a factor of about thirty, and the window another quarter. All else together is less than a third, and of that writing $D$ down is the largest part. So the second argument was right: what is written and read meanwhile costs less than two products. It saves a sixth to a fifth of the backward pass.
 #
 # ### Waste
 #
@@ -1678,7 +1678,7 @@ plt.show()
 # %% [markdown]
 # So in the row of the prediction, bytes and operations allow the forward pass nearly the same time, 0.063 ms, the backward pass is limited by its operations, if not by much (0.151 ms), and the kernel computes **1.16** pairs for each that is needed.
 #
-# Smaller tiles waste less, and tiles by document less than tiles by row at every size. Surprisingly, halving the tile from 128 to 64 saves more than starting it with a document. Most of the waste is at the diagonal and at the window's edge, and every document has those wherever its tiles begin. The larger gain of tiles by document is that their programs are simple, and that results do not depend on the place. Nor can tiles shrink for ever: tiles of 32 queries load keys twice as often, and matrix units prefer large ones.
+# Smaller tiles waste less, and tiles by document less than tiles by row at every size. Surprisingly, halving the tile from 128 to 64 saves more than starting it with a document. Most of the waste is at the diagonal and at the window's edge, and every document has those wherever its tiles begin. The larger gain of tiles by document is that their programs are simple, and that results do not depend on the place.
 #
 # ## What it buys
 #
@@ -1701,14 +1701,13 @@ print(f"record 29 against 28: {faster:.1f} s, of which {fewer:.1f} s by fewer st
 # %% [markdown]
 # The public history has one record whose subject is a backend. Record 29 replaced FlexAttention by FlashAttention-3, and won 4.9 seconds. But it also cut documents at 2,048 tokens and let windows grow in three steps, and half of what it won is fewer steps. No log says what the kernel did alone.
 #
-# In whole runs of this book the kernel's lead does not show: `record_200m` took 182.7 s through FlexAttention and 182.5 and 183.0 s through this kernel ([chapter 09](09_flex_attention.py)), before today's faster head and MLP. A run with FlashAttention-2 was not made.
+# In whole runs of this book the kernel's lead does not show: `record_200m` took 182.7 s through FlexAttention and 182.5 and 183.0 s through this kernel ([chapter 09](09_flex_attention.py)), before today's faster head and MLP.
 #
 # ## What it costs, and when it fails
 #
 # - Heads have 16, 32, 64 or 128 numbers and as many heads of keys as of queries. There is one size of query tile, no dropout, and no attention but the causal one.
 # - The fast form needs QK-norm, and a scale below the limit computed above. The scale is checked at each launch, the norm is not: were queries longer than the bound says, weights would exceed 1, which does no harm until they overflow.
 # - Documents must lie in the row in order, without gaps, with empty slots at the end.
-# - The list of tiles is some small launches of its own, once for each row, shared by all layers. A forward pass is one launch, a backward pass three.
 # - Where the TMA loads blocks, a block brings the next document's rows along. They are masked, but 0 · NaN is NaN, so that a NaN in one document spreads to its neighbours.
 # - $D$ needs memory for every pair of tiles that a window could touch, for the time of one layer's backward pass. Where there is no room for it, it is computed again, and the backward pass takes longer by what the figure shows.
 # - Descriptors for bulk loads are made on the CPU, anew for each call. That is about half of what Python does to launch the kernels (without the operator around them, where the CPU was disturbed least; the medians are up to three times as long):
@@ -1735,7 +1734,6 @@ assert ms_of("triton")[:2].max() < on_host
 # - **Larger tiles and more warps.** Tiles of 128 queries or keys, or eight warps for a program, lost at nearly every shape that was tried, and eight warps for 64 keys took twice as long.
 # - **A loop without a mask.** Only the first blocks of a tile are cut by the window and only the last by the diagonal, so the loop can be cut in three, with no mask in the middle. But each of three short loops fills its pipeline anew. One loop that masks everything was faster by a few per cent in the forward pass, and no slower in the backward pass.
 # - **Computing D twice, well.** Two kernels that share nothing stayed behind FlashAttention-3's operator wherever windows are long, by a fifth and more, best tiles and bulk loads included.
-# - **A deeper pipeline.** Four stages instead of three cost the forward pass a sixth: fewer programs fit on a multiprocessor.
 #
 # ## Exercises
 #
@@ -1780,4 +1778,4 @@ print(f"scale 0.12: lost at cosines up to {lost_cosine(0.12, 128):.2f}; scale 0.
 # %% [markdown]
 # ## Since then
 #
-# Record 89 still computes attention with FlashAttention-3, and so do the records after it. Record 90 narrows queries and keys to 96 numbers, which this kernel does not take. Record 92 has attention in seven layers instead of ten, heads of 64 in most of them, and a FlashAttention-3 that was patched for keys and values of different widths {cite}`moddednanogpt`. This chapter's kernel belongs to no record. It is here because one can read it, and because it needs nothing that does not come with PyTorch. [Chapter 21](21_model.py) calls it.
+# Record 89 still computes attention with FlashAttention-3, and so do the records after it. Record 90 narrows queries and keys to 96 numbers, which this kernel does not take. Record 92 has attention in seven layers instead of ten, heads of 64 in most of them, and a FlashAttention-3 that was patched for keys and values of different widths {cite}`moddednanogpt`. This chapter's kernel belongs to no record; it needs nothing that does not come with PyTorch. [Chapter 21](21_model.py) calls it.

@@ -981,7 +981,7 @@ print(f"first seed: five parts singly {singly:+.3f}, all at once {together:+.3f}
 # - **The polynomials** show no worth here, as the exact polar factor showed none in chapter 12. Record 4's quintic does as well or a little better in five of six pairs, with steps that are a tenth shorter. Even the first three of the five do: no worse in the long run, and better in two of three pairs in the short one, where three *quintics* cost more than a tenth of a nat in chapter 12. In the contest Polar Express is worth ten steps of 1,680; the record's author could not repeat the paper's larger gain. Near the end a step is worth a ten-thousandth there, so that is a thousandth, and three seeds cannot see it.
 # - **Decay**: nothing is shown, not even in the long run, which ends a hundredth higher without any and a hundredth lower with plain decay ($p = 0.10$). At this peak rate the cautious one takes a fifth of what the plain one takes from attention, and two fifths and three quarters from the MLP's two matrices (it contains their multiple of the rate). Where signs are random it leaves out half of that.
 # - **Momentum's ramps**, rise and fall together, show nothing at either length.
-# - **The factors** of the MLP's rates help a great deal at first. In the long run that is not seen; but there the rate is too high and without factors the MLP's is lower, so this does not tell whether they hurt or the rate does. (An arm without a factor also decays less.)
+# - **The factors** of the MLP's rates help a great deal at first. In the long run that is not seen; but there the rate is too high and without factors the MLP's is lower, so this does not tell whether they hurt or the rate does.
 
 # %%
 ARMS = {"float32": "float32", "bf16 with mantissa": "split", "bf16 alone": "bfloat16"}
@@ -998,7 +998,7 @@ print(f"the mantissa: p = {p_bits:.3f}, paired t-test, three pairs")
 # %% [markdown]
 # bfloat16 weights alone cost nearly two hundredths of a nat, in each of three pairs. With the mantissa buffer the run is back within a few thousandths of one with float32 weights. (All three multiply in bfloat16.) It is not the products that need the precision but the *sum* of many small steps.
 #
-# So the answer to the prediction: NorMuon and the mantissa are worth about two hundredths each, and of decay and the polynomials 600 steps show nothing. (Float32 weights need no mantissa.) Three seeds tell the mantissa from nothing, and NorMuon, too, beside nine of the whole. A part that a record adopts has been shown to pay *in that record*: at its length, its rates, its model. Take the parts from it, but measure them where you train.
+# So the answer to the prediction: NorMuon and the mantissa are worth about two hundredths each, and of decay and the polynomials 600 steps show nothing. Three seeds tell the mantissa from nothing, and NorMuon, too, beside nine of the whole.
 
 # %% [markdown]
 # ### On a GPU, by the clock
@@ -1059,7 +1059,7 @@ print(f"AdamW {ends['AdamW']}, Muon {ends['Muon']}: {gap:.3f} lower, p = {p_gpu:
 print(measured_on(result))
 
 # %% [markdown]
-# Muon takes 4% longer for a step and ends 0.18 nats lower. Where AdamW ends it has been after seven tenths of the steps, and there its rate has fallen by half: a run that was to end there would be lower. Both rules read the same text in the same order, on the same schedule. Each was tuned in runs of half the length, one a point, factors of two apart: AdamW at five points, Muon at six. Muon's best, 0.016 for the matrices and 0.004 for the rest, has a worse neighbour on each of its four sides. Of AdamW's best, 0.002 and 0.004, two of four neighbours were tried, and half of both; all were worse. Half the matrices' rate and twice the rest's were not tried. On a smaller model [chapter 12](12_newton_schulz.py)'s grid prefers both, by a hundredth. The text is English of several kinds and *not* FineWeb.
+# Muon takes 4% longer for a step and ends 0.18 nats lower. Where AdamW ends it has been after seven tenths of the steps, and there its rate has fallen by half: a run that was to end there would be lower. Both rules read the same text in the same order, on the same schedule. Each was tuned in runs of half the length, one a point, factors of two apart: AdamW at five points, Muon at six. Muon's best, 0.016 for the matrices and 0.004 for the rest, has a worse neighbour on each of its four sides. Of AdamW's best, 0.002 and 0.004, two of four neighbours were tried, and half of both; all were worse. Half the matrices' rate and twice the rest's were not tried. The text is English of several kinds and *not* FineWeb.
 
 # %% [markdown]
 # ## What it buys
@@ -1088,7 +1088,7 @@ stayed = date.fromisoformat(ladder["38"]["date"]) - date.fromisoformat(ladder["4
 assert 345 < stayed.days < 365
 
 # %% [markdown]
-# Official times are taken on different days, so a few tenths of a second mean nothing. On one machine, before and after, the author of records 38, 42 and 43 measured 1.0, 3.3 and 2.2 s. Record 42 halved the rate and doubled it for the MLP's first matrix; record 50 gave cautious decay to Adam's parameters, too. bfloat16 weights are half the bytes to gather, and need no casting.
+# On one machine, before and after, the author of records 38, 42 and 43 measured 1.0, 3.3 and 2.2 s. Record 42 halved the rate and doubled it for the MLP's first matrix; record 50 gave cautious decay to Adam's parameters, too. bfloat16 weights are half the bytes to gather, and need no casting.
 #
 # These are records, not ablations. Of record 43's 40 steps its author gives 10 to 15 to the decay's fall with the rate. Record 42 also kept the rate flat in the extension and lengthened the fall; record 38 also raised the rate; record 57's second is shared with an optimizer that interleaves the communication of Adam and Muon, and it took 15 steps more.
 #
@@ -1115,7 +1115,7 @@ print(f"attention: rows of an update differ by a factor of {square:.2f} at most"
 # %% [markdown]
 # The Gram form is not in these times: on a CPU float16 is slow, and squares of 128 save nothing. On one H100 the whole update of matrices of the record's size, with the Gram form, NorMuon, decay and mantissas, takes 3.5 ms; PyTorch's Muon takes 32.8 ([chapter 20](20_many_gpus.py)).
 #
-# When does it fail? Where there is nothing to mend. Rows of a square orthogonal matrix are all of length 1, and those of attention's updates differ only as far as some directions stay short. So NorMuon does little there: it has something to do where one side is longer than the other. And normalising rows assumes that a neuron whose step is short *should* move more. A neuron that hardly ever fires, whose gradient is mostly noise, is moved as far as any other.
+# It fails where there is nothing to repair. Rows of a square orthogonal matrix are all of length 1, and those of attention's updates differ only as far as some directions stay short. So NorMuon does little there: it has something to do where one side is longer than the other. And normalising rows assumes that a neuron whose step is short *should* move more. A neuron that hardly ever fires, whose gradient is mostly noise, is moved as far as any other.
 
 # %% [markdown]
 # ## What did not work

@@ -20,7 +20,7 @@
 #
 # ## The problem
 #
-# A step of record 89 takes 31.4 ms in the first third of its log, 56.9 ms in the second, 82.6 ms in the last. The merged run has 1,285 steps, and eight of its settings change while it runs, by a schedule of their own. (More follows from those: embedding and head untie, and attention's scale and frequencies go with the windows.) What if nothing changed, and every step were like the last?
+# A step of record 89 takes 31.4 ms in the first third of its log, 56.9 ms in the second, 82.6 ms in the last. The merged run has 1,285 steps, and eight of its settings change while it runs, by a schedule of their own. What if nothing changed, and every step were like the last?
 
 # %%
 from speedrun.lab.tier import choose_tier
@@ -748,7 +748,7 @@ assert weights[846][0][1] < 0.002 and weights[846][1] < 0.001, "no jump at the b
 print(f"{RECORD_89.tokens_before(1285) / 1e6:.1f} million tokens; loss weights", weights[0])
 
 # %% [markdown]
-# The third token ahead fades out over the first third of the run, the second over the second, and with it the prefix. At no border does a weight jump. The extra targets teach early, and at the end the loss is the one that is scored. (The weights' sum falls from 2 to 1. Adam and Muon, which divide, hardly notice.)
+# The third token ahead fades out over the first third of the run, the second over the second, and with it the prefix. At no border does a weight jump. The extra targets teach early, and at the end the loss is the one that is scored.
 #
 # The windows are a schedule of what attention costs. They grow from 128 and 384 tokens to 768 and 1,664; documents are cut after 896 tokens in the first third. [Chapter 22](22_config.py) has a hint of the reason: longer rows did worse in runs of a third of the steps, and better in whole ones. Record 13, whose window grew over the run from 64 tokens to 1,792, was the first to do so (among four other changes):
 
@@ -843,7 +843,7 @@ assert table[4].split()[:4] == ["423", "262144", "1.520", "0.950"]
 print("\n".join(table))
 
 # %% [markdown]
-# Fifteen steps belong to no third. The extension runs at the floor of the rate, with the widest windows that are trained. Validation widens the long one once more, to 2,560 tokens; the extension's comes nearest. It was 40 steps long in records 35 to 80, then 10, and 15 in records 85 to 89.
+# Fifteen steps belong to no third. The extension runs at the floor of the rate, with the widest windows that are trained. Validation widens the long one once more, to 2,560 tokens; the extension's comes nearest.
 #
 # Everything on an axis of time, not steps:
 
@@ -902,7 +902,7 @@ axes[0].set_title(f"step {edges[2]} to the end takes {share_of_third[2]:.0%} of 
 plt.show()
 
 # %% [markdown]
-# Dotted lines are the borders of the stages. The last third and the extension are 34% of the steps and 49% of the time, so the line of the fall looks flatter there: the steps are longer. The windows change at all three borders. The rate jumps at two and stops falling at the third. The batch changes at two, the cap at one, momentum at none.
+# Dotted lines are the borders of the stages. The last third and the extension are 34% of the steps and 49% of the time, so the line of the fall looks flatter there: the steps are longer.
 #
 # ## The measurement
 #
@@ -1021,15 +1021,13 @@ axis.set_title(
 plt.show()
 
 # %% [markdown]
-# Falls over two fifths and over a fifth are worse than all longer ones. One over three fifths ends 0.007 above one over all, which is a hint ($p = 0.04$); the other longer falls are not told apart. ($p$ is Tukey's, for all fifteen pairs. The arms share their seeds, so each seed's own effect is taken out first; what is left is taken for normal, with one deviation.) Only one side of the valley is in view, since no fall is longer than the run. And a longer fall has a lower mean rate, at a peak that chapter 12 chose with the cosine and for 600 steps: if it is too high for 1,000, longer falls win for that reason. One comparison is free of this. The cosine and the line over all steps have the same peak, the same mean rate and the same end, zero, and the line wins.
+# Falls over two fifths and over a fifth are worse than all longer ones. One over three fifths ends 0.007 above one over all, which is a hint ($p = 0.04$); the other longer falls are not told apart. ($p$ is Tukey's, for all fifteen pairs. The arms share their seeds, so each seed's own effect is taken out first; what is left is taken for normal, with one deviation.) And a longer fall has a lower mean rate, at a peak that chapter 12 chose with the cosine and for 600 steps: if it is too high for 1,000, longer falls win for that reason. One comparison is free of this. The cosine and the line over all steps have the same peak, the same mean rate and the same end, zero, and the line wins.
 #
 # So the answer to the second half of the prediction is *three fifths or more, and among those three seeds leave no more than a hint against three fifths*; the contest's is 60%. To the first half the contest has given two answers, $3^{0.6}$ and since record 53 $\sqrt3$; the derivation, at the fitted noise scales, says 1.20 × 1.13 = 1.36; the toy says that it depends on the noise.
 #
 # ## What it costs, and when it fails
 #
-# In code it costs a table and a handful of functions; in freedom, more. Every number here was tuned for a run of this length; cut the run by a tenth, and the fall and the stages shrink with it, while momentum's 300 and 50 steps and the extension's 15 stay. Whether either is right was not measured here. Another window or number of tokens compiles nothing in this trainer, but every stage is recorded as a CUDA graph of its own before the clock starts ([chapter 16](16_compile.py)); upstream compiles anew for each. And schedules hide each other. A rate that falls too late looks like a batch that is too small; both leave noise, as too little averaging does.
-#
-# A new idea that needs less forgetting at the end, or more, will look good or bad under somebody else's fall. Whoever changes an optimizer should try two or three falls before believing the difference.
+# Every number here was tuned for a run of this length; cut the run by a tenth, and the fall and the stages shrink with it, while momentum's 300 and 50 steps and the extension's 15 stay. Another window or number of tokens compiles nothing in this trainer, but every stage is recorded as a CUDA graph of its own before the clock starts ([chapter 16](16_compile.py)); upstream compiles anew for each. And schedules hide each other. A rate that falls too late looks like a batch that is too small; both leave noise, as too little averaging does.
 #
 # ## What did not work
 #
@@ -1037,7 +1035,6 @@ plt.show()
 # - **Less momentum around the steps at which the windows change**, in Muon only: worse (record 31). **Freezing the learned scalars for 40 steps after each change** came with record 52 and soon went.
 # - **Shorter caps for longer.** Record 72 caps documents at 896 tokens in the first third. In the second, 1,920 still passed; 1,536 and 1,664 failed by three or four ten-thousandths.
 # - **Uneven thirds**, of 36, 32 and 32 per cent, were proposed with record 87 and not merged then. **Replacing the tokens ahead by the prefix** was worse than stacking both (record 88).
-# - **No schedule at all.** At record 7 schedule-free optimization brought no gain.
 #
 # ## Exercises
 #

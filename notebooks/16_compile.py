@@ -59,7 +59,7 @@ def random_row(seed: int, tokens: int = 256):
     """A packed row of random tokens, in documents of 50."""
     row = np.random.default_rng(seed).integers(0, 287, tokens + 1)
     row[::50] = 287
-    return packed_row(row, 287)
+    return packed_row([row], 287)
 
 
 def pass_ms(tokens: int, repeats: int = 5) -> float:
@@ -371,7 +371,7 @@ class GraphedCall:
         self.function, self.stream, self.pool, self.plain = function, stream, pool, plain
 
     def __call__(self) -> None:
-        if self.stream is None or self.plain > 0:
+        if self.stream is None or self.plain:
             self.plain -= 1
             self.function()
             return
@@ -407,9 +407,9 @@ class Recorder:
 
     def __call__(self, key: Any, function: Callable, tensors: Sequence[Tensor]) -> Tensor:
         """The function's result for tensors on any device, (): where the next call with this key writes its own. Python does not wait."""
-        if self.stream is None or not (self.recording or key in self.calls):
-            return function(*tensors)
         if key not in self.calls:
+            if not self.recording:
+                return function(*tensors)
             places = [tensor.to(self.device, copy=True) for tensor in tensors]
             result = torch.zeros((), device=self.device)
             call = GraphedCall(lambda: result.copy_(function(*places)), self.stream, self.pool, 0)
@@ -451,8 +451,7 @@ print(f"recorded here: {len(recorded.calls)} graphs; squares {found}")
 #| export model.compiled
 def can_record(model: GPT, mode: str) -> bool:
     """Whether nothing in a forward pass but its tensors differs from batch to batch: FlashAttention and our reference read the longest document in Python."""
-    on_gpu = next(model.parameters()).is_cuda
-    return on_gpu and (model.backend == "triton" or mode == "stream")
+    return next(model.parameters()).is_cuda and (model.backend == "triton" or mode == "stream")
 
 
 # %% tags=["hide-input"]

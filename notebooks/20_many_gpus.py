@@ -332,7 +332,7 @@ class ShardedSparse(Sharded):
 # %% [markdown]
 # ### Communication volume
 #
-# What a rank sends can be said beforehand, if it sends around a ring. (The switch between eight H100s can add and copy by itself, and then a rank sends less.)
+# What a rank sends can be said beforehand, if it sends around a ring.
 
 
 # %%
@@ -371,7 +371,7 @@ print(f"a step with tables, early on: {odd:.0f} MB, {odd / 450:.1f} ms")
 #
 # ### The Adam step
 #
-# Adam works entry by entry, so one function serves a rank's rows of a table and the vector of small parameters alike. Weight decay comes in two kinds. AdamW's takes $\eta\lambda w$ from every weight. The record's is the cautious one of [chapter 13](13_muon.py): $\eta^2\lambda w$, and only from weights that the step makes smaller anyway. For the first PyTorch has a fused kernel, and we call it. The second is ours. It computes in float32, whatever it is given, and rounds once, at the end; rates may be numbers or vectors.
+# Adam works entry by entry, so one function serves a rank's rows of a table and the vector of small parameters alike. Weight decay comes in two kinds. AdamW's takes $\eta\lambda w$ from every weight. The record's is the cautious one of [chapter 13](13_muon.py): $\eta^2\lambda w$, and only from weights that the step makes smaller anyway. It computes in float32, whatever it is given, and rounds once, at the end; rates may be numbers or vectors.
 
 # %%
 #| default_exp optim.adam
@@ -452,7 +452,7 @@ print("five steps of torch.optim.Adam and of ours agree")
 # %% [markdown]
 # ### The parameter table
 #
-# The table is the model's own, one `ParamSpec` a parameter ([chapter 21](21_model.py)). Five columns matter here: the rule (`optim`), how the ranks share its work (`comm`), the multiples of learning rate and weight decay (`lr_mul`, `wd_mul`), and which other parameter this one is tied to (`tied_to`). `assign_optimizers` fills in what the run's config decides: the rule, and with it the multiple of the rate. And `check_specs` compares table and model before a single number is touched. Otherwise a parameter that nobody updates would raise no error, and the model would be a little worse.
+# The table is the model's own, one `ParamSpec` a parameter ([chapter 21](21_model.py)). Five columns matter here: the rule (`optim`), how the ranks share its work (`comm`), the multiples of learning rate and weight decay (`lr_mul`, `wd_mul`), and which other parameter this one is tied to (`tied_to`). `assign_optimizers` fills in what the run's config decides: the rule, and with it the multiple of the rate. And `check_specs` compares table and model before a single number is touched.
 
 # %%
 from dataclasses import fields
@@ -663,7 +663,7 @@ for t in range(1, 1000):
 # %% [markdown]
 # ### Communication and update rule
 #
-# An update has two sides that know next to nothing of each other: how the ranks share it (replicated, sharded, sharded with sparse gradients), and the rule (Muon, Adam, AdamW, [chapter 12](12_newton_schulz.py)'s SOAP). So the state of a parameter, or of all small ones that share a rule and a dtype, is a pair: a *comm* from above, and a *rule* with its moments, which updates whatever shard the comm has. Four rules and three comms are seven classes, and not twelve.
+# An update has two sides that know next to nothing of each other: how the ranks share it (replicated, sharded, sharded with sparse gradients), and the rule (Muon, Adam, AdamW, [chapter 12](12_newton_schulz.py)'s SOAP). So the state of a parameter, or of all small ones that share a rule and a dtype, is a pair: a *comm* from above, and a *rule* with its moments, which updates whatever shard the comm has.
 
 
 # %%
@@ -1801,7 +1801,7 @@ def run_on_gpus(world: int, path: str, command: str) -> tuple[dict, dict]:
         raise UserError(what, "make doctor says why")
     run = preset("record_200m")
     run = vary(run, {"data.path": str(Path(path or run.data.path).absolute())})
-    of = ["speedrun.train", "speedrun.measure.many_gpus"]
+    of = ["speedrun.train", "speedrun.measure.many_gpus", "speedrun.optim.sparse"]
     data = on_ranks(world, "run", "cuda", [run.data.path])
     return data, stamp(command, of, RUN_STEPS, [run.seed], corpus_of(run))
 
@@ -1816,11 +1816,12 @@ def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
     """
     if name.startswith("run_"):
         return run_on_gpus(int(name[4:]), arguments[0] if arguments else "", command)
+    modules = ["speedrun.measure.many_gpus", "speedrun.optim.sparse"]
     if name in ON_GPUS:
         samples = {"step": 17, "trace": 1, "nvlink": 5}[name]
-        return on_gpus(name), stamp(command, ["speedrun.measure.many_gpus"], samples)
+        return on_gpus(name), stamp(command, modules, samples)
     found = {str(world): on_ranks(world, "wire") for world in RANKS}
-    return {"ranks": found}, stamp(command, ["speedrun.measure.many_gpus"], 1)
+    return {"ranks": found}, stamp(command, modules, 1)
 
 
 if __name__ == "__main__" and __spec__ is not None:  # python -m, not a notebook
@@ -2081,7 +2082,7 @@ print(f"the prediction's step at that rate: {slowest:.1f} ms")
 print(f"one step of each, {measured_on(load_result('many_gpus', 'trace'))}")
 
 # %% [markdown]
-# Overlapping saves 1.9 milliseconds of 9.4. But NCCL's kernels are then on the GPU 1.7 times as long. That includes waiting for the other rank, and competing for the GPU: two tables' gathers get 134 and 182 GB/s, undisturbed 285 and 264, three fifths of the data sheet's 450. (At those 450 the prediction's step would take 6.3 ms to send, a fifth of its 31.) A trace does not tell waiting from slow travelling. (This is in the order chosen above, with transfers at high priority. The trainer takes the table's order, and no priority.)
+# Overlapping saves 1.9 milliseconds of 9.4. But NCCL's kernels are then on the GPU 1.7 times as long. That includes waiting for the other rank, and competing for the GPU: two tables' gathers get 134 and 182 GB/s, undisturbed 285 and 264, three fifths of the data sheet's 450. A trace does not tell waiting from slow travelling. (This is in the order chosen above, with transfers at high priority. The trainer takes the table's order, and no priority.)
 
 # %% [markdown]
 # ### Scaling in a whole run
@@ -2171,7 +2172,7 @@ print(f"predicted on eight: {', '.join(f'{ms:.0f}' for ms in on_8)} ms a step")
 print(f"which is {', '.join(f'{share:.0%}' for share in shares)} of eight times one GPU's speed")
 
 # %% [markdown]
-# (These are steps of the trainer before chapters 16 to 19. Today's takes 69, 136 and 246 ms on two GPUs and sends as many bytes, so that transfers are nearly twice as large a share of a step; it has not been measured on four.)
+# (These are steps of the trainer before chapters 16 to 19. Today's takes 69, 136 and 246 ms on two GPUs and sends as many bytes, so that transfers are nearly twice as large a share of a step.)
 #
 # ## What it buys
 #
@@ -2290,21 +2291,19 @@ assert all(o.grad_clip == 1.0 and o.adam.every == 1 and not o.adam.cautious for 
 print(measured_on(compared))
 
 # %% [markdown]
-# Clipping is worth the same under either Adam. The two differ in decay alone, and nine seeds see no difference; but in 600 steps AdamW's takes an eighth from a weight, the cautious one at this rate less than a thirtieth of that, and chapter 13 found that decay needs time. Updating half as often, at twice the rate, gives up more than half of what clipping brings, and on the laptop it saves next to nothing. So `cpu_gpt2` and `small_gpt2` clip, and update everything in every step; `record`, and the presets made after it, do as the contest does. What that choice costs at full size, we have not measured.
+# Clipping is worth the same under either Adam. The two differ in decay alone, and nine seeds see no difference; but in 600 steps AdamW's takes an eighth from a weight, the cautious one at this rate less than a thirtieth of that, and chapter 13 found that decay needs time. Updating half as often, at twice the rate, gives up more than half of what clipping brings, and on the laptop it saves next to nothing. So `cpu_gpt2` and `small_gpt2` clip, and update everything in every step; `record`, and the presets made after it, do as the contest does.
 #
 # ## What it costs, and when it fails
 #
 # Padding is work on zeros. Twenty matrices on eight ranks leave a sixth of the time to padding, and on sixteen ranks three eighths. `record`'s own banks have ten or eleven, but for one, and leave about a third ([chapter 21](21_model.py)).
 #
-# Gradients that have a fixed place must be *added* there: for tables 1.1 GB of gradients, read twice and written once in every backward pass.
-#
-# Sharding also ends an equality. All ranks must start from the same values: gathering makes sharded parameters equal at the first step, but replicated ones would stay apart unnoticed. Where all do the same sums, one that is wrong differs from the others and can be caught. Here each number is computed by one rank only, and a wrong one goes unnoticed.
+# Sharding also ends an equality. All ranks must start from the same values, or replicated parameters stay apart unnoticed; and each number is computed by one rank only, and a wrong one goes unnoticed.
 #
 # And sums in bfloat16 round, at each of a ring's $w - 1$ hops. The gradient of two ranks is not quite that of one: in the tests momenta after six steps differ by less than one part in 128.
 #
 # ## What did not work
 #
-# Record 23 began a bucket's all-reduce, record 44 the reduce-scatter of each of Adam's gradients, from a hook, as soon as autograd had finished it. Record 61 went back to a fixed order after the backward pass and was faster, with other changes at the same time. Counting a sparse table's rows on the GPU (record 68 hashed there) forces a wait, so record 71 moved the hash back to the CPU.
+# Record 23 began a bucket's all-reduce, record 44 the reduce-scatter of each of Adam's gradients, from a hook, as soon as autograd had finished it. Record 61 went back to a fixed order after the backward pass and was faster, with other changes at the same time.
 #
 # ## Exercises
 #
@@ -2369,4 +2368,4 @@ print(f"rows of 768: up to {wide:.1%}; rows of 4: up to {worth_it(4, 8):.0%}")
 # %% [markdown]
 # ## Since then
 #
-# Record 71's count of touched rows and record 61's order are still what record 89 runs. Record 92 (\@devenpzak) gathers sparsely, too: its large table moves only in rows that were touched, each rank fetches only the rows that its next steps will read, every second step and later every fourth, and its matrices' updates are recorded as CUDA graphs.
+# Record 71's count of touched rows and record 61's order are still what record 89 runs. Record 92 (\@devenpzak) gathers sparsely, too, only the rows that a rank's next steps will read, and records its matrices' updates as CUDA graphs.

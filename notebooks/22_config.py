@@ -235,7 +235,7 @@ class Config:
     compile: bool = True
     """Compile the forward and backward pass with torch.compile."""
     warmup: NonNegativeInt = 3
-    """Untimed steps before the clock starts, undone afterwards: they compile and fill caches."""
+    """Untimed steps of each stage before the clock starts, undone afterwards: they compile, fill caches and record CUDA graphs. 0: passes are launched by Python."""
     val_every: PositiveInt = 250
     """Steps between validations; the first is before step 0, the last after the last step."""
     val_tokens: PositiveInt = 10_485_760

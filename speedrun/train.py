@@ -210,11 +210,11 @@ def save(run: Run, patience_s: float = 0.0) -> Path | None:
     """Save a checkpoint (rank 0), off the clock; tries again for `patience_s`. None where it failed, which is said. Raises UserError on every rank if a number is broken: such a state is not worth going back to."""
     if run.nonfinite_steps.item():
         raise in_trouble().nonfinite_error(run)
-    if run.saved and run.saved.name == f"step-{run.step:07d}":  # nothing has happened since
-        return run.saved
     end, moments, saved = time.monotonic() + patience_s, run.optimizer.state_dict(), None
     if run.ranks.rank != 0:
         return None
+    if run.saved and run.saved.name == f"step-{run.step:07d}":  # nothing has happened since
+        return run.saved
     run.heartbeat.phase("checkpoint")
     while saved is None:
         try:

@@ -18,7 +18,7 @@ from speedrun.data.loader import (
     DataConfig,
     Loader,
     Shards,
-    packed_batch,
+    packed_row,
     slots_for,
     validation_batches,
 )
@@ -469,12 +469,12 @@ class TestLoader:
             assert batch.longest == max(part.longest for part in parts)
 
     def test_more_documents_than_slots_is_an_error(self):
-        row = torch.arange(3001)
-        packed_batch(row, np.arange(0, 3000, 12))
+        row = np.arange(3001)
+        packed_row([np.where(row % 12, row, 9)], 9)
         with pytest.raises(
             UserError, match="a row of 3000 tokens has 300 documents, and room for 256"
         ):
-            packed_batch(row, np.arange(0, 3000, 10))
+            packed_row([np.where(row % 10, row, 3001)], 3001)
 
 
 DOCUMENTS = {

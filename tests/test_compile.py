@@ -39,7 +39,7 @@ def narrow_record(layers: int = 11, **changes) -> GPT:
 def row_of(tokens: int, seed: int = 0, every: int = 40):
     row = np.random.default_rng(seed).integers(0, 287, tokens + 1)
     row[::every] = 287
-    return packed_row(row, 287)
+    return packed_row([row], 287)
 
 
 def told_of(model: GPT, windows=(64, 128)):

@@ -466,6 +466,25 @@ class TestTwoRanks:
             assert (one[name] - two[name]).norm() <= 1e-4 * one[name].norm() + 1e-6, name
         assert read_metrics(tmp_path / "two" / "metrics.jsonl")[0]["world"] == 2
 
+    def test_an_interruption_right_after_a_checkpoint_ends_all_ranks(self, brief, tmp_path):
+        """Collecting the optimizer's state is a collective, which rank 0 must not leave out because the step is saved already."""
+        flags = as_arguments(vary(brief, {"checkpoint_every": 2, "optim.matrices": "muon"}))
+        program = tmp_path / "program.py"
+        program.write_text(
+            "import sys, speedrun.train as module\n"
+            "def choose(run):\n"
+            "    if run.step == 3:\n"
+            "        run.interrupts.signal, run.stop_at = 15, 4\n"
+            "module.choose_stop = choose\n"
+            "sys.exit(module.main(sys.argv[1:]))\n"
+        )
+        folder, lines = tmp_path / "run", []
+        with pytest.raises(UserError):  # 143: interrupted
+            run_ranks([str(program), "--out", str(folder), *flags], 2, folder, echo=lines.append)
+        assert latest_checkpoint(folder).name == "step-0000004"
+        end = series(read_metrics(folder / "metrics.jsonl"), "end")[-1]
+        assert (end["step"], end["reason"]) == (4, "interrupted"), lines
+
     # make check has four ranks read documents, in tests/test_attention.py
     @pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.long)])
     def test_they_read_and_learn_the_same_in_every_stage(self, brief, tmp_path, world):

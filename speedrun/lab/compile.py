@@ -38,7 +38,7 @@ class GraphedCall:
         self.function, self.stream, self.pool, self.plain = function, stream, pool, plain
 
     def __call__(self) -> None:
-        if self.stream is None or self.plain > 0:
+        if self.stream is None or self.plain:
             self.plain -= 1
             self.function()
             return
@@ -66,9 +66,9 @@ class Recorder:
 
     def __call__(self, key: Any, function: Callable, tensors: Sequence[Tensor]) -> Tensor:
         """The function's result for tensors on any device, (): where the next call with this key writes its own. Python does not wait."""
-        if self.stream is None or not (self.recording or key in self.calls):
-            return function(*tensors)
         if key not in self.calls:
+            if not self.recording:
+                return function(*tensors)
             places = [tensor.to(self.device, copy=True) for tensor in tensors]
             result = torch.zeros((), device=self.device)
             call = GraphedCall(lambda: result.copy_(function(*places)), self.stream, self.pool, 0)

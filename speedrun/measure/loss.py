@@ -10,7 +10,6 @@ from speedrun.kernels.loss import (
     head_loss_by_hand,
     head_loss_op,
     launch_head,
-    prepare_head,
 )
 
 
@@ -144,8 +143,10 @@ def errors_of(tokens: int = 2048, candidates: int = 10_240) -> list[dict[str, An
 
 def blocks_tried(x: Tensor, w: Tensor) -> dict[str, Any]:
     """Times of the kernel alone, all words, in other block sizes, and with the exact sigmoid."""
-    head, usual = prepare_head(x, w, E4M3), LARGE_SHARED
-    scale = head.scales[0] * head.scales[1]
+    scales, usual = (scale_of(x), scale_of(w)), LARGE_SHARED
+    x8 = quantize(x, scales[0], E4M3)[0]
+    w8 = quantize(w, scales[1], E4M3, straight=False, turned=True)[1]
+    scale = scales[0] * scales[1]
     tried = {
         "as it is": usual,
         "4 warps": usual._replace(warps=4),
@@ -155,7 +156,7 @@ def blocks_tried(x: Tensor, w: Tensor) -> dict[str, Any]:
         "256 columns": usual._replace(columns=256, programs=1),
         "exact sigmoid": usual,
     }
-    calls = {name: partial(launch_head, head.x, head.w, scale, E5M2, blocks, True, name != "exact sigmoid") for name, blocks in tried.items()}  # fmt: skip
+    calls = {name: partial(launch_head, x8, w8, scale, blocks, True, name != "exact sigmoid") for name, blocks in tried.items()}  # fmt: skip
     return {name: took._asdict() for name, took in bench(calls, "cuda", 9, cold=True).items()}
 
 

@@ -424,7 +424,7 @@ def run_on_gpus(world: int, path: str, command: str) -> tuple[dict, dict]:
         raise UserError(what, "make doctor says why")
     run = preset("record_200m")
     run = vary(run, {"data.path": str(Path(path or run.data.path).absolute())})
-    of = ["speedrun.train", "speedrun.measure.many_gpus"]
+    of = ["speedrun.train", "speedrun.measure.many_gpus", "speedrun.optim.sparse"]
     data = on_ranks(world, "run", "cuda", [run.data.path])
     return data, stamp(command, of, RUN_STEPS, [run.seed], corpus_of(run))
 
@@ -437,11 +437,12 @@ def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
     """
     if name.startswith("run_"):
         return run_on_gpus(int(name[4:]), arguments[0] if arguments else "", command)
+    modules = ["speedrun.measure.many_gpus", "speedrun.optim.sparse"]
     if name in ON_GPUS:
         samples = {"step": 17, "trace": 1, "nvlink": 5}[name]
-        return on_gpus(name), stamp(command, ["speedrun.measure.many_gpus"], samples)
+        return on_gpus(name), stamp(command, modules, samples)
     found = {str(world): on_ranks(world, "wire") for world in RANKS}
-    return {"ranks": found}, stamp(command, ["speedrun.measure.many_gpus"], 1)
+    return {"ranks": found}, stamp(command, modules, 1)
 
 
 if __name__ == "__main__" and __spec__ is not None:  # python -m, not a notebook

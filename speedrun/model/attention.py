@@ -30,7 +30,7 @@ class AttentionConfig:
     yarn: bool = False
     """Frequencies and scale follow the long window (YaRN)."""
     backend: Backend = "auto"
-    """For packed documents. auto: triton on NVIDIA GPUs in 16 bits, else sdpa, document by document."""
+    """For packed documents. auto: triton on NVIDIA GPUs in 16 bits; where it cannot, FlashAttention if it is installed, else sdpa, document by document."""
 
 
 class AttentionSettings(NamedTuple):

@@ -44,5 +44,4 @@ def compile_model(model: GPT) -> Callable:
 # %% CUDA graphs
 def can_record(model: GPT, mode: str) -> bool:
     """Whether nothing in a forward pass but its tensors differs from batch to batch: FlashAttention and our reference read the longest document in Python."""
-    on_gpu = next(model.parameters()).is_cuda
-    return on_gpu and (model.backend == "triton" or mode == "stream")
+    return next(model.parameters()).is_cuda and (model.backend == "triton" or mode == "stream")
