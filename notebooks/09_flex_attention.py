@@ -684,7 +684,7 @@ def losses_by_place(live: Any, tokens: int = 262_144) -> list[float]:
     for batch in validation_batches(live.validation, live.config.data, tokens):
         known: tuple = ()
         if batch.cu_seqlens is not None and batch.longest is not None:
-            known = (None, Packed(batch.cu_seqlens, batch.longest, *live.told[-1]))
+            known = (None, Packed(batch.cu_seqlens, batch.longest, *live.attn_settings[-1]))
         lost = F.cross_entropy(live.model(batch.inputs, *known).flatten(0, 1).float(), batch.targets.flatten(), reduction="none")  # fmt: skip
         for token, loss in zip(batch.inputs.flatten().tolist(), lost.tolist()):
             place = 0 if token == document else place + 1

@@ -50,7 +50,7 @@ narrow |= {"model.head.fp8": False, "model.block.fp8": False, "schedule.stages":
 config = vary(at_cpu_size(preset("record")), narrow).model
 device = torch.device(machine.device)
 model = GPT(config, 288).to(device)
-(told,) = attention_settings(config, [(64, 128)], device)
+(settings,) = attention_settings(config, [(64, 128)], device)
 for parameter in model.parameters():
     parameter.grad = torch.zeros_like(parameter)
 
@@ -67,7 +67,7 @@ def pass_ms(tokens: int, repeats: int = 5) -> float:
     took, batch = [], random_row(0, tokens)
     for _ in range(repeats):
         began = time.perf_counter()
-        accumulate(model, [batch], 1, device, "float32", told)
+        accumulate(model, [batch], 1, device, "float32", settings)
         took.append(1000 * (time.perf_counter() - began))
     return min(took)
 
@@ -136,7 +136,7 @@ class Tape(TorchDispatchMode):
 
 first = random_row(1)
 places = [tensor.to(device, copy=True) for tensor in first[:3]]
-facts = (device, "float32", told)
+facts = (device, "float32", settings)
 with Tape() as tape:
     loss = forward_backward(model, 1, first.longest, facts, *places)
 calls = len(tape.calls) + tape.views
@@ -280,7 +280,7 @@ for kind, layers in kinds.items():
 assert len(kinds) == 6 and len({spec.attention for spec in model.layout}) == 2
 
 # %% [markdown]
-# Ten: one each for the beginning and the end, two second halves (one behind the layer without attention), and six first halves. They differ in whether something is still to be added (`more`; two layers' outputs are read again later, and are summed up at once), in attention, value embeddings and skip connection; and in the very first one $x$ and $x_0$ are the same tensor, about which Dynamo makes a guard as well. So, the prediction's second half. If windows are Python numbers, each pair needs a graph of its own, four in all, since each comes with one of the three batches. Here windows cost nothing, since they are tensors. Three numbers of tokens are three large graphs, or one with symbols, or ten small ones with symbols. (One large graph with symbols has not been tried on a GPU.) Validation needs the same ten once more, since whether gradients are wanted is guarded.
+# Ten: one each for the beginning and the end, two second halves (one behind the layer without attention), and six first halves. They differ in whether something is still to be added (`delta`; two layers' outputs are read again later, and are summed up at once), in attention, value embeddings and skip connection; and in the very first one $x$ and $x_0$ are the same tensor, about which Dynamo makes a guard as well. So, the prediction's second half. If windows are Python numbers, each pair needs a graph of its own, four in all, since each comes with one of the three batches. Here windows cost nothing, since they are tensors. Three numbers of tokens are three large graphs, or one with symbols, or ten small ones with symbols. (One large graph with symbols has not been tried on a GPU.) Validation needs the same ten once more, since whether gradients are wanted is guarded.
 #
 # What would it cost to take the sum at the end of a half? Behind the MLP one tensor more is written and read, in eleven layers; behind attention one is read once more, in ten:
 
@@ -615,8 +615,8 @@ def measure_start(way: str, folder: str) -> list[dict[str, Any]]:
             "TRITON_CACHE_DIR": f"{cache}/triton",
         }
         for kept in ("cold", "warm"):
-            told = os.environ | places | {"PYTHONPATH": str(root())}
-            done = subprocess.run(words, env=told, capture_output=True, text=True)
+            variables = os.environ | places | {"PYTHONPATH": str(root())}
+            done = subprocess.run(words, env=variables, capture_output=True, text=True)
             if done.returncode:
                 raise UserError(f"{way}, {kept} caches: {done.stderr[-2000:]}", "run it by itself")
             rows.append({"caches": kept} | json.loads(done.stdout.splitlines()[-1]))
@@ -648,10 +648,10 @@ def pass_times(folder: str) -> list[dict[str, Any]]:
     now, ways = run.schedule.at(0), {"parts": run.forward, "whole": whole_model(run.model)}
     for ranks in RANKS:
         batches = run.loader.next(131_072 // ranks, now.max_doc_tokens)
-        told = (
+        settings = (
             run.ranks.device,
             config.precision,
-            run.told[now.stage],
+            run.attn_settings[now.stage],
             torch.tensor([now.candidates, 8 // ranks]),
         )
         calls = {}
@@ -659,9 +659,11 @@ def pass_times(folder: str) -> list[dict[str, Any]]:
             recorder = Recorder(run.ranks.device)
             recorder.recording = True  # after the same pass by Python, which is timed before it
             record = partial(recorder, way)
-            calls[f"{way}, by Python"] = partial(train.accumulate, forward, batches, ranks, *told)
+            calls[f"{way}, by Python"] = partial(
+                train.accumulate, forward, batches, ranks, *settings
+            )
             calls[f"{way}, a CUDA graph"] = partial(
-                train.accumulate, forward, batches, ranks, *told, record=record
+                train.accumulate, forward, batches, ranks, *settings, record=record
             )
         for name, took in bench(calls, "cuda", 15, warm_up=4).items():
             host = host_ms(calls[name])

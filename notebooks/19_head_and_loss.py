@@ -754,7 +754,7 @@ def measure_kernels() -> dict[str, Any]:
 
 def losses_by_candidates(folder: Path, counts: tuple[int, ...], batches: int = 16) -> dict[str, Any]:  # fmt: skip
     """A trained run's loss on its first validation micro-batches, nats a token, with so many candidates each; 0: all words."""
-    from speedrun.train import build_run, forward_loss, val_batches, resume, told_now
+    from speedrun.train import build_run, forward_loss, val_batches, resume, attn_settings_now
 
     config = config_of_run(folder)
     with tempfile.TemporaryDirectory() as scratch:
@@ -767,7 +767,7 @@ def losses_by_candidates(folder: Path, counts: tuple[int, ...], batches: int = 1
             for _, batch in zip(range(batches), val_batches(run, config.val_tokens)):
                 targets.append(len(batch.targets.unique()))
                 for count in counts:
-                    place, told = run.ranks.device, told_now(run)
+                    place, told = run.ranks.device, attn_settings_now(run)
                     loss = forward_loss(run.model, batch, place, config.precision, told, torch.tensor([count, 1]))  # fmt: skip
                     losses[str(count)].append(loss.item())
     return {"losses": losses, "tokens": batch.targets.numel(), "distinct_targets": targets}

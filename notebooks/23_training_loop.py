@@ -203,7 +203,7 @@ print(f"{clock.ms:.0f} ms of training in 250 ms")
 # %% [markdown]
 # ### The state of a run
 #
-# What a run consists of, while it is one, stands in one place. Its parts come from the chapters before this one, and two from the workshop: the heartbeat, by which others see that a rank is alive, and the interrupts, by which they ask it to stop. (`told` is what attention is told in each stage of the schedule, [chapter 21](21_model.py)'s `attention_settings`.)
+# What a run consists of, while it is one, stands in one place. Its parts come from the chapters before this one, and two from the workshop: the heartbeat, by which others see that a rank is alive, and the interrupts, by which they ask it to stop. (`attn_settings` has one entry for each stage of the schedule, from [chapter 21](21_model.py)'s `attention_settings`.)
 
 # %%
 #| default_exp run
@@ -248,7 +248,7 @@ class Run:
     forward: Any
     optimizer: MuonAdam
     schedule: Schedule
-    told: list[AttentionSettings]
+    attn_settings: list[AttentionSettings]
     loader: Loader
     validation: Shards
     clock: TrainClock
@@ -339,8 +339,8 @@ def train_step(run: Run) -> Tensor:
     parts, record = len(batches) * run.ranks.world, partial(run.recorder, now.stage)
     joined = run.config.data.micro_batches // parts
     few = torch.tensor([now.candidates, joined]) if run.config.model.head.fp8 else None
-    told = run.ranks.device, run.config.precision, run.told[now.stage], few
-    loss = accumulate(run.forward, run.heartbeat.over(batches), parts, *told, record=record)
+    settings = run.ranks.device, run.config.precision, run.attn_settings[now.stage], few
+    loss = accumulate(run.forward, run.heartbeat.over(batches), parts, *settings, record=record)
     run.optimizer.step(now)
     run.nonfinite_steps += run.optimizer.skip
     run.step += 1
@@ -474,40 +474,40 @@ def forward_loss(
     batch: Batch,
     device: torch.device,
     precision: str,
-    told: AttentionSettings | None = None,
+    attn_settings: AttentionSettings | None = None,
     candidates: Tensor | None = None,
 ) -> Tensor:
-    """The model's mean loss on a batch, nats a token. told: what attention is told in this stage, for packed documents. candidates: the FP8 head's."""
+    """The model's mean loss on a batch, nats a token. attn_settings: of this stage, for packed documents. candidates: the FP8 head's."""
     there: list[Any] = [tensor.to(device, non_blocking=True) for tensor in batch[:2]]
-    if batch.cu_seqlens is not None and batch.longest is not None and told is not None:
+    if batch.cu_seqlens is not None and batch.longest is not None and attn_settings is not None:
         borders = batch.cu_seqlens.to(device, non_blocking=True)
-        there.append(Packed(borders, batch.longest, *told))
+        there.append(Packed(borders, batch.longest, *attn_settings))
     with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
         return forward(*there, candidates=candidates)
 
 
 def forward_backward(
-    forward, micro_batches: int, longest: Tensor | None, told: tuple, *tensors: Any
+    forward, micro_batches: int, longest: Tensor | None, settings: tuple, *tensors: Any
 ) -> Tensor:
     """Forward and backward through one batch's tensors; its gradients are added to those that are there. Returns its part of the mean loss."""
     inputs, targets, *borders = tensors
     batch = Batch(inputs, targets, borders[0] if borders else None, longest)
-    loss = forward_loss(forward, batch, *told) / micro_batches
+    loss = forward_loss(forward, batch, *settings) / micro_batches
     loss.backward()
     return loss.detach()
 
 
 def accumulate(
-    forward, batches: Iterable[Batch], micro_batches: int, *told: Any, record=None
+    forward, batches: Iterable[Batch], micro_batches: int, *settings: Any, record=None
 ) -> Tensor:
     """Forward and backward through this rank's batches. Gradients add up; returns its part of the mean loss.
 
-    micro_batches: how many batches the step has, on all ranks together. told: the device, the precision, and what else `forward_loss` is told.
+    micro_batches: how many batches the step has, on all ranks together. settings: the device, the precision, and what else `forward_loss` is told.
     record: calls a function with a batch's tensors, as a CUDA graph.
     """
-    total = torch.zeros((), device=told[0])
+    total = torch.zeros((), device=settings[0])
     for batch in batches:
-        one_pass = partial(forward_backward, forward, micro_batches, batch.longest, told)
+        one_pass = partial(forward_backward, forward, micro_batches, batch.longest, settings)
         tensors = batch[: 2 if batch.cu_seqlens is None else 3]
         total += record(one_pass, tensors) if record else one_pass(*tensors)
     return total
@@ -680,7 +680,7 @@ def open_log(config: Config, folder: Path, echo) -> RunLog:
 # %%
 #| export
 def prepare_attention(config: Config, model: GPT, device: torch.device) -> list[AttentionSettings]:
-    """What attention is told in each stage. For packed documents the model's backend is chosen, too."""
+    """Attention's settings in each stage. For packed documents the model's backend is chosen, too."""
     if config.data.mode != "stream":
         dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
         head_dim = config.model.model_dim // config.model.num_heads
@@ -872,23 +872,23 @@ print((scratch / "step" / "log.txt").read_text().replace(str(scratch), "runs"))
 
 # %%
 #| export train
-def told_now(run: Run) -> AttentionSettings:
-    """What attention is told in a validation: what the next step says, and after the last one with windows that may be wider."""
+def attn_settings_now(run: Run) -> AttentionSettings:
+    """Attention's settings in a validation: those of the next step, and after the last one with windows that may be wider."""
     steps, wide = run.config.steps, run.config.schedule.val_windows
-    told = run.told[run.schedule.at(min(run.step, steps - 1)).stage]
+    settings = run.attn_settings[run.schedule.at(min(run.step, steps - 1)).stage]
     if run.step < steps or not any(wide):
-        return told
-    windows = [new or old for new, old in zip(wide, told.windows.tolist())]
-    return told._replace(windows=torch.tensor(windows, dtype=torch.int32))
+        return settings
+    windows = [new or old for new, old in zip(wide, settings.windows.tolist())]
+    return settings._replace(windows=torch.tensor(windows, dtype=torch.int32))
 
 
 @torch.no_grad()
 def validation_loss(run: Run, batches) -> float:
     """Mean loss, nats a token, over validation micro-batches that are dealt out to the ranks."""
-    device, told = run.ranks.device, told_now(run)
+    device, settings = run.ranks.device, attn_settings_now(run)
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     for batch in batches:
-        loss = forward_loss(run.forward, batch, device, run.config.precision, told)
+        loss = forward_loss(run.forward, batch, device, run.config.precision, settings)
         sums += torch.stack([loss.double(), torch.ones_like(sums[0])])
         run.heartbeat.beat()
     all_reduce_sum(sums, run.ranks.world)

@@ -43,7 +43,7 @@ class Run:
     forward: Any
     optimizer: MuonAdam
     schedule: Schedule
-    told: list[AttentionSettings]
+    attn_settings: list[AttentionSettings]
     loader: Loader
     validation: Shards
     clock: TrainClock

@@ -75,8 +75,8 @@ def train_step(run: Run) -> Tensor:
     parts, record = len(batches) * run.ranks.world, partial(run.recorder, now.stage)
     joined = run.config.data.micro_batches // parts
     few = torch.tensor([now.candidates, joined]) if run.config.model.head.fp8 else None
-    told = run.ranks.device, run.config.precision, run.told[now.stage], few
-    loss = accumulate(run.forward, run.heartbeat.over(batches), parts, *told, record=record)
+    settings = run.ranks.device, run.config.precision, run.attn_settings[now.stage], few
+    loss = accumulate(run.forward, run.heartbeat.over(batches), parts, *settings, record=record)
     run.optimizer.step(now)
     run.nonfinite_steps += run.optimizer.skip
     run.step += 1
@@ -133,7 +133,7 @@ def in_trouble() -> Any:
 
 # %% Building a run
 def prepare_attention(config: Config, model: GPT, device: torch.device) -> list[AttentionSettings]:
-    """What attention is told in each stage. For packed documents the model's backend is chosen, too."""
+    """Attention's settings in each stage. For packed documents the model's backend is chosen, too."""
     if config.data.mode != "stream":
         dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
         head_dim = config.model.model_dim // config.model.num_heads
@@ -234,23 +234,23 @@ def save(run: Run, patience_s: float = 0.0) -> Path | None:
 
 
 # %% Validation and warm-up
-def told_now(run: Run) -> AttentionSettings:
-    """What attention is told in a validation: what the next step says, and after the last one with windows that may be wider."""
+def attn_settings_now(run: Run) -> AttentionSettings:
+    """Attention's settings in a validation: those of the next step, and after the last one with windows that may be wider."""
     steps, wide = run.config.steps, run.config.schedule.val_windows
-    told = run.told[run.schedule.at(min(run.step, steps - 1)).stage]
+    settings = run.attn_settings[run.schedule.at(min(run.step, steps - 1)).stage]
     if run.step < steps or not any(wide):
-        return told
-    windows = [new or old for new, old in zip(wide, told.windows.tolist())]
-    return told._replace(windows=torch.tensor(windows, dtype=torch.int32))
+        return settings
+    windows = [new or old for new, old in zip(wide, settings.windows.tolist())]
+    return settings._replace(windows=torch.tensor(windows, dtype=torch.int32))
 
 
 @torch.no_grad()
 def validation_loss(run: Run, batches) -> float:
     """Mean loss, nats a token, over validation micro-batches that are dealt out to the ranks."""
-    device, told = run.ranks.device, told_now(run)
+    device, settings = run.ranks.device, attn_settings_now(run)
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     for batch in batches:
-        loss = forward_loss(run.forward, batch, device, run.config.precision, told)
+        loss = forward_loss(run.forward, batch, device, run.config.precision, settings)
         sums += torch.stack([loss.double(), torch.ones_like(sums[0])])
         run.heartbeat.beat()
     all_reduce_sum(sums, run.ranks.world)

@@ -46,7 +46,7 @@ from speedrun.model.gpt import GPT, attention_settings
 from speedrun.presets import as_arguments, preset
 from speedrun.schedule import Stage
 from speedrun.supervise import run_ranks
-from speedrun.train import build_run, told_now, train, warm_up
+from speedrun.train import attn_settings_now, build_run, train, warm_up
 
 CUTS = {  # bounds of documents, in rows of so many tokens
     "one document": ([0, 70], 70),
@@ -555,15 +555,15 @@ class TestTrainer:
     def test_the_last_validation_may_look_further(self, brief, tmp_path):
         wide = vary(brief, DOCUMENTS | {"schedule.val_windows": (0, 500)})
         runs = [train(run, tmp_path / name, echo=None) for name, run in (("wide", wide), ("narrow", vary(brief, DOCUMENTS)))]  # fmt: skip
-        assert told_now(runs[0]).windows.tolist() == [24, 500]
-        assert told_now(runs[1]).windows.tolist() == [24, 120]
+        assert attn_settings_now(runs[0]).windows.tolist() == [24, 500]
+        assert attn_settings_now(runs[1]).windows.tolist() == [24, 120]
         losses = [
             [row["val_loss"] for row in series(read_metrics(run.folder / "metrics.jsonl"), "val")]
             for run in runs
         ]
         assert losses[0][:-1] == losses[1][:-1] and losses[0][-1] != losses[1][-1]
         runs[0].step -= 1
-        assert told_now(runs[0]).windows.tolist() == [24, 120], (
+        assert attn_settings_now(runs[0]).windows.tolist() == [24, 120], (
             "before the last step as in training"
         )
         with pytest.raises(UserError, match="data.mode=stream"):
@@ -595,8 +595,12 @@ class TestTrainer:
 
     def test_windows_and_frequencies_follow_the_stage(self, brief, tmp_path):
         run = build_run(vary(brief, DOCUMENTS), tmp_path, echo=None)
-        assert [told.windows.tolist() for told in run.told] == [[8, 30], [16, 80], [24, 120]]
-        scales = [told.scale.item() for told in run.told]
+        assert [told.windows.tolist() for told in run.attn_settings] == [
+            [8, 30],
+            [16, 80],
+            [24, 120],
+        ]
+        scales = [told.scale.item() for told in run.attn_settings]
         assert scales == sorted(scales) and scales[0] < scales[1]
         seen, real = [], run.forward
         run.forward = lambda *there, **few: (seen.append(there[2].windows.tolist()), real(*there, **few))[1]  # fmt: skip
@@ -609,10 +613,10 @@ class TestTrainer:
         run = train(vary(brief, DOCUMENTS), tmp_path, echo=None)
         trained = load_trained(tmp_path)
         assert trained.seq_len == run.config.data.max_doc_tokens
-        assert torch.equal(trained.told.windows, run.told[2].windows)
+        assert torch.equal(trained.told.windows, run.attn_settings[2].windows)
         tokens = torch.randint(288, (1, 100), generator=torch.Generator().manual_seed(0))
         ends = torch.tensor([0, 100], dtype=torch.int32)
-        known = run.model(tokens, None, Packed(ends, torch.tensor(100, dtype=torch.int32), *run.told[2]))  # fmt: skip
+        known = run.model(tokens, None, Packed(ends, torch.tensor(100, dtype=torch.int32), *run.attn_settings[2]))  # fmt: skip
         assert torch.allclose(trained.logits(tokens), known, atol=1e-5)
         assert len(generate(trained, "def ", 5)) and not torch.allclose(
             known, run.model(tokens), atol=1e-3

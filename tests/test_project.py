@@ -49,7 +49,7 @@ LAYERS = [  # imports point from a later line to an earlier one, or stay on one 
 ]
 
 
-PARTS = ("added", "begin_forward", "attention_half", "mlp_half", "end_forward", "plainly")
+PARTS = ("added", "begin_forward", "attention_half", "mlp_half", "end_forward", "call_directly")
 
 
 def layer(module: str) -> int:

@@ -606,7 +606,7 @@ class TestCompiled:
                     p += 0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
             now = run.schedule.at(0)
             batches = run.loader.next(now.batch_tokens, now.max_doc_tokens)
-            loss = accumulate(run.forward, batches, len(batches), run.ranks.device, "float32", run.told[0])  # fmt: skip
+            loss = accumulate(run.forward, batches, len(batches), run.ranks.device, "float32", run.attn_settings[0])  # fmt: skip
             grads = {key: p.grad.clone() for key, p in run.model.named_parameters()}
             found.append((loss.item(), grads))
         (compiled_loss, ours), (eager_loss, known) = found
@@ -630,7 +630,7 @@ class TestCompiled:
             batches = run.loader.next(2048, 0)
             for count in (0, 128):
                 run.model.zero_grad()
-                loss = accumulate(run.forward, batches, len(batches), run.ranks.device, "float32", run.told[0], torch.tensor([count, 1]))  # fmt: skip
+                loss = accumulate(run.forward, batches, len(batches), run.ranks.device, "float32", run.attn_settings[0], torch.tensor([count, 1]))  # fmt: skip
                 grads = {key: p.grad.clone() for key, p in run.model.named_parameters()}
                 found[compiled, count] = loss.item(), grads
         for count in (0, 128):

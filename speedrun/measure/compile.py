@@ -112,8 +112,8 @@ def measure_start(way: str, folder: str) -> list[dict[str, Any]]:
             "TRITON_CACHE_DIR": f"{cache}/triton",
         }
         for kept in ("cold", "warm"):
-            told = os.environ | places | {"PYTHONPATH": str(root())}
-            done = subprocess.run(words, env=told, capture_output=True, text=True)
+            variables = os.environ | places | {"PYTHONPATH": str(root())}
+            done = subprocess.run(words, env=variables, capture_output=True, text=True)
             if done.returncode:
                 raise UserError(f"{way}, {kept} caches: {done.stderr[-2000:]}", "run it by itself")
             rows.append({"caches": kept} | json.loads(done.stdout.splitlines()[-1]))
@@ -141,10 +141,10 @@ def pass_times(folder: str) -> list[dict[str, Any]]:
     now, ways = run.schedule.at(0), {"parts": run.forward, "whole": whole_model(run.model)}
     for ranks in RANKS:
         batches = run.loader.next(131_072 // ranks, now.max_doc_tokens)
-        told = (
+        settings = (
             run.ranks.device,
             config.precision,
-            run.told[now.stage],
+            run.attn_settings[now.stage],
             torch.tensor([now.candidates, 8 // ranks]),
         )
         calls = {}
@@ -152,9 +152,11 @@ def pass_times(folder: str) -> list[dict[str, Any]]:
             recorder = Recorder(run.ranks.device)
             recorder.recording = True  # after the same pass by Python, which is timed before it
             record = partial(recorder, way)
-            calls[f"{way}, by Python"] = partial(train.accumulate, forward, batches, ranks, *told)
+            calls[f"{way}, by Python"] = partial(
+                train.accumulate, forward, batches, ranks, *settings
+            )
             calls[f"{way}, a CUDA graph"] = partial(
-                train.accumulate, forward, batches, ranks, *told, record=record
+                train.accumulate, forward, batches, ranks, *settings, record=record
             )
         for name, took in bench(calls, "cuda", 15, warm_up=4).items():
             host = host_ms(calls[name])

@@ -175,7 +175,7 @@ def hidden_of_run(folder: Path) -> dict[str, Any]:
         resume(run)
         now = run.schedule.at(config.steps - 1)
         batch = run.loader.next(now.batch_tokens, now.max_doc_tokens)[0]
-        told = run.told[now.stage], torch.tensor(0)
+        told = run.attn_settings[now.stage], torch.tensor([0, 1])
         loss = forward_loss(run.model, batch, run.ranks.device, config.precision, *told)
         (loss / config.data.micro_batches).backward()
     return {"layers": rows, "tokens": batch.targets.numel(), "loss": loss.item()}

@@ -135,7 +135,7 @@ def ledger_of(arm: str, folder: str, step: int = 500) -> dict[str, Any]:
         batch = run.loader.next(now.batch_tokens, now.max_doc_tokens)[0]
         few = None if bf16_head else torch.tensor([now.candidates, 1])
         record = partial(run.recorder, now.stage)
-        told = run.ranks.device, config.precision, run.told[now.stage], few
+        told = run.ranks.device, config.precision, run.attn_settings[now.stage], few
         torch.cuda.reset_peak_memory_stats()
         one_pass = partial(accumulate, run.forward, [batch], 8, *told, record=record)
         one_pass()

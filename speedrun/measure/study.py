@@ -33,7 +33,7 @@ def loss_in_documents(live: "Run") -> float:
     from speedrun.train import validation_loss, val_batches, prepare_attention
 
     live.config = vary(live.config, {"data.mode": "documents"})
-    live.told = prepare_attention(live.config, live.model, live.ranks.device)
+    live.attn_settings = prepare_attention(live.config, live.model, live.ranks.device)
     return validation_loss(live, val_batches(live, live.config.val_tokens))
 
 

@@ -57,7 +57,7 @@ def far_loss(live: Any, window: int, turning: torch.Tensor, scale: float, tokens
     from speedrun.data.loader import validation_batches
     from speedrun.model.attention import Packed, positions_of
 
-    short, sums = live.told[-1].windows[0].item(), torch.zeros(2, dtype=torch.float64)
+    short, sums = live.attn_settings[-1].windows[0].item(), torch.zeros(2, dtype=torch.float64)
     reach = torch.tensor([short, window], dtype=torch.int32)
     for batch in validation_batches(live.validation, live.config.data, tokens):
         assert batch.cu_seqlens is not None and batch.longest is not None
@@ -71,7 +71,7 @@ def far_loss(live: Any, window: int, turning: torch.Tensor, scale: float, tokens
 
 def after(live: Any, tokens: int = 131_072) -> dict:
     """Far losses by the window of the evaluation: as trained; and wider ones also with new frequencies and scale, or one of the two."""
-    told = live.told[-1]
+    told = live.attn_settings[-1]
     turning, scale = told.frequencies, told.scale.item()
     found = {"as trained": {w: far_loss(live, w, turning, scale, tokens) for w in NARROWER + WIDER}}
     ways: dict[str, dict] = {"YaRN and scale": {}, "YaRN": {}, "scale": {}}

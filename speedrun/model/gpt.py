@@ -222,11 +222,11 @@ def attention_contexts(self, inputs: Tensor, packed: Packed | None) -> list[Atte
         return [AttentionContext(None if learned else (self.cos, self.sin))] * 2
     tokens = inputs.shape[1]
     angles = positions_of(packed.cu_seqlens, tokens)[:, None] * packed.frequencies
-    told, tiles = (angles.cos(), angles.sin()), prepare_tiles(packed, tokens, self.backend)
+    cos_sin, tiles = (angles.cos(), angles.sin()), prepare_tiles(packed, tokens, self.backend)
     found = []
     for n, window in enumerate(packed.windows.split(1)):
         own = tiles[n : n + 1] if isinstance(tiles, list) else tiles
-        found.append(AttentionContext(told, packed._replace(windows=window), own, self.backend))
+        found.append(AttentionContext(cos_sin, packed._replace(windows=window), own, self.backend))
     return found
 
 
@@ -276,9 +276,9 @@ def loss_in_slabs(self, x: Tensor, targets: Tensor, rows: int = 2**15) -> Tensor
     return total / targets.numel()
 
 
-def added(x: Tensor, more: Tensor | None) -> Tensor:
+def added(x: Tensor, delta: Tensor | None) -> Tensor:
     """The stream, (batch, tokens, width), with what was still to be added."""
-    return x if more is None else x + more
+    return x if delta is None else x + delta
 
 
 def begin_forward(self, inputs: Tensor) -> tuple[Tensor, list[Tensor], Tensor | None]:
@@ -291,7 +291,7 @@ def begin_forward(self, inputs: Tensor) -> tuple[Tensor, list[Tensor], Tensor | 
 
 def attention_half(
     x: Tensor,
-    more: Tensor | None,
+    delta: Tensor | None,
     x0: Tensor,
     skip: Tensor | None,
     ve: Tensor | None,
@@ -300,7 +300,7 @@ def attention_half(
     context: AttentionContext | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """A layer's first half: the stream, what is to be added, and the values, if other layers want them. context: None for a layer without attention."""
-    x = mix_residual(added(x, more), x0, skip, weights, config.layout.skips)
+    x = mix_residual(added(x, delta), x0, skip, weights, config.layout.skips)
     if context is None:
         return x, None, None
     y, v = attention(apply_norm(x, weights, "attention_norm"), weights, config, context, ve)
@@ -309,24 +309,24 @@ def attention_half(
 
 
 def mlp_half(
-    x: Tensor, more: Tensor | None, weights: Mapping[str, Tensor], block: BlockConfig
+    x: Tensor, delta: Tensor | None, weights: Mapping[str, Tensor], block: BlockConfig
 ) -> tuple[Tensor, Tensor]:
     """A layer's second half: the stream, and what is to be added to it."""
-    x = added(x, more)
+    x = added(x, delta)
     return x, mlp(apply_norm(x, weights, "mlp_norm"), weights, block)
 
 
 def end_forward(
     self,
     x: Tensor,
-    more: Tensor | None,
+    delta: Tensor | None,
     early: Tensor | None,
     targets: Tensor | None,
     candidates: Tensor | None,
     slabs: bool,
 ) -> Tensor:
     """Logits, or the loss. early: what backout takes a share of. slabs: the loss of a long row, without gradients."""
-    x = added(x, more)
+    x = added(x, delta)
     x = x if early is None else apply_backout(x, early, self._parameters)
     x = apply_norm(x, self._parameters, "final_norm")
     if candidates is not None and targets is not None:
@@ -339,7 +339,7 @@ def end_forward(
     return loss_of(logits, targets, self.config.head.softcap)
 
 
-def plainly(part: Callable, *arguments: Any) -> Any:
+def call_directly(part: Callable, *arguments: Any) -> Any:
     """Call a part of the forward pass as it is."""
     return part(*arguments)
 
@@ -350,40 +350,40 @@ def gpt_forward(
     targets: Tensor | None = None,
     packed: Packed | None = None,
     candidates: Tensor | None = None,
-    call: Callable = plainly,
+    call: Callable = call_directly,
 ) -> Tensor:
     """Logits (batch, tokens, vocab) of inputs, (batch, tokens) int64; with targets the mean cross-entropy, nats; with candidates, (2,) int in CPU memory, the FP8 head's: its softmax is over so many words, 0: all, for each of so many micro-batches. packed: of one row. call: how its parts are called."""
     config, contexts = self.config, attention_contexts(self, inputs, packed)
     x0, tables, scales = call(begin_forward, self, inputs)
-    x, more = x0, None
+    x, delta = x0, None
     outputs: dict[Any, Tensor] = {}
     values: dict[Any, Tensor] = dict(enumerate(tables))
     for n, (spec, weights) in enumerate(zip(self.layout, weights_of_layers(self, scales))):
         own = {name: piece for name, piece in weights.items() if name.startswith("mlp_")}
         context = contexts[int(n in config.attention.long_layers)] if spec.attention else None
         read = outputs.get(spec.skip), values.get(spec.value), weights
-        x, more, v = call(attention_half, x, more, x0, *read, config, context)
+        x, delta, v = call(attention_half, x, delta, x0, *read, config, context)
         values.setdefault("first", v)
         if spec.mlp:
-            x, more = call(mlp_half, x, more, own, config.block)
+            x, delta = call(mlp_half, x, delta, own, config.block)
         if n in self.kept:
-            x, more = added(x, more), None
+            x, delta = added(x, delta), None
             outputs[n] = x
     slabs = packed is not None and not torch.is_grad_enabled()
-    return call(end_forward, self, x, more, outputs.get(self.backout), targets, candidates, slabs)
+    return call(end_forward, self, x, delta, outputs.get(self.backout), targets, candidates, slabs)
 
 
 def attention_settings(
     config: GPTConfig, windows: Sequence[tuple[int, int]], device: torch.device
 ) -> list[AttentionSettings]:
-    """What attention is told in each stage, given its short and its long window in tokens (0: all)."""
+    """Attention's settings in each stage, given its short and its long window in tokens (0: all)."""
     size = config.model_dim // config.num_heads
     scale, turning = config.attention.scale or size**-0.5, frequencies(size, config.rotary)
-    told = [(turning, scale)] * len(windows)
+    pairs = [(turning, scale)] * len(windows)
     if config.attention.yarn:
-        told = follow_windows(turning, scale, [long for _, long in windows])
+        pairs = follow_windows(turning, scale, [long for _, long in windows])
     found = []
-    for ends, (turns, factor) in zip(windows, told):
+    for ends, (turns, factor) in zip(windows, pairs):
         reach = torch.tensor([end or 2**30 for end in ends], dtype=torch.int32)
         found.append(AttentionSettings(reach, torch.tensor(factor), turns.to(device)))
     return found
