@@ -824,7 +824,7 @@ right.set_yticks([])
 right.set_ylim(-13.2, 1.9)
 right.grid(False)
 right.set_xlabel("position in the row")
-right.set_title("six rows of 1,024: cut from the stream, and filled by documents")
+right.set_title("six rows of 1,024: cut from the\nstream, and filled by documents")
 plt.show()
 
 # %% [markdown]

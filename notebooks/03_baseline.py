@@ -651,7 +651,7 @@ for axis in (left, right):
     axis.grid(axis="y", visible=False)
 right.legend(loc="upper center", bbox_to_anchor=(0.32, -0.22), ncols=4, fontsize=8)
 left.set_title(
-    f"a training step of GPT-2: {speedup['bf16, compiled']:.1f}× less time\nwith bf16 and a compiler"
+    f"a step of GPT-2: {speedup['bf16, compiled']:.1f}× less\ntime with bf16 and a compiler"
 )
 right.set_title(f"where it goes: compiled, {between:.0%}\nis neither matmul nor attention")
 plt.show()

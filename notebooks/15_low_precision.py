@@ -586,7 +586,7 @@ for axis, case in zip(axes, ("either sign", "one sign")):
 axes[0].set_ylabel("relative error")
 fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
 at_768 = LENGTHS.index(768)
-fig.suptitle(f"e4m3 × e4m3, 768 terms: {measured['either sign', 'e4m3 × e4m3'][at_768]:.1%} off for either sign, for one sign {measured['one sign', 'e4m3 × e4m3'][at_768]:.2%}; fast accumulation takes {measured['one sign', 'fast'][-1]:.0%} off a long sum of one sign")  # fmt: skip
+fig.suptitle(f"e4m3 × e4m3, 768 terms: {measured['either sign', 'e4m3 × e4m3'][at_768]:.1%} off for either sign, for one sign {measured['one sign', 'e4m3 × e4m3'][at_768]:.2%}\nfast accumulation takes {measured['one sign', 'fast'][-1]:.0%} off a long sum of one sign")  # fmt: skip
 plt.show()
 
 # %%

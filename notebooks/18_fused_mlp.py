@@ -886,7 +886,7 @@ for ax, (way, found), dtype in zip(axes, passes.items(), (E4M3, E5M2)):
     ax.set_xlabel(
         "log₂ of the stored number\n(line: the format's largest; dashed: its smallest normal)"
     )
-    ax.set_title(f"{'squares, e4m3' if way == 'forward' else 'hidden gradients, e5m2'}: the largest at 1/{1 / top:,.0f}\nof the format's, {below:.1%} below its normal numbers", fontsize=9)  # fmt: skip
+    ax.set_title(f"{'squares, e4m3' if way == 'forward' else 'hidden gradients, e5m2'}: the largest at 1/{1 / top:,.0f}\nof the format's, {100 * below:.2g}% below its normal numbers", fontsize=9)  # fmt: skip
 axes[0].set_ylabel("share of what is not 0")
 axes[0].legend(fontsize=7)
 fig.text(0.99, -0.04, measured_on(trained), ha="right", fontsize=6.5)

@@ -1824,7 +1824,7 @@ assert len(better) == 2
 plt.show()
 
 # %% [markdown]
-# *Blue: the control. Orange: visibly lower; red: visibly higher; grey: neither.*
+# *Blue: the control. Orange: visibly lower; pink: visibly higher; grey: neither.*
 #
 # Four layers cost twice the arithmetic in the blocks. Rows of 128 cost next to nothing, and the quick search had said the opposite:
 

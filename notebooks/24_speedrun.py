@@ -1124,7 +1124,7 @@ laptop = laptops["cpu"]
 per_byte = laptop["curve"][-1]["val_loss"] / laptop["bytes_per_token"]
 ended = laptop["curve"][-1]["val_loss"]
 titles = [
-    f"cpu: {ended:.2f} nats a token ({per_byte:.2f} a byte) after {laptop['seconds'] / 60:.1f} min"
+    f"cpu: {ended:.2f} nats a token ({per_byte:.2f} a byte)\nafter {laptop['seconds'] / 60:.1f} minutes"
 ]
 ours = [
     real[name]["data"]["runs"][0] for name in ("record_200m", "record_200m_plain_head", "small")
@@ -1143,10 +1143,10 @@ for ax in (left, middle, right):
     ax.tick_params(labelsize=7)
 whole = ours[0]
 ended = whole["curve"][-1]["val_loss"]
-titles += [f"record_200m: {ended:.3f} after {whole['seconds']:.0f} s on two GPUs"]
+titles += [f"record_200m: {ended:.3f} after {whole['seconds']:.0f} s\non two H200s"]
 last = public_curves()["90"][-1]
 titles += [
-    f"eight H100s: record 90 is at {last['val_loss']:.2f} after {last['train_time_ms'] / 1000:.0f} s"
+    f"eight H100s: record 90 is at\n{last['val_loss']:.2f} after {last['train_time_ms'] / 1000:.0f} s"
 ]
 for ax, words in zip((left, middle, right), titles):
     ax.set_title(words, fontsize=8)
