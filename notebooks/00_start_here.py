@@ -30,7 +30,7 @@
 # That is what this book adds. Each chapter takes one idea, asks what it should buy, builds it in the fewest lines that work, and measures. The lines
 # are then collected, mechanically, into a trainer; the code you read is the code that runs. There is the *spine*, from the data and the baseline to the launcher and the means to measure, and there are sixteen chapters of ideas so far: four on the architecture, three on attention over whole documents, four on the optimizer, and five on low precision, kernels and compiling. They take the ladder to its thirty-first record, and parts of it much further.
 
-# %%
+# %% tags=["hide-input"]
 from speedrun.lab.tier import choose_tier
 
 tier = choose_tier()

@@ -26,7 +26,7 @@
 #  When record 37 was submitted, its author, \@Gusarich, ran the same program twenty-four times and
 # uploaded every log. Nothing differs between those runs but the random initial weights, for which the program fixes no seed, and the order in which a GPU adds numbers.
 
-# %%
+# %% tags=["hide-input"]
 from speedrun.lab.tier import choose_tier
 
 tier = choose_tier()
@@ -417,7 +417,7 @@ print(
 # %% [markdown]
 # Asked alone, the same difference would have had a fortieth of that. One deviation for all has its price, two assumptions. All arms have to scatter alike: an idea that makes training unstable breaks that, and so does one that makes it steadier, as happens in [chapter 07](07_plumbing.py). So look at the deviations, too. And runs have to be independent; arms that share their seeds are not quite.
 #
-# Statistics know the runs and not what made them. Seventy runs are worth nothing if a year later nobody can say which program they were runs of, so a run of this book logs its program before its first step, and a measurement carries a stamp that says with what code, where and when it was made. The foot of a figure that draws one of our measurements repeats it. [The workshop](96_logs_and_stamps.py) has the logs and the stamps.
+# One thing a number must carry with it: which program made it. A run of this book logs its program before its first step, and a measurement has a stamp that says with what code, where and when it was made. The line under one of our measurements repeats it, and ends in a word. *fresh*: the code that was measured is today's. *same behaviour*: the code has changed since, and was shown to train bit for bit the same. *stale*: it has changed and nobody has checked, so the numbers are those of the program of that date. [The workshop](96_logs_and_stamps.py) has the logs and the stamps.
 #
 # ## When it fails
 #

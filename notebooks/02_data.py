@@ -27,7 +27,7 @@
 # Record 12 let each GPU read one sequence of 64 thousand tokens instead, masked attention at the borders of documents and limited it to 1,024 tokens back. Together these changes made **1,875 steps of 3,000**; one record cannot say which of them did how much. With them only one document per GPU and step was cut off from its beginning. Record 26 moved that cut to where a document begins, lengthened the cooldown, and
 # took **20 of 1,770 steps** off. Record 29 clipped documents at 2,048 tokens, among other things, and 25 more went. Part of these gains came from nothing but another way to read the same text; how large a part, neither record says. (Outside the contest, Ding and others report better models when fewer documents are cut {cite}`ding2024`.)
 
-# %%
+# %% tags=["hide-input"]
 from speedrun.lab.tier import choose_tier
 
 tier = choose_tier()

@@ -25,7 +25,7 @@
 # record 89, the last one whose steps and sizes stand in merged code: 73.8 seconds and 0.34 billion tokens. Before improving on something by a factor of 37 it is worth knowing *which* thing is being improved on. How much of those 45 minutes was arithmetic that had to be done? How much was
 # the machine waiting? And who says that it takes ten billion tokens?
 
-# %%
+# %% tags=["hide-input"]
 import os
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler says when it begins and ends

@@ -24,7 +24,7 @@
 #
 # A GPU is a device with a queue. Python puts work into the queue and goes on; the device works it off in order. Whoever reads the clock before and after a line of Python has therefore timed the queueing. Here is a product of two matrices, timed that way. Without a GPU the device is a thread with a queue of its own, which behaves the same:
 
-# %%
+# %% tags=["hide-input"]
 from speedrun.lab.tier import choose_tier
 
 tier = choose_tier()

@@ -22,7 +22,7 @@
 #
 # Record 5 cut **426 seconds** from 1,338, a third, and its log holds one run. Seven things changed at once: the vocabulary was padded, twelve heads became six, GELU became ReLU², queries and keys were normed, output matrices began at zero, a factor on attention's output went, and queries, keys and values got matrices of their own. Which of them did it?
 
-# %%
+# %% tags=["hide-input"]
 from speedrun.lab.tier import choose_tier
 
 tier = choose_tier()

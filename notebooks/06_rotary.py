@@ -22,7 +22,7 @@
 #
 # Attention does not know where its tokens are: permute keys and values, and a query gathers the same. (A causal mask tells how many came before, and no more.) GPT-2 adds a learned vector for each position to the stream, **786,432 numbers** in all, and each is trained by the tokens at its own position alone. That a token should look at the one before it has to be learned at position 17, and again at 18. A row of 1,025 tokens has no vector for the last.
 
-# %%
+# %% tags=["hide-input"]
 from speedrun.lab.tier import choose_tier
 
 tier = choose_tier()

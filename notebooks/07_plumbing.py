@@ -22,7 +22,7 @@
 #
 # Record 9 took **156 seconds** off 648, and hardly a matrix changed. Each layer got two numbers that say how much of the stream and how much of the embedding it receives, and one more for how much of the first layer's values. For the next year the contest rewired the same model. Skips between mirrored layers came with record 11, their weights were passed through a sigmoid in record 32, and in record 45 all but one of them went. The first layer's values gave way to a table for every layer, 463 million parameters, then to six tables, to three, and to five.
 
-# %%
+# %% tags=["hide-input"]
 from speedrun.lab.tier import choose_tier
 
 tier = choose_tier()

@@ -22,7 +22,7 @@
 #
 # GPT-2's largest matrix works twice. Row $t$ is what a token $t$ looks like when it is read, and at the other end it is what an output must look like for $t$ to be the next token. Sharing saves **38.6 million** parameters of 163. Record 8, which gave each job a matrix of its own, was 72 seconds faster than the one before. Record 51 shared again, and was 3 seconds faster. Record 53 shares for two thirds of the run, then parts.
 
-# %%
+# %% tags=["hide-input"]
 from speedrun.lab.tier import choose_tier
 
 tier = choose_tier()

@@ -24,7 +24,7 @@
 #
 # Until record 11 the stream of tokens was cut into rows of 1,024, wherever the cut fell. A row then holds pieces of several documents, and attention mixes them: a sentence about cooking looks back at one about football. The beginning of most long documents is lost to their end ([chapter 02](02_data.py)). Longer rows would keep documents whole, but the work of attention grows with the square of the row: a row of **65,536** tokens has sixty-four times as many pairs of tokens for each token as one of 1,024. Nearly all of those pairs lie in different documents, and should not be computed at all.
 
-# %%
+# %% tags=["hide-input"]
 from speedrun.lab.tier import choose_tier
 
 tier = choose_tier()

@@ -22,7 +22,7 @@
 #
 # A token that looks back over $w$ tokens costs in proportion to $w$. So the contest trains with short windows first and widens them: since record 29, layers with a long window look back over 384, then 896, then 1,408 tokens. At the first change **57% of the distances in the window are new**: no weight was ever trained on them. Thirteen of the 32 pairs of numbers that rotary embeddings turn have not gone round once within 384 tokens, so for them a new distance is an angle never seen before. And every query suddenly has more than twice as many keys.
 
-# %%
+# %% tags=["hide-input"]
 from speedrun.lab.tier import choose_tier
 
 tier = choose_tier()

@@ -22,7 +22,7 @@
 #
 # In the last third of record 89 each GPU reads rows of 49,152 tokens, and its short windows look back over 640. Of the pairs of a query and a key that a causal mask would leave in such a row, documents and window keep **1.6%**. FlashAttention-2, which PyTorch brings along, knows both and skips nearly all of the rest. And still it takes **six times** as long as the GPU would need to read queries, keys and values once and to write the output.
 
-# %%
+# %% tags=["hide-input"]
 from speedrun.lab.tier import choose_tier
 
 tier = choose_tier()

@@ -26,7 +26,7 @@
 #
 # So that mean has 128 directions. How many of them does it use? And how many does AdamW's step use, which divides the mean entry by entry?
 
-# %%
+# %% tags=["hide-input"]
 from speedrun.lab.tier import choose_tier
 
 tier = choose_tier()

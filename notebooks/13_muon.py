@@ -22,7 +22,7 @@
 #
 # For nearly a year the polynomial of record 4 stayed. Then four records changed four things about Muon. Here is a small GPT after sixty steps of [chapter 12](12_newton_schulz.py)'s Muon, with the momentum from which its updates are made.
 
-# %%
+# %% tags=["hide-input"]
 from speedrun.lab.tier import choose_tier
 
 tier = choose_tier()

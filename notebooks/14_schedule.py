@@ -22,7 +22,7 @@
 #
 # A step of record 89 takes 31.4 ms in the first third of its log, 56.9 ms in the second, 82.6 ms in the last. The merged run has 1,285 steps, and eight of its settings change while it runs, by a schedule of their own. What if nothing changed, and every step were like the last?
 
-# %%
+# %% tags=["hide-input"]
 from speedrun.lab.tier import choose_tier
 
 tier = choose_tier()

@@ -22,7 +22,7 @@
 #
 # The matrix that turns a vector into 50,304 logits does **a third** of the operations that the record's matrices do. A pass of 49,152 tokens needs it three times, forward, for the gradient of its input and for its own, and that takes **11.5 ms** if an H100 reaches the 989 TFLOP/s which its data sheet promises for bfloat16. A step of record 89 with so many tokens on each GPU, in its last third, takes 83 ms. For numbers of eight bits the same sheet promises 1,979, twice as many.
 
-# %%
+# %% tags=["hide-input"]
 from speedrun.lab.tier import choose_tier
 
 tier = choose_tier()

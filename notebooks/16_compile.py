@@ -22,7 +22,7 @@
 #
 # A speedrun's clock starts when training does. What comes before, importing, compiling, warming up, does not count, by the contest's rules. It still has to be waited for. For two minutes this book's trainer compiled before its first step, until it was cut as described below. And a second problem does count. A GPU does nothing by itself. For each kernel Python has to call an operator, which looks at types and shapes, asks for memory and puts the kernel into a queue. How long does that take for one forward and backward pass? Here is the record's model, eleven layers, with vectors so short that next to nothing is left to compute.
 
-# %%
+# %% tags=["hide-input"]
 from speedrun.lab.tier import choose_tier
 
 tier = choose_tier()

@@ -22,7 +22,7 @@
 #
 # The compiler fuses. [Chapter 03](03_baseline.py) saw what that brings for one line, and ever since, this book has written norms, rotations and gates as plain PyTorch and left the rest to Inductor. Here is where a forward and backward pass of `record_200m` spends its time, 49,152 tokens on one H200, after the MLP ([chapter 18](18_fused_mlp.py)) and the head ([chapter 19](19_head_and_loss.py)) have been given kernels of their own. (Both chapters come after this one because they need what it teaches. The measurement did not wait.)
 
-# %%
+# %% tags=["hide-input"]
 from speedrun.lab.tier import choose_tier
 
 tier = choose_tier()

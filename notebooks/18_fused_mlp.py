@@ -22,7 +22,7 @@
 #
 # An MLP is two matrices with a squared ReLU between them: $y = \mathrm{relu}(x\,W_1^\top)^2\, W_2^\top$. Forward and backward that is six matrix products of one size, and in `record` there are eleven such layers. What they take, compiled by PyTorch in bfloat16, of a forward and backward pass over 49,152 tokens:
 
-# %%
+# %% tags=["hide-input"]
 from speedrun.lab.tier import choose_tier
 
 tier = choose_tier()

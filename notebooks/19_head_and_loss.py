@@ -22,7 +22,7 @@
 #
 # The last matrix of the model is its largest. It turns each vector of 768 numbers into 50,304 logits, one for each word, and only one number per token is wanted of them: the loss. Chapter 08 wrote it as a matrix product, a softcap and a cross-entropy, and `torch.compile` fuses what it can.
 
-# %%
+# %% tags=["hide-input"]
 from speedrun.lab.tier import choose_tier
 
 tier = choose_tier()

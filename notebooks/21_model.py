@@ -23,7 +23,7 @@
 # The plain GPT-2 of [chapter 03](03_baseline.py) holds its 124 million parameters in **148 tensors**. To the formulas it makes no difference how many tensors hold them. To everything around the formulas it does. An optimizer visits 148 tensors, a communication library
 # announces 148 reductions unless it buckets them, a checkpoint lists 148 names. And an optimizer that multiplies matrices, as all the good ones in this book do, launches its kernels once for every one of 48 matrices that are far too small to fill a GPU.
 
-# %%
+# %% tags=["hide-input"]
 from speedrun.lab.tier import choose_tier
 
 tier = choose_tier()

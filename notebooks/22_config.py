@@ -24,7 +24,7 @@
 #
 # The usual answer is worse: a hundred global flags, read wherever somebody needed one, with defaults in three places. Soon nobody can say what a run *was*. The command line in the shell history is half of it; the defaults of that day, which are gone, are the other half.
 
-# %%
+# %% tags=["hide-input"]
 from speedrun.lab.tier import choose_tier
 
 tier = choose_tier()

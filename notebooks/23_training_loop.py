@@ -25,7 +25,7 @@
 # In February 2025 record 21 was timed again. Nothing in the training had changed; two sentences in the rules had. The first ten steps now counted, and a compiler option that searched for faster kernels before the clock started was banned. The same training
 # took **3.8 seconds longer**. Of the six records that followed, five gained less than that; the other, record 25, was an upgrade of PyTorch.
 
-# %%
+# %% tags=["hide-input"]
 from speedrun.lab.tier import choose_tier
 
 tier = choose_tier()

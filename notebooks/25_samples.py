@@ -21,7 +21,7 @@
 #
 # The loss went down. Down to what? A nat is a unit without a scale that one knows. But it can be turned into bits, and there are older programs that predict text for a living: a compressor that describes a text in few bits has predicted it well. Here is what two of them need for the validation text on which the laptop's run was scored, without any training:
 
-# %%
+# %% tags=["hide-input"]
 from speedrun.lab.tier import choose_tier
 
 tier = choose_tier()

@@ -25,7 +25,7 @@
 # A run on eight GPUs is a tree of ten processes: a launcher (here this notebook), PyTorch's starter `torchrun`, and eight *ranks*, which train, one per GPU. Any of them can die, and when one does, who tells the others? The operating system does not: a child whose parent is gone simply goes on, and `torchrun` even gives every rank a session of its own. Watch it happen, with two ranks that
 # do nothing but sleep:
 
-# %%
+# %% tags=["hide-input"]
 from speedrun.lab.tier import choose_tier
 
 tier = choose_tier()

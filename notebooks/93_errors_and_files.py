@@ -24,7 +24,7 @@
 #
 # A run that trains for hours can be ended by a line of text. Here is a program that prints its progress into a file on a disk that is full, as a batch job does whose log has grown too long:
 
-# %%
+# %% tags=["hide-input"]
 from speedrun.lab.tier import choose_tier
 
 tier = choose_tier()

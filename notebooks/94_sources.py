@@ -22,7 +22,7 @@
 #
 # [Chapter 02](02_data.py) reads shards of tokens, and believes that they are the right ones. Nothing in a file of integers says so. Take a few, and flip one bit, as a failing memory chip does, or a disk:
 
-# %%
+# %% tags=["hide-input"]
 from speedrun.lab.tier import choose_tier
 
 tier = choose_tier()

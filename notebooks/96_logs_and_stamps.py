@@ -24,7 +24,7 @@
 # [Chapter 01](01_are_you_faster.py) finds that a thousandth of a nat takes more than seventy runs a side. Seventy runs are worth nothing if a year later nobody can say which program made them, and less if some lines of their logs are wrong. Lines go wrong when a program is killed while it writes. Here a run logs fifty records and is killed in the next one; it is
 # resumed, and the log goes on with fifty more:
 
-# %%
+# %% tags=["hide-input"]
 from speedrun.lab.tier import choose_tier
 
 tier = choose_tier()
