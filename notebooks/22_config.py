@@ -1666,7 +1666,7 @@ def train_arms(
 
 
 # %% [markdown]
-# Runs that take a GPU minutes each are too dear to lose. A **study** of such is a dictionary of runs by their names, `arm_seed`, in the order in which they should be made: all arms with the first seed, then all with the second, so that wherever it stops the arms are equally far. Each run has a result of its own, so a study can go on another day, on another machine: `scripts/measure.py` trains those that have none yet, one on each GPU.
+# The short runs of one measurement are kept one by one as they end, until the whole is written: a measurement that was stopped goes on where it was, and all arms have a seed before any has the next. Runs that take a GPU minutes each make a **study**: a dictionary of runs by their names, `arm_seed`, in the order in which they should be made: all arms with the first seed, then all with the second, so that wherever it stops the arms are equally far. Each run has a result of its own, so a study can go on another day, on another machine: `scripts/measure.py` trains those that have none yet, one on each GPU.
 
 # %% tags=["hide-input"]
 #| export measure.study
