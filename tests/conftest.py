@@ -12,6 +12,7 @@ import jupytext
 import pytest
 import torch
 from ahead import Ahead
+from hypothesis import settings
 from vocabulary import offline_vocabulary
 
 from speedrun.config import vary
@@ -20,6 +21,9 @@ from speedrun.data.sources import build_embedded
 from speedrun.lab import provenance
 from speedrun.lab.provenance import root
 from speedrun.presets import preset
+
+settings.register_profile("any machine", deadline=None)  # a busy one takes longer for an example
+settings.load_profile("any machine")
 
 if (
     signal.getsignal(signal.SIGINT) is signal.SIG_IGN
