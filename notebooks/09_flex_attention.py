@@ -784,6 +784,10 @@ for run, name in zip(whole, ("FlexAttention", "the kernel", "the kernel")):
     print(f"{name:13}  loss {run['curve'][-1]['val_loss']:.4f} in {run['seconds']:.1f} s, {run['prepared_s']:.0f} s before")  # fmt: skip
 flex_s, kernel_s = whole[0]["seconds"], [run["seconds"] for run in whole[1:]]
 assert min(kernel_s) <= flex_s <= max(kernel_s) and max(kernel_s) < 1.005 * min(kernel_s)
+cut = load_result("ablations", "documents_0")["data"]["runs"][0]["loss_in_documents"]
+assert round(cut - whole[1]["curve"][-1]["val_loss"], 3) == 0.018, "rows cut anywhere, seen whole"
+now_s = load_result("speedrun", "record_200m")["data"]["runs"][0]["seconds"]
+assert round(now_s) == 112, "today's"
 print(measured_on(load_result("speedrun", "record_200m_flex")))
 
 # %% [markdown]

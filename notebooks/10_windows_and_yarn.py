@@ -633,6 +633,19 @@ assert all(-0.015 < gap < -0.005 for gap in gaps.values())
 assert abs(gaps[625] - gaps[500]) < 0.001, "no difference that came with the change"
 print("record 31's loss, less record 30's:", ", ".join(f"{gap:+.4f} at {step}" for step, gap in gaps.items()))  # fmt: skip
 
+# %% tags=["hide-input"]
+from speedrun.lab.results import load_result, measured_on
+
+full = load_result("speedrun", "record_200m_plain_head")["data"]["runs"]
+wide = [load_result("ablations", f"windows_{seed}") for seed in (0, 1)]
+apart = [
+    other["data"]["runs"][0]["curve"][-1]["val_loss"] - run["curve"][-1]["val_loss"]
+    for other, run in zip(wide, full)
+]
+assert [f"{each:+.3f}" for each in apart] == ["+0.005", "+0.001"]
+print("record_200m with windows as long as its documents:", [f"{each:+.4f}" for each in apart])
+print(measured_on(wide[0]))
+
 # %% [markdown]
 # Nearly: record 31's losses are a little higher, by less than these runs can tell from chance. Along the way the one logged run of record 31 is ahead from the beginning, when its windows are the same and only the scale differs (0.100 against 0.12), and it is no further ahead after the first change than before. So these logs do not show what YaRN does at the change. They validate every 125 steps, the change lies between two of them, and it is a single run. The record's notes say that without YaRN there is a large spike of the loss right after it, and show it in a figure with finer steps; they also show both halves left out once each, as curves without numbers {cite}`moddednanogpt`. In `record_200m`, windows that were as long as the longest document from the beginning changed the loss by +0.005 with one seed and +0.001 with the other, and saved no time ([chapter 24](24_speedrun.py)); no document of that text is longer than 1,024 tokens.
 #

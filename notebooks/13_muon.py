@@ -1104,6 +1104,11 @@ dearer = ms["today"] / ms["record 4"] - 1
 for arm, took in ms.items():
     print(f"{arm:9} {took:.1f} ms a step")
 assert 0 < dearer < 0.06
+on_gpu = load_result("many_gpus", "step")["data"]
+update = sorted(took for took, _ in on_gpu["ranks"]["1"]["tied"]["even"])
+stock = sorted(on_gpu["stock"]["parts"]["Muon"])
+typical_ms = [times[len(times) // 2] for times in (update, stock)]
+assert [f"{each:.0f}" for each in typical_ms] == ["3", "33"]
 banks = ("attention_qkv", "attention_out")
 square = max(spread(polar_express(momenta[name])) for name in banks)
 assert square < 1.4 and max(spread(exact[name]) for name in banks) < 1.1
@@ -1113,7 +1118,7 @@ print(
 print(f"attention: rows of an update differ by a factor of {square:.2f} at most")
 
 # %% [markdown]
-# The Gram form is not in these times: on a CPU float16 is slow, and squares of 128 save nothing. On one H100 the whole update of matrices of the record's size, with the Gram form, NorMuon, decay and mantissas, takes 3.5 ms; PyTorch's Muon takes 32.8 ([chapter 20](20_many_gpus.py)).
+# The Gram form is not in these times: on a CPU float16 is slow, and squares of 128 save nothing. On one H100 the whole update of matrices of the record's size, with the Gram form, NorMuon, decay and mantissas, takes 3 to 4 ms; PyTorch's Muon takes 33 ([chapter 20](20_many_gpus.py)).
 #
 # It fails where there is nothing to repair. Rows of a square orthogonal matrix are all of length 1, and those of attention's updates differ only as far as some directions stay short. So NorMuon does little there: it has something to do where one side is longer than the other. And normalising rows assumes that a neuron whose step is short *should* move more. A neuron that hardly ever fires, whose gradient is mostly noise, is moved as far as any other.
 

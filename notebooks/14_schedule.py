@@ -316,6 +316,20 @@ print(f"when the batch doubles, a step's best rate grows by {min(follow):.2f} or
 #
 # With the rate held, $v_i$ stops falling where the noise that comes in equals what is forgotten, at $\eta\nu\,/\,\bigl(B\,(2-\eta h_i)\bigr)$. While $\eta h_i$ is small, that is proportional to the rate. A high rate travels fast along the flat directions and hovers high above the bottom of the valley; lowering the rate lowers the level at which it hovers.
 
+# %% tags=["hide-input"]
+from speedrun.lab.results import load_result, measured_on
+
+full = load_result("speedrun", "record_200m_plain_head")["data"]["runs"]
+held = [load_result("ablations", f"stages_{seed}") for seed in (0, 1)]
+lost = [
+    other["data"]["runs"][0]["curve"][-1]["val_loss"] - run["curve"][-1]["val_loss"]
+    for other, run in zip(held, full)
+]
+assert [f"{each:.3f}" for each in lost] == ["0.019", "0.017"]
+print(
+    "record_200m with one batch and rate:", [f"{each:+.4f}" for each in lost], measured_on(held[0])
+)
+
 # %%
 hovers_at = {}
 for rate in (0.01, 0.1):

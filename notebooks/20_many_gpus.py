@@ -2108,6 +2108,8 @@ even, odd = (statistics.median(whole_runs[4]["stages"][0]["ms"][n::2]) for n in 
 assert 4 < odd - even < 6
 print(f"four GPUs, first stage: {even:.1f} ms without tables, {odd:.1f} with them")
 print(measured_on(load_result("many_gpus", "run_4")))
+today_ms = load_result("speedrun", "record_200m")["data"]["runs"][0]["steps_ms"]
+assert [round(today_ms[n]) for n in (16, 49, 83)] == [70, 137, 246], "in the middle of each third"
 
 # %% [markdown]
 # The counters agree with the formula to a ten-thousandth. Two GPUs are nearly twice as fast as one. Four are 3.6 times as fast in the first stage, where a step is shortest, and 3.9 times in the last. (The question's arithmetic says 3.5 of 66 ms, a twentieth.) What they wait for is named in the trace of one step, of the kind that updates the tables too: all that travels does so in its last tenth.
@@ -2172,7 +2174,7 @@ print(f"predicted on eight: {', '.join(f'{ms:.0f}' for ms in on_8)} ms a step")
 print(f"which is {', '.join(f'{share:.0%}' for share in shares)} of eight times one GPU's speed")
 
 # %% [markdown]
-# (These are steps of the trainer before chapters 16 to 19. Today's takes 69, 136 and 246 ms on two GPUs and sends as many bytes, so that transfers are nearly twice as large a share of a step.)
+# (These are steps of the trainer before chapters 16 to 19. Today's takes 70, 137 and 246 ms on two GPUs and sends as many bytes, so that transfers are nearly twice as large a share of a step.)
 #
 # ## What it buys
 #

@@ -854,6 +854,17 @@ class TestReadme:
         assert f"{memory_needed_gb('record', runs):.0f} GB" in self.text
         for run in runs:
             assert f"{run['curve'][-1]['val_loss']:.3f} after {run['seconds']:.0f} s" in self.text
+        loss_of = {name: [r["curve"][-1]["val_loss"] for r in self.runs(name)] for name in names}
+        mean = {name: sum(values) / len(values) for name, values in loss_of.items()}
+        took = {name: sum(r["seconds"] for r in self.runs(name)) for name in names}
+        shorter = 1 - took["record_200m"] / took["record_200m_plain_head"]
+        lost = mean["record_200m"] - mean["record_200m_plain_head"]
+        assert f"the time fell by {shorter:.0%}, for six thousandths of a nat" in self.text
+        assert round(1000 * lost) == 6
+        two, four = loss_of["record_200m_plain_head"], loss_of["record_200m_4gpu"]
+        worlds = max(abs(a - b) for a, b in zip(two, four))
+        seeds = max(abs(a - b) for a, b in (two, four))
+        assert f"at most {worlds:.4f}; two seeds differ by up to {seeds:.4f}" in self.text
         then, now = config_from_json(whole["config"]), preset("record_200m")
         assert (then.model, then.optim, then.schedule) == (now.model, now.optim, now.schedule)
         predicted = f"in {self.least():.0f} to {self.most():.0f} s"

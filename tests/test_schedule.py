@@ -14,7 +14,6 @@ from resuming import broken_and_resumed
 
 from speedrun.config import check_config, config_from_json, schedule_of, vary
 from speedrun.cpu_size import at_cpu_size
-from speedrun.data.loader import Position
 from speedrun.kernels.loss import head_loss_op
 from speedrun.lab.errors import UserError
 from speedrun.lab.metrics import read_metrics, series
@@ -502,23 +501,30 @@ class TestASoftmaxOverSomeWords:
         ]
 
     @pytest.mark.parametrize("mode", ["stream", "packed", "documents"])
-    def test_micro_batches_that_pass_together_choose_apart(self, mode, brief, tmp_path):
-        """So that a step is the same on few GPUs, which join micro-batches, as on many."""
-        steps, joined = {}, {}
-        both = SAMPLED | {"data.mode": mode, "data.micro_batches": 4, "optim.grad_clip": 0.0}
+    def test_micro_batches_that_pass_together_choose_apart(self, mode, brief, tmp_path, monkeypatch):  # fmt: skip
+        """So that the head's gradient is the same on few GPUs, which join micro-batches, as on many."""
+        of_head: list = []
+
+        def watched(x, w, targets, candidates):
+            found = head_loss_op(x, w, targets, candidates)
+            of_head.append((candidates.tolist(), found[2].clone()))
+            return found
+
+        monkeypatch.setattr("speedrun.model.gpt.head_loss_op", watched)
+        both = SAMPLED | {"data.mode": mode, "data.micro_batches": 4}
         both |= {} if mode == "stream" else {"model.rotary.pos": "rope"}
-        for most in (0, 2**16):
+        gradients = []
+        for most, passes in ((0, [[32, 1]] * 4), (2**16, [[32, 4]])):
             config = vary(brief, both | {"data.max_forward_tokens": most})
             run = build_run(config, tmp_path / str(most), echo=None)
-            joined[most] = len(run.loader.next())
-            run.loader.position = Position()
-            with torch.no_grad():
-                run.model.lm_head.normal_(0, 0.05, generator=torch.Generator().manual_seed(0))
-            loss = train_step(run).item()
-            steps[most] = [loss, run.model.lm_head.detach().clone()]
-        assert joined == {0: 4, 2**16: 1}
-        (apart, one), (together, other) = steps.values()
-        assert abs(apart - together) < 0.01 and (one - other).norm() < 0.02 * one.norm()
+            of_head.clear()
+            train_step(run)
+            assert [candidates for candidates, _ in of_head] == passes
+            gradients.append(torch.stack([gradient for _, gradient in of_head]).mean(0))
+        apart, together = gradients
+        assert torch.equal(apart.any(0), together.any(0)), "of the same words"
+        # vectors are scaled before they are rounded to three bits, by other largest numbers: 2.6% each
+        assert (apart - together).norm() < 0.05 * apart.norm()
 
     def test_warming_up_leaves_no_trace(self, brief, tmp_path):
         runs = [
