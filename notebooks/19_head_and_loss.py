@@ -88,7 +88,7 @@ assert 0.4 < 6 * logits_gb / 4.8 / (plain["p50"] - floor_ms) < 0.6, "six trips a
 #
 # ### Sampled softmax
 #
-# A softmax over 50,304 words (a *word* is an entry of the vocabulary here) computes, for every token, logits of words that have almost no probability. Record 92 lets the softmax of most steps run over fewer: all words that occur as targets in the batch, filled up by a fixed sweep through the vocabulary {cite}`moddednanogpt`. It is the old idea of a sampled softmax {cite}`bengio2008,jean2015`, without the correction that would make the loss comparable with the full one: all tokens of a batch share the candidates, and the last steps train with all words, so that the final probabilities are right.
+# A softmax over 50,304 words (a *word* is an entry of the vocabulary here) computes, for every token, logits of words that have almost no probability. Record 92 lets the softmax of most steps run over fewer: all words that occur as targets in the micro-batch, filled up by a fixed sweep through the vocabulary {cite}`moddednanogpt`. It is the old idea of a sampled softmax {cite}`bengio2008,jean2015`, without the correction that would make the loss comparable with the full one: all tokens of a micro-batch share the candidates, and the last steps train with all words, so that the final probabilities are right.
 #
 # ## The code
 #
