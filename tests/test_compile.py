@@ -284,5 +284,8 @@ class TestOnAGPU:
         for number in range(6):
             rate.fill_(number)
             recorder.recording = number > 0
-            assert recorder("k", lambda x: (x * rate).sum(), [torch.full((3,), 2.0)]) == 6 * number
+            assert (
+                recorder("k", lambda x: (x.to(device) * rate).sum(), [torch.full((3,), 2.0)])
+                == 6 * number
+            )
         assert recorder.calls["k"][0].graph is not None

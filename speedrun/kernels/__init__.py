@@ -1,2 +1,2 @@
 # Written by "make tangle". Edits made here are lost.
-"""speedrun.kernels: attention, fp8, loss, mlp, rotary."""
+"""speedrun.kernels: attention, fp8, gram, loss, mlp, rotary."""

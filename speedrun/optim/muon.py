@@ -10,6 +10,7 @@ import torch
 from annotated_types import Interval
 from torch import Tensor
 
+from speedrun.kernels.gram import symmetric_matmul
 from speedrun.lab.bounds import Beta, NonNegativeFloat, PositiveFloat
 from speedrun.optim.newton_schulz import apply_odd_polynomials, nesterov_momentum
 from speedrun.optim.newton_schulz import newton_schulz, polar_factor
@@ -60,11 +61,11 @@ def gram_newton_schulz(
         gram = x.mT @ x if tall else x @ x.mT
         q = torch.eye(len(gram[0]), dtype=x.dtype, device=x.device).expand_as(gram)
         for n, (a, b, c) in enumerate(part):
-            z = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-            q = torch.baddbmm(q, z, q, beta=a) if n else torch.add(z, q, alpha=a)
+            z = symmetric_matmul(gram, gram, gram, alpha=c, beta=b)
+            q = symmetric_matmul(q, z, q, beta=a) if n else torch.add(z, q, alpha=a)
             if n < len(part) - 1:  # p(gram) · gram · p(gram): all of these commute
-                half = torch.baddbmm(gram, z, gram, beta=a)
-                gram = torch.baddbmm(half, z, half, beta=a)
+                half = symmetric_matmul(z, gram, gram, beta=a)
+                gram = symmetric_matmul(z, half, half, beta=a)
         x = x @ q if tall else q @ x
     return x
 

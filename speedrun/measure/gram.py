@@ -1,0 +1,169 @@
+# Tangled from notebooks/31_symmetric_matmul.py: edit the notebook, then run "make tangle". Edits made here are lost.
+
+
+from speedrun.kernels.gram import (
+    CONFIGS,
+    KINDS,
+    block_of_sum,
+    launch_symmetric,
+    symmetric_matmul,
+    symmetric_reference,
+)
+
+
+# %% The measurement
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from speedrun.kernels.mlp import Blocks, in_blocks
+from speedrun.lab.bench import as_graph, bench
+from speedrun.lab.compile import compiled_copy
+from speedrun.lab.errors import UserError
+from speedrun.lab.hardware import jit
+from speedrun.lab.provenance import stamp
+from speedrun.measure.runs import relative_error
+from speedrun.optim.muon import muon_state, muon_step, polar_express
+from speedrun.presets import preset
+
+try:
+    import triton.language as tl
+    from triton.language import constexpr
+except ImportError:  # macOS, Windows
+    tl = constexpr = Any
+
+NAMES = ()
+ON_GPUS = ("kernels",)
+SHAPES = ((12, 768, 3072), (12, 768, 768), (40, 768, 768), (6, 768, 768), (3, 768, 768), (8, 256, 256), (4, 2048, 2048))  # fmt: skip
+BANKS = {
+    "attention": (40, 768, 768),
+    "up": (11, 3072, 768),
+    "down": (11, 768, 3072),
+}  # record_200m's
+
+
+def products_by(way: Callable[..., Tensor]) -> Any:
+    """While it lasts, Muon's products of symmetric matrices are computed that way."""
+    return mock.patch("speedrun.optim.muon.symmetric_matmul", way)
+
+
+@jit
+def all_blocks_kernel(
+    A, B, C, OUT, size, inner, alpha, beta, across,
+    KIND: constexpr, ROWS: constexpr, DEPTH: constexpr,
+):  # fmt: skip
+    """As `symmetric_kernel` with descriptors, for any block of a matrix that is so many blocks wide, and no mirror image."""
+    tile, matrix = tl.program_id(0) % (across * across), tl.program_id(0) // (across * across)
+    row, column, first = tile // across * ROWS, tile % across * ROWS, matrix * size
+    acc = block_of_sum(A, B, C, first, row, column, size, inner, alpha, beta, ROWS, DEPTH, True)
+    OUT.store([first + row, column], acc.to(KIND))
+
+
+def launch_all_blocks(a: Tensor, c: Tensor | None, alpha: float, beta: float, blocks: Blocks) -> Tensor:  # fmt: skip
+    """alpha · a aᵀ + beta · c, (matrices, size, size), with every block computed; sizes are multiples of a block."""
+    (matrices, size, inner), across = a.shape, a.shape[1] // blocks.rows
+    out = a.new_empty(matrices, size, size)
+    depths = blocks.depth, blocks.depth, blocks.rows, blocks.rows
+    flat = [None if x is None else x.view(-1, x.shape[2]) for x in (a, a, c, out)]
+    tensors = [in_blocks(x, [blocks.rows, depth]) for x, depth in zip(flat, depths)]
+    all_blocks_kernel[(matrices * across**2,)](
+        *tensors, size, inner, alpha, beta, across, KIND=getattr(tl, KINDS[a.dtype]), ROWS=blocks.rows,
+        DEPTH=blocks.depth, num_warps=blocks.warps, num_stages=blocks.stages,
+    )  # fmt: skip
+    return out
+
+
+TRIED = [Blocks(128, 128, depth, warps, stages) for depth, warps, stages in ((64, 8, 4), (64, 4, 4), (64, 8, 3), (64, 4, 3), (128, 8, 3), (32, 4, 6))]  # fmt: skip
+TRIED += [Blocks(64, 64, 64, 4, 4), Blocks(64, 64, 128, 4, 3)]
+
+
+def product_versions(x: Tensor, square: bool, more: bool) -> dict[str, Callable[[], Tensor]]:
+    """X Xᵀ, or for symmetric x a polynomial of two terms, by each version; `more` blocks than the chip's own."""
+    own, c, scales = CONFIGS[90], x if square else None, (0.6, -1.5) if square else (1.0, 0.0)
+    calls: dict[str, Callable[[], Tensor]] = {
+        "cuBLAS": partial(symmetric_reference, x, x, x, *scales),
+        "all blocks": partial(launch_all_blocks, x, c, *scales, own),
+        "triangle, pointers": partial(launch_symmetric, x, x, c, *scales, own, False),
+        "triangle": partial(launch_symmetric, x, x, c, *scales, own, True),
+    }
+    if not square:
+        calls["cuBLAS"] = partial(torch.bmm, x, x.mT)
+    for blocks in TRIED if more else ():
+        calls[f"triangle {tuple(blocks)}"] = partial(launch_symmetric, x, x, c, *scales, blocks, True)  # fmt: skip
+    return calls
+
+
+def drawn_stack(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> Tensor:
+    """Matrices (matrices, size, inner) of Frobenius norm 1, on the GPU."""
+    generator = torch.Generator("cuda").manual_seed(seed)
+    x = torch.randn(shape, device="cuda", generator=generator)
+    return (x / torch.linalg.matrix_norm(x, keepdim=True)).to(dtype)
+
+
+def times_of_products(shape: tuple[int, int, int], more: bool) -> tuple[list[dict], list[dict]]:
+    """Times and errors of X Xᵀ and of a polynomial of a Gram matrix, in float16."""
+    times, errors, x = list[dict](), list[dict](), drawn_stack(shape, torch.float16)
+    gram = x @ x.mT
+    for kind, given in (("X Xᵀ", x), ("bG + cG²", gram)):
+        calls = product_versions(given, kind != "X Xᵀ", more)
+        where = {"product": kind, "shape": list(shape)}
+        for name, took in bench(calls, "cuda", 25, graph=True).items():
+            times.append(where | {"name": name} | took._asdict())
+            print(times[-1], flush=True)
+        exact = given.double() @ given.double().mT
+        known = exact if kind == "X Xᵀ" else 0.6 * exact - 1.5 * given.double()
+        for name, call in calls.items():
+            errors.append(where | {"name": name, "error": relative_error(call(), known)})
+    return times, errors
+
+
+def times_of_newton_schulz() -> list[dict]:
+    """Five polynomials of twelve matrices of 768 × 3,072 in each form: times, and errors against float64."""
+    x, rows, calls = drawn_stack(SHAPES[0], torch.float32), list[dict](), dict[str, Callable]()
+    known = polar_express(x.double(), dtype=torch.float64)
+    forms = {"plain": (False, symmetric_matmul), "Gram, cuBLAS": (True, symmetric_reference)}
+    for name, (gram, product) in (forms | {"Gram, triangle": (True, symmetric_matmul)}).items():
+        for dtype in (torch.bfloat16, torch.float16):
+            call = partial(polar_express, x, 5, dtype, gram)
+            with products_by(product):
+                error = relative_error(call(), known)
+                calls[f"{name}, {dtype}"] = as_graph(call)
+            rows.append({"name": name, "dtype": str(dtype).split(".")[1], "error": error})
+    for row, took in zip(rows, bench(calls, "cuda", 25).values()):
+        row |= took._asdict()
+        print(row, flush=True)
+    return rows
+
+
+def times_of_update() -> list[dict]:
+    """Muon's update of all matrices of record_200m on one GPU, compiled, with both ways to multiply symmetric matrices."""
+    muon, rows = preset("record_200m").optim.muon, list[dict]()
+    rate, momentum = (torch.tensor(number, device="cuda") for number in (0.02, 0.95))
+    for bank, shape in BANKS.items():
+        calls = dict[str, Callable]()
+        for name, product in (("cuBLAS", symmetric_reference), ("triangle", symmetric_matmul)):
+            p = drawn_stack(shape, torch.bfloat16)
+            told = p, 1e-3 * p.float(), muon_state(p, muon), rate, 1.0, momentum, 0.1, muon
+            with products_by(product):
+                calls[name] = as_graph(partial(compiled_copy(muon_step), *told))
+        for name, took in bench(calls, "cuda", 25, cold=True).items():
+            rows.append({"bank": bank, "shape": list(shape), "name": name} | took._asdict())
+            print(rows[-1], flush=True)
+    return rows
+
+
+def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
+    """kernels: times and errors of products, of Newton–Schulz, and of Muon's update."""
+    if not torch.cuda.is_available():
+        raise UserError(f"{name} needs a GPU", "run it on an NVIDIA GPU")
+    found: dict[str, list] = {"products": [], "errors": []}
+    for number, shape in enumerate(SHAPES):
+        times, errors = times_of_products(shape, number < 2)
+        found["products"] += times
+        found["errors"] += errors
+    found["newton_schulz"], found["update"] = times_of_newton_schulz(), times_of_update()
+    return found, stamp(command, ["speedrun.measure.gram"], 1, [0])

@@ -1,0 +1,244 @@
+"""The product of symmetric matrices by one triangle: every block once, the kernel against float64, who takes it, the compiler for each chip, Newton–Schulz by it."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from speedrun.kernels import gram as kernels
+from speedrun.kernels.gram import (
+    CONFIGS,
+    launch_symmetric,
+    lower_tile,
+    symmetric_matmul,
+    symmetric_matmul_op,
+    symmetric_reference,
+)
+from speedrun.kernels.mlp import Blocks
+from speedrun.lab.hardware import jit
+from speedrun.optim.muon import gram_newton_schulz, polar_express
+
+tl = pytest.importorskip("triton.language")
+
+NARROW = Blocks(16, 16, 16, 4, 1)
+LIMITS = {
+    80: 166_912,
+    86: 101_376,
+    90: 232_448,
+    100: 232_448,
+    120: 101_376,
+}  # shared memory of a block, bytes
+
+
+def drawn(matrices: int, size: int, inner: int, seed: int = 0, device: str = "cpu") -> torch.Tensor:
+    """A stack, float64, each of Frobenius norm 1, and of a scale of its own."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(matrices, size, inner, generator=generator, dtype=torch.float64)
+    x = x / torch.linalg.matrix_norm(x, keepdim=True)
+    return (x * 2.0 ** torch.arange(matrices)[:, None, None]).to(device)
+
+
+def commuting(matrices: int, size: int, seed: int = 0, device: str = "cpu"):
+    """Three different symmetric matrices for each of a stack, polynomials of one, so that all of them commute; float64."""
+    x = drawn(matrices, size, size + 3, seed, device)
+    gram = x @ x.mT
+    return gram, gram @ gram - 0.5 * gram, 0.3 * gram @ gram @ gram - gram
+
+
+@jit
+def places_kernel(ROWS, COLUMNS):
+    tile = tl.program_id(0)
+    row, column = lower_tile(tile)
+    tl.store(ROWS + tile, row)
+    tl.store(COLUMNS + tile, column)
+
+
+class TestTheTriangle:
+    def test_every_block_once(self):
+        count = 40 * 41 // 2
+        rows, columns = (torch.full((count,), -1, dtype=torch.int32) for _ in range(2))
+        places_kernel[(count,)](rows, columns)
+        found = list(zip(rows.tolist(), columns.tolist(), strict=True))
+        assert found == [(row, column) for row in range(40) for column in range(row + 1)]
+
+    @settings(max_examples=25)
+    @given(st.integers(1, 3), st.integers(1, 50), st.integers(1, 70), st.booleans(), st.integers(0, 99))  # fmt: skip
+    def test_of_any_shape(self, matrices, size, inner, with_c, seed):
+        """Stacks that are no multiples of a block: each matrix gets its own numbers, none of its neighbour's. float32: K roundings of 2^-24, relative to a sum of magnitudes of at most the norms' product."""
+        x = drawn(matrices, size, inner, seed)
+        c = drawn(matrices, size, size, seed + 1) if with_c else None
+        c = c if c is None else c + c.mT
+        told = (None if c is None else c.float()), 0.7, -1.3 if with_c else 0.0
+        found = launch_symmetric(x.float(), x.float(), *told, NARROW, False)
+        known = 0.7 * x @ x.mT + (0 if c is None else -1.3 * c)
+        allowed = (inner + 4) * 2.0**-24 * (torch.linalg.matrix_norm(x, keepdim=True) ** 2 + (0 if c is None else 2 * c.abs()))  # fmt: skip
+        assert ((found.double() - known).abs() <= allowed).all()
+        assert found.shape == (matrices, size, size)
+
+    def test_what_is_above_the_diagonal_is_a_copy(self):
+        """Bit by bit, for blocks off the diagonal; whatever C has there is not looked at."""
+        x, c = drawn(2, 48, 20).float(), drawn(2, 48, 48, 1).float()
+        c[:, :16, 16:] = float("nan")
+        found = launch_symmetric(x, x, c, 1.0, 1.0, NARROW, False)
+        assert torch.isfinite(found).all()
+        for row in range(3):
+            for column in range(row):
+                low = found[:, 16 * row : 16 * row + 16, 16 * column : 16 * column + 16]
+                high = found[:, 16 * column : 16 * column + 16, 16 * row : 16 * row + 16]
+                assert torch.equal(low, high.mT)
+
+    @pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+    def test_a_number_that_is_none_stays_in_its_matrix(self, wrong):
+        x = drawn(3, 20, 20).float()
+        x[1, 5, 7] = wrong
+        found = launch_symmetric(x, x, None, 1.0, 0.0, NARROW, False)
+        assert torch.isfinite(found[0]).all() and torch.isfinite(found[2]).all()
+        assert not torch.isfinite(found[1, 5]).any() and not torch.isfinite(found[1, :, 5]).any()
+
+
+class TestTheFunction:
+    def test_is_baddbmm_where_there_is_no_gpu(self):
+        a, b, c = (each.float() for each in commuting(2, 30))
+        known = torch.baddbmm(c, a, b, beta=0.4, alpha=-2.0)
+        assert torch.equal(symmetric_matmul(a, b, c, -2.0, 0.4), known)
+        assert torch.equal(symmetric_matmul_op(a, b, c, -2.0, 0.4), known)
+
+    def test_by_the_kernel_it_is_the_same(self):
+        """Of three matrices, in order: a times b plus c, and not b times c."""
+        a, b, c = commuting(2, 40)
+        found = launch_symmetric(a.float(), b.float(), c.float(), -2.0, 0.4, NARROW, False)
+        known = symmetric_reference(a, b, c, -2.0, 0.4)
+        assert torch.allclose(found.double(), known, rtol=0, atol=1e-5 * known.abs().max().item())
+        other = symmetric_reference(b, c, a, -2.0, 0.4)
+        assert (other - known).norm() > 0.1 * known.norm()
+
+    @pytest.mark.parametrize(
+        "shapes", [((2, 4, 5),) * 3, ((4, 4),) * 3, ((2, 4, 4), (2, 4, 4), (1, 4, 4)), ((2, 4, 4), (2, 5, 5), (2, 4, 4))]
+    )  # fmt: skip
+    def test_other_shapes_are_refused(self, shapes):
+        with pytest.raises(ValueError, match=r"stacks of matrices \(matrices, size, size\)"):
+            symmetric_matmul(*(torch.zeros(shape) for shape in shapes))
+
+    def test_two_dtypes_are_refused(self):
+        a = torch.zeros(1, 4, 4)
+        with pytest.raises(ValueError, match="one dtype"):
+            symmetric_matmul(a, a.half(), a)
+
+    def test_the_operator_is_one(self):
+        """Its fake tells the truth about shapes, dtypes and strides; it does not write into its arguments."""
+        a, b, c = (each.float() for each in commuting(2, 12))
+        torch.library.opcheck(symmetric_matmul_op, (a, b, c, 0.5, 2.0))
+        torch.library.opcheck(symmetric_matmul_op, (a.mT, b, c.mT, 0.5, 2.0))
+
+    def test_who_computes_the_whole_product(self, monkeypatch):
+        assert "no NVIDIA GPU" in kernels.why_no_kernel(torch.zeros(1, 4, 4))
+
+        class OnAGPU:
+            device, dtype = torch.device("cuda"), torch.float16
+
+            def numel(self):
+                return 16
+
+        monkeypatch.setattr(kernels, "find_triton", lambda: "3.6")
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+        there = OnAGPU()
+        assert not kernels.why_no_kernel(there)
+        there.dtype = torch.float32
+        assert "torch.float32" in kernels.why_no_kernel(there)
+        there.dtype = torch.bfloat16
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+        assert "older" in kernels.why_no_kernel(there)
+
+
+@pytest.mark.parametrize("shape", [(2, 24, 96), (2, 96, 24), (2, 32, 32)])
+def test_newton_schulz_by_the_kernel(shape, monkeypatch):
+    """Five polynomials on the Gram matrix, with every product of symmetric matrices by one triangle, against float64."""
+    calls = []
+
+    def by_kernel(a, b, c, alpha=1.0, beta=0.0):
+        calls.append(a.shape)
+        return launch_symmetric(a, b, c, alpha, beta, NARROW, False)
+
+    x = drawn(*shape)
+    known = polar_express(x, dtype=torch.float64)
+    monkeypatch.setattr("speedrun.optim.muon.symmetric_matmul", by_kernel)
+    found = polar_express(x.float(), dtype=torch.float32, gram=True)
+    assert len(calls) == (14 if shape[1] != shape[2] else 5)
+    assert (found.double() - known).norm() / known.norm() < 1e-3
+    assert gram_newton_schulz(x.float(), [(1.0, 0.0, 0.0)]).equal(x.float())
+
+
+AHEAD = """
+import json, os, sys
+os.environ["TRITON_INTERPRET"] = "0"
+import torch, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from speedrun.kernels import gram
+chip, kind, whole = int(sys.argv[1]), sys.argv[2], sys.argv[3] == "1"
+blocks = gram.CONFIGS[chip]
+bulk = chip >= 90 and whole
+short = {"bfloat16": "bf16", "float16": "fp16"}[kind]
+def matrix(columns):
+    return f"tensordesc<{short}[{blocks.rows},{columns}]>" if bulk else f"*{short}"
+depths = dict(A=blocks.depth, B=blocks.depth, C=blocks.rows, OUT=blocks.rows)
+numbers = dict(size="i32", inner="i32", alpha="fp32", beta="fp32", tiles="i32")
+signature = {name: matrix(depth) for name, depth in depths.items()} | numbers
+constants = dict(KIND=getattr(triton.language, kind), ROWS=blocks.rows, DEPTH=blocks.depth, BULK=bulk)
+names = list(gram.symmetric_kernel.arg_names)
+full = {name: signature.get(name, "constexpr") for name in names}
+even = [name for name in signature if name in ("A", "B", "C", "OUT") and not bulk or whole and name in ("size", "inner")]
+attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in even}
+source = ASTSource(gram.symmetric_kernel, full, {(names.index(k),): v for k, v in constants.items()}, attributes)
+made = triton.compile(source, target=GPUTarget("cuda", chip, 32), options=dict(num_warps=blocks.warps, num_stages=blocks.stages))
+print(json.dumps({"shared": made.metadata.shared, "size": len(made.asm["cubin"])}))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("whole", [0, 1])
+@pytest.mark.parametrize("kind", ["float16", "bfloat16"])
+@pytest.mark.parametrize("chip", sorted(CONFIGS))
+def test_every_configuration_compiles_for_its_chip(chip, kind, whole, compiled_ahead):
+    """Without a GPU, with the divisibility that a launch has, for sizes that are whole blocks and others; the shared memory is at most the chip's."""
+    found = compiled_ahead(AHEAD, chip, kind, whole)
+    assert 0 < found["shared"] * CONFIGS[chip].programs <= LIMITS[chip] and found["size"] > 0
+
+
+@pytest.mark.gpu
+class TestOnAGPU:
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    @pytest.mark.parametrize("size", [768, 256, 1000, 72, 7])
+    def test_every_configuration_against_float64(self, size, dtype):
+        """By descriptors and by pointers. An entry: operands are exact, a sum of `size` in float32, one rounding to dtype of what may have cancelled."""
+        a, b, c = (each.to("cuda", dtype) for each in commuting(3, size))
+        known = 0.6 * a.double() @ b.double() - 1.5 * c.double()
+        whole = 0.6 * a.double().norm(dim=2)[:, :, None] * b.double().norm(dim=1)[:, None, :] + 1.5 * c.double().abs()  # fmt: skip
+        allowed = size * 2.0**-24 * whole + torch.finfo(dtype).eps * known.abs() + torch.finfo(dtype).smallest_normal  # fmt: skip
+        ways = [symmetric_matmul(a, b, c, 0.6, -1.5)]
+        for blocks in {*CONFIGS.values()}:
+            for bulk in (False, True) if size % blocks.rows == 0 else (False,):
+                ways.append(launch_symmetric(a, b, c, 0.6, -1.5, blocks, bulk))
+        lower = torch.ones(size, size, device="cuda").tril().bool()
+        for found in ways:
+            assert ((found.double() - known).abs() <= allowed)[:, lower].all()
+            apart = (found - found.mT).abs().double()
+            assert (apart <= 2 * allowed + 2 * torch.finfo(dtype).eps * known.abs()).all()
+
+    def test_under_the_compiler_and_in_a_graph(self):
+        a, b, c = (each.to("cuda", torch.float16) for each in commuting(4, 256))
+        known = symmetric_matmul(a, b, c, 0.6, -1.5)
+        compiled = torch.compile(lambda a, b, c: symmetric_matmul(a, b, c, 0.6, -1.5) + 0, fullgraph=True)  # fmt: skip
+        assert torch.equal(compiled(a, b, c), known)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = symmetric_matmul(a, b, c, 0.6, -1.5)
+        found.zero_()
+        graph.replay()
+        assert torch.equal(found, known)
+
+    def test_newton_schulz(self):
+        x = drawn(2, 768, 3072, device="cuda").float()
+        known = polar_express(x.double(), dtype=torch.float64)
+        found = polar_express(x, dtype=torch.float16, gram=True)
+        assert (found.double() - known).norm() / known.norm() < 0.01
