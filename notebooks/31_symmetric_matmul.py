@@ -106,24 +106,25 @@ def symmetric_kernel(
 
 # %%
 #| export
-SMALL_SHARED, LARGE_SHARED = Blocks(128, 128, 32, 8, 4), Blocks(128, 128, 64, 8, 4)
 KINDS = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
-CONFIGS = {
-    80: LARGE_SHARED,
-    86: SMALL_SHARED,
-    90: LARGE_SHARED,
-    100: LARGE_SHARED,
-    120: SMALL_SHARED,
-}
+SMALL_SHARED = Blocks(128, 128, 32, 4, 3, 2), Blocks(64, 64, 32, 4, 4, 2)  # many blocks, few
+LARGE_SHARED = Blocks(128, 128, 64, 4, 3, 2), Blocks(64, 64, 64, 4, 4, 3)
+CONFIGS = {80: SMALL_SHARED, 90: LARGE_SHARED, 100: LARGE_SHARED, 120: SMALL_SHARED}
+
+
+def tiles_of(size: int, blocks: Blocks) -> int:
+    """How many blocks of a matrix are on its diagonal or below."""
+    across = -(-size // blocks.rows)
+    return across * (across + 1) // 2
 
 
 def launch_symmetric(
     a: Tensor, b: Tensor, c: Tensor | None, alpha: float, beta: float, blocks: Blocks, bulk: bool
 ) -> Tensor:
     """alpha · a bᵀ + beta · c, (matrices, size, size), where that is symmetric, by the kernel, for a and b (matrices, size, inner). bulk: through descriptors, for a size that is a multiple of a block."""
-    (matrices, size, inner), across = a.shape, -(-a.shape[1] // blocks.rows)
+    (matrices, size, inner), tiles = a.shape, tiles_of(a.shape[1], blocks)
     a, b, c = a.contiguous(), b.contiguous(), None if c is None else c.contiguous()
-    out, tiles = a.new_empty(matrices, size, size), across * (across + 1) // 2
+    out = a.new_empty(matrices, size, size)
     tensors: list[Any] = [a, b, c, out]
     if bulk:
         depths = blocks.depth, blocks.depth, blocks.rows, blocks.rows
@@ -160,20 +161,30 @@ def why_no_kernel(a: Tensor) -> str:
 
 # %%
 #| export
+def blocks_of(a: Tensor) -> Blocks:
+    """Large blocks, if there are enough of them for all multiprocessors of a's GPU, or small ones."""
+    large, small = blocks_for(a.device, CONFIGS)
+    count = torch.cuda.get_device_properties(a.device).multi_processor_count
+    return large if len(a) * tiles_of(a.shape[1], large) >= count else small
+
+
 @torch.library.custom_op(f"{NAMESPACE}::symmetric_matmul", mutates_args=())
-def symmetric_matmul_op(a: Tensor, b: Tensor, c: Tensor, alpha: float, beta: float) -> Tensor:
-    """`symmetric_matmul`, as an operator that torch.compile does not look into."""
+def symmetric_matmul_op(
+    a: Tensor, b: Tensor, c: Tensor | None, alpha: float, beta: float
+) -> Tensor:
+    """alpha · a bᵀ + beta · c, (matrices, size, size), where that is symmetric, as an operator that torch.compile does not look into."""
     if why_no_kernel(a):
-        return symmetric_reference(a, b, c, alpha, beta)
-    blocks = blocks_for(a.device, CONFIGS)
+        whole = alpha * (a @ b.mT)
+        return whole if c is None else whole + beta * c
+    blocks, size = blocks_of(a), a.shape[1]
     hopper = torch.cuda.get_device_capability(a.device) >= (9, 0)
-    whole = a.shape[1] % blocks.rows == 0
-    return launch_symmetric(a, b, c, alpha, beta, blocks, hopper and whole)
+    bulk = hopper and size % blocks.rows == a.shape[2] % blocks.depth == 0
+    return launch_symmetric(a, b, c, alpha, beta, blocks, bulk)
 
 
 @symmetric_matmul_op.register_fake
 def fake_symmetric_matmul(a, b, c, alpha, beta):
-    return torch.empty_like(a, memory_format=torch.contiguous_format)
+    return a.new_empty(len(a), a.shape[1], a.shape[1])
 
 
 # %%
@@ -190,9 +201,14 @@ def symmetric_matmul(
     if not square or not a.dtype == b.dtype == c.dtype:
         given = ", ".join(f"{tuple(each.shape)} {each.dtype}" for each in (a, b, c))
         raise ValueError(f"stacks of matrices (matrices, size, size) in one dtype, not {given}")
-    if a.device.type == "cpu":  # nothing to hide from the compiler
+    if a.device.type == "cpu":  # the compiler may look into it
         return symmetric_reference(a, b, c, alpha, beta)
     return symmetric_matmul_op(a, b, c, alpha, beta)
+
+
+def gram_matrix(x: Tensor) -> Tensor:
+    """x xᵀ for a stack x, (matrices, size, inner): (matrices, size, size), in x's dtype; where `symmetric_matmul` computes one triangle, this does. No gradient."""
+    return x @ x.mT if x.device.type == "cpu" else symmetric_matmul_op(x, x, None, 1.0, 0.0)
 
 
 # %%
@@ -208,7 +224,8 @@ print((gram - x @ x.mT).abs().max())
 
 # %%
 #| export measure.gram
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -223,7 +240,8 @@ from speedrun.lab.errors import UserError
 from speedrun.lab.hardware import jit
 from speedrun.lab.provenance import stamp
 from speedrun.measure.runs import relative_error
-from speedrun.optim.muon import muon_state, muon_step, polar_express
+from speedrun.optim.muon import POLAR_EXPRESS, gram_newton_schulz, muon_state, muon_step
+from speedrun.optim.newton_schulz import apply_odd_polynomials
 from speedrun.presets import preset
 
 try:
@@ -234,7 +252,7 @@ except ImportError:  # macOS, Windows
 
 NAMES = ()
 ON_GPUS = ("kernels",)
-SHAPES = ((12, 768, 3072), (12, 768, 768), (40, 768, 768), (6, 768, 768), (3, 768, 768), (8, 256, 256), (4, 2048, 2048))  # fmt: skip
+SHAPES = ((12, 768, 3072), (12, 768, 768), (40, 768, 768), (5, 768, 768), (2, 768, 3072), (2, 768, 768), (4, 2048, 2048))  # fmt: skip
 BANKS = {
     "attention": (40, 768, 768),
     "up": (11, 3072, 768),
@@ -242,9 +260,22 @@ BANKS = {
 }  # record_200m's
 
 
-def products_by(way: Callable[..., Tensor]) -> Any:
-    """While it lasts, Muon's products of symmetric matrices are computed that way."""
-    return mock.patch("speedrun.optim.muon.symmetric_matmul", way)
+def fused(x: Tensor, polynomials: Sequence[tuple[float, float, float]]) -> Tensor:
+    """`apply_odd_polynomials` for wide matrices, (matrices, rows, cols), with every sum inside a product."""
+    for a, b, c in polynomials:
+        gram = x @ x.mT
+        z = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, z, x, beta=a)
+    return x
+
+
+def all_of_it(on: bool) -> Any:
+    """While it lasts and is on, Muon's symmetric products are computed whole, by cuBLAS."""
+    instead: dict[str, Any] = {
+        "symmetric_matmul": symmetric_reference,
+        "gram_matrix": lambda x: x @ x.mT,
+    }
+    return mock.patch.multiple("speedrun.optim.muon", **instead) if on else nullcontext()
 
 
 # %%
@@ -277,22 +308,19 @@ def launch_all_blocks(a: Tensor, c: Tensor | None, alpha: float, beta: float, bl
 
 # %%
 #| export measure.gram
-TRIED = [Blocks(128, 128, depth, warps, stages) for depth, warps, stages in ((64, 8, 4), (64, 4, 4), (64, 8, 3), (64, 4, 3), (128, 8, 3), (32, 4, 6))]  # fmt: skip
-TRIED += [Blocks(64, 64, 64, 4, 4), Blocks(64, 64, 128, 4, 3)]
+TRIED = [Blocks(128, 128, 64, 8, 4), Blocks(128, 128, 64, 4, 4), Blocks(128, 128, 32, 4, 6, 2), Blocks(64, 64, 128, 4, 3, 2)]  # fmt: skip
 
 
-def product_versions(x: Tensor, square: bool, more: bool) -> dict[str, Callable[[], Tensor]]:
-    """X Xᵀ, or for symmetric x a polynomial of two terms, by each version; `more` blocks than the chip's own."""
-    own, c, scales = CONFIGS[90], x if square else None, (0.6, -1.5) if square else (1.0, 0.0)
+def product_versions(x: Tensor, square: bool) -> dict[str, Callable[[], Tensor]]:
+    """X Xᵀ, or for symmetric x a polynomial of two terms, by each version, and in other blocks."""
+    large, c, scales = LARGE_SHARED[0], x if square else None, (0.6, -1.5) if square else (1.0, 0.0)
     calls: dict[str, Callable[[], Tensor]] = {
-        "cuBLAS": partial(symmetric_reference, x, x, x, *scales),
-        "all blocks": partial(launch_all_blocks, x, c, *scales, own),
-        "triangle, pointers": partial(launch_symmetric, x, x, c, *scales, own, False),
-        "triangle": partial(launch_symmetric, x, x, c, *scales, own, True),
-    }
-    if not square:
-        calls["cuBLAS"] = partial(torch.bmm, x, x.mT)
-    for blocks in TRIED if more else ():
+        "cuBLAS": partial(symmetric_reference, x, x, x, *scales) if square else partial(torch.bmm, x, x.mT),
+        "all blocks": partial(launch_all_blocks, x, c, *scales, large),
+        "triangle, pointers": partial(launch_symmetric, x, x, c, *scales, large, False),
+        "triangle": partial(symmetric_matmul_op, x, x, c, *scales),
+    }  # fmt: skip
+    for blocks in (*LARGE_SHARED, *TRIED):
         calls[f"triangle {tuple(blocks)}"] = partial(launch_symmetric, x, x, c, *scales, blocks, True)  # fmt: skip
     return calls
 
@@ -304,12 +332,12 @@ def drawn_stack(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> Te
     return (x / torch.linalg.matrix_norm(x, keepdim=True)).to(dtype)
 
 
-def times_of_products(shape: tuple[int, int, int], more: bool) -> tuple[list[dict], list[dict]]:
+def times_of_products(shape: tuple[int, int, int]) -> tuple[list[dict], list[dict]]:
     """Times and errors of X Xᵀ and of a polynomial of a Gram matrix, in float16."""
     times, errors, x = list[dict](), list[dict](), drawn_stack(shape, torch.float16)
     gram = x @ x.mT
     for kind, given in (("X Xᵀ", x), ("bG + cG²", gram)):
-        calls = product_versions(given, kind != "X Xᵀ", more)
+        calls = product_versions(given, kind != "X Xᵀ")
         where = {"product": kind, "shape": list(shape)}
         for name, took in bench(calls, "cuda", 25, graph=True).items():
             times.append(where | {"name": name} | took._asdict())
@@ -324,17 +352,18 @@ def times_of_products(shape: tuple[int, int, int], more: bool) -> tuple[list[dic
 # %%
 #| export measure.gram
 def times_of_newton_schulz() -> list[dict]:
-    """Five polynomials of twelve matrices of 768 × 3,072 in each form: times, and errors against float64."""
+    """Five polynomials of twelve matrices of 768 × 3,072, already divided by their norms, in each form: times, and errors against float64."""
     x, rows, calls = drawn_stack(SHAPES[0], torch.float32), list[dict](), dict[str, Callable]()
-    known = polar_express(x.double(), dtype=torch.float64)
-    forms = {"plain": (False, symmetric_matmul), "Gram, cuBLAS": (True, symmetric_reference)}
-    for name, (gram, product) in (forms | {"Gram, triangle": (True, symmetric_matmul)}).items():
+    known = apply_odd_polynomials(x.double(), POLAR_EXPRESS)
+    for name, form in (("plain", apply_odd_polynomials), ("fused", fused), ("Gram", gram_newton_schulz)):  # fmt: skip
         for dtype in (torch.bfloat16, torch.float16):
-            call = partial(polar_express, x, 5, dtype, gram)
-            with products_by(product):
-                error = relative_error(call(), known)
-                calls[f"{name}, {dtype}"] = as_graph(call)
-            rows.append({"name": name, "dtype": str(dtype).split(".")[1], "error": error})
+            call = partial(form, x.to(dtype), POLAR_EXPRESS)
+            for way in ("cuBLAS", "triangle") if name == "Gram" else ("cuBLAS",):
+                with all_of_it(way == "cuBLAS"):
+                    error = relative_error(call(), known)
+                    calls[f"{name}, {dtype}, {way}"] = as_graph(call)
+                short = str(dtype).split(".")[1]
+                rows.append({"name": name, "way": way, "dtype": short, "error": error})
     for row, took in zip(rows, bench(calls, "cuda", 25).values()):
         row |= took._asdict()
         print(row, flush=True)
@@ -346,14 +375,14 @@ def times_of_update() -> list[dict]:
     muon, rows = preset("record_200m").optim.muon, list[dict]()
     rate, momentum = (torch.tensor(number, device="cuda") for number in (0.02, 0.95))
     for bank, shape in BANKS.items():
+        p = drawn_stack(shape, torch.bfloat16)
+        told = p, 1e-3 * p.float(), muon_state(p, muon), rate, 1.0, momentum, 0.1, muon
         calls = dict[str, Callable]()
-        for name, product in (("cuBLAS", symmetric_reference), ("triangle", symmetric_matmul)):
-            p = drawn_stack(shape, torch.bfloat16)
-            told = p, 1e-3 * p.float(), muon_state(p, muon), rate, 1.0, momentum, 0.1, muon
-            with products_by(product):
-                calls[name] = as_graph(partial(compiled_copy(muon_step), *told))
-        for name, took in bench(calls, "cuda", 25, cold=True).items():
-            rows.append({"bank": bank, "shape": list(shape), "name": name} | took._asdict())
+        for way in ("cuBLAS", "triangle"):
+            with all_of_it(way == "cuBLAS"):
+                calls[way] = as_graph(partial(compiled_copy(muon_step), *told))
+        for way, took in bench(calls, "cuda", 25, cold=True).items():
+            rows.append({"bank": bank, "shape": list(shape), "way": way} | took._asdict())
             print(rows[-1], flush=True)
     return rows
 
@@ -363,8 +392,8 @@ def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
     if not torch.cuda.is_available():
         raise UserError(f"{name} needs a GPU", "run it on an NVIDIA GPU")
     found: dict[str, list] = {"products": [], "errors": []}
-    for number, shape in enumerate(SHAPES):
-        times, errors = times_of_products(shape, number < 2)
+    for shape in SHAPES:
+        times, errors = times_of_products(shape)
         found["products"] += times
         found["errors"] += errors
     found["newton_schulz"], found["update"] = times_of_newton_schulz(), times_of_update()

@@ -74,24 +74,25 @@ def symmetric_kernel(
         store_block(OUT, tl.trans(out), first + column, row, size, size, ROWS, ROWS, BULK)
 
 
-SMALL_SHARED, LARGE_SHARED = Blocks(128, 128, 32, 8, 4), Blocks(128, 128, 64, 8, 4)
 KINDS = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
-CONFIGS = {
-    80: LARGE_SHARED,
-    86: SMALL_SHARED,
-    90: LARGE_SHARED,
-    100: LARGE_SHARED,
-    120: SMALL_SHARED,
-}
+SMALL_SHARED = Blocks(128, 128, 32, 4, 3, 2), Blocks(64, 64, 32, 4, 4, 2)  # many blocks, few
+LARGE_SHARED = Blocks(128, 128, 64, 4, 3, 2), Blocks(64, 64, 64, 4, 4, 3)
+CONFIGS = {80: SMALL_SHARED, 90: LARGE_SHARED, 100: LARGE_SHARED, 120: SMALL_SHARED}
+
+
+def tiles_of(size: int, blocks: Blocks) -> int:
+    """How many blocks of a matrix are on its diagonal or below."""
+    across = -(-size // blocks.rows)
+    return across * (across + 1) // 2
 
 
 def launch_symmetric(
     a: Tensor, b: Tensor, c: Tensor | None, alpha: float, beta: float, blocks: Blocks, bulk: bool
 ) -> Tensor:
     """alpha · a bᵀ + beta · c, (matrices, size, size), where that is symmetric, by the kernel, for a and b (matrices, size, inner). bulk: through descriptors, for a size that is a multiple of a block."""
-    (matrices, size, inner), across = a.shape, -(-a.shape[1] // blocks.rows)
+    (matrices, size, inner), tiles = a.shape, tiles_of(a.shape[1], blocks)
     a, b, c = a.contiguous(), b.contiguous(), None if c is None else c.contiguous()
-    out, tiles = a.new_empty(matrices, size, size), across * (across + 1) // 2
+    out = a.new_empty(matrices, size, size)
     tensors: list[Any] = [a, b, c, out]
     if bulk:
         depths = blocks.depth, blocks.depth, blocks.rows, blocks.rows
@@ -124,20 +125,30 @@ def why_no_kernel(a: Tensor) -> str:
     return "" if find_triton() else "Triton is not installed"
 
 
+def blocks_of(a: Tensor) -> Blocks:
+    """Large blocks, if there are enough of them for all multiprocessors of a's GPU, or small ones."""
+    large, small = blocks_for(a.device, CONFIGS)
+    count = torch.cuda.get_device_properties(a.device).multi_processor_count
+    return large if len(a) * tiles_of(a.shape[1], large) >= count else small
+
+
 @torch.library.custom_op(f"{NAMESPACE}::symmetric_matmul", mutates_args=())
-def symmetric_matmul_op(a: Tensor, b: Tensor, c: Tensor, alpha: float, beta: float) -> Tensor:
-    """`symmetric_matmul`, as an operator that torch.compile does not look into."""
+def symmetric_matmul_op(
+    a: Tensor, b: Tensor, c: Tensor | None, alpha: float, beta: float
+) -> Tensor:
+    """alpha · a bᵀ + beta · c, (matrices, size, size), where that is symmetric, as an operator that torch.compile does not look into."""
     if why_no_kernel(a):
-        return symmetric_reference(a, b, c, alpha, beta)
-    blocks = blocks_for(a.device, CONFIGS)
+        whole = alpha * (a @ b.mT)
+        return whole if c is None else whole + beta * c
+    blocks, size = blocks_of(a), a.shape[1]
     hopper = torch.cuda.get_device_capability(a.device) >= (9, 0)
-    whole = a.shape[1] % blocks.rows == 0
-    return launch_symmetric(a, b, c, alpha, beta, blocks, hopper and whole)
+    bulk = hopper and size % blocks.rows == a.shape[2] % blocks.depth == 0
+    return launch_symmetric(a, b, c, alpha, beta, blocks, bulk)
 
 
 @symmetric_matmul_op.register_fake
 def fake_symmetric_matmul(a, b, c, alpha, beta):
-    return torch.empty_like(a, memory_format=torch.contiguous_format)
+    return a.new_empty(len(a), a.shape[1], a.shape[1])
 
 
 def symmetric_matmul(
@@ -152,6 +163,11 @@ def symmetric_matmul(
     if not square or not a.dtype == b.dtype == c.dtype:
         given = ", ".join(f"{tuple(each.shape)} {each.dtype}" for each in (a, b, c))
         raise ValueError(f"stacks of matrices (matrices, size, size) in one dtype, not {given}")
-    if a.device.type == "cpu":  # nothing to hide from the compiler
+    if a.device.type == "cpu":  # the compiler may look into it
         return symmetric_reference(a, b, c, alpha, beta)
     return symmetric_matmul_op(a, b, c, alpha, beta)
+
+
+def gram_matrix(x: Tensor) -> Tensor:
+    """x xᵀ for a stack x, (matrices, size, inner): (matrices, size, size), in x's dtype; where `symmetric_matmul` computes one triangle, this does. No gradient."""
+    return x @ x.mT if x.device.type == "cpu" else symmetric_matmul_op(x, x, None, 1.0, 0.0)

@@ -2,17 +2,18 @@
 
 
 from speedrun.kernels.gram import (
-    CONFIGS,
     KINDS,
+    LARGE_SHARED,
     block_of_sum,
     launch_symmetric,
-    symmetric_matmul,
+    symmetric_matmul_op,
     symmetric_reference,
 )
 
 
 # %% The measurement
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -27,7 +28,8 @@ from speedrun.lab.errors import UserError
 from speedrun.lab.hardware import jit
 from speedrun.lab.provenance import stamp
 from speedrun.measure.runs import relative_error
-from speedrun.optim.muon import muon_state, muon_step, polar_express
+from speedrun.optim.muon import POLAR_EXPRESS, gram_newton_schulz, muon_state, muon_step
+from speedrun.optim.newton_schulz import apply_odd_polynomials
 from speedrun.presets import preset
 
 try:
@@ -38,7 +40,7 @@ except ImportError:  # macOS, Windows
 
 NAMES = ()
 ON_GPUS = ("kernels",)
-SHAPES = ((12, 768, 3072), (12, 768, 768), (40, 768, 768), (6, 768, 768), (3, 768, 768), (8, 256, 256), (4, 2048, 2048))  # fmt: skip
+SHAPES = ((12, 768, 3072), (12, 768, 768), (40, 768, 768), (5, 768, 768), (2, 768, 3072), (2, 768, 768), (4, 2048, 2048))  # fmt: skip
 BANKS = {
     "attention": (40, 768, 768),
     "up": (11, 3072, 768),
@@ -46,9 +48,22 @@ BANKS = {
 }  # record_200m's
 
 
-def products_by(way: Callable[..., Tensor]) -> Any:
-    """While it lasts, Muon's products of symmetric matrices are computed that way."""
-    return mock.patch("speedrun.optim.muon.symmetric_matmul", way)
+def fused(x: Tensor, polynomials: Sequence[tuple[float, float, float]]) -> Tensor:
+    """`apply_odd_polynomials` for wide matrices, (matrices, rows, cols), with every sum inside a product."""
+    for a, b, c in polynomials:
+        gram = x @ x.mT
+        z = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, z, x, beta=a)
+    return x
+
+
+def all_of_it(on: bool) -> Any:
+    """While it lasts and is on, Muon's symmetric products are computed whole, by cuBLAS."""
+    instead: dict[str, Any] = {
+        "symmetric_matmul": symmetric_reference,
+        "gram_matrix": lambda x: x @ x.mT,
+    }
+    return mock.patch.multiple("speedrun.optim.muon", **instead) if on else nullcontext()
 
 
 @jit
@@ -77,22 +92,19 @@ def launch_all_blocks(a: Tensor, c: Tensor | None, alpha: float, beta: float, bl
     return out
 
 
-TRIED = [Blocks(128, 128, depth, warps, stages) for depth, warps, stages in ((64, 8, 4), (64, 4, 4), (64, 8, 3), (64, 4, 3), (128, 8, 3), (32, 4, 6))]  # fmt: skip
-TRIED += [Blocks(64, 64, 64, 4, 4), Blocks(64, 64, 128, 4, 3)]
+TRIED = [Blocks(128, 128, 64, 8, 4), Blocks(128, 128, 64, 4, 4), Blocks(128, 128, 32, 4, 6, 2), Blocks(64, 64, 128, 4, 3, 2)]  # fmt: skip
 
 
-def product_versions(x: Tensor, square: bool, more: bool) -> dict[str, Callable[[], Tensor]]:
-    """X Xᵀ, or for symmetric x a polynomial of two terms, by each version; `more` blocks than the chip's own."""
-    own, c, scales = CONFIGS[90], x if square else None, (0.6, -1.5) if square else (1.0, 0.0)
+def product_versions(x: Tensor, square: bool) -> dict[str, Callable[[], Tensor]]:
+    """X Xᵀ, or for symmetric x a polynomial of two terms, by each version, and in other blocks."""
+    large, c, scales = LARGE_SHARED[0], x if square else None, (0.6, -1.5) if square else (1.0, 0.0)
     calls: dict[str, Callable[[], Tensor]] = {
-        "cuBLAS": partial(symmetric_reference, x, x, x, *scales),
-        "all blocks": partial(launch_all_blocks, x, c, *scales, own),
-        "triangle, pointers": partial(launch_symmetric, x, x, c, *scales, own, False),
-        "triangle": partial(launch_symmetric, x, x, c, *scales, own, True),
-    }
-    if not square:
-        calls["cuBLAS"] = partial(torch.bmm, x, x.mT)
-    for blocks in TRIED if more else ():
+        "cuBLAS": partial(symmetric_reference, x, x, x, *scales) if square else partial(torch.bmm, x, x.mT),
+        "all blocks": partial(launch_all_blocks, x, c, *scales, large),
+        "triangle, pointers": partial(launch_symmetric, x, x, c, *scales, large, False),
+        "triangle": partial(symmetric_matmul_op, x, x, c, *scales),
+    }  # fmt: skip
+    for blocks in (*LARGE_SHARED, *TRIED):
         calls[f"triangle {tuple(blocks)}"] = partial(launch_symmetric, x, x, c, *scales, blocks, True)  # fmt: skip
     return calls
 
@@ -104,12 +116,12 @@ def drawn_stack(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> Te
     return (x / torch.linalg.matrix_norm(x, keepdim=True)).to(dtype)
 
 
-def times_of_products(shape: tuple[int, int, int], more: bool) -> tuple[list[dict], list[dict]]:
+def times_of_products(shape: tuple[int, int, int]) -> tuple[list[dict], list[dict]]:
     """Times and errors of X Xᵀ and of a polynomial of a Gram matrix, in float16."""
     times, errors, x = list[dict](), list[dict](), drawn_stack(shape, torch.float16)
     gram = x @ x.mT
     for kind, given in (("X Xᵀ", x), ("bG + cG²", gram)):
-        calls = product_versions(given, kind != "X Xᵀ", more)
+        calls = product_versions(given, kind != "X Xᵀ")
         where = {"product": kind, "shape": list(shape)}
         for name, took in bench(calls, "cuda", 25, graph=True).items():
             times.append(where | {"name": name} | took._asdict())
@@ -122,17 +134,18 @@ def times_of_products(shape: tuple[int, int, int], more: bool) -> tuple[list[dic
 
 
 def times_of_newton_schulz() -> list[dict]:
-    """Five polynomials of twelve matrices of 768 × 3,072 in each form: times, and errors against float64."""
+    """Five polynomials of twelve matrices of 768 × 3,072, already divided by their norms, in each form: times, and errors against float64."""
     x, rows, calls = drawn_stack(SHAPES[0], torch.float32), list[dict](), dict[str, Callable]()
-    known = polar_express(x.double(), dtype=torch.float64)
-    forms = {"plain": (False, symmetric_matmul), "Gram, cuBLAS": (True, symmetric_reference)}
-    for name, (gram, product) in (forms | {"Gram, triangle": (True, symmetric_matmul)}).items():
+    known = apply_odd_polynomials(x.double(), POLAR_EXPRESS)
+    for name, form in (("plain", apply_odd_polynomials), ("fused", fused), ("Gram", gram_newton_schulz)):  # fmt: skip
         for dtype in (torch.bfloat16, torch.float16):
-            call = partial(polar_express, x, 5, dtype, gram)
-            with products_by(product):
-                error = relative_error(call(), known)
-                calls[f"{name}, {dtype}"] = as_graph(call)
-            rows.append({"name": name, "dtype": str(dtype).split(".")[1], "error": error})
+            call = partial(form, x.to(dtype), POLAR_EXPRESS)
+            for way in ("cuBLAS", "triangle") if name == "Gram" else ("cuBLAS",):
+                with all_of_it(way == "cuBLAS"):
+                    error = relative_error(call(), known)
+                    calls[f"{name}, {dtype}, {way}"] = as_graph(call)
+                short = str(dtype).split(".")[1]
+                rows.append({"name": name, "way": way, "dtype": short, "error": error})
     for row, took in zip(rows, bench(calls, "cuda", 25).values()):
         row |= took._asdict()
         print(row, flush=True)
@@ -144,14 +157,14 @@ def times_of_update() -> list[dict]:
     muon, rows = preset("record_200m").optim.muon, list[dict]()
     rate, momentum = (torch.tensor(number, device="cuda") for number in (0.02, 0.95))
     for bank, shape in BANKS.items():
+        p = drawn_stack(shape, torch.bfloat16)
+        told = p, 1e-3 * p.float(), muon_state(p, muon), rate, 1.0, momentum, 0.1, muon
         calls = dict[str, Callable]()
-        for name, product in (("cuBLAS", symmetric_reference), ("triangle", symmetric_matmul)):
-            p = drawn_stack(shape, torch.bfloat16)
-            told = p, 1e-3 * p.float(), muon_state(p, muon), rate, 1.0, momentum, 0.1, muon
-            with products_by(product):
-                calls[name] = as_graph(partial(compiled_copy(muon_step), *told))
-        for name, took in bench(calls, "cuda", 25, cold=True).items():
-            rows.append({"bank": bank, "shape": list(shape), "name": name} | took._asdict())
+        for way in ("cuBLAS", "triangle"):
+            with all_of_it(way == "cuBLAS"):
+                calls[way] = as_graph(partial(compiled_copy(muon_step), *told))
+        for way, took in bench(calls, "cuda", 25, cold=True).items():
+            rows.append({"bank": bank, "shape": list(shape), "way": way} | took._asdict())
             print(rows[-1], flush=True)
     return rows
 
@@ -161,8 +174,8 @@ def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
     if not torch.cuda.is_available():
         raise UserError(f"{name} needs a GPU", "run it on an NVIDIA GPU")
     found: dict[str, list] = {"products": [], "errors": []}
-    for number, shape in enumerate(SHAPES):
-        times, errors = times_of_products(shape, number < 2)
+    for shape in SHAPES:
+        times, errors = times_of_products(shape)
         found["products"] += times
         found["errors"] += errors
     found["newton_schulz"], found["update"] = times_of_newton_schulz(), times_of_update()

@@ -10,7 +10,7 @@ import torch
 from annotated_types import Interval
 from torch import Tensor
 
-from speedrun.kernels.gram import symmetric_matmul
+from speedrun.kernels.gram import gram_matrix, symmetric_matmul
 from speedrun.lab.bounds import Beta, NonNegativeFloat, PositiveFloat
 from speedrun.optim.newton_schulz import apply_odd_polynomials, nesterov_momentum
 from speedrun.optim.newton_schulz import newton_schulz, polar_factor
@@ -58,7 +58,7 @@ def gram_newton_schulz(
     tall, restart = x.shape[-2] > x.shape[-1], max(1, restart)
     for begin in range(0, len(polynomials), restart):
         part = polynomials[begin : begin + restart]
-        gram = x.mT @ x if tall else x @ x.mT
+        gram = x.mT @ x if tall else gram_matrix(x)
         q = torch.eye(len(gram[0]), dtype=x.dtype, device=x.device).expand_as(gram)
         for n, (a, b, c) in enumerate(part):
             z = symmetric_matmul(gram, gram, gram, alpha=c, beta=b)
