@@ -107,9 +107,9 @@ def symmetric_kernel(
 # %%
 #| export
 KINDS = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
-SMALL_SHARED = Blocks(128, 128, 32, 4, 3, 2), Blocks(64, 64, 32, 4, 4, 2)  # many blocks, few
-LARGE_SHARED = Blocks(128, 128, 64, 4, 3, 2), Blocks(64, 64, 64, 4, 4, 3)
-CONFIGS = {80: SMALL_SHARED, 90: LARGE_SHARED, 100: LARGE_SHARED, 120: SMALL_SHARED}
+LARGE_SHARED = Blocks(128, 128, 64, 4, 3, 2), Blocks(64, 64, 64, 4, 4, 3)  # many blocks, few
+SMALL_SHARED = Blocks(128, 128, 32, 4, 3, 2), Blocks(64, 64, 32, 4, 4, 2)
+CONFIGS = {90: LARGE_SHARED, 100: LARGE_SHARED, 120: SMALL_SHARED}
 
 
 def tiles_of(size: int, blocks: Blocks) -> int:
@@ -146,21 +146,21 @@ def symmetric_reference(
     return torch.baddbmm(c, a, b, beta=beta, alpha=alpha)
 
 
+# %%
+#| export
 def why_no_kernel(a: Tensor) -> str:
-    """Why `symmetric_matmul` computes all of a product and not one triangle; empty: the kernel runs."""
+    """Why all of a product of a, (matrices, size, inner), is computed and not one triangle; empty: the kernel runs."""
     if a.device.type != "cuda":
         return "it is on no NVIDIA GPU"
-    if torch.cuda.get_device_capability(a.device) < (8, 0):
-        return "its GPU is older than compute capability 8.0"
+    if torch.cuda.get_device_capability(a.device) < (9, 0):
+        return "its GPU has no tensor memory accelerator (compute capability 9.0 or later)"
     if a.dtype not in (torch.bfloat16, torch.float16):
         return f"its numbers are {a.dtype}, not bfloat16 or float16"
-    if not a.numel():
-        return "it is empty"
+    if not a.numel() or a.shape[1] % 128 or a.shape[2] % 64:
+        return f"{a.shape[1]} × {a.shape[2]} are no multiples of 128 and 64"
     return "" if find_triton() else "Triton is not installed"
 
 
-# %%
-#| export
 def blocks_of(a: Tensor) -> Blocks:
     """Large blocks, if there are enough of them for all multiprocessors of a's GPU, or small ones."""
     large, small = blocks_for(a.device, CONFIGS)
@@ -173,13 +173,10 @@ def symmetric_matmul_op(
     a: Tensor, b: Tensor, c: Tensor | None, alpha: float, beta: float
 ) -> Tensor:
     """alpha · a bᵀ + beta · c, (matrices, size, size), where that is symmetric, as an operator that torch.compile does not look into."""
-    if why_no_kernel(a):
-        whole = alpha * (a @ b.mT)
-        return whole if c is None else whole + beta * c
-    blocks, size = blocks_of(a), a.shape[1]
-    hopper = torch.cuda.get_device_capability(a.device) >= (9, 0)
-    bulk = hopper and size % blocks.rows == a.shape[2] % blocks.depth == 0
-    return launch_symmetric(a, b, c, alpha, beta, blocks, bulk)
+    if not why_no_kernel(a):
+        return launch_symmetric(a, b, c, alpha, beta, blocks_of(a), True)
+    whole = alpha * (a @ b.mT)
+    return whole if c is None else whole + beta * c
 
 
 @symmetric_matmul_op.register_fake
@@ -194,8 +191,8 @@ def symmetric_matmul(
 ) -> Tensor:
     """alpha · a b + beta · c for stacks of symmetric matrices, (matrices, size, size), of which a and b commute, so that the result is symmetric, too. In their dtype.
 
-    Only blocks on and below the diagonal are computed, with sums in float32, and mirrored: what a, b and c have above is not looked at, so for others the result is wrong. Off a GPU, and in other
-    dtypes than bfloat16 and float16, all of the product is computed. No gradient. Raises ValueError for shapes and dtypes that differ.
+    Only blocks on and below the diagonal are computed, with sums in float32, and mirrored: what a, b and c have above is not looked at, so for others the result is wrong. Where
+    `why_no_kernel` has a reason, all of the product is computed. No gradient. Raises ValueError for shapes and dtypes that differ.
     """
     square = a.dim() == 3 and a.shape[1] == a.shape[2] and a.shape == b.shape == c.shape
     if not square or not a.dtype == b.dtype == c.dtype:
@@ -308,6 +305,7 @@ def launch_all_blocks(a: Tensor, c: Tensor | None, alpha: float, beta: float, bl
 
 # %%
 #| export measure.gram
+REPEATS = 20
 TRIED = [Blocks(128, 128, 64, 8, 4), Blocks(128, 128, 64, 4, 4), Blocks(128, 128, 32, 4, 6, 2), Blocks(64, 64, 128, 4, 3, 2)]  # fmt: skip
 
 
@@ -325,6 +323,12 @@ def product_versions(x: Tensor, square: bool) -> dict[str, Callable[[], Tensor]]
     return calls
 
 
+def repeated(call: Callable[[], Any]) -> None:
+    """Several calls in one graph, so that beginning it, some ten microseconds, is hardly in their time."""
+    for _ in range(REPEATS):
+        call()
+
+
 def drawn_stack(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> Tensor:
     """Matrices (matrices, size, inner) of Frobenius norm 1, on the GPU."""
     generator = torch.Generator("cuda").manual_seed(seed)
@@ -339,8 +343,10 @@ def times_of_products(shape: tuple[int, int, int]) -> tuple[list[dict], list[dic
     for kind, given in (("X Xᵀ", x), ("bG + cG²", gram)):
         calls = product_versions(given, kind != "X Xᵀ")
         where = {"product": kind, "shape": list(shape)}
-        for name, took in bench(calls, "cuda", 25, graph=True).items():
-            times.append(where | {"name": name} | took._asdict())
+        many = {name: partial(repeated, call) for name, call in calls.items()}
+        for name, took in bench(many, "cuda", 25, graph=True).items():
+            per_call = {key: value / REPEATS for key, value in took._asdict().items() if key != "n"}
+            times.append(where | {"name": name} | per_call)
             print(times[-1], flush=True)
         exact = given.double() @ given.double().mT
         known = exact if kind == "X Xᵀ" else 0.6 * exact - 1.5 * given.double()
@@ -355,9 +361,10 @@ def times_of_newton_schulz() -> list[dict]:
     """Five polynomials of twelve matrices of 768 × 3,072, already divided by their norms, in each form: times, and errors against float64."""
     x, rows, calls = drawn_stack(SHAPES[0], torch.float32), list[dict](), dict[str, Callable]()
     known = apply_odd_polynomials(x.double(), POLAR_EXPRESS)
+    rounded = {dtype: x.to(dtype) for dtype in (torch.bfloat16, torch.float16)}  # graphs read them
     for name, form in (("plain", apply_odd_polynomials), ("fused", fused), ("Gram", gram_newton_schulz)):  # fmt: skip
-        for dtype in (torch.bfloat16, torch.float16):
-            call = partial(form, x.to(dtype), POLAR_EXPRESS)
+        for dtype in rounded:
+            call = partial(form, rounded[dtype], POLAR_EXPRESS)
             for way in ("cuBLAS", "triangle") if name == "Gram" else ("cuBLAS",):
                 with all_of_it(way == "cuBLAS"):
                     error = relative_error(call(), known)

@@ -75,9 +75,9 @@ def symmetric_kernel(
 
 
 KINDS = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
-SMALL_SHARED = Blocks(128, 128, 32, 4, 3, 2), Blocks(64, 64, 32, 4, 4, 2)  # many blocks, few
-LARGE_SHARED = Blocks(128, 128, 64, 4, 3, 2), Blocks(64, 64, 64, 4, 4, 3)
-CONFIGS = {80: SMALL_SHARED, 90: LARGE_SHARED, 100: LARGE_SHARED, 120: SMALL_SHARED}
+LARGE_SHARED = Blocks(128, 128, 64, 4, 3, 2), Blocks(64, 64, 64, 4, 4, 3)  # many blocks, few
+SMALL_SHARED = Blocks(128, 128, 32, 4, 3, 2), Blocks(64, 64, 32, 4, 4, 2)
+CONFIGS = {90: LARGE_SHARED, 100: LARGE_SHARED, 120: SMALL_SHARED}
 
 
 def tiles_of(size: int, blocks: Blocks) -> int:
@@ -113,15 +113,15 @@ def symmetric_reference(
 
 
 def why_no_kernel(a: Tensor) -> str:
-    """Why `symmetric_matmul` computes all of a product and not one triangle; empty: the kernel runs."""
+    """Why all of a product of a, (matrices, size, inner), is computed and not one triangle; empty: the kernel runs."""
     if a.device.type != "cuda":
         return "it is on no NVIDIA GPU"
-    if torch.cuda.get_device_capability(a.device) < (8, 0):
-        return "its GPU is older than compute capability 8.0"
+    if torch.cuda.get_device_capability(a.device) < (9, 0):
+        return "its GPU has no tensor memory accelerator (compute capability 9.0 or later)"
     if a.dtype not in (torch.bfloat16, torch.float16):
         return f"its numbers are {a.dtype}, not bfloat16 or float16"
-    if not a.numel():
-        return "it is empty"
+    if not a.numel() or a.shape[1] % 128 or a.shape[2] % 64:
+        return f"{a.shape[1]} × {a.shape[2]} are no multiples of 128 and 64"
     return "" if find_triton() else "Triton is not installed"
 
 
@@ -137,13 +137,10 @@ def symmetric_matmul_op(
     a: Tensor, b: Tensor, c: Tensor | None, alpha: float, beta: float
 ) -> Tensor:
     """alpha · a bᵀ + beta · c, (matrices, size, size), where that is symmetric, as an operator that torch.compile does not look into."""
-    if why_no_kernel(a):
-        whole = alpha * (a @ b.mT)
-        return whole if c is None else whole + beta * c
-    blocks, size = blocks_of(a), a.shape[1]
-    hopper = torch.cuda.get_device_capability(a.device) >= (9, 0)
-    bulk = hopper and size % blocks.rows == a.shape[2] % blocks.depth == 0
-    return launch_symmetric(a, b, c, alpha, beta, blocks, bulk)
+    if not why_no_kernel(a):
+        return launch_symmetric(a, b, c, alpha, beta, blocks_of(a), True)
+    whole = alpha * (a @ b.mT)
+    return whole if c is None else whole + beta * c
 
 
 @symmetric_matmul_op.register_fake
@@ -156,8 +153,8 @@ def symmetric_matmul(
 ) -> Tensor:
     """alpha · a b + beta · c for stacks of symmetric matrices, (matrices, size, size), of which a and b commute, so that the result is symmetric, too. In their dtype.
 
-    Only blocks on and below the diagonal are computed, with sums in float32, and mirrored: what a, b and c have above is not looked at, so for others the result is wrong. Off a GPU, and in other
-    dtypes than bfloat16 and float16, all of the product is computed. No gradient. Raises ValueError for shapes and dtypes that differ.
+    Only blocks on and below the diagonal are computed, with sums in float32, and mirrored: what a, b and c have above is not looked at, so for others the result is wrong. Where
+    `why_no_kernel` has a reason, all of the product is computed. No gradient. Raises ValueError for shapes and dtypes that differ.
     """
     square = a.dim() == 3 and a.shape[1] == a.shape[2] and a.shape == b.shape == c.shape
     if not square or not a.dtype == b.dtype == c.dtype:
