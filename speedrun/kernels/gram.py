@@ -139,8 +139,9 @@ def symmetric_matmul_op(
     """alpha · a bᵀ + beta · c, (matrices, size, size), where that is symmetric, as an operator that torch.compile does not look into."""
     if not why_no_kernel(a):
         return launch_symmetric(a, b, c, alpha, beta, blocks_of(a), True)
-    whole = alpha * (a @ b.mT)
-    return whole if c is None else whole + beta * c
+    if c is None:
+        return alpha * (a @ b.mT)
+    return symmetric_reference(a, b.mT, c, alpha, beta)
 
 
 @symmetric_matmul_op.register_fake
