@@ -12,6 +12,15 @@
 
 # %% [markdown]
 # # A symmetric matmul, and Newton–Schulz on the Gram matrix
+#
+# ```{admonition} Cost box
+# A quarter of a minute on two CPU cores, where Triton's interpreter runs the kernel at small shapes; on one GPU it is compiled. Times come from a committed measurement on one H200.
+# Computing one triangle of a symmetric product is record 27's, \@byronxu99; its launch settings are record 69's, \@EmmettBicker and AI System Aster. Newton–Schulz on the Gram matrix: Zhang and others {cite}`zhang2026`. The kernel below, and the products of the Gram form computed by it, are this book's own.
+# ```
+#
+# ## The problem
+#
+# Muon's update is products of matrices, and most of them have a property that no library uses: the result is symmetric. In [chapter 12](12_newton_schulz.py)'s iteration two of three are, $G = XX^\top$ and $Z = bG + cG^2$; only the last, $aX + ZX$, is not. In [chapter 13](13_muon.py)'s Gram form nearly all are. A symmetric result is computed twice: once below the diagonal, and once more, number for number, above it.
 
 # %% tags=["hide-input"]
 from speedrun.lab.tier import choose_tier
@@ -22,6 +31,60 @@ tier = choose_tier()
 from speedrun.lab.hardware import setup
 
 machine = setup()
+
+# %% tags=["hide-input"]
+from speedrun.lab.results import load_result, measured_on, public_table
+
+MATRICES, SIZE, INNER = 12, 768, 3072  # one bank of record 89: 12 matrices of an MLP
+long, square = 2 * MATRICES * SIZE**2 * INNER / 1e9, 2 * MATRICES * SIZE**3 / 1e9  # GFLOP each
+whole = {"plain": 10 * long + 5 * square, "Gram": 4 * long + 14 * square}
+symmetric = {"plain": 5 * long + 5 * square, "Gram": 2 * long + 14 * square}
+for form, total in whole.items():
+    print(f"{form:5} form: {total:.0f} GFLOP, {symmetric[form] / total:.0%} of them in symmetric products")  # fmt: skip
+result = load_result("gram", "kernels")
+forms = {(row["name"], row["way"], row["dtype"]): row for row in result["data"]["newton_schulz"]}
+us = {key: 1000 * row["p50"] for key, row in forms.items()}
+print(f"plain form, bfloat16: {us['plain', 'cuBLAS', 'bfloat16']:.0f} µs; Gram form, float16: {us['Gram', 'cuBLAS', 'float16']:.0f} µs")  # fmt: skip
+print(measured_on(result))
+ladder = {row["record"]: row for row in public_table("records") if not row["note"] or row["record"] == "26"}  # fmt: skip
+steps = [float(ladder[record]["step_avg_ms"]) for record in ("26", "27")]
+print(f"records 26 and 27, {ladder['27']['steps']} steps each: {steps[0]:.1f} and {steps[1]:.1f} ms a step")  # fmt: skip
+assert ladder["26"]["steps"] == ladder["27"]["steps"] and 1.4 < steps[0] - steps[1] < 1.7
+assert 0.72 < symmetric["Gram"] / whole["Gram"] < 0.76 and 0.54 < symmetric["plain"] / whole["plain"] < 0.58  # fmt: skip
+
+# %% [markdown]
+# Five polynomials of a bank of twelve matrices of 768 × 3,072 take over a millisecond in the plain form, and 0.8 in the Gram form. Three quarters of the latter's FLOPs are in symmetric products, so almost three eighths are done for nothing.
+#
+# How much is that in a run? When record 27 gave all MLP matrices one shape, so that they can be multiplied together, and computed one triangle of each symmetric product, a step on eight H100s became 1.5 ms shorter, of 98. That was with the batch of 2025. Muon's work does not shrink with the batch, so the shorter steps become, the more it matters.
+#
+# ```{admonition} Prediction
+# Cut the result of 768 × 768 into blocks of 128 × 128. **How many of the blocks does a symmetric result need, and how much faster can it be at most?** Then count again, as the GPU does. An H200 has 132 multiprocessors, and if a block takes little enough shared memory, each of them works on two at a time. With twelve matrices, how many rounds do all blocks take, and how many those of the triangle? Does the second count promise more than the first, or less?
+# ```
+#
+# ## The idea
+#
+# ### Why all of them are symmetric
+#
+# $XX^\top$ is, whatever $X$ is. All other matrices of the Gram form are polynomials in one $G$. Polynomials in one matrix commute, and for symmetric $A$ and $B$ that commute,
+#
+# $$
+# (AB)^\top = B^\top A^\top = BA = AB .
+# $$
+#
+# So $Z = bG + cG^2$, $Q \leftarrow aQ + QZ$ and $G \leftarrow PGP$ are symmetric, all fourteen. Of the whole iteration only the two products with the long $X$ remain that are not. For the kernel this has a second use. It computes a block of $AB$ from some rows of $A$ and some *columns* of $B$; since $B$ is symmetric, these columns are rows, too, and both operands are read along their rows, as memory has them. So one kernel computes $\alpha AB^\top + \beta C$, and is right for $XX^\top$ and for all the others.
+#
+# ### Counting a triangle
+#
+# A program has a number, and must know its block. Number the blocks of the lower triangle row by row: row $r$ begins at $r(r+1)/2$. So block $t$ is in the largest row $r$ with $r(r+1)/2 \le t$, which is
+#
+# $$
+# r = \left\lfloor \frac{\sqrt{8t + 1} - 1}{2} \right\rfloor .
+# $$
+#
+# In float32 the root may be off by a rounding, just where a row begins. Two comparisons of integers put it right.
+#
+# ## The code
+
 
 # %%
 #| default_exp kernels.gram
@@ -55,6 +118,26 @@ def lower_tile(tile):
 
 
 # %%
+@jit
+def write_places(ROWS, COLUMNS):
+    """Row and column of this program's block."""
+    row, column = lower_tile(tl.program_id(0))
+    tl.store(ROWS + tl.program_id(0), row)
+    tl.store(COLUMNS + tl.program_id(0), column)
+
+
+places = torch.empty(2, 820, dtype=torch.int32, device=machine.device)  # 40 rows
+write_places[(820,)](*places)
+assert places.T.tolist() == [[row, column] for row in range(40) for column in range(row + 1)]
+print("the first six blocks:", places.T[:6].tolist())
+
+# %% [markdown]
+# ### One block
+#
+# Loading and storing blocks is [chapter 18](18_fused_mlp.py)'s: by descriptor where there is a tensor memory accelerator, by pointers in the interpreter. A stack of matrices lies in memory as one tall matrix, so a descriptor sees it as such, and the block's row is counted from the stack's beginning.
+
+
+# %%
 #| export
 @jit
 def matrix_of(X, matrix, numbers, BULK: constexpr):
@@ -78,6 +161,10 @@ def block_of_sum(
         c = load_block(C, first + row, column, size, size, ROWS, ROWS, BULK)
         acc += beta * c.to(tl.float32)
     return acc
+
+
+# %% [markdown]
+# The kernel itself is what is left: find the block, compute it, store it, and off the diagonal store its transpose on the other side. A diagonal block is computed whole; leaving out half of it would save nothing, since a matrix unit multiplies blocks.
 
 
 # %%
@@ -138,6 +225,31 @@ def launch_symmetric(
 
 
 # %%
+generator = torch.Generator().manual_seed(0)
+small = Blocks(16, 16, 16, 4, 1)
+x = torch.randn(3, 40, 50, generator=generator).to(machine.device)
+gram = launch_symmetric(x, x, None, 1.0, 0.0, small, False)
+assert torch.allclose(gram, x @ x.mT, atol=1e-3), "three matrices, none a multiple of a block"
+assert torch.equal(gram[:, :16, 16:], gram[:, 16:, :16].mT), "a mirror image, bit by bit"
+square_of = launch_symmetric(gram, gram, gram, 0.6, -1.5, small, False)
+exact = 0.6 * gram.double() @ gram.double() - 1.5 * gram.double()
+error = ((square_of - exact).norm() / exact.norm()).item()
+assert error < 1e-6 and tiles_of(768, LARGE_SHARED[0]) == 21
+other = torch.randn(3, 40, 40, generator=generator).to(machine.device)
+wrong = launch_symmetric(other, gram, None, 1.0, 0.0, small, False)
+off = ((wrong - other @ gram).norm() / (other @ gram).norm()).item()
+print(f"bG + cG²: off by {error:.0e}. A product that is not symmetric: off by {off:.0%}")
+assert off > 0.5
+
+# %% [markdown]
+# The kernel believes what it is told. Of a product that is not symmetric it returns the lower triangle, mirrored, and says nothing. Checking would cost as much as computing the other half, so the function below says what it wants in its first sentence, and only the optimizer calls it.
+#
+# ### Who decides
+#
+# The reference is `torch.baddbmm`, one call of the library. The kernel runs where it has been found to be faster: in 16 bits, with descriptors, on sizes that are whole blocks. Everything else gets the whole product. Muon's update is compiled ([chapter 20](20_many_gpus.py)), so the choice is inside an operator, into which the compiler does not look.
+
+
+# %%
 #| export
 def symmetric_reference(
     a: Tensor, b: Tensor, c: Tensor, alpha: float = 1.0, beta: float = 0.0
@@ -146,8 +258,6 @@ def symmetric_reference(
     return torch.baddbmm(c, a, b, beta=beta, alpha=alpha)
 
 
-# %%
-#| export
 def why_no_kernel(a: Tensor) -> str:
     """Why all of a product of a, (matrices, size, inner), is computed and not one triangle; empty: the kernel runs."""
     if a.device.type != "cuda":
@@ -168,6 +278,14 @@ def blocks_of(a: Tensor) -> Blocks:
     return large if len(a) * tiles_of(a.shape[1], large) >= count else small
 
 
+# %%
+reason = why_no_kernel(torch.zeros(2, 256, 256, device=machine.device))
+assert reason == "" or "NVIDIA" in reason or "accelerator" in reason or "float32" in reason
+print("256 × 256 in float32 here:", reason)
+
+
+# %%
+#| export
 @torch.library.custom_op(f"{NAMESPACE}::symmetric_matmul", mutates_args=())
 def symmetric_matmul_op(
     a: Tensor, b: Tensor, c: Tensor | None, alpha: float, beta: float
@@ -210,17 +328,47 @@ def gram_matrix(x: Tensor) -> Tensor:
 
 
 # %%
-generator = torch.Generator().manual_seed(0)
-x = torch.randn(3, 37, 50, generator=generator).to(machine.device)
-small = Blocks(16, 16, 16, 4, 1)
-gram = launch_symmetric(x, x, None, 1.0, 0.0, small, False)
-assert torch.allclose(gram, x @ x.mT, atol=1e-3)
-print((gram - x @ x.mT).abs().max())
+halves = gram.double() / gram.norm(dim=(1, 2), keepdim=True).double()  # symmetric, float64
+poly = halves @ halves - 0.5 * halves  # a polynomial in it: it commutes with it
+found = symmetric_matmul(halves, poly, halves, alpha=2.0, beta=0.3)
+assert torch.allclose(found, 2.0 * halves @ poly + 0.3 * halves, atol=1e-12)
+assert torch.allclose(found, found.mT, atol=1e-12) and torch.equal(gram_matrix(halves), halves @ halves.mT)  # fmt: skip
+try:
+    symmetric_matmul(halves, poly.float(), halves)
+    raise AssertionError("two dtypes are refused")
+except ValueError as refused:
+    print(refused)
+
+# %% [markdown]
+# The whole iteration, with each of its fourteen squares and two Gram matrices computed by the kernel:
+
+# %%
+from unittest import mock
+
+from speedrun.optim import muon
+
+
+def by_kernel(a: Tensor, b: Tensor, c: Tensor | None, alpha: float = 1.0, beta: float = 0.0) -> Tensor:  # fmt: skip
+    """`symmetric_matmul`, by the kernel in blocks of 16, here."""
+    counted.append(a.shape)
+    return launch_symmetric(a, b, c, alpha, beta, small, False)
+
+
+wide, counted = torch.randn(2, 32, 128, generator=generator).to(machine.device), list[Any]()
+with mock.patch.multiple(muon, symmetric_matmul=by_kernel, gram_matrix=lambda x: by_kernel(x, x, None)):  # fmt: skip
+    orthogonal = muon.polar_express(wide, dtype=torch.float32, gram=True)
+known = muon.polar_express(wide.double(), dtype=torch.float64)
+error = ((orthogonal - known).norm() / known.norm()).item()
+assert len(counted) == 16 and error < 1e-4
+print(f"{len(counted)} symmetric products by the kernel; the result is off by {error:.0e}")
 
 # %% [markdown]
 # ## The measurement
+#
+# Four versions of the two kinds of product, each a graph of twenty calls so that beginning the graph does not count, on data that are still in the cache, as in the iteration. Version 0 is cuBLAS, through `bmm` and `baddbmm`. Version 1 is the kernel above with *all* blocks and no mirror. Version 2 is the triangle with pointers. Version 3 is the triangle with descriptors, and that is the one in the trainer.
 
-# %%
+
+# %% tags=["hide-input"]
 #| export measure.gram
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -276,7 +424,7 @@ def all_of_it(on: bool) -> Any:
     return mock.patch.multiple("speedrun.optim.muon", **instead) if on else nullcontext()
 
 
-# %%
+# %% tags=["hide-input"]
 #| export measure.gram
 @jit
 def all_blocks_kernel(
@@ -304,7 +452,7 @@ def launch_all_blocks(a: Tensor, c: Tensor | None, alpha: float, beta: float, bl
     return out
 
 
-# %%
+# %% tags=["hide-input"]
 #| export measure.gram
 REPEATS = 20
 TRIED = [Blocks(128, 128, 64, 8, 4), Blocks(128, 128, 64, 4, 4), Blocks(128, 128, 32, 4, 6, 2), Blocks(64, 64, 128, 4, 3, 2)]  # fmt: skip
@@ -356,7 +504,7 @@ def times_of_products(shape: tuple[int, int, int]) -> tuple[list[dict], list[dic
     return times, errors
 
 
-# %%
+# %% tags=["hide-input"]
 #| export measure.gram
 def times_of_newton_schulz() -> list[dict]:
     """Five polynomials of twelve matrices of 768 × 3,072, already divided by their norms, in each form: times, and errors against float64."""
@@ -406,3 +554,176 @@ def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
         found["errors"] += errors
     found["newton_schulz"], found["update"] = times_of_newton_schulz(), times_of_update()
     return found, stamp(command, ["speedrun.measure.gram"], 1, [0])
+
+
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Microseconds of X Xᵀ and of bG + cG² for twelve matrices: cuBLAS, the kernel with all blocks, the triangle with pointers, the triangle with descriptors, and the least time that the chip's arithmetic allows for one triangle."}}
+import numpy as np
+from matplotlib import pyplot as plt
+
+from speedrun.lab.bench import PEAKS
+from speedrun.lab.results import figure_style
+
+times = {(row["product"], tuple(row["shape"]), row["name"]): 1000 * row["p50"] for row in result["data"]["products"]}  # fmt: skip
+VERSIONS = ["cuBLAS", "all blocks", "triangle, pointers", "triangle"]
+CASES = [("X Xᵀ", (12, 768, 3072)), ("X Xᵀ", (12, 768, 768)), ("bG + cG²", (12, 768, 768))]
+LABELS = ["XXᵀ, X 768 × 3,072", "XXᵀ, X 768 × 768", "bG + cG², G 768 × 768"]
+floors = [2e6 * 21 / 36 * m * s * s * k / PEAKS["H200"].flops_s for _, (m, s, k) in CASES]
+faster = [times[*case, "cuBLAS"] / times[*case, "triangle"] for case in CASES]
+figure_style()
+fig, ax = plt.subplots(figsize=(7.6, 3.6), layout="constrained")
+for number, version in enumerate(VERSIONS):
+    where = np.arange(len(CASES)) + 0.19 * (number - 1.5)
+    ax.bar(where, [times[*case, version] for case in CASES], 0.19, label=f"{number}: {version}")
+for place, (floor, ratio) in enumerate(zip(floors, faster)):
+    ax.plot([place - 0.42, place + 0.42], [floor, floor], color="0.2", ls=":", label=None if place else "one triangle at the data sheet's rate")  # fmt: skip
+    ax.text(place + 0.285, times[*CASES[place], "triangle"] + 2, f"{ratio:.1f}×", ha="center", fontsize=8)  # fmt: skip
+ax.set_xticks(range(len(CASES)), LABELS)
+ax.set_ylabel("µs, twelve matrices, float16")
+ax.set_title(f"one triangle takes {1 / max(faster):.0%} to {1 / min(faster):.0%} of cuBLAS's time for the whole")  # fmt: skip
+ax.legend(fontsize=7)
+fig.text(0.99, -0.03, measured_on(result), ha="right", fontsize=6.5)
+plt.show()
+
+# %%
+across, slots = 6, 2 * 132
+rounds = {blocks: -(-MATRICES * blocks // slots) for blocks in (across**2, tiles_of(768, LARGE_SHARED[0]))}  # fmt: skip
+by_blocks, by_rounds = across**2 / 21, rounds[36] / rounds[21]
+print(f"blocks: 36 and 21 a matrix, at most {by_blocks:.2f}×; rounds: {rounds[36]} and {rounds[21]}, {by_rounds:.0f}×")  # fmt: skip
+gains = [times[*case, "all blocks"] / times[*case, "triangle"] for case in CASES]
+print("all blocks → triangle, measured:", ", ".join(f"{gain:.2f}×" for gain in gains))
+rate = 1e-3 * long / times[*CASES[0], "triangle"] * 1e6
+print(f"XXᵀ of 768 × 3,072, counted as a whole product: {rate:.0f} TFLOP/s; the chip does {PEAKS['H200'].flops_s / 1e12:.0f}")  # fmt: skip
+assert (by_rounds, rounds) == (2, {36: 2, 21: 1}) and 1.7 < by_blocks < 1.72
+assert gains[0] > by_blocks > gains[1] > 1.5 and gains[2] > 1.5 and rate > PEAKS["H200"].flops_s / 1e12  # fmt: skip
+assert abs(times[*CASES[0], "all blocks"] / times[*CASES[0], "cuBLAS"] - 1) < 0.05
+errors: dict[tuple, set[float]] = {}
+for row in result["data"]["errors"]:
+    errors.setdefault((row["product"], *row["shape"]), set()).add(row["error"])
+assert all(max(found) < 1.001 * min(found) for found in errors.values()), "all versions round alike"
+assert all(max(errors[kind, *shape]) < 2**-11 for kind, shape in CASES), "one rounding to float16"
+copied = times[*CASES[2], "cuBLAS"] - times[*CASES[1], "cuBLAS"]
+print(f"baddbmm over bmm: {copied:.0f} µs")
+assert 7 < copied < 9
+assert all(times[*case, "triangle, pointers"] > times[*case, "cuBLAS"] for case in CASES)
+
+# %% [markdown]
+# The prediction: 21 blocks of 36, so at most 1.71 times. In rounds, $12 \cdot 36 = 432$ blocks on 264 places are two, $12 \cdot 21 = 252$ are one: the second round of the whole product would use fewer than two thirds of the places. For long rows the gain comes near the factor two that rounds promise, above the 1.71 of the blocks. With short rows the beginning and the end of a block, which no round shortens, keep it below both.
+#
+# Two more things are in the figure. With all blocks, the kernel is as fast as cuBLAS: what it wins is the triangle's alone. And where something is added, cuBLAS loses eight microseconds more, because `baddbmm` first copies $C$ to where the result will be. Counted as whole products, the triangle of $XX^\top$ runs at more TFLOP/s than the chip has.
+#
+# Now the iteration:
+
+# %% tags=["hide-input"]
+for (name, way, dtype), row in forms.items():
+    print(f"{name:6} {way:9} {dtype:9} {1000 * row['p50']:6.0f} µs   off by {row['error']:.4f}")
+plain, cublas, triangle = (us[key] for key in (("plain", "cuBLAS", "bfloat16"), ("Gram", "cuBLAS", "float16"), ("Gram", "triangle", "float16")))  # fmt: skip
+best = forms["Gram", "triangle", "float16"]
+assert 470 < triangle < 500 and 1.6 < cublas / triangle < 1.7 and 2.6 < plain / triangle < 2.7
+assert best["error"] < forms["Gram", "cuBLAS", "float16"]["error"] < forms["plain", "cuBLAS", "bfloat16"]["error"]  # fmt: skip
+fused_error = {dtype: forms["fused", "cuBLAS", dtype]["error"] for dtype in ("bfloat16", "float16")}
+assert fused_error["float16"] < best["error"] < fused_error["bfloat16"]
+print(f"plain → Gram → triangle: {plain:.0f} → {cublas:.0f} → {triangle:.0f} µs, {plain / triangle:.1f}×")  # fmt: skip
+
+# %% [markdown]
+# 1.28 milliseconds in the plain form, 0.79 on the Gram matrix, **0.48 with triangles**. (The forms are chapter 13's; `fused` is the plain one with each sum inside a product.) And the error became smaller, by a fifth. The matrices of the Gram form commute only up to rounding, so their products are not quite symmetric when they are computed whole. A mirrored one is exact in that respect, and in the next product rows can stand for columns with a clear conscience.
+#
+# ## What it buys
+
+# %% tags=["hide-input"]
+update = {(row["bank"], row["way"]): row["p50"] for row in result["data"]["update"]}
+totals = {way: sum(ms for (_, other), ms in update.items() if other == way) for way in ("cuBLAS", "triangle")}  # fmt: skip
+for bank in BANKS:
+    print(
+        f"{bank:9} {BANKS[bank]}: {update[bank, 'cuBLAS']:.2f} → {update[bank, 'triangle']:.2f} ms"
+    )
+saved = totals["cuBLAS"] - totals["triangle"]
+runs = load_result("speedrun", "record_200m")["data"]["runs"]
+step_ms = sum(1000 * run["seconds"] / run["step"] for run in runs) / len(runs)
+two_gpus = saved / 2 / step_ms
+print(f"all matrices of record_200m on one GPU: {totals['cuBLAS']:.2f} → {totals['triangle']:.2f} ms, {saved:.2f} less")  # fmt: skip
+print(f"on two GPUs, which share them: {saved / 2:.1f} ms of a step of {step_ms:.0f}, {two_gpus:.1%}")  # fmt: skip
+assert 0.5 < saved < 0.65 and 0.0015 < two_gpus < 0.0025
+
+# %% [markdown]
+# The update of all of `record_200m`'s matrices, compiled, with momentum, NorMuon and mantissas, becomes a fifth shorter: 0.6 ms on one GPU. GPUs share that work, so two save 0.3 ms each, of a step of some 150. **A fifth of a percent.** On eight GPUs, where a step takes a fifth of that time, each has two to five matrices of a kind, and those do not fill it: the gain there is counted in hundredths of a millisecond. Record 27 had more to win. Its Muon had no Gram form, and its matrices were larger.
+#
+# ## What it costs, and when it fails
+#
+# - **Few matrices.** With two of them, all 42 blocks of 128 leave two thirds of the multiprocessors idle. So the operator takes blocks of 64 where large ones are too few, four times as many, and is then about as fast as cuBLAS, which cuts the long sum as well.
+# - **Many matrices.** Forty need 94 megabytes with their results, and the cache has 50. There the triangle wins 1.2 times for $XX^\top$, and 1.8 for the sum, of which a part is the copy that `baddbmm` makes.
+# - **It has to be symmetric.** The kernel does not find out.
+# - **A tall matrix** has its Gram matrix in $X^\top X$, whose rows are columns in memory. The optimizer leaves that product to cuBLAS.
+# - Other chips than Hopper have not been measured. Without descriptors the kernel is slower than cuBLAS, so GPUs before Hopper get the whole product.
+
+# %% tags=["hide-input"]
+few, many = (2, 768, 3072), (40, 768, 768)
+print(f"two matrices, XXᵀ: cuBLAS {times['X Xᵀ', few, 'cuBLAS']:.1f}, blocks of 64 {times['X Xᵀ', few, 'triangle']:.1f}, of 128 {times['X Xᵀ', few, 'triangle (128, 128, 64, 4, 3, 2)']:.1f} µs")  # fmt: skip
+ratios = [times[kind, many, "cuBLAS"] / times[kind, many, "triangle"] for kind in ("X Xᵀ", "bG + cG²")]  # fmt: skip
+print(f"forty matrices: {ratios[0]:.2f}× and {ratios[1]:.2f}×")
+assert 0.9 < times["X Xᵀ", few, "cuBLAS"] / times["X Xᵀ", few, "triangle"] < 1.1
+assert 1.15 < ratios[0] < 1.25 and 1.8 < ratios[1] < 1.9 and 94 < 40 * 768 * 768 * 4 / 1e6 < 95
+one = times["X Xᵀ", (12, 768, 3072), "triangle (128, 128, 64, 8, 4, 1)"]
+deep = times["X Xᵀ", (12, 768, 3072), "triangle (128, 128, 64, 4, 4, 1)"]
+print(f"one program on a multiprocessor: {one:.0f} µs with eight warps, {deep:.0f} with four, of two {times[*CASES[0], 'triangle']:.0f}")  # fmt: skip
+assert 1.55 < one / times[*CASES[0], "triangle"] < 1.7 and one < times[*CASES[0], "cuBLAS"]
+
+# %% [markdown]
+# ## What did not work
+#
+# - **One program on a multiprocessor.** The usual settings, eight warps and four stages of 32 KiB, leave room for one block at a time. Then 252 blocks take two rounds as well, and the triangle of $XX^\top$ wins next to nothing: 67 µs where cuBLAS needs 73. The same kernel with four warps and three stages, two at a time, needs 41. While one program stores its block and the block's mirror image, the other multiplies.
+# - **Pointers instead of descriptors.** Half as fast, and slower than computing everything by cuBLAS.
+# - **Deeper slices of the sum**, or shallower ones with more stages: some 5 to 15% slower.
+#
+# ## Exercises
+#
+# 1. Write `rounds_of(matrices, size, triangle, rows=128, places=264)`: how many rounds a stack of symmetric results takes, if a GPU works on so many blocks of `rows` × `rows` at a time, with all blocks or those of the triangle.
+
+
+# %% tags=["solution"]
+def rounds_of(matrices: int, size: int, triangle: bool, rows: int = 128, places: int = 264) -> int:
+    """Blocks over places, rounded up."""
+    across = -(-size // rows)
+    blocks = across * (across + 1) // 2 if triangle else across**2
+    return -(-matrices * blocks // places)
+
+
+# %%
+answer = rounds_of(12, 768, False), rounds_of(12, 768, True)
+assert answer == (2, 1), f"12 matrices of 768 take two rounds and one, not {answer}"
+answer = rounds_of(3, 200, True, rows=64, places=8)
+assert answer == 4, (
+    f"200 are four blocks of 64, so 30 blocks on 8 places are 4 rounds, not {answer}"
+)
+answer = rounds_of(1, 128, True), rounds_of(264, 128, True), rounds_of(265, 128, True)
+assert answer == (1, 1, 2), f"a matrix of one block has it on the diagonal; expected (1, 1, 2), not {answer}"  # fmt: skip
+print("rounds, all blocks and triangle:", {n: (rounds_of(n, 768, False), rounds_of(n, 768, True)) for n in (2, 6, 12, 24, 40)})  # fmt: skip
+
+# %% [markdown]
+# 2. Write `symmetric_flops(m, n, iterations=5, restarts=1, rows=128)`: the FLOPs that the Gram form needs for an $m \times n$ matrix, $m \le n$, if symmetric products compute only blocks of the triangle. There are, as in chapter 13, `restarts + 1` parts, each with one Gram matrix and one long product $QX$, and `iterations + 3 · (iterations − parts)` products of squares.
+
+
+# %% tags=["solution"]
+def symmetric_flops(m: int, n: int, iterations: int = 5, restarts: int = 1, rows: int = 128) -> float:  # fmt: skip
+    """A Gram matrix and a square cost the share of blocks that is computed; QX costs all."""
+    parts, across = restarts + 1, -(-m // rows)
+    share = across * (across + 1) / 2 / across**2
+    squares = iterations + 3 * (iterations - parts)
+    return share * (parts * 2 * m * m * n + squares * 2 * m**3) + parts * 2 * m * m * n
+
+
+# %%
+answer, wanted = symmetric_flops(768, 3072), (21 / 36 * symmetric["Gram"] + 2 * long) * 1e9 / MATRICES  # fmt: skip
+assert abs(answer / wanted - 1) < 1e-9, f"768 × 3,072 needs {wanted / 1e9:.2f} GFLOP, not {answer / 1e9:.2f}"  # fmt: skip
+answer = symmetric_flops(128, 256, 3, 0)
+wanted = 2 * 128 * 128 * 256 * 2 + (3 + 3 * 2) * 2 * 128**3
+assert answer == wanted, f"one block is its own triangle: {wanted} FLOPs, not {answer}"
+answer = symmetric_flops(256, 256, 1, 0)
+wanted = 0.75 * (2 + 2) * 256**3 + 2 * 256**3
+assert answer == wanted, f"of four blocks three are computed, of QX all: {wanted:.0f} FLOPs, not {answer:.0f}"  # fmt: skip
+saving = 1 - MATRICES * symmetric_flops(768, 3072) / 1e9 / whole["plain"]
+print(f"against the plain form: {saving:.0%} fewer FLOPs; in time {1 - triangle / plain:.0%} less")
+
+# %% [markdown]
+# ## Since then
+#
+# Record 65 fixed the kernel's settings, which had been searched for at each start, and record 69 changed how it loads. Record 89 orthogonalises in the plain form, with a triangle for each of its symmetric products. Record 92 (\@devenpzak) has six polynomials where record 89 has five, in the plain form as well. No record uses the Gram form yet.

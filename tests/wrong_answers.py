@@ -394,6 +394,32 @@ def reached(curve, target):  # the last crossing
         ("truth = bits_per_byte; bits_per_byte = lambda text, before=b'': truth(text, before) * len(text) / len(before + text)", "8 bits each, not 4.0"),
         ("bits_per_byte = lambda text, before=b'': 8 * len(lzma.compress(before + text)) / len(text)", "8 bits each, not 16"),
     ],
+    ("31", 1): [
+        ("truth = rounds_of; rounds_of = lambda matrices, size, triangle, rows=128, places=264: matrices * truth(1, size, triangle, rows, places)", "two rounds and one"),
+        ("""
+def rounds_of(matrices, size, triangle, rows=128, places=264):  # half of all blocks, without the diagonal
+    across = -(-size // rows)
+    return -(-matrices * (across * (across - 1) // 2 if triangle else across**2) // places)
+""", "30 blocks on 8 places"),
+        ("""
+def rounds_of(matrices, size, triangle, rows=128, places=264):  # rounded down, and one more
+    across = -(-size // rows)
+    return matrices * (across * (across + 1) // 2 if triangle else across**2) // places + 1
+""", "expected (1, 1, 2)"),
+    ],
+    ("31", 2): [
+        ("truth = symmetric_flops; symmetric_flops = lambda m, n, iterations=5, restarts=1, rows=128: truth(m, n, iterations, restarts, rows) / 2", "768 × 3,072 needs"),
+        ("""
+def symmetric_flops(m, n, iterations=5, restarts=1, rows=128):  # half, without the diagonal's other half
+    parts = restarts + 1
+    return 0.5 * (parts * 2 * m * m * n + (iterations + 3 * (iterations - parts)) * 2 * m**3) + parts * 2 * m * m * n
+""", "768 × 3,072 needs"),
+        ("""
+def symmetric_flops(m, n, iterations=5, restarts=1, rows=128):  # the share of the record's shape, whatever the shape
+    parts = restarts + 1
+    return 21 / 36 * (parts * 2 * m * m * n + (iterations + 3 * (iterations - parts)) * 2 * m**3) + parts * 2 * m * m * n
+""", "one block is its own triangle"),
+    ],
     ("92", 1): [
         ("silent_for = lambda readings: readings[-1][0] - next(clock for clock, count in readings if count == readings[-1][1])", "silent for 8.0 s, not for 20.0"),
         ("silent_for = lambda readings: readings[-1][0] - max((clock for clock, count in readings if count != readings[-1][1]), default=readings[0][0])", "silent for 25.0 s, not for 35.0"),

@@ -1,7 +1,7 @@
 # Tangled from notebooks/31_symmetric_matmul.py: edit the notebook, then run "make tangle". Edits made here are lost.
 
 
-# %% A symmetric matmul, and Newton–Schulz on the Gram matrix
+# %% The code
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ def lower_tile(tile):
     return row, tile - row * (row + 1) // 2
 
 
+# %% One block
 @jit
 def matrix_of(X, matrix, numbers, BULK: constexpr):
     """Where one matrix of a stack begins, each of so many numbers. BULK: X is a descriptor of the whole stack and stays."""
@@ -105,6 +106,7 @@ def launch_symmetric(
     return out
 
 
+# %% Who decides
 def symmetric_reference(
     a: Tensor, b: Tensor, c: Tensor, alpha: float = 1.0, beta: float = 0.0
 ) -> Tensor:
