@@ -295,7 +295,7 @@ print(f"Q, K, V: {share:.0%} of the squared error is in the directions below the
 #
 # $$ Q \leftarrow PQ, \qquad G \leftarrow PGP, \qquad\text{and at the end}\quad X \leftarrow QX . $$
 #
-# Everything here is a polynomial in the first $G$, so the order of factors does not matter. There is a catch: $G$ holds the *squares* of the singular values. What is a thousandth in $X$ is a millionth in $G$, below the rounding of its large entries, and comes out of it as noise, possibly negative; the polynomials are steep near zero and do not forgive. Zhang and others {cite}`zhang2026` *restart*: after some polynomials they multiply $X$ out, where the small ones have grown meanwhile, and compute $G$ anew. With one restart that makes four long products instead of ten. They also multiply in float16, which has three bits more than bfloat16 and costs a GPU the same. Its range is small, but once the matrix has been divided by its norm nothing here grows out of it, and what falls below it is too small to matter. No record has this yet. This book's preset `record` does: its Muon is `RECORD_MUON` in [chapter 22](22_config.py). All products of squares below are symmetric; on a GPU `symmetric_matmul` computes half of each ([chapter 31](31_symmetric_matmul.py)), elsewhere it is `torch.baddbmm`.
+# Everything here is a polynomial in the first $G$, so the order of factors does not matter. There is a catch: $G$ holds the *squares* of the singular values. What is a thousandth in $X$ is a millionth in $G$, below the rounding of its large entries, and comes out of it as noise, possibly negative; the polynomials are steep near zero and do not forgive. Zhang and others {cite}`zhang2026` *restart*: after some polynomials they multiply $X$ out, where the small ones have grown meanwhile, and compute $G$ anew. With one restart that makes four long products instead of ten. They also multiply in float16, which has three bits more than bfloat16 and costs a GPU the same. Its range is small, but once the matrix has been divided by its norm nothing here grows out of it, and what falls below it is too small to matter. No record has this yet. This book's preset `record` does: its Muon is `RECORD_MUON` in [chapter 22](22_config.py). Its products of squares are symmetric: a GPU computes half of each ([chapter 31](31_symmetric_matmul.py)).
 
 
 # %%
@@ -315,7 +315,7 @@ def gram_newton_schulz(
         q = torch.eye(len(gram[0]), dtype=x.dtype, device=x.device).expand_as(gram)
         for n, (a, b, c) in enumerate(part):
             z = symmetric_matmul(gram, gram, gram, alpha=c, beta=b)
-            q = symmetric_matmul(q, z, q, beta=a) if n else torch.add(z, q, alpha=a)
+            q = symmetric_matmul(z, q, q, beta=a) if n else torch.add(z, q, alpha=a)
             if n < len(part) - 1:  # p(gram) · gram · p(gram): all of these commute
                 half = symmetric_matmul(z, gram, gram, beta=a)
                 gram = symmetric_matmul(z, half, half, beta=a)

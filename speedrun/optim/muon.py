@@ -62,7 +62,7 @@ def gram_newton_schulz(
         q = torch.eye(len(gram[0]), dtype=x.dtype, device=x.device).expand_as(gram)
         for n, (a, b, c) in enumerate(part):
             z = symmetric_matmul(gram, gram, gram, alpha=c, beta=b)
-            q = symmetric_matmul(q, z, q, beta=a) if n else torch.add(z, q, alpha=a)
+            q = symmetric_matmul(z, q, q, beta=a) if n else torch.add(z, q, alpha=a)
             if n < len(part) - 1:  # p(gram) · gram · p(gram): all of these commute
                 half = symmetric_matmul(z, gram, gram, beta=a)
                 gram = symmetric_matmul(z, half, half, beta=a)
