@@ -258,7 +258,7 @@ assert 1.9 < steeper < 2.1
 print(f"the smallest grow {steeper:.1f} times as much as with the quintic")
 
 # %% [markdown]
-# Above the dotted line everything ends within 14% of one. Below it the smallest singular values grow twice as much as with the quintic, and stay small all the same. What does that do to the momenta?
+# Above the dotted line everything ends within 14% of one. Below it the smallest singular values grow twice as much as with the quintic, and stay small. What does that do to the momenta?
 
 # %%
 exact = {name: polar_factor(m) for name, m in momenta.items()}
