@@ -165,13 +165,17 @@ POLAR_EXPRESS = (
 
 
 def polar_express(
-    g: Tensor, iterations: int = 5, dtype: torch.dtype = torch.bfloat16, gram: bool = False
+    g: Tensor,
+    iterations: int = 5,
+    dtype: torch.dtype = torch.bfloat16,
+    gram: bool = False,
+    triangle: bool = False,
 ) -> Tensor:
     """Nearly the polar factor of each matrix in g, (…, rows, cols) → the same shape, in `dtype`.
 
     The polynomials are Amsel and others' for singular values above 1/1000 of the Frobenius norm, with record 38's margins.
     gram: by way of the Gram matrix, for g of three dimensions; restarted once for long matrices, and after every
-    polynomial for others.
+    polynomial for others. triangle: as in `gram_newton_schulz`.
     """
     x = g.float() if dtype == torch.float16 else g.to(dtype)  # a small gradient is none in float16
     x = (x / (1.02 * torch.linalg.matrix_norm(x, keepdim=True) + 1e-6)).to(dtype)
@@ -179,9 +183,8 @@ def polar_express(
     polynomials = (*POLAR_EXPRESS[:iterations], *last)
     if not gram:
         return apply_odd_polynomials(x, polynomials)
-    return gram_newton_schulz(
-        x, polynomials, 3 if max(x.shape[-2:]) > 1.5 * min(x.shape[-2:]) else 1
-    )
+    long = max(x.shape[-2:]) > 1.5 * min(x.shape[-2:])
+    return gram_newton_schulz(x, polynomials, 3 if long else 1, triangle)
 
 
 # %%
@@ -295,30 +298,33 @@ print(f"Q, K, V: {share:.0%} of the squared error is in the directions below the
 #
 # $$ Q \leftarrow PQ, \qquad G \leftarrow PGP, \qquad\text{and at the end}\quad X \leftarrow QX . $$
 #
-# Everything here is a polynomial in the first $G$, so the order of factors does not matter. There is a catch: $G$ holds the *squares* of the singular values. What is a thousandth in $X$ is a millionth in $G$, below the rounding of its large entries, and comes out of it as noise, possibly negative; the polynomials are steep near zero and do not forgive. Zhang and others {cite}`zhang2026` *restart*: after some polynomials they multiply $X$ out, where the small ones have grown meanwhile, and compute $G$ anew. With one restart that makes four long products instead of ten. They also multiply in float16, which has three bits more than bfloat16 and costs a GPU the same. Its range is small, but once the matrix has been divided by its norm nothing here grows out of it, and what falls below it is too small to matter. No record has this yet. This book's `record` does: its Muon is `RECORD_MUON` in [chapter 22](22_config.py). Its products of squares are symmetric: a GPU computes half of each ([chapter 31](31_symmetric_matmul.py)).
+# Everything here is a polynomial in the first $G$, so the order of factors does not matter. There is a catch: $G$ holds the *squares* of the singular values. What is a thousandth in $X$ is a millionth in $G$, below the rounding of its large entries, and comes out of it as noise, possibly negative; the polynomials are steep near zero and do not forgive. Zhang and others {cite}`zhang2026` *restart*: after some polynomials they multiply $X$ out, where the small ones have grown meanwhile, and compute $G$ anew. With one restart that makes four long products instead of ten. They also multiply in float16, which has three bits more than bfloat16 and costs a GPU the same. Its range is small, but once the matrix has been divided by its norm nothing here grows out of it, and what falls below it is too small to matter. No record has this yet. This book's `record` does: its Muon is `RECORD_MUON` in [chapter 22](22_config.py). Its products of squares are symmetric: [chapter 31](31_symmetric_matmul.py) computes half of each.
 
 
 # %%
 #| export
 def gram_newton_schulz(
-    x: Tensor, polynomials: Sequence[tuple[float, float, float]], restart: int = 3
+    x: Tensor,
+    polynomials: Sequence[tuple[float, float, float]],
+    restart: int = 3,
+    triangle: bool = False,
 ) -> Tensor:
     """The result of `apply_odd_polynomials` for x, (matrices, rows, cols), computed on the Gram matrix of its short side.
 
     restart: after so many polynomials x is multiplied out, and the Gram matrix computed anew; each time takes two
-    products with x itself. Shape and dtype stay.
+    products with x itself. triangle: half of each symmetric product is computed, where a GPU has a kernel for it. Shape and dtype stay.
     """
     tall, restart = x.shape[-2] > x.shape[-1], max(1, restart)
     for begin in range(0, len(polynomials), restart):
         part = polynomials[begin : begin + restart]
-        gram = x.mT @ x if tall else gram_matrix(x)
+        gram = x.mT @ x if tall else gram_matrix(x, triangle)
         q = torch.eye(len(gram[0]), dtype=x.dtype, device=x.device).expand_as(gram)
         for n, (a, b, c) in enumerate(part):
-            z = symmetric_matmul(gram, gram, gram, alpha=c, beta=b)
-            q = symmetric_matmul(z, q, q, beta=a) if n else torch.add(z, q, alpha=a)
+            z = symmetric_matmul(gram, gram, gram, c, b, triangle)
+            q = symmetric_matmul(z, q, q, 1.0, a, triangle) if n else torch.add(z, q, alpha=a)
             if n < len(part) - 1:  # p(gram) · gram · p(gram): all of these commute
-                half = symmetric_matmul(z, gram, gram, beta=a)
-                gram = symmetric_matmul(z, half, half, beta=a)
+                half = symmetric_matmul(z, gram, gram, 1.0, a, triangle)
+                gram = symmetric_matmul(z, half, half, 1.0, a, triangle)
         x = x @ q if tall else q @ x
     return x
 
@@ -573,6 +579,8 @@ class MuonConfig:
     """quintic: one polynomial again and again. polar_express: each the best for what the last one left."""
     ns_dtype: Literal["bfloat16", "float16"] = "bfloat16"
     """polar_express: what is multiplied. float16: by way of the Gram matrix, which is cheaper."""
+    triangle: bool = False
+    """float16: symmetric products are half computed, by chapter 31's kernel, where a GPU has it."""
     beta2: Beta = 0.0
     """NorMuon: decay of the rows' second moment; 0: off."""
     weight_decay: NonNegativeFloat = 0.0
@@ -635,7 +643,7 @@ def orthogonalize(g: Tensor, config: MuonConfig) -> Tensor:
         return polar_factor(g)
     if config.orthogonalizer == "polar_express":
         dtype, gram = getattr(torch, config.ns_dtype), config.ns_dtype == "float16"
-        return polar_express(g, config.ns_steps, dtype, gram)
+        return polar_express(g, config.ns_steps, dtype, gram, config.triangle)
     return newton_schulz(g, config.ns_steps)
 
 

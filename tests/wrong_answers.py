@@ -395,14 +395,14 @@ def reached(curve, target):  # the last crossing
         ("bits_per_byte = lambda text, before=b'': 8 * len(lzma.compress(before + text)) / len(text)", "8 bits each, not 16"),
     ],
     ("31", 1): [
-        ("truth = rounds_of; rounds_of = lambda matrices, size, triangle, rows=128, places=264: matrices * truth(1, size, triangle, rows, places)", "two rounds and one"),
+        ("truth = waves_of; waves_of = lambda matrices, size, triangle, rows=128, places=264: matrices * truth(1, size, triangle, rows, places)", "two waves and one"),
         ("""
-def rounds_of(matrices, size, triangle, rows=128, places=264):  # half of all blocks, without the diagonal
+def waves_of(matrices, size, triangle, rows=128, places=264):  # half of all blocks, without the diagonal
     across = -(-size // rows)
     return -(-matrices * (across * (across - 1) // 2 if triangle else across**2) // places)
 """, "30 blocks on 8 places"),
         ("""
-def rounds_of(matrices, size, triangle, rows=128, places=264):  # rounded down, and one more
+def waves_of(matrices, size, triangle, rows=128, places=264):  # rounded down, and one more
     across = -(-size // rows)
     return matrices * (across * (across + 1) // 2 if triangle else across**2) // places + 1
 """, "expected (1, 1, 2)"),

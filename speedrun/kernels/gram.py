@@ -70,13 +70,19 @@ def symmetric_kernel(
         C = matrix_of(C, matrix, size * size, BULK)
     acc = block_of_sum(A, B, C, first, row, column, size, inner, alpha, beta, ROWS, DEPTH, BULK)
     out = acc.to(KIND)
+    if row == column:  # exactly symmetric, too: where rows stand for columns, they must be the same
+        number = tl.arange(0, ROWS)
+        out = tl.where(number[:, None] >= number[None, :], out, tl.trans(out))
     store_block(OUT, out, first + row, column, size, size, ROWS, ROWS, BULK)
     if row != column:
         store_block(OUT, tl.trans(out), first + column, row, size, size, ROWS, ROWS, BULK)
 
 
 KINDS = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
-LARGE_SHARED = Blocks(128, 128, 64, 4, 3, 2), Blocks(64, 64, 64, 4, 4, 3)  # many blocks, few
+LARGE_SHARED = (
+    Blocks(128, 128, 64, 4, 3, 2),
+    Blocks(64, 64, 64, 4, 4, 3),
+)  # for many blocks, for few
 SMALL_SHARED = Blocks(128, 128, 32, 4, 3, 2), Blocks(64, 64, 32, 4, 4, 2)
 CONFIGS = {90: LARGE_SHARED, 100: LARGE_SHARED, 120: SMALL_SHARED}
 
@@ -106,7 +112,7 @@ def launch_symmetric(
     return out
 
 
-# %% Who decides
+# %% When the kernel is used
 def symmetric_reference(
     a: Tensor, b: Tensor, c: Tensor, alpha: float = 1.0, beta: float = 0.0
 ) -> Tensor:
@@ -152,22 +158,24 @@ def fake_symmetric_matmul(a, b, c, alpha, beta):
 
 
 def symmetric_matmul(
-    a: Tensor, b: Tensor, c: Tensor, alpha: float = 1.0, beta: float = 0.0
+    a: Tensor, b: Tensor, c: Tensor, alpha: float = 1.0, beta: float = 0.0, triangle: bool = True
 ) -> Tensor:
     """alpha · a b + beta · c for stacks of symmetric matrices, (matrices, size, size), of which a and b commute, so that the result is symmetric, too. In their dtype.
 
-    Only blocks on and below the diagonal are computed, with sums in float32, and mirrored: what a, b and c have above is not looked at, so for others the result is wrong. Where
-    `why_no_kernel` has a reason, all of the product is computed. No gradient. Raises ValueError for shapes and dtypes that differ.
+    Only blocks on and below the diagonal are computed, with sums in float32, and mirrored; c is read there only. For other matrices the result is wrong. All of the product is computed without
+    `triangle`, and where `why_no_kernel` has a reason. No gradient. Raises ValueError for shapes and dtypes that differ.
     """
     square = a.dim() == 3 and a.shape[1] == a.shape[2] and a.shape == b.shape == c.shape
     if not square or not a.dtype == b.dtype == c.dtype:
         given = ", ".join(f"{tuple(each.shape)} {each.dtype}" for each in (a, b, c))
         raise ValueError(f"stacks of matrices (matrices, size, size) in one dtype, not {given}")
-    if a.device.type == "cpu":  # the compiler may look into it
+    if not triangle or a.device.type == "cpu":  # the compiler may look into it
         return symmetric_reference(a, b, c, alpha, beta)
     return symmetric_matmul_op(a, b, c, alpha, beta)
 
 
-def gram_matrix(x: Tensor) -> Tensor:
+def gram_matrix(x: Tensor, triangle: bool = True) -> Tensor:
     """x xᵀ for a stack x, (matrices, size, inner): (matrices, size, size), in x's dtype; where `symmetric_matmul` computes one triangle, this does. No gradient."""
-    return x @ x.mT if x.device.type == "cpu" else symmetric_matmul_op(x, x, None, 1.0, 0.0)
+    if not triangle or x.device.type == "cpu":
+        return x @ x.mT
+    return symmetric_matmul_op(x, x, None, 1.0, 0.0)

@@ -13,10 +13,9 @@ from speedrun.kernels.gram import (
 
 # %% The measurement
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
@@ -55,15 +54,6 @@ def fused(x: Tensor, polynomials: Sequence[tuple[float, float, float]]) -> Tenso
         z = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         x = torch.baddbmm(x, z, x, beta=a)
     return x
-
-
-def all_of_it(on: bool) -> Any:
-    """While it lasts and is on, Muon's symmetric products are computed whole, by cuBLAS."""
-    instead: dict[str, Any] = {
-        "symmetric_matmul": symmetric_reference,
-        "gram_matrix": lambda x: x @ x.mT,
-    }
-    return mock.patch.multiple("speedrun.optim.muon", **instead) if on else nullcontext()
 
 
 @jit
@@ -149,12 +139,11 @@ def times_of_newton_schulz() -> list[dict]:
     rounded = {dtype: x.to(dtype) for dtype in (torch.bfloat16, torch.float16)}  # graphs read them
     for name, form in (("plain", apply_odd_polynomials), ("fused", fused), ("Gram", gram_newton_schulz)):  # fmt: skip
         for dtype in rounded:
-            call = partial(form, rounded[dtype], POLAR_EXPRESS)
             for way in ("cuBLAS", "triangle") if name == "Gram" else ("cuBLAS",):
-                with all_of_it(way == "cuBLAS"):
-                    error = relative_error(call(), known)
-                    calls[f"{name}, {dtype}, {way}"] = as_graph(call)
-                short = str(dtype).split(".")[1]
+                more = (3, way == "triangle") if name == "Gram" else ()
+                call = partial(form, rounded[dtype], POLAR_EXPRESS, *more)
+                short, error = str(dtype).split(".")[1], relative_error(call(), known)
+                calls[f"{name}, {dtype}, {way}"] = as_graph(call)
                 rows.append({"name": name, "way": way, "dtype": short, "error": error})
     for row, took in zip(rows, bench(calls, "cuda", 25).values()):
         row |= took._asdict()
@@ -168,11 +157,11 @@ def times_of_update() -> list[dict]:
     rate, momentum = (torch.tensor(number, device="cuda") for number in (0.02, 0.95))
     for bank, shape in BANKS.items():
         p = drawn_stack(shape, torch.bfloat16)
-        told = p, 1e-3 * p.float(), muon_state(p, muon), rate, 1.0, momentum, 0.1, muon
+        told = p, 1e-3 * p.float(), muon_state(p, muon), rate, 1.0, momentum, 0.1
         calls = dict[str, Callable]()
         for way in ("cuBLAS", "triangle"):
-            with all_of_it(way == "cuBLAS"):
-                calls[way] = as_graph(partial(compiled_copy(muon_step), *told))
+            config = replace(muon, triangle=way == "triangle")
+            calls[way] = as_graph(partial(compiled_copy(muon_step), *told, config))
         for way, took in bench(calls, "cuda", 25, cold=True).items():
             rows.append({"bank": bank, "shape": list(shape), "way": way} | took._asdict())
             print(rows[-1], flush=True)
