@@ -135,7 +135,7 @@ class TestLayers:
         triangle = tokens.pop("speedrun.kernels.gram")
         kernels = sum(tokens.pop(name) for name in [*tokens] if ".kernels." in name)
         compiling = tokens.pop("speedrun.lab.compile") + tokens.pop("speedrun.model.compiled")
-        assert kernels <= 8_850 and blocks <= 4_450 and triangle <= 1_550, tokens
+        assert kernels <= 8_850 and blocks <= 4_450 and triangle <= 1_620, tokens
         source = source_of("speedrun.model.gpt")  # what a compiler sees one at a time
         parts = [
             tokens_of_code(ast.get_source_segment(source, node) or "")
