@@ -10,6 +10,7 @@ from pathlib import Path
 import interpreted  # noqa: F401 first of all: see there
 import jupytext
 import pytest
+import remembered  # noqa: F401 before it is asked
 import torch
 from ahead import Ahead
 from hypothesis import settings
@@ -18,7 +19,6 @@ from vocabulary import offline_vocabulary
 from speedrun.config import vary
 from speedrun.data.shards import data_folder
 from speedrun.data.sources import build_embedded
-from speedrun.lab import provenance
 from speedrun.lab.provenance import root
 from speedrun.presets import preset
 
@@ -33,8 +33,6 @@ if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_I
     # under nohup: children would ignore it, too, and never end; a handler is not handed on
     signal.signal(signal.SIGHUP, lambda *_: None)
 offline_vocabulary(root() / "_build" / "tiktoken")
-for pure in ("code_hash", "imported_names"):  # of the same texts for every run that a test makes
-    setattr(provenance, pure, functools.cache(getattr(provenance, pure)))
 
 
 def read_once(read=jupytext.read):

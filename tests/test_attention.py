@@ -5,6 +5,7 @@ import math
 import sys
 
 import numpy as np
+import forked
 import pytest
 import torch
 from hypothesis import given, settings
@@ -541,8 +542,8 @@ class TestTrainer:
         sizes = {"data.mode": mode, "data.micro_batches": 4, "data.batch_tokens": 2048}
         run = vary(brief, DOCUMENTS | sizes)
         train(run, tmp_path / "one", echo=None)
-        rank = ["-m", "speedrun.train", "--out", str(tmp_path / "two"), *as_arguments(run)]
-        run_ranks(rank, world, tmp_path / "two")
+        rank = ["--out", str(tmp_path / "two"), *as_arguments(run)]
+        forked.train_on_ranks(rank, world, tmp_path / "two")
         one, two = (
             [[row.get("train_loss", row.get("val_loss")) for row in series(read_metrics(tmp_path / name / "metrics.jsonl"), kind)] for kind in ("step", "val")]
             for name in ("one", "two")

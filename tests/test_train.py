@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from resuming import broken_and_resumed
@@ -62,16 +63,9 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_checkpoint(latest_checkpoint(folder))[0]
 
 
-def command(config, folder: Path, *flags: str) -> list[str]:
-    return [
-        sys.executable,
-        "-m",
-        "speedrun.train",
-        "--out",
-        str(folder),
-        *as_arguments(config),
-        *flags,
-    ]
+def command(config, folder: Path) -> list[str]:
+    """The words behind `python -m speedrun.train`."""
+    return ["--out", str(folder), *as_arguments(config)]
 
 
 # Rates are so high that decay, and the end of a schedule, move losses by more than another machine does. With one thread or two, with
@@ -311,9 +305,7 @@ class TestResuming:
     def test_killed_without_warning_it_goes_on_from_the_last_checkpoint(self, brief, tmp_path):
         train(brief, tmp_path / "whole", echo=None)
         slow = vary(brief, {"checkpoint_every": 4, "log_every": 1})
-        live = subprocess.Popen(
-            command(slow, tmp_path / "killed"), stdout=subprocess.PIPE, text=True
-        )
+        live = forked.start("speedrun.train", command(slow, tmp_path / "killed"))
         for line in live.stdout:
             if line.startswith("step:9/"):
                 live.kill()
@@ -327,7 +319,7 @@ class TestResuming:
     @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
     def test_a_signal_saves_and_says_how_to_go_on(self, brief, tmp_path, number):
         long = vary(brief, {"steps": 100_000, "val_every": 100_000})
-        live = subprocess.Popen(command(long, tmp_path), stdout=subprocess.PIPE, text=True)
+        live = forked.start("speedrun.train", command(long, tmp_path))
         said = []
         for line in live.stdout:
             said.append(line)
@@ -372,7 +364,7 @@ signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, 400_000))
 save, waited = module.save, []
 module.save = lambda run, patience_s=0.0: (waited.append(patience_s), save(run, patience_s / 30))[1]
-status = module.main({command(vary(brief, {"checkpoint_every": 6, "model.model_dim": 64}), tmp_path)[3:]!r})
+status = module.main({command(vary(brief, {"checkpoint_every": 6, "model.model_dim": 64}), tmp_path)!r})
 print("waited", waited)
 sys.exit(status)
 """
@@ -452,6 +444,18 @@ sys.exit(status)
         assert "is not finite" in said and "--optim.adam.lr" in said
 
 
+def told_to_stop_at_4(arguments: list[str]) -> int:
+    """The trainer, as one rank: it is asked to stop before the fourth step, and told so after the third."""
+    from speedrun import train as module
+
+    def choose(run):
+        if run.step == 3:
+            run.stop_at = 4
+
+    module.choose_stop = choose
+    return module.main(arguments)
+
+
 class TestTwoRanks:
     def test_gradients_and_losses_equal_one_ranks(self, brief, tmp_path):
         train(brief, tmp_path / "one", echo=None)
@@ -469,20 +473,12 @@ class TestTwoRanks:
     def test_an_interruption_right_after_a_checkpoint_ends_all_ranks(self, brief, tmp_path):
         """Collecting the optimizer's state is a collective, which rank 0 must not leave out because the step is saved already."""
         flags = as_arguments(vary(brief, {"checkpoint_every": 2, "optim.matrices": "muon"}))
-        program = tmp_path / "program.py"
-        program.write_text(
-            "import sys, speedrun.train as module\n"
-            "def choose(run):\n"
-            "    if run.step == 3:\n"
-            "        run.stop_at = 4\n"
-            "module.choose_stop = choose\n"
-            "sys.exit(module.main(sys.argv[1:]))\n"
-        )
-        folder, lines = tmp_path / "run", []
-        run_ranks([str(program), "--out", str(folder), *flags], 2, folder, echo=lines.append)
+        folder = tmp_path / "run"
+        told = ["--out", str(folder), *flags]
+        forked.train_on_ranks(told, 2, folder, program="test_train:told_to_stop_at_4")
         assert latest_checkpoint(folder).name == "step-0000004"
         end = series(read_metrics(folder / "metrics.jsonl"), "end")[-1]
-        assert (end["step"], end["reason"]) == (4, "interrupted"), lines
+        assert (end["step"], end["reason"]) == (4, "interrupted")
 
     # make check has four ranks read documents, in tests/test_attention.py
     @pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.long)])
@@ -491,8 +487,7 @@ class TestTwoRanks:
         changes = {"schedule.stages": stages, "schedule.extension_steps": 2, "log_every": 1}
         long = vary(brief, changes | {"data.micro_batches": 4, "data.batch_tokens": 2048})
         one = train(long, tmp_path / "one", echo=None)
-        rank = ["-m", "speedrun.train", "--out", str(tmp_path / "all"), *as_arguments(long)]
-        run_ranks(rank, world, tmp_path / "all")
+        forked.train_on_ranks(command(long, tmp_path / "all"), world, tmp_path / "all")
         known = curve(tmp_path / "one", "step")
         assert curve(tmp_path / "all", "step") == pytest.approx(known, abs=1e-5)
         facts = load_facts(latest_checkpoint(tmp_path / "all"))
@@ -504,8 +499,7 @@ class TestTwoRanks:
         stages = (Stage(0.5, candidates=64), Stage(0.25, candidates=128), Stage(0.25))
         run = vary(brief, FP8_HEAD | {"schedule.stages": stages, "log_every": 1})
         train(run, tmp_path / "one", echo=None)
-        rank = ["-m", "speedrun.train", "--out", str(tmp_path / "two"), *as_arguments(run)]
-        run_ranks(rank, 2, tmp_path / "two")
+        forked.train_on_ranks(command(run, tmp_path / "two"), 2, tmp_path / "two")
         for kind in ("val", "step"):
             known = curve(tmp_path / "one", kind)
             assert curve(tmp_path / "two", kind) == pytest.approx(known, abs=1e-5)
@@ -538,13 +532,7 @@ class TestTwoRanks:
         assert curve(folder)[-1] == pytest.approx(curve(tmp_path / "whole")[-1], abs=1e-3)
 
     def test_three_ranks_cannot_share_two_micro_batches(self, brief, tmp_path):
-        with pytest.raises(UserError, match="rank 0 ended with status 1|failed"):
-            run_ranks(
-                ["-m", "speedrun.train", "--out", str(tmp_path), *as_arguments(brief)],
-                3,
-                tmp_path,
-                echo=lambda line: None,
-            )
+        assert forked.run_on_ranks(command(brief, tmp_path), 3, tmp_path) == [1, 1, 1]
         assert "3 ranks cannot share 2 micro-batches" in (tmp_path / "output.txt").read_text()
 
 
@@ -558,16 +546,15 @@ def every_other(brief):
 class TestAdamEveryOtherStep:
     def test_two_ranks_train_as_one(self, every_other, tmp_path):
         train(every_other, tmp_path / "one", echo=None)
-        rank = ["-m", "speedrun.train", "--out", str(tmp_path / "two"), *as_arguments(every_other)]
-        run_ranks(rank, 2, tmp_path / "two")
+        forked.train_on_ranks(command(every_other, tmp_path / "two"), 2, tmp_path / "two")
         assert curve(tmp_path / "two") == pytest.approx(curve(tmp_path / "one"), abs=1e-3)
         saved = load_checkpoint(latest_checkpoint(tmp_path / "two"))
         assert saved[1].keys() == load_checkpoint(latest_checkpoint(tmp_path / "one"))[1].keys()
         # what two ranks have saved, one goes on from, and the other way round
         longer = vary(every_other, {"max_steps": 7})
         train(longer, tmp_path / "seven", echo=None)
-        rank = ["-m", "speedrun.train", "--resume", str(tmp_path / "seven"), "--max-steps", "0"]
-        run_ranks(rank, 2, tmp_path / "seven")
+        rank = ["--resume", str(tmp_path / "seven"), "--max-steps", "0"]
+        forked.train_on_ranks(rank, 2, tmp_path / "seven")
         assert "up to rounding: 2 ranks, not 1" in (tmp_path / "seven" / "log.txt").read_text()
         assert curve(tmp_path / "seven")[-1] == pytest.approx(curve(tmp_path / "one")[-1], abs=1e-3)
 
@@ -660,18 +647,10 @@ class TestCompiled:
 class TestLaunching:
     def test_launch_prepares_trains_and_resumes(self, brief, tmp_path):
         flags = as_arguments(vary(brief, {"max_steps": 6}))
-        done = subprocess.run(
-            [sys.executable, "-m", "speedrun.launch", "--out", str(tmp_path), *flags],
-            capture_output=True,
-            text=True,
-        )
+        done = forked.run("speedrun.launch", ["--out", str(tmp_path), *flags])
         assert done.returncode == 0, done.stderr
         assert "nothing to download" in done.stdout and str(tmp_path) in done.stdout
-        again = subprocess.run(
-            [sys.executable, "-m", "speedrun.launch", "--resume", str(tmp_path)],
-            capture_output=True,
-            text=True,
-        )
+        again = forked.run("speedrun.launch", ["--resume", str(tmp_path)])
         assert again.returncode == 0 and "finished at step 12" in again.stdout, (
             again.stderr + again.stdout
         )

@@ -118,6 +118,14 @@ def modules_of(function: Callable[[], object]) -> list[str]:
     return names
 
 
+def import_what_they_import(*examples: tuple[str, list[str]]) -> None:
+    """Import all that these commands import in the middle of their work."""
+    for example in examples:
+        for name in modules_of(lambda example=example: run_command(*example)):
+            with contextlib.suppress(Exception):
+                importlib.import_module(name)
+
+
 def preload(*examples: tuple[str, list[str]]) -> None:
     """Import all that the commands import, at first or (found with example command lines) later. Stays one thread."""
     os.environ.update(ENVIRONMENT)
@@ -144,10 +152,7 @@ def preload(*examples: tuple[str, list[str]]) -> None:
     read_command(TrainCommand, [], "smoke", "")  # tyro reads the fields' docstrings once
     read_command(lambda config: LaunchCommand(TrainCommand(config)), [], "smoke", "")
     get_tokenizer("gpt2")
-    for example in examples:
-        for name in modules_of(lambda example=example: run_command(*example)):
-            with contextlib.suppress(Exception):
-                importlib.import_module(name)
+    import_what_they_import(*examples)
     assert len(os.listdir("/proc/self/task")) == 1, "a zygote with threads cannot fork"
 
 
