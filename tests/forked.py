@@ -53,6 +53,7 @@ def in_child(work: Callable, given: tuple, environment: dict, out: Connection, e
     sys.stderr = open(2, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115 # fmt: skip
     os.environ.clear()
     os.environ.update(environment)
+    multiprocessing.process.current_process()._config["daemon"] = False  # it may start others
     work(*given)
 
 

@@ -17,6 +17,7 @@ from datetime import timedelta
 from hashlib import sha256
 from pathlib import Path
 
+import forked
 import torch
 import torch.distributed as dist
 
@@ -224,11 +225,15 @@ def starter(folder: Path, device: str = "cpu", together: Sequence[str] = (), rou
             for world, jobs in rounds
         ]
         most = max(world for world, _ in rounds)
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += [f"--nproc-per-node={most}", __file__, device, json.dumps(listed)]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, capture_output=True, text=True, env=environment)
-        assert done.returncode == 0, done.stderr[-9000:]
+        words = [device, json.dumps(listed)]
+        if device == "cpu":
+            forked.train_on_ranks(words, most, folder, program="optimizer_ranks:main")
+        else:
+            command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+            command += [f"--nproc-per-node={most}", __file__, *words]
+            environment = os.environ | {"OMP_NUM_THREADS": "1"}
+            done = subprocess.run(command, capture_output=True, text=True, env=environment)
+            assert done.returncode == 0, done.stderr[-9000:]
         for world, jobs in rounds:
             for name, saved in jobs:
                 found[name, world, saved] = torch.load(named(name, world, saved))
@@ -244,11 +249,12 @@ def starter(folder: Path, device: str = "cpu", together: Sequence[str] = (), rou
     return run
 
 
-if __name__ == "__main__":
+def main(arguments: list[str]) -> int:
+    """The work of one rank, which its environment names."""
     torch.set_num_threads(1)
     torch._dynamo.config.automatic_dynamic_shapes = False  # each scenario as if it were alone
     torch._dynamo.config.recompile_limit = 64
-    device, rounds = sys.argv[1], json.loads(sys.argv[2])
+    device, rounds = arguments[0], json.loads(arguments[1])
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     for number, (world, jobs) in enumerate(rounds):
@@ -256,7 +262,7 @@ if __name__ == "__main__":
         if rank >= world:
             continue
         way: dict = {}
-        if len(rounds) > 1:
+        if len(rounds) > 1 or device == "cpu":
             met = Path(jobs[0][1]).with_name(f"round {number}")
             way = {"init_method": met.as_uri(), "rank": rank, "world_size": world}
             way |= {"timeout": timedelta(minutes=2)}  # a rank that waits in vain ends
@@ -267,3 +273,8 @@ if __name__ == "__main__":
                 torch.save(result, out)
         dist.barrier()  # the next round may read what this one has written
         dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -13,7 +13,17 @@ import speedrun.sample
 import speedrun.train  # noqa: F401
 from speedrun.lab.provenance import module_hashes
 
-BRIEF = "--preset cpu_gpt2 --no-compile --model.model-dim 32 --steps 2 --val-tokens 1024".split()
+BRIEF = [
+    "--preset",
+    "cpu_gpt2",
+    "--no-compile",
+    "--model.model-dim",
+    "32",
+    "--steps",
+    "2",
+    "--val-tokens",
+    "1024",
+]
 torch.set_num_threads(1)
 module_hashes(["speedrun.train"])
 with tempfile.TemporaryDirectory() as folder:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 from ablate import main
 
@@ -18,9 +19,12 @@ def arguments(out: Path, data: Path, *more: str) -> list[str]:
     return [str(out), *more, "--preset", "cpu_gpt2", *sizes]
 
 
+def script(words: list[str]) -> int:
+    return run_main(lambda: main(words))
+
+
 def ablate(*words) -> subprocess.CompletedProcess:
-    command = [sys.executable, "scripts/ablate.py", *arguments(*words)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    return forked.run("test_ablate:script", arguments(*words))
 
 
 @pytest.fixture

@@ -4,8 +4,8 @@ import itertools
 import math
 import sys
 
-import numpy as np
 import forked
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -46,7 +46,6 @@ from speedrun.model.backends import (
 from speedrun.model.gpt import GPT, attention_settings
 from speedrun.presets import as_arguments, preset
 from speedrun.schedule import Stage
-from speedrun.supervise import run_ranks
 from speedrun.train import attn_settings_now, build_run, train, warm_up
 
 CUTS = {  # bounds of documents, in rows of so many tokens

@@ -9,6 +9,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import forked
 import jupytext
 import nbformat
 import psutil
@@ -38,12 +39,19 @@ heartbeat = Heartbeat(Path(sys.argv[1]), int(os.environ["RANK"]))
 heartbeat.phase("train", 3)
 time.sleep(600)
 """
-LAUNCH = """
-import sys
-from pathlib import Path
-from speedrun.supervise import run_ranks
-run_ranks(sys.argv[3:], 2, Path(sys.argv[1]), grace_s=float(sys.argv[2]))
-"""
+
+
+def launch(arguments: list[str]) -> int:
+    """A launcher of two ranks: their folder, how long they may save, and their program."""
+    folder, grace_s, *program = arguments
+    run_ranks(program, 2, Path(folder), grace_s=float(grace_s))
+    return 0
+
+
+def launcher_of(program: list[str], folder: Path, grace_s: int = 30):
+    """Its process; what it says, nobody reads."""
+    words = [str(folder / "run"), str(grace_s), *program]
+    return forked.start("test_launch:launch", words, output=folder / "said.txt")
 
 
 @pytest.fixture
@@ -82,8 +90,7 @@ def all_gone(processes: list[psutil.Process], seconds: float = 20.0) -> bool:
 class TestNoRankOutlivesAnybody:
     @pytest.mark.parametrize("victim", ["launcher", "torchrun"])
     def test_killed(self, rude, tmp_path, victim):
-        command = [sys.executable, "-c", LAUNCH, str(tmp_path / "run"), "30", *rude]
-        launcher = psutil.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        launcher = launcher_of(rude, tmp_path)
         ranks = wait_for(lambda: two_training(tmp_path / "run"))
         torchrun = parent_of(ranks[0])
         (launcher if victim == "launcher" else torchrun).kill()
@@ -95,10 +102,10 @@ class TestNoRankOutlivesAnybody:
         """Their parent has changed before they could note it; only the launcher's number tells."""
         (tmp_path / "slow.py").write_text(f"import time\ntime.sleep({late})\n" + RUDE)
         program = [str(tmp_path / "slow.py"), str(tmp_path / "run")]
-        command = [sys.executable, "-c", LAUNCH, str(tmp_path / "run"), "30", *program]
-        launcher = psutil.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        launcher = launcher_of(program, tmp_path)
+        family = psutil.Process(launcher.pid)
         tree = wait_for(
-            lambda: (found := launcher.children(recursive=True)) and len(found) == 3 and found
+            lambda: (found := family.children(recursive=True)) and len(found) == 3 and found
         )
         torchrun = next(process for process in tree if process.ppid() == launcher.pid)
         torchrun.kill()
@@ -134,11 +141,11 @@ class TestNoRankOutlivesAnybody:
     def test_a_rank_that_ignores_everything_is_ended_when_the_launcher_is_asked_to(
         self, rude, tmp_path
     ):
-        command = [sys.executable, "-c", LAUNCH, str(tmp_path / "run"), "1", *rude]
-        launcher = psutil.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        launcher = launcher_of(rude, tmp_path, 1)
         ranks = wait_for(lambda: two_training(tmp_path / "run"))
+        everybody = [*ranks, psutil.Process(launcher.pid)]
         launcher.send_signal(signal.SIGINT)
-        assert all_gone([*ranks, launcher])
+        assert all_gone(everybody)
 
     def test_silence_is_noticed_and_located(self, rude, tmp_path):
         with pytest.raises(UserError) as caught:

@@ -58,9 +58,8 @@ def test_arms_are_equally_far_wherever_a_study_stops(module):
 
 @pytest.mark.parametrize("arm", ["stages", "windows", "documents"])
 def test_an_ablation_is_trained_validated_once_and_kept(arm, embedded):
-    run = vary(
-        at_cpu_size(ablations.study()[f"{arm}_0"]), {"device": "cpu", "warmup": 0, "compile": False}
-    )
+    brief = {"device": "cpu", "warmup": 0, "compile": False, "val_tokens": 4096}
+    run = vary(at_cpu_size(ablations.study()[f"{arm}_0"]), brief | {"data.batch_tokens": 256})
     data, stamp = train_alone(run, "…", ablations.after, echo=None)
     (kept,) = data["runs"]
     assert json.dumps(data) and stamp["seeds"] == [0] and len(kept["steps_ms"]) == 99

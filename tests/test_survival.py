@@ -11,6 +11,7 @@ import threading
 import time
 from pathlib import Path
 
+import forked
 import psutil
 import pytest
 import torch
@@ -72,9 +73,8 @@ class TestOneOwner:
         self, long, tmp_path
     ):
         out = tmp_path / "run"
-        live = start(
-            [*TRAIN, "--out", str(out), *as_arguments(vary(long, {"checkpoint_every": 3}))]
-        )
+        often = vary(long, {"checkpoint_every": 3})
+        live = forked.start("speedrun.train", ["--out", str(out), *as_arguments(often)])
         wait_for_line(live, "step:9/")
         kept = checkpoints(out)
         for again in (["--resume", str(out)], ["--out", str(out), "--preset", "smoke"]):
@@ -263,16 +263,17 @@ class TestEnvironment:
         assert rank_numbers() == (0, 1, 0) and join_ranks("cpu", "auto").world == 1
 
     def test_without_git_and_other_tools(self, brief, tmp_path):
-        env = os.environ | {"PATH": str(tmp_path / "nowhere")}
-        done = subprocess.run([*TRAIN, "--out", str(tmp_path / "run"), *as_arguments(brief)], capture_output=True, text=True, env=env)  # fmt: skip
+        env = {"PATH": str(tmp_path / "nowhere")}
+        flags = ["--out", str(tmp_path / "run"), *as_arguments(brief)]
+        done = forked.run("speedrun.train", flags, env)
         assert done.returncode == 0, done.stderr
         assert read_metrics(tmp_path / "run" / "metrics.jsonl")[0]["commit"] == ""
 
     def test_without_a_compiler_it_says_what_to_leave_out(self, brief, tmp_path):
-        env = {k: v for k, v in os.environ.items() if k != "CXX"} | {"PATH": str(tmp_path)}
-        flags = as_arguments(vary(brief, {"compile": True}))
-        for command in (TRAIN, [*LAUNCH, "--yes"]):
-            done = subprocess.run([*command, "--out", str(tmp_path / "run"), *flags], capture_output=True, text=True, env=env)  # fmt: skip
+        env = {"CXX": "", "PATH": str(tmp_path)}
+        flags = ["--out", str(tmp_path / "run"), *as_arguments(vary(brief, {"compile": True}))]
+        for command, more in (("speedrun.train", []), ("speedrun.launch", ["--yes"])):
+            done = forked.run(command, [*more, *flags], env)
             assert done.returncode == 1 and "--no-compile" in done.stderr
             assert "Traceback" not in done.stderr and not (tmp_path / "run" / "log.txt").exists()
 
@@ -295,7 +296,7 @@ class TestEnvironment:
 
     def test_hints_can_be_copied(self, long, tmp_path):
         out = tmp_path / "my first run"
-        live = start([*TRAIN, "--out", str(out), *as_arguments(long)])
+        live = forked.start("speedrun.train", ["--out", str(out), *as_arguments(long)])
         wait_for_line(live, "step:3/")
         live.send_signal(signal.SIGINT)
         *_, last = live.stdout.read().splitlines()
@@ -338,7 +339,8 @@ class TestEnvironment:
 class TestLoopback:
     def test_no_port_of_a_run_is_open_to_others(self, long, tmp_path):
         """The launcher, torchrun and two ranks, in the middle of training."""
-        live = start([*LAUNCH, "--gpus", "2", "--yes", "--out", str(tmp_path / "run"), *as_arguments(long)])  # fmt: skip
+        flags = ["--gpus", "2", "--yes", "--out", str(tmp_path / "run"), *as_arguments(long)]
+        live = forked.start("speedrun.launch", flags)
         wait_for_line(live, "step:9/")
         tree = [psutil.Process(live.pid), *psutil.Process(live.pid).children(recursive=True)]
         ports = [c for process in tree for c in process.net_connections("inet") if c.status == psutil.CONN_LISTEN]  # fmt: skip
@@ -473,6 +475,15 @@ class TestDamage:
         assert "--shards 1 lists those of then" in caught.value.fix
 
 
+def without_patience(arguments: list[str]) -> int:
+    """The trainer, which does not wait for room on a disk."""
+    from speedrun import train as module
+
+    save = module.save
+    module.save = lambda run, patience_s=0.0: save(run, 0.0)
+    return module.main(arguments)
+
+
 class TestDisks:
     def test_lines_that_never_found_room_are_a_problem_at_the_end(
         self, brief, tmp_path, monkeypatch
@@ -510,14 +521,9 @@ class TestDisks:
         if subprocess.run(["mount", "-t", "tmpfs", "-o", size, "none", str(disk)], capture_output=True).returncode:  # fmt: skip
             pytest.skip("no mounts here")
         try:
-            code = f"""
-import sys
-from speedrun import train as module
-save = module.save
-module.save = lambda run, patience_s=0.0: save(run, 0.0)
-sys.exit(module.main({["--out", str(disk / "run"), *as_arguments(vary(brief, {"checkpoint_every": 4, "model.model_dim": 64}))]!r}))
-"""
-            done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+            run = vary(brief, {"checkpoint_every": 4, "model.model_dim": 64})
+            flags = ["--out", str(disk / "run"), *as_arguments(run)]
+            done = forked.run("test_survival:without_patience", flags)
             assert done.returncode == 1 and "Traceback" not in done.stderr and "→" in done.stderr
             for name in ("metrics.jsonl", "log.txt"):
                 if (disk / "run" / name).exists():

@@ -138,6 +138,7 @@ class TestOneRank:
             | {
                 "val_tokens": 4096,
                 "warmup": 0,
+                "data.batch_tokens": 256,
             },  # FlexAttention on a CPU is dense: quadratic in a row
         )
         train(run, tmp_path, echo=None)
@@ -354,21 +355,26 @@ class TestResuming:
         assert "has no checkpoint" in capsys.readouterr().err
 
 
+def in_small_files(arguments: list[str]) -> int:
+    """The trainer where no file may grow beyond 400 kB; patience takes a thirtieth of its time, and is told."""
+    import resource
+
+    from speedrun import train as module
+
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, 400_000))
+    save, waited = module.save, []
+    module.save = lambda run, patience_s=0.0: (waited.append(patience_s), save(run, patience_s / 30))[1]  # fmt: skip
+    status = module.main(arguments)
+    print("waited", waited)
+    return status
+
+
 class TestTrouble:
     def test_a_full_disk_loses_nothing_and_is_no_success(self, brief, tmp_path):
         """Files may not grow beyond 400 kB: no checkpoint fits. The run goes on to its end, and then it is a problem."""
-        code = f"""
-import resource, signal, sys
-from speedrun import train as module
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, 400_000))
-save, waited = module.save, []
-module.save = lambda run, patience_s=0.0: (waited.append(patience_s), save(run, patience_s / 30))[1]
-status = module.main({command(vary(brief, {"checkpoint_every": 6, "model.model_dim": 64}), tmp_path)!r})
-print("waited", waited)
-sys.exit(status)
-"""
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        run = vary(brief, {"checkpoint_every": 6, "model.model_dim": 64})
+        done = forked.run("test_train:in_small_files", command(run, tmp_path))
         assert done.returncode == 1 and "Traceback" not in done.stderr
         assert "no checkpoint at step 6, going on without" in done.stdout
         assert "step 12 is reached, but not saved: the checkpoint" in done.stderr
