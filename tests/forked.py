@@ -57,6 +57,13 @@ def in_child(work: Callable, given: tuple, environment: dict, out: Connection, e
     work(*given)
 
 
+def text_of(end: Connection):
+    """What comes out of a pipe, as text."""
+    copy = os.dup(end.fileno())
+    end.close()
+    return open(copy, encoding="utf-8", errors="backslashreplace")
+
+
 class Forked:
     """A function's call in a forked child, with the words of subprocess.Popen. output: a file that takes both streams."""
 
@@ -78,9 +85,7 @@ class Forked:
             os.environ["PYTHONPATH"] = before
         for there in theirs:
             there.close()
-        self.stdout, self.stderr = (open(os.dup(end.fileno()), encoding="utf-8", errors="backslashreplace") for end in mine) if mine else (None, None)  # fmt: skip
-        for end in mine:
-            end.close()
+        self.stdout, self.stderr = (text_of(end) for end in mine) if mine else (None, None)
         self.pid = self.process.pid
 
     @property

@@ -143,9 +143,9 @@ class TestEverySwitch:
     def test_it_learns(self, way, embedded, tmp_path):
         base = vary(at_cpu_size(preset("cpu_gpt2")), {"data.path": str(embedded), "warmup": 0})
         muon = {"optim.matrices": "muon", "optim.matrix_lr": 0.02, "schedule.warmup_steps": 0}
-        brief = {"log_every": 19, "val_tokens": 4096, "data.batch_tokens": 256}  # two rows a step
-        if way != "all":  # which learns less, and least where it is narrow
-            brief |= {"model.model_dim": 64, "model.num_heads": 2}
+        brief = {"log_every": 19, "val_tokens": 4096}
+        if way != "all":  # which learns less, and hardly where there is little
+            brief |= {"data.batch_tokens": 256, "model.model_dim": 64, "model.num_heads": 2}
         train(vary(base, WAYS[way] | muon | brief), tmp_path, echo=None)
         records = read_metrics(tmp_path / "metrics.jsonl")
         val = [record["val_loss"] for record in series(records, "val")]
