@@ -298,7 +298,7 @@ print(f"Q, K, V: {share:.0%} of the squared error is in the directions below the
 #
 # $$ Q \leftarrow PQ, \qquad G \leftarrow PGP, \qquad\text{and at the end}\quad X \leftarrow QX . $$
 #
-# Everything here is a polynomial in the first $G$, so the order of factors does not matter. There is a catch: $G$ holds the *squares* of the singular values. What is a thousandth in $X$ is a millionth in $G$, below the rounding of its large entries, and comes out of it as noise, possibly negative; the polynomials are steep near zero and do not forgive. Zhang and others {cite}`zhang2026` *restart*: after some polynomials they multiply $X$ out, where the small ones have grown meanwhile, and compute $G$ anew. With one restart that makes four long products instead of ten. They also multiply in float16, which has three bits more than bfloat16 and costs a GPU the same. Its range is small, but once the matrix has been divided by its norm nothing here grows out of it, and what falls below it is too small to matter. No record has this yet. This book's `record` does: its Muon is `RECORD_MUON` in [chapter 22](22_config.py). Its products of squares are symmetric: [chapter 31](31_symmetric_matmul.py) computes half of each.
+# Everything here is a polynomial in the first $G$, so the order of factors does not matter. There is a catch: $G$ holds the *squares* of the singular values. What is a thousandth in $X$ is a millionth in $G$, below the rounding of its large entries, and comes out of it as noise, possibly negative; the polynomials are steep near zero and do not forgive. Zhang and others {cite}`zhang2026` *restart*: after some polynomials they multiply $X$ out, where the small ones have grown meanwhile, and compute $G$ anew. With one restart that makes four long products instead of ten. They also multiply in float16, which has three bits more than bfloat16 and costs a GPU the same. Its range is small, but once the matrix has been divided by its norm nothing here grows out of it, and what falls below it is too small to matter. No record has this yet. This book's `record` does: its Muon is `RECORD_MUON` in [chapter 22](22_config.py). Its products of squares are symmetric: [chapter 31](31_symmetric_matmul.py) can compute half of each.
 
 
 # %%
@@ -579,8 +579,6 @@ class MuonConfig:
     """quintic: one polynomial again and again. polar_express: each the best for what the last one left."""
     ns_dtype: Literal["bfloat16", "float16"] = "bfloat16"
     """polar_express: what is multiplied. float16: by way of the Gram matrix, which is cheaper."""
-    triangle: bool = False
-    """float16: symmetric products are half computed, by chapter 31's kernel, where a GPU has it."""
     beta2: Beta = 0.0
     """NorMuon: decay of the rows' second moment; 0: off."""
     weight_decay: NonNegativeFloat = 0.0
@@ -643,7 +641,7 @@ def orthogonalize(g: Tensor, config: MuonConfig) -> Tensor:
         return polar_factor(g)
     if config.orthogonalizer == "polar_express":
         dtype, gram = getattr(torch, config.ns_dtype), config.ns_dtype == "float16"
-        return polar_express(g, config.ns_steps, dtype, gram, config.triangle)
+        return polar_express(g, config.ns_steps, dtype, gram)
     return newton_schulz(g, config.ns_steps)
 
 

@@ -164,7 +164,7 @@ def block_of_sum(
 
 
 # %% [markdown]
-# The kernel itself is what is left: find the block, compute it, store it, and off the diagonal store its transpose on the other side. A diagonal block is computed whole, since leaving out a part of it would save little, at most a quarter of six blocks in 21. But its upper half is thrown away for the lower one's mirror image. Why, [is seen below](#rounding).
+# The kernel itself is what is left: find the block, compute it, store it, and off the diagonal store its transpose on the other side. A diagonal block is computed whole, since leaving out a part of it would save little, at most a quarter of six blocks in 21. But its upper half is thrown away for the lower one's mirror image. The section on the measurement shows why.
 
 
 # %%
@@ -381,9 +381,9 @@ print(f"{len(counted)} symmetric products by the kernel; the result is off by {e
 # %% tags=["hide-input"]
 #| export measure.gram
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -395,7 +395,13 @@ from speedrun.lab.errors import UserError
 from speedrun.lab.hardware import jit
 from speedrun.lab.provenance import stamp
 from speedrun.measure.runs import relative_error
-from speedrun.optim.muon import POLAR_EXPRESS, gram_newton_schulz, muon_state, muon_step
+from speedrun.optim.muon import (
+    POLAR_EXPRESS,
+    gram_newton_schulz,
+    muon_state,
+    muon_step,
+    polar_express,
+)
 from speedrun.optim.newton_schulz import apply_odd_polynomials
 from speedrun.presets import preset
 
@@ -534,8 +540,9 @@ def times_of_update() -> list[dict]:
         told = p, 1e-3 * p.float(), muon_state(p, muon), rate, 1.0, momentum, 0.1
         calls = dict[str, Callable]()
         for way in ("cuBLAS", "triangle"):
-            config = replace(muon, triangle=way == "triangle")
-            calls[way] = as_graph(partial(compiled_copy(muon_step), *told, config))
+            express = partial(polar_express, triangle=way == "triangle")
+            with mock.patch("speedrun.optim.muon.polar_express", express):
+                calls[way] = as_graph(partial(compiled_copy(muon_step), *told, muon))
         for way, took in bench(calls, "cuda", 25, cold=True).items():
             rows.append({"bank": bank, "shape": list(shape), "way": way} | took._asdict())
             print(rows[-1], flush=True)
@@ -555,7 +562,7 @@ def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
     return found, stamp(command, ["speedrun.measure.gram"], 1, [0])
 
 
-# %% tags=["hide-input"] mystnb={"image": {"alt": "Microseconds of X Xᵀ and of bG + cG² for twelve matrices: cuBLAS, the kernel with all blocks, the triangle with pointers, the triangle with descriptors, and the least time that the chip's arithmetic allows for one triangle."}}
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Microseconds of X times its transpose and of a polynomial of G for twelve matrices: cuBLAS, the kernel with all blocks, the triangle with pointers, the triangle with descriptors, and the least time that the chip's arithmetic allows for one triangle."}}
 import numpy as np
 from matplotlib import pyplot as plt
 
@@ -628,7 +635,6 @@ assert 960 < in_plain < 1050
 # %% [markdown]
 # 1.25 milliseconds in the plain form, 1.07 with each sum inside a product (chapter 13's `fused`), 0.77 on the Gram matrix, **0.48 with triangles**. (The plain form with triangles, which the records use, was not timed; going by its products it would take about one millisecond.)
 #
-# (rounding)=
 # The error, though, had grown by six tenths when this was measured. The kernel had written diagonal blocks as they came. Rounded matrices do not quite commute, so a product that should be symmetric is not, quite; and in the next product the kernel reads rows of it where columns are meant. Here is the iteration in float16, rounded like the kernel's, with blocks of 64: whole, with diagonal blocks as they come, and with everything mirrored.
 
 # %%
@@ -690,9 +696,9 @@ assert 0.55 < saved < 0.65 and 0.0015 < saved / 2 / step_ms < 0.0025
 # %% [markdown]
 # The update of all of `record_200m`'s matrices, compiled, with momentum, NorMuon and mantissas (and queries, keys, values and outputs as one stack of forty), becomes 19% shorter, 0.6 ms on one GPU. GPUs share that work. If half of the matrices gain half as much, two save 0.3 ms each, of a step of some 150: **a fifth of a percent.** On eight GPUs each has two to four matrices of a kind, and the gain was not measured. Record 27 had more to win: its Muon had no Gram form.
 #
-# ```{admonition} It is a switch, and it is off
+# ```{admonition} The trainer does not use it yet
 # :class: warning
-# The first two runs of `record_200m` with the triangle, on one H200, diverged after 325 and 355 of 735 steps. They were also the first runs in which each micro-batch has its own candidates ([chapter 19](19_head_and_loss.py)), and the first on one GPU whose passes are CUDA graphs ([chapter 16](16_compile.py)). Which of the three is the cause has not been found. By itself the kernel is right on all shapes that were tried, and Newton–Schulz with mirrored products stays as bounded as without. Until that is settled, `optim.muon.triangle` is off in all presets, for a fifth of a percent is not worth a doubt.
+# The first two runs of `record_200m` with the triangle, on one H200, diverged in their second third. They were also the first runs in which each micro-batch has its own candidates ([chapter 19](19_head_and_loss.py)), and the first on one GPU whose passes are CUDA graphs ([chapter 16](16_compile.py)). Which of the three is the cause has not been found. By itself the kernel is right on all shapes that were tried, and Newton–Schulz with mirrored products stays as bounded as without. Until that is settled, Muon computes whole products, for a fifth of a percent is not worth a doubt; `gram_newton_schulz` takes `triangle=True`.
 # ```
 #
 # ## What it costs, and when it fails

@@ -130,8 +130,6 @@ class MuonConfig:
     """quintic: one polynomial again and again. polar_express: each the best for what the last one left."""
     ns_dtype: Literal["bfloat16", "float16"] = "bfloat16"
     """polar_express: what is multiplied. float16: by way of the Gram matrix, which is cheaper."""
-    triangle: bool = False
-    """float16: symmetric products are half computed, by chapter 31's kernel, where a GPU has it."""
     beta2: Beta = 0.0
     """NorMuon: decay of the rows' second moment; 0: off."""
     weight_decay: NonNegativeFloat = 0.0
@@ -190,7 +188,7 @@ def orthogonalize(g: Tensor, config: MuonConfig) -> Tensor:
         return polar_factor(g)
     if config.orthogonalizer == "polar_express":
         dtype, gram = getattr(torch, config.ns_dtype), config.ns_dtype == "float16"
-        return polar_express(g, config.ns_steps, dtype, gram, config.triangle)
+        return polar_express(g, config.ns_steps, dtype, gram)
     return newton_schulz(g, config.ns_steps)
 
 
