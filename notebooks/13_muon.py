@@ -139,7 +139,7 @@ print(f"on [0.1, 1] the best quintic strays by {error:.3f}, at four points, with
 # %%
 #| default_exp optim.muon
 #| export
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -147,7 +147,6 @@ import torch
 from annotated_types import Interval
 from torch import Tensor
 
-from speedrun.kernels.gram import gram_matrix, symmetric_matmul
 from speedrun.lab.bounds import Beta, NonNegativeFloat, PositiveFloat
 from speedrun.optim.newton_schulz import apply_odd_polynomials, nesterov_momentum
 from speedrun.optim.newton_schulz import newton_schulz, polar_factor
@@ -169,13 +168,13 @@ def polar_express(
     iterations: int = 5,
     dtype: torch.dtype = torch.bfloat16,
     gram: bool = False,
-    triangle: bool = False,
+    product: Callable[..., Tensor] | None = None,
 ) -> Tensor:
     """Nearly the polar factor of each matrix in g, (…, rows, cols) → the same shape, in `dtype`.
 
     The polynomials are Amsel and others' for singular values above 1/1000 of the Frobenius norm, with record 38's margins.
     gram: by way of the Gram matrix, for g of three dimensions; restarted once for long matrices, and after every
-    polynomial for others. triangle: as in `gram_newton_schulz`.
+    polynomial for others. product: as in `gram_newton_schulz`.
     """
     x = g.float() if dtype == torch.float16 else g.to(dtype)  # a small gradient is none in float16
     x = (x / (1.02 * torch.linalg.matrix_norm(x, keepdim=True) + 1e-6)).to(dtype)
@@ -184,7 +183,7 @@ def polar_express(
     if not gram:
         return apply_odd_polynomials(x, polynomials)
     long = max(x.shape[-2:]) > 1.5 * min(x.shape[-2:])
-    return gram_newton_schulz(x, polynomials, 3 if long else 1, triangle)
+    return gram_newton_schulz(x, polynomials, 3 if long else 1, product or whole_product)
 
 
 # %%
@@ -303,28 +302,33 @@ print(f"Q, K, V: {share:.0%} of the squared error is in the directions below the
 
 # %%
 #| export
+def whole_product(a: Tensor, b: Tensor, c: Tensor | None = None, alpha=1.0, beta=0.0) -> Tensor:
+    """alpha · a b + beta · c for stacks of matrices, (matrices, …, …); a b without c."""
+    return a @ b if c is None else torch.baddbmm(c, a, b, beta=beta, alpha=alpha)
+
+
 def gram_newton_schulz(
     x: Tensor,
     polynomials: Sequence[tuple[float, float, float]],
     restart: int = 3,
-    triangle: bool = False,
+    product: Callable[..., Tensor] = whole_product,
 ) -> Tensor:
     """The result of `apply_odd_polynomials` for x, (matrices, rows, cols), computed on the Gram matrix of its short side.
 
     restart: after so many polynomials x is multiplied out, and the Gram matrix computed anew; each time takes two
-    products with x itself. triangle: half of each symmetric product is computed, where a GPU has a kernel for it. Shape and dtype stay.
+    products with x itself. product: computes all those whose results are symmetric. Shape and dtype stay.
     """
     tall, restart = x.shape[-2] > x.shape[-1], max(1, restart)
     for begin in range(0, len(polynomials), restart):
         part = polynomials[begin : begin + restart]
-        gram = x.mT @ x if tall else gram_matrix(x, triangle)
+        gram = x.mT @ x if tall else product(x, x.mT)
         q = torch.eye(len(gram[0]), dtype=x.dtype, device=x.device).expand_as(gram)
         for n, (a, b, c) in enumerate(part):
-            z = symmetric_matmul(gram, gram, gram, c, b, triangle)
-            q = symmetric_matmul(z, q, q, 1.0, a, triangle) if n else torch.add(z, q, alpha=a)
+            z = product(gram, gram, gram, c, b)
+            q = product(z, q, q, 1.0, a) if n else torch.add(z, q, alpha=a)
             if n < len(part) - 1:  # p(gram) · gram · p(gram): all of these commute
-                half = symmetric_matmul(z, gram, gram, 1.0, a, triangle)
-                gram = symmetric_matmul(z, half, half, 1.0, a, triangle)
+                half = product(z, gram, gram, 1.0, a)
+                gram = product(z, half, half, 1.0, a)
         x = x @ q if tall else q @ x
     return x
 

@@ -314,27 +314,27 @@ def fake_symmetric_matmul(a, b, c, alpha, beta):
 # %%
 #| export
 def symmetric_matmul(
-    a: Tensor, b: Tensor, c: Tensor, alpha: float = 1.0, beta: float = 0.0, triangle: bool = True
+    a: Tensor, b: Tensor, c: Tensor, alpha: float = 1.0, beta: float = 0.0
 ) -> Tensor:
     """alpha · a b + beta · c for stacks of symmetric matrices, (matrices, size, size), of which a and b commute, so that the result is symmetric, too. In their dtype.
 
-    Only blocks on and below the diagonal are computed, with sums in float32, and mirrored; c is read there only. For other matrices the result is wrong. All of the product is computed without
-    `triangle`, and where `why_no_kernel` has a reason. No gradient. Raises ValueError for shapes and dtypes that differ.
+    Only blocks on and below the diagonal are computed, with sums in float32, and mirrored; c is read there only. For other matrices the result is wrong. Where `why_no_kernel` has a reason, all
+    of the product is computed. No gradient. Raises ValueError for shapes and dtypes that differ.
     """
     square = a.dim() == 3 and a.shape[1] == a.shape[2] and a.shape == b.shape == c.shape
     if not square or not a.dtype == b.dtype == c.dtype:
         given = ", ".join(f"{tuple(each.shape)} {each.dtype}" for each in (a, b, c))
         raise ValueError(f"stacks of matrices (matrices, size, size) in one dtype, not {given}")
-    if not triangle or a.device.type == "cpu":  # the compiler may look into it
+    if a.device.type == "cpu":  # the compiler may look into it
         return symmetric_reference(a, b, c, alpha, beta)
     return symmetric_matmul_op(a, b, c, alpha, beta)
 
 
-def gram_matrix(x: Tensor, triangle: bool = True) -> Tensor:
-    """x xᵀ for a stack x, (matrices, size, inner): (matrices, size, size), in x's dtype; where `symmetric_matmul` computes one triangle, this does. No gradient."""
-    if not triangle or x.device.type == "cpu":
-        return x @ x.mT
-    return symmetric_matmul_op(x, x, None, 1.0, 0.0)
+def triangle_product(a: Tensor, b: Tensor, c: Tensor | None = None, alpha=1.0, beta=0.0) -> Tensor:
+    """Chapter 13's `whole_product` by one triangle, for what is symmetric: a b + c as in `symmetric_matmul`, or a aᵀ, which is meant if c is None; for a stack a, (matrices, size, inner)."""
+    if c is not None:
+        return symmetric_matmul(a, b, c, alpha, beta)
+    return a @ a.mT if a.device.type == "cpu" else symmetric_matmul_op(a, a, None, 1.0, 0.0)
 
 
 # %%
@@ -342,7 +342,7 @@ halves = gram.double() / gram.norm(dim=(1, 2), keepdim=True).double()  # symmetr
 poly = halves @ halves - 0.5 * halves  # a polynomial in it: it commutes with it
 found = symmetric_matmul(halves, poly, halves, alpha=2.0, beta=0.3)
 assert torch.allclose(found, 2.0 * halves @ poly + 0.3 * halves, atol=1e-12)
-assert torch.allclose(found, found.mT, atol=1e-12) and torch.equal(gram_matrix(halves), halves @ halves.mT)  # fmt: skip
+assert torch.allclose(found, found.mT, atol=1e-12) and torch.equal(triangle_product(halves, halves.mT), halves @ halves.mT)  # fmt: skip
 try:
     symmetric_matmul(halves, poly.float(), halves)
     raise AssertionError("two dtypes are refused")
@@ -353,20 +353,17 @@ except ValueError as refused:
 # The whole iteration, with each of its fourteen square products and two Gram matrices computed by the kernel:
 
 # %%
-from unittest import mock
-
 from speedrun.optim import muon
 
 
-def by_kernel(a: Tensor, b: Tensor, c: Tensor | None, alpha: float = 1.0, beta: float = 0.0, triangle: bool = True) -> Tensor:  # fmt: skip
-    """`symmetric_matmul`, by the kernel in blocks of 16, here."""
+def by_kernel(a: Tensor, b: Tensor, c: Tensor | None = None, alpha=1.0, beta=0.0) -> Tensor:
+    """`triangle_product`, by the kernel in blocks of 16, here."""
     counted.append(a.shape)
-    return launch_symmetric(a, b, c, alpha, beta, small, False)
+    return launch_symmetric(a, a if c is None else b, c, alpha, beta, small, False)
 
 
 wide, counted = torch.randn(2, 32, 128, generator=generator).to(machine.device), list[Any]()
-with mock.patch.multiple(muon, symmetric_matmul=by_kernel, gram_matrix=lambda x, triangle: by_kernel(x, x, None)):  # fmt: skip
-    orthogonal = muon.polar_express(wide, dtype=torch.float32, gram=True)
+orthogonal = muon.polar_express(wide, dtype=torch.float32, gram=True, product=by_kernel)
 known = muon.polar_express(wide.double(), dtype=torch.float64)
 error = ((orthogonal - known).norm() / known.norm()).item()
 assert len(counted) == 16 and error < 1e-4
@@ -520,7 +517,7 @@ def times_of_newton_schulz() -> list[dict]:
     for name, form in (("plain", apply_odd_polynomials), ("fused", fused), ("Gram", gram_newton_schulz)):  # fmt: skip
         for dtype in rounded:
             for way in ("cuBLAS", "triangle") if name == "Gram" else ("cuBLAS",):
-                more = (3, way == "triangle") if name == "Gram" else ()
+                more = (3, triangle_product) if way == "triangle" else ()
                 call = partial(form, rounded[dtype], POLAR_EXPRESS, *more)
                 short, error = str(dtype).split(".")[1], relative_error(call(), known)
                 calls[f"{name}, {dtype}, {way}"] = as_graph(call)
@@ -540,7 +537,8 @@ def times_of_update() -> list[dict]:
         told = p, 1e-3 * p.float(), muon_state(p, muon), rate, 1.0, momentum, 0.1
         calls = dict[str, Callable]()
         for way in ("cuBLAS", "triangle"):
-            express = partial(polar_express, triangle=way == "triangle")
+            product = triangle_product if way == "triangle" else None
+            express = partial(polar_express, product=product)
             with mock.patch("speedrun.optim.muon.polar_express", express):
                 calls[way] = as_graph(partial(compiled_copy(muon_step), *told, muon))
         for way, took in bench(calls, "cuda", 25, cold=True).items():
@@ -698,7 +696,7 @@ assert 0.55 < saved < 0.65 and 0.0015 < saved / 2 / step_ms < 0.0025
 #
 # ```{admonition} The trainer does not use it yet
 # :class: warning
-# The first two runs of `record_200m` with the triangle, on one H200, diverged in their second third. They were also the first runs in which each micro-batch has its own candidates ([chapter 19](19_head_and_loss.py)), and the first on one GPU whose passes are CUDA graphs ([chapter 16](16_compile.py)). Which of the three is the cause has not been found. By itself the kernel is right on all shapes that were tried, and Newton–Schulz with mirrored products stays as bounded as without. Until that is settled, Muon computes whole products, for a fifth of a percent is not worth a doubt; `gram_newton_schulz` takes `triangle=True`.
+# The first two runs of `record_200m` with the triangle, on one H200, diverged in their second third. They were also the first runs in which each micro-batch has its own candidates ([chapter 19](19_head_and_loss.py)), and the first on one GPU whose passes are CUDA graphs ([chapter 16](16_compile.py)). Which of the three is the cause has not been found. By itself the kernel is right on all shapes that were tried, and Newton–Schulz with mirrored products stays as bounded as without. Until that is settled, Muon computes whole products, for a fifth of a percent is not worth a doubt; `gram_newton_schulz` takes `triangle_product` as its argument `product`.
 # ```
 #
 # ## What it costs, and when it fails

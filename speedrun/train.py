@@ -286,7 +286,6 @@ def warm_up(run: Run) -> float:
         take_steps(run, start, run.config.warmup)
     validation_loss(run, itertools.islice(val_batches(run, run.config.val_tokens), 1))
     run.recorder.recording = run.recorder.stream is not None
-    torch.cuda.empty_cache()  # what the plain passes have left is not the graphs'
     for start in starts if run.recorder.recording else ():
         take_steps(run, start, 1)
     run.recorder.recording = False
@@ -295,6 +294,7 @@ def warm_up(run: Run) -> float:
     run.step, run.loader.position = step, position
     run.nonfinite_steps.zero_()
     run.clock.wait()
+    torch.cuda.empty_cache()  # what the first calls have left is not the graphs'
     return time.perf_counter() - begin
 
 

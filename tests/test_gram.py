@@ -14,12 +14,12 @@ from speedrun.kernels.gram import (
     LARGE_SHARED,
     SMALL_SHARED,
     blocks_of,
-    gram_matrix,
     launch_symmetric,
     lower_tile,
     symmetric_matmul,
     symmetric_matmul_op,
     symmetric_reference,
+    triangle_product,
 )
 from speedrun.kernels.mlp import Blocks
 from speedrun.lab.hardware import jit
@@ -107,9 +107,8 @@ class TestTheFunction:
         assert torch.equal(symmetric_matmul(a, b, c, -2.0, 0.4), known)
         assert torch.allclose(symmetric_matmul_op(a, b, c, -2.0, 0.4), known, rtol=1e-4, atol=1e-6)
         x = drawn(2, 30, 41).float()
-        assert torch.equal(gram_matrix(x), x @ x.mT)
-        assert torch.equal(gram_matrix(x, False), x @ x.mT)
-        assert torch.equal(symmetric_matmul(a, b, c, -2.0, 0.4, False), known)
+        assert torch.equal(triangle_product(x, x.mT), x @ x.mT)
+        assert torch.equal(triangle_product(a, b, c, -2.0, 0.4), known)
         assert torch.equal(symmetric_matmul_op(x, x, None, 1.0, 0.0), x @ x.mT)
 
     def test_by_the_kernel_it_is_the_same(self):
@@ -181,30 +180,22 @@ class TestTheFunction:
 
 
 @pytest.mark.parametrize("shape", [(2, 24, 96), (2, 96, 24), (2, 32, 32)])
-def test_newton_schulz_by_the_kernel(shape, monkeypatch):
+def test_newton_schulz_by_the_kernel(shape):
     """Five polynomials on the Gram matrix, with every product of symmetric matrices by one triangle, against float64."""
     calls = []
 
-    def by_kernel(a, b, c, alpha=1.0, beta=0.0, triangle=True):
-        assert triangle
+    def by_kernel(a, b, c=None, alpha=1.0, beta=0.0):
         calls.append(a.shape)
-        return launch_symmetric(a, b, c, alpha, beta, NARROW, False)
+        return launch_symmetric(a, a if c is None else b, c, alpha, beta, NARROW, False)
 
     x = drawn(*shape)
     known = polar_express(x, dtype=torch.float64)
-
-    def gram(x, triangle=True):
-        calls.append(x.shape)
-        return launch_symmetric(x, x, None, 1.0, 0.0, NARROW, False)
-
-    monkeypatch.setattr("speedrun.optim.muon.symmetric_matmul", by_kernel)
-    monkeypatch.setattr("speedrun.optim.muon.gram_matrix", gram)
-    found = polar_express(x.float(), dtype=torch.float32, gram=True, triangle=True)
+    found = polar_express(x.float(), dtype=torch.float32, gram=True, product=by_kernel)
     assert len(calls) == {24: 16, 96: 14, 32: 10}[shape[1]], (
         "a tall matrix's first product is not its own"
     )
     assert (found.double() - known).norm() / known.norm() < 1e-3
-    assert gram_newton_schulz(x.float(), [(1.0, 0.0, 0.0)], 3, True).equal(x.float())
+    assert gram_newton_schulz(x.float(), [(1.0, 0.0, 0.0)], 3, by_kernel).equal(x.float())
 
 
 AHEAD = """
@@ -276,5 +267,5 @@ class TestOnAGPU:
     def test_newton_schulz(self):
         x = drawn(2, 768, 3072, device="cuda").float()
         known = polar_express(x.double(), dtype=torch.float64)
-        found = polar_express(x, dtype=torch.float16, gram=True, triangle=True)
+        found = polar_express(x, dtype=torch.float16, gram=True, product=triangle_product)
         assert (found.double() - known).norm() / known.norm() < 0.01

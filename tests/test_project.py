@@ -132,10 +132,9 @@ class TestLayers:
         }
         # upstream's trainer with its two files of kernels: 32,205 at record 89
         blocks = sum(tokens.pop(f"speedrun.kernels.{name}") for name in ("mlp", "rotary"))
-        triangle = tokens.pop("speedrun.kernels.gram")
         kernels = sum(tokens.pop(name) for name in [*tokens] if ".kernels." in name)
         compiling = tokens.pop("speedrun.lab.compile") + tokens.pop("speedrun.model.compiled")
-        assert kernels <= 8_850 and blocks <= 4_450 and triangle <= 1_620, tokens
+        assert kernels <= 8_850 and blocks <= 4_450, tokens
         source = source_of("speedrun.model.gpt")  # what a compiler sees one at a time
         parts = [
             tokens_of_code(ast.get_source_segment(source, node) or "")

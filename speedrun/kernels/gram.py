@@ -158,24 +158,24 @@ def fake_symmetric_matmul(a, b, c, alpha, beta):
 
 
 def symmetric_matmul(
-    a: Tensor, b: Tensor, c: Tensor, alpha: float = 1.0, beta: float = 0.0, triangle: bool = True
+    a: Tensor, b: Tensor, c: Tensor, alpha: float = 1.0, beta: float = 0.0
 ) -> Tensor:
     """alpha · a b + beta · c for stacks of symmetric matrices, (matrices, size, size), of which a and b commute, so that the result is symmetric, too. In their dtype.
 
-    Only blocks on and below the diagonal are computed, with sums in float32, and mirrored; c is read there only. For other matrices the result is wrong. All of the product is computed without
-    `triangle`, and where `why_no_kernel` has a reason. No gradient. Raises ValueError for shapes and dtypes that differ.
+    Only blocks on and below the diagonal are computed, with sums in float32, and mirrored; c is read there only. For other matrices the result is wrong. Where `why_no_kernel` has a reason, all
+    of the product is computed. No gradient. Raises ValueError for shapes and dtypes that differ.
     """
     square = a.dim() == 3 and a.shape[1] == a.shape[2] and a.shape == b.shape == c.shape
     if not square or not a.dtype == b.dtype == c.dtype:
         given = ", ".join(f"{tuple(each.shape)} {each.dtype}" for each in (a, b, c))
         raise ValueError(f"stacks of matrices (matrices, size, size) in one dtype, not {given}")
-    if not triangle or a.device.type == "cpu":  # the compiler may look into it
+    if a.device.type == "cpu":  # the compiler may look into it
         return symmetric_reference(a, b, c, alpha, beta)
     return symmetric_matmul_op(a, b, c, alpha, beta)
 
 
-def gram_matrix(x: Tensor, triangle: bool = True) -> Tensor:
-    """x xᵀ for a stack x, (matrices, size, inner): (matrices, size, size), in x's dtype; where `symmetric_matmul` computes one triangle, this does. No gradient."""
-    if not triangle or x.device.type == "cpu":
-        return x @ x.mT
-    return symmetric_matmul_op(x, x, None, 1.0, 0.0)
+def triangle_product(a: Tensor, b: Tensor, c: Tensor | None = None, alpha=1.0, beta=0.0) -> Tensor:
+    """Chapter 13's `whole_product` by one triangle, for what is symmetric: a b + c as in `symmetric_matmul`, or a aᵀ, which is meant if c is None; for a stack a, (matrices, size, inner)."""
+    if c is not None:
+        return symmetric_matmul(a, b, c, alpha, beta)
+    return a @ a.mT if a.device.type == "cpu" else symmetric_matmul_op(a, a, None, 1.0, 0.0)

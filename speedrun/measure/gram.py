@@ -8,6 +8,7 @@ from speedrun.kernels.gram import (
     launch_symmetric,
     symmetric_matmul_op,
     symmetric_reference,
+    triangle_product,
 )
 
 
@@ -146,7 +147,7 @@ def times_of_newton_schulz() -> list[dict]:
     for name, form in (("plain", apply_odd_polynomials), ("fused", fused), ("Gram", gram_newton_schulz)):  # fmt: skip
         for dtype in rounded:
             for way in ("cuBLAS", "triangle") if name == "Gram" else ("cuBLAS",):
-                more = (3, way == "triangle") if name == "Gram" else ()
+                more = (3, triangle_product) if way == "triangle" else ()
                 call = partial(form, rounded[dtype], POLAR_EXPRESS, *more)
                 short, error = str(dtype).split(".")[1], relative_error(call(), known)
                 calls[f"{name}, {dtype}, {way}"] = as_graph(call)
@@ -166,7 +167,8 @@ def times_of_update() -> list[dict]:
         told = p, 1e-3 * p.float(), muon_state(p, muon), rate, 1.0, momentum, 0.1
         calls = dict[str, Callable]()
         for way in ("cuBLAS", "triangle"):
-            express = partial(polar_express, triangle=way == "triangle")
+            product = triangle_product if way == "triangle" else None
+            express = partial(polar_express, product=product)
             with mock.patch("speedrun.optim.muon.polar_express", express):
                 calls[way] = as_graph(partial(compiled_copy(muon_step), *told, muon))
         for way, took in bench(calls, "cuda", 25, cold=True).items():
