@@ -584,7 +584,7 @@ for place, (floor, ratio) in enumerate(zip(floors, faster)):
     ax.text(place + 0.285, times[*CASES[place], "triangle"] + 2, f"{ratio:.1f}×", ha="center", fontsize=8)  # fmt: skip
 ax.set_xticks(range(len(CASES)), LABELS)
 ax.set_ylabel("µs for twelve matrices, float16\n(×: version 0 over version 3)")
-ax.set_title(f"for twelve matrices, one triangle takes {1 / faster[0]:.0%} to {1 / faster[1]:.0%} of bmm's time, {1 / faster[2]:.0%} of baddbmm's")  # fmt: skip
+ax.set_title(f"one triangle takes {1 / faster[0]:.0%} to {1 / faster[1]:.0%} of bmm's time, {1 / faster[2]:.0%} of baddbmm's")  # fmt: skip
 ax.legend(fontsize=8.5)
 fig.text(0.99, -0.03, measured_on(result), ha="right", fontsize=6.5)
 plt.show()

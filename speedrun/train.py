@@ -281,12 +281,11 @@ def warm_up(run: Run) -> float:
     run.optimizer.warm_up()
     last = run.config.last_step - 1
     starts = [min(step, last), *(start for start in run.schedule.starts if step < start <= last)]
-    starts.sort(key=lambda start: -run.schedule.at(start).batch_tokens)  # shorter passes fit in
     for start in starts:
         take_steps(run, start, run.config.warmup)
     validation_loss(run, itertools.islice(val_batches(run, run.config.val_tokens), 1))
     run.recorder.recording = run.recorder.stream is not None
-    for start in starts if run.recorder.recording else ():
+    for start in starts if run.recorder.recording else ():  # in the order of their replays
         take_steps(run, start, 1)
     run.recorder.recording = False
     run.model.load_state_dict(weights)

@@ -215,8 +215,10 @@ class TestRecorder:
 
 
 class TestWarmUp:
-    def test_stages_are_recorded_after_all_plain_passes_the_longest_first(self, brief, tmp_path):
-        """Then no plain pass lies beside the graphs' pool, and the shorter stages find room in it."""
+    def test_stages_are_recorded_after_all_plain_passes_in_the_order_of_their_replays(
+        self, brief, tmp_path
+    ):
+        """Then no plain pass lies beside the graphs' pool."""
         stages = tuple(Stage(1 / 3, factor, 1.0) for factor in (1, 2, 3))
         changes = {"schedule.stages": stages, "steps": 12, "warmup": 2}
         run = build_run(vary(brief, changes), tmp_path, echo=None)
@@ -236,7 +238,7 @@ class TestWarmUp:
         run.recorder.stream = "a GPU's"
         warm_up(run)
         kinds = list(dict.fromkeys(p[:2] for p in passes[before:]))
-        assert kinds == [(round, stage) for round in (False, True) for stage in (2, 1, 0)]
+        assert kinds == [(round, stage) for round in (False, True) for stage in (0, 1, 2)]
         assert not run.recorder.recording
         assert [train_step(run).item() for _ in range(3)] == losses, "and undone"
 
