@@ -910,7 +910,7 @@ assert (
 )
 
 # %% [markdown]
-# The first step compiles, allocates and tunes. So, as in the contest's later records, a few real steps of each stage (another batch is another shape) and a validation batch are run before the clock starts, and then undone: weights and the optimizer's state are put back, the data stream is set to where it was. (On a GPU the optimizer before them compiles and records all of its updates, those of later steps as well, and updates nothing; and a step more of each stage is recorded as CUDA graphs.) In one thing our clock is kinder than upstream's: there the loader is made anew after the warm-up, so that reading the first shard and finding its documents is timed, and here the shard stays in memory.
+# The first step compiles, allocates and tunes. So, as in the contest's later records, a few real steps of each stage (another batch is another shape), the longest first, and a validation batch are run before the clock starts, and then undone: weights and the optimizer's state are put back, the data stream is set to where it was. (On a GPU the optimizer before them compiles and records all of its updates, those of later steps as well, and updates nothing; and a step more of each stage is recorded as CUDA graphs.) In one thing our clock is kinder than upstream's: there the loader is made anew after the warm-up, so that reading the first shard and finding its documents is timed, and here the shard stays in memory.
 
 
 # %%
@@ -932,7 +932,8 @@ def warm_up(run: Run) -> float:
     run.optimizer.warm_up()
     last = run.config.last_step - 1
     starts = [min(step, last), *(start for start in run.schedule.starts if step < start <= last)]
-    for start in starts:
+    longest = sorted(starts, key=lambda start: -run.schedule.at(start).batch_tokens)
+    for start in longest:  # shorter passes fit into its memory
         take_steps(run, start, run.config.warmup)
     validation_loss(run, itertools.islice(val_batches(run, run.config.val_tokens), 1))
     run.recorder.recording = run.recorder.stream is not None

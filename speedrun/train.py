@@ -281,7 +281,8 @@ def warm_up(run: Run) -> float:
     run.optimizer.warm_up()
     last = run.config.last_step - 1
     starts = [min(step, last), *(start for start in run.schedule.starts if step < start <= last)]
-    for start in starts:
+    longest = sorted(starts, key=lambda start: -run.schedule.at(start).batch_tokens)
+    for start in longest:  # shorter passes fit into its memory
         take_steps(run, start, run.config.warmup)
     validation_loss(run, itertools.islice(val_batches(run, run.config.val_tokens), 1))
     run.recorder.recording = run.recorder.stream is not None

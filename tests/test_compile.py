@@ -215,7 +215,7 @@ class TestRecorder:
 
 
 class TestWarmUp:
-    def test_stages_are_recorded_after_all_plain_passes_in_the_order_of_their_replays(
+    def test_stages_are_recorded_in_their_order_after_all_plain_passes_the_longest_first(
         self, brief, tmp_path
     ):
         """Then no plain pass lies beside the graphs' pool."""
@@ -238,7 +238,7 @@ class TestWarmUp:
         run.recorder.stream = "a GPU's"
         warm_up(run)
         kinds = list(dict.fromkeys(p[:2] for p in passes[before:]))
-        assert kinds == [(round, stage) for round in (False, True) for stage in (0, 1, 2)]
+        assert kinds == [(False, 2), (False, 1), (False, 0), (True, 0), (True, 1), (True, 2)]
         assert not run.recorder.recording
         assert [train_step(run).item() for _ in range(3)] == losses, "and undone"
 
