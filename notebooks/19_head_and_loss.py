@@ -866,7 +866,7 @@ for std in (0.02, 0.15, 0.3):
 # %% [markdown]
 # ## What it buys
 #
-# `record` and `record_200m` train with this head, and with 10,240 candidates in the first two thirds of the schedule. When the head was new, most of the last third had candidates, too, 16,384 of them, and only the last steps had all words. Here are the runs made then beside the runs before, on the same text, with the same seeds, on two H200s. (Both are older than the MLP in eight bits, [chapter 18](18_fused_mlp.py). And in all sampled runs on this page the micro-batches that a GPU passes through the model together shared their candidates: on two GPUs 65,536 tokens, four times as many as on eight, whose targets leave fewer places to fillers. Since then each micro-batch chooses its own, so that the loss does not depend on the number of GPUs; runs of that are still to be made.)
+# `record` and `record_200m` train with this head, and with 10,240 candidates in the first two thirds of the schedule. When the head was new, most of the last third had candidates, too, 16,384 of them, and only the last steps had all words. Here are the runs made then beside the runs before, on the same text, with the same seeds, on two H200s. (Both are older than the MLP in eight bits, [chapter 18](18_fused_mlp.py). And in all sampled runs on this page the micro-batches that a GPU passes through the model together shared their candidates: on two GPUs 65,536 tokens, four times as many as on eight, whose targets leave fewer places to fillers. Since then each micro-batch chooses its own, so that the loss does not depend on the number of GPUs; what is known of that stands at the end.)
 
 # %%
 from speedrun.config import config_from_json
@@ -940,7 +940,7 @@ print(measured_on(load_result("speedrun", "record_200m")))
 #
 # ### Candidates of each micro-batch
 #
-# In all runs above, a pass that joins several micro-batches chose its candidates once, for all of them. In the first two thirds hardly any of 10,240 words was then a filler. Each micro-batch chooses its own now. Two runs of that have been made, on one H200; here is the one that was finished, beside the run with joined candidates and the same seed.
+# In all runs above, a pass that joins several micro-batches chose its candidates once, for all of them. Each micro-batch chooses its own now. Two runs of that have been made, on one H200; here is the one that was finished, beside the run with joined candidates and the same seed.
 
 # %%
 joined, own = now[0], load_result("loss", "one_gpu")["data"]["runs"][0]
@@ -950,10 +950,14 @@ for step in (125, 250, 375, 735):
 assert joined["config"]["seed"] == own["config"]["seed"] and own["world"] == 1
 assert 0.3 < at["joined"][125] - at["own"][125] < 0.4 and 0.15 < at["joined"][250] - at["own"][250] < 0.2  # fmt: skip
 assert at["own"][375] > 6 and at["own"][735] > 3.8
+stopped = load_result("loss", "one_gpu_stopped")["data"]
+last = {point["step"]: point["val_loss"] for point in stopped["curve"]}
+print(f"the other seed: {last[250]:.3f} at step 250, {last[375]:.3f} at 375; stopped at step {stopped['train'][-1]['step']}")  # fmt: skip
+assert last[250] < 4.2 and last[375] > 8 and stopped["train"][-1]["step"] < 735
 print(measured_on(load_result("loss", "one_gpu")))
 
 # %% [markdown]
-# With fillers, rare words are pushed down, and the loss over all words is much less behind. And then **both runs diverged**, this one between steps 250 and 375, the other, which was stopped, in the same stretch. Three things were new in them: these candidates, the triangle in Muon ([chapter 31](31_symmetric_matmul.py)), and one GPU whose passes are CUDA graphs ([chapter 16](16_compile.py)). The cause has not been found. So the times and losses above are of the trainer with joined candidates; a run of today's has to be watched.
+# The loss over all words is much less behind, probably because more of the candidates are fillers, which push rare words down. And then **both runs diverged**, this one between steps 250 and 375, the other, which was stopped, in the same stretch. Three things were new in them: these candidates, the triangle in Muon ([chapter 31](31_symmetric_matmul.py)), and one GPU whose passes are CUDA graphs ([chapter 16](16_compile.py)). The cause has not been found. So the times and losses above are of the trainer with joined candidates; a run of today's has to be watched.
 #
 # ## What it costs, and when it fails
 #

@@ -1184,7 +1184,7 @@ print(f"{min(warm):.0f} to {max(warm):.0f} s with what is compiled")
 on = {2: made["record_200m_plain_head"], 4: made["record_200m_4gpu"]}
 
 # %% [markdown]
-# ```{admonition} These runs are of the trainer of a day before
+# ```{admonition} These runs are of an earlier trainer
 # :class: warning
 # Since they were made, each micro-batch chooses its own candidates, and the warm-up records passes after all others. The first two runs of that, on one H200 and with a triangle in Muon that is out again, diverged in their second third; the cause has not been found ([chapter 19](19_head_and_loss.py)). Until it is, watch a run of `record` or `record_200m`, and do not rely on these numbers.
 # ```

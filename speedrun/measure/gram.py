@@ -51,7 +51,7 @@ BANKS = {
     "attention": (40, 768, 768),
     "up": (11, 3072, 768),
     "down": (11, 768, 3072),
-}  # record_200m's
+}  # record_200m's; queries, keys, values and outputs as one stack
 
 
 def fused(x: Tensor, polynomials: Sequence[tuple[float, float, float]]) -> Tensor:
