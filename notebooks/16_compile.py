@@ -720,8 +720,8 @@ saved = runs["the whole model, launched"][0] - runs["parts, recorded"][0]
 assert 37 < saved < 43, "seconds of a cold start"
 assert 110 < runs["the whole model, launched"][0] < 130, "two minutes, as said above"
 since = load_result("loss", "one_gpu")["data"]["runs"][0]["memory_mb"]
-assert 0.89 < since["reserved"] / found[0]["memory_mb"]["reserved"] < 0.93
-assert (round(since["reserved"] / 1024), round(100 * since["allocated"] / since["reserved"])) == (43, 56)  # fmt: skip
+assert 0.85 < since["reserved"] / found[0]["memory_mb"]["reserved"] < 0.89
+assert (round(since["reserved"] / 1024), round(100 * since["allocated"] / since["reserved"])) == (41, 59)  # fmt: skip
 assert 1.005 < ratio[2] < 1.03 and 1.005 < ratio[3] < 1.03, "as printed, one to two per cent"
 
 # %% [markdown]
@@ -782,7 +782,7 @@ assert share > 0.95 and abs(rest[1]) < 1 and min(min(values) for values in stack
 #
 # ## What it costs, and when it fails
 #
-# - **Memory.** A CUDA graph keeps the memory of its pass for itself as long as it lives. All stages' graphs share a pool. The runs above recorded each stage right after its own first passes, which stood beside the pool of the stages before, so that the most that was ever reserved grew by a quarter. Since then all plain passes come first. A run of that, on one GPU and with the longest stage recorded first, reserved 43 GiB, a tenth less, of which it never had more than 56% allocated at a time; where the rest goes has not been found.
+# - **Memory.** A CUDA graph keeps the memory of its pass for itself as long as it lives. All stages' graphs share a pool. The runs above recorded each stage right after its own first passes, which stood beside the pool of the stages before, so that the most that was ever reserved grew by a quarter. Since then all plain passes come first. Runs of that, on one GPU, reserved 41 GiB, an eighth less, of which they never had more than 59% allocated at a time: a validation's rows cannot lie in memory that belongs to graphs.
 # - **One to two per cent of a step**, in the two thirds of the runs above whose schedules are the same. Two causes can be named. The gradient of $x_0$, which every layer reads, is added up by autograd between the compiled graphs and not inside one. And the largest entry of the gradient that an eight-bit MLP needs for its scale ([chapter 18](18_fused_mlp.py)) is found by a kernel of its own, where a graph of the whole model found it while the gradient was written. How the loss divides among them, symbols for sizes and copies of batches has not been measured.
 # - **What depends on a computed number cannot be recorded**: an `if` about a loss, a shape that depends on data, `.item()`. The first form of the softmax's candidates ([chapter 19](19_head_and_loss.py)) waited for the GPU in each pass. While recording that is refused at once; without a graph a run only gets slower.
 # - **On two GPUs recording bought no time that these runs could show.** There a pass has 49,152 or 65,536 tokens, and the GPU is the slower of the two. It should matter where a rank has few tokens, as with eight. `python scripts/measure.py compile passes FOLDER` times both ways for one rank of eight, of four and of two; no result of it is committed yet, so what it saves there is so far an expectation.

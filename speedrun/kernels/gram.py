@@ -160,9 +160,10 @@ def fake_symmetric_matmul(a, b, c, alpha, beta):
 def symmetric_matmul(
     a: Tensor, b: Tensor, c: Tensor, alpha: float = 1.0, beta: float = 0.0
 ) -> Tensor:
-    """alpha · a b + beta · c for stacks of symmetric matrices, (matrices, size, size), of which a and b commute, so that the result is symmetric, too. In their dtype.
+    """alpha · a b + beta · c for stacks of matrices, (matrices, size, size), where b and the result are symmetric: so it is if a and b are symmetric and commute. In their dtype.
 
-    Only blocks on and below the diagonal are computed, with sums in float32, and mirrored; c is read there only. For other matrices the result is wrong. Where `why_no_kernel` has a reason, all
+    Only blocks on and below the diagonal are computed, with sums in float32, and mirrored; c is read there only. For other matrices the result is wrong, and where rounded factors do not quite commute it
+    may be (`gram_by_triangles`). Where `why_no_kernel` has a reason, all
     of the product is computed. No gradient. Raises ValueError for shapes and dtypes that differ.
     """
     square = a.dim() == 3 and a.shape[1] == a.shape[2] and a.shape == b.shape == c.shape
