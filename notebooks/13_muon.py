@@ -297,7 +297,7 @@ print(f"Q, K, V: {share:.0%} of the squared error is in the directions below the
 #
 # $$ Q \leftarrow PQ, \qquad G \leftarrow PGP, \qquad\text{and at the end}\quad X \leftarrow QX . $$
 #
-# Everything here is a polynomial in the first $G$, so the order of factors does not matter. There is a catch: $G$ holds the *squares* of the singular values. What is a thousandth in $X$ is a millionth in $G$, below the rounding of its large entries, and comes out of it as noise, possibly negative; the polynomials are steep near zero and do not forgive. Zhang and others {cite}`zhang2026` *restart*: after some polynomials they multiply $X$ out, where the small ones have grown meanwhile, and compute $G$ anew. With one restart that makes four long products instead of ten. They also multiply in float16, which has three bits more than bfloat16 and costs a GPU the same. Its range is small, but once the matrix has been divided by its norm nothing here grows out of it, and what falls below it is too small to matter. No record has this yet. This book's `record` does: its Muon is `RECORD_MUON` in [chapter 22](22_config.py). Its products of squares are symmetric: [chapter 31](31_symmetric_matmul.py) can compute half of each.
+# Everything here is a polynomial in the first $G$, so on paper their order is free. There is a catch: $G$ holds the *squares* of the singular values. What is a thousandth in $X$ is a millionth in $G$, below the rounding of its large entries, and comes out of it as noise, possibly negative; the polynomials are steep near zero and do not forgive. Zhang and others {cite}`zhang2026` *restart*: after some polynomials they multiply $X$ out, where the small ones have grown meanwhile, and compute $G$ anew. With one restart that makes four long products instead of ten. They also multiply in float16, which has three bits more than bfloat16 and costs a GPU the same. Its range is small, but once the matrix has been divided by its norm nothing here grows out of it, and what falls below it is too small to matter. No record has this yet. This book's `record` does: its Muon is `RECORD_MUON` in [chapter 22](22_config.py). Its products of squares are symmetric: [chapter 31](31_symmetric_matmul.py) can compute half of each.
 
 
 # %%
@@ -316,7 +316,7 @@ def gram_newton_schulz(
     """The result of `apply_odd_polynomials` for x, (matrices, rows, cols), computed on the Gram matrix of its short side.
 
     restart: after so many polynomials x is multiplied out, and the Gram matrix computed anew; each time takes two
-    products with x itself. product: computes all those whose results are symmetric. Shape and dtype stay.
+    products with x itself. product: computes all those whose results are symmetric but for rounding; if it mirrors a half, restart by two (chapter 31). Shape and dtype stay.
     """
     tall, restart = x.shape[-2] > x.shape[-1], max(1, restart)
     for begin in range(0, len(polynomials), restart):
@@ -326,7 +326,7 @@ def gram_newton_schulz(
         for n, (a, b, c) in enumerate(part):
             z = product(gram, gram, gram, c, b)
             q = product(z, q, q, 1.0, a) if n else torch.add(z, q, alpha=a)
-            if n < len(part) - 1:  # p(gram) · gram · p(gram): all of these commute
+            if n < len(part) - 1:  # p(gram) · gram · p(gram): these commute, but for rounding
                 half = product(z, gram, gram, 1.0, a)
                 gram = product(z, half, half, 1.0, a)
         x = x @ q if tall else q @ x

@@ -63,7 +63,7 @@ def gram_newton_schulz(
     """The result of `apply_odd_polynomials` for x, (matrices, rows, cols), computed on the Gram matrix of its short side.
 
     restart: after so many polynomials x is multiplied out, and the Gram matrix computed anew; each time takes two
-    products with x itself. product: computes all those whose results are symmetric. Shape and dtype stay.
+    products with x itself. product: computes all those whose results are symmetric but for rounding; if it mirrors a half, restart by two (chapter 31). Shape and dtype stay.
     """
     tall, restart = x.shape[-2] > x.shape[-1], max(1, restart)
     for begin in range(0, len(polynomials), restart):
@@ -73,7 +73,7 @@ def gram_newton_schulz(
         for n, (a, b, c) in enumerate(part):
             z = product(gram, gram, gram, c, b)
             q = product(z, q, q, 1.0, a) if n else torch.add(z, q, alpha=a)
-            if n < len(part) - 1:  # p(gram) · gram · p(gram): all of these commute
+            if n < len(part) - 1:  # p(gram) · gram · p(gram): these commute, but for rounding
                 half = product(z, gram, gram, 1.0, a)
                 gram = product(z, half, half, 1.0, a)
         x = x @ q if tall else q @ x
