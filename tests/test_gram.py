@@ -221,8 +221,10 @@ def loud(top: float, share: float, seed: int, size: int = 256, device: str = "cp
 
 
 def off(found: torch.Tensor, x: torch.Tensor) -> float:
+    """The largest error of a stack's matrices, relative to their norms; not finite is infinite."""
     known = apply_odd_polynomials(x.double(), POLAR_EXPRESS)
-    return ((found.double() - known).norm() / known.norm()).item()
+    errors = torch.linalg.matrix_norm(found.double() - known) / torch.linalg.matrix_norm(known)
+    return errors.nan_to_num(float("inf")).max().item()
 
 
 class TestGramByTriangles:
@@ -265,18 +267,12 @@ class TestGramByTriangles:
 
     def test_one_loud_direction_does_not_break_it(self):
         """It breaks the other order, P (P G), by more than the whole result; restarted after two polynomials that is right again."""
-        errors = {"whole": [], "P(PG)": [], "after two": [], "(PG)P": []}
-        for top in (0.8, 0.85, 0.9):
-            for seed in range(3):
-                x = loud(top, 0.6, seed)
-                half = x.half()
-                errors["whole"].append(off(gram_newton_schulz(half, POLAR_EXPRESS), x))
-                errors["P(PG)"].append(off(gram_newton_schulz(half, POLAR_EXPRESS, 3, mirrored), x))
-                errors["after two"].append(off(gram_newton_schulz(half, POLAR_EXPRESS, 2, mirrored), x))  # fmt: skip
-                errors["(PG)P"].append(off(gram_by_triangles(half, POLAR_EXPRESS, 3, mirrored), x))
-        assert max(errors["P(PG)"]) > 1
-        assert max(errors["(PG)P"]) < 2 * max(errors["whole"]) < 0.04
-        assert max(errors["after two"]) < max(errors["whole"])
+        x = torch.cat([loud(top, 0.6, seed, 96) for top in (0.8, 0.85, 0.9) for seed in range(4)])
+        half = x.half()
+        whole = off(gram_newton_schulz(half, POLAR_EXPRESS), x)
+        assert off(gram_newton_schulz(half, POLAR_EXPRESS, 3, mirrored), x) > 1
+        assert off(gram_by_triangles(half, POLAR_EXPRESS, 3, mirrored), x) < 1.5 * whole < 0.04
+        assert off(gram_newton_schulz(half, POLAR_EXPRESS, 2, mirrored), x) < whole
 
 
 AHEAD = """
