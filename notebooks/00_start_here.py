@@ -28,7 +28,7 @@
 # says why it is there. Most of the reasons are written down: in the READMEs of two thirds of the record folders, in pull requests and their discussions, in posts such as Keller Jordan's on Muon {cite}`jordan2024`. They are not in one place or in order; and many ideas arrived several to a record, so that the ladder does not say what each is worth alone.
 #
 # That is what this book adds. Each chapter takes one idea, asks what it should buy, builds it in the fewest lines that work, and measures. The lines
-# are then collected, mechanically, into a trainer; the code you read is the code that runs. There is the *spine*, from the data and the baseline to the launcher and the means to measure, and there are sixteen chapters of ideas so far: four on the architecture, three on attention over whole documents, four on the optimizer, and five on low precision, kernels and compiling. They take the ladder to its thirty-first record, and parts of it much further.
+# are then collected, mechanically, into a trainer; the code you read is the code that runs. There is the *spine*, from the data and the baseline to the launcher and the means to measure, and there are seventeen chapters of ideas so far: four on the architecture, three on attention over whole documents, five on the optimizer, and five on low precision, kernels and compiling. They take the ladder to its thirty-first record, and parts of it much further.
 
 # %% tags=["hide-input"]
 from speedrun.lab.tier import choose_tier
@@ -142,7 +142,6 @@ import matplotlib.pyplot as plt
 
 figure_style()
 lines = [(day, int(row["code_lines"])) for day, row in zip(days, ladder) if row["code_lines"]]
-growth = lines[-1][1] / lines[0][1]
 fig, (top, bottom) = plt.subplots(2, 1, figsize=(8, 5.6), sharex=True, height_ratios=[2.2, 1])
 top.step(days, seconds, where="post", color="C0")
 top.plot(days, seconds, "o", ms=3.5, color="C0")
@@ -180,10 +179,11 @@ top.legend(loc="upper right")
 row = next(row for row in ladder if row["record"] == "89")
 assert seconds[21] > seconds[20], "record 22 stands above the first time of record 21"
 assert (lines[0][1], int(row["code_lines"]), lines[-1][1]) == (462, 2978, 5946)
-since = next(t for t, row in zip(seconds, ladder) if row["code_lines"]) / seconds[90]
-assert 19 < since < 21 and 12 < growth < 13
+since = next(t for t, r in zip(seconds, ladder) if r["code_lines"]) / seconds[ladder.index(row)]
+growth = int(row["code_lines"]) / lines[0][1]
+assert 17.5 < since < 18.5 and 6 < growth < 6.5
 top.set_title(
-    f"{factor:.0f}× faster in {span / 365.25:.1f} years; records 4 to 91, {since:.0f}× for {growth:.0f}× the code"
+    f"{factor:.0f}× faster in {span / 365.25:.1f} years; records 4 to 89, {since:.0f}× for {growth:.0f}× the code"
 )
 bottom.plot(*zip(*lines), "o-", ms=3, lw=1, color="C2")
 bottom.set_ylim(0)
@@ -195,7 +195,7 @@ plt.show()
 # *Source: the public record logs and README of modded-nanogpt, to record 89 as of August 2026, records 90 to 92 as of 3 October 2026, carried over in `book/data/records.csv`; dates are those of submission. Code lines, without blank ones, are counted in
 # what each record's log embeds, and logs of branches that were merged later differ from the code that holds the record: the jumps at records 85 and 90 are such logs'. None was counted for record 92. An ellipsis stands for the other changes of a record. Record 21 was timed again under stricter rules, and record 22 had to beat the new time: hence the step upwards.*
 #
-# So between records 4 and 91 the time fell twentyfold and the program grew thirteenfold. The first log that holds its program is record 4's, with 462 lines. Record 89's has 2,978, record 91's 5,946, and record 92, which was built on record 89 and not on 91, added 5,068 lines and took 2,465 away. The lower curve is the reason for this book.
+# So from record 4 to record 89 the time fell eighteenfold and the program grew sixfold. The first log that holds its program is record 4's, with 462 lines. Record 89's has 2,978, record 91's 5,946, and record 92, which was built on record 89 and not on 91, added 5,068 lines and took 2,465 away. The lower curve is the reason for this book.
 #
 # ## How to read this book
 #
@@ -207,7 +207,7 @@ plt.show()
 #
 # **The cells are the program.** A cell that begins with `#| export` goes, as it stands, into the package `speedrun`; the file that a traceback
 # names carries the heading of the section that it came from. `make lab` opens the chapters in Jupyter, and saving one rewrites the package. Change Muon's weight
-# decay in [chapter 22](22_config.py), save, and the next run of [chapter 24](24_speedrun.py) trains with it. (This page exports nothing; the first exported cell is in chapter 01.)
+# decay in [chapter 22](22_config.py), save, and the next `make speedrun` trains with it. (This page exports nothing; the first exported cell is in chapter 01.)
 #
 # ## Your machine
 #
@@ -218,16 +218,16 @@ plt.show()
 # | --- | --- | --- |
 # | a browser | read, with every output on the page | |
 # | a CPU | run each chapter; train a small GPT in about five minutes | `make speedrun` |
-# | one NVIDIA GPU | train on GPT-2's tokens, in minutes | `make speedrun` |
+# | one NVIDIA GPU, or several smaller ones | train on GPT-2's tokens, in minutes | `make speedrun` |
 # | several with 50 GB each | train `record`, the best that the chapters give together, on FineWeb | `make speedrun` |
-# | the same | follow the contest from record 1, llm.c's, to record 31; record 11 took 7 minutes on 8×H100 | `make speedrun PRESET=record11` |
+# | the same | follow the contest through fourteen records, from 1, llm.c's, to 31; record 11 took 7 minutes on 8×H100 | `make speedrun PRESET=record11` |
 #
-# `record` itself has not been run whole yet; [chapter 24](24_speedrun.py) predicts what it should reach. What there is, on two H200s and English that is not FineWeb:
+# `record` itself has not been run whole yet; [chapter 24](24_speedrun.py) predicts what it should reach. What there is, on one H200 and English that is not FineWeb:
 
 # %% tags=["hide-input"]
 from speedrun.lab.results import load_result, measured_on
 
-ours = load_result("speedrun", "record_200m")
+ours = load_result("loss", "one_gpu")
 for run in ours["data"]["runs"]:
     loss = run["curve"][-1]["val_loss"]
     print(f"record_200m, {run['step']} steps: {run['seconds']:.0f} s of training to {loss:.3f}")
