@@ -20,7 +20,7 @@
 #
 # ## The problem
 #
-# The last matrix of the model is its largest. It turns each vector of 768 numbers into 50,304 logits, one for each word, and only one number per token is wanted of them: the loss. Chapter 08 wrote it as a matrix product, a softcap and a cross-entropy, and `torch.compile` fuses what it can.
+# The last matrix is the largest that tokens are multiplied by. It turns each vector of 768 numbers into 50,304 logits, one for each word, and only one number per token is wanted of them: the loss. Chapter 08 wrote it as a matrix product, a softcap and a cross-entropy, and `torch.compile` fuses what it can.
 
 # %% tags=["hide-input"]
 from speedrun.lab.tier import choose_tier
@@ -64,7 +64,7 @@ assert 0.3 < share < 0.4 and plain["p50"] > 2 * floor_ms and 4.9 < logits_gb < 5
 assert 0.4 < 6 * logits_gb / 4.8 / (plain["p50"] - floor_ms) < 0.6, "six trips at 4.8 TB/s"
 
 # %% [markdown]
-# The head has a third of all weights that a token is multiplied by, and the compiled form takes more than twice what the data sheet allows for its three products (logits forward, two gradients backward). About half of the difference is traffic; the rest is that no product reaches the data sheet. The logits of one micro-batch are five gigabytes in bfloat16. They are written, read for the softmax, read again for the gradient, written as a gradient, and that is read twice more.
+# The head has a third of all weights that a token is multiplied by, and the compiled form takes more than twice what the data sheet allows for its three products (logits forward, two gradients backward). The six trips below would fill half of the difference, if none were hidden behind a product. The logits of one micro-batch are five gigabytes in bfloat16. They are written, read for the softmax, read again for the gradient, written as a gradient, and that is read twice more.
 #
 # ```{admonition} Prediction
 # Which of these six trips can be saved at all? The gradient of a logit is $(p_v - [v = y])$ times the slope of the softcap, and $p_v = e^{z'_v} / \sum_u e^{z'_u}$ needs the sum over all words, which is known only when the last block of logits has been computed. **So must the logits be kept, or computed twice?** And if the gradient is rounded to FP8's e5m2, with two bits of mantissa: **how large is the relative error of $\partial L / \partial x$**, 1%, 5% or 25%?
@@ -80,15 +80,15 @@ assert 0.4 < 6 * logits_gb / 4.8 / (plain["p50"] - floor_ms) < 0.6, "six trips a
 # \frac{\partial L}{\partial z_{tv}} = \frac{23}{7.5\,T} \Big( \underbrace{\frac{1}{S_t}}_{\text{later}} \; \underbrace{e^{23 s_{tv} - 23}\, s_{tv} (1 - s_{tv})}_{G_{tv},\ \text{known at once}} \; - \; [v = y_t]\, s_{tv}(1 - s_{tv}) \Big) .
 # $$
 #
-# A block of the product is finished in a multiprocessor's registers. What follows, the **epilogue**, can compute $G$ there and write it, instead of the logit. The sum $S_t$ is one number per token, and it multiplies whole rows: the gradient of $x$ is $G W^\top$ with its rows divided by $S_t$, and the gradient of $W$ is $(x / S)^\top G$. Dividing the small operand $x$, and the small result $G W^\top$, does what dividing $G$ would have done. No logit is ever written. $G$ is written twice at one byte, straight and turned, since FP8 products want both ([chapter 15](15_low_precision.py)).
+# A block of the product is finished in a multiprocessor's registers. What follows, the **epilogue**, can compute $G$ there and write it, instead of the logit. The sum $S_t$ is one number per token, and it multiplies whole rows: the gradient of $x$ is $G W^\top$ with its rows divided by $S_t$, and the gradient of $W$ is $(x / S)^\top G$. Dividing the small operand $x$, and the small result $G W^\top$, does what dividing $G$ would have done. No logit is ever written. $G$ is, straight and turned, as FP8 products want it ([chapter 15](15_low_precision.py)), at one byte each, and each is read once: of six trips, two.
 #
 # ### The target apart
 #
-# $G$ is stored in e5m2. Its exponent covers what probabilities need, its two bits of mantissa round by up to an eighth. But most of the gradient's norm is not in $p$. It is in the one entry of each row where $-1$ is added, and that entry needs no matrix product: it adds a multiple of *one row* of $W$ to the gradient of $x$, and of $x$ to one row of $W$'s. Both are added in float32: to $W$'s gradient from $x$ itself, to $x$'s from the row of $W$ as e4m3 has rounded it (so $x$'s gradient stays the less exact one). The e5m2 tensor holds the rest.
+# $G$ is stored in e5m2. Its exponent covers what probabilities need, its two bits of mantissa round by up to an eighth. But most of the gradient's norm is not in $p$. It is in the one entry of each row where $-1$ is added, and that entry needs no matrix product: it adds a multiple of *one column* of $W$ to the gradient of $x$, and of $x$ to one column of $W$'s. Both are added in float32: to $W$'s gradient from $x$ itself, to $x$'s from the column of $W$ as e4m3 has rounded it (so $x$'s gradient stays the less exact one). The e5m2 tensor holds the rest.
 #
 # ### Sampled softmax
 #
-# A softmax over 50,304 words (a *word* is an entry of the vocabulary here) computes, for every token, logits of words that have almost no probability. Record 92 lets the softmax of most steps run over fewer: all words that occur as targets in the micro-batch, filled up by a fixed sweep through the vocabulary {cite}`moddednanogpt`. It is the old idea of a sampled softmax {cite}`bengio2008,jean2015`, without the correction that would make the loss comparable with the full one: all tokens of a micro-batch share the candidates, and the last steps train with all words, so that the final probabilities are right.
+# A softmax over 50,304 words (a *word* is an entry of the vocabulary here) computes, for every token, logits of words that have almost no probability. Record 92 lets the softmax of most steps run over fewer: all words that occur as targets in the micro-batch, filled up by a fixed sweep through the vocabulary {cite}`moddednanogpt`. It is the old idea of a sampled softmax {cite}`bengio2008`, much as Jean and others use it {cite}`jean2015`: all tokens of a part share its words, and nothing corrects for the rest. The last steps train with all words, to make up for that.
 #
 # ## The code
 #
@@ -176,7 +176,7 @@ print(f"the loss, {by_hand[0]:.6f}, and both gradients are those of PyTorch's ow
 # %% [markdown]
 # ### How exact is e5m2?
 #
-# Before a kernel is written, its numbers can be tried. Take a head of random rows, and vectors that lean towards their target's row, some a little and some a lot, so that the model is sure of some tokens and lost at others, as after training. Everything is computed in float64, but four tensors are rounded as the kernel would round them: $x$ and $W$ to e4m3 ([chapter 15](15_low_precision.py)); then the gradient of the logits not at all, or to e5m2 with the target's entry among the others, or to e5m2 with that entry apart; and last as the kernel will do it, before the division, with $1/S$ folded into $x$.
+# Before a kernel is written, its numbers can be tried. Take a head of random rows, and vectors that lean towards their target's row, some a little and some a lot; but no target gets more than a few per cent, unlike after training. Everything is computed in float64, but four tensors are rounded as the kernel would round them: $x$ and $W$ to e4m3 ([chapter 15](15_low_precision.py)); then the gradient of the logits not at all, or to e5m2 with the target's entry among the others, or to e5m2 with that entry apart; and last as the kernel will do it, before the division, with $1/S$ folded into $x$.
 
 # %%
 drawn = torch.Generator().manual_seed(1)
@@ -242,7 +242,7 @@ assert all(errors["as the kernel does it"][i] < 1.1 * errors["only x and W"][i] 
 assert abs(2**-2 / math.sqrt(28) - 0.047) < 0.001
 
 # %% [markdown]
-# With everything in e5m2 the gradients are off by some five per cent, the error of rounding *one* number: [chapter 15](15_low_precision.py)'s $2^{-2}/\sqrt{28}$ is 4.7%, an eighth only the worst case. Nothing averages out, for nearly all of the gradient's norm is in one entry of each row. With that entry apart the error falls to what rounding $x$ and $W$ costs by itself. (For these random words. Where a model wavers between two words, up to half of a row's norm is in the rival, and stays in e5m2.) So the kernel's gradient is *more* exact than one that writes everything into the FP8 tensor, and it is cheaper.
+# With everything in e5m2 the gradients are off by some five per cent, the error of rounding *one* number: [chapter 15](15_low_precision.py)'s $2^{-2}/\sqrt{28}$ is 4.7%, an eighth only the worst case. Nothing averages out, for nearly all of the gradient's norm is in one entry of each row. With that entry apart the error falls to what rounding $x$ and $W$ costs by itself. (For these random words. In [chapter 15](15_low_precision.py)'s trained model 3.7% and 2.4% are left: up to half of a row's *squared* norm can be a rival's, and stay in e5m2.) So the kernel's gradient is *more* exact than one that writes everything into the FP8 tensor, and it is cheaper.
 #
 # ### Choosing the candidates
 #
@@ -281,7 +281,7 @@ assert torch.equal(chosen, again), "the order of tokens does not matter, so no r
 print(f"{len(targets.unique())} different targets among {len(chosen)} candidates of 100 words")
 
 # %% [markdown]
-# If a batch has more different targets than there are places, some targets are no candidates. Nothing goes wrong: a token's own target takes part in its softmax in any case.
+# If a batch has more different targets than there are places, some targets are no candidates. Nothing breaks: a token's own target takes part in its softmax in any case.
 #
 # ### The kernel
 #
@@ -502,7 +502,7 @@ for count in (0, 64, 16):
 # %% [markdown]
 # With all words, with 64 candidates and with fewer candidates than targets: loss and both gradients are the definition's. All gradients are computed in the forward pass, so that the two large tensors are gone before the rest of the backward pass begins; what goes backward is one number.
 #
-# The operator is opaque to `torch.compile`, as attention's is. How many candidates there are is a number in CPU memory, so that no stage of the schedule compiles again. A second number says how many micro-batches the tokens are: a GPU that has several of them passes them through the model at once, but each chooses its own candidates, so that the loss is the same on however many GPUs.
+# The operator is opaque to `torch.compile`, as attention's is. How many candidates there are is a number in CPU memory, so that no stage of the schedule compiles again. A second number says how many micro-batches the tokens are: a GPU that has several of them passes them through the model at once, but each chooses its own candidates, so that the loss is, but for rounding, the same on any number of GPUs.
 
 
 # %%
@@ -577,7 +577,7 @@ for wrong in (x[:, :5], x[0], x.long()):
 # %% [markdown]
 # ## The measurement
 #
-# Six heads at the lengths of one micro-batch in the three thirds of `record_200m`, each forward and backward, with cold caches, in turn. Vectors and matrix are drawn at random, targets from the softmax. *Plain* is chapter 08's head under `torch.compile`. *Two passes* writes logits by an FP8 product, and a compiled loss reads them and writes an e5m2 gradient; records 19 to 89 store logits in this order, too (an e5m2 gradient from the loss itself since 67, one kernel for loss and gradient since 79), and their kernels are written by hand. Liger's fused head {cite}`liger` and cut-cross-entropy {cite}`wijmans2025` know softcaps of the form $c \tanh(z/c)$ only, and are timed with $c = 30$. Random words are the worst case of cut-cross-entropy, which skips blocks of small gradients that a trained model has. (The candidates at the longest rows are those that the last third once had; today it has all words.)
+# Six heads at the lengths of one micro-batch in the three thirds of `record_200m`, each forward and backward, with cold caches, in turn. Vectors and matrix are drawn at random, targets from the softmax. *Plain* is chapter 08's head under `torch.compile`. *Two passes* writes logits by an FP8 product, and a compiled loss reads them and writes an e5m2 gradient; records 19 to 89 store logits in this order, too (an e5m2 gradient from the loss itself since 67, one kernel for loss and gradient since 79), and their kernels are written by hand. Liger's fused head {cite}`liger` (the sliced one, not its Hopper kernel) and cut-cross-entropy {cite}`wijmans2025` know softcaps of the form $c \tanh(z/c)$ only, and are timed with $c = 30$. Random words are the worst case of cut-cross-entropy, which skips blocks of small gradients that a trained model has. (The candidates at the longest rows are those that the last third once had; today it has all words.)
 
 
 # %% tags=["hide-input"]
@@ -805,7 +805,7 @@ assert alone < 3 * floor_fp8 / 3
 print("beside it:", result["data"]["peers"], measured_on(result))
 
 # %% [markdown]
-# The two libraries save memory, which is what they are for: they keep no logits at all, and pay by computing them twice, or in slices. Ours keeps two tensors of one byte a logit for a moment, and is in its product and epilogue within a factor of three of what the matrix units could do at best. The rest is the two backward products, which are PyTorch's, and all that is small. At 16,384 tokens a call takes longer than its kernels: Python has some twenty launches to make, and the GPU waits for them. (In the trainer it does not, since a whole pass is replayed from a CUDA graph: [chapter 16](16_compile.py).)
+# The two libraries save memory, which is what they are for: they keep no logits at all, and pay by computing them twice, or in slices. Ours keeps two tensors of one byte a logit for a moment, and is in its product and epilogue within a factor of three of what the matrix units could do at best. The rest is the two backward products, which are PyTorch's, and all that is small. At 16,384 tokens a call with candidates is hardly shorter: probably the GPU waits for Python's twenty launches. (In the trainer it does not, since a whole pass is replayed from a CUDA graph: [chapter 16](16_compile.py).)
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Left: milliseconds of six heads at 49,152 tokens, with the least time by operations in bfloat16 and FP8. Right: the loss of a trained model against the number of candidates."}}
 from matplotlib import pyplot as plt
@@ -850,9 +850,9 @@ assert sampled["data"]["tokens"] == 262_144 and 20_000 < distinct < 22_000
 print(f"{distinct:,.0f} different targets among {sampled['data']['tokens']:,} tokens of validation text")  # fmt: skip
 
 # %% [markdown]
-# On the right a trained model is asked on validation text, in large batches of 262,144 tokens. With a thousand candidates its loss looks little more than a third of what it is: the words that would have competed are not there. Once all of the batch's targets are among the candidates, the loss is nearly the true one. Training never reads this number. It only follows its gradient, which pushes down the words that are there, and the fillers are others with each batch. (Training's micro-batches are 5 to 16 times smaller and have fewer different targets, so this curve does not say what 10,240 candidates hide there.)
+# On the right a trained model is asked on validation text, in large batches of 262,144 tokens. With a thousand candidates its loss looks little more than a third of what it is: the words that would have competed are not there. Once all of the batch's targets are among the candidates, the loss is nearly the true one. Training never reads this number. It only follows its gradient, which pushes down the words that are there, and the fillers are others with each batch. (Training's micro-batches are 8 to 16 times smaller and have fewer different targets, so this curve does not say what 10,240 candidates hide there.)
 #
-# How exact are the gradients? On the GPU, against float64, 2,048 tokens, for heads with weights of growing size. (With candidates: against the gradient of the same sampled loss, so without the bias of sampling.) So the prediction's second answer is right: with everything in eight bits about 5 to 8%. With the target's entry apart 3 to 4% are left in x's gradient, nearly all of it from rounding the operands.
+# How exact are the gradients? On the GPU, against float64, 2,048 tokens, for heads with weights of growing size. (With candidates: against the gradient of the same sampled loss, so without the bias of sampling.) So of the prediction's numbers 5% is nearest: everything in eight bits gives 6 to 8% here. With the target's entry apart 3 to 4% are left in x's gradient, nearly all of it from rounding the operands of such random heads.
 
 # %%
 table = {(e["version"], e["std"]): e for e in result["data"]["errors"]}
@@ -866,7 +866,7 @@ for std in (0.02, 0.15, 0.3):
 # %% [markdown]
 # ## What it buys
 #
-# `record` and `record_200m` train with this head, and with 10,240 candidates in the first two thirds of the schedule. When the head was new, most of the last third had candidates, too, 16,384 of them, and only the last steps had all words. Here are the runs made then beside the runs before, on the same text, with the same seeds, on two H200s. (Both are older than the MLP in eight bits, [chapter 18](18_fused_mlp.py). And in all sampled runs on this page the micro-batches that a GPU passes through the model together shared their candidates: on two GPUs 65,536 tokens, four times as many as on eight, whose targets leave fewer places to fillers. Since then each micro-batch chooses its own, so that the loss does not depend on the number of GPUs; what is known of that stands at the end.)
+# `record` and `record_200m` train with this head, and with 10,240 candidates in the first two thirds of the schedule. When the head was new, most of the last third had candidates, too, 16,384 of them, and only the last steps had all words. Here are the runs made then beside the runs before, on the same text, with the same seeds, on two H200s. (Both are older than the MLP in eight bits, [chapter 18](18_fused_mlp.py). And in all sampled runs on this page the micro-batches that a GPU passes through the model together shared their candidates: on two GPUs four in the first third and two in the second, whose targets leave fewer places to fillers. Since then each micro-batch chooses its own, so that the loss does not depend on the number of GPUs; what is known of that stands at the end.)
 
 # %%
 from speedrun.config import config_from_json
@@ -901,7 +901,7 @@ assert 0.15 < shorter < 0.22
 print(measured_on(load_result("speedrun", "record_200m_fp8_head")))
 
 # %% [markdown]
-# A fifth of the training time is gone. The price is about six thousandths of a nat. By the contest's logs ([chapter 24](24_speedrun.py)) a schedule of 735 steps would have to be some twenty steps longer to win that back, 3% of the time against the 20% saved. (Two runs against two: with a spread of 0.001 to 0.0016 between runs the sign is hardly in doubt, the size is. Which part of it comes from the candidates and which from FP8 has not been measured; record 92's own ablation finds 2.4 thousandths for candidates, prefix loss and kernel together.)
+# A fifth of the training time is gone. The price is about six thousandths of a nat. By the contest's logs, scaled from 2,100 steps ([chapter 24](24_speedrun.py)), a schedule of 735 steps would have to be some twenty steps longer to win that back, 3% of the time against the 20% saved. (Two runs against two, which differ by 0.001 and 0.002: the sign is hardly in doubt, the size is. Which part of it comes from the candidates and which from FP8 has not been measured; record 92's own ablation finds 2.4 thousandths for candidates, prefix loss and kernel together.)
 #
 # The curve is the instructive part. While the model trains on candidates, its loss over *all* words is behind: by nearly half a nat at first, and still by several hundredths when the last part of the schedule begins. Words that are rarely asked about are not pushed down far enough. In the last 56 steps, with all words, nearly all of that comes back. Whoever validates on the way is misled. (Record 92 validates only at the end, to save time.)
 #
@@ -927,8 +927,7 @@ gained = [points["before", seed][2] - points["now", seed][2] for seed in (0, 1)]
 ahead = [points["before", seed][1] - points["now", seed][1] for seed in (0, 1)]
 seconds = {kind: np.mean([run["seconds"] for run in found]) for kind, found in (("before", was), ("now", now))}  # fmt: skip
 longer = seconds["now"] - seconds["before"]
-step_ms = np.quantile(now[0]["steps_ms"], 5 / 6)  # the last third's steps are the longest
-print(f"both end lower, by {gained[0]:.4f} and {gained[1]:.4f}, and take {longer:.1f} s longer, {longer / seconds['before']:.0%}: {1000 * longer / step_ms:.0f} steps of the last third")  # fmt: skip
+print(f"both end lower, by {gained[0]:.4f} and {gained[1]:.4f}, and take {longer:.1f} s longer, {longer / seconds['before']:.0%}: {735 * longer / seconds['before']:.0f} steps of the former schedule")  # fmt: skip
 assert (round(with_all_words), round(with_all_now)) == (56, 252)
 assert all(0.0025 < gain < 0.0035 for gain in gained) and 5.5 < longer < 7.5
 assert all(0.045 < gain < 0.055 for gain in ahead) and 0.45 < np.mean(gained) / lost < 0.55
@@ -936,7 +935,7 @@ assert all(0 < points["now", seed][0] - points["before", seed][0] < longer / 3 f
 print(measured_on(load_result("speedrun", "record_200m")))
 
 # %% [markdown]
-# With more than four times as many steps over all words both seeds end about three thousandths lower, half of what the head had cost, and take six per cent longer. The two pairs agree more closely than two seeds do, but two pairs can establish the sign at most. And the schedule is not all that differs: between these runs the model has come to be compiled in parts, and its passes to be replayed from a CUDA graph ([chapter 16](16_compile.py)). Neither changes what is computed, but for the order of sums, so that the loss is probably the schedule's. Most of the seconds are the last third's, too. Whether the former schedule, made longer by as many seconds, would have gained as much has not been measured; by the rate above it would have gained about 0.007, more than twice as much.
+# With more than four times as many steps over all words both seeds end about three thousandths lower, half of what the head had cost, and take six per cent longer. The two pairs agree more closely than two seeds do, but two pairs can establish the sign at most. And the schedule is not all that differs: between these runs the model has come to be compiled in parts, and its passes to be replayed from a CUDA graph ([chapter 16](16_compile.py)). Neither changes what is computed, but for the order of sums, so that the loss is probably the schedule's. Most of the seconds are the last third's, too. Whether the former schedule, made longer by as many seconds, would have gained as much has not been measured; by the rate above its 45 steps more would have gained about 0.013, four times as much.
 #
 # ### Candidates of each micro-batch
 #
@@ -956,7 +955,7 @@ assert 0.25 < behind[125] < 0.4 and 0.05 < behind[375] < 0.2 and abs(behind[735]
 print(measured_on(load_result("loss", "one_gpu")))
 
 # %% [markdown]
-# The loss over all words is much less behind, probably because more of the candidates are fillers, which push rare words down: by a third of a nat after 125 steps. At the end, after the last third with all words, one or two thousandths are left of that. They have the right sign in both pairs, and are no more than what separates the two seeds. (Two other runs with these candidates diverged; that was Muon's doing, and [chapter 31](31_symmetric_matmul.py) has found out why.)
+# The loss over all words is less behind, by a third of a nat after 125 steps, probably because more of the candidates are fillers, which push rare words down. At the end, after the last third with all words, one or two thousandths are left of that. They have the right sign in both pairs, and are no more than what separates the two seeds. (Three other runs with these candidates diverged; that was Muon's doing, and [chapter 31](31_symmetric_matmul.py) has found out why.)
 #
 # ## What it costs, and when it fails
 #
@@ -964,7 +963,7 @@ print(measured_on(load_result("loss", "one_gpu")))
 # - A head that is tied all the time is refused, too. (One that is tied until a step and then parts, as in `record`, is a matrix of its own that is kept equal.)
 # - Without matrix units for FP8 the definition runs, on rounded operands: slowly, and with no rounding of the gradient.
 # - Sums of gradients over tokens with the same target are added by atomics, in an order that changes from run to run. Two runs with one seed agree until rounding separates them.
-# - Two tensors of a byte a logit are alive for a moment. On two H200s the first runs with this head allocated less memory at their peak than those before, and reserved more, since rows of three lengths leave gaps.
+# - Two tensors of a byte a logit are alive for a moment. On two H200s the first runs with this head allocated less memory at their peak than those before, and reserved more; why has not been found.
 #
 # ## What did not work
 
@@ -978,10 +977,10 @@ assert (
 assert tried["exact sigmoid"] > 1.1 * tried["as it is"] and tried["one program"] > 1.3 * tried["as it is"]  # fmt: skip
 
 # %% [markdown]
-# - **One program on a multiprocessor.** Then nothing runs while its epilogue computes exponentials. Two overlap, and that is worth a third.
-# - **Two passes under the compiler.** An FP8 product that writes logits is fast. The loss behind it, as written above, is not: the whole is slower than bfloat16 without FP8. Bytes are not the reason, three trips of five gigabytes take 3 ms. Records 60 to 79 replaced that loss by hand-written kernels, one after the other.
+# - **One program on a multiprocessor.** Then nothing runs while its epilogue computes exponentials. Two overlap; one takes a third longer, a seventh with blocks of 256 columns.
+# - **Two passes under the compiler.** The whole is slower than bfloat16 without FP8. The bytes alone do not explain it, three trips of five gigabytes take 3 ms; the loss, and the turning of its gradient, were not timed apart. Records 60 to 79 replaced that loss by hand-written kernels, one after the other.
 # - **The exact sigmoid.** It is two special functions where the hardware's `tanh` is one.
-# - **`inside[chosen] = True`.** Indexing with a Python number copies that number to the GPU, and waits until it has arrived: once in each forward pass Python stood still until the GPU was done. `index_fill_` takes the number along. No profile of kernels shows this; a trace of both sides does.
+# - **`inside[chosen] = True`.** Assigning a Python number copies it to the GPU, and waits until it has arrived: once in each forward pass Python stood still until the GPU was done. `index_fill_` takes the number along. No profile of kernels shows this; a trace of both sides does.
 # - **Zeros for what is masked.** A masked load of FP8 numbers with `other=0.0` came back as NaN on the GPU, and as zero in the interpreter. The kernels mask after the conversion.
 #
 # ## Exercises
