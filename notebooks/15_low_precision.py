@@ -180,7 +180,7 @@ axes[1].set_ylim(2.6, -0.6)
 axes[1].set_xlabel("log₂ of the magnitude (pink: subnormal)")
 axes[1].set_xlim(-36, 18)
 lost = {dtype: (g.to(dtype).double() == 0).double().mean().item() for dtype in FORMATS}
-fig.suptitle(f"as they are, e4m3 would turn {lost[torch.float8_e4m3fn]:.0%} of the gradient into zeros, e5m2 {lost[torch.float8_e5m2]:.0%}")  # fmt: skip
+fig.suptitle(f"unscaled, e4m3 turns {lost[torch.float8_e4m3fn]:.0%} of the gradient into zeros, e5m2 {lost[torch.float8_e5m2]:.0%}")  # fmt: skip
 plt.show()
 
 # %%
@@ -190,7 +190,7 @@ assert lost[torch.bfloat16] == 0 and x.abs().max() < 448 and 0.1 < below < 0.5
 print(f"of the weights {below:.0%} are subnormal in e4m3 as they stand")
 
 # %% [markdown]
-# The vectors would fit, since a norm has just been applied to them. The weights lie at the lower end, where digits get lost. The gradient is a mean over the batch, so it is divided by the number of tokens, and nearly all of it lies below everything that e4m3 has. It is the widest of the three, some sixteen doublings, but it is mostly in the wrong place: multiplied by a suitable number nearly all of it would fit.
+# The vectors would fit, since a norm has just been applied to them. The weights lie at the lower end, where digits get lost. The gradient is a mean over the batch, so it is divided by the number of tokens, and nearly all of it lies below everything that e4m3 has. Its middle 98% is the widest of the three, some eleven doublings, but it is mostly in the wrong place: multiplied by a suitable number nearly all of it would fit.
 #
 # ### Scales
 #
@@ -276,7 +276,7 @@ print(f"zeros in the gradient, e4m3: {fits:.1%} instead of {lost[E4M3]:.0%}")
 # \varepsilon_m = 2^{-m} / \sqrt{28} ,
 # $$
 #
-# 2.4% for e4m3, 4.7% for e5m2, 0.15% for bfloat16, at any $e$. That is what we see, although the three tensors could hardly be more different: **a floating-point format does not care about the scale**, as long as nothing is clipped above or underflows below. How long is that?
+# 2.4% for e4m3, 4.7% for e5m2, 0.15% for bfloat16, at any $e$. We see a tenth or so more, in three tensors that could hardly be more different: **a floating-point format does not care about the scale**, as long as nothing is clipped above or underflows below. How long is that?
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Relative error of x, W and g in eight bits against the scale, from a 2^6th of amax scaling to 2^32 times it: rising steeply to the left, flat over many doublings, rising again to the right"}}
 shifts = range(-6, 33)
@@ -328,7 +328,7 @@ assert min(clips[1.0].values()) > 10
 print("largest growth in a step, from the first on:", {name: f"{ratios.max():.2f}" for name, ratios in growth.items()})  # fmt: skip
 
 # %% [markdown]
-# After the first twenty steps, which are not counted here, something would be clipped in many steps without a margin, and nothing at all with one of 1.12. Before that the largest number grows much faster, so record 89 takes exact scales for its weights in the first sixteen steps.
+# After the first twenty steps, which are not counted here, something would be clipped in many steps without a margin, and nothing at all with one of 1.12. Before that $x$ once grew by 35%; $W$ never by more than 2%. Record 89's weights have exact scales in the first sixteen steps.
 #
 # One scale may also stand for each *row*, as long as the sum does not run over rows: $s_a$ becomes $s_{a,i}$ and still goes in front. It pays where the rows' lengths differ by more than the plateau is wide, and only there:
 
@@ -411,7 +411,7 @@ print("clipped at 3:", int((straight.abs() == 3).sum()), "of 7,000; NaN stays Na
 # %% [markdown]
 # Two things are not as simple as they look. The comparison that clips has to be told to keep NaN: on a GPU the minimum of NaN and 448 is 448 otherwise, and a run that is broken would go on as if it were not. And the block is turned *before* it is rounded, so that division and clipping are written twice. To round once and turn the result looks better, and for float32 inputs Triton 3.6 makes a wrong kernel of it on an H200: a quarter of the turned numbers are others. The interpreter does not show that, nor would inputs in bfloat16. A test on a GPU does, and it is the reason why both copies are compared with a reference there, entry by entry.
 #
-# Rounding to eight bits is left to the store on a GPU. Triton's interpreter rounds e5m2 by cutting digits off, so there the kernel writes float32, and PyTorch rounds.
+# On a GPU the kernel's cast rounds to eight bits. Triton's interpreter loses the carry (1.98 becomes 1.0), so there the kernel writes float32, and PyTorch rounds.
 
 
 # %%
@@ -487,7 +487,7 @@ def check_operands(a: Tensor, b: Tensor) -> None:
 def fp8_matmul(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, out: torch.dtype) -> Tensor:
     """a (m, k) times the transpose of b (n, k), both of eight bits and row-major, times both scales: (m, n) in dtype `out`.
 
-    scale_a, scale_b: (1,) float32. Sums are exact to float32's precision (slow accumulation). On GPUs that `has_fp8` it is `torch._scaled_mm`, and raises ValueError for operands that
+    scale_a, scale_b: (1,) float32. Sums are off by less than 0.1% (slow accumulation). On GPUs that `has_fp8` it is `torch._scaled_mm`, and raises ValueError for operands that
     `check_operands` refuses; elsewhere, or where a is float32, it is the same product in float32, for any shape.
     """
     if a.dtype == torch.float32 or not has_fp8(a.device):
@@ -516,7 +516,7 @@ except ValueError as refusal:
 # %% [markdown]
 # ## The measurement
 #
-# Why is the error of the logits ten times as small as the others? And which answer to the prediction was right? An error of a sum $\sum_k a_k b_k$ is $\sum_k (a_k\,\delta b_k + \delta a_k\, b_k)$. Its terms have random signs, so their squares add up, and
+# Why is the error of the logits ten times as small as the others? And which answer to the prediction was right? Rounding errors $\delta a$, $\delta b$ shift $\sum_k a_k b_k$ by about $\sum_k (a_k\,\delta b_k + \delta a_k\, b_k)$. If signs are random, squares add up, and
 #
 # $$
 # \text{relative error} \approx \sqrt{\varepsilon_a^2 + \varepsilon_b^2} \;\cdot\; \frac{\sqrt{\sum_k a_k^2 b_k^2}}{\left|\sum_k a_k b_k\right|} .
@@ -586,7 +586,7 @@ for axis, case in zip(axes, ("either sign", "one sign")):
 axes[0].set_ylabel("relative error")
 fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
 at_768 = LENGTHS.index(768)
-fig.suptitle(f"e4m3 × e4m3, 768 terms: {measured['either sign', 'e4m3 × e4m3'][at_768]:.1%} off for either sign, for one sign {measured['one sign', 'e4m3 × e4m3'][at_768]:.2%}\nfast accumulation takes {measured['one sign', 'fast'][-1]:.0%} off a long sum of one sign")  # fmt: skip
+fig.suptitle(f"768 products in e4m3: {measured['either sign', 'e4m3 × e4m3'][at_768]:.1%} off with either sign, {measured['one sign', 'e4m3 × e4m3'][at_768]:.2%} with one\nemulated fast accumulation: {measured['one sign', 'fast'][-1]:.0%} off a long sum of one sign")  # fmt: skip
 plt.show()
 
 # %%
@@ -647,9 +647,9 @@ print(f"{of_targets:.0%} of the squared gradient is in one entry a row; with tha
 # %% [markdown]
 # For the logits and $dx$ it does, nearly. Logits are sums whose terms agree. In $dx$ nothing agrees, and one factor has but two digits. In $dW$ the error is larger than chance would have it, since rounding is no chance: equal numbers get equal errors, and where many tokens have nearly the same gradient, these add up.
 #
-# And nearly all of the gradient is in *one* entry of each row, that of the word which came. Its $p - 1$ is large where all other $p$ are small. Left out of the eight bits and added exactly, which takes as many numbers as there are tokens, it halves the error and more. No record up to 92 does so, as far as we have read; [chapter 19](19_head_and_loss.py)'s kernel does.
+# And nearly all of the gradient's *norm* is in one entry of each row, that of the next word. Its $p - 1$ is large where all other $p$ are small. Left out of the eight bits and added exactly, which takes as many numbers as there are tokens, it halves the error and more. No record up to 92 does so, as far as we have read; [chapter 19](19_head_and_loss.py)'s kernel does.
 #
-# Fast accumulation adds next to nothing to a sum of 768 with either sign. In a long sum of one sign it is a disaster. The sum so far grows, and with it the last digit that is kept, until whole products lie below it and vanish. The gradients' products are sums over 50,304 words and 49,152 tokens, of both kinds in one. So record 89 accumulates fast in the forward product of the head and slowly in the backward ones; record 92's author reports NaN otherwise, and a pull request on kernels found fast backward sums too inaccurate {cite}`moddednanogpt`. `fp8_matmul` is slow always.
+# To a sum of 768 fast accumulation adds 0.04% or 1%, by its signs. In a long sum of one sign it is a disaster. The sum so far grows, and with it the last digit that is kept, until whole products lie below it and vanish. The gradients' products sum over 50,304 words and 49,152 tokens; how far terms agree there has not been measured. Record 89 accumulates fast in the head's forward product, slowly in the backward ones; record 92's author reports NaN otherwise, and a pull request on kernels found fast backward sums too inaccurate {cite}`moddednanogpt`. `fp8_matmul` is slow always.
 #
 # ## What it buys
 #
@@ -671,11 +671,11 @@ print(f"record 19: a step is {faster:.1f} ms shorter; by count the head saves {c
 # %% [markdown]
 # Record 10 is the plainest: everything but the master weights of the matrices in sixteen bits saved 24 s and took 42 steps more. In record 19 each GPU read 65,536 tokens a step, so by the data sheet's rates the head should have saved 7.7 ms of a step. It became 12 ms shorter. The units reach less than the sheet says, at sixteen bits as at eight, so a halving is worth more than counted; and the same record changed the cap and the schedule, which cost or gain something, too.
 #
-# Afterwards less was left to gain. Forward products in the MLP gave half a second and 0.8 s (records 84 and 89). Record 89's authors report 0.0001 more loss, which their runs cannot tell from nothing. Record 90 has the backward pass as well: by its author's own comparison 3.8 s less, narrower queries and keys included. In record 92 the author took eight bits away from MLP and the head's copies: 5.0 s more, at a loss that was lower by 0.0004 (two runs) {cite}`moddednanogpt`.
+# Afterwards less was left to gain. Forward products in the MLP gave half a second and 0.8 s (records 84 and 89). Record 89's authors report 0.0001 more loss, which their runs cannot tell from nothing. Record 90 adds the backward pass: 3.8 s less by its author's test, with narrower queries and keys and 30 more steps. Without eight bits in the MLP and the head's ready-made copies record 92 takes 5.0 s more, at a loss lower by 0.0004 (two runs) {cite}`moddednanogpt`.
 #
 # ## What it costs, and when it fails
 #
-# **Errors of a few per cent in every product.** They are noise, new in each step, and a step is noisy anyway; but nobody promises that a larger model forgives them. The contest's track for a larger model took its FP8 head out again {cite}`moddednanogpt`.
+# **Errors of a few per cent in every product.** They are mostly noise, as a step is anyway, though slow weights keep theirs; a larger model may not forgive them. The contest's track for a larger model took its FP8 head out again {cite}`moddednanogpt`.
 #
 # **Conversions.** They read and write what used to be only read. Where they are not part of the kernel that makes the numbers, they eat the gain.
 #

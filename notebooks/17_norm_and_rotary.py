@@ -84,7 +84,7 @@ print(f"pointwise, gathers and scatters: {around:.1f} of {before['wall']:.1f} ms
 #
 # ### Why did the compiler not find this?
 #
-# It does fuse norm and rotation. Two things it does not do. It differentiates what it is given, and does not know that rotations preserve inner products. And what stands between our own operators (`custom_op`s, into which the compiler cannot look) it has to write to memory. So it matters how a tensor was picked out of another, because that decides what its gradient is:
+# It does fuse norm and rotation. But it differentiates what it is given, and does not know that rotations preserve inner products. And what our own operators (`custom_op`s, into which it cannot look) take in, it has to write to memory first. So it matters how a tensor was picked out of another, because that decides what its gradient is:
 
 # %%
 import torch
@@ -148,11 +148,11 @@ assert torch.allclose(normed, given / given.square().mean(1, keepdim=True).sqrt(
 print("ten rows by three programs:", normed.square().mean(1).tolist()[:2], "…")
 
 # %% [markdown]
-# In CUDA one would also place data in shared memory, assign elements to threads and synchronise them. In Triton the compiler does all three: `tl.sum` adds up over however many threads hold the row. What is left to choose is the block, and in what order memory is touched.
+# In CUDA one would also place data in shared memory, assign elements to threads and synchronise them. In Triton the compiler does all three: `tl.sum` adds up over however many threads hold the row. Left to choose are block, warps and the order in which memory is touched.
 #
 # ### Forward
 #
-# A program takes sixteen tokens, loads their cosines and sines once, and goes through the heads. A head is loaded in halves, since a pair is one number of each (GPT-NeoX's pairing; half-truncated rotary embeddings are pairs with an angle of zero). Everything is computed in float32 and rounded once. `tl.static_range` is unrolled when the kernel is compiled, so that `part == 0` chooses between two pointers at no cost.
+# A program takes sixteen tokens, loads their cosines and sines once, and goes through the heads. A head is loaded in halves, since a pair is one number of each (GPT-NeoX's pairing; half-truncated means that half of the pairs have angle zero). Everything is computed in float32 and rounded once. `tl.static_range` is unrolled when the kernel is compiled, so that `part == 0` chooses between two pointers at no cost.
 
 
 # %%
@@ -544,7 +544,7 @@ assert errors["fused"]["q"] < 0.9 * errors["plain"]["q"]
 assert errors["fused"]["dqkv"] < 0.76 * errors["plain"]["dqkv"]
 
 # %% [markdown]
-# Forward the compiler leaves little to gain: the kernel is an eighth faster at most, and within a fifth of the copy. The gain is in the backward pass, where the kernel needs about a quarter of the compiler's time. (That is the difference of two measurements, one with and one without a backward pass.) What the compiled version does there has not been taken apart; it has to norm again what it has kept, and to make one tensor of three gradients. In the whole model:
+# Forward the compiler leaves little to gain: the kernel is an eighth faster at most, and within a fifth of the copy. The gain is in the backward pass, where the kernel needs about a quarter of the compiler's time. (That is the difference of two measurements, one with and one without a backward pass.) The compiled version norms again what it has kept, makes one tensor of three gradients and, for the sake of `[0]`, probably copies that once more. In the whole model:
 
 # %%
 from speedrun.model.gpt import layout_of
@@ -595,7 +595,7 @@ fig.text(0.99, -0.03, measured_on(result), ha="right", fontsize=6.5)
 plt.show()
 
 # %% [markdown]
-# The answer to the prediction: by count it is at least 2.2 milliseconds for ten layers; measured, 2.8, about four fifths of the data sheet's bandwidth, which no kernel reaches in full. They take the place of almost ten. And the vectors before the norm are not needed. In the third bar a third of the pass is pointwise work and copies: the faster the products, the more what lies between them decides. (At this step every version's softmax has all words. In eight bits the first of the head's three products is in its kernel.)
+# The answer to the prediction: by count it is at least 2.2 milliseconds for ten layers; measured, 2.8, about four fifths of the data sheet's bandwidth, which no kernel reaches in full. They take the place of almost ten. And the vectors before the norm are not needed. In the third bar a third of the pass is pointwise work and copies: the faster the products, the more what lies between them decides. (At this step no version samples words. The FP8 head's first product is counted as head, not as matmul.)
 #
 # ## What it buys
 
@@ -613,12 +613,12 @@ print(f"gaps of all four versions: {min(waits.values()):.1f} to {max(waits.value
 assert 10 < still < 11 and all(waits[arm] < 0.02 * arms[arm]["ms"]["wall"] for arm in ORDER)
 
 # %% [markdown]
-# An eighth of the pass and more than two gigabytes, for no change of the mathematics. Rounding does change: forward, queries and keys are rounded once instead of twice; backward, the formula uses the rounded ones. By the errors above both come out nearer to float64 than the compiled reference, the gradient by a quarter. What it gives in a whole run, together with the MLP, stands in [chapter 18](18_fused_mlp.py) and [24](24_speedrun.py).
+# An eighth of the pass and more than two gigabytes, for no change of the mathematics. Rounding does change: forward, cosines and sines stay in float32; backward, the formula uses the rounded queries and keys. By the errors above both come out nearer to float64 than the compiled reference, the gradient by a quarter. What it gives in a whole run, together with the MLP, stands in [chapter 18](18_fused_mlp.py) and [24](24_speedrun.py).
 #
 # ## What it costs, and when it fails
 #
 # - **Queries and keys must be normed** and paired in halves. Without QK-norm, with learned positions or with interleaved pairs the model takes PyTorch's way; so does every backend but our own kernel.
-# - **A call of an operator costs Python time.** There are twenty in a pass, and each leaves the compiled graph. When passes were launched kernel by kernel, the GPU waited for that, and the wait took back a part of what these kernels save. Here a pass is replayed from a CUDA graph ([chapter 16](16_compile.py)), and with it the gaps are less than two per cent of a pass in every version. So the pass is shorter by what the kernels save, and by the gaps that are gone.
+# - **A call of an operator costs Python time.** There are twenty in a pass, each through PyTorch's dispatcher. When passes were launched kernel by kernel, the GPU waited for that, and the wait took back a part of what these kernels save. Here a pass is replayed from a CUDA graph ([chapter 16](16_compile.py)), and with it the gaps are less than two per cent of a pass in every version. Of the 7.8 ms saved, 0.8 are gaps, which vary between versions.
 # - A kernel is code that somebody has to keep. These two and their operators are a hundred lines; what they replace were four lines of PyTorch, and those are still there, as the reference.
 #
 # ## What did not work
@@ -673,4 +673,4 @@ print(f"a random orthogonal matrix in six dimensions: off by at most {worst:.0e}
 # %% [markdown]
 # ## Since then
 #
-# Record 90 norms, rotates, shifts keys by a position, pads heads to the width that FlashAttention wants and rounds to eight bits, all in one kernel each way. Record 92 puts norm and rotation into the epilogue of the product itself, that is what a kernel does to a tile after the product, before it stores it. [Chapter 18](18_fused_mlp.py) has products with epilogues, [chapter 11](11_attention_backends.py) the kernel that reads what this one writes.
+# Record 90 norms, rotates, shifts keys by a position and pads heads to the width that FlashAttention wants, all in one kernel each way; the backward one also rounds to eight bits, in both layouts. Record 92 keeps both kernels, after a product in eight bits. [Chapter 18](18_fused_mlp.py) has products with epilogues, [chapter 11](11_attention_backends.py) the kernel that reads what this one writes.

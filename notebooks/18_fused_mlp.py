@@ -15,7 +15,7 @@
 #
 # ```{admonition} Cost box
 # About half a minute on two CPU cores, where Triton's interpreter runs the kernel at small shapes; on one GPU with FP8 it is compiled. Times and losses come from committed measurements on H200s.
-# The fused kernel is record 59's: \@andrewbriand8 and \@Joshrav21. Keeping only the square: record 87, \@cong\_ml and AI System Recursive. The first matrix in FP8: record 84, \@sisovicm; the second: record 89, \@Mister-dev-oss, \@CerovazS, \@MarioPaerle, \@GabrieleCirillo, \@crisostomi; the backward pass: record 90, \@theonlyglitch_, and record 92, \@devenpzak, whose epilogues write both layouts. The scales without a history, and the kernel, are this book's own.
+# The fused kernel is record 59's: \@andrewbriand8 and \@Joshrav21. Keeping only the square: record 87, \@cong\_ml and AI System Recursive. The first matrix in FP8: record 84, \@sisovicm; the second: record 89, \@Mister-dev-oss, \@CerovazS, \@MarioPaerle, \@GabrieleCirillo, \@crisostomi; the backward pass: record 90, \@theonlyglitch_, whose epilogues write both layouts, and record 92, \@devenpzak. The bounds of $p$ and $g$, and the kernel, are this book's own.
 # ```
 #
 # ## The problem
@@ -76,7 +76,7 @@ assert 0.33 < share < 0.38 and 1.4 < six_ms < 1.42 and 300 < hidden_mb < 304
 #
 # ### Eight bits want two layouts
 #
-# On Hopper the matrix units take eight-bit operands only with the inner dimension contiguous ([chapter 15](15_low_precision.py)). The squares are an operand twice: in $y = p\,W_2^\top$ the inner dimension is the hidden one, in $\partial W_2 = \partial y^\top p$ it is the tokens. So each of $x$, $p$, $g$, $\partial y$ and the weights is needed straight and transposed. A separate transposing pass over 150 million bytes would undo much of the gain (record 92 reports 10.7 seconds a run for it). The epilogue has the tile in registers, and writes it twice.
+# On Hopper the matrix units take eight-bit operands only with the inner dimension contiguous ([chapter 15](15_low_precision.py)). The squares are an operand twice: in $y = p\,W_2^\top$ the inner dimension is the hidden one, in $\partial W_2 = \partial y^\top p$ it is the tokens. So each of $x$, $p$, $g$, $\partial y$ and the weights is needed straight and transposed. A transposing pass of its own over $p$ and over $g$ would undo a fifth of the gain (record 92 reports 10.7 seconds a run for its passes). The epilogue has the tile in registers, and writes it twice.
 #
 # ### Scales without a history
 #
@@ -292,7 +292,7 @@ def hidden_kernel(
 
 
 # %% [markdown]
-# Two programs share a multiprocessor on chips with much shared memory, and one's epilogue runs under the other's product. Forward and backward want different tiles, since the backward epilogue loads a tile as well.
+# Two programs share a multiprocessor on chips with much shared memory, and one's epilogue runs under the other's product. Forward and backward want different depths, since the backward epilogue loads a tile as well.
 
 
 # %%
@@ -470,7 +470,7 @@ print(
 assert 0.03 < off < 0.08 and 0.06 < off_hidden < 0.12
 
 # %% [markdown]
-# In the interpreter they agree in every bit. It computes in float32 and without descriptors, so the transposed store is compared entry by entry by a test that needs a GPU. There the kernel's sums of 768 products are *fast* ([chapter 15](15_low_precision.py)); of the terms' rounding that is a small part. The four products that the library computes, two of which sum over tokens, are slow.
+# In the interpreter they agree in every bit. There are no descriptors there and the transposed copy is made afterwards; the transposed store is tested on a GPU. On a GPU the kernel's sums of 768 use *fast* accumulation ([chapter 15](15_low_precision.py)), whose error is small beside the operands' rounding. The library's four products, two of which sum over tokens, use slow.
 #
 # ### The operator
 #
@@ -572,7 +572,7 @@ one_step = torch.compile(lambda x, up, down: mlp_op(x, up, down, scales)[0], ful
 assert torch.equal(one_step(*leaves), y), "one operator for the compiler"
 
 # %% [markdown]
-# Six per cent in the output and up to nine in the gradients sounds like a lot, and is what the formats cost ([chapter 15](15_low_precision.py)). A rounding to e4m3 is worth some 2.5%, one to e5m2 twice that, and errors of different tensors add up as squares. (Squaring doubles a number's relative error, but most of a hidden vector's error sits on its small numbers; of the norm it makes $2/\sqrt3$.) It is not the noise of a small batch: equal numbers get equal errors, and a weight keeps its error until it has moved by a gap of the format. What that costs, only a run can say.
+# Six per cent in the output and up to nine in the gradients sounds like a lot, and is what the formats cost ([chapter 15](15_low_precision.py)). A rounding to e4m3 is worth some 2.5%, one to e5m2 twice that, and errors of different tensors add up as squares. (Squaring doubles a number's relative error. But large hidden numbers have no larger errors than small ones; by norms it makes $2/\sqrt3$.) It is not the noise of a small batch: equal numbers get equal errors, and a weight keeps its error until it has moved by a gap of the format. What that costs, only a run can say.
 #
 # In the model this is a switch of [chapter 05](05_modern_block.py)'s block, `model.block.fp8`. Training takes it; validation multiplies in bfloat16, as the records' does, so that a loss is the weights' and not the kernel's.
 #
@@ -820,9 +820,9 @@ for name, label in NAMES_OF.items():
     left.plot(SHAPES, [rows[name, tokens] for tokens in SHAPES], "o-", ms=4, label=label)
 for ms, style in ((six_ms, "--"), (six_fp8_ms, ":")):
     left.plot(SHAPES, [ms * tokens / TOKENS for tokens in SHAPES], style, color="k", lw=1)
-left.set_xlabel("tokens (dashed, dotted: six products by the data sheet)")
+left.set_xlabel("tokens (data sheet: dashed bfloat16, dotted FP8)")
 left.set_ylabel("ms, forward and backward")
-left.set_title(f"one layer, in eight bits:\n{min(faster['fp8']):.1f} to {max(faster['fp8']):.1f} times as fast")  # fmt: skip
+left.set_title(f"one layer in eight bits: {min(faster['fp8']):.1f} to\n{max(faster['fp8']):.1f} times as fast as in bfloat16")  # fmt: skip
 left.legend(fontsize=7)
 after = arms["without the kernel"]
 kinds = ["matmul", "MLP", "quantising", "attention", "pointwise", "gathers and scatters", "head", "gaps"]  # fmt: skip
@@ -834,7 +834,7 @@ for number, kind in enumerate(kinds):
     bottoms += ms
 right.set_ylabel("ms of a pass of 49,152 tokens")
 saved = 1 - after["wall"] / before["wall"]
-right.set_title(f"the whole pass:\n{saved:.0%} less time")
+right.set_title(f"the MLP in eight bits:\nthe pass takes {saved:.0%} less time")
 right.legend(fontsize=6.5, loc="center left", bbox_to_anchor=(1, 0.5))
 foot = f"left: {measured_on(result)}\nright: {measured_on(load_result('norm_rotary', 'ledger'))}"
 fig.text(0.99, -0.08, foot, ha="right", fontsize=6.5)
@@ -848,7 +848,7 @@ print(f"of {before['wall'] - after['wall']:.1f} ms saved in {LAYERS} layers, pro
 assert 6 < products_saved < 7.5 and 1 < around_saved < 2.2
 
 # %% [markdown]
-# The answer to the prediction: fused epilogues save 0.19 ms of the quarter that was counted, less than a tenth of the layer, since most of its time is products and not traffic. With eight bits it is 1.4 to 1.6 times as fast, not twice. Quantising takes an eighth of the layer. The four library products reach seven tenths of the data sheet; our two reach half and two fifths, for their epilogues write 302 megabytes each and one reads another 151. (The library's own first product, with one bfloat16 result instead of two copies in eight bits, is faster by little more than a hundredth of a millisecond.) What exactly they wait for has not been found out.
+# The answer to the prediction: fused epilogues save 0.19 ms of the quarter that was counted, less than a tenth of the layer, since most of its time is products and not traffic. With eight bits it is 1.4 to 1.6 times as fast, not twice. Quantising takes an eighth of the layer. The four library products reach seven tenths of the data sheet; our two reach half and two fifths. Their epilogues write 302 megabytes each, and one reads another 151. (The library's own first product, with one bfloat16 result instead of two copies in eight bits, is faster by little more than a hundredth of a millisecond.) What exactly they wait for has not been found out.
 #
 # How exact is it on the GPU? Against float64, 4,096 tokens:
 
@@ -886,7 +886,7 @@ for ax, (way, found), dtype in zip(axes, passes.items(), (E4M3, E5M2)):
     ax.set_xlabel(
         "log₂ of the stored number\n(line: the format's largest; dashed: its smallest normal)"
     )
-    ax.set_title(f"{'squares, e4m3' if way == 'forward' else 'hidden gradients, e5m2'}: the largest at 1/{1 / top:,.0f}\nof the format's, {100 * below:.2g}% below its normal numbers", fontsize=9)  # fmt: skip
+    ax.set_title(f"{'squares, e4m3' if way == 'forward' else 'hidden gradients, e5m2'}: the largest at {top:.2g}\nof the format's, {100 * below:.2g}% below its normal numbers", fontsize=9)  # fmt: skip
 axes[0].set_ylabel("share of what is not 0")
 axes[0].legend(fontsize=7)
 fig.text(0.99, -0.04, measured_on(trained), ha="right", fontsize=6.5)
@@ -901,11 +901,11 @@ assert 0.3 < top < 0.5 and 0.05 < below < 0.15 and min(zero) > 0.6
 assert 0.005 < top_back < 0.03 and below_back < 0.001 and len(passes["forward"]) == 3
 
 # %% [markdown]
-# A trained layer comes within a factor of three of its bound: some vectors have learned to point along some rows. A delayed scale would have had to follow that. Most squares are zero, and of the others a twelfth lies below the smallest normal number, where e4m3 has fewer digits. The hidden gradients sit in the middle of e5m2, with room on both sides. (This model is 128 wide, so its bounds are six times tighter than `record`'s, by $d$.)
+# One trained layer comes within a factor of three of its bound, two stay seven and eight times below. A delayed scale would have had to follow that. Most squares are zero, by ReLU or by rounding; of the others a twelfth is subnormal, where e4m3 has fewer digits. The hidden gradients sit in the middle of e5m2, with room on both sides. (This model is 128 wide, so its bounds are six times tighter than `record`'s, by $d$.)
 #
 # ## What it buys
 #
-# `record_200m` on two H200s, same text, same seeds: with [chapter 19](19_head_and_loss.py)'s head alone, and with this chapter's MLP and [chapter 17](17_norm_and_rotary.py)'s kernel as well. The two came together; how they share the time of a pass is in the ledger of [chapter 17](17_norm_and_rotary.py) (12% and 13%, together 23%; the runs, which also launched kernel by kernel, got shorter by more, and where the rest comes from has not been traced), how they share the loss has not been measured. (Both pairs launched their passes kernel by kernel, and sampled words in most of the last third, too. What has changed since is in [chapter 19](19_head_and_loss.py).)
+# `record_200m` on two H200s, same text, same seeds: with [chapter 19](19_head_and_loss.py)'s head alone, and with this chapter's MLP and [chapter 17](17_norm_and_rotary.py)'s kernel as well. The two came together. In the ledger of [chapter 17](17_norm_and_rotary.py) they take 12% and 13% off a pass, together 23%. These runs, launched kernel by kernel, got shorter by more; where the rest comes from has not been traced, nor how the two share the loss. (Both pairs sampled words in most of the last third, too. What has changed since is in [chapter 19](19_head_and_loss.py).)
 
 # %%
 pairs = {kind: load_result("speedrun", name)["data"]["runs"] for kind, name in (("before", "record_200m_fp8_head"), ("with both", "record_200m_sampled"))}  # fmt: skip
@@ -920,9 +920,9 @@ print(f"{shorter:.0%} less time, {lost:+.4f} in loss; {measured_on(load_result('
 assert 0.26 < shorter < 0.3 and 0.001 < lost < 0.004
 
 # %% [markdown]
-# More than a quarter of the training time, and both seeds end 0.0027 higher. Two pairs cannot fix the size of that. Both point the same way, and the contest's logs know up to 0.002 from changes of kernels that leave the formulas as they are. The contest reports less: 0.0001 for the forward pass (record 89), 0.0004 for MLP and head's copies together (record 92, two runs).
+# More than a quarter of the training time, and the seeds end 0.0028 and 0.0026 higher. Two pairs cannot fix the size of that. In the contest's logs, kernels that leave the formulas as they are have cost up to 0.002. The contest reports less: 0.0001 for the forward pass (record 89), 0.0004 for MLP and head's copies together (record 92, two runs).
 #
-# In a narrow model it costs more. Why is not known: the error of a sum of either sign does not depend on its length ([chapter 15](15_low_precision.py)):
+# One narrow model lost more. Why is not known: a sum of both signs has a relative error that no length changes ([chapter 15](15_low_precision.py)):
 
 # %%
 laptops = {name: load_result("speedrun", name)["data"]["runs"][0]["curve"][-1]["val_loss"] for name in ("cpu", "cpu_fp8")}  # fmt: skip

@@ -116,7 +116,7 @@ def check_operands(a: Tensor, b: Tensor) -> None:
 def fp8_matmul(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, out: torch.dtype) -> Tensor:
     """a (m, k) times the transpose of b (n, k), both of eight bits and row-major, times both scales: (m, n) in dtype `out`.
 
-    scale_a, scale_b: (1,) float32. Sums are exact to float32's precision (slow accumulation). On GPUs that `has_fp8` it is `torch._scaled_mm`, and raises ValueError for operands that
+    scale_a, scale_b: (1,) float32. Sums are off by less than 0.1% (slow accumulation). On GPUs that `has_fp8` it is `torch._scaled_mm`, and raises ValueError for operands that
     `check_operands` refuses; elsewhere, or where a is float32, it is the same product in float32, for any shape.
     """
     if a.dtype == torch.float32 or not has_fp8(a.device):
