@@ -58,7 +58,7 @@ print(f"ms a step: {old['step_avg_ms']} to {new['step_avg_ms']}, {faster:.1%} le
 #
 # All three things that went are linear or add a constant, and on both sides of a norm stand linear maps that can do them. Behind it a matrix $W$ with a bias $c$ reads its result: $W(g \odot u + b) + c = (W \operatorname{diag} g)\, u + (W b + c)$, so gain and bias are part of $W$ and $c$. Before it stand the embedding and the matrices that write to the stream. If each is multiplied by $P$ on the side that faces the stream, its bias too, the stream has mean zero everywhere, and subtracting it changes nothing. So every norm of GPT-2 that a matrix of its own follows can lose its parameters without changing a logit. (The last one cannot: behind it stands the embedding, which has another job.) What differs is training: a step of the product $W \operatorname{diag} g$ is not a step of both.
 #
-# **Biases.** They are what is left of $b$ and $c$, one vector a matrix. In GPT-2 two kinds are idle anyway: a key's bias adds the same to all scores of a query, which a softmax does not see, and a value's passes through attention into the output's bias. No rewriting removes the others; without them it is a smaller model, by 0.07%.
+# **Biases.** They are what is left of $b$ and $c$, one vector a matrix. In GPT-2 two kinds are idle anyway: a key's bias adds the same to all scores of a query, which a softmax does not see, and a value's passes through attention into the output's bias. No rewriting removes the others; without any it is smaller by 0.07%.
 #
 # **QK-norm.** Attention weighs keys by $\exp(q \cdot k/\sqrt d)$. Nothing bounds $q$ and $k$, and with Muon every direction of their matrices is pushed by the rate in every step, large gradient or small. A softmax of large scores is one at one key and zero at the others, and there its gradient vanishes. Norm queries and keys, and each has length $\sqrt d$, so a score is at most $\sqrt d$. (Henry and others {cite}`henry2020`, who proposed it, learn a factor beside it.)
 #
@@ -598,7 +598,7 @@ assert all(p_of[c] < 2e-3 for c in ("QK-norm", "ReLU²", "zeros")) and mean["one
 assert max(abs(sum(both[1]) / 5) for both in added.values()) < 0.015
 
 # %% [markdown]
-# So much for most of the prediction. Missed at the rates of the six: QK-norm and ReLU², by 0.09 and 0.08. The plain norms' 0.02, $p = 0.04$, is no more than a hint among seven arms. Not visibly: biases and scale. Better without: zeros. At the other pair of rates no absence makes a difference that three seeds show by Welch's test; zeros, with 0.024 less, come nearest. Added to GPT-2's block alone, at the rates that suit it, none of the six moves the mean by more than a hundredth or so, and five seeds could hardly see less.
+# So much for most of the prediction. At the rates of the six QK-norm and ReLU² are missed, by 0.09 and 0.08; the plain norms' 0.02, $p = 0.04$, is no more than a hint among seven arms. Having no biases, or the scale, does not show; zeros do harm. At the other pair of rates no absence makes a difference that three seeds show by Welch's test; zeros, with 0.024 less, come nearest. Added to GPT-2's block alone, at the rates that suit it, none of the six moves the mean by more than a hundredth or so, and five seeds could hardly see less.
 #
 # Between the pairs two rates differ. Which of them is it? (The two single changes are one run each, from chapter 13's grid.)
 
@@ -618,7 +618,7 @@ for change, part in repaired.items():
     print(f"  with {change:15} {gone_wrong - part:+.3f}")
 
 # %% [markdown]
-# It is mostly the matrices, which learn too slowly at half the rate. QK-norm makes good two thirds of that, ReLU² four tenths and the plain norms a little less. (They overlap.) What these three bring to so short a run is that matrices need less rate; why, these runs do not say. An ablation at fixed rates measures a change together with those rates, and not the change alone.
+# It is mostly the matrices' rate, in one run each. Of the whole 0.107 QK-norm makes good two thirds, ReLU² four tenths and the plain norms a little less. (They overlap.) What these three bring to so short a run is that matrices need less rate; why, these runs do not say. An ablation at fixed rates measures a change together with those rates, and not the change alone.
 #
 # Does any of it last?
 
@@ -731,7 +731,7 @@ print(f"2,000 steps, all six {six}\n2,000 steps, GPT-2's block {compare_line(old
 assert 0.01 < six.mean - old.mean < 0.02 < p_difference(old, six) < 0.03
 
 # %% [markdown]
-# At no lower rate is either block better; with half the rate for the rest the older one is as good. Higher rates were not tried. Of a lead of 0.09 there is 0.014 left, with $p = 0.02$. Most of what the older block lacks is an early lead, which shrinks.
+# At no lower rate is either block better; with half the rate for the rest the older one is as good. Higher rates were not tried. Of a lead of 0.09 there is 0.014 left, with $p = 0.02$. So most of the older block's lead is an early one.
 #
 # On the laptop it was the other way round, as far as one can see: at the rates of the six GELU cost 0.08 and layer norms perhaps 0.02, and with rates for each the six led by 0.012 ($p = 0.06$), five of them by 0.05. So even the sign, of ReLU² at least, belongs to a model, and its size to rates and length. Depth, width, rows, vocabulary, batch, positions, the norm behind the embedding, schedule and precision differ between the two machines, and which of them turns it these runs do not say. Neither says what record 5 gained. Its width has not been tried, nor its 5,100 steps.
 #
@@ -754,7 +754,7 @@ assert 0.55 < min(zeros) and max(zeros) < 0.65
 print(f"the bound is √64 = {bound:.0f}; ReLU² is zero for {min(zeros):.0%} to {max(zeros):.0%}")
 
 # %% [markdown]
-# With QK-norm scores come close to the bound and cannot pass it. Without it, doubling the rate takes the largest from between 8 and 10 to between 13 and 20. But at the lower rate, where scores pass the bound by a quarter at most, its absence cost 0.09; with matrices at the higher one (and the rest at 0.004) it cost nothing. So the bound is hardly what it was missed for.
+# With QK-norm scores come close to the bound and cannot pass it. Without it, doubling the rate takes the largest from 8 to 10 up to 13 to 20. But at the lower rate, where scores end at most 27% above the bound, its absence cost 0.09; at 0.016 and 0.004, where we did not look, nothing that shows. So the bound is perhaps not what it was missed for.
 #
 # ## What it buys
 #
@@ -779,7 +779,7 @@ print(
 )
 
 # %% [markdown]
-# So much for the prediction's last question. On this CPU QK-norm costs four per cent of a step, and ReLU², which needs no tanh, gives four back; zeros and scale, which cannot change the time, move it by one. (On other days QK-norm cost three to five, and ReLU² gave one to three back.) On the GPU runs without QK-norm took 8% less time than the control; GELU, layer norms, biases and zeros moved it by three per cent at most, and so did the normal start, which cannot. That cannot say where record 5's 17% came from. Two candidates are GPU matters. Heads of 128 numbers, half as many, make half as many scores to exponentiate. And the padded vocabulary saves a seventh of a step in [chapter 08](08_logits.py), in a model of which the head is more than half; in record 5's it is a third.
+# So much for the prediction's last question. On this CPU QK-norm costs four per cent of a step, and ReLU², which needs no tanh, gives four back; zeros and scale, which cannot change the time, move it by one. (On other days QK-norm cost three to five, and ReLU² gave one to three back.) On the GPU runs without QK-norm took 8% less time than the control; GELU, layer norms, biases and zeros moved it by three per cent at most, and so did the normal start, which cannot. That cannot say where record 5's 17% came from. Two candidates are GPU matters. Heads of 128 numbers, half as many, make half as many scores to exponentiate. And the padded vocabulary saves a seventh of a step in [chapter 08](08_logits.py), in a model of which the head is about half; in record 5's, three tenths.
 #
 # ## What it costs, and when it fails
 #
@@ -798,7 +798,7 @@ assert [f"{share:.0%}" for share in among.values()] == ["5%", "74%", "99%"]
 print({f"{d} numbers": f"{share:.0%}" for d, share in among.items()}, "of 1,024 keys")
 
 # %% [markdown]
-# A head of 64 numbers gives one key of 1,024 at most three quarters of its attention while the others score zero; to do better it has to push them below. One of 128 need not. Record 5 went from twelve heads of 64 to six of 128 in the same log that brought QK-norm. Its authors do not say that one was for the other. (On the laptop one head of 128 in place of two of 64 costs 0.07 at the rates of the six and 0.02 at the others, but that is half of all heads.) The bound is a choice, too: record 20 multiplied scores by 0.12 instead of $1/\sqrt{128}$, which raises it from 11.3 to 15.4, and counts twenty steps for it.
+# A head of 64 numbers gives one key of 1,024 at most three quarters of its attention while the others score zero; to do better it has to push them below. One of 128 need not. Record 5 went from twelve heads of 64 to six of 128 in the same log that brought QK-norm. Its authors do not say that one was for the other. (On the laptop one head of 128 for two of 64 costs 0.07 at the rates of the six, at the others nothing sure; but that is half of all heads.) The bound is a choice, too: record 20 multiplied scores by 0.12 instead of $1/\sqrt{128}$, which raises it from 11.3 to 15.4, and counts twenty steps for it.
 #
 # Squares grow quickly. ReLU² is larger than GELU for large inputs and smaller for small ones, so its outputs spread wider. Eight-bit floats, which record 89 keeps them in, end at 448.
 #

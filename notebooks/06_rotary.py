@@ -183,7 +183,7 @@ print(f"positions 40 and 7: {wanted:.3f} both ways; side by side: {q @ k:.3f}")
 
 
 # %% [markdown]
-# One easy mistake is to lose the minus. Moved to the other sine it would turn the other way, which is as good. Lost, the matrix stretches one diagonal of the pair by $\cos + \sin$ and the other by $\cos - \sin$; it runs, and its shapes fit.
+# One easy mistake is to lose the minus. On the other sine it would turn the other way, which is as good. Without it a pair's diagonals are stretched, by $\cos + \sin$ and $\cos - \sin$; the code runs, and its shapes fit.
 
 
 # %%
@@ -249,7 +249,7 @@ print(
 )
 
 # %% [markdown]
-# So by its place alone the token before can have about three quarters of a head's attention at the end of such a row. Half-truncation costs only a twentieth of that, although it takes half of the pairs away: the slowest were no use for it. Record 20 multiplied scores by 0.12 in place of $1/\sqrt{128}$, a third more, and by its authors' count saved twenty steps {cite}`moddednanogpt`. That raises the bound to 92 per cent. Whether it is why it helped, nobody tested: scores of contents grow by the same third. And frequencies above one, which would make places sharper, were tried with record 31 and brought nothing.
+# So by its place alone the token before can have about three quarters of a head's attention at the end of such a row. Half-truncation, with its smaller base, costs only a twentieth of that, although half of the pairs stand still. Record 20 multiplied scores by 0.12 in place of $1/\sqrt{128}$, a third more, and by its authors' count saved twenty steps {cite}`moddednanogpt`. That raises the bound to 92 per cent. Whether it is why it helped, nobody tested: scores of contents grow by the same third. And frequencies above one, which would make places sharper, were tried with record 31 and brought nothing.
 #
 # ### Sixteen bits
 #
@@ -453,10 +453,10 @@ axes[1].set_ylabel("loss, less that in rows of 128 (nats)")
 axes[1].legend()
 at_end = {arm: describe(values) for arm, values in rises.items()}
 axes[0].set_title(
-    "how alike equal vectors are at a distance:\nhalf-truncated stays near 0.5", fontsize=9
+    "how alike equal vectors are at a distance:\nhalf-truncated stays highest", fontsize=9
 )
 axes[1].set_title(
-    f"beyond the trained 128 positions the loss rises\nby {at_end['rotary 1024'].mean:.2f}, half-truncated by {at_end['half 1024'].mean:.2f}",
+    f"at positions 192 to 255 long rows lose {at_end['rotary 1024'].mean:.2f}\nto {at_end['half 1024'].mean:.2f} against rows of 128",
     fontsize=9,
 )
 plt.show()
@@ -481,7 +481,7 @@ assert all(0.09 < sample.mean < 0.16 for sample in at_end.values()) and p_ends <
 print(f"half-truncated against whole, at the end: p = {p_ends:.3f}")
 
 # %% [markdown]
-# On the left is the mean of $\cos \theta_j \Delta$ over the pairs. It is not what attention sees, which learns its own queries and keys, but it shows the two kinds: pairs that turn make a peak at distance zero and swing about nothing far from it; pairs that stand add their half everywhere (dotted). On the right the same models read rows twice as long as they have ever seen, compared with the same tokens in rows of 128. With learned positions there would be nothing to look up. For the first sixteen tokens beyond 128 the longer row is better, by 0.2 nats, but those are the tokens at which a row of 128 has just begun and sees almost nothing. From there on its few dozen tokens of context are worth more than the 150 and more of the longer row: by 0.04 nats up to position 191, and by a tenth in the last 64, half-truncated more. Turning says what a new place is; whether attention knows what to do with distances that it has never met is another matter.
+# On the left is the mean of $\cos \theta_j \Delta$ over the pairs. It is not what attention sees, which learns its own queries and keys, but it shows the two kinds: pairs that turn make a peak at distance zero and fade as they turn, the slow ones late; pairs that stand add their half (dotted). On the right the same models read rows twice as long as they have ever seen, compared with the same tokens in rows of 128. With learned positions there would be nothing to look up. For the first sixteen tokens beyond 128 the longer row is better, by 0.2 nats, but those are the tokens at which a row of 128 has just begun and sees almost nothing. From there on its few dozen tokens of context are worth more than the 150 and more of the longer row: by 0.04 nats up to position 191, and by 0.10 to 0.15 in the last 64. Turning says what a new place is; whether attention knows what to do with distances that it has never met is another matter.
 #
 # ### On a GPU
 #

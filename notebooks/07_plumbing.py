@@ -413,7 +413,7 @@ for name, matrix in triangles.items():
     print(f"{name}, the head: {(matrix[-1] / matrix[-1, -1]).round(decimals=1).tolist()}")
 
 # %% [markdown]
-# One entry per write, oldest first, less a factor. At its start record 11's head hears the embedding and the first layer seven times, and each of the last six once. Record 45's hears them twice as loud as the last; fainter than that are only the last two writes that backout takes half of. How much of this could matrices do as well? The $a_\ell$ whole, and that can be tested. Divide the stream by all that it has been multiplied by, and the writing matrices with it:
+# One entry per write, oldest first, less a factor. At its start record 11's head hears the embedding and the first layer seven times, and each of the last six once. Record 45's hears them twice as loud as the last; fainter than the last are only two, the latest that backout halves. How much of this could matrices do as well? The $a_\ell$ whole, and that can be tested. Divide the stream by all that it has been multiplied by, and the writing matrices with it:
 
 
 # %%
@@ -829,7 +829,7 @@ assert {run["config"]["steps"] for runs in longer["data"]["arms"].values() for r
 }
 
 # %% [markdown]
-# Of x0's 0.066 there is 0.004, of backout's 0.040 nothing, and neither can be told from nothing; the first layer's values save 0.009, a hint. On the laptop these two wires were a head start. (At full size x0 is none: see below.)
+# Of x0's 0.066 there is 0.004, of backout's 0.040 nothing, and neither can be told from nothing; the first layer's values save 0.009, a hint. On the laptop most of their gain was a head start. (Not so at full size: see below.)
 #
 # On this laptop's model, two matrices are 0.13 *better* than one; on [chapter 08](08_logits.py)'s, and on the GPU, they are 0.10 worse. The two laptop models differ in the norm behind the embedding, which chapter 08's lacks. Is that the reason?
 
@@ -854,7 +854,7 @@ print(f"the norm with two matrices: {-gained:+.3f}, p = {p_gained:.3f}")
 print(f"one matrix, no norm    {bare}; {measured_on(norms)}")
 
 # %% [markdown]
-# About half of it is. Without the norm the two heads end within 0.004 of each other; chapter 08's, with two layers and learned positions and no norm either, were a tenth apart. The norm costs one matrix 0.093, and saves two 0.033, if anything. On the GPU, with 50,257 tokens and rates that were chosen for one matrix with the norm, it saves one matrix 0.11 and two 0.10, and two are worse with it and without. So norm and head have to be chosen together, and for the model at hand. Record 8 brought both at once.
+# For 0.13 of the 0.23 it is. Without the norm the two heads end within 0.004; chapter 08's, with two layers, learned positions and no norm either, were a tenth apart. The norm costs one matrix 0.093, and saves two 0.033, if anything. On the GPU, with 50,257 tokens and rates that were chosen for one matrix with the norm, it saves one matrix 0.11 and two 0.10, and two are worse with it and without. So norm and head have to be chosen together, and for the model at hand. Record 8 brought both at once.
 #
 # Back to the GPU's runs. A weight that a matrix could undo says nothing. So scale the triangles until every layer hears the newest write with a weight of one; what is left below the diagonal no matrix can undo:
 
@@ -926,7 +926,7 @@ for axis, last in ((axes[2], 8), (axes[3], 4)):
     axis.set_ylim(0)
     axis.set_xlabel("received by layer")
 fig.suptitle(
-    "with one matrix the embedding is turned up to the middle and down again; with two, up to the end"
+    "skips weaken; with one matrix the embedding goes up and down again, with two up to the end"
 )
 plt.show()
 
@@ -980,7 +980,7 @@ plt.show()
 print("saved at the end:", {ADDED[arm]: f"{saved[3200]:.4f}" for arm, saved in saves.items()})
 
 # %% [markdown]
-# One run each {cite}`moddednanogpt`. The value residual saves most at once, and a hundredth at the end. x0 costs a hundredth at step 125, has earned it back by step 500, and keeps it: at full size it is no head start, whatever our small models say. As large as the laptop's and the GPU's differences above are, where the public logs say something else, trust the logs.
+# One run each {cite}`moddednanogpt`. The value residual saves most at once, and a hundredth at the end. x0 costs 0.015 at step 125, saves 0.007 by step 500, up to 0.014 after 2,000, and 0.009 at the end: at full size it is more than a head start. As large as the laptop's and the GPU's differences above are, where the public logs say something else, trust the logs.
 #
 # In the other public logs, what the first cell prints; each with other changes in the same record. The author of records 45 and 55, \@classiclarryd, twice took one thing away: without its last skip record 45 lost 0.0025, and without gates on its tables record 55 some 0.004 {cite}`moddednanogpt`. The value residual had been published two weeks before record 9 {cite}`zhou2024`. Learned weights for each layer and each earlier layer's output, which span the same triangle, were a paper of that February {cite}`pagliardini2024`.
 #

@@ -467,7 +467,7 @@ print(
 )
 
 # %% [markdown]
-# Nothing here helps, and one thing surely hurts. A head of its own costs a tenth if it begins with zeros, and more at four times the rate as well as at a quarter of it; drawn like an embedding it seems to cost half as much. That is among 288 tokens and at rates that were tuned for a shared matrix, of which only the head's was varied. The last cap costs about a tenth, too, with $p = 0.02$, which among seven arms is not much; the GPU below settles that it costs something. One candidate for why is its slope of 0.69: for the same probabilities all logits have to be half as large again. The caps with a slope of one do nothing that three seeds could show, and they could not show a hundredth.
+# Nothing here helps, and one thing surely hurts. A head of its own costs a tenth if it begins with zeros, and more at four times the rate as well as at a quarter of it; drawn like an embedding it seems to cost half as much. That is among 288 tokens and at rates that were tuned for a shared matrix, of which only the head's was varied. The last cap costs about a tenth, too, with $p = 0.02$, which among seven arms is not much; on the GPU below a cost is sure. One candidate for why is its slope of 0.69: for the same probabilities all logits have to be half as large again. The caps with a slope of one do nothing that three seeds could show, and they could not show a hundredth.
 #
 # ### On a GPU
 #
@@ -521,7 +521,7 @@ print(f"the split head and its own control differ by {shared:+.4f}")
 #
 # Of the caps the last one costs 0.04, less than half of the laptop's tenth, and what the others do three seeds do not show.
 #
-# The clock says something else. Forty-seven rows that no token uses make the whole step a seventh shorter. It is not the matrix whose rows begin at odd places here, since each has 384 numbers; it is the logits and their gradient, with 50,257 in a row. Which of the kernels that read and write them lose the time, we did not measure. And in this model the head is more than half of all multiplications; in a larger one it is less.
+# The clock says something else. Forty-seven rows that no token uses make the whole step a seventh shorter. The matrix's rows, of 384 numbers, all begin at even places; those of the logits and their gradient, of 50,257, do not. Which of the kernels that read and write them lose the time, we did not measure. And in this model the head is about half of all multiplications; in a larger one it is less.
 #
 # ## What it buys
 #

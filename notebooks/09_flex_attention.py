@@ -156,7 +156,7 @@ plt.show()
 # %% [markdown]
 # ### A window is not causal
 #
-# The second picture is a trap. A window alone is sometimes said to make the causal condition redundant once there is a window, since a distance of at most $w$ seems to say it already. But a later key has a *negative* distance, and passes. All of the future is seen:
+# The second picture is a trap. A window is sometimes said to make the causal condition redundant, since a distance of at most $w$ seems to say it already. But a later key has a *negative* distance, and passes. All of the future is seen:
 
 # %%
 six = dense_mask(sliding_window(3), 6)
@@ -534,7 +534,7 @@ assert 0.3 < min(at_128) and max(at_128) < 0.8 and max(shrinks) < 0.9
 print(f"useful at 128: {min(at_128):.0%} to {max(at_128):.0%}; at 64: {min(at_64):.0%} to {max(at_64):.0%}")  # fmt: skip
 
 # %% [markdown]
-# Fewer than one causal tile in sixteen is left. Skipping is nearly everything, and masking inside the tiles is the rest. But of what is left in the contest's packs, most tiles are partial: they are cut by the diagonal, the window's edge, or the border of a document. So the share of useful pairs is far from one, and it falls as tiles grow. Smaller tiles waste less and load more; where the best trade lies, a count cannot tell, only a clock. [Chapter 11](11_attention_backends.py) has a kernel that never lets a tile straddle two documents.
+# The answers: 387 tiles, 55%. Nowhere is one causal tile in twenty left. Skipping is nearly everything, and masking inside the tiles is the rest. But of what is left in the contest's packs, most tiles are partial: they are cut by the diagonal, the window's edge, or the border of a document. So the share of useful pairs is far from one, and it falls as tiles grow. Smaller tiles waste less and load more; where the best trade lies, a count cannot tell, only a clock. [Chapter 11](11_attention_backends.py) has a kernel that never lets a tile straddle two documents.
 #
 # ### Long and short
 #
@@ -564,7 +564,7 @@ print(
 )
 
 # %% [markdown]
-# In every stage the chain is longer than the longest document. So no token is out of reach; it only has to be handed on. And because half of the documents are shorter than 403 tokens anyway, a short window saves less than its ratio to the long one suggests.
+# In every stage the chain is longer than the longest document. So no token is out of reach; it only has to be handed on. And because two thirds of all tokens have at most 640 before them anyway, a short window saves less than its ratio to the long one suggests.
 #
 # ## What it buys
 #
@@ -743,17 +743,17 @@ assert (places["whole"][:, -1] < places["masked"][:, -1]).all()
 assert (places["whole"][1:, 2:5] > places["masked"][1:, 2:5]).all()
 
 # %% [markdown]
-# Three things come together in that difference, and here they are apart.
+# Three things are in that difference; the second includes most of the first.
 #
-# - *A better evaluation.* A model that was trained on rows loses one to three hundredths less when it is evaluated on whole documents, although it has learned nothing more. Only the first few tokens of a document are worse, and far: that nothing stands before them it has never met.
+# - *A better evaluation.* A model that was trained on rows loses one to three hundredths less when it is evaluated on whole documents, although it has learned nothing more. Only its first sixteen tokens are worse, the first four far: a beginning with nothing before it was rare in training.
 # - *The mask.* Trained on the same rows with documents masked, a model is lower by 0.06 to 0.19 nats, for each seed and at every place in a document, the first four tokens included.
-# - *Whole documents.* For two seeds they are lower than masked rows by less than a hundredth. They gain late in a document, where masked rows have often lost the beginning, and lose a little before, since rows show more beginnings. For seed 0, the first column, the gap is nearly forty times as large, since its run on masked rows stayed at 1.44; three seeds cannot say whether that is luck.
+# - *Whole documents.* For two seeds they are lower than masked rows by less than a hundredth. They gain late in a document, where masked rows have often lost the beginning, and lose a little before, though they show more beginnings. For seed 0, the first column, the gap is nearly forty times as large, since its run on masked rows stayed at 1.44; three seeds cannot say whether that is luck.
 #
 # At this size, then, nearly all that is certain is the mask's. How much whole documents bring at full size, no log says either: they came with records 26 and 29, and in company. In `record_200m` rows cut anywhere and seen whole cost 0.018 nats against packed documents, both evaluated on documents (one run, [chapter 24](24_speedrun.py)).
 #
 # ## What it costs, and when it fails
 #
-# A mask that is wrong does not crash. It leaks, or it hides, and both look like progress or bad luck. So the tests for this module compare it with a loop over queries, over random documents and windows. Packed rows hold a changing number of documents, so their borders are padded to a fixed number of slots; otherwise the compiler would begin again with each batch. And outside of `torch.compile` FlexAttention computes the dense product: correct, and quadratic in memory.
+# A mask that is wrong does not crash. It leaks, or it hides, and both look like progress or bad luck. So the tests for this module compare it with a loop over queries, over random documents and windows. Packed rows hold a changing number of documents, so their borders are padded to a fixed number of slots; otherwise the compiler would begin again for new numbers. And outside of `torch.compile` FlexAttention computes the dense product: correct, and quadratic in memory.
 #
 # The factor $s$ may be data, too, if it is put into the queries. In bfloat16 that rounds them a second time:
 
@@ -770,7 +770,7 @@ print(f"error of the output: {scale_rounding:.4f} from rounding 0.12 q, {output_
 # %% [markdown]
 # ### In a whole run
 #
-# The book's default is a kernel of its own, that of [chapter 11](11_attention_backends.py), which by itself takes 0.3 to 0.6 of FlexAttention's time, if launches from Python and the making of the block mask are counted for FlexAttention and not for the kernel; by the kernels alone it is nearer to 0.6. What does a run lose that stays with FlexAttention? `record_200m` as it was before [chapter 19](19_head_and_loss.py)'s loss, once through FlexAttention, and twice through the kernel:
+# The book's default is a kernel of its own, that of [chapter 11](11_attention_backends.py), which by itself takes 0.3 to 0.6 of FlexAttention's time, if launches from Python and the making of the block mask are counted for FlexAttention and not for the kernel. What does a run lose that stays with FlexAttention? `record_200m` as it was before [chapter 19](19_head_and_loss.py)'s loss, once through FlexAttention, and twice through the kernel:
 
 # %%
 whole = load_result("speedrun", "record_200m_flex")["data"]["runs"] + load_result("speedrun", "record_200m_plain_head")["data"]["runs"]  # fmt: skip

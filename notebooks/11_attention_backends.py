@@ -153,7 +153,7 @@ print(
 )
 
 # %% [markdown]
-# Documents are short, so there is little to compute. On an H100 bytes are the higher floor of every forward pass; on an H200, whose memory is faster, only where windows are short. The two floors differ by less than a factor of four, and FlashAttention-2 is about four to six times above both. So most of its time goes neither into useful bytes nor into useful operations, but into pairs that are computed and thrown away, traffic that a different split of the work does not need, and latency, since a tile's loop ends soon after it has begun. A kernel for this case alone can do four things differently.
+# Documents are short, so there is little to compute. On an H100 bytes are the higher floor of every forward pass; on an H200, whose memory is faster, only where windows are short. The two floors differ by less than a factor of four, and FlashAttention-2 takes about four to six times the higher. So most of its time goes into neither. Candidates are pairs that are computed and thrown away, avoidable traffic, latency, since a tile's loop ends soon, and instructions older than Hopper's. A kernel for this case alone can do four things differently.
 #
 # ### Tiles that begin with a document
 #
@@ -169,7 +169,7 @@ print(
 #
 # It has to be chosen so that no exponential overflows and the sum does not vanish. The usual choice is the largest logit. A kernel that sees keys tile by tile does not know it yet, so it keeps the maximum so far, and when that rises, multiplies all it has accumulated by a factor {cite}`milakov2018`. This *online* softmax is the heart of FlashAttention {cite}`dao2022`, and between two matrix products it costs a maximum over each row, an exponential and a product with the whole accumulator.
 #
-# With QK-norm ([chapter 05](05_modern_block.py)) queries and keys have a root mean square of 1, thus a norm of $\sqrt{d}$, and by Cauchy and Schwarz $|q\cdot k| \le d$. So $m = s\,d$ is never exceeded, for any input. In powers of two all exponents lie between $-2sd\log_2 e$ and 0. Is that a small enough range?
+# With QK-norm ([chapter 05](05_modern_block.py)) queries and keys have a root mean square of 1, thus a norm of $\sqrt{d}$, and by Cauchy and Schwarz $|q\cdot k| \le d$. So $m = s\,d$ is never exceeded, but by rounding. In powers of two all exponents lie between $-2sd\log_2 e$ and 0. Is that a small enough range?
 
 
 # %%
@@ -809,7 +809,7 @@ for bulk in {False, has_bulk_loads(torch.device(machine.device))}:
 # %% [markdown]
 # ### Operators
 #
-# To `torch.compile` an operator is a closed box with a formula for its shapes and one for its gradients. Its namespace comes from the module's name, so that this notebook and the package can both define it. The forward operator decides whether the bound is safe, the backward one whether there is room for $D$: on a GPU at most a twenty-fourth of its memory. For rows of 65,536 tokens and a window of 1,664 that is 2.7 gigabytes, which are free again before the next layer.
+# To `torch.compile` an operator is a closed box with a formula for its shapes and one for its gradients. Its namespace comes from the module's name, so that this notebook and the package can both define it. The forward operator decides whether the bound is safe, the backward one whether there is room for $D$: on a GPU at most a twenty-fourth of its memory. For rows of 65,536 tokens with 1,024 slots and a window of 1,664 that is 2.7 gigabytes, free again before the next layer.
 
 
 # %%
@@ -1565,7 +1565,7 @@ print("against the higher floor, forward:", *(f"{ratio:.1f}" for ratio in above)
 print("against the higher floor, backward:", *(f"{ratio:.1f}" for ratio in above_back))
 
 # %% [markdown]
-# This is one run on one card. In sum the kernel is level with FlashAttention-3's own operator, called without PyTorch between, and with FlashAttention-4; it takes well under two thirds of FlashAttention-2's time. It is ahead where windows are short, and falls behind by a few per cent as keys become more, perhaps because what it saves are pairs at the borders, of which long windows have fewer. (Through PyTorch's activation, FlashAttention-3's forward pass takes up to twice as long as its operator. The build is that of xformers 0.0.34. FlexAttention's time has its block mask in it, ours no list of tiles, which is made once for all layers.)
+# This is one run on one card. In sum the kernel is level with FlashAttention-3's own operator, called without PyTorch between, and with FlashAttention-4, here on Hopper; it takes well under two thirds of FlashAttention-2's time. It is ahead where windows are short, and falls behind by a few per cent as keys become more, perhaps because what it saves are pairs at the borders, of which long windows have fewer. (Through PyTorch's activation, FlashAttention-3's forward pass takes up to twice as long as its operator. The build is that of xformers 0.0.34. FlexAttention's time has its block mask in it, ours no list of tiles, which is made once for all layers.)
 #
 # The missing maximum saves 6 to 16% of the forward pass, more where more keys are seen. The backward pass is the same code in both forms, and takes the same time. And the floors are still far: two to three times in the forward pass, three to four in the backward pass.
 #
@@ -1682,7 +1682,7 @@ plt.show()
 #
 # ## What it buys
 #
-# Record 89 has ten layers with attention, two of them with the long window. In the last third, a forward and a backward pass over a row save this much against FlashAttention-2 (if all ten were layers of the measured shape; in four of them the record pairs its heads):
+# Record 89 has ten layers with attention, two of them with the long window. In the last third, a forward and a backward pass over a row save this much against FlashAttention-2 (and nothing against FlashAttention-3's operator; four layers' paired heads are left aside):
 
 # %%
 from speedrun.lab.results import public_table
@@ -1708,7 +1708,7 @@ print(f"record 29 against 28: {faster:.1f} s, of which {fewer:.1f} s by fewer st
 # ## What it costs, and when it fails
 #
 # - Heads have 16, 32, 64 or 128 numbers and as many heads of keys as of queries. There is one size of query tile, no dropout, and no attention but the causal one.
-# - The fast form needs QK-norm, and a scale below the limit computed above. The scale is checked at each launch, the norm is not: were queries longer than the bound says, weights would exceed 1, which does no harm until they overflow.
+# - The fast form needs QK-norm, and a scale below 0.32 (for 128 numbers). The scale is checked at each launch, the norm is not: were queries longer than the bound says, weights would exceed 1, which does no harm until they overflow.
 # - Documents must lie in the row in order, without gaps, with empty slots at the end.
 # - Where the TMA loads blocks, a block brings the next document's rows along. They are masked, but 0 · NaN is NaN, so that a NaN in one document spreads to its neighbours.
 # - $D$ needs memory for every pair of tiles that a window could touch, for the time of one layer's backward pass. Where there is no room for it, it is computed again, and the backward pass takes longer by what the figure shows.
@@ -1735,7 +1735,7 @@ assert ms_of("triton")[:2].max() < on_host
 #
 # - **Larger tiles and more warps.** Tiles of 128 queries or keys, or eight warps for a program, lost at nearly every shape that was tried, and eight warps for 64 keys took twice as long.
 # - **A loop without a mask.** Only the first blocks of a tile are cut by the window and only the last by the diagonal, so the loop can be cut in three, with no mask in the middle. But each of three short loops fills its pipeline anew. One loop that masks everything was faster by a few per cent in the forward pass, and no slower in the backward pass.
-# - **Computing D twice, well.** Two kernels that share nothing stayed behind FlashAttention-3's operator wherever windows are long, by a fifth and more, best tiles and bulk loads included.
+# - **Computing D twice, well.** Two kernels that share nothing stayed behind FlashAttention-3's operator at windows of 896 and 1,408, by a fifth and more, best tiles and bulk loads included.
 #
 # ## Exercises
 #

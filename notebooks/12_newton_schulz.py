@@ -97,7 +97,7 @@ print(f"all 12 matrices: {counts[0]} at least, median {median:g}, {counts[-1]} a
 #
 # The last line needs a proof. Write $\langle G,\Delta\rangle = \sum_i \sigma_i\, u_i^\top \Delta v_i$. If no singular value of $\Delta$ exceeds 1, then $\lVert\Delta v_i\rVert \le 1$. Since $u_i$ has length 1, $u_i^\top\Delta v_i$ is at least $-1$, and the sum at least $-\sum_i\sigma_i$. And $\Delta = -UV^\top$ gets exactly that, with every term at its bound.
 #
-# Why this norm? Because of what a matrix is for. It multiplies: $\lVert \Delta x\rVert \le \sigma_{\max}(\Delta)\,\lVert x\rVert$. A step of spectral norm $\eta$ changes the output of the layer, for no input whatsoever, by more than $\eta$ times the input's length. That is the promise one wants from a learning rate. Under that promise, $UV^\top$ goes as far as it may in *every* direction at once.
+# Why this norm? Because of what a matrix is for. It multiplies: $\lVert \Delta x\rVert \le \sigma_{\max}(\Delta)\,\lVert x\rVert$. A step of spectral norm $\eta$ changes the layer's output, whatever the input, by at most $\eta$ times the input's length. That is the promise one wants from a learning rate. Under that promise, $UV^\top$ goes as far as it may in *every* direction at once.
 #
 # ## The code
 #
@@ -567,10 +567,10 @@ for _ in range(2):  # the first one takes the bases, and decays
     step = (before * (1 - 0.1 * OptimConfig().adam.weight_decay) - held.shard) / 0.1
 assert (rule.state["step"] == 1).all()
 assert torch.allclose(step, polar_factor(held.grad), atol=1e-3)
-print("SOAP's first step is the polar factor of the gradient")
+print("given one gradient twice SOAP takes its polar factor")
 
 # %% [markdown]
-# That first step is no accident. How do the three relate? Ask each for one step without any memory. Adam's is the sign of every entry. SOAP's eigenbases of $GG^\top$ and $G^\top G$ are $U$ and $V$, and in them the gradient is the diagonal matrix $\Sigma$. Adam makes it the identity, and that, rotated back, is $UV^\top$. *SOAP without memory is Muon without momentum* (where no two positive singular values are equal, and up to rounding). The two differ in what they average over time, and in their cost.
+# That step is no accident. How do the three relate? Ask each for one step without any memory. Adam's is the sign of every entry. SOAP's eigenbases of $GG^\top$ and $G^\top G$ are $U$ and $V$, and in them the gradient is the diagonal matrix $\Sigma$. Adam makes it the identity, and that, rotated back, is $UV^\top$. *SOAP without memory is Muon without momentum* (where no two positive singular values are equal; eigenvectors' signs cancel). The two differ in what they average over time, and in their cost.
 
 # %%
 low_rank = wide[:, :, :20] @ wide[:, :20, :64]
@@ -787,7 +787,7 @@ assert abs(short().steps * pace["muon"] / pace["adamw"] - longer) < 25, "by the 
 print(measured_on(load_result("newton_schulz", "winners")))
 
 # %% [markdown]
-# So there are two answers. *By steps* SOAP is the best of the three and Muon a tenth of a nat behind, far beyond any doubt at $n = 9$. *By the clock* Muon wins, just as clearly, since SOAP takes a third longer for a step. AdamW loses both ways, even with a hundred more steps, which is about what its cheapness pays for.
+# So there are two answers. *By steps* SOAP is the best of the three and Muon a tenth of a nat behind (0.08 at chapter 13's better rate). *By the clock* Muon wins, just as clearly, since SOAP takes a third longer for a step. AdamW loses both ways, even with a hundred more steps, which is about what its cheapness pays for.
 #
 # Half a nat is a great deal, and one should ask how much of it lasts. After 600 steps AdamW is above 2.6 at each of its forty points. In runs of 2,000 steps it gets to 2.01: it is late rather than stuck. There Muon's lead over it has shrunk by a quarter, and SOAP's lead over Muon has nearly vanished ($p = 0.06$ at $n = 3$, at rates tuned for 600 steps; tuned for 2,000 it may differ), while a step of SOAP stays as dear as it was. A gap in nats has a length of training attached to it.
 #
@@ -909,7 +909,7 @@ print(f"ms a step: {ms_of['5']} in record 5, {ms_of['6']} in record 6, {ms_of['7
 # %% [markdown]
 # It is under half a per cent for the record, and nearly half of a step for the laptop. (The one-line answer, $5m/B$, gives 0.7% and 62%. It is for a model of square matrices; wide ones are cheaper, and attention and the head are paid for and not orthogonalised.)
 #
-# But the 0.4% counts each matrix once for 524,288 tokens. In records 3 to 5 each of eight GPUs orthogonalised all matrices and trained on an eighth of the tokens: about 3% of a GPU's FLOPs. The clock charged more. When record 6 shared the matrices out, a step fell from 179 to 154 ms. So Muon is nearly free *where the batch is large and the work is shared*: at record 7 a step takes 142 ms with Muon, 139 with Adam. On the laptop's clock the price is smaller than in FLOPs, because much of a small model's step is not multiplying at all, and also, where the CPU multiplies bf16 faster, because Newton–Schulz runs in bf16 and the model in float32. SOAP pays with products by square matrices of both sizes, the larger included, and with a QR decomposition at every tenth step.
+# But the 0.4% counts each matrix once for 524,288 tokens. In records 3 to 5 each of eight GPUs orthogonalised all matrices and trained on an eighth of the tokens: about 3% of a GPU's FLOPs. The clock charged more. When record 6 shared the matrices out, a step fell from 179 to 154 ms. So Muon is nearly free *where the batch is large and the work is shared*: at record 7 a step takes 142 ms with Muon, 139 with Adam. On the laptop's clock the price is smaller than in FLOPs, presumably because much of a small model's step is not multiplying at all, and, where the CPU multiplies bf16 faster, because Newton–Schulz runs in bf16 and the model in float32. SOAP pays with products by square matrices of both sizes, the larger included, and with a QR decomposition at every tenth step.
 #
 # ### Ablations: which part does it?
 
@@ -934,7 +934,8 @@ axis.set_yticks(range(len(order)), order)
 axis.set_xlabel(
     "change of the loss, same seed (nats a token)\ngrey: ±2 sd of Muon's own nine seeds, unpaired"
 )
-axis.set_title(f"without {order[-1].removeprefix('no ')}: {means[order[-1]]:+.2f} nats")
+exact = next(part for part in order if "exact" in part)
+axis.set_title(f"{order[-1]} {means[order[-1]]:+.2f} nats, {exact} {means[exact]:+.2f}")
 plt.show()
 
 # %%
@@ -949,7 +950,7 @@ for part in order:
 print(f"three iterations lift what is above 1/{reach_of_three:.0f}")
 
 # %% [markdown]
-# With three seeds the exact polar factor differs from the polynomial's rough one by less than 0.005: that the singular values are *of one order* is what counts, and exact equality is not. With three iterations most small ones stay small, and the whole step is shorter; together that costs more than a tenth of a nat. Without Nesterov's form 0.06 is lost, and 0.05 without the shape factor, that is with half the rate for the MLP's first matrix. Without momentum a quarter of a nat is lost, at rates tuned with it. That fits the guess that much of what is small in a single gradient is noise, which a mean takes away. And the exact polar factor, which also lifts the last directions that the polynomial leaves low, gains nothing by it. (No arm was tuned anew. These are costs at Muon's best rates, and not the worth of its parts.)
+# With three seeds the exact polar factor differs from the polynomial's rough one by less than 0.005: exact equality of the singular values is not what counts. With three iterations most small ones stay small, and the whole step is shorter; together that costs more than a tenth of a nat. Without Nesterov's form 0.06 is lost, and 0.05 without the shape factor, that is with half the rate for the MLP's first matrix. Without momentum a quarter of a nat is lost, at rates tuned with it. That fits the guess that much of what is small in a single gradient is noise, which a mean takes away. And the exact polar factor, which also lifts the last directions that the polynomial leaves low, gains nothing by it. (No arm was tuned anew. These are costs at Muon's best rates, and not the worth of its parts.)
 #
 # ## What it buys
 #
@@ -975,7 +976,7 @@ print(
 #
 # Muon needs whole matrices, and so does SOAP. Adam and its kin work entry by entry and can be cut anywhere. A matrix has to be in one place to be multiplied by itself. That is why the optimizer of [chapter 20](20_many_gpus.py) combines two things for each parameter: a rule, such as Muon or Adam, and a way of sharing the parameter among the GPUs, which never cuts a matrix of Muon's in two.
 #
-# Muon's step does not depend on the gradient's size. Where a matrix has nothing left to learn and its gradient is noise, Adam's step shrinks to about a quarter, because the mean of noise is that much smaller than its root mean square. Muon goes on moving by a full step in every direction. Only the schedule makes its steps smaller, so it depends on the schedule more than Adam does ([chapter 14](14_schedule.py)).
+# Muon's step does not depend on the gradient's size. Where a matrix has nothing left to learn and its gradient is noise, Adam's step shrinks to about a quarter, because the mean of noise is that much smaller than its root mean square. Muon goes on moving by a full step in every direction. Only the schedule makes its steps smaller ([chapter 14](14_schedule.py)).
 
 # %%
 seen = torch.zeros(50, 16, dtype=torch.float64)

@@ -371,7 +371,7 @@ print(f"a step with tables, early on: {odd:.0f} MB, {odd / 450:.1f} ms")
 #
 # ### The Adam step
 #
-# Adam works entry by entry, so one function serves a rank's rows of a table and the vector of small parameters alike. Weight decay comes in two kinds. AdamW's takes $\eta\lambda w$ from every weight. The record's is the cautious one of [chapter 13](13_muon.py): $\eta^2\lambda w$, and only from weights that the step makes smaller anyway. It computes in float32, whatever it is given, and rounds once, at the end; rates may be numbers or vectors.
+# Adam works entry by entry, so one function serves a rank's rows of a table and the vector of small parameters alike. Weight decay comes in two kinds. AdamW's takes $\eta\lambda w$ from every weight. The record's is the cautious one of [chapter 13](13_muon.py): $\eta^2\lambda w$, and only from weights that the step makes smaller anyway. `adam_step` computes in float32 and rounds once, at the end; rates may be numbers or vectors.
 
 # %%
 #| default_exp optim.adam
@@ -1829,7 +1829,7 @@ if __name__ == "__main__" and __spec__ is not None:  # python -m, not a notebook
 
 
 # %% [markdown]
-# Does it come to the same, however many share the work? Four micro-batches with gradients of small integers are summed exactly in any order and any grouping, so the sums of 1, 2 and 4 ranks are equal to the bit. So are the updates, if a matrix comes out the same from a batch of three and from a batch of six. Most CPUs' libraries do that; those for CPUs with matrix units need not, nor a GPU's. These are real processes, with record 89's table (every width and vocabulary divided by 48), Muon and Adam, and every kind of communication:
+# Does it come to the same, however many share the work? Four micro-batches with gradients of small integers are summed exactly in any order and any grouping, so the sums of 1, 2 and 4 ranks are equal to the bit. So are the updates, if a matrix comes out the same from a batch of three and from a batch of six. Many CPUs' libraries do that; others, and a GPU's, need not. These are real processes, with record 89's table (every width and vocabulary divided by 48), Muon and Adam, and every kind of communication:
 
 # %%
 after = {world: on_ranks(world, "steps") for world in (1, 2, 4)}
@@ -1876,7 +1876,7 @@ assert 1.9 < min(ratios["scatter"]) and max(ratios["scatter"]) < 2.1
 print(measured_on(wire))
 
 # %% [markdown]
-# Gathering and the sparse exchange cost what the formula says, to a part in a hundred or so. Summing costs *twice* as much, for every bank and table: PyTorch's reduce-scatter over gloo is an all-reduce of which each rank throws most away. So over gloo sharding sends three halves.
+# Gathering and the sparse exchange cost what the formula says, to a part in a hundred or so. Summing costs *twice* as much, for every bank and table: PyTorch's reduce-scatter over gloo is an all-reduce of which each rank throws most away. So over gloo sharding sends 1.5 times an all-reduce.
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Bytes that a rank sends for one update of all sharded parameters, counted and by formula, for 1, 2, 4 and 8 ranks"}}
 import matplotlib.pyplot as plt
@@ -2018,7 +2018,7 @@ for name in ("qk", "vo", "mlp", "head", "values", "bigram", "guard"):
 print(f"with head and embedding apart, on one GPU: {apart:.1f} ms, its parts {alone:.1f}")
 
 # %% [markdown]
-# One H100 takes 2.3 times the floor for a step without tables. Muon's products are computed whole, though most of them are symmetric; a library's batched product copies the matrix that it adds to; and between products everything is read and written several times, for norms and momentum. Adam, by itself, is at its floor.
+# One H100 takes 2.3 times the floor for a step without tables. Products are computed whole, though most are symmetric: 0.4 of the 2.0 ms. The rest is presumably copies of the matrix that is added to, and reading and writing for norms and momentum. Adam, by itself, is at its floor.
 #
 # PyTorch's `Muon` updates the 102 matrices one after the other, and every operation is its own kernel; ours takes little more than a tenth of its time, though it does more: momentum in float32, mantissas, the non-finite check. A step with tables takes the pair 4.4 times as long.
 #
@@ -2044,9 +2044,7 @@ busy = {
 network = {way: found["sums"] + found["gathers"] for way, found in busy.items()}
 ends = {way: trace[way]["lanes"]["gathers"][-1][1] / 1000 for way in trace}
 axes[-1].set_xlabel("ms, on the first of two H100s, under the profiler")
-fig.suptitle(
-    f"overlapped, NCCL's kernels run for {network['overlapped']:.1f} of {ends['overlapped']:.1f} ms"
-)
+fig.suptitle(f"overlapping: {ends['in turn']:.1f} → {ends['overlapped']:.1f} ms a step")
 plt.show()
 
 # %%
@@ -2087,7 +2085,7 @@ print(f"one step of each, {measured_on(load_result('many_gpus', 'trace'))}")
 # %% [markdown]
 # ### Scaling in a whole run
 #
-# Here is the trainer on `record_200m`, before [chapter 19](19_head_and_loss.py)'s loss ([chapter 24](24_speedrun.py) has whole runs): the same batch for one, two and four H200s, twenty steps of each stage. Its one large table holds five layers' value embeddings, 193 million numbers in bfloat16. Before looking: for how much of a step of 66 ms do four GPUs wait, if a rank sends 0.9 GB in it at 260 GB/s, and nothing is hidden?
+# Here is the trainer on `record_200m`, before chapters 16 to 19 ([chapter 24](24_speedrun.py) has whole runs): the same batch for one, two and four H200s, twenty steps of each stage. Its one large table holds five layers' value embeddings, 193 million numbers in bfloat16. Before looking: for how much of a step of 66 ms do four GPUs wait, if a rank sends 0.9 GB in it at 260 GB/s, and nothing is hidden?
 
 # %%
 whole_runs = {w: load_result("many_gpus", f"run_{w}")["data"] for w in (1, 2, 4)}
@@ -2112,7 +2110,7 @@ today_ms = load_result("speedrun", "record_200m")["data"]["runs"][0]["steps_ms"]
 assert [round(today_ms[n]) for n in (16, 49, 83)] == [70, 137, 246], "in the middle of each third"
 
 # %% [markdown]
-# The counters agree with the formula to a ten-thousandth. Two GPUs are nearly twice as fast as one. Four are 3.6 times as fast in the first stage, where a step is shortest, and 3.9 times in the last. (The question's arithmetic says 3.5 of 66 ms, a twentieth.) What they wait for is named in the trace of one step, of the kind that updates the tables too: all that travels does so in its last tenth.
+# The counters agree with the formula to a ten-thousandth. Two GPUs are nearly twice as fast as one. Four are 3.6 times as fast in the first stage, where a step is shortest, and 3.9 times in the last. (By the question's arithmetic 3.5 ms a step; a quarter of one GPU's step is 5 to 6 shorter.) What they wait for is named in the trace of one step, of the kind that updates the tables too: all that travels does so in its last tenth.
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "The last seven milliseconds of a training step on the first of four H200s: which parameter's gradient is summed and whose values are gathered when, above the products and all other kernels"}}
 last = whole_runs[4]["trace"]
@@ -2164,7 +2162,7 @@ assert begins > 0.9 * until
 print({what: f"{us / 1000:.2f} ms" for what, us in carried.items()})
 
 # %% [markdown]
-# Six tenths of that time belong to the value embeddings. Four ranks send three quarters of everything, eight would send seven eighths, in half the time. We have not had eight. If what did not shrink from two GPUs to four does not shrink to eight either, a step of the three stages takes this long:
+# Six tenths of that time belong to the value embeddings. Four ranks send three quarters of everything; eight would send seven eighths, in steps half as long. We have not had eight. If what did not shrink from two GPUs to four does not shrink to eight either, a step of the three stages takes this long:
 
 # %%
 on_8 = [b - (a - b) / 2 for a, b in zip(step_ms[2], step_ms[4])]
@@ -2174,7 +2172,7 @@ print(f"predicted on eight: {', '.join(f'{ms:.0f}' for ms in on_8)} ms a step")
 print(f"which is {', '.join(f'{share:.0%}' for share in shares)} of eight times one GPU's speed")
 
 # %% [markdown]
-# (These are steps of the trainer before chapters 16 to 19. Today's takes 70, 137 and 246 ms on two GPUs and sends as many bytes, so that transfers are nearly twice as large a share of a step.)
+# (Today's trainer takes 70, 137 and 246 ms on two GPUs and sends as many bytes, so the same transfers would be a share 1.8, 1.8 and 1.5 times as large.)
 #
 # ## What it buys
 #
@@ -2293,7 +2291,7 @@ assert all(o.grad_clip == 1.0 and o.adam.every == 1 and not o.adam.cautious for 
 print(measured_on(compared))
 
 # %% [markdown]
-# Clipping is worth the same under either Adam. The two differ in decay alone, and nine seeds see no difference; but in 600 steps AdamW's takes an eighth from a weight, the cautious one at this rate less than a thirtieth of that, and chapter 13 found that decay needs time. Updating half as often, at twice the rate, gives up more than half of what clipping brings, and on the laptop it saves next to nothing. So `cpu_gpt2` and `small_gpt2` clip, and update everything in every step; `record`, and the presets made after it, do as the contest does.
+# Clipping brings 0.02 under either Adam. The two differ in decay alone, and nine seeds see no difference; but in 600 steps AdamW's takes an eighth from a weight, the cautious one at this rate less than a thirtieth of that, and chapter 13 found that decay needs time. Updating half as often, at twice the rate, gives up more than half of what clipping brings, and on the laptop it saves next to nothing. So `cpu_gpt2` and `small_gpt2` clip, and update everything in every step; `record`, and the presets made after it, do as the contest does.
 #
 # ## What it costs, and when it fails
 #

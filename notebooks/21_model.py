@@ -137,7 +137,7 @@ assert len(qkv.layers) == qkv.shape[0] and qkv.wd_mul == 0.0
 assert qkv.shape[1] == qkv.matrices * 768, "queries, keys and values: three square matrices a layer"
 
 # %% [markdown]
-# What the table lists follows from the model's config: five numbers that say its shape, and six groups of options, each a config of its own from the chapter that explains it: `block` ([a modern block](05_modern_block.py)), `rotary` ([rotary positions](06_rotary.py)), `embedding` and `layout` ([residual wiring](07_plumbing.py)), `attention` ([windows and YaRN](10_windows_and_yarn.py), [backends](11_attention_backends.py)), and `head` ([logits and loss](08_logits.py)). A command line reaches into the groups, as in `--model.block.norm rms`. With the defaults it is GPT-2.
+# What the table lists follows from the model's config: four numbers that say its shape, the initial deviation, and six groups of options, each a config of its own from the chapter that explains it: `block` ([a modern block](05_modern_block.py)), `rotary` ([rotary positions](06_rotary.py)), `embedding` and `layout` ([residual wiring](07_plumbing.py)), `attention` ([windows and YaRN](10_windows_and_yarn.py), [backends](11_attention_backends.py)), and `head` ([logits and loss](08_logits.py)). A command line reaches into the groups, as in `--model.block.norm rms`. With the defaults it is GPT-2.
 
 # %%
 #| default_exp model.gpt
@@ -800,7 +800,7 @@ fresh = state_dict_from_gpt2(GPT2(GPTConfig(**shape), 288).state_dict(), 3)
 for row in reversed(param_specs(GPTConfig(**shape), 288)):
     assert abs(fresh[row.name].mean() - row.init_mean) < 0.01, row.name
     assert math.isclose(fresh[row.name].std().item(), row.init_std, rel_tol=0.15), row.name
-print("every tensor starts as chapter 03's does")
+print("every tensor starts with the mean and deviation of chapter 03's")
 
 # %%
 torch.manual_seed(0)
@@ -900,11 +900,11 @@ plt.show()
 # %% [markdown]
 # *Computed from the parameter table: GPT-2 124M, rows of 1,024 tokens.*
 #
-# The MLP is the largest part of the work, and the head, a single matrix, comes next with 29 per cent. Attention's own products, scores and the mixing of values, are seven per cent at this length, or thirteen by the usual formula, which counts the whole square of queries and keys and not the causal half. Size alone does not explain where the records went. Eight-bit floats came to the head first (record 19), one matrix with three scales, which were constants, and to the larger MLP only 65 records later (84, 89), when there was machinery for a scale per layer. For queries, keys and values they came with record 90. And the loss, which reads what the head writes, was fused four times over.
+# The MLP is the largest part of the work, and the head, a single matrix, comes next with 29 per cent. Attention's own products, scores and the mixing of values, are seven per cent at this length, or thirteen by the usual formula, which counts the whole square of queries and keys and not the causal half. Size alone does not explain where the records went. Eight-bit floats came to the head first (record 19), one matrix with three scales, which were constants, and to the larger MLP only 65 records later (84 for the first matrix, 89 for the second). For queries, keys and values they came with record 90. And the loss, which reads what the head writes, was fused four times over.
 #
 # ## What it buys, and what it costs
 #
-# Nothing yet, in seconds. That is worth saying plainly: with AdamW on one GPU, 16 tensors are as good as 148. What a bank buys is the chapters that follow. A checkpoint has sixteen names that mean something. A bank of equal matrices is sharded over eight GPUs by slicing it, padded where eight does not divide. And where an optimizer needs fifteen matrix products per gradient and step, as Muon does, a bank makes each of them one call where a list makes twelve (below). It also met a bug: in a graph that holds a whole bank, Inductor of PyTorch 2.10 to 2.13 fuses two reductions and leaves most of the gradient of gains that are slices unwritten, without an error. [Chapter 16](16_compile.py) compiles the model in parts whose inputs are the slices, and so has nothing to do with it.
+# Nothing yet, in seconds, that this chapter measures: AdamW on one GPU updates 148 tensors as it does 16. What a bank buys is the chapters that follow. A checkpoint has sixteen names that mean something. A bank of equal matrices is sharded over eight GPUs by slicing it, padded where eight does not divide. And where an optimizer needs fifteen matrix products per gradient and step, as Muon does, a bank makes each of them one call where a list makes twelve (below). It also met a bug: in a graph that holds a whole bank, Inductor of PyTorch 2.10 to 2.13 fuses two reductions and leaves most of the gradient of gains that are slices unwritten, without an error. [Chapter 16](16_compile.py) compiles the model in parts whose inputs are the slices, and so has nothing to do with it.
 
 
 # %%
@@ -954,13 +954,13 @@ for name, count in banks.items():
     print(f"{name:13} {count} matrices, {busy([count])[0]} rounds, {busy([count])[1]:.0%} busy")
 
 # %% [markdown]
-# So the two MLP banks pay in [chapter 20](20_many_gpus.py)'s optimizer just what the problem was: four rounds where three would do, a quarter of them idle, and `attention_out` another two. For Muon on eight GPUs the record's layout is the better one, and we have not adopted it.
+# So in [chapter 20](20_many_gpus.py)'s optimizer the two MLP banks have the problem we began with: four rounds for three, a quarter of the GPUs' time idle. `attention_out` takes two more. For Muon on eight GPUs the record's layout is the better one, and we have not adopted it.
 #
 # In the contest, where each GPU has one micro-batch a step, the bank costs half of stacking on demand. On a single GPU that works through eight it costs four times as much, 1.6 ms of a step that takes more than a second. The bank is chosen for its one name per thing and not for these bytes. And a bank is rigid. All layers have the same shapes, so a model that drops the attention of one layer (as the record's does) must leave a hole, or keep a list of which layer owns which slice. Chapter 07 makes that list.
 #
 # ## What does not work
 #
-# The obvious way to read a bank is `bank[i]`. It is correct, its tests pass, and the backward pass of an uncompiled step writes **twenty-three times** as much as it has to. A loss curve does not show it; counting does.
+# The obvious way to read a bank is `bank[i]`. It is correct, its tests pass, and uncompiled it writes **twenty-three times** as much as `unbind` does to assemble a bank's gradient. A loss curve does not show it; counting does.
 #
 # A gentler design would keep the list of blocks and let each of their weights be a *view* into a bank, with gradients that are views into a bank of gradients, so that the model stays as it was and the optimizer sees one tensor. It works, until it does not:
 

@@ -50,7 +50,7 @@ print(f"records 22 to 27 gained {', '.join(f'{gain:.1f}' for gain in gains)} s")
 # - **Not counted:** building the model, compiling, warming up, validating, saving. For these the clock is stopped, after waiting for the GPU, and started again.
 # - Warm-up may run real steps, but must leave no trace: weights, optimizer and data stream are put back.
 #
-# The loop that keeps this contract fits on half a page, and comes soon. The rest of this chapter is what it calls: a step, a validation, a saved state, a log. What lets a run survive a signal, a full disk and a dead launcher is [the workshop's](92_a_run_that_survives.py); the answer to the prediction comes at this chapter's end.
+# The loop that keeps this contract fits on half a page, and comes soon. The rest of this chapter is what it calls: a step, a validation, a saved state, a log. What lets a run survive a signal, a full disk and a dead launcher is [the workshop's](92_a_run_that_survives.py).
 #
 # ```{admonition} Prediction
 # Python hands work to a GPU and goes on without waiting. **If you read a clock in Python after a step and forget to wait for the GPU, what do you measure?** And in the other direction: a loop that asks for the loss after every step has to wait for the GPU every time. Where a step takes about 100 ms, is that a disaster, a nuisance or nothing?
@@ -275,9 +275,9 @@ print(
 #
 # Now the whole of it. A step has four parts:
 #
-# 1. Read this rank's micro-batches.
-# 2. Go forward and backward through each; gradients add up. (Where the head computes in eight bits, the schedule also says over how many words its softmax runs: [chapter 19](19_head_and_loss.py).)
-# 3. Ask the schedule for the step's learning rates and momentum ([chapter 14](14_schedule.py)).
+# 1. Ask the schedule for the step's batch, learning rates and momentum ([chapter 14](14_schedule.py)).
+# 2. Read this rank's micro-batches.
+# 3. Go forward and backward through each; gradients add up. (Where the head computes in eight bits, the schedule also says over how many words its softmax runs: [chapter 19](19_head_and_loss.py).)
 # 4. Let the optimizer take its step: it sums gradients over ranks, checks that they are finite, clips them, updates this rank's share of the parameters, gathers what the other ranks have updated, and sets gradients to zero ([chapter 20](20_many_gpus.py)).
 #
 # And around the steps: validate now and then, look whether somebody has asked to stop, log, save. Whatever the contract does not count stands under `off_the_clock`. (What is called here and not yet defined comes further down.)
@@ -550,7 +550,7 @@ for seed in (0, 1):
     print(f"seed {seed}: {ends[2, seed]:.4f} on two GPUs, {ends[4, seed]:.4f} on four")
 
 # %% [markdown]
-# Neither is wrong.
+# Neither is wrong. (Two runs on the same GPUs differ, too; how much of this is the number's is not measured.)
 #
 # ### Non-finite gradients
 #
@@ -1616,7 +1616,7 @@ assert max(pieces, key=pieces.get) == "forward and backward"
 assert 0.1 < sum(pieces.values()) / whole_step < 10, "the same units"
 
 # %% [markdown]
-# On a GPU, for a model of 51 million parameters whose eight micro-batches are joined into two passes and whose matrices are [chapter 13](13_muon.py)'s; and on two CPU cores for the laptop's. The three ways took turns, forty times:
+# A GPU ran a model of 51 million parameters, eight micro-batches joined into two passes, under [chapter 13](13_muon.py)'s Muon; two CPU cores ran the laptop's. The three ways took turns, forty times:
 
 # %%
 from speedrun.lab.results import figure_style, load_result, measured_on
@@ -1647,7 +1647,7 @@ print(f"asking for every loss costs {asking:+.1%}")
 for name, result in results.items():
     print(f"{name}: {measured_on(result)}")
 
-# %% tags=["hide-input"] mystnb={"image": {"alt": "Shares of the pieces of a training step on a GPU and on a CPU"}}
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Milliseconds of the pieces of a training step, of one model on a GPU and of a smaller one on a CPU"}}
 import matplotlib.pyplot as plt
 
 figure_style()
@@ -1673,7 +1673,7 @@ plt.show()
 # %% [markdown]
 # So the answer to the prediction. A clock that does not wait measures how long Python takes to *ask*. Here that is six sevenths of the step: Python is ahead of the GPU, but barely, perhaps because launching the kernels of so small a model takes nearly as long as running them. (This was measured before passes were replayed from CUDA graphs, [chapter 16](16_compile.py). A graph is launched in one call, so today a clock that does not wait sees far less of the step; how much less has not been measured.) And asking for the loss after every step costs one or two per cent (the quartiles of the forty samples do not overlap): on this machine, with this model, a nuisance. Another model, or another processor beside the GPU, can have another answer.
 #
-# The loop itself is nearly free, as it should be. Reading, heartbeats and marks together are less than one per cent of a step. The update is not free: on the GPU Muon's takes a tenth of the step. (It was measured with an optimizer that launched each of its small kernels by itself; [chapter 20](20_many_gpus.py)'s records them once and replays them.) The sum over ranks was timed apart, and is left out of the figure, since there was one rank. What the sum costs, record 1's first fifty steps say, on one GPU and on two. (These runs and the GPU's measurement above were made while the model was one graph, in which a fusion of the compiler's left gradients unwritten ([chapter 16](16_compile.py)). So the two runs' losses are withdrawn, and all these times are of that program; today's, compiled in parts, has not been timed in their place.)
+# The loop itself is nearly free, as it should be. Reading, heartbeats and marks together are less than one per cent of a step. The update is not free: on the GPU Muon's takes a tenth of the step. (It was measured with an optimizer that launched each of its small kernels by itself; [chapter 20](20_many_gpus.py)'s records them once and replays them.) (An earlier `pieces_of` timed the sum over ranks apart, 0.1 ms for one rank; the title counts it, the figure omits it.) What the sum costs, record 1's first fifty steps say, on one GPU and on two. (These runs and the GPU's measurement above were made while the model was one graph, in which a fusion of the compiler's left gradients unwritten ([chapter 16](16_compile.py)). So the two runs' losses are withdrawn, and all these times are of that program; today's, compiled in parts, has not been timed in their place.)
 
 # %%
 runs = {n: load_result("speedrun", f"record1_{n}gpu")["data"]["runs"][0] for n in (1, 2)}
@@ -1742,7 +1742,7 @@ for count, ranks, right in (
     )
 used = 8 / (3 * max(shares(8, 3)))
 print(
-    f"three GPUs would be busy for {used:.0%} of the time: possible and correct, but a third of what was paid for is idle"
+    f"three GPUs would be busy for {used:.0%} of the time: possible and correct, but the third GPU is idle a third of it"
 )
 
 # %%
