@@ -20,7 +20,7 @@
 #
 # ## The problem
 #
-# You have an idea. You train once without it and once with it, and the loss is lower by **0.001**. Near the end of training that is worth seven
+# You have an idea. You train once without it and once with it, and the loss is lower by **0.001**. Near the end of training that is worth five
 # steps, half a second, a record. Is it real?
 #
 #  When record 37 was submitted, its author, \@Gusarich, ran the same program twenty-four times and
@@ -297,7 +297,7 @@ assert 0.005 < once < 0.016 and ever > 3 * once
 print(f"one look at 20: fooled in {once:.1%} of experiments; a look after each run: {ever:.1%}")
 
 # %% [markdown]
-# A test at 1% has become a test at several per cent, without anybody cheating. Decide $n$ first; or look as often as you like, and pay for it with a stricter threshold.
+# A test at 1% has become a test at several per cent, without anybody cheating. Decide $n$ first; or decide how often you will look, and pay for it with a stricter threshold.
 #
 # ## Forty ideas, one control
 #
@@ -337,7 +337,7 @@ assert 0.2 < divided[1].mean() < 0.3 and 0.7 < (t[1] > threshold).mean() < 0.8
 assert abs(simple - threshold) < 0.08
 
 # %% [markdown]
-# At 0.05 nearly every study finds something in nothing. Dividing that by the number of ideas, Bonferroni's way, should mend it, and a quarter of the studies are still fooled, while three quarters of the real effects are missed. The division is not at fault. Welch's test estimates each arm's deviation from its own three runs; where these happen to lie close together the estimate is far too small, and the difference looks sure. But the noise is mostly that of the model and its seeds, and all arms together have seen it 94 times: 14 times in the control's fifteen runs, and twice in the three of each arm. With one deviation for all, dividing does nearly as well as the simulated threshold.
+# At 0.05 nearly every study finds something in nothing. Dividing that by the number of ideas, Bonferroni's way, should mend it, and a quarter of the studies are still fooled, while three quarters of the real effects are missed. The division is not at fault. Where an arm's three runs happen to lie close together, Welch's formula credits it with the control's 14 *degrees of freedom* (deviations seen), not its own two, and a chance looks sure. But the noise is mostly that of the model and its seeds, and all arms together have seen it 94 times: 14 times in the control's fifteen runs, and twice in the three of each arm. With one deviation for all, dividing does nearly as well as the simulated threshold.
 #
 # So three runs see more than *How many runs?* allowed them. Fifteen controls and a shared deviation show an effect of two and a half deviations three times in four, and one of nearly three nine times in ten, among forty. Three runs against three needed nearly five for that, though at 1%. The exact form of this is Dunnett's test {cite}`dunnett1955`: its threshold is the height that the largest of all $|t|$ passes in one of twenty studies in which there is nothing, and it counts that all arms share their control. Above, that height was found by simulation; the library computes the same probability as an integral:
 

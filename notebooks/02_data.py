@@ -25,7 +25,7 @@
 # to continue it, and has no way to find out that it is a recipe.
 #
 # Record 12 let each GPU read one sequence of 64 thousand tokens instead, masked attention at the borders of documents and limited it to 1,024 tokens back. Together these changes made **1,875 steps of 3,000**; one record cannot say which of them did how much. With them only one document per GPU and step was cut off from its beginning. Record 26 moved that cut to where a document begins, lengthened the cooldown, and
-# took **20 of 1,770 steps** off. Record 29 clipped documents at 2,048 tokens, among other things, and 25 more went. Part of these gains came from nothing but another way to read the same text; how large a part, neither record says. (Outside the contest, Ding and others report better models when fewer documents are cut {cite}`ding2024`.)
+# took **20 of 1,770 steps** off. Record 29 clipped documents at 2,048 tokens, among other things, and 25 more went. How much of these gains came from nothing but another way to read the same text, neither record says. (Outside the contest, Ding and others report better models when fewer documents are cut {cite}`ding2024`.)
 
 # %% tags=["hide-input"]
 from speedrun.lab.tier import choose_tier
@@ -200,7 +200,7 @@ for tokenizer in (get_tokenizer("bytes"), get_tokenizer("gpt2")):
 # ## A shard, and the text in it
 #
 # Tokens are kept in *shards*, in llm.c's format, which is as plain as a format can be. A header of 256 32-bit integers, of which three mean something (a magic number, a version, the number of tokens), then the tokens as
-# 16-bit integers. Nothing in a shard says which vocabulary its integers index, so a *manifest* lies beside the shards and does: tokenizer, vocabulary size, document token, and for each file its tokens, its bytes of text and its SHA-256.
+# 16-bit integers. Our shards of bytes and of GPT-2 tokens have the same magic number, so a *manifest* lies beside the shards and says which vocabulary they index: tokenizer, vocabulary size, document token, and for each file its tokens, its bytes of text and its SHA-256.
 #
 # The contest's text is FineWeb, tokenised, on the Hugging Face hub: 103 shards of 200 MB. That is a large download for a first try. So the small runs of this book, and this page, read a text that every machine can make for itself, equal to the last bit: the Python source of two packages, SymPy and NetworkX, which PyTorch depends on. They are
 # documented well and at length. A twentieth of the files, chosen by a hash of their names, validates. Files are cut at ends of lines into documents of at most 1,024 tokens, and these are shuffled. How all that is done, for FineWeb and for text of your own as well, is [a page of the workshop](94_sources.py). It also builds the functions by which shards and manifests are read, and which refuse whatever is damaged or is not what the manifest says:
@@ -239,7 +239,7 @@ print(
 print(decode_bytes(first)[:300].decode())
 
 # %% [markdown]
-# This one begins in the middle of a file, as do all but the first piece of every long file. So the fault that this chapter is about is in our own text, too; with documents of at most 1,024 tokens a short context at least sees whole pieces. For a small model we pay it.
+# This one begins in the middle of a file, as do all but the first piece of every long file. So the fault that this chapter is about is in our own text, too: no piece but the first sees the file's beginning. For a small model we accept that.
 #
 # ## The measurement
 #
@@ -300,7 +300,7 @@ print(f"beheaded at T = {long_row:,}: {expected(fineweb, long_row):.1%}")
 print(f"record 26, where no row begins in the middle: {saved:.1%} fewer steps")
 
 # %% [markdown]
-# Long rows alone leave two tokens of a hundred without their beginning, and record 26 got one step of a hundred for giving it back, for little more than another way to read. (It lengthened the cooldown as well, so not all of that need be the data's.)
+# Long rows alone leave, by the log-normal, two tokens of a hundred without their beginning; record 26 repaired that and needed one step of a hundred less. (It lengthened the cooldown as well, so not all of that need be the data's.)
 #
 # ## The loader: stream mode
 #
@@ -832,7 +832,7 @@ plt.show()
 #
 # ## What it costs, and when it fails
 #
-# Reading by documents skips text. Whatever a clipped document had left is not seen in this epoch, and the last document of each micro-batch is clipped where the micro-batch is full:
+# Reading by documents skips text. What a clipped document had left is never seen, unless the settings change, and the last document of each micro-batch is clipped where the micro-batch is full:
 
 
 # %%
@@ -855,8 +855,7 @@ for most, share in clipped.items():
     print(f"clipped at {most:,}, FineWeb would lose {share:.0%} if its lengths are log-normal")
 
 # %% [markdown]
-# Record 89 clips at 896 tokens in its first third and at 2,048 afterwards. It reads a thirtieth of the ten billion tokens that the contest's files hold, and can afford that; on a corpus that is read more than once, skipped text is fresh text given up for repeated text. And an aligned batch is only half of the idea. The rows are aligned, but as long as attention
-# runs across borders, a token still looks into the tail of somebody else's document. That needs a mask, and masks are [chapter 09](09_flex_attention.py)'s. GPT-2's presets read the
+# Record 89 clips at 896 tokens in its first third and at 2,048 afterwards. It reads a thirtieth of the ten billion tokens that the contest's files hold, and can afford that; on a corpus that is read more than once, skipped text is fresh text given up for repeated text. And an aligned batch is only half of the idea. Without the borders in `cu_seqlens`, a token would still look into the tail of somebody else's document. That needs a mask, and masks are [chapter 09](09_flex_attention.py)'s. GPT-2's presets read the
 # plain stream, as llm.c does; `record` reads documents.
 #
 # ## Exercises

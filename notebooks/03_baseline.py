@@ -267,7 +267,7 @@ def flops_per_token(
 
 
 # %% [markdown]
-# PyTorch can count, too. It watches which products are really computed, and how large they are:
+# PyTorch can count, too. Its plain attention (`MATH`) skips nothing, hence `causal=False`:
 
 # %%
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -299,7 +299,7 @@ print(
 )
 
 # %% [markdown]
-# (The one line gives sixteen minutes. Attention's own products, which no weight pays for, are the seventeenth. The share is called MFU, model FLOPs utilisation.) So a perfect implementation of record 1 would still take seventeen minutes. Of the factor 37, at most 2.6 could ever come from running *this* computation faster in bf16. The rest had to come from computing less: better steps, and fewer of them.
+# (The one line gives sixteen minutes. Attention's own products, which no weight pays for, are the seventeenth. The share is called MFU, model FLOPs utilisation.) So a perfect implementation of record 1 would still take seventeen minutes. Of the factor 37, at most 2.6 could ever come from running *this* computation faster in bf16. The rest had to come from computing less, or in fewer bits.
 # The ledger can be closed with the public numbers of record 89. It has ten layers with attention and eleven MLPs, and its head has 50,304 rows. For both records count the matrices alone, since attention's products depend on the lengths of documents in one of them:
 
 # %%
@@ -327,7 +327,7 @@ print({record: f"{share:.0%} of full speed in bf16" for record, share in product
 # Thirty-seven is thirty times 1.2, and thirty is fifteen times two: record 89 takes a fifteenth of the steps, each on half as many tokens. It passes only a fifth more tokens a second, and its matrix products keep the eight GPUs only a little busier than record 1's did. (Some of them are in eight bits, for which the data sheet promises twice as much.) What the kernels were worth, this ledger cannot say. A step of record 89 does much that a step of record 1 does not, and would take longer without them. But most of the factor is better steps and smaller batches.
 #
 # **The first loss.** A model that knows nothing should be wrong by $\ln V$: 10.82 nats for 50,257 equally likely tokens. Record 1's log begins at 11.009. Is that a bug? The logits of an untrained model are not zero. The last layer norm
-# leaves a vector of length $\sqrt d$, and its product with an embedding row of standard deviation $\sigma$ scatters with $\sigma\sqrt d$. The mean of $e^z$ over such normal logits is $e^{\sigma^2 d/2}$, so the mean cross-entropy is ${\ln V + \sigma^2 d / 2}$. (That holds because the blocks have drowned the token's own embedding. Without any block the tied head would mostly predict the token that it has just read, and be wrong.)
+# leaves a vector of length $\sqrt d$, and its product with an embedding row of standard deviation $\sigma$ scatters with $\sigma\sqrt d$. The mean of $e^z$ over such normal logits is $e^{\sigma^2 d/2}$, so the mean cross-entropy is ${\ln V + \sigma^2 d / 2}$. (That holds because the blocks have drowned the token's own embedding. Without any block the tied head would give half of the probability to the token just read, and be wrong.)
 
 # %%
 torch.manual_seed(1)
@@ -347,7 +347,7 @@ print(
 print(f"weights twice as large would begin at {doubled:.2f}")
 
 # %% [markdown]
-# No bug, and a useful habit. The formula gives the mean over all initial weights. One model scatters around it by some hundredths, on text more than on our random tokens, since a few frequent tokens decide there. That is exact enough to see a wrong standard deviation, or a wrong vocabulary. When a first loss is further away than that, find out why before you read the rest of the log.
+# No bug, and a useful habit. The formula gives the mean over all initial weights. One model differs from it by some hundredths, perhaps more on text, where a few frequent tokens weigh most. That is exact enough to see a wrong standard deviation, or a wrong vocabulary. When a first loss is further away than that, find out why before you read the rest of the log.
 #
 # ### The same logits as Hugging Face's GPT-2
 #
@@ -395,7 +395,7 @@ print(f"largest difference of any logit: {difference:.0e}")
 # Both moments start at zero and are too small at first. The hats stand for the *bias correction* that mends it, $\hat m = m/(1-\beta_1^t)$ and $\hat v = v/(1-\beta_2^t)$ in step $t$. The mean gradient of each weight is thus divided by its own usual size, whatever its neighbours do. That is where [chapter 12](12_newton_schulz.py) will begin.
 #
 # Record 1's learning rate climbs for 700 steps to $6\cdot10^{-4}$ and falls along half a cosine to zero at the last step. A gradient whose norm, over all parameters together, is more than 1 is scaled down to a norm of 1 (*clipping*). A step reads 512 rows of 1,024 tokens, so 19,560 steps make the 10.26 billion.
-# These numbers are the GPT-3 paper's {cite}`brown2020`, except that the learning rate there stops at a tenth of its peak. They were taken over and not tuned for this run. Remember that when chapter 12 finds better ones.
+# Rate, warm-up, clipping and batch are about the GPT-3 paper's {cite}`brown2020`, whose rate stops at a tenth of its peak. They were taken over and not tuned for this run. Remember that when chapter 12 finds better ones.
 #
 # What the learning rate does between its ends is a choice of its own, and [chapter 14](14_schedule.py) has the function for it. Its defaults are llm.c's:
 

@@ -217,7 +217,7 @@ print([f"{duration:.0f} ms" for duration in naps])
 # %% [markdown]
 # ### One call
 #
-# For a function, rather than a training run, two times are of interest: until its work is done, and until Python is free again. If the second is as long as the first, the device waits for Python.
+# For a function, rather than a training run, two times are of interest: until its work is done, and until Python is free again. If both are equal, the device may be waiting for Python, or the call waited for it; on a CPU they always are.
 
 
 # %%
@@ -399,7 +399,7 @@ assert mean > 2 * middle
 print(f"mean {mean:.1f} ms, median {middle:.1f} ms")
 
 # %% [markdown]
-# **The order.** A chip that gets warm lowers its clock, and a laptop on battery does. Let every call take a little longer than the one before, and compare a function with itself, first one after the other and then in turn:
+# **The order.** A chip that gets warm lowers its clock; so does a laptop on battery. Let every call take a little longer than the one before, and compare a function with itself, first one after the other and then in turn:
 
 
 # %%
@@ -423,7 +423,7 @@ assert apart > 1.2 > 1.15 > together
 print(f"one after the other: {apart:.2f} times as slow; in turn: {together:.2f} times")
 
 # %% [markdown]
-# Three of the four pass the factor of two. The order changed the result by less here, as much as this machine was told to drift; but it is the only one that no repetition cures: the functions have to take turns.
+# Three of the four pass the factor of two (the interruption was staged). The order changed the result by less here, as much as this machine was told to drift; and no repetition cures it: the functions have to take turns.
 #
 # ### The roof
 #
@@ -532,7 +532,7 @@ print(f"{counted / 1e12:.1f} TFLOP in the products of one step")
 print(f"the least intense of them has {least.intensity:.0f} FLOPs a byte")
 
 # %% [markdown]
-# That is the second half of the prediction: none. Even the smallest matrix of GPT-2 is right of the ridge, if enough tokens pass it at once: its width decides, since a product of many rows with a square matrix of width $d$ has an intensity near $d/s$. The narrower matrices of smaller models are another matter, and so is everything that is no product. Adding two vectors is one FLOP for three elements moved.
+# That is the second half of the prediction: of the weights' products, none (attention's own two, unfused, would). Even the smallest matrix of GPT-2 is right of the ridge, if enough tokens pass it at once: its width decides, since a product of many rows with a square matrix of width $d$ has an intensity near $d/s$. The narrower matrices of smaller models are another matter, and so is everything that is no product. Adding two vectors is one FLOP for three elements moved.
 #
 # ## The measurement
 #
@@ -762,11 +762,11 @@ for row in (short, long):
 print(measured_on(backends))
 
 # %% [markdown]
-# In a training step other kernels are queued before it, and Python is ahead of the device; alone in a loop it is not. That is why `bench` keeps the device busy before a cold sample, and why `graph=True` exists. Which is right depends on how the kernel will be used: under CUDA graphs the host's time is gone, in eager PyTorch it is not.
+# (293 µs is the first row timed, once; the others took about 92.) In a training step Python is ahead of the device; alone in a loop it is not. That is why `bench` keeps the device busy before a cold sample, and why `graph=True` exists. Which is right depends on how the kernel will be used: under CUDA graphs the host's time is gone, in eager PyTorch it is not.
 #
 # **Clocks and power.** A GPU lowers its clock when it reaches its power limit (700 W for an H100 in its SXM form, by the data sheet) or gets hot, and products draw most power. Products of zeros draw less than those of random numbers, and run at a higher clock: time with data like the real ones. Two GPUs of one kind need not be equally fast, either. So a difference in speed is claimed as a ratio of runs made in turn on *one* machine; the trainer writes clock, power and temperature into its log beside each validation for whoever wonders afterwards.
 #
-# **The second-level cache.** An H100 keeps 50 MB on the chip. A function that is repeated on 20 MB never touches memory, and may lie above the roof that the memory's bandwidth draws. Use `cold=True`, or larger tensors, unless the operands will be in the cache in real life as well.
+# **The second-level cache.** An H100 keeps 50 MB on the chip. A function that is repeated on 20 MB may hardly touch memory, and may lie above the roof that the memory's bandwidth draws. Use `cold=True`, or larger tensors, unless the operands will be in the cache in real life as well.
 #
 # **A roof is for one number format and one kind of memory.** Float32 on an H100 is not bf16, and eight-bit floats promise twice as much again. A point far below one roof may touch another: count bytes between the chip and the memory that you mean.
 #

@@ -246,7 +246,7 @@ assert text == generate(trained, "def ", 250) != generate(trained, "def ", 250, 
 print("def " + text)
 
 # %% [markdown]
-# It has learned that there are words, and that lines begin with spaces, and nothing else. How that goes on is the measurement; first it needs a judge.
+# It has learned about indentation, some punctuation, and that there are words. How that goes on is the measurement; first it needs a judge.
 #
 # ### Counting words
 #
@@ -503,8 +503,7 @@ print(measured_on(result))
 HTML("".join(parts))
 
 # %% [markdown]
-# Orange words occur nowhere in the training text. Indentation comes first, because a few tokens are enough for it. Words come later: four in five of the last text's are real, where the same characters in random order give next to none. It does not get them by reciting long passages, as far as pieces of 16 characters can show: what it shares with the training text is well below what a held-out file shares. (A misspelt word breaks a piece, and it has many. But of the pieces without one it shares less than half as many, too.) And it does not fall apart, as far as spelling goes:
-# the second halves are as good as the first. Some of it repeats itself; how much, we shall count below.
+# Orange words occur nowhere in the training text. Indentation comes first, because a few tokens are enough for it. Words come later: four in five of the last text's are real, where the same characters in random order give next to none. It does not get them by reciting long passages, as far as pieces of 16 characters can show: what it shares with the training text is well below what a held-out file shares. (A misspelt word breaks a piece, and it has many. But of the pieces without one it shares less than half as many, too.) And it does not fall apart, as far as spelling goes: the second halves are nearly as good as the first. Some of it repeats itself; how much, we shall count below.
 #
 # What it does not have is anything to say. A name that is used was not defined; an argument that is documented does not exist. That, too, is knowledge, about what a loss of this size means. Between this loss and a program that runs lies everything that a larger model learns later and slower.
 
@@ -599,7 +598,7 @@ print(
 )
 
 # %% [markdown]
-# It loops. The likeliest continuation of a phrase is often the phrase once more, a repeated phrase makes its own repetition likelier still, and nothing ever breaks the circle. The likeliest token at each step is not the likeliest text; it is not even a typical one. (At temperature 0.8 five of the sixteen samples get stuck as well, where none did after 500 steps. In between it seems to have learned to copy what stood there before.) A typical text of $n$ tokens has about $n$ times the entropy of one token of surprise in it, and this one has next to none. GPT-2 Large, with its 762 million parameters some 900 times this one's size, still loops when it is read out this way {cite}`holtzman2020`.
+# It loops. The likeliest continuation of a phrase is often the phrase once more, a repeated phrase makes its own repetition likelier still, and nothing ever breaks the circle. The likeliest token at each step is not the likeliest text; it is not even a typical one. (At temperature 0.8 five of the sixteen samples get stuck as well. None of the four after 500 steps did, but four are too few to tell.) A typical text of $n$ tokens has about $n$ times the entropy of one token of surprise in it, and this one has next to none. GPT-2 Large, with its 762 million parameters some 900 times this one's size, still loops when it is read out this way {cite}`holtzman2020`.
 
 # %% tags=["hide-input"]
 assert 880 < 762e6 / run["parameters"] < 940

@@ -593,7 +593,7 @@ for file, content in (
 #
 # `torchrun` is started as a module, so that it need not be on the path, and with a pipe as its standard input, which the ranks inherit.
 #
-# It also needs a place where the ranks meet, and its usual place is a port that listens on *every* interface of the machine and unpickles whatever it is sent: anybody in the network can make a process that holds your GPUs run code. `--standalone`, a static rendezvous and `--local-addr` all leave it open. What does not listen is a *file*: torchrun's own store, and the one through which the ranks find
+# It also needs a place where the ranks meet, and its usual place is a port that listens on *every* interface of the machine, and `torchrun` unpickles what it finds there: anybody in the network can run code as you. `--standalone`, a static rendezvous and `--local-addr` all leave it open. What does not listen is a *file*: torchrun's own store, and the one through which the ranks find
 # each other, are two files in the run's folder, and what gloo and NCCL open after that is told to stay on the loopback interface. This also frees the run from the machine's own name, which need not resolve ([nanochat#42](https://github.com/karpathy/nanochat/issues/42)).
 
 # %%

@@ -307,8 +307,7 @@ if FULL.exists():
 # %% [markdown]
 # ### Ctrl-C, from the first moment
 #
-# Importing PyTorch takes a second or more. A Ctrl-C that falls into it raises `KeyboardInterrupt` somewhere inside the import: usually a page of traceback, and now and then nothing at all, because an exception inside a callback of the garbage collector is
-# printed and dropped, and the program that was told to stop trains on. (In an early trial, which was not kept as a measurement, 44 interrupts during the import of this package's launcher gave 34 tracebacks, 8 silent ends, and 2 were lost.) Nothing exists yet in that second that would have to be saved, so the right answer is the shortest: end.
+# Importing PyTorch takes a second or more. A Ctrl-C that falls into it raises `KeyboardInterrupt` somewhere inside the import: usually a page of traceback, and now and then no end: an exception inside a destructor or a garbage collector's callback is printed and dropped, and the program trains on. (In an early trial, which was not kept as a measurement, 44 interrupts during the import of this package's launcher gave 34 tracebacks, 8 silent ends, and 2 were lost.) Nothing exists yet in that second that would have to be saved, so the right answer is the shortest: end.
 #
 # The same moment is the last one at which OpenMP can be told not to spin. Its threads wait for each other in a busy loop by default. On a machine that has something else to do, that loop takes the processor from the very thread that it waits for.
 
@@ -488,7 +487,7 @@ claim(scratch, "train").release()
 # %% [markdown]
 # ## What it costs, and when it fails
 #
-# `fsync` waits for the disk. How long, and how much of a checkpoint of record 1's size (1.5 GB with its optimizer) that would be, depends on the disk alone; here is this one:
+# `fsync` waits for the disk. How long depends on the disk and on what else it does (a checkpoint of record 1 has 1.5 GB with its optimizer); here it is:
 
 # %%
 block = os.urandom(1 << 24)
@@ -506,7 +505,7 @@ print(f"16 MiB: {plain_ms:.0f} ms without waiting, {synced_ms:.0f} ms until it i
 # What this page cannot do:
 #
 # - **A lock needs a file system that has locks.** Some network file systems do not; `filelock` then falls back on a file whose existence is the lock, and that file outlives a crash.
-# - **`Steady` hides a wrong program, too.** A bug in what is printed would go unseen if `Steady` swallowed more than it does: it suppresses what the *stream* raises, never what computing the text raises.
+# - **`Steady` must not hide a bug.** A bug in what is printed would go unseen if `Steady` swallowed more than it does: it suppresses what the *stream* raises, never what computing the text raises.
 # - **`end_now` skips every `finally`.** That is right while nothing exists; from the moment when a run has something to lose, `Interrupts` ([the other workshop](92_a_run_that_survives.py)) takes the signals over and asks between two steps.
 # - **An `OSError` is explained by its number**, and a number can be wrong about the cause: a FUSE file system may say "no permission" where it means "no network".
 #

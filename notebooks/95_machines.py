@@ -42,7 +42,7 @@ assert told.returncode == 1 and complaint[0].startswith("Traceback")
 print(f"{len(complaint)} lines, of which the last says: {complaint[-1]}")
 
 # %% [markdown]
-# It comes as a traceback, names no way out, and is one of the clearer ones. A driver that is older than PyTorch's CUDA gives a warning, and a GPU that is not used. In a container with 64 MB of shared memory eight processes die of a bus error that names nothing.
+# It comes as a traceback, names no way out, and is one of the clearer ones. A driver that is older than PyTorch's CUDA gives a warning, and a GPU that is not used. In a container with 64 MB of shared memory eight processes may die of a bus error that names nothing.
 #
 # ```{admonition} Prediction
 # A server has eight GPUs, numbered 0 to 7, and `nvidia-smi` lists all eight whatever you do. **How many of them can a program use if the environment variable `CUDA_VISIBLE_DEVICES` is** (a) not set, (b) empty, (c) `2,9,4`, (d) `1,1`? And how many if GPU 0 is cut into two slices for two users,
@@ -327,7 +327,7 @@ class Machine:
 
 
 # %% [markdown]
-# A value like this can be made up, and that is its point: every decision in this book that depends on hardware is a function of a `Machine`, and so can be tested on machines that nobody here owns.
+# A value like this can be made up, and that is its point: every decision on this page is a function of a `Machine`, and so can be tested on machines that nobody here owns.
 
 # %%
 nothing, everything = dict.fromkeys(PACKAGES), dict.fromkeys(PACKAGES, "1.0")
@@ -466,7 +466,7 @@ print(gpu_problem(aged))
 #
 # Some chapters write GPU kernels in Triton, a Python dialect that is compiled for the device. Triton also has an *interpreter* that runs a kernel on the
 # CPU, thousands of times slower and good enough to show that it is right. The switch is read when a kernel is **defined**, which is too late to
-# think of it once the kernels have been imported. So every command and every kernel chapter begins with `setup()`.
+# think of it once the kernels have been imported. So commands that compute, and kernel chapters, call `setup()`.
 #
 # On macOS and Windows there is no Triton at all, and a package that cannot be *imported* there is useless there. The decorator below is `triton.jit` where
 # Triton exists. Where it does not, the kernel becomes an object that refuses to launch, and says why, at the moment somebody tries.
@@ -734,7 +734,7 @@ assert [finding.ok for finding in tier_findings(modern)] == [True] * 3
 # %% [markdown]
 # ### The tier of a chapter
 #
-# Which of these tiers a chapter runs at is decided once, in its first cell, and shapes are taken from the answer: `tier.pick(cpu=128, gpu=768)`. No later cell asks what machine it is on. The environment variable `TIER` overrules the machine: `TIER=C make lab` keeps to the CPU, `TIER=1` takes a GPU that is smaller than the chapters were measured on.
+# Which of these tiers a chapter runs at is decided once, in its first cell, and shapes are taken from the answer: `tier.pick(cpu=128, gpu=768)`. Later cells seldom ask again. The environment variable `TIER` overrules the machine: `TIER=C make lab` keeps to the CPU, `TIER=1` takes a GPU that is smaller than the chapters were measured on.
 #
 # “Keeps to the CPU” has to include whatever a chapter starts, such as a training run that takes a GPU where it finds one. So the GPUs are hidden from the process and its children, by `CUDA_VISIBLE_DEVICES`; of several GPUs, tier 1 leaves one to be seen. CUDA reads that variable once, when it is initialised; after that, going back to the CPU comes too late and is refused.
 
@@ -845,7 +845,7 @@ for each in (modern, small_card, aged, mac):
 # %% [markdown]
 # ## What it costs, and when it fails
 #
-# The first line of every chapter and of every command looks at the machine, and waits for it:
+# The first line of every chapter looks at the machine, and so does a training command:
 
 # %%
 began = time.perf_counter()

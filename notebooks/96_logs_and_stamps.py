@@ -65,7 +65,7 @@ print(
 #
 # ## The idea
 #
-# A number is as good as what is known about it. So a run writes down, before its first step, everything that could be different next time, and then every step, in lines that appear whole or not at all. A measurement carries a *stamp*: the machine, the versions, the command, and a hash of all code that it came from. And whoever reads a number asks
+# A number is as good as what is known about it. So a run writes down, before its first step, what is likeliest to differ next time, and then every step, in lines that appear whole or not at all. A measurement carries a *stamp*: the machine, the versions, the command, and a hash of all code that it came from. And whoever reads a number asks
 # first whether the code is still the same. None of that makes a number right. It makes it possible to find out, later and by somebody else, that it is not.
 #
 # ## The code
@@ -122,7 +122,7 @@ assert parse_line(upstream)["val_loss"] == 10.8258 and math.isnan(
 )
 
 # %% [markdown]
-# `metrics.jsonl` has one JSON record a line, for programs. Its first record holds everything that could be different next time: the configuration, the source and
+# `metrics.jsonl` has one JSON record a line, for programs. Its first record holds what is likeliest to differ next time: the configuration, the source and
 # hash of every module, the versions, the GPUs.
 #
 # A log has one more duty. Disks fill up. A full disk must not kill a run that is otherwise healthy, and must not
@@ -615,7 +615,7 @@ assert (scratch / "long" / "metrics.jsonl").stat().st_size > 2_000_000 and not l
 print(", ".join(f"{name}: {each_us:.0f} µs a record" for name, each_us in timed.items()))
 
 # %% [markdown]
-# - **Whole is not yet safe.** An append is not waited for until it is on the disk, as a checkpoint is ([errors and files](93_errors_and_files.py)). After a power cut the last lines may be missing; what stands there is whole.
+# - **Whole is not yet safe.** An append is not waited for until it is on the disk, as a checkpoint is ([errors and files](93_errors_and_files.py)). After a power cut the last lines may be missing, or torn, or zeros.
 # - **Two writers of one log** would cut off each other's half lines. A run's folder has one owner, and a lock that says so.
 # - **The hash sees our modules and nothing below them.** A new PyTorch, a new driver or a warmer machine room can move a time by several per cent while every hash stays equal,
 #   which is why the stamp also says when and where, and why kernels are compared in turn on one machine. Whole runs, in [chapter 24](24_speedrun.py), were made on different days and hosts; their dates stand beside them.
