@@ -300,7 +300,7 @@ print(f"beheaded at T = {long_row:,}: {expected(fineweb, long_row):.1%}")
 print(f"record 26, where no row begins in the middle: {saved:.1%} fewer steps")
 
 # %% [markdown]
-# Long rows alone leave, by the log-normal, two tokens of a hundred without their beginning; record 26 repaired that and needed one step of a hundred less. (It lengthened the cooldown as well, so not all of that need be the data's.)
+# By the log-normal, long rows alone leave two tokens of a hundred without their beginning; record 26 repaired that and needed one step of a hundred less. (It lengthened the cooldown as well, so not all of that need be the data's.)
 #
 # ## The loader: stream mode
 #
