@@ -41,6 +41,9 @@ same = [float(run["final_val_loss"]) for run in runs if run["folder"] == "2025-0
 pairs = list(combinations(same, 2))
 fooled = sum(round(abs(a - b), 4) >= 0.001 for a, b in pairs) / len(pairs)
 
+curve = {int(p["step"]): float(p["val_loss"]) for p in public_table("curves") if p["record"] == "37"}  # fmt: skip
+a_step = (curve[1625] - curve[1680]) / (1680 - 1625)
+assert round(0.001 / a_step) == 5, "a thousandth near the end, in steps"
 assert len(same) == 24 and fooled > 0.6
 print(f"{len(same)} runs of one program: losses from {min(same):.4f} to {max(same):.4f}")
 print(f"of the {len(pairs)} pairs, {fooled:.0%} differ by 0.001 or more")

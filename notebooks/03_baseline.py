@@ -339,6 +339,11 @@ with torch.no_grad():
 expected = math.log(VOCAB) + 0.02**2 * 768 / 2
 logged = float(next(row for row in public_table("curves") if row["record"] == "1")["val_loss"])
 assert abs(first - expected) < 0.05 and abs(logged - expected) < 0.05
+with torch.no_grad():  # the head behind the embeddings, with no block between
+    there = tokens[:1, :-1]
+    bare = model.norm(model.tokens(there) + model.positions.weight[: size.max_seq_len])
+    itself = (bare @ model.tokens.weight.T).softmax(-1).gather(-1, there[..., None]).mean()
+assert 0.4 < itself < 0.6, "what chapter 08 unties"
 doubled = math.log(VOCAB) + 0.04**2 * 768 / 2
 assert doubled - expected > 0.4
 print(

@@ -759,6 +759,8 @@ short, long = own[0], own[-1]
 assert short["forward_host_ms"] > short["forward_ms"] and long["forward_host_ms"] < long["forward_ms"]  # fmt: skip
 for row in (short, long):
     print(f"{row['tokens']:,} tokens: {1000 * row['forward_ms']:.0f} µs on the GPU, {1000 * row['forward_host_ms']:.0f} µs for Python")  # fmt: skip
+assert round(1000 * short["forward_host_ms"]) == 293
+assert all(85 < 1000 * row["forward_host_ms"] < 100 for row in own[1:])
 print(measured_on(backends))
 
 # %% [markdown]

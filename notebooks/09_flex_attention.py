@@ -550,15 +550,18 @@ for name, (short, long, cap) in STAGES.items():
     reach[name] = sum(back[:8]) + max(back[8:])
     print(f"{name:13}", *(f"{each:5}" for each in back), f"  → {reach[name]:5}; documents up to {cap}")  # fmt: skip
     assert sum(each == long for each in back) == 2 and reach[name] > cap
-generator, keys = np.random.default_rng(8), {640: 0.0, 1408: 0.0}
+generator, keys, near = np.random.default_rng(8), {640: 0.0, 1408: 0.0}, 0.0
 for _ in range(100):  # packs: one alone may have a fifth more or less
     lengths = np.exp(generator.normal(math.log(403), SPREAD, 4000)).astype(int).clip(32)
     row = pack(lengths, 49_152, 2048, 192)
     for window in keys:
         reach_of = torch.arange(49_152) - lower_bounds(row, 49_152, window) + 1
         keys[window] += reach_of.float().mean().item() / 100
+    near += (
+        torch.arange(49_152) - lower_bounds(row, 49_152, 2048) <= 640
+    ).float().mean().item() / 100
 saved = 0.8 * (1 - keys[640] / keys[1408])
-assert 0.15 < saved < 0.3
+assert 0.15 < saved < 0.3 and 0.62 < near < 0.72
 print(
     f"keys a query sees in the last third, mean of 100 packs: {keys[640]:.0f} short, {keys[1408]:.0f} long; short layers save {saved:.0%} of all pairs"
 )

@@ -412,6 +412,10 @@ assert (both[0] - before[0]) / (unchanged[0] - before[0]) < 1 / 3
 assert unchanged[2] > 1.5 * unchanged[3] and unchanged[3] > 1.5 * before[3]
 assert both[1] < 0.2 * unchanged[1] and 0.7 < both[1] / both[0] < 1.3
 assert abs(blind[0] / unchanged[0] - 1) < 0.15, "in the mean the scale alone repairs nothing"
+assert blind[3] < before[3] + 0.01 and blind[2] > unchanged[2], (
+    "it repairs what has no older occurrence"
+)
+assert both[3] > unchanged[3], "of which YaRN with the scale repairs nothing"
 assert both[0] < 0.9 * at_once["frequencies only"][0], "together with the frequencies it helps"
 assert abs(at_once["all pairs interpolated"][0] - both[0]) < 0.01
 print(f"near: {before[0]:.3f} → {unchanged[0]:.3f}; with YaRN {both[0]:.3f}")
@@ -746,6 +750,8 @@ hopeless = scale_that_keeps(0.1, 384, 896, 20.0, 128)
 assert hopeless == math.inf, f"a product of 20 cannot keep its share: inf, not {hopeless}"
 record_like = scale_that_keeps(0.1, 384, 896, 64.0, 128)
 assert abs(record_like - 0.11695) < 2e-4, f"a cosine of one half asks for 0.1169, not {record_like:.4f}"  # fmt: skip
+best = 20.0 / 128  # where what the key gains over unrelated ones, s m - s² d / 2, is largest
+assert f"{best:.3f}" == "0.156" and 20 * best - best**2 * 64 - (20 * 0.1 - 0.1**2 * 64) < math.log(896 / 384)  # fmt: skip
 print(f"a cosine of one half: {record_like:.5f}; record 89: {scales[1]:.5f}")
 
 # %% [markdown]

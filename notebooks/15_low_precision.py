@@ -325,10 +325,11 @@ for margin, counts in clips.items():
     print(f"margin {margin:.2f}: steps with something clipped", counts)
 assert clips[1.0]["W"] > 20 and clips[1.12]["W"] == 0 and sum(clips[1.8].values()) == 0
 assert min(clips[1.0].values()) > 10
+assert f"{growth['x'].max():.2f} {growth['W'].max():.2f}" == "1.35 1.02"
 print("largest growth in a step, from the first on:", {name: f"{ratios.max():.2f}" for name, ratios in growth.items()})  # fmt: skip
 
 # %% [markdown]
-# After the first twenty steps, which are not counted here, something would be clipped in many steps without a margin, and nothing at all with one of 1.12. Before that $x$ once grew by 35%; $W$ never by more than 2%. Record 89's weights have exact scales in the first sixteen steps.
+# After the first twenty steps, which are not counted here, something would be clipped in many steps without a margin, and nothing at all with one of 1.12. Before that $x$ grew by up to 35% in a step; $W$ never by more than 2%. Record 89's weights have exact scales in the first sixteen steps.
 #
 # One scale may also stand for each *row*, as long as the sum does not run over rows: $s_a$ becomes $s_{a,i}$ and still goes in front. It pays where the rows' lengths differ by more than the plateau is wide, and only there:
 

@@ -929,6 +929,8 @@ seconds = {kind: np.mean([run["seconds"] for run in found]) for kind, found in (
 longer = seconds["now"] - seconds["before"]
 print(f"both end lower, by {gained[0]:.4f} and {gained[1]:.4f}, and take {longer:.1f} s longer, {longer / seconds['before']:.0%}: {735 * longer / seconds['before']:.0f} steps of the former schedule")  # fmt: skip
 assert (round(with_all_words), round(with_all_now)) == (56, 252)
+more = 735 * longer / seconds["before"]  # a hundredth for a hundred of 2,100 steps, chapter 24
+assert round(more) == 45 and f"{0.01 * (more / 735) / (100 / 2100):.3f}" == "0.013"
 assert all(0.0025 < gain < 0.0035 for gain in gained) and 5.5 < longer < 7.5
 assert all(0.045 < gain < 0.055 for gain in ahead) and 0.45 < np.mean(gained) / lost < 0.55
 assert all(0 < points["now", seed][0] - points["before", seed][0] < longer / 3 for seed in (0, 1))

@@ -1982,6 +1982,8 @@ def medians(data: dict, n: int) -> dict:
 
 ms, python = medians(data, 0), medians(data, 1)
 floor = floors(at_best)
+both_halves = sum(muon_flops(*spec.shape, False) - muon_flops(*spec.shape) for spec in record_specs()[:3]) / at_best["flops"]  # fmt: skip
+assert f"{1000 * both_halves:.1f}" == "0.4", "milliseconds, of products' other halves"
 for world in ms:
     for kind in KINDS:
         best = f"; at best {floor[kind]:.1f}" if world == "1" else ""
@@ -2107,7 +2109,11 @@ assert 4 < odd - even < 6
 print(f"four GPUs, first stage: {even:.1f} ms without tables, {odd:.1f} with them")
 print(measured_on(load_result("many_gpus", "run_4")))
 today_ms = load_result("speedrun", "record_200m")["data"]["runs"][0]["steps_ms"]
-assert [round(today_ms[n]) for n in (16, 49, 83)] == [70, 137, 246], "in the middle of each third"
+today_ms = [today_ms[n] for n in (16, 49, 83)]
+assert [round(ms) for ms in today_ms] == [70, 137, 246], "in the middle of each third"
+assert [f"{then / now:.1f}" for then, now in zip(step_ms[2], today_ms)] == ["1.8", "1.8", "1.5"]
+means = {w: statistics.mean(whole_runs[w]["stages"][0]["ms"]) for w in (1, 4)}
+assert 5 < means[4] - means[1] / 4 < 6, "what four GPUs lose of a step"
 
 # %% [markdown]
 # The counters agree with the formula to a ten-thousandth. Two GPUs are nearly twice as fast as one. Four are 3.6 times as fast in the first stage, where a step is shortest, and 3.9 times in the last. (By the question's arithmetic 3.5 ms a step; a quarter of one GPU's step is 5 to 6 shorter.) What they wait for is named in the trace of one step, of the kind that updates the tables too: all that travels does so in its last tenth.

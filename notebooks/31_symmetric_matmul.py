@@ -318,9 +318,8 @@ def symmetric_matmul(
 ) -> Tensor:
     """alpha · a b + beta · c for stacks of matrices, (matrices, size, size), where b and the result are symmetric: so it is if a and b are symmetric and commute. In their dtype.
 
-    Only blocks on and below the diagonal are computed, with sums in float32, and mirrored; c is read there only. For other matrices the result is wrong, and where rounded factors do not quite commute it
-    may be (`gram_by_triangles`). Where `why_no_kernel` has a reason, all
-    of the product is computed. No gradient. Raises ValueError for shapes and dtypes that differ.
+    Only blocks on and below the diagonal are computed, with sums in float32, and mirrored; c is read there only. For other matrices the result is wrong, and where rounded factors do not
+    quite commute it may be (`gram_by_triangles`). Where `why_no_kernel` has a reason, all of the product is computed. No gradient. Raises ValueError for shapes and dtypes that differ.
     """
     square = a.dim() == 3 and a.shape[1] == a.shape[2] and a.shape == b.shape == c.shape
     if not square or not a.dtype == b.dtype == c.dtype:
@@ -607,6 +606,8 @@ for row in result["data"]["errors"]:
     errors.setdefault((row["product"], *row["shape"]), set()).add(row["error"])
 assert all(max(found) < 1.001 * min(found) for found in errors.values()), "all versions round alike"
 assert all(max(errors[kind, *shape]) < 2**-11 for kind, shape in CASES), "one rounding to float16"
+grows = [times[*CASES[0], way] - times[*CASES[1], way] for way in ("all blocks", "triangle")]
+assert [round(us) for us in grows] == [58, 29]
 copied = times[*CASES[2], "cuBLAS"] - times[*CASES[1], "cuBLAS"]
 print(f"baddbmm over bmm: {copied:.0f} µs")
 assert 7 < copied < 9
@@ -701,6 +702,12 @@ for way, found in wrong.items():
 print(measured_on(load_result("gram", "caught")))
 assert 0.75 < values[0] < 0.85 and values[1] < 0.2 and max(wrong["whole"]) < 0.007
 assert max(wrong["triangles"]) > 0.1 > 0.007 > max(wrong["(PG)P"])
+a, b, c = muon.POLAR_EXPRESS[0]
+mu = [a + b * (value / 1.02) ** 2 + c * (value / 1.02) ** 4 for value in (values[0], values[-1])]
+assert 0.2 < mu[0] < 0.27 and 7.5 < mu[1] < 8.2, (
+    "P's eigenvalues, of the loud direction and a quiet one"
+)
+assert round(gpu["triangles"]["top"] / gpu["whole"]["top"]) == 74 and BANKS["attention"][0] == 40
 assert gpu["triangles"]["error"] > 2.9 and gpu["triangles"]["top"] > 80 and gpu["others_at_most"] < 0.007  # fmt: skip
 
 # %% [markdown]

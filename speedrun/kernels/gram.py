@@ -162,9 +162,8 @@ def symmetric_matmul(
 ) -> Tensor:
     """alpha · a b + beta · c for stacks of matrices, (matrices, size, size), where b and the result are symmetric: so it is if a and b are symmetric and commute. In their dtype.
 
-    Only blocks on and below the diagonal are computed, with sums in float32, and mirrored; c is read there only. For other matrices the result is wrong, and where rounded factors do not quite commute it
-    may be (`gram_by_triangles`). Where `why_no_kernel` has a reason, all
-    of the product is computed. No gradient. Raises ValueError for shapes and dtypes that differ.
+    Only blocks on and below the diagonal are computed, with sums in float32, and mirrored; c is read there only. For other matrices the result is wrong, and where rounded factors do not
+    quite commute it may be (`gram_by_triangles`). Where `why_no_kernel` has a reason, all of the product is computed. No gradient. Raises ValueError for shapes and dtypes that differ.
     """
     square = a.dim() == 3 and a.shape[1] == a.shape[2] and a.shape == b.shape == c.shape
     if not square or not a.dtype == b.dtype == c.dtype:
