@@ -750,13 +750,16 @@ hopeless = scale_that_keeps(0.1, 384, 896, 20.0, 128)
 assert hopeless == math.inf, f"a product of 20 cannot keep its share: inf, not {hopeless}"
 record_like = scale_that_keeps(0.1, 384, 896, 64.0, 128)
 assert abs(record_like - 0.11695) < 2e-4, f"a cosine of one half asks for 0.1169, not {record_like:.4f}"  # fmt: skip
-best = 20.0 / 128  # where what the key gains over unrelated ones, s m - s² d / 2, is largest
-assert f"{best:.3f}" == "0.156" and 20 * best - best**2 * 64 - (20 * 0.1 - 0.1**2 * 64) < math.log(896 / 384)  # fmt: skip
 print(f"a cosine of one half: {record_like:.5f}; record 89: {scales[1]:.5f}")
 
 # %% [markdown]
 # (Larger scores help a product of 20 only up to a scale of 0.156, and by then too little.)
-#
+
+# %%
+best = 20.0 / 128  # where what the key gains over unrelated ones, s m - s² d / 2, is largest
+assert f"{best:.3f}" == "0.156" and 20 * best - best**2 * 64 - (20 * 0.1 - 0.1**2 * 64) < math.log(896 / 384)  # fmt: skip
+
+# %% [markdown]
 # 2. Write `smallest_window(turning, pairs, fast)`: the smallest window, in whole tokens, from which a change leaves at least so many of the pairs wholly alone. `turning` are the frequencies, in any order.
 
 
