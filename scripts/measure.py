@@ -22,6 +22,7 @@ import sys
 import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from queue import SimpleQueue
 from typing import Any
 
@@ -43,7 +44,8 @@ def measured(module: Any, name: str, rest: list[str], command: str) -> tuple[dic
     if name not in runs:
         raise UserError(f"the study has no run “{name}”", f"missing, or one of {', '.join(runs)}")
     run = vary(runs[name], {"data.path": rest[0]} if rest else {})
-    return train_alone(run, command, getattr(module, "after", None))
+    with getattr(module, "around", nullcontext)(name):
+        return train_alone(run, command, getattr(module, "after", None))
 
 
 def make_missing(slug: str, names: Iterable[str], rest: list[str]) -> int:

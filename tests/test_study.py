@@ -5,15 +5,22 @@ from dataclasses import replace
 
 import measure
 import pytest
+import torch
 
-from speedrun.config import config_from_json, vary
+from speedrun.config import check_config, config_from_json, vary
 from speedrun.cpu_size import at_cpu_size
+from speedrun.kernels.fp8 import has_fp8
+from speedrun.kernels.loss import choose_candidates, head_loss_by_hand
 from speedrun.lab.errors import UserError
 from speedrun.lab.hardware import detect_machine
-from speedrun.measure import ablations, documents, runs
+from speedrun.measure import ablations, documents, precision, runs
 from speedrun.measure.study import train_alone
+from speedrun.model import gpt
 from speedrun.presets import preset
-from speedrun.train import build_run
+from speedrun.train import build_run, train_step
+
+HAVE = torch.cuda.is_available() and has_fp8(torch.device("cuda"))
+OPCHECKS = ("test_faketensor", "test_autograd_registration")  # no arithmetic on eight bits
 
 
 class TestMissing:
@@ -47,7 +54,9 @@ class TestMissing:
             measure.measured(ablations, "stages_7", [], "…")
 
 
-@pytest.mark.parametrize("module", [ablations, documents], ids=["ablations", "documents"])
+@pytest.mark.parametrize(
+    "module", [ablations, documents, precision], ids=["ablations", "documents", "precision"]
+)
 def test_arms_are_equally_far_wherever_a_study_stops(module):
     names = [name.rsplit("_", 1) for name in module.study()]
     seeds = [int(seed) for _, seed in names]
@@ -65,6 +74,66 @@ def test_an_ablation_is_trained_validated_once_and_kept(arm, embedded):
     assert json.dumps(data) and stamp["seeds"] == [0] and len(kept["steps_ms"]) == 99
     assert [point["step"] for point in kept["curve"]] == [0, 20]
     assert ("loss_in_documents" in kept) == (arm == "documents")
+
+
+class TestPrecision:
+    def losses(self, arm, folder):
+        """Training losses of three steps in float32 under an arm's patches."""
+        run = at_cpu_size(precision.study()[f"{arm}_0"])
+        brief = {"device": "cpu", "warmup": 0, "compile": False, "data.batch_tokens": 256}
+        with precision.around(f"{arm}_0"):
+            live = build_run(vary(run, brief), folder, echo=None)
+            return [train_step(live).item() for _ in range(3)]
+
+    def test_each_factor_changes_a_little_of_what_is_trained(self, embedded, tmp_path):
+        found = {arm: self.losses(arm, tmp_path / arm) for arm in precision.arms()}
+        assert len({tuple(losses) for losses in found.values()}) == len(found), "all are different"
+        for arm, losses in found.items():  # a sum over fewer words is smaller
+            peer = found["only_sampled" if "sampled" in precision.arms()[arm] else "only_head"]
+            assert all(abs(a - b) < 0.002 * b for a, b in zip(losses, peer))
+        again = self.losses("only_sampled", tmp_path / "again")
+        assert again == found["only_sampled"], "nothing stays patched"
+
+    def test_what_no_option_switches_is_patched_and_nothing_else(self):
+        before = gpt.linear, gpt.head_loss_op
+        for arm, on in precision.arms().items():
+            with precision.around(f"{arm}_0"):
+                assert (gpt.linear is not before[0]) == ("qkv" in on)
+                assert (gpt.head_loss_op is not before[1]) == ("sampled" in on and "head" not in on)
+            assert (gpt.linear, gpt.head_loss_op) == before
+            run = precision.study()[f"{arm}_0"]
+            assert any(s.candidates for s in run.schedule.stages) == ("sampled" in on)
+            assert run.model.block.fp8 == ("mlp" in on)
+            check_config(run)
+
+    def test_the_operators(self):
+        x, w = torch.randn(32, 16, requires_grad=True), torch.randn(48, 16, requires_grad=True)
+        torch.library.opcheck(precision.linear_op, (x, w), test_utils=OPCHECKS)
+        x, w = torch.randn(32, 16, requires_grad=True), torch.randn(16, 48, requires_grad=True)
+        few = torch.tensor([32, 2])
+        torch.library.opcheck(precision.head_loss_bf16, (x, w, torch.arange(32), few), test_utils=OPCHECKS)  # fmt: skip
+
+    @pytest.mark.gpu
+    @pytest.mark.skipif(not HAVE, reason="no GPU with units for eight bits")
+    @pytest.mark.parametrize("count", [0, 2048])
+    def test_on_a_gpu(self, count):
+        """Both operators against float64."""
+        torch.manual_seed(0)
+        x = torch.nn.functional.rms_norm(torch.randn(2048, 768, device="cuda"), (768,)).bfloat16()
+        w, targets = 0.15 * torch.randn(768, 4096, device="cuda"), torch.randint(0, 4096, (2048,), device="cuda")  # fmt: skip
+        found = precision.head_loss_bf16(x, w, targets, torch.tensor([count, 2]))
+        inside = [choose_candidates(to, 4096, count)[1] for to in targets.chunk(2)]
+        exact = head_loss_by_hand(x.double(), w.double(), targets, torch.stack(inside))
+        assert abs(found[0] - exact[0]) < 2e-3 * exact[0]
+        for ours, theirs in zip(found[1:], exact[1:]):
+            assert (ours.double() - theirs).norm() < 0.012 * theirs.norm()
+        leaves = x.detach().requires_grad_(), (w.T.bfloat16().contiguous()).requires_grad_()
+        upstream = torch.randn(2048, 4096, device="cuda").bfloat16()
+        y = precision.linear_op(*leaves)[0]
+        gradients = torch.autograd.grad(y, leaves, upstream)
+        a, b, u = x.double(), leaves[1].detach().double(), upstream.double()
+        for ours, theirs in zip((y, *gradients), (a @ b.T, u @ b, u.T @ a)):
+            assert (ours.double() - theirs).norm() < 0.08 * theirs.norm()
 
 
 class TestScaling:

@@ -1,0 +1,173 @@
+# Tangled from notebooks/15_low_precision.py: edit the notebook, then run "make tangle". Edits made here are lost.
+
+
+from speedrun.kernels.fp8 import E4M3, E5M2, fp8_matmul, quantize, scale_of
+
+
+# %% What it costs in loss, measured
+import math
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from speedrun.config import Config, vary
+from speedrun.kernels import loss as head
+from speedrun.measure.study import runs_of
+from speedrun.model import gpt
+from speedrun.presets import preset
+
+FACTORS = ("head", "mlp", "qkv", "sampled")
+NAMESPACE = __name__.strip("_").replace(".", "_")  # the notebook's operator is not the package's
+
+
+def arms() -> dict[str, set[str]]:
+    """Half of the sixteen combinations, those with an odd number of factors on: each alone, and all but each.
+
+    head, mlp, qkv: products in eight bits. sampled: the softmax over candidates in the first stages. An effect is four runs against four, and clear of what two factors do together.
+    """
+    alone = {f"only_{one}": {one} for one in FACTORS}
+    return alone | {f"all_but_{one}": {*FACTORS} - {one} for one in FACTORS}
+
+
+def config_of(on: set[str]) -> Config:
+    """The run of a combination; what no option switches is patched in by `around`."""
+    base = preset("record_200m")
+    stages = tuple(replace(s, candidates=0) for s in base.schedule.stages)
+    changes = {} if "sampled" in on else {"schedule.stages": stages}
+    fused = bool(on & {"head", "sampled"})  # else PyTorch's logits and loss
+    return vary(base, changes | {"model.head.fp8": fused, "model.block.fp8": "mlp" in on})
+
+
+def study() -> dict[str, Config]:
+    """`record_200m` with products in eight bits and the sampled softmax on and off, a half-fraction factorial, twice."""
+    return runs_of({arm: config_of(on) for arm, on in arms().items()}, (0, 1))
+
+
+@torch.library.custom_op(f"{NAMESPACE}::linear", mutates_args=())
+def linear_op(x: Tensor, w: Tensor) -> list[Tensor]:
+    """x wᵀ in eight bits, (tokens, rows) in x's dtype; then what the backward pass needs. x: (tokens, width), each row of root mean square 1. w: (rows, width)."""
+    of_x = x.new_full((1,), math.sqrt(x.shape[1]) / torch.finfo(E4M3).max, dtype=torch.float32)
+    of_w = scale_of(w)
+    x8, x8t = quantize(x, of_x, turned=True)
+    w8, w8t = quantize(w, of_w, turned=True)
+    return [fp8_matmul(x8, w8, of_x, of_w, x.dtype), x8t, w8t, of_x, of_w]
+
+
+@linear_op.register_fake
+def fake_linear(x, w):
+    (tokens, width), rows, one = x.shape, len(w), x.new_empty(1, dtype=torch.float32)
+    eight = [x.new_empty(shape, dtype=E4M3) for shape in ((width, tokens), (width, rows))]
+    return [x.new_empty(tokens, rows), *eight, one, torch.empty_like(one)]
+
+
+@torch.library.custom_op(f"{NAMESPACE}::linear_backward", mutates_args=())
+def linear_backward_op(grad: Tensor, of_grad: Tensor, saved: list[Tensor]) -> list[Tensor]:
+    """Gradients of x and w, in grad's dtype, from the output's, (tokens, rows), which goes to e5m2 over its scale."""
+    x8t, w8t, of_x, of_w = saved
+    grad8, grad8t = quantize(grad, of_grad, E5M2, turned=True)
+    dx = fp8_matmul(grad8, w8t, of_grad, of_w, grad.dtype)
+    return [dx, fp8_matmul(grad8t, x8t, of_grad, of_x, grad.dtype)]
+
+
+@linear_backward_op.register_fake
+def fake_linear_backward(grad, of_grad, saved):
+    (width, tokens), (_, rows) = saved[0].shape, saved[1].shape
+    return [grad.new_empty(tokens, width), grad.new_empty(rows, width)]
+
+
+def linear_gradients(ctx: Any, grads: list[Tensor]) -> tuple:
+    """By `linear_backward_op`, with the gradient's amax, now."""
+    grad = grads[0].contiguous()
+    of_grad = (grad.abs().amax().float() / torch.finfo(E5M2).max).clamp(min=1e-12).reshape(1)
+    return tuple(linear_backward_op(grad, of_grad, list(ctx.saved_tensors)))
+
+
+def keep_linear(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
+    ctx.save_for_backward(*output[1:])
+
+
+linear_op.register_autograd(linear_gradients, setup_context=keep_linear)
+plain_linear = gpt.linear
+
+
+def linear_in_eight(x: Tensor, weights: Any, name: str) -> Tensor:
+    """The model's linear maps, in training that of queries, keys and values in eight bits."""
+    if name != "attention_qkv" or not torch.is_grad_enabled():
+        return plain_linear(x, weights, name)
+    w = weights[name]
+    return linear_op(x.flatten(0, -2).to(w.dtype), w)[0].view(*x.shape[:-1], len(w))
+
+
+def launch_bf16(x: Tensor, w: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """As `launch_head` of chapter 19, of x (tokens, width) and w (words, width) in bfloat16."""
+    (tokens, width), words, blocks = x.shape, len(w), head.Blocks(128, 128, 64, 8, 3)
+    g, gt = x.new_empty(tokens, words), x.new_empty(words, tokens)
+    columns = -(-words // blocks.columns)
+    sums = torch.empty(columns, tokens, device=x.device)
+    programs = head.programs_for(x.device, blocks, columns * -(-tokens // blocks.rows))
+    sizes = [blocks.rows, blocks.depth], [blocks.columns, blocks.depth], [128, 64], [64, 128]
+    matrices = [head.in_blocks(*pair) for pair in zip((x, w, g, gt), sizes)]
+    head.head_kernel[(programs,)](
+        *matrices, sums, scale, tokens, words, WIDTH=width, KIND=head.tl.bfloat16, ROWS=blocks.rows, COLUMNS=blocks.columns,
+        DEPTH=blocks.depth, PROGRAMS=programs, FAST=True, BULK=True, num_warps=blocks.warps, num_stages=blocks.stages,
+    )  # fmt: skip
+    return g, gt, sums.sum(0)
+
+
+def product_bf16(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, out: torch.dtype) -> Tensor:  # fmt: skip
+    """As `fp8_matmul`, of bfloat16."""
+    return (torch.mm(a, b.mT, out_dtype=torch.float32) * (scale_a * scale_b)).to(out)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::head_loss_bf16", mutates_args=())
+def head_loss_bf16(
+    x: Tensor, w: Tensor, targets: Tensor, candidates: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As chapter 19's `head_loss_op`, with the same kernels but products in bfloat16; off a GPU by the definition."""
+    (count, parts), factor = candidates.tolist(), head.CAP / head.SLOPE / len(x)
+    if x.device.type != "cuda":
+        words = [head.choose_candidates(to, w.shape[1], count)[1] for to in targets.chunk(parts)]
+        loss, dx, dw = head.head_loss_by_hand(x.float(), w, targets, torch.stack(words))
+        return loss, dx.to(x.dtype), dw
+    x, wt, one = x.contiguous(), w.T.bfloat16().contiguous(), torch.ones(1, device=x.device)
+    dx, loss = torch.empty_like(x), torch.empty_like(targets, dtype=torch.float32)
+    dw = wt.new_zeros(wt.shape, dtype=torch.float32)
+    with patch.object(head, "fp8_matmul", product_bf16):
+        for own, to, lost, out in zip(*(each.chunk(parts) for each in (x, targets, loss, dx))):
+            part = head.micro_batch_head(own, wt, one, to, count, lost, out, dw, factor, launch_bf16)  # fmt: skip
+            dw = part if part is dw else dw + part
+    return loss.mean(), dx, dw.T.contiguous()
+
+
+@head_loss_bf16.register_fake
+def fake_head_loss(x, w, targets, candidates):
+    loss = x.new_empty((), dtype=torch.float32)
+    return loss, torch.empty_like(x), w.new_empty(w.shape, dtype=torch.float32)
+
+
+def keep_gradients(ctx: Any, inputs: tuple, output: tuple) -> None:
+    ctx.save_for_backward(*output[1:])
+
+
+def scale_gradients(ctx: Any, grad: Tensor, *_) -> tuple:
+    return *(each * grad.to(each.dtype) for each in ctx.saved_tensors), None, None
+
+
+head_loss_bf16.register_autograd(scale_gradients, setup_context=keep_gradients)
+
+
+@contextmanager
+def around(name: str) -> Iterator[None]:
+    """What a run of the study is trained under: its products where no option of the model switches them."""
+    on = arms()[name.rpartition("_")[0]]
+    with ExitStack() as patches:
+        if "qkv" in on:
+            patches.enter_context(patch.object(gpt, "linear", linear_in_eight))
+        if "sampled" in on and "head" not in on:
+            patches.enter_context(patch.object(gpt, "head_loss_op", head_loss_bf16))
+        yield
