@@ -681,17 +681,19 @@ print(f"record 19: a step is {faster:.1f} ms shorter; by count the head saves {c
 # %% tags=["hide-input"]
 #| export measure.precision
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from speedrun.config import Config, vary
 from speedrun.kernels import loss as head
+from speedrun.lab.results import load_result, result_names
 from speedrun.measure.study import runs_of
 from speedrun.model import gpt
 from speedrun.presets import preset
@@ -850,6 +852,31 @@ def around(name: str) -> Iterator[None]:
         if "sampled" in on and "head" not in on:
             patches.enter_context(patch.object(gpt, "head_loss_op", head_loss_bf16))
         yield
+
+
+# %% tags=["hide-input"]
+#| export measure.precision
+def finished() -> dict[str, dict]:
+    """The runs of the study that have been made, by name."""
+    made = result_names("precision")
+    return {name: load_result("precision", name)["data"]["runs"][0] for name in study() if name in made}  # fmt: skip
+
+
+def effects(number: Callable[[dict], float]) -> dict[str, tuple[float, float]]:
+    """What each factor adds to a number of a run, averaged over the others, and half of a 95% interval around it.
+
+    Least squares of the mean and four effects; what they leave unexplained is taken as noise, interactions included (Student's t).
+    """
+    from scipy.stats import t
+
+    runs = finished()
+    on = [arms()[name.rpartition("_")[0]] for name in runs]
+    design = np.array([[1.0, *(1.0 if one in each else -1.0 for one in FACTORS)] for each in on])
+    values = np.array([number(run) for run in runs.values()])
+    fit = np.linalg.lstsq(design, values)[0]
+    free, left = len(values) - len(fit), values - design @ fit
+    half = t.ppf(0.975, free) * 2 * math.sqrt(left @ left / free / len(values))
+    return {one: (2 * each, half) for one, each in zip(FACTORS, fit[1:].tolist())}
 
 
 # %%

@@ -1,7 +1,9 @@
 """Studies: runs with a result each, made where it is missing."""
 
 import json
+import math
 from dataclasses import replace
+from functools import partial
 
 import measure
 import pytest
@@ -105,6 +107,22 @@ class TestPrecision:
             assert any(s.candidates for s in run.schedule.stages) == ("sampled" in on)
             assert run.model.block.fp8 == ("mlp" in on)
             check_config(run)
+
+    def test_effects_are_found_where_there_is_no_noise_and_their_intervals_hold_them(
+        self, monkeypatch
+    ):
+        true = dict(zip(precision.FACTORS, (0.1, -0.2, 0.3, 0.05)))
+        noise = {name: 0.001 * math.sin(99.0 * n) for n, name in enumerate(precision.study())}
+
+        def made(size):
+            on = {name: precision.arms()[name.rpartition("_")[0]] for name in precision.study()}
+            return {name: {"loss": 3 + sum(true[one] for one in each) + size * noise[name]} for name, each in on.items()}  # fmt: skip
+
+        for size in (0, 1):
+            monkeypatch.setattr(precision, "finished", partial(made, size))
+            found = precision.effects(lambda run: run["loss"])
+            assert all(abs(found[one][0] - true[one]) <= 0.9 * size * found[one][1] + 1e-9 for one in true)  # fmt: skip
+            assert all((half > 1e-5) == bool(size) and half < 0.002 for _, half in found.values())
 
     def test_the_operators(self):
         x, w = torch.randn(32, 16, requires_grad=True), torch.randn(48, 16, requires_grad=True)
