@@ -676,7 +676,17 @@ print(f"record 19: a step is {faster:.1f} ms shorter; by count the head saves {c
 #
 # ### What it costs in loss, measured
 #
-# INTRO
+# These costs are thousandths of a nat, and so is what separates two seeds. One run with and one without would decide nothing. So here are eight runs of `record_200m` at once ([chapter 24](24_speedrun.py): 124M parameters of matrices and embeddings and as many again in tables, 200 million tokens of English), in which four things are on or off:
+#
+# - **head**: the head's products in eight bits, by [chapter 19](19_head_and_loss.py)'s kernel;
+# - **MLP**: the MLP's products, forward and backward, by [chapter 18](18_fused_mlp.py)'s;
+# - **QKV**: the product that makes queries, keys and values, forward and backward, with `quantize` and `fp8_matmul` as they stand above;
+# - **sample**: the softmax over a sample of the words in the first two thirds of the run, also chapter 19's.
+#
+# Of the sixteen combinations these are the eight with an odd number of things on: each alone, and all but each. Then each thing is on in four runs and off in four, and in either four the other three are on equally often. The difference of the two means is what it adds. Every run answers four questions. Statisticians call this a *half-fraction factorial design*. What it cannot see is pairs: that two things together cost more than their sum would look like noise.
+#
+# Two of the combinations' parts are no options of the trainer, and are patched in by the hidden cells: QKV in eight bits, and a sample of words for a head in sixteen bits. We wrote down beforehand: head, MLP and QKV cost 0.001 each, the sample 0.003; and QKV saves nothing, since its conversions, which no kernel does on the way, read and write about as long as its product gets shorter.
+
 
 # %% tags=["hide-input"]
 #| export measure.precision
