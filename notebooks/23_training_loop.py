@@ -298,6 +298,7 @@ import math
 import shlex
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -706,7 +707,10 @@ def build_run(config: Config, folder: Path, echo=print) -> Run:
         loader.check(stage.batch_tokens, stage.max_doc_tokens)
     validation = Shards(config.data.path, "val")
     heartbeat.phase("build")
-    model = GPT(config.model, loader.shards.manifest.vocab_size, config.seed).to(device)
+    with ThreadPoolExecutor() as pool:  # the compiler's import takes seconds, as does the drawing
+        if config.compile:
+            pool.submit(importlib.import_module, "torch._inductor.compile_fx")
+        model = GPT(config.model, loader.shards.manifest.vocab_size, config.seed).to(device)
     return Run(
         config,
         folder,

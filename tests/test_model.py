@@ -1,6 +1,7 @@
 """The two models against each other, against Hugging Face's GPT-2, and against formulas."""
 
 import math
+import zlib
 from dataclasses import replace
 
 import pytest
@@ -8,10 +9,12 @@ import torch
 
 from speedrun.model.baseline import GPT2, decay_groups, parameter_count
 from speedrun.model.gpt import GPT, GPTConfig, check_heads, flops_per_token, param_specs
+from speedrun.model.init import init_parameter
 from speedrun.model.rotary import RotaryConfig
 from speedrun.optim.adam import AdamConfig
 from speedrun.optim.optimizer import MuonAdam
 from speedrun.optim.state import OptimConfig, assign_optimizers
+from speedrun.params import ParamSpec
 from speedrun.schedule import StepSettings
 
 SHAPES = [
@@ -159,6 +162,21 @@ class TestInitialValues:
         wider = GPT(config, 99, seed=5)
         assert torch.equal(one.mlp_up, wider.mlp_up), "another vocabulary changes embeddings alone"
         assert not torch.equal(one.mlp_up, one.mlp_down.mT * math.sqrt(4)), "nor are two alike"
+
+    @pytest.mark.parametrize("mean", [0.0, 0.5])
+    @pytest.mark.parametrize("std", [0.0, 0.018])
+    @pytest.mark.parametrize("uniform", [True, False])
+    def test_they_are_drawn_in_place_bit_for_bit(self, uniform, std, mean):
+        row = ParamSpec("bank", (3, 40, 7), init_mean=mean, init_std=std, init_uniform=uniform)
+        for seed in (0, 1):
+            seeded = torch.Generator().manual_seed(zlib.crc32(f"{seed}:bank".encode()))
+            if uniform:
+                draw = 2 * torch.rand(row.shape, generator=seeded) - 1
+                wanted = torch.full(row.shape, mean) + math.sqrt(3) * std * draw
+            else:
+                draw = torch.randn(row.shape, generator=seeded)
+                wanted = torch.full(row.shape, mean) + std * draw
+            assert torch.equal(init_parameter(row, seed), wanted)
 
     def test_the_first_loss_is_as_predicted(self):
         config = GPTConfig(num_layers=2, num_heads=2, model_dim=128, max_seq_len=64, init_std=0.05)
