@@ -674,19 +674,18 @@ print(f"record 19: a step is {faster:.1f} ms shorter; by count the head saves {c
 #
 # Afterwards less was left to gain. Forward products in the MLP gave half a second and 0.8 s (records 84 and 89). Record 89's authors report 0.0001 more loss, which their runs cannot tell from nothing. Record 90 adds the backward pass: 3.8 s less by its author's test, with narrower queries and keys and 30 more steps. Without eight bits in the MLP and the head's ready-made copies record 92 takes 5.0 s more, at a loss lower by 0.0004 (two runs) {cite}`moddednanogpt`.
 #
-# ### What it costs in loss, measured
+# ### How to find out what each costs in loss
 #
-# These costs are thousandths of a nat, and so is what separates two seeds. One run with and one without would decide nothing. So here are eight runs of `record_200m` at once ([chapter 24](24_speedrun.py): 124M parameters of matrices and embeddings and as many again in tables, 200 million tokens of English), in which four things are on or off:
+# Those costs are thousandths of a nat, and so is what separates two seeds. A run with and a run without decide nothing, and pairs for each of four questions are many runs. There is a cheaper way. Take four things that are on or off in `record_200m`:
 #
 # - **head**: the head's products in eight bits, by [chapter 19](19_head_and_loss.py)'s kernel;
-# - **MLP**: the MLP's products, forward and backward, by [chapter 18](18_fused_mlp.py)'s;
-# - **QKV**: the product that makes queries, keys and values, forward and backward, with `quantize` and `fp8_matmul` as they stand above;
-# - **sample**: the softmax over a sample of the words in the first two thirds of the run, also chapter 19's.
+# - **mlp**: the MLP's, forward and backward, by [chapter 18](18_fused_mlp.py)'s;
+# - **qkv**: the product that makes queries, keys and values, forward and backward, by `quantize` and `fp8_matmul` as they stand above;
+# - **sampled**: the softmax over a sample of the words in the first two thirds of the run, also chapter 19's.
 #
-# Of the sixteen combinations these are the eight with an odd number of things on: each alone, and all but each. Then each thing is on in four runs and off in four, and in either four the other three are on equally often. The difference of the two means is what it adds. Every run answers four questions. Statisticians call this a *half-fraction factorial design*. What it cannot see is pairs: that two things together cost more than their sum would look like noise.
+# Of the sixteen combinations train the eight with an odd number of things on: each alone, and all but each. Then each thing is on in four runs and off in four, and in either four the other three are on equally often. The difference of the two means is what it adds. Every run answers four questions. This is a *half-fraction factorial design*. What it cannot see is pairs: that two things together cost more than their sum would look like noise.
 #
-# Two of the combinations' parts are no options of the trainer, and are patched in by the hidden cells: QKV in eight bits, and a sample of words for a head in sixteen bits. We wrote down beforehand: head, MLP and QKV cost 0.001 each, the sample 0.003; and QKV saves nothing, since its conversions, which no kernel does on the way, read and write about as long as its product gets shorter.
-
+# The hidden cells declare that study, and patch in what the trainer has no option for: `qkv`, and a sample of words for a head in sixteen bits. The cell behind them tests those patches. Our prediction, written before any run: head, MLP and QKV cost 0.001 each, the sample 0.003; and QKV saves nothing, since its conversions, which no kernel does on the way, read and write for about as long as its products get shorter. A run takes some five minutes on an H200; the last lines below say which have been made, and will print the effects when all eight are there.
 
 # %% tags=["hide-input"]
 #| export measure.precision
@@ -725,9 +724,10 @@ def config_of(on: set[str]) -> Config:
     """The run of a combination; what no option switches is patched in by `around`."""
     base = preset("record_200m")
     stages = tuple(replace(s, candidates=0) for s in base.schedule.stages)
-    changes = {} if "sampled" in on else {"schedule.stages": stages}
-    fused = bool(on & {"head", "sampled"})  # else PyTorch's logits and loss
-    return vary(base, changes | {"model.head.fp8": fused, "model.block.fp8": "mlp" in on})
+    changes: dict[str, Any] = {} if "sampled" in on else {"schedule.stages": stages}
+    changes |= {"model.block.fp8": "mlp" in on, "model.head.fp8": bool(on & {"head", "sampled"})}
+    # passes half as long as the preset's: in sixteen bits they keep more
+    return vary(base, changes | {"data.max_forward_tokens": 32_768})
 
 
 def study() -> dict[str, Config]:
@@ -891,6 +891,7 @@ def effects(number: Callable[[dict], float]) -> dict[str, tuple[float, float]]:
 
 # %%
 from speedrun.kernels.loss import head_loss_by_hand
+from speedrun.lab.results import measured_on
 
 plain = torch.randn(64, 48, generator=draw), 0.1 * torch.randn(96, 48, generator=draw)
 leaves = [torch.nn.functional.rms_norm(plain[0], (48,)).requires_grad_(), plain[1].requires_grad_()]
@@ -912,6 +913,13 @@ for one in FACTORS:
     with_it = [arm for arm in on if one in on[arm]]
     assert len(with_it) == 4 and all(sum(two in on[arm] for arm in with_it) == 2 for two in set(FACTORS) - {one})  # fmt: skip
 print(f"gradients of a product in eight bits: {worst:.1%} off; {len(on)} combinations, each factor in 4 of them, and in 2 of those each other")  # fmt: skip
+made, asked = finished(), [name for name in study() if name.endswith("_0")]
+for name, run in made.items():
+    print(f"{name}: {run['seconds']:.1f} s, {run['curve'][-1]['val_loss']:.4f}; {measured_on(load_result('precision', name))}")  # fmt: skip
+print(f"of the {len(asked)} runs of one seed {sum(name in made for name in asked)} made; the others: python scripts/measure.py precision missing FOLDER")  # fmt: skip
+if set(asked) <= set(made):
+    for what, number in (("seconds", lambda run: run["seconds"]), ("loss", lambda run: run["curve"][-1]["val_loss"])):  # fmt: skip
+        print(what, {one: f"{each:+.4f} ± {half:.4f}" for one, (each, half) in effects(number).items()})  # fmt: skip
 
 # %% [markdown]
 # ## What it costs, and when it fails

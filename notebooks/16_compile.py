@@ -725,7 +725,7 @@ assert (round(since["reserved"] / 1024), round(100 * since["allocated"] / since[
 assert 1.005 < ratio[2] < 1.03 and 1.005 < ratio[3] < 1.03, "as printed, one to two per cent"
 
 # %% [markdown]
-# The second line is the trainer's today, but for the order of its warm-up (see *Memory* below). The first is an earlier state of it, with the whole model in one graph and everything launched by Python; its schedule had a stage more, in the last third. On two GPUs parts save forty seconds of a start with empty caches, which nobody's clock counts, and cost one or two per cent of each step, which the contest's does.
+# The second line is the trainer's today, but for the order of its warm-up and its allocator's segments (see *Memory* below). The first is an earlier state of it, with the whole model in one graph and everything launched by Python; its schedule had a stage more, in the last third. On two GPUs parts save forty seconds of a start with empty caches, which nobody's clock counts, and cost one or two per cent of each step, which the contest's does.
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Seconds of a start with empty and with full caches, stacked by imports, building, Dynamo, AOTAutograd, Inductor and Triton, autotuning and the steps."}}
 from matplotlib import pyplot as plt
@@ -772,7 +772,7 @@ assert max(stack, key=lambda label: stack[label][0]).startswith("Inductor and Tr
 assert share > 0.95 and abs(rest[1]) < 1 and min(min(values) for values in stack.values()) >= 0
 
 # %% [markdown]
-# With full caches nothing is compiled, and the start still takes more than twenty seconds. Imports and building model and optimizer, drawing the model's initial numbers among other things, are half of it; PyTorch's caches cannot help there. The other half is Dynamo, which follows the Python of all graphs again in every new process, because guards and code objects belong to the process, and then loads what the caches have. Cold, the largest part is writing and compiling kernels, Inductor's on up to 32 cores, ours one by one. (This is one run each, of one rank, from the start of its process. The two-GPU runs' seconds above begin when the model has been built.)
+# With full caches nothing is compiled, and the start still takes more than twenty seconds. Imports and building model and optimizer, drawing the model's initial numbers among other things, are half of it; PyTorch's caches cannot help there. (Since then the numbers are drawn in place, while a thread imports the compiler. On a GPU that has not been timed.) The other half is Dynamo, which follows the Python of all graphs again in every new process, because guards and code objects belong to the process, and then loads what the caches have. Cold, the largest part is writing and compiling kernels, Inductor's on up to 32 cores, ours one by one. (This is one run each, of one rank, from the start of its process. The two-GPU runs' seconds above begin when the model has been built.)
 #
 # Thirty graphs are compiled in all: the ten of the forward and backward pass, the same ten for validation, and ten for the optimizer's updates and for tying head and embedding.
 #
@@ -782,7 +782,23 @@ assert share > 0.95 and abs(rest[1]) < 1 and min(min(values) for values in stack
 #
 # ## What it costs, and when it fails
 #
-# - **Memory.** A CUDA graph keeps the memory of its pass for itself as long as it lives. All stages' graphs share a pool. The runs above recorded each stage right after its own first passes, which stood beside the pool of the stages before, so that the most that was ever reserved grew by a quarter. Since then all plain passes come first. Runs of that, on one GPU and so not quite comparable, reserved 41 GiB, and never had more than 59% of it allocated: a validation's rows cannot lie in graphs' memory.
+# - **Memory.** A CUDA graph keeps the memory of its pass for itself as long as it lives. All stages' graphs share a pool. The runs above recorded each stage right after its own first passes, which stood beside the pool of the stages before, so that the most that was ever reserved grew by a quarter. Since then all plain passes come first. Runs of that, on one GPU and so not quite comparable, reserved 41 GiB, and never had more than 59% of it allocated: a validation's rows cannot lie in graphs' memory. PyTorch's allocator cuts memory into blocks by the sizes that were first asked for; told to grow its segments instead (`expandable_segments:True`, as upstream has it), it reserves a fifth less, at the same speed. The launcher asks for that. Passes half as long take one and a half per cent more time, and save little beside it:
+
+# %%
+tried = load_result("compile", "segments")
+rows = {(row["tokens"], row["expandable"]): row for row in tried["data"]["rows"]}
+for (tokens, expandable), row in rows.items():
+    memory = row["memory_mb"]
+    print(f"passes of {tokens:,} tokens, {'growing' if expandable else 'fixed'} segments: {memory['reserved'] / 1024:.1f} GiB reserved, {memory['allocated'] / 1024:.1f} allocated; {row['seconds']:.2f} s for {row['steps']} steps")  # fmt: skip
+fixed, half, whole = rows[32_768, False], rows[32_768, True], rows[65_536, True]
+less = 1 - half["memory_mb"]["reserved"] / fixed["memory_mb"]["reserved"]
+assert 0.2 < less < 0.25 and 0.2 < 1 - whole["memory_mb"]["reserved"] / since["reserved"] < 0.25
+assert 1.01 < half["seconds"] / whole["seconds"] < 1.02
+assert half["memory_mb"]["reserved"] > 0.93 * whole["memory_mb"]["reserved"]
+assert abs(half["seconds"] / fixed["seconds"] - 1) < 0.002, "the same speed"
+print(f"compiling and warming up, in the first of these runs with empty caches: {fixed['prepared_s']:.0f} s; {measured_on(tried)}")  # fmt: skip
+
+# %% [markdown]
 # - **One to two per cent of a step**, in the two thirds of the runs above whose schedules are the same. Two causes can be named. The gradient of $x_0$, which every layer reads, is added up by autograd between the compiled graphs and not inside one. And the largest entry of the gradient that an eight-bit MLP needs for its scale ([chapter 18](18_fused_mlp.py)) is found by a kernel of its own, where a graph of the whole model found it while the gradient was written. How the loss divides among them, symbols for sizes and copies of batches has not been measured.
 # - **What depends on a computed number cannot be recorded**: an `if` about a loss, a shape that depends on data, `.item()`. The first form of the softmax's candidates ([chapter 19](19_head_and_loss.py)) waited for the GPU in each pass. While recording that is refused at once; without a graph a run only gets slower.
 # - **On two GPUs recording bought no time that these runs could show.** There a pass has 49,152 or 65,536 tokens, and the GPU is the slower of the two. It should matter where a rank has few tokens, as with eight. `python scripts/measure.py compile passes FOLDER` times both ways for one rank of eight, of four and of two; no result of it is committed yet, so what it saves there is so far an expectation.

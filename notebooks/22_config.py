@@ -700,13 +700,7 @@ PRESETS: dict[str, tuple[str, Changes]] = {  # name → the run that it starts f
     ),
     "record_200m": (
         "record",
-        {
-            "schedule.extension_steps": 10,
-            "data.max_forward_tokens": 32_768,
-            "steps": 735,
-            "val_every": 125,
-            "val_tokens": 8_388_608,
-        },
+        {"schedule.extension_steps": 10, "steps": 735, "val_every": 125, "val_tokens": 8_388_608},
     ),
     "small": (
         "record_200m",

@@ -594,7 +594,7 @@ for file, content in (
 # `torchrun` is started as a module, so that it need not be on the path, and with a pipe as its standard input, which the ranks inherit.
 #
 # It also needs a place where the ranks meet, and its usual place is a port that listens on *every* interface of the machine, and `torchrun` unpickles what it finds there: anybody in the network can run code as you. `--standalone`, a static rendezvous and `--local-addr` all leave it open. What does not listen is a *file*: torchrun's own store, and the one through which the ranks find
-# each other, are two files in the run's folder, and what gloo and NCCL open after that is told to stay on the loopback interface. This also frees the run from the machine's own name, which need not resolve ([nanochat#42](https://github.com/karpathy/nanochat/issues/42)).
+# each other, are two files in the run's folder, and what gloo and NCCL open after that is told to stay on the loopback interface. This also frees the run from the machine's own name, which need not resolve ([nanochat#42](https://github.com/karpathy/nanochat/issues/42)). Ranks on GPUs are also told how to keep memory ([chapter 16](16_compile.py)), unless the shell says otherwise.
 
 # %%
 #| default_exp supervise
@@ -645,6 +645,8 @@ def rank_environment(world: int, cores: int, folder: Path, device: str = "cpu") 
     }
     if world > 1:  # else torchrun gives each rank one thread, and says so at length
         usual["OMP_NUM_THREADS"] = str(max(1, cores // world))
+    if device == "cuda" and "PYTORCH_CUDA_ALLOC_CONF" not in own:  # the former name of this one
+        usual["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"  # a fifth less is reserved
     return usual | own
 
 

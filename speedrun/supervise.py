@@ -50,6 +50,8 @@ def rank_environment(world: int, cores: int, folder: Path, device: str = "cpu") 
     }
     if world > 1:  # else torchrun gives each rank one thread, and says so at length
         usual["OMP_NUM_THREADS"] = str(max(1, cores // world))
+    if device == "cuda" and "PYTORCH_CUDA_ALLOC_CONF" not in own:  # the former name of this one
+        usual["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"  # a fifth less is reserved
     return usual | own
 
 

@@ -23,7 +23,7 @@ from speedrun.lab.hardware import GPU, Machine
 from speedrun.lab.metrics import read_metrics, series
 from speedrun.launch import choose_preset, confirm, make_plan, prepare_data
 from speedrun.presets import preset
-from speedrun.supervise import Patience, diagnosis, run_ranks
+from speedrun.supervise import Patience, diagnosis, rank_environment, run_ranks
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals and process groups")
 
@@ -215,6 +215,21 @@ class TestWatching:
 
     def test_without_an_output_the_status_is_all_there_is(self, tmp_path):
         assert diagnosis(tmp_path, 7) == "torchrun ended with status 7"
+
+    def test_on_gpus_segments_of_memory_grow_unless_somebody_says_otherwise(
+        self, tmp_path, monkeypatch
+    ):
+        both = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"
+        for name in both:
+            monkeypatch.delenv(name, raising=False)
+        assert not set(both) & set(rank_environment(1, 2, tmp_path))
+        on_gpus = rank_environment(1, 2, tmp_path, "cuda")
+        assert on_gpus["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+        for name in both:
+            with monkeypatch.context() as here:
+                here.setenv(name, "garbage_collection_threshold:0.8")
+                told = rank_environment(1, 2, tmp_path, "cuda")
+            assert [told[n] for n in both if n in told] == ["garbage_collection_threshold:0.8"]
 
     def test_an_environment_of_an_earlier_torchrun_does_no_harm(self, tmp_path, monkeypatch):
         for name, value in {"RANK": "5", "WORLD_SIZE": "9", "MASTER_PORT": "1", "LOCAL_RANK": "5"}.items():  # fmt: skip
