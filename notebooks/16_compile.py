@@ -786,10 +786,10 @@ assert share > 0.95 and abs(rest[1]) < 1 and min(min(values) for values in stack
 
 # %%
 tried = load_result("compile", "segments")
-rows = {(row["tokens"], row["expandable"]): row for row in tried["data"]["rows"]}
+rows = {(row["config"]["data"]["max_forward_tokens"], row["expandable"]): row for row in tried["data"]["runs"]}  # fmt: skip
 for (tokens, expandable), row in rows.items():
     memory = row["memory_mb"]
-    print(f"passes of {tokens:,} tokens, {'growing' if expandable else 'fixed'} segments: {memory['reserved'] / 1024:.1f} GiB reserved, {memory['allocated'] / 1024:.1f} allocated; {row['seconds']:.2f} s for {row['steps']} steps")  # fmt: skip
+    print(f"passes of {tokens:,} tokens, {'growing' if expandable else 'fixed'} segments: {memory['reserved'] / 1024:.1f} GiB reserved, {memory['allocated'] / 1024:.1f} allocated; {row['seconds']:.2f} s for {row['step']} steps")  # fmt: skip
 fixed, half, whole = rows[32_768, False], rows[32_768, True], rows[65_536, True]
 less = 1 - half["memory_mb"]["reserved"] / fixed["memory_mb"]["reserved"]
 assert 0.2 < less < 0.25 and 0.2 < 1 - whole["memory_mb"]["reserved"] / since["reserved"] < 0.25
