@@ -676,16 +676,18 @@ print(f"record 19: a step is {faster:.1f} ms shorter; by count the head saves {c
 #
 # ### How to find out what each costs in loss
 #
-# Those costs are thousandths of a nat, and so is what separates two seeds. A run with and a run without decide nothing, and pairs for each of four questions are many runs. There is a cheaper way. Take four things that are on or off in `record_200m`:
+# What these records report is ten-thousandths of a nat, and what separates two seeds is thousandths ([chapter 24](24_speedrun.py)). A run with and a run without decide nothing, and pairs for each of four questions are many runs. There is a cheaper way. Take four things that a run like `record_200m` may or may not do (the preset does all but the third):
 #
 # - **head**: the head's products in eight bits, by [chapter 19](19_head_and_loss.py)'s kernel;
 # - **mlp**: the MLP's, forward and backward, by [chapter 18](18_fused_mlp.py)'s;
-# - **qkv**: the product that makes queries, keys and values, forward and backward, by `quantize` and `fp8_matmul` as they stand above;
+# - **qkv**: the product that makes queries, keys and values, forward and backward, by `quantize` and `fp8_matmul` as they stand above, with a constant scale for the normed input, and the others' from their largest entries;
 # - **sampled**: the softmax over a sample of the words in the first two thirds of the run, also chapter 19's.
 #
-# Of the sixteen combinations train the eight with an odd number of things on: each alone, and all but each. Then each thing is on in four runs and off in four, and in either four the other three are on equally often. The difference of the two means is what it adds. Every run answers four questions. This is a *half-fraction factorial design*. What it cannot see is pairs: that two things together cost more than their sum would look like noise.
+# Of the sixteen combinations train the eight with an odd number of things on: each alone, and all but each. Then each thing is on in four runs and off in four; among the four with it, as among the four without, each of the other three is on twice. The difference of the two means is what it adds. Every run answers four questions. This is a *half-fraction factorial design*. Pairs do not disturb these means, but it cannot tell pairs apart: of what head and mlp do together, and qkv and sampled, it sees only the difference, and takes it for noise. What three things do together, beyond their pairs, it counts against the fourth.
 #
-# The hidden cells declare that study, and patch in what the trainer has no option for: `qkv`, and a sample of words for a head in sixteen bits. The cell behind them tests those patches. Our prediction, written before any run: head, MLP and QKV cost 0.001 each, the sample 0.003; and QKV saves nothing, since its conversions, which no kernel does on the way, read and write for about as long as its products get shorter. A run takes some five minutes on an H200; the last lines below say which have been made, and will print the effects when all eight are there.
+# It is no magic, either. With seeds that scatter by 0.0016 ([chapter 01](01_are_you_faster.py)) eight runs know an effect to ± 0.0036, and the sixteen of two seeds to ± 0.0018. Costs of 0.001 stay below that. What the eight can show is that nothing costs 0.005, and the seconds.
+#
+# The hidden cells declare that study, and patch in what the trainer has no option for: `qkv`, and chapter 19's kernels in sixteen bits, for the head where it is off. The cell behind them tests the product and its gradients, and that the head's operator is the definition where there is no GPU; its kernels are tested on GPUs only. All passes are half as long as the preset's, since those in sixteen bits keep more; that costs one and a half per cent of the time ([chapter 16](16_compile.py)). Our prediction, written before any run: head, mlp and qkv cost 0.001 each, the sample 0.003; and qkv saves nothing, since its conversions are kernels of their own, which read and write for about as long as its products get shorter. On an H200 a run takes between three and a half and perhaps six minutes on its clock, and one more around it. The last lines below say which runs have been made, and will print the effects when all eight are there.
 
 # %% tags=["hide-input"]
 #| export measure.precision
@@ -725,13 +727,13 @@ def config_of(on: set[str]) -> Config:
     base = preset("record_200m")
     stages = tuple(replace(s, candidates=0) for s in base.schedule.stages)
     changes: dict[str, Any] = {} if "sampled" in on else {"schedule.stages": stages}
-    changes |= {"model.block.fp8": "mlp" in on, "model.head.fp8": bool(on & {"head", "sampled"})}
     # passes half as long as the preset's: in sixteen bits they keep more
-    return vary(base, changes | {"data.max_forward_tokens": 32_768})
+    changes |= {"model.block.fp8": "mlp" in on, "data.max_forward_tokens": 32_768}
+    return vary(base, changes)
 
 
 def study() -> dict[str, Config]:
-    """`record_200m` with products in eight bits and the sampled softmax on and off, a half-fraction factorial, twice."""
+    """`record_200m` with products in eight bits and the sampled softmax on and off, a half-fraction factorial, with each of two seeds."""
     return runs_of({arm: config_of(on) for arm, on in arms().items()}, (0, 1))
 
 
@@ -770,7 +772,7 @@ def fake_linear_backward(grad, of_grad, saved):
 
 
 def linear_gradients(ctx: Any, grads: list[Tensor]) -> tuple:
-    """By `linear_backward_op`, with the gradient's amax, now."""
+    """By `linear_backward_op`, with the scale of this very gradient, not an earlier one's."""
     grad = grads[0].contiguous()
     of_grad = (grad.abs().amax().float() / torch.finfo(E5M2).max).clamp(min=1e-12).reshape(1)
     return tuple(linear_backward_op(grad, of_grad, list(ctx.saved_tensors)))
@@ -810,6 +812,11 @@ def launch_bf16(x: Tensor, w: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Te
     return g, gt, sums.sum(0)
 
 
+def unit_scale(x: Tensor) -> Tensor:
+    """1: bfloat16 needs no other."""
+    return x.new_ones(1, dtype=torch.float32)
+
+
 def product_bf16(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, out: torch.dtype) -> Tensor:  # fmt: skip
     """As `fp8_matmul`, of bfloat16."""
     return (torch.mm(a, b.mT, out_dtype=torch.float32) * (scale_a * scale_b)).to(out)
@@ -828,7 +835,8 @@ def head_loss_bf16(
     x, wt, one = x.contiguous(), w.T.bfloat16().contiguous(), torch.ones(1, device=x.device)
     dx, loss = torch.empty_like(x), torch.empty_like(targets, dtype=torch.float32)
     dw = wt.new_zeros(wt.shape, dtype=torch.float32)
-    with patch.object(head, "fp8_matmul", product_bf16):
+    whole = patch.multiple(head, fp8_matmul=product_bf16, scale_of=unit_scale)
+    with whole:
         for own, to, lost, out in zip(*(each.chunk(parts) for each in (x, targets, loss, dx))):
             part = head.micro_batch_head(own, wt, one, to, count, lost, out, dw, factor, launch_bf16)  # fmt: skip
             dw = part if part is dw else dw + part
@@ -859,7 +867,7 @@ def around(name: str) -> Iterator[None]:
     with ExitStack() as patches:
         if "qkv" in on:
             patches.enter_context(patch.object(gpt, "linear", linear_in_eight))
-        if "sampled" in on and "head" not in on:
+        if "head" not in on:
             patches.enter_context(patch.object(gpt, "head_loss_op", head_loss_bf16))
         yield
 
@@ -873,23 +881,31 @@ def finished() -> dict[str, dict]:
 
 
 def effects(number: Callable[[dict], float]) -> dict[str, tuple[float, float]]:
-    """What each factor adds to a number of a run, averaged over the others, and half of a 95% interval around it.
+    """What each factor adds to a number of the runs, averaged over the others, and half of a 95% interval around it.
 
-    Least squares of the mean and four effects; what they leave unexplained is taken as noise, interactions included (Student's t).
+    Least squares of a mean for each seed and four effects; what they leave unexplained is taken as noise, interactions included (Student's t). Seeds that
+    are not complete are left out.
     """
     from scipy.stats import t
 
-    runs = finished()
-    on = [arms()[name.rpartition("_")[0]] for name in runs]
-    design = np.array([[1.0, *(1.0 if one in each else -1.0 for one in FACTORS)] for each in on])
-    values = np.array([number(run) for run in runs.values()])
+    runs, sets = finished(), arms()
+    seeds = [s for s in ("0", "1") if all(f"{arm}_{s}" in runs for arm in sets)]
+    rows = [(arm, seed) for seed in seeds for arm in sets]
+    means = np.array([[float(seed == s) for s in seeds] for _, seed in rows])
+    signs = np.array([[1.0 if one in sets[arm] else -1.0 for one in FACTORS] for arm, _ in rows])
+    values = np.array([number(runs[f"{arm}_{seed}"]) for arm, seed in rows])
+    design = np.hstack([means, signs])
     fit = np.linalg.lstsq(design, values)[0]
     free, left = len(values) - len(fit), values - design @ fit
     half = t.ppf(0.975, free) * 2 * math.sqrt(left @ left / free / len(values))
-    return {one: (2 * each, half) for one, each in zip(FACTORS, fit[1:].tolist())}
+    return {one: (2 * each, half) for one, each in zip(FACTORS, fit[len(seeds) :].tolist())}
 
 
 # %%
+import itertools
+
+from scipy.stats import t as student
+
 from speedrun.kernels.loss import head_loss_by_hand
 from speedrun.lab.results import measured_on
 
@@ -907,12 +923,21 @@ exact = head_loss_by_hand(leaves[0].detach().double(), wide.double(), targets, i
 assert all(error(a.double(), b) < 1e-5 for a, b in zip(sampled, exact)), (
     "64 candidates: the targets"
 )
+y = linear_op(*leaves)[0].detach().double()
+forward = error(y, (leaves[0] @ leaves[1].T).detach().double())
+assert 0.025 < forward < 0.05, "e4m3 twice"
 on = arms()
 assert sorted(map(len, on.values())) == [1] * 4 + [3] * 4 and len(study()) == 16
-for one in FACTORS:
-    with_it = [arm for arm in on if one in on[arm]]
-    assert len(with_it) == 4 and all(sum(two in on[arm] for arm in with_it) == 2 for two in set(FACTORS) - {one})  # fmt: skip
-print(f"gradients of a product in eight bits: {worst:.1%} off; {len(on)} combinations, each factor in 4 of them, and in 2 of those each other")  # fmt: skip
+signs = np.array([[1 if one in each else -1 for one in FACTORS] for each in on.values()])
+assert not (signs.T @ signs - 8 * np.eye(4)).any(), "main effects do not disturb each other"
+assert np.array_equal(signs[:, 0] * signs[:, 1], -signs[:, 2] * signs[:, 3]), "pairs come in twos"
+for trio in itertools.combinations(range(4), 3):
+    (fourth,) = {*range(4)} - {*trio}
+    assert np.array_equal(signs[:, trio].prod(1), -signs[:, fourth])
+    assert not (signs[:, trio[0]] * signs[:, trio[1]] @ signs).any(), "nor do pairs"
+known = [student.ppf(0.975, free) * 2 * 0.0016 / math.sqrt(n) for n, free in ((8, 3), (16, 10))]
+assert [f"{each:.4f}" for each in known] == ["0.0036", "0.0018"]
+print(f"a product in eight bits: {forward:.1%} off, its gradients {worst:.1%}; of {len(on)} combinations each factor is on in {(signs[:, 0] > 0).sum()}")  # fmt: skip
 made, asked = finished(), [name for name in study() if name.endswith("_0")]
 for name, run in made.items():
     print(f"{name}: {run['seconds']:.1f} s, {run['curve'][-1]['val_loss']:.4f}; {measured_on(load_result('precision', name))}")  # fmt: skip

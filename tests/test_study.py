@@ -101,7 +101,7 @@ class TestPrecision:
         for arm, on in precision.arms().items():
             with precision.around(f"{arm}_0"):
                 assert (gpt.linear is not before[0]) == ("qkv" in on)
-                assert (gpt.head_loss_op is not before[1]) == ("sampled" in on and "head" not in on)
+                assert (gpt.head_loss_op is not before[1]) == ("head" not in on)
             assert (gpt.linear, gpt.head_loss_op) == before
             run = precision.study()[f"{arm}_0"]
             assert any(s.candidates for s in run.schedule.stages) == ("sampled" in on)
@@ -123,6 +123,16 @@ class TestPrecision:
             found = precision.effects(lambda run: run["loss"])
             assert all(abs(found[one][0] - true[one]) <= 0.9 * size * found[one][1] + 1e-9 for one in true)  # fmt: skip
             assert all((half > 1e-5) == bool(size) and half < 0.002 for _, half in found.values())
+        # a seed of its own height is no noise, and one that is not complete does not count
+        first = {name: run for name, run in made(1).items() if name.endswith("_0")}
+        monkeypatch.setattr(precision, "finished", lambda: first)
+        one_seed = precision.effects(lambda run: run["loss"])
+        more = first | {"only_mlp_1": {"loss": 99.0}}
+        monkeypatch.setattr(precision, "finished", lambda: more)
+        assert precision.effects(lambda run: run["loss"]) == one_seed
+        high = {name: {"loss": run["loss"] + 7 * name.endswith("_1")} for name, run in made(0).items()}  # fmt: skip
+        monkeypatch.setattr(precision, "finished", lambda: high)
+        assert all(half < 1e-9 for _, half in precision.effects(lambda run: run["loss"]).values())
 
     def test_the_operators(self):
         x, w = torch.randn(32, 16, requires_grad=True), torch.randn(48, 16, requires_grad=True)

@@ -41,13 +41,13 @@ def config_of(on: set[str]) -> Config:
     base = preset("record_200m")
     stages = tuple(replace(s, candidates=0) for s in base.schedule.stages)
     changes: dict[str, Any] = {} if "sampled" in on else {"schedule.stages": stages}
-    changes |= {"model.block.fp8": "mlp" in on, "model.head.fp8": bool(on & {"head", "sampled"})}
     # passes half as long as the preset's: in sixteen bits they keep more
-    return vary(base, changes | {"data.max_forward_tokens": 32_768})
+    changes |= {"model.block.fp8": "mlp" in on, "data.max_forward_tokens": 32_768}
+    return vary(base, changes)
 
 
 def study() -> dict[str, Config]:
-    """`record_200m` with products in eight bits and the sampled softmax on and off, a half-fraction factorial, twice."""
+    """`record_200m` with products in eight bits and the sampled softmax on and off, a half-fraction factorial, with each of two seeds."""
     return runs_of({arm: config_of(on) for arm, on in arms().items()}, (0, 1))
 
 
@@ -84,7 +84,7 @@ def fake_linear_backward(grad, of_grad, saved):
 
 
 def linear_gradients(ctx: Any, grads: list[Tensor]) -> tuple:
-    """By `linear_backward_op`, with the gradient's amax, now."""
+    """By `linear_backward_op`, with the scale of this very gradient, not an earlier one's."""
     grad = grads[0].contiguous()
     of_grad = (grad.abs().amax().float() / torch.finfo(E5M2).max).clamp(min=1e-12).reshape(1)
     return tuple(linear_backward_op(grad, of_grad, list(ctx.saved_tensors)))
@@ -122,6 +122,11 @@ def launch_bf16(x: Tensor, w: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Te
     return g, gt, sums.sum(0)
 
 
+def unit_scale(x: Tensor) -> Tensor:
+    """1: bfloat16 needs no other."""
+    return x.new_ones(1, dtype=torch.float32)
+
+
 def product_bf16(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, out: torch.dtype) -> Tensor:  # fmt: skip
     """As `fp8_matmul`, of bfloat16."""
     return (torch.mm(a, b.mT, out_dtype=torch.float32) * (scale_a * scale_b)).to(out)
@@ -140,7 +145,8 @@ def head_loss_bf16(
     x, wt, one = x.contiguous(), w.T.bfloat16().contiguous(), torch.ones(1, device=x.device)
     dx, loss = torch.empty_like(x), torch.empty_like(targets, dtype=torch.float32)
     dw = wt.new_zeros(wt.shape, dtype=torch.float32)
-    with patch.object(head, "fp8_matmul", product_bf16):
+    whole = patch.multiple(head, fp8_matmul=product_bf16, scale_of=unit_scale)
+    with whole:
         for own, to, lost, out in zip(*(each.chunk(parts) for each in (x, targets, loss, dx))):
             part = head.micro_batch_head(own, wt, one, to, count, lost, out, dw, factor, launch_bf16)  # fmt: skip
             dw = part if part is dw else dw + part
@@ -171,7 +177,7 @@ def around(name: str) -> Iterator[None]:
     with ExitStack() as patches:
         if "qkv" in on:
             patches.enter_context(patch.object(gpt, "linear", linear_in_eight))
-        if "sampled" in on and "head" not in on:
+        if "head" not in on:
             patches.enter_context(patch.object(gpt, "head_loss_op", head_loss_bf16))
         yield
 
@@ -183,17 +189,21 @@ def finished() -> dict[str, dict]:
 
 
 def effects(number: Callable[[dict], float]) -> dict[str, tuple[float, float]]:
-    """What each factor adds to a number of a run, averaged over the others, and half of a 95% interval around it.
+    """What each factor adds to a number of the runs, averaged over the others, and half of a 95% interval around it.
 
-    Least squares of the mean and four effects; what they leave unexplained is taken as noise, interactions included (Student's t).
+    Least squares of a mean for each seed and four effects; what they leave unexplained is taken as noise, interactions included (Student's t). Seeds that
+    are not complete are left out.
     """
     from scipy.stats import t
 
-    runs = finished()
-    on = [arms()[name.rpartition("_")[0]] for name in runs]
-    design = np.array([[1.0, *(1.0 if one in each else -1.0 for one in FACTORS)] for each in on])
-    values = np.array([number(run) for run in runs.values()])
+    runs, sets = finished(), arms()
+    seeds = [s for s in ("0", "1") if all(f"{arm}_{s}" in runs for arm in sets)]
+    rows = [(arm, seed) for seed in seeds for arm in sets]
+    means = np.array([[float(seed == s) for s in seeds] for _, seed in rows])
+    signs = np.array([[1.0 if one in sets[arm] else -1.0 for one in FACTORS] for arm, _ in rows])
+    values = np.array([number(runs[f"{arm}_{seed}"]) for arm, seed in rows])
+    design = np.hstack([means, signs])
     fit = np.linalg.lstsq(design, values)[0]
     free, left = len(values) - len(fit), values - design @ fit
     half = t.ppf(0.975, free) * 2 * math.sqrt(left @ left / free / len(values))
-    return {one: (2 * each, half) for one, each in zip(FACTORS, fit[1:].tolist())}
+    return {one: (2 * each, half) for one, each in zip(FACTORS, fit[len(seeds) :].tolist())}
