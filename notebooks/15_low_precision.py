@@ -835,29 +835,15 @@ def head_loss_bf16(
     x, wt, one = x.contiguous(), w.T.bfloat16().contiguous(), torch.ones(1, device=x.device)
     dx, loss = torch.empty_like(x), torch.empty_like(targets, dtype=torch.float32)
     dw = wt.new_zeros(wt.shape, dtype=torch.float32)
-    whole = patch.multiple(head, fp8_matmul=product_bf16, scale_of=unit_scale)
-    with whole:
+    with patch.multiple(head, fp8_matmul=product_bf16, scale_of=unit_scale):
         for own, to, lost, out in zip(*(each.chunk(parts) for each in (x, targets, loss, dx))):
             part = head.micro_batch_head(own, wt, one, to, count, lost, out, dw, factor, launch_bf16)  # fmt: skip
             dw = part if part is dw else dw + part
     return loss.mean(), dx, dw.T.contiguous()
 
 
-@head_loss_bf16.register_fake
-def fake_head_loss(x, w, targets, candidates):
-    loss = x.new_empty((), dtype=torch.float32)
-    return loss, torch.empty_like(x), w.new_empty(w.shape, dtype=torch.float32)
-
-
-def keep_gradients(ctx: Any, inputs: tuple, output: tuple) -> None:
-    ctx.save_for_backward(*output[1:])
-
-
-def scale_gradients(ctx: Any, grad: Tensor, *_) -> tuple:
-    return *(each * grad.to(each.dtype) for each in ctx.saved_tensors), None, None
-
-
-head_loss_bf16.register_autograd(scale_gradients, setup_context=keep_gradients)
+head_loss_bf16.register_fake(head.fake_head_loss)
+head_loss_bf16.register_autograd(head.scale_gradients, setup_context=head.keep_gradients)
 
 
 @contextmanager
