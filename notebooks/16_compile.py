@@ -387,7 +387,7 @@ class GraphedCall:
 # %% [markdown]
 # The first calls run as usual: they compile, and let libraries choose their kernels and take their scratch memory. The next one is recorded, which computes nothing, and then replayed. The optimizer's updates have used this class all along ([chapter 20](20_many_gpus.py)); sums over ranks are no part of any graph. Gradients exist before anything is recorded, as views of the optimizer's storage, so that a graph adds to them in place.
 #
-# For the forward and backward pass one thing is added, since a batch is new each time: it is copied to where the graph reads it. And there is a graph for each stage of the schedule. They share one pool, which is safe because they run one after the other and leave nothing in it that is needed later: the loss is copied out, and gradients lie elsewhere.
+# For the forward and backward pass one thing is added, since a batch is new each time: it is copied to where the graph reads it. And there is a graph for each stage of the schedule. They share one pool, which is safe because they run one after the other and leave nothing in it that is needed later: the loss is copied out, and gradients lie elsewhere. For the same reason a validation, which runs between two replays, may borrow the pool, instead of finding memory beside it ([chapter 23](23_training_loop.py)).
 
 
 # %%

@@ -94,7 +94,7 @@ assert 0.4 < 6 * logits_gb / 4.8 / (plain["p50"] - floor_ms) < 0.6, "six trips a
 #
 # ### The definition
 #
-# First the formula above, as it stands, a few thousand tokens at a time. It is the reference of all tests, and what runs where there are no matrix units for FP8. `inside` says over which words the softmax runs; a token's own target always takes part.
+# First the formula above, as it stands, a few thousand tokens at a time. It is the reference of all tests, and what runs where there is no kernel. `inside` says over which words the softmax runs; a token's own target always takes part.
 
 # %%
 #| default_exp kernels.loss
@@ -102,13 +102,15 @@ assert 0.4 < 6 * logits_gb / 4.8 / (plain["p50"] - floor_ms) < 0.6, "six trips a
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from importlib import import_module
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from speedrun.kernels.fp8 import E4M3, E5M2, fp8_matmul, quantize, quantize_reference, scale_of
+from speedrun.kernels.fp8 import E4M3, E5M2, fp8_matmul, has_fp8, quantize, scale_of
 from speedrun.kernels.mlp import (
+    KINDS,
     Blocks,
     blocks_for,
     in_blocks,
@@ -116,9 +118,8 @@ from speedrun.kernels.mlp import (
     place_of,
     programs_for,
     store_block,
-    why_no_kernel,
 )
-from speedrun.lab.hardware import jit
+from speedrun.lab.hardware import find_triton, jit
 
 try:
     import triton.language as tl
@@ -131,15 +132,27 @@ NAMESPACE = __name__.strip("_").replace(".", "_")  # the notebook's operator is 
 
 
 # %%
-#| export
+#| export kernels.head_reference
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from speedrun.kernels.fp8 import E4M3, quantize_reference, scale_of
+
+
 def head_loss_by_hand(
-    x: Tensor, w: Tensor, targets: Tensor, inside: Tensor, rows: int = 4096
+    x: Tensor, w: Tensor, targets: Tensor, inside: Tensor, rows: int = 4096, weights: Any = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Mean cross-entropy (nats, scalar) of softcapped logits x @ w, and its gradients with respect to x and w; `rows` tokens at a time.
 
-    x: (tokens, width). w: (width, words). targets: (tokens,) int64. inside: (words,) bool, the words that the softmax runs over, or a row for each of
-    several micro-batches of equal length; a token's target always takes part. On any device, in x's dtype, float32 or float64.
+    x: (tokens, width). w: (width, words). targets: (tokens,) int64, or (tokens, several) with a weight each, (several,): then all three are the sums, by these weights, of what each column alone
+    has. inside: (words,) bool, the words that the softmax runs over, or a row for each of several micro-batches of equal length; a target always takes part. On any device, in x's dtype, float32 or float64.
     """
+    if weights is not None:
+        alone = [head_loss_by_hand(x, w, column, inside, rows) for column in targets.T]
+        loss, dx, dw = (sum(a * b for a, b in zip(weights.to(x), each)) for each in zip(*alone))
+        return loss, dx, dw
     dx, dw, loss = torch.empty_like(x), torch.zeros_like(w), x.new_zeros(())
     inside = inside.view(-1, w.shape[1])
     number = torch.arange(len(x), device=x.device) * len(inside) // len(x)
@@ -357,7 +370,7 @@ CONFIGS = {89: SMALL_SHARED, 90: LARGE_SHARED, 100: LARGE_SHARED, 120: SMALL_SHA
 def launch_head(
     x: Tensor, w: Tensor, scale: Tensor, blocks: Blocks, bulk: bool, fast: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradient before division (tokens, words), its transpose, and the tokens' sums, of x (tokens, width) and w (words, width): in e5m2, or in float32 like those of the interpreter."""
+    """The gradient before division (tokens, words), its transpose, and the tokens' sums, of x (tokens, width) and w (words, width): in e5m2 if these are in e4m3, else in their dtype, bfloat16 or the interpreter's float32."""
     (tokens, width), words, device = x.shape, len(w), x.device
     g = x.new_empty(tokens, words, dtype=E5M2 if x.dtype == E4M3 else x.dtype)
     gt = g.new_empty(words, tokens)
@@ -370,7 +383,7 @@ def launch_head(
         sizes += [[blocks.rows, half], [half, blocks.rows]]
         matrices = [in_blocks(*pair) for pair in zip(matrices, sizes)]
     head_kernel[(wanted,)](
-        *matrices, sums, scale, tokens, words, WIDTH=width, KIND=tl.float8e5 if g.dtype == E5M2 else tl.float32,
+        *matrices, sums, scale, tokens, words, WIDTH=width, KIND=getattr(tl, KINDS[g.dtype]),
         ROWS=blocks.rows, COLUMNS=blocks.columns, DEPTH=blocks.depth, PROGRAMS=wanted, FAST=fast, BULK=bulk,
         num_warps=blocks.warps, num_stages=blocks.stages,
     )  # fmt: skip
@@ -401,148 +414,229 @@ print(f"the largest possible entry: {GAIN * most:,.0f} of e5m2's 57,344")
 #| export
 @jit
 def target_kernel(
-    X, W, TARGETS, SUMS, INSIDE, SCALE, LOSS, SHARE, OWN, tokens, width, ROWS: constexpr, WIDTH: constexpr
+    X, W, TARGETS, WEIGHTS, SUMS, INSIDE, SCALE, LOSS, SHARE, OWN, tokens, width,
+    ROWS: constexpr, WIDTH: constexpr, SEVERAL: constexpr,
 ):  # fmt: skip
-    """Each token's loss, the reciprocal of its sum, and what its target's own logit adds to the gradient: s (1 - s), less its share where it is no candidate."""
+    """Each token's loss, the reciprocal of its sum, and what each target's own logit adds to the gradient: s (1 - s), less its share where it is no candidate; all by the targets' WEIGHTS."""
     TOP: constexpr = 23.0 * 1.4426950408889634
     row, k = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, WIDTH)
     mine = row < tokens
-    target, there = tl.load(TARGETS + row, mine, 0), mine[:, None] & (k < width)[None, :]
+    there = mine[:, None] & (k < width)[None, :]
     x = tl.load(X + row.to(tl.int64)[:, None] * width + k[None, :], there).to(tl.float32)
-    w = tl.load(W + target[:, None] * width + k[None, :], there).to(tl.float32)
-    z = tl.sum(tl.where(there, x * w, 0.0), 1) * tl.load(SCALE)
-    s = tl.sigmoid((z + 5.0) * (1.0 / 7.5))
-    e = tl.math.exp2(s * TOP - TOP) * (1.0 - tl.load(INSIDE + target, mine, 1).to(tl.float32))
-    total = tl.load(SUMS + row, mine, 1.0) + e
-    tl.store(LOSS + row, tl.math.log2(total) * 0.6931471805599453 + 23.0 - 23.0 * s, mine)
-    tl.store(SHARE + row, 1.0 / total, mine)
-    tl.store(OWN + row, s * (1.0 - s) * (1.0 - e / total), mine)
+    loss, share = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.float32)
+    for number in tl.static_range(SEVERAL):
+        at, weight = row * SEVERAL + number, tl.load(WEIGHTS + number)
+        target = tl.load(TARGETS + at, mine, 0)
+        w = tl.load(W + target[:, None] * width + k[None, :], there).to(tl.float32)
+        z = tl.sum(tl.where(there, x * w, 0.0), 1) * tl.load(SCALE)
+        s = tl.sigmoid((z + 5.0) * (1.0 / 7.5))
+        e = tl.math.exp2(s * TOP - TOP) * (1.0 - tl.load(INSIDE + target, mine, 1).to(tl.float32))
+        total = tl.load(SUMS + row, mine, 1.0) + e
+        loss += weight * (tl.math.log2(total) * 0.6931471805599453 + 23.0 - 23.0 * s)
+        share += weight / total
+        tl.store(OWN + at, weight * s * (1.0 - s) * (1.0 - e / total), mine)
+    tl.store(LOSS + row, loss, mine)
+    tl.store(SHARE + row, share, mine)
 
 
 @jit
 def dx_kernel(
-    RAW, W, TARGETS, SHARE, OWN, SCALE, DX, factor, tokens, width, ROWS: constexpr, WIDTH: constexpr
+    RAW, W, TARGETS, SHARE, OWN, SCALE, DX, factor, tokens, width,
+    ROWS: constexpr, WIDTH: constexpr, SEVERAL: constexpr,
 ):  # fmt: skip
-    """Rows of x's gradient: RAW over the token's sum, less the target's own part, times `factor`. SCALE: W's."""
+    """Rows of x's gradient: RAW over the token's sum, less the targets' own parts, times `factor`. SCALE: W's."""
     row, k = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, WIDTH)
     mine = row < tokens
-    target, there = tl.load(TARGETS + row, mine, 0), mine[:, None] & (k < width)[None, :]
+    there = mine[:, None] & (k < width)[None, :]
     at = row.to(tl.int64)[:, None] * width + k[None, :]
-    w = tl.load(W + target[:, None] * width + k[None, :], there).to(tl.float32) * tl.load(SCALE)
     raw, share = tl.load(RAW + at, there, 0.0).to(tl.float32), tl.load(SHARE + row, mine, 0.0)
-    dx = (raw * share[:, None] - w * tl.load(OWN + row, mine, 0.0)[:, None]) * factor
-    tl.store(DX + at, dx.to(DX.dtype.element_ty), there)
+    dx = raw * share[:, None]
+    for number in tl.static_range(SEVERAL):
+        target = tl.load(TARGETS + row * SEVERAL + number, mine, 0)
+        w = tl.load(W + target[:, None] * width + k[None, :], there).to(tl.float32)
+        own = tl.load(OWN + row * SEVERAL + number, mine, 0.0)
+        dx -= w * tl.load(SCALE) * own[:, None]
+    tl.store(DX + at, (dx * factor).to(DX.dtype.element_ty), there)
 
 
 # %% [markdown]
+# Both go through *several targets* of a token, each with a weight, since records 53 and 88 ask for words after the next one, too (multi-token prediction). Such a loss is the weighted sum of the losses of each target alone. The logits are the same, so the large kernel does not change: $1/S_t$ becomes $\sum_k w_k / S_t$ (with a target that is no candidate in its own $S_t$), and each target has its own entry apart. The weights are numbers on the GPU, so a schedule may move them, and nothing is compiled again.
+#
+# Nor does the kernel change for GPUs from before Ada, whose matrix units do not take eight bits. There operands and $G$ are bfloat16, with no scales, and of twice as many bytes.
+#
 # Now the pieces go together. The operands are quantised with scales from their own largest numbers, anew in each pass, so that nothing clips and nothing is carried along. (Records 19 to 89 use constants, and save two small reductions by it.)
 
 
 # %%
 #| export
+class Form(NamedTuple):
+    """What products are in, and what makes them: e4m3 by these functions, or another dtype by its own. launch: `launch_head`'s."""
+
+    kind: torch.dtype
+    launch: Callable
+    product: Callable = fp8_matmul
+    scale_of: Callable = scale_of
+
+
 def micro_batch_head(
-    x: Tensor, w: Tensor, scale: Tensor, targets: Tensor, count: int, loss: Tensor, dx: Tensor, dw: Tensor, factor: float, launch: Callable
+    x: Tensor, w: Tensor, scale: Tensor, targets: Tensor, weights: Tensor, count: int, loss: Tensor, dx: Tensor, dw: Tensor, factor: float, form: Form
 ) -> Tensor:  # fmt: skip
-    """Head and loss of one micro-batch: writes its losses (tokens,) and x's gradient, and returns dw, (words, width), with its part of w's gradient, or that part alone where the softmax is over all words. w: (words, width) in eight bits, with its scale. factor: of the loss's slope, for the mean. launch: `launch_head`'s."""
-    (tokens, width), kind, sx = x.shape, w.dtype, scale_of(x)
-    chosen, inside = choose_candidates(targets, len(w), count)
+    """Head and loss of one micro-batch: writes its losses (tokens,) and x's gradient, and returns dw, (words, width), with its part of w's gradient, or that part alone where the softmax is over all words. w: (words, width) in the form's dtype, with its scale. targets: (tokens, several), weights: (several,). factor: of the loss's slope, for the mean."""
+    (tokens, width), kind, sx = x.shape, w.dtype, form.scale_of(x)
+    chosen, inside = choose_candidates(targets.flatten(), len(w), count)
     numbers = w.view(torch.uint8 if kind == E4M3 else kind)  # there is no indexing for FP8
     rows = w if chosen is None else numbers[chosen].view(kind)
     x8 = quantize(x, sx, kind)[0]
-    g, gt, sums = launch(x8, rows, sx * scale)
-    share, own = torch.empty_like(sums), torch.empty_like(sums)
-    sizes = {"ROWS": 4, "WIDTH": 1 << (width - 1).bit_length()}
+    g, gt, sums = form.launch(x8, rows, sx * scale)
+    share, own = torch.empty_like(sums), torch.empty_like(targets, dtype=torch.float32)
+    sizes = {"ROWS": 4, "WIDTH": 1 << (width - 1).bit_length(), "SEVERAL": len(weights)}
     grid, unit = (-(-tokens // 4),), sx.new_full((1,), 1 / GAIN)
-    target_kernel[grid](x8, w, targets, sums, inside.view(torch.uint8), sx * scale, loss, share, own, tokens, width, **sizes)  # fmt: skip
-    raw = fp8_matmul(g, rows.T.contiguous(), unit, scale, x.dtype)
+    target_kernel[grid](x8, w, targets, weights, sums, inside.view(torch.uint8), sx * scale, loss, share, own, tokens, width, **sizes)  # fmt: skip
+    raw = form.product(g, rows.T.contiguous(), unit, scale, x.dtype)
     dx_kernel[grid](raw, w, targets, share, own, scale, dx, factor, tokens, width, **sizes)
     late = sx * share.max()
     xt = quantize(x, late, kind, share, straight=False, turned=True)[1]
-    part = fp8_matmul(gt, xt, unit * factor, late, torch.float32)
+    part = form.product(gt, xt, unit * factor, late, torch.float32)
     dw = part if chosen is None else dw.index_add_(0, chosen, part)
-    return dw.index_add_(0, targets, x.float() * (own * -factor)[:, None])
+    for column, each in zip(targets.T, own.T):
+        dw.index_add_(0, column, x.float() * (each * -factor)[:, None])
+    return dw
 
 
 def head_loss_fused(
-    x: Tensor, w: Tensor, targets: Tensor, count: int, blocks: Blocks, bulk: bool = False, emulated: bool = False, parts: int = 1
+    x: Tensor, w: Tensor, targets: Tensor, count: int, form: Form, parts: int = 1, weights: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """As `head_loss_by_hand`, with products in eight bits. count: candidates, 0 for all; parts: micro-batches of equal length, each with its own. emulated: float32 in place of eight bits, for the interpreter."""
-    kind = torch.float32 if emulated else E4M3
-    launch = partial(launch_head, blocks=blocks, bulk=bulk, fast=not emulated)
-    scale, dx, loss = (
-        scale_of(w),
-        torch.empty_like(x),
-        torch.empty_like(targets, dtype=torch.float32),
-    )
-    w8, few = quantize(w, scale, kind, straight=False, turned=True)[1], 0 < count <= w.shape[1]
+    """As `head_loss_by_hand`, by the kernels. count: candidates, 0 for all; parts: micro-batches of equal length, each with its own. weights: not all 0."""
+    targets, scale, dx = targets.view(len(x), -1), form.scale_of(w), torch.empty_like(x)
+    weights = (targets.new_ones(1) if weights is None else weights).float()
+    loss, few = scale.new_empty(len(x)), 0 < count <= w.shape[1]
+    w8 = quantize(w, scale, form.kind, straight=False, turned=True)[1]
     dw = x.new_zeros(few * len(w8), len(w), dtype=torch.float32)
-    for own, to, lost, out in zip(
-        *(each.chunk(parts if few else 1) for each in (x, targets, loss, dx))
-    ):
-        dw = micro_batch_head(
-            own, w8, scale, to, count, lost, out, dw, CAP / SLOPE / len(x), launch
-        )
+    pieces = (each.chunk(parts if few else 1) for each in (x, targets, loss, dx))
+    factor = CAP / SLOPE / len(x)
+    for own, to, lost, out in zip(*pieces):
+        dw = micro_batch_head(own, w8, scale, to, weights, count, lost, out, dw, factor, form)
     return loss.mean(), dx, dw.T.contiguous()
 
 
 # %%
+in_float32 = Form(torch.float32, partial(launch_head, blocks=narrow, bulk=False, fast=False))
+next_two = torch.stack([targets, targets.roll(-1)], 1)
 for count in (0, 64, 16):
-    _, kept = choose_candidates(targets, 100, count) if count else (None, everything)
-    found = head_loss_fused(x.float(), w.float(), targets, count, narrow, emulated=True)
-    wanted = head_loss_by_hand(x, w, targets, kept)
-    errors = [
-        (torch.linalg.norm(a - b) / torch.linalg.norm(b)).item() for a, b in zip(found, wanted)
-    ]
-    assert max(errors) < 1e-6
-    print(
-        f"{count or 'all':>3} words: loss and gradients off by", [f"{each:.0e}" for each in errors]
-    )
+    for to, by in ((targets, None), (next_two, torch.tensor([1.0, 0.5]).to(x.device))):
+        _, kept = choose_candidates(to.flatten(), 100, count) if count else (None, everything)
+        found = head_loss_fused(x.float(), w.float(), to, count, in_float32, weights=by)
+        wanted = head_loss_by_hand(x, w, to, kept, weights=by)
+        errors = [error(a.double(), b) for a, b in zip(found, wanted)]
+        assert max(errors) < 1e-6
+        print(f"{count or 'all':>3} words, {to.numel() // 60} target(s): loss and gradients off by", [f"{each:.0e}" for each in errors])  # fmt: skip
 
 
 # %% [markdown]
-# With all words, with 64 candidates and with fewer candidates than targets: loss and both gradients are the definition's. All gradients are computed in the forward pass, so that the two large tensors are gone before the rest of the backward pass begins; what goes backward is one number.
+# With all words, with 64 candidates and with fewer candidates than targets, for one target and for two: loss and both gradients are the definition's. All gradients are computed in the forward pass, so that the two large tensors are gone before the rest of the backward pass begins; what goes backward is one number.
 #
 # The operator is opaque to `torch.compile`, as attention's is. How many candidates there are is a number in CPU memory, so that no stage of the schedule compiles again. A second number says how many micro-batches the tokens are: a GPU that has several of them passes them through the model at once, but each chooses its own candidates, so that the loss is, but for rounding, the same on any number of GPUs.
 
 
 # %%
 #| export
-def check_head(x: Tensor, w: Tensor, targets: Tensor) -> None:
+def check_head(x: Tensor, w: Tensor, targets: Tensor, weights: Tensor | None = None) -> None:
     """Raise ValueError for shapes and dtypes that the head cannot take."""
-    fit = x.dim() == w.dim() == 2 and x.shape[1] == w.shape[0] and targets.shape == x.shape[:1]
+    told = [x, w, targets] if weights is None else [x, w, targets, weights]
+    fit = x.dim() == w.dim() == 2 and x.shape[1] == w.shape[0]
+    fit = fit and targets.shape == (len(x), *(each.numel() for each in told[3:]))
     numbers = x.is_floating_point() and w.is_floating_point() and targets.dtype == torch.int64
     if not (fit and numbers):
-        given = ", ".join(f"{tuple(each.shape)} of {each.dtype}" for each in (x, w, targets))
-        what = "x (tokens, width) and w (width, words) of floating-point numbers, targets (tokens,) of int64, not "
+        given = ", ".join(f"{tuple(each.shape)} of {each.dtype}" for each in told)
+        what = "x (tokens, width) and w (width, words) of floating-point numbers, targets (tokens,) of int64, or (tokens, several) with weights (several,), not "
         raise ValueError(what + given)
 
 
+def head_form(device: torch.device) -> Form | None:
+    """How a device's kernel multiplies: in e4m3, or, on GPUs without units for it, in bfloat16. None: there is no kernel."""
+    if device.type != "cuda" or not find_triton():
+        return None
+    if not has_fp8(device):
+        return import_module("speedrun.kernels.head_bf16").bf16_form(device)
+    bulk, blocks = torch.cuda.get_device_capability(device) >= (9, 0), blocks_for(device, CONFIGS)
+    return Form(E4M3, partial(launch_head, blocks=blocks, bulk=bulk, fast=True))
+
+
 # %%
-#| export
+#| export kernels.head_reference
+ROUNDED = E4M3  # what operands are rounded to where there is no kernel
+
+
+def head_loss_reference(
+    x: Tensor, w: Tensor, targets: Tensor, count: int, parts: int, weights: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`head_loss_fused` by the definition: in float32, of rounded operands; x's gradient in its dtype."""
+    scales = [scale_of(each) if ROUNDED == E4M3 else torch.ones((), device=x.device) for each in (x, w)]  # fmt: skip
+    x8, w8 = (quantize_reference(each, by, ROUNDED).float() * by for each, by in zip((x, w), scales))  # fmt: skip
+    words = [choose_candidates(to.flatten(), w.shape[1], count)[1] for to in targets.chunk(parts)]
+    loss, dx, dw = head_loss_by_hand(x8, w8, targets, torch.stack(words), weights=weights)
+    return loss, dx.to(x.dtype), dw
+
+
+# %%
+#| export kernels.head_bf16
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from speedrun.kernels.mlp import Blocks, blocks_for
+
+LARGE_BF16, SMALL_BF16 = Blocks(128, 128, 64, 8, 3), Blocks(128, 128, 32, 8, 3)
+CONFIGS_BF16 = {80: LARGE_BF16, 86: SMALL_BF16, 90: LARGE_BF16, 120: SMALL_BF16}
+
+
+def unit_scale(x: Tensor) -> Tensor:
+    """1: bfloat16 has float32's range."""
+    return x.new_ones(1, dtype=torch.float32)
+
+
+def product_bf16(
+    a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, out: torch.dtype
+) -> Tensor:
+    """a (m, k) times the transpose of b (n, k), both of bfloat16, times both scales, summed in float32: (m, n) in dtype `out`."""
+    on_gpu = a.device.type == "cuda"
+    z = torch.mm(a, b.mT, out_dtype=torch.float32) if on_gpu else a.float() @ b.float().mT
+    return (z * (scale_a * scale_b)).to(out)
+
+
+def bf16_form(device: torch.device) -> Form | None:
+    """`head_form` in bfloat16, on NVIDIA GPUs from compute capability 8.0 on."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
+        return None
+    bulk = torch.cuda.get_device_capability(device) >= (9, 0)
+    launch = partial(launch_head, blocks=blocks_for(device, CONFIGS_BF16), bulk=bulk, fast=True)
+    return Form(torch.bfloat16, launch, product_bf16, unit_scale)
+
+
+# %%
+#| export kernels.loss
 @torch.library.custom_op(f"{NAMESPACE}::head_loss", mutates_args=())
 def head_loss_op(
-    x: Tensor, w: Tensor, targets: Tensor, candidates: Tensor
+    x: Tensor, w: Tensor, targets: Tensor, candidates: Tensor, weights: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Mean loss, float32, and its gradients with respect to x (tokens, width), in its dtype, and to w (width, words), float32.
 
     candidates: (2,) int in CPU memory, so that no step compiles again for a new one: how many words the softmax is over, 0: all; and of how
-    many micro-batches of equal length, each of which chooses its own, the tokens are.
+    many micro-batches of equal length, each of which chooses its own, the tokens are. targets, weights: as `head_loss_by_hand`'s.
     """
-    check_head(x, w, targets)
-    (count, parts), x = candidates.tolist(), x.contiguous()
+    check_head(x, w, targets, weights)
+    (count, parts), x, form = candidates.tolist(), x.contiguous(), head_form(x.device)
     if len(x) % parts:
         raise ValueError(f"{len(x)} tokens are not {parts} micro-batches of equal length")
-    if why_no_kernel(x.device) or any(n % 16 for n in (len(x) // parts, *w.shape, count)):
-        x8, w8 = (quantize_reference(each, scale_of(each)).float() * scale_of(each) for each in (x, w))  # fmt: skip
-        words = [choose_candidates(to, w.shape[1], count)[1] for to in targets.chunk(parts)]
-        loss, dx, dw = head_loss_by_hand(x8, w8, targets, torch.stack(words))
-        return loss, dx.to(x.dtype), dw
-    bulk = torch.cuda.get_device_capability(x.device) >= (9, 0)
-    return head_loss_fused(x, w, targets, count, blocks_for(x.device, CONFIGS), bulk, parts=parts)
+    if form is None or any(n % 16 for n in (len(x) // parts, *w.shape, count)):
+        reference = import_module("speedrun.kernels.head_reference")
+        return reference.head_loss_reference(x, w, targets, count, parts, weights)
+    return head_loss_fused(x, w, targets, count, form, parts, weights)
 
 
 @head_loss_op.register_fake
-def fake_head_loss(x, w, targets, candidates):
+def fake_head_loss(x, w, targets, candidates, weights=None):
     loss = x.new_empty((), dtype=torch.float32)
     return loss, torch.empty_like(x), w.new_empty(w.shape, dtype=torch.float32)
 
@@ -552,7 +646,7 @@ def keep_gradients(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 
 def scale_gradients(ctx: Any, grad: Tensor, *_) -> tuple:
-    return *(each * grad.to(each.dtype) for each in ctx.saved_tensors), None, None
+    return *(each * grad.to(each.dtype) for each in ctx.saved_tensors), None, None, None
 
 
 head_loss_op.register_autograd(scale_gradients, setup_context=keep_gradients)
@@ -577,7 +671,7 @@ for wrong in (x[:, :5], x[0], x.long()):
 # %% [markdown]
 # ## The measurement
 #
-# Six heads at the lengths of one micro-batch in the three thirds of `record_200m`, each forward and backward, with cold caches, in turn. Vectors and matrix are drawn at random, targets from the softmax. *Plain* is chapter 08's head under `torch.compile`. *Two passes* writes logits by an FP8 product, and a compiled loss reads them and writes an e5m2 gradient; records 19 to 89 store logits in this order, too (an e5m2 gradient from the loss itself since 67, one kernel for loss and gradient since 79), and their kernels are written by hand. Liger's fused head {cite}`liger` (the sliced one, not its Hopper kernel) and cut-cross-entropy {cite}`wijmans2025` know softcaps of the form $c \tanh(z/c)$ only, and are timed with $c = 30$. Random words are the worst case of cut-cross-entropy, which skips blocks of small gradients that a trained model has. (The candidates at the longest rows are those that the last third once had; today it has all words.)
+# Eight heads at the lengths of one micro-batch in the three thirds of `record_200m`, each forward and backward, with cold caches, in turn. Vectors and matrix are drawn at random, targets from the softmax. *Plain* is chapter 08's head under `torch.compile`. *Two passes* writes logits by an FP8 product, and a compiled loss reads them and writes an e5m2 gradient; records 19 to 89 store logits in this order, too (an e5m2 gradient from the loss itself since 67, one kernel for loss and gradient since 79), and their kernels are written by hand. Liger's fused head {cite}`liger` (the sliced one, not its Hopper kernel) and cut-cross-entropy {cite}`wijmans2025` know softcaps of the form $c \tanh(z/c)$ only, and are timed with $c = 30$. Random words are the worst case of cut-cross-entropy, which skips blocks of small gradients that a trained model has. (The candidates at the longest rows are those that the last third once had; today it has all words.)
 
 
 # %% tags=["hide-input"]
@@ -628,13 +722,14 @@ def plain_loss(x: Tensor, w: Tensor, targets: Tensor) -> Tensor:
         return loss_of(x @ w, targets, "sigmoid23")
 
 
-def loss_and_gradient(z: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """The loss of stored logits, and its gradient in e5m2, times 2^9 and the tokens."""
+def loss_and_gradient(z: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss of stored logits, and its gradient in e5m2, times 2^9 and the tokens, in both layouts."""
     s = torch.sigmoid((z.float() + SHIFT) / SLOPE)
     p, own = torch.softmax(CAP * s, 1), F.one_hot(targets, z.shape[1])
     g = (p - own) * s * (1 - s) * (512 * CAP / SLOPE)
     loss = F.cross_entropy(CAP * s, targets)
-    return loss, g.clamp(-57344, 57344).to(E5M2)
+    g = g.clamp(-57344, 57344).to(E5M2)
+    return loss, g, g.T.contiguous()
 
 
 # %% tags=["hide-input"]
@@ -644,10 +739,10 @@ def two_passes(x: Tensor, w: Tensor, targets: Tensor, second: Callable = loss_an
     sx, sw = scale_of(x), scale_of(w)
     x8, x8t = quantize(x, sx, turned=True)
     w8, w8t = quantize(w, sw, turned=True)
-    loss, g = second(fp8_matmul(x8, w8t, sx, sw, torch.bfloat16), targets)
+    loss, g, gt = second(fp8_matmul(x8, w8t, sx, sw, torch.bfloat16), targets)
     unit = torch.full_like(sx, 1 / 512 / len(x))
     dx = fp8_matmul(g, w8, unit, sw, x.dtype)
-    return loss, dx, fp8_matmul(x8t, g.T.contiguous(), sx, unit, torch.float32)
+    return loss, dx, fp8_matmul(x8t, gt, sx, unit, torch.float32)
 
 
 def by_library(name: str, x: Tensor, w: Tensor, targets: Tensor) -> Callable[[], Any] | None:
@@ -666,9 +761,16 @@ def by_library(name: str, x: Tensor, w: Tensor, targets: Tensor) -> Callable[[],
     return lambda: torch.autograd.grad(loss(), leaves)
 
 
+def next_three(targets: Tensor) -> tuple[Tensor, Tensor]:
+    """For each token the next three words, (tokens, 3), with the weights that record 89 begins with."""
+    weights = torch.tensor([1.0, 0.5, 0.25], device=targets.device)
+    return torch.stack([targets.roll(-n) for n in range(3)], 1), weights
+
+
 def versions(x: Tensor, w: Tensor, targets: Tensor, candidates: int) -> dict[str, Callable[[], Any]]:  # fmt: skip
     """Each version's forward and backward pass, by its name. sampled: over so many candidates."""
     leaves = x.detach().requires_grad_(), w.detach().requires_grad_()
+    three, weights = next_three(targets)
     compiled = torch.compile(plain_loss, dynamic=False, fullgraph=True)
     second = torch.compile(loss_and_gradient, dynamic=False, fullgraph=True)
     found: dict[str, Callable[[], Any]] = {
@@ -676,7 +778,10 @@ def versions(x: Tensor, w: Tensor, targets: Tensor, candidates: int) -> dict[str
         "two passes": partial(two_passes, x, w, targets, second),
         "one pass": partial(head_loss_op, x, w, targets, torch.tensor([0, 1])),
         "sampled": partial(head_loss_op, x, w, targets, torch.tensor([candidates, 1])),
+        "three": partial(head_loss_op, x, w, three, torch.tensor([0, 1]), weights),
     }
+    if form := bf16_form(x.device):
+        found["bfloat16"] = partial(head_loss_fused, x, w, targets, 0, form)
     for name in ("liger", "cce"):
         if call := by_library(name, x, w, targets):
             found[name] = call
@@ -703,10 +808,11 @@ def errors_of(tokens: int = 2048, candidates: int = 10_240) -> list[dict[str, An
         for version, call in versions(x, w, targets, candidates).items():
             if version in ("liger", "cce"):  # another softcap
                 continue
+            to, by = next_three(targets) if version == "three" else (targets, None)
             inside = torch.ones(VOCABULARY, dtype=torch.bool, device="cuda")
             if version == "sampled":
                 inside = choose_candidates(targets, VOCABULARY, candidates)[1]
-            loss, *known = head_loss_by_hand(x.double(), w.double(), targets, inside, 512)
+            loss, *known = head_loss_by_hand(x.double(), w.double(), to, inside, 512, by)
             got = (plain_loss(x, w, targets), *call()) if version == "plain" else call()
             row = {"version": version, "std": std, "loss": got[0].item() - loss.item()}
             errors = [relative_error(a, b) if b.any() else 0.0 for a, b in zip(got[1:], known)]
@@ -788,7 +894,7 @@ def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
 
 
 # %%
-NAMES_OF = {"plain": "PyTorch, compiled, bfloat16", "two passes": "two passes, FP8, compiled loss", "one pass": "one pass, all words", "sampled": "one pass, candidates", "liger": "Liger Kernel, fused, bfloat16", "cce": "cut-cross-entropy, bfloat16"}  # fmt: skip
+NAMES_OF = {"plain": "PyTorch, compiled, bfloat16", "two passes": "two passes, FP8, compiled loss", "one pass": "one pass, all words", "sampled": "one pass, candidates", "three": "one pass, all words, three targets", "bfloat16": "one pass, all words, bfloat16", "liger": "Liger Kernel, fused, bfloat16", "cce": "cut-cross-entropy, bfloat16"}  # fmt: skip
 assert len(rows) == len(NAMES_OF) * len(SHAPES)
 print("tokens", *(f"{tokens:,}" for tokens, _ in SHAPES), "· candidates", *(f"{count:,}" for _, count in SHAPES))  # fmt: skip
 for version, label in NAMES_OF.items():
@@ -820,7 +926,7 @@ distinct = np.mean(sampled["data"]["distinct_targets"])
 fig, axes = plt.subplots(1, 2, figsize=(8.4, 3.4), layout="constrained")
 order = sorted(NAMES_OF, key=lambda name: rows[name, TOKENS]["p50"], reverse=True)
 times = [rows[name, TOKENS]["p50"] for name in order]
-axes[0].barh([NAMES_OF[name] for name in order], times, color=["C1" if name in ("one pass", "sampled") else "C0" for name in order])  # fmt: skip
+axes[0].barh([NAMES_OF[name] for name in order], times, color=["C1" if NAMES_OF[name].startswith("one") else "C0" for name in order])  # fmt: skip
 for place, ms in enumerate(times):
     axes[0].text(ms + 1, place, f"{ms:.1f}", va="center", fontsize=8)
 for floor, style, name in ((floor_ms, "--", "bfloat16"), (floor_fp8, ":", "FP8")):
@@ -1032,4 +1138,4 @@ print(f"for the cap of 23: 2^{math.log2(largest_gain(CAP)):.0f}; the kernel has 
 # %% [markdown]
 # ## Since then
 #
-# Records 53 and 88 give each token several targets: the two words after the next, and the longest prefix of the next word that is a word itself. The kernel of record 89 takes their weights as an argument; this one does not yet. Record 92 lets the product write logits in e4m3 and reads them with a hand-written kernel, at the width of the candidates, and keeps FP8 copies of the head between steps. [Chapter 15](15_low_precision.py) has the formats, [chapter 08](08_logits.py) the softcap, [chapter 24](24_speedrun.py) the runs.
+# Records 53 and 88 give each token several targets: the two words after the next, and the longest prefix of the next word that is a word itself. The kernel of record 89 takes their weights as an argument, and so does this one; no model of this book trains with them yet. Record 92 lets the product write logits in e4m3 and reads them with a hand-written kernel, at the width of the candidates, and keeps FP8 copies of the head between steps. [Chapter 15](15_low_precision.py) has the formats, [chapter 08](08_logits.py) the softcap, [chapter 24](24_speedrun.py) the runs.

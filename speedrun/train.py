@@ -36,10 +36,13 @@ import math
 import shlex
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -248,15 +251,30 @@ def attn_settings_now(run: Run) -> AttentionSettings:
     return settings._replace(windows=torch.tensor(windows, dtype=torch.int32))
 
 
+@contextmanager
+def graphs_memory(recorder: Recorder) -> Iterator[None]:
+    """Inside, what is computed lies in the memory of recorded passes, if there are any, and in their stream, since the allocator gives each stream blocks of its own. The next replay overwrites it."""
+    own, pool = recorder.stream, SimpleNamespace(id=recorder.pool)  # a MemPool may not outlive it
+    if own is None or not recorder.calls:
+        yield
+        return
+    usual = torch.cuda.current_stream()
+    own.wait_stream(usual)
+    with torch.cuda.stream(own), torch.cuda.use_mem_pool(cast(Any, pool)):
+        yield
+    usual.wait_stream(own)
+
+
 @torch.no_grad()
 def validation_loss(run: Run, batches) -> float:
     """Mean loss, nats a token, over validation micro-batches that are dealt out to the ranks."""
     device, settings = run.ranks.device, attn_settings_now(run)
     sums = torch.zeros(2, dtype=torch.float64, device=device)
-    for batch in batches:
-        loss = forward_loss(run.forward, batch, device, run.config.precision, settings)
-        sums += torch.stack([loss.double(), torch.ones_like(sums[0])])
-        run.heartbeat.beat()
+    with graphs_memory(run.recorder):
+        for batch in batches:
+            loss = forward_loss(run.forward, batch, device, run.config.precision, settings)
+            sums += torch.stack([loss.double(), torch.ones_like(sums[0])])
+            run.heartbeat.beat()
     all_reduce_sum(sums, run.ranks.world)
     return (sums[0] / sums[1]).item()
 

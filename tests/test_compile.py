@@ -1,5 +1,6 @@
 """The forward pass in compiled parts, and recorded passes: graphs counted, gradients compared, what a recorder may and may not do."""
 
+from contextlib import contextmanager
 from functools import partial
 from unittest import mock
 
@@ -18,7 +19,14 @@ from speedrun.model.gpt import GPT, attention_settings
 from speedrun.passes import accumulate, forward_loss
 from speedrun.presets import known_presets, preset
 from speedrun.schedule import Stage
-from speedrun.train import build_run, train_step, warm_up
+from speedrun.train import (
+    build_run,
+    graphs_memory,
+    train_step,
+    val_batches,
+    validation_loss,
+    warm_up,
+)
 
 CPU = torch.device("cpu")
 PLAIN = {"model.head.fp8": False, "model.block.fp8": False, "model.model_dim": 32}
@@ -163,6 +171,27 @@ class TestRecorder:
         monkeypatch.setattr(torch.cuda, "graph", Recording)
         return recorded
 
+    def test_nothing_is_borrowed_before_there_is_a_graph_and_its_pool_after(self, drawn, monkeypatch):  # fmt: skip
+        entered, (own, usual) = [], (mock.Mock(), mock.Mock())
+
+        @contextmanager
+        def noted(what):
+            entered.append(what)
+            yield
+
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda: usual)
+        monkeypatch.setattr(torch.cuda, "stream", noted)
+        monkeypatch.setattr(torch.cuda, "use_mem_pool", lambda pool: noted(pool.id))
+        recorder = Recorder(CPU)
+        with graphs_memory(recorder):
+            assert not entered
+        recorder.recording, recorder.stream = True, own
+        recorder("a", torch.sum, [torch.ones(4)])
+        with graphs_memory(recorder):
+            assert entered == [own, "pool"] and not usual.wait_stream.called
+            own.wait_stream.assert_called_once_with(usual)
+        usual.wait_stream.assert_called_once_with(own)
+
     def test_one_graph_for_each_key_that_is_called_while_recording(self, drawn, monkeypatch):
         recorder, calls = Recorder(CPU), []
 
@@ -276,9 +305,35 @@ class TestOnAGPU:
             run.recorder = Recorder(run.ranks.device, on)
             warm_up(run)
             losses[on] = [train_step(run).item() for _ in range(config.steps)]
+            with mock.patch.object(run.recorder, "calls", {}):  # in memory of its own
+                alone = validation_loss(run, val_batches(run, config.val_tokens))
+            borrowed = validation_loss(run, val_batches(run, config.val_tokens))
+            assert borrowed == pytest.approx(alone, rel=1e-5)
             recorded = [call.graph for call, _, _ in run.recorder.calls.values()]
             assert all(recorded) and len(recorded) >= 3 if on else not recorded
         assert np.allclose(losses[True], losses[False], rtol=2e-2)
+
+    def test_memory_of_graphs_is_borrowed_between_replays(self):
+        """64 MiB that a recorded function needs for a moment serve others, and what those write does the next replay no harm."""
+        device = torch.device("cuda")
+        recorder, x = Recorder(device), torch.arange(16.0)
+
+        def large(x):
+            return (x.to(device)[:, None] * torch.ones(2**20, device=device)).sum() / 2**20
+
+        for _ in range(2):
+            assert recorder("large", large, [x]) == 120.0
+            recorder.recording = True
+        assert recorder("large", large, [x]) == 120.0 and recorder.calls
+        torch.cuda.empty_cache()
+        reserved = torch.cuda.memory_reserved()
+        for number in range(3):
+            with graphs_memory(recorder):
+                lent = torch.full((2**24,), float(number), device=device)
+                assert lent.sum().item() == number * 2**24
+                del lent
+            assert torch.cuda.memory_reserved() == reserved
+            assert recorder("large", large, [x + number]) == 120.0 + 16 * number
 
     def test_a_recorder_reads_what_lies_in_its_places_now(self):
         device = torch.device("cuda")

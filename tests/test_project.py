@@ -116,6 +116,8 @@ class TestLayers:
         # what a run imports only when it is named
         elsewhere = (
             "speedrun.history",
+            "speedrun.kernels.head_bf16",
+            "speedrun.kernels.head_reference",
             "speedrun.model.baseline",
             "speedrun.model.masks",
             "speedrun.optim.soap",

@@ -11,8 +11,9 @@ import torch
 
 from speedrun.config import check_config, config_from_json, vary
 from speedrun.cpu_size import at_cpu_size
+from speedrun.kernels import head_reference
+from speedrun.kernels import loss as head
 from speedrun.kernels.fp8 import has_fp8
-from speedrun.kernels.loss import choose_candidates, head_loss_by_hand
 from speedrun.lab.errors import UserError
 from speedrun.lab.hardware import detect_machine
 from speedrun.measure import ablations, documents, precision, runs
@@ -97,12 +98,13 @@ class TestPrecision:
         assert again == found["only_sampled"], "nothing stays patched"
 
     def test_what_no_option_switches_is_patched_and_nothing_else(self):
-        before = gpt.linear, gpt.head_loss_op
+        before = gpt.linear, head.head_form, head_reference.ROUNDED
         for arm, on in precision.arms().items():
             with precision.around(f"{arm}_0"):
                 assert (gpt.linear is not before[0]) == ("qkv" in on)
-                assert (gpt.head_loss_op is not before[1]) == ("head" not in on)
-            assert (gpt.linear, gpt.head_loss_op) == before
+                assert (head.head_form is not before[1]) == ("head" not in on)
+                assert (torch.bfloat16 == head_reference.ROUNDED) == ("head" not in on)
+            assert (gpt.linear, head.head_form, head_reference.ROUNDED) == before
             run = precision.study()[f"{arm}_0"]
             assert any(s.candidates for s in run.schedule.stages) == ("sampled" in on)
             assert run.model.block.fp8 == ("mlp" in on)
@@ -137,21 +139,21 @@ class TestPrecision:
     def test_the_operators(self):
         x, w = torch.randn(32, 16, requires_grad=True), torch.randn(48, 16, requires_grad=True)
         torch.library.opcheck(precision.linear_op, (x, w), test_utils=OPCHECKS)
-        x, w = torch.randn(32, 16, requires_grad=True), torch.randn(16, 48, requires_grad=True)
-        few = torch.tensor([32, 2])
-        torch.library.opcheck(precision.head_loss_bf16, (x, w, torch.arange(32), few), test_utils=OPCHECKS)  # fmt: skip
 
     @pytest.mark.gpu
     @pytest.mark.skipif(not HAVE, reason="no GPU with units for eight bits")
     @pytest.mark.parametrize("count", [0, 2048])
     def test_on_a_gpu(self, count):
-        """Both operators against float64."""
+        """The head where it is off, in two micro-batches, and the linear map, against float64."""
         torch.manual_seed(0)
         x = torch.nn.functional.rms_norm(torch.randn(2048, 768, device="cuda"), (768,)).bfloat16()
         w, targets = 0.15 * torch.randn(768, 4096, device="cuda"), torch.randint(0, 4096, (2048,), device="cuda")  # fmt: skip
-        found = precision.head_loss_bf16(x, w, targets, torch.tensor([count, 2]))
-        inside = [choose_candidates(to, 4096, count)[1] for to in targets.chunk(2)]
-        exact = head_loss_by_hand(x.double(), w.double(), targets, torch.stack(inside))
+        with precision.around("only_mlp_0"):
+            found = head.head_loss_op(x, w, targets, torch.tensor([count, 2]))
+        inside = [head.choose_candidates(to, 4096, count)[1] for to in targets.chunk(2)]
+        exact = head_reference.head_loss_by_hand(
+            x.double(), w.double(), targets, torch.stack(inside)
+        )
         assert abs(found[0] - exact[0]) < 2e-3 * exact[0]
         for ours, theirs in zip(found[1:], exact[1:]):
             assert (ours.double() - theirs).norm() < 0.012 * theirs.norm()

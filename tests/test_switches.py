@@ -11,7 +11,8 @@ from speedrun.command import TrainCommand
 from speedrun.config import Config, check_config, fields_of, vary
 from speedrun.cpu_size import at_cpu_size
 from speedrun.kernels.fp8 import quantize_reference, scale_of
-from speedrun.kernels.loss import choose_candidates, head_loss_by_hand, head_loss_op
+from speedrun.kernels.head_reference import head_loss_by_hand
+from speedrun.kernels.loss import choose_candidates, head_loss_op
 from speedrun.lab.errors import UserError
 from speedrun.lab.metrics import read_metrics, series
 from speedrun.model.embedding import EmbeddingConfig

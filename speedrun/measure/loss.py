@@ -1,13 +1,15 @@
 # Tangled from notebooks/19_head_and_loss.py: edit the notebook, then run "make tangle". Edits made here are lost.
 
 
+from speedrun.kernels.head_bf16 import bf16_form
+from speedrun.kernels.head_reference import head_loss_by_hand
 from speedrun.kernels.loss import (
     CAP,
     LARGE_SHARED,
     SHIFT,
     SLOPE,
     choose_candidates,
-    head_loss_by_hand,
+    head_loss_fused,
     head_loss_op,
     launch_head,
 )
@@ -59,13 +61,14 @@ def plain_loss(x: Tensor, w: Tensor, targets: Tensor) -> Tensor:
         return loss_of(x @ w, targets, "sigmoid23")
 
 
-def loss_and_gradient(z: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """The loss of stored logits, and its gradient in e5m2, times 2^9 and the tokens."""
+def loss_and_gradient(z: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss of stored logits, and its gradient in e5m2, times 2^9 and the tokens, in both layouts."""
     s = torch.sigmoid((z.float() + SHIFT) / SLOPE)
     p, own = torch.softmax(CAP * s, 1), F.one_hot(targets, z.shape[1])
     g = (p - own) * s * (1 - s) * (512 * CAP / SLOPE)
     loss = F.cross_entropy(CAP * s, targets)
-    return loss, g.clamp(-57344, 57344).to(E5M2)
+    g = g.clamp(-57344, 57344).to(E5M2)
+    return loss, g, g.T.contiguous()
 
 
 def two_passes(x: Tensor, w: Tensor, targets: Tensor, second: Callable = loss_and_gradient) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
@@ -73,10 +76,10 @@ def two_passes(x: Tensor, w: Tensor, targets: Tensor, second: Callable = loss_an
     sx, sw = scale_of(x), scale_of(w)
     x8, x8t = quantize(x, sx, turned=True)
     w8, w8t = quantize(w, sw, turned=True)
-    loss, g = second(fp8_matmul(x8, w8t, sx, sw, torch.bfloat16), targets)
+    loss, g, gt = second(fp8_matmul(x8, w8t, sx, sw, torch.bfloat16), targets)
     unit = torch.full_like(sx, 1 / 512 / len(x))
     dx = fp8_matmul(g, w8, unit, sw, x.dtype)
-    return loss, dx, fp8_matmul(x8t, g.T.contiguous(), sx, unit, torch.float32)
+    return loss, dx, fp8_matmul(x8t, gt, sx, unit, torch.float32)
 
 
 def by_library(name: str, x: Tensor, w: Tensor, targets: Tensor) -> Callable[[], Any] | None:
@@ -95,9 +98,16 @@ def by_library(name: str, x: Tensor, w: Tensor, targets: Tensor) -> Callable[[],
     return lambda: torch.autograd.grad(loss(), leaves)
 
 
+def next_three(targets: Tensor) -> tuple[Tensor, Tensor]:
+    """For each token the next three words, (tokens, 3), with the weights that record 89 begins with."""
+    weights = torch.tensor([1.0, 0.5, 0.25], device=targets.device)
+    return torch.stack([targets.roll(-n) for n in range(3)], 1), weights
+
+
 def versions(x: Tensor, w: Tensor, targets: Tensor, candidates: int) -> dict[str, Callable[[], Any]]:  # fmt: skip
     """Each version's forward and backward pass, by its name. sampled: over so many candidates."""
     leaves = x.detach().requires_grad_(), w.detach().requires_grad_()
+    three, weights = next_three(targets)
     compiled = torch.compile(plain_loss, dynamic=False, fullgraph=True)
     second = torch.compile(loss_and_gradient, dynamic=False, fullgraph=True)
     found: dict[str, Callable[[], Any]] = {
@@ -105,7 +115,10 @@ def versions(x: Tensor, w: Tensor, targets: Tensor, candidates: int) -> dict[str
         "two passes": partial(two_passes, x, w, targets, second),
         "one pass": partial(head_loss_op, x, w, targets, torch.tensor([0, 1])),
         "sampled": partial(head_loss_op, x, w, targets, torch.tensor([candidates, 1])),
+        "three": partial(head_loss_op, x, w, three, torch.tensor([0, 1]), weights),
     }
+    if form := bf16_form(x.device):
+        found["bfloat16"] = partial(head_loss_fused, x, w, targets, 0, form)
     for name in ("liger", "cce"):
         if call := by_library(name, x, w, targets):
             found[name] = call
@@ -130,10 +143,11 @@ def errors_of(tokens: int = 2048, candidates: int = 10_240) -> list[dict[str, An
         for version, call in versions(x, w, targets, candidates).items():
             if version in ("liger", "cce"):  # another softcap
                 continue
+            to, by = next_three(targets) if version == "three" else (targets, None)
             inside = torch.ones(VOCABULARY, dtype=torch.bool, device="cuda")
             if version == "sampled":
                 inside = choose_candidates(targets, VOCABULARY, candidates)[1]
-            loss, *known = head_loss_by_hand(x.double(), w.double(), targets, inside, 512)
+            loss, *known = head_loss_by_hand(x.double(), w.double(), to, inside, 512, by)
             got = (plain_loss(x, w, targets), *call()) if version == "plain" else call()
             row = {"version": version, "std": std, "loss": got[0].item() - loss.item()}
             errors = [relative_error(a, b) if b.any() else 0.0 for a, b in zip(got[1:], known)]

@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 from speedrun.config import Config, vary
+from speedrun.kernels import head_reference
 from speedrun.kernels import loss as head
+from speedrun.kernels.head_bf16 import bf16_form
 from speedrun.lab.results import load_result, result_names
 from speedrun.measure.study import runs_of
 from speedrun.model import gpt
@@ -106,56 +108,6 @@ def linear_in_eight(x: Tensor, weights: Any, name: str) -> Tensor:
     return linear_op(x.flatten(0, -2).to(w.dtype), w)[0].view(*x.shape[:-1], len(w))
 
 
-def launch_bf16(x: Tensor, w: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """As `launch_head` of chapter 19, of x (tokens, width) and w (words, width) in bfloat16."""
-    (tokens, width), words, blocks = x.shape, len(w), head.Blocks(128, 128, 64, 8, 3)
-    g, gt = x.new_empty(tokens, words), x.new_empty(words, tokens)
-    columns = -(-words // blocks.columns)
-    sums = torch.empty(columns, tokens, device=x.device)
-    programs = head.programs_for(x.device, blocks, columns * -(-tokens // blocks.rows))
-    sizes = [blocks.rows, blocks.depth], [blocks.columns, blocks.depth], [128, 64], [64, 128]
-    matrices = [head.in_blocks(*pair) for pair in zip((x, w, g, gt), sizes)]
-    head.head_kernel[(programs,)](
-        *matrices, sums, scale, tokens, words, WIDTH=width, KIND=head.tl.bfloat16, ROWS=blocks.rows, COLUMNS=blocks.columns,
-        DEPTH=blocks.depth, PROGRAMS=programs, FAST=True, BULK=True, num_warps=blocks.warps, num_stages=blocks.stages,
-    )  # fmt: skip
-    return g, gt, sums.sum(0)
-
-
-def unit_scale(x: Tensor) -> Tensor:
-    """1: bfloat16 needs no other."""
-    return x.new_ones(1, dtype=torch.float32)
-
-
-def product_bf16(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, out: torch.dtype) -> Tensor:  # fmt: skip
-    """As `fp8_matmul`, of bfloat16."""
-    return (torch.mm(a, b.mT, out_dtype=torch.float32) * (scale_a * scale_b)).to(out)
-
-
-@torch.library.custom_op(f"{NAMESPACE}::head_loss_bf16", mutates_args=())
-def head_loss_bf16(
-    x: Tensor, w: Tensor, targets: Tensor, candidates: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As chapter 19's `head_loss_op`, with the same kernels but products in bfloat16; off a GPU by the definition."""
-    (count, parts), factor = candidates.tolist(), head.CAP / head.SLOPE / len(x)
-    if x.device.type != "cuda":
-        words = [head.choose_candidates(to, w.shape[1], count)[1] for to in targets.chunk(parts)]
-        loss, dx, dw = head.head_loss_by_hand(x.float(), w, targets, torch.stack(words))
-        return loss, dx.to(x.dtype), dw
-    x, wt, one = x.contiguous(), w.T.bfloat16().contiguous(), torch.ones(1, device=x.device)
-    dx, loss = torch.empty_like(x), torch.empty_like(targets, dtype=torch.float32)
-    dw = wt.new_zeros(wt.shape, dtype=torch.float32)
-    with patch.multiple(head, fp8_matmul=product_bf16, scale_of=unit_scale):
-        for own, to, lost, out in zip(*(each.chunk(parts) for each in (x, targets, loss, dx))):
-            part = head.micro_batch_head(own, wt, one, to, count, lost, out, dw, factor, launch_bf16)  # fmt: skip
-            dw = part if part is dw else dw + part
-    return loss.mean(), dx, dw.T.contiguous()
-
-
-head_loss_bf16.register_fake(head.fake_head_loss)
-head_loss_bf16.register_autograd(head.scale_gradients, setup_context=head.keep_gradients)
-
-
 @contextmanager
 def around(name: str) -> Iterator[None]:
     """What a run of the study is trained under: its products where no option of the model switches them."""
@@ -164,7 +116,8 @@ def around(name: str) -> Iterator[None]:
         if "qkv" in on:
             patches.enter_context(patch.object(gpt, "linear", linear_in_eight))
         if "head" not in on:
-            patches.enter_context(patch.object(gpt, "head_loss_op", head_loss_bf16))
+            patches.enter_context(patch.object(head, "head_form", bf16_form))
+            patches.enter_context(patch.object(head_reference, "ROUNDED", torch.bfloat16))
         yield
 
 
