@@ -782,7 +782,7 @@ assert share > 0.95 and abs(rest[1]) < 1 and min(min(values) for values in stack
 #
 # ## What it costs, and when it fails
 #
-# - **Memory.** A CUDA graph keeps the memory of its pass for itself as long as it lives. All stages' graphs share a pool. The runs above recorded each stage right after its own first passes, which stood beside the pool of the stages before, so that the most that was ever reserved grew by a quarter. Since then all plain passes come first. A run in that order, on one GPU and so not quite comparable, reserved 41 GiB, and never had more than 59% of it allocated. More than half of the rest was lost between *segments*, which PyTorch's allocator gets from the driver: what is free in two of them cannot serve one large tensor. Where segments may grow instead (`expandable_segments:True`, as upstream has it), 22% less is reserved: in passes half as long, in runs of 60 steps that took equally long, and about as much with whole passes, against the run above. What is left may be graphs' memory, in which a validation's rows cannot lie. The launcher asks for growing segments; `scripts/measure.py`, which trains without it, does not. With them, passes half as long save only 6% more, and take one and a half per cent longer:
+# - **Memory.** A CUDA graph keeps the memory of its pass for itself as long as it lives. All stages' graphs share a pool. The runs above recorded each stage right after its own first passes, which stood beside the pool of the stages before, so that the most that was ever reserved grew by a quarter. Since then all plain passes come first. A run in that order, on one GPU and so not quite comparable, reserved 41 GiB, and never had more than 59% of it allocated. More than half of the rest was lost between *segments*, which PyTorch's allocator gets from the driver: what is free in two of them cannot serve one large tensor. Where segments may grow instead (`expandable_segments:True`, as upstream has it), 22% less is reserved: in passes half as long, in runs of 60 steps that took equally long, and about as much with whole passes, against the run above. In these runs a validation found its memory beside the graphs'. It borrows theirs now ([chapter 23](23_training_loop.py)), and 9% less is reserved (the last line below). What is left is the warm-up's peak: it keeps a copy of weights and optimizer state, to undo its steps. Of state that is zero, as before the first step, none is kept any more; how much that saves has not been measured. The launcher asks for growing segments; `scripts/measure.py`, which trains without it, does not. With them, passes half as long save only 6% more, and take one and a half per cent longer:
 
 # %%
 tried = load_result("compile", "segments")
@@ -799,6 +799,10 @@ assert round(100 * less) == 22 and 0.93 < held["half"] / held["whole"] < 0.95
 idle = [each - whole["memory_mb"]["allocated"] for each in (since["reserved"], held["whole"])]
 assert 0.5 < 1 - idle[1] / idle[0] < 0.6, "lost between segments"
 assert abs(half["seconds"] / fixed["seconds"] - 1) < 0.002, "the same speed"
+borrowed = load_result("compile", "borrowed")
+lent = borrowed["data"]["runs"][0]["memory_mb"]
+assert round(100 * (1 - lent["reserved"] / held["whole"])) == 9 and lent["allocated"] == whole["memory_mb"]["allocated"]  # fmt: skip
+print(f"passes of 65,536 tokens, validation in the graphs' memory: {lent['reserved'] / 1024:.1f} GiB reserved; {measured_on(borrowed)}")  # fmt: skip
 print(f"compiling and warming up, in the first of these runs with empty caches: {fixed['prepared_s']:.0f} s; {measured_on(tried)}")  # fmt: skip
 
 # %% [markdown]

@@ -950,7 +950,10 @@ def warm_up(run: Run) -> float:
     begin = time.perf_counter()
     step, position = run.step, run.loader.position
     weights = {name: p.clone() for name, p in run.model.state_dict().items()}
-    moments = run.optimizer.state_dict()
+    moments = {  # zeros, as before the first step, need no memory
+        key: each if each.any() else each.new_zeros(()).expand_as(each)
+        for key, each in run.optimizer.state_dict().items()
+    }
     run.optimizer.warm_up()
     last = run.config.last_step - 1
     starts = [min(step, last), *(start for start in run.schedule.starts if step < start <= last)]

@@ -427,6 +427,18 @@ class TestInAStagedRun:
         for name, p in run.model.named_parameters():
             assert torch.equal(p, dict(staged_run.model.named_parameters())[name]), name
 
+    def test_warming_up_after_some_steps_leaves_no_trace_either(self, brief, tmp_path, staged_run):
+        """The state is no longer zero, which a warm-up before the first step need not keep."""
+        from speedrun.train import take_steps, warm_up
+
+        run = build_run(vary(brief, STAGED | {"warmup": 2}), tmp_path, echo=None)
+        take_steps(run, 0, 3)
+        assert run.step == 3 and any(m.any() for m in run.optimizer.state_dict().values())
+        warm_up(run)
+        run_loop(run)
+        for name, p in run.model.named_parameters():
+            assert torch.equal(p, dict(staged_run.model.named_parameters())[name]), name
+
     def test_a_batch_that_the_shards_do_not_hold_is_refused_before_the_first_step(
         self, brief, tmp_path
     ):
