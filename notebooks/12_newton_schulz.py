@@ -769,12 +769,13 @@ assert won["muon"].n == clocked["adamw"].n == 9 and lasting["muon"].n == 3
 again = load_result("newton_schulz", "winners")["data"]["arms"]
 assert all(again[rule][0]["val_loss"] == loss_at[lowest[rule]] for rule in RULES), "to the bit"
 assert (
-    1.3 < pace["soap"] / pace["muon"] < 1.4
+    1.2 < pace["soap"] / pace["muon"] < 1.3
     and min(loss_at[k] for k in loss_at if k[0] == "adamw") > 2.6
 )
 assert won["soap"].mean < won["muon"].mean < won["adamw"].mean, "by steps"
 assert won["muon"].mean < clocked["soap"].mean < clocked["adamw"].mean, "by the clock"
-assert max(p_difference(other["soap"], won["muon"]) for other in (won, clocked)) < 1e-6
+assert p_difference(won["soap"], won["muon"]) < 1e-6
+assert 1e-4 < p_difference(clocked["soap"], won["muon"]) < 5e-4
 lead = {n: found["adamw"].mean - found["muon"].mean for n, found in ((600, won), (2000, lasting))}
 behind = {n: found["muon"].mean - found["soap"].mean for n, found in ((600, won), (2000, lasting))}
 assert 0.7 < lead[2000] / lead[600] < 0.8 and 0 < behind[2000] < 0.25 * behind[600]
@@ -782,12 +783,13 @@ assert 0.45 < lead[600] < 0.55 and 0.09 < behind[600] < 0.11
 p_long = p_difference(lasting["soap"], lasting["muon"])
 assert (f"{lasting['adamw'].mean:.2f}", f"{p_long:.2f}") == ("2.01", "0.06")
 longer = load_result("newton_schulz", "clock")["data"]["arms"]["adamw"][0]["config"]["steps"]
-assert longer == short().steps + 100
+assert longer == short().steps + 130
+assert 0.02 < clocked["soap"].mean - won["muon"].mean < 0.03
 assert abs(short().steps * pace["muon"] / pace["adamw"] - longer) < 25, "by the pace measured last"
 print(measured_on(load_result("newton_schulz", "winners")))
 
 # %% [markdown]
-# So there are two answers. *By steps* SOAP is the best of the three and Muon a tenth of a nat behind (0.08 at chapter 13's better rate). *By the clock* Muon wins, just as clearly, since SOAP takes a third longer for a step. AdamW loses both ways, even with a hundred more steps, which is about what its cheapness pays for.
+# So there are two answers. *By steps* SOAP is the best of the three and Muon a tenth of a nat behind (0.08 at chapter 13's better rate). *By the clock* Muon wins, by a fortieth of a nat ($p = 0.0002$), since SOAP takes a quarter longer for a step. (On another day it took a third longer, and lost by more.) AdamW loses both ways, even with 130 more steps, which is about what its cheapness pays for.
 #
 # Half a nat is a great deal, and one should ask how much of it lasts. After 600 steps AdamW is above 2.6 at each of its forty points. In runs of 2,000 steps it gets to 2.01: it is late rather than stuck. There Muon's lead over it has shrunk by a quarter, and SOAP's lead over Muon has nearly vanished ($p = 0.06$ at $n = 3$, at rates tuned for 600 steps; tuned for 2,000 it may differ), while a step of SOAP stays as dear as it was. A gap in nats has a length of training attached to it.
 #
