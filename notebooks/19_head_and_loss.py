@@ -507,8 +507,8 @@ def head_loss_fused(
     x: Tensor, w: Tensor, targets: Tensor, count: int, form: Form, parts: int = 1, weights: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """As `head_loss_by_hand`, by the kernels. count: candidates, 0 for all; parts: micro-batches of equal length, each with its own. weights: not all 0."""
-    targets, scale, dx = targets.view(len(x), -1), form.scale_of(w), torch.empty_like(x)
-    weights = (targets.new_ones(1) if weights is None else weights).float()
+    targets, scale, dx = targets.contiguous().view(len(x), -1), form.scale_of(w), torch.empty_like(x)  # fmt: skip
+    weights = (targets.new_ones(1) if weights is None else weights).float().contiguous()
     loss, few = scale.new_empty(len(x)), 0 < count <= w.shape[1]
     w8 = quantize(w, scale, form.kind, straight=False, turned=True)[1]
     dw = x.new_zeros(few * len(w8), len(w), dtype=torch.float32)
@@ -896,10 +896,11 @@ def measure(name: str, arguments: list[str], command: str) -> tuple[dict, dict]:
 # %%
 NAMES_OF = {"plain": "PyTorch, compiled, bfloat16", "two passes": "two passes, FP8, compiled loss", "one pass": "one pass, all words", "sampled": "one pass, candidates", "three": "one pass, all words, three targets", "bfloat16": "one pass, all words, bfloat16", "liger": "Liger Kernel, fused, bfloat16", "cce": "cut-cross-entropy, bfloat16"}  # fmt: skip
 assert len(rows) == len(NAMES_OF) * len(SHAPES)
-print("tokens", *(f"{tokens:,}" for tokens, _ in SHAPES), "· candidates", *(f"{count:,}" for _, count in SHAPES))  # fmt: skip
+print(f"{'ms and GiB, for tokens:':34}", *(f"{tokens:13,}" for tokens, _ in SHAPES))
+print(f"{'candidates:':34}", *(f"{count:13,}" for _, count in SHAPES))
 for version, label in NAMES_OF.items():
     found = [rows[version, tokens] for tokens, _ in SHAPES]
-    print(f"{label:32}", *(f"{row['p50']:6.2f} ms, {row['peak_mib'] / 1024:4.1f} GiB" for row in found), sep="  ")  # fmt: skip
+    print(f"{label:34}", *(f"{row['p50']:8.2f} {row['peak_mib'] / 1024:4.1f}" for row in found))
 one, few, base = (np.array([rows[name, tokens]["p50"] for tokens, _ in SHAPES]) for name in ("one pass", "sampled", "plain"))  # fmt: skip
 assert (1.9 < (base / one)[1:]).all() and (base / one < 2.2).all() and (4 < (base / few)[1:]).all()
 assert (base / one)[0] > 1.65 and (base / few)[0] > 2.5, "16,384 tokens: see below"
@@ -914,7 +915,9 @@ assert alone < 3 * floor_fp8 / 3
 print("beside it:", result["data"]["peers"], measured_on(result))
 
 # %% [markdown]
-# The two libraries save memory, which is what they are for: they keep no logits at all, and pay by computing them twice, or in slices. Ours keeps two tensors of one byte a logit for a moment, and is in its product and epilogue within a factor of three of what the matrix units could do at best. Two more targets for each token cost 1.0 ms, since the target's kernels read two more columns of $W$ and $W$'s gradient gets two more rows added; we had guessed half of that. The same kernels in bfloat16 are four per cent faster than PyTorch, and need twice its memory: what they save in trips they seem to lose again by writing the gradient in two layouts. But they let a GPU from before Ada choose candidates. (Measured on an H200; no older card has run them.) The rest is the two backward products, which are PyTorch's, and all that is small. At 16,384 tokens a call with candidates is hardly shorter: probably the GPU waits for Python's twenty launches. (In the trainer it does not, since a whole pass is replayed from a CUDA graph: [chapter 16](16_compile.py).)
+# The two libraries save memory, which is what they are for: they keep no logits at all, and pay by computing them twice, or in slices. Ours keeps two tensors of one byte a logit for a moment, and is in its product and epilogue within a factor of three of what the matrix units could do at best. The rest is the two backward products, which are PyTorch's, and all that is small. At 16,384 tokens a call with candidates is hardly shorter: probably the GPU waits for Python's twenty launches. (In the trainer it does not, since a whole pass is replayed from a CUDA graph: [chapter 16](16_compile.py).)
+#
+# Two more targets for each token cost 1.0 ms, since the target's kernels read two more columns of $W$ and $W$'s gradient gets two more rows added; we had guessed half of that. The same kernels in bfloat16 are four per cent faster than PyTorch, and need twice its memory: what they save in trips they seem to lose again by writing the gradient in two layouts. But they let a GPU from before Ada choose candidates. (Measured on an H200; no older card has run them.)
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Left: milliseconds of eight heads at 49,152 tokens, with the least time by operations in bfloat16 and FP8. Right: the loss of a trained model against the number of candidates."}}
 from matplotlib import pyplot as plt

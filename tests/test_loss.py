@@ -138,13 +138,16 @@ class TestKernel:
     def test_several_weighted_targets(self, tokens, width, words, count, by, seed):
         """The sum of the losses of each alone, and of their gradients; targets may be equal, and no candidates."""
         x, w, first = drawn(tokens, width, words, 0.5, seed)
-        targets = torch.stack([first, first.roll(1), first][: len(by)], 1)
-        weights, inside = torch.tensor(by), candidates(targets.flatten(), words, count)
+        targets = torch.stack([first, first.roll(1), first][: len(by)]).T
+        weights = torch.tensor([*zip(by, by)])[:, 0]
+        inside = candidates(targets.flatten(), words, count)
         alone = [head_loss_by_hand(x, w, to, inside) for to in targets.T]
         known = [sum(weight * each[n] for weight, each in zip(by, alone)) for n in range(3)]
         found = head_loss_fused(x.float(), w.float(), targets, count, IN_FLOAT32, weights=weights)  # fmt: skip
         for a, b, c in zip(found, known, head_loss_by_hand(x, w, targets, inside, weights=weights)):
-            assert torch.allclose(c, b)
+            assert torch.allclose(
+                c, b
+            )  # as a definition, and of targets and weights that do not lie side by side
             assert (a.double() - b).abs().max() < 2e-5 * max(1.0, b.abs().max().item())
 
     @pytest.mark.parametrize("count", [0, 32])

@@ -222,8 +222,8 @@ def head_loss_fused(
     x: Tensor, w: Tensor, targets: Tensor, count: int, form: Form, parts: int = 1, weights: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """As `head_loss_by_hand`, by the kernels. count: candidates, 0 for all; parts: micro-batches of equal length, each with its own. weights: not all 0."""
-    targets, scale, dx = targets.view(len(x), -1), form.scale_of(w), torch.empty_like(x)
-    weights = (targets.new_ones(1) if weights is None else weights).float()
+    targets, scale, dx = targets.contiguous().view(len(x), -1), form.scale_of(w), torch.empty_like(x)  # fmt: skip
+    weights = (targets.new_ones(1) if weights is None else weights).float().contiguous()
     loss, few = scale.new_empty(len(x)), 0 < count <= w.shape[1]
     w8 = quantize(w, scale, form.kind, straight=False, turned=True)[1]
     dw = x.new_zeros(few * len(w8), len(w), dtype=torch.float32)
