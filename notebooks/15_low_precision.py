@@ -687,7 +687,7 @@ print(f"record 19: a step is {faster:.1f} ms shorter; by count the head saves {c
 #
 # It is no magic, either. With seeds that scatter by 0.0016 ([chapter 01](01_are_you_faster.py)) eight runs know an effect to ± 0.0036, and the sixteen of two seeds to ± 0.0018. Costs of 0.001 stay below that. What the eight can show is that nothing costs 0.005, and the seconds.
 #
-# The hidden cells declare that study, and patch in what the trainer has no option for: `qkv`, and chapter 19's kernels in sixteen bits, for the head where it is off. The cell behind them tests the product and its gradients, and that the head's operator is the definition where there is no GPU; its kernels are tested on GPUs only. All passes are half as long as the preset's, since those in sixteen bits keep more; that costs one and a half per cent of the time ([chapter 16](16_compile.py)). Our prediction, written before any run: head, mlp and qkv cost 0.001 each, the sample 0.003; and qkv saves nothing, since its conversions are kernels of their own, which read and write for about as long as its products get shorter. The last lines below say which runs have been made, and will print the effects when all eight are there. Until then they solve for a mean and four effects with those that there are. Five are just enough, if no two things do anything together, and leave nothing by which to judge how wrong that is. Of the seconds it can be believed that the MLP's products save most and `qkv` nothing, of the losses nothing.
+# The hidden cells declare that study, and patch in what the trainer has no option for: `qkv`, and chapter 19's kernels in sixteen bits, for the head where it is off. The cell behind them tests the product and its gradients, and that the head's operator is the definition where there is no GPU; its kernels are tested on GPUs only. All passes are half as long as the preset's, since those in sixteen bits keep more; that costs one and a half per cent of the time ([chapter 16](16_compile.py)). Our prediction, written before any run: head, mlp and qkv cost 0.001 each, the sample 0.003; and qkv saves nothing, since its conversions are kernels of their own, which read and write for about as long as its products get shorter. The last lines below say which runs have been made, and will print the effects when all eight are there. Until then five runs solve for a mean and four effects, if no two things do anything together. Believe of the seconds that the MLP's products save most and `qkv` nothing, and of the losses nothing.
 
 # %% tags=["hide-input"]
 #| export measure.precision
@@ -703,7 +703,6 @@ import torch
 from torch import Tensor
 
 from speedrun.config import Config, vary
-from speedrun.kernels import head_reference
 from speedrun.kernels import loss as head
 from speedrun.kernels.head_bf16 import bf16_form
 from speedrun.lab.results import load_result, result_names
@@ -807,7 +806,6 @@ def around(name: str) -> Iterator[None]:
             patches.enter_context(patch.object(gpt, "linear", linear_in_eight))
         if "head" not in on:
             patches.enter_context(patch.object(head, "head_form", bf16_form))
-            patches.enter_context(patch.object(head_reference, "ROUNDED", torch.bfloat16))
         yield
 
 
@@ -884,14 +882,16 @@ for name, run in made.items():
 print(f"of the {len(asked)} runs of one seed {sum(name in made for name in asked)} made; the others: python scripts/measure.py precision missing FOLDER")  # fmt: skip
 some = [name for name in asked if name in made]
 design = np.array([[1, *(one in on[name.rpartition("_")[0]] for one in FACTORS)] for name in some], float)  # fmt: skip
-if len(some) < len(asked) and np.linalg.matrix_rank(design) == 5:  # as many as unknowns
+if len(some) == np.linalg.matrix_rank(design) == 5:  # as many as unknowns
+    known = 1.96 * 0.0016 * np.linalg.norm(np.linalg.inv(design), axis=1)[1:]
     for what, number in (("seconds", lambda run: run["seconds"]), ("loss", lambda run: run["curve"][-1]["val_loss"])):  # fmt: skip
-        solved = np.linalg.lstsq(design, [number(made[name]) for name in some])[0][1:]
+        solved = np.linalg.solve(design, [number(made[name]) for name in some])[1:]
         print(f"{what}, by {len(some)} runs:", {one: f"{each:+.4f}" for one, each in zip(FACTORS, solved)})  # fmt: skip
         if what == "seconds":
-            assert solved[1] == min(solved) < -30 and solved[0] < -20 and 0 < solved[2] < 10
+            assert solved[1] == min(solved) < -30 and solved[0] < -20 and abs(solved[2]) < 10
         else:
-            assert (abs(solved) < 0.0036).all(), "what eight runs could see"
+            print("of which noise alone makes", ", ".join(f"± {half:.4f}" for half in known))
+            assert (abs(solved) < known).all()
 if set(asked) <= set(made):
     for what, number in (("seconds", lambda run: run["seconds"]), ("loss", lambda run: run["curve"][-1]["val_loss"])):  # fmt: skip
         print(what, {one: f"{each:+.4f} ± {half:.4f}" for one, (each, half) in effects(number).items()})  # fmt: skip

@@ -14,7 +14,7 @@
 # # Head and loss in one pass
 #
 # ```{admonition} Cost box
-# About half a minute on two CPU cores, where Triton's interpreter runs the kernel at small shapes; on one GPU with FP8 it is compiled. Times and losses come from committed measurements on H200s.
+# About half a minute on two CPU cores, where Triton's interpreter runs the kernel at small shapes; on a GPU it is compiled. Times and losses come from committed measurements on H200s.
 # The FP8 head is record 19's: \@YouJiacheng. Fused losses: records 60 (\@soren\_dunn\_ and AI System Locus), 67 and 79 (\@andrewbriand8), 75 (\@moof2x). Sampled softmax, as the contest uses it: record 92 (\@devenpzak). Exponentials from the epilogue, the target apart, row factors folded into the backward products: quack and Liger's Hopper kernel, in bfloat16 {cite}`liger,quack`. The kernel below is this book's own.
 # ```
 #
@@ -138,7 +138,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from speedrun.kernels.fp8 import E4M3, quantize_reference, scale_of
+from speedrun.kernels.fp8 import quantize_reference
 
 
 def head_loss_by_hand(
@@ -417,7 +417,7 @@ def target_kernel(
     X, W, TARGETS, WEIGHTS, SUMS, INSIDE, SCALE, LOSS, SHARE, OWN, tokens, width,
     ROWS: constexpr, WIDTH: constexpr, SEVERAL: constexpr,
 ):  # fmt: skip
-    """Each token's loss, the reciprocal of its sum, and what each target's own logit adds to the gradient: s (1 - s), less its share where it is no candidate; all by the targets' WEIGHTS."""
+    """Each token's loss, the reciprocal of its sum, and what each target's own logit adds to the gradient: s (1 - s), less its share where it is no candidate; all by the targets' WEIGHTS. TARGETS, OWN: (tokens, SEVERAL). WEIGHTS: (SEVERAL,). LOSS, SHARE: (tokens,)."""
     TOP: constexpr = 23.0 * 1.4426950408889634
     row, k = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, WIDTH)
     mine = row < tokens
@@ -460,9 +460,9 @@ def dx_kernel(
 
 
 # %% [markdown]
-# Both go through *several targets* of a token, each with a weight, since records 53 and 88 ask for words after the next one, too (multi-token prediction). Such a loss is the weighted sum of the losses of each target alone. The logits are the same, so the large kernel does not change: $1/S_t$ becomes $\sum_k w_k / S_t$ (with a target that is no candidate in its own $S_t$), and each target has its own entry apart. The weights are numbers on the GPU, so a schedule may move them, and nothing is compiled again.
+# Both go through *several targets* of a token, each with a weight: record 53 asks for words after the next one, too (multi-token prediction), record 88 for a prefix of the next word. Such a loss is $\sum_k \lambda_k L_k$, where $L_k$ is the loss of target $k$ alone. The logits are the same, so the large kernel does not change. $1/S_t$ becomes $\sum_k \lambda_k / S_{tk}$, where $S_{tk}$ is $S_t$, plus target $k$'s exponential if that is no candidate; and each target has its own entry apart. The weights are numbers on the GPU: they may change from step to step, and nothing is compiled again unless their number does.
 #
-# Nor does the kernel change for GPUs from before Ada, whose matrix units do not take eight bits. There operands and $G$ are bfloat16, with no scales, and of twice as many bytes.
+# Nor does it change for Ampere GPUs, whose matrix units take no FP8. Operands and $G$ are bfloat16 there, twice the bytes; their scales are 1, and only the gain and the scale of $x/S$ are left.
 #
 # Now the pieces go together. The operands are quantised with scales from their own largest numbers, anew in each pass, so that nothing clips and nothing is carried along. (Records 19 to 89 use constants, and save two small reductions by it.)
 
@@ -470,10 +470,13 @@ def dx_kernel(
 # %%
 #| export
 class Form(NamedTuple):
-    """What products are in, and what makes them: e4m3 by these functions, or another dtype by its own. launch: `launch_head`'s."""
+    """What operands are rounded to, and what multiplies them: e4m3 by these functions, or another dtype by its own.
+
+    launch(x, w, scale): as `launch_head`; None: there is no kernel, and the definition computes. product: as `fp8_matmul`. scale_of: as fp8's.
+    """
 
     kind: torch.dtype
-    launch: Callable
+    launch: Any = None
     product: Callable = fp8_matmul
     scale_of: Callable = scale_of
 
@@ -481,7 +484,7 @@ class Form(NamedTuple):
 def micro_batch_head(
     x: Tensor, w: Tensor, scale: Tensor, targets: Tensor, weights: Tensor, count: int, loss: Tensor, dx: Tensor, dw: Tensor, factor: float, form: Form
 ) -> Tensor:  # fmt: skip
-    """Head and loss of one micro-batch: writes its losses (tokens,) and x's gradient, and returns dw, (words, width), with its part of w's gradient, or that part alone where the softmax is over all words. w: (words, width) in the form's dtype, with its scale. targets: (tokens, several), weights: (several,). factor: of the loss's slope, for the mean."""
+    """Head and loss of one micro-batch: writes its losses (tokens,) and x's gradient, and returns dw, (words, width), with its part of w's gradient, or that part alone where the softmax is over all words. w: (words, width) in the form's dtype, with its scale. x: (tokens, width). targets: (tokens, several), weights: (several,). dw: float32, without rows where the softmax is over all words. factor: 23 / 7.5 / all tokens."""
     (tokens, width), kind, sx = x.shape, w.dtype, form.scale_of(x)
     chosen, inside = choose_candidates(targets.flatten(), len(w), count)
     numbers = w.view(torch.uint8 if kind == E4M3 else kind)  # there is no indexing for FP8
@@ -494,21 +497,23 @@ def micro_batch_head(
     target_kernel[grid](x8, w, targets, weights, sums, inside.view(torch.uint8), sx * scale, loss, share, own, tokens, width, **sizes)  # fmt: skip
     raw = form.product(g, rows.T.contiguous(), unit, scale, x.dtype)
     dx_kernel[grid](raw, w, targets, share, own, scale, dx, factor, tokens, width, **sizes)
-    late = sx * share.max()
+    late = sx * share.abs().max().clamp(min=1e-12)  # weights may be 0
     xt = quantize(x, late, kind, share, straight=False, turned=True)[1]
     part = form.product(gt, xt, unit * factor, late, torch.float32)
     dw = part if chosen is None else dw.index_add_(0, chosen, part)
+    full = x.float()
     for column, each in zip(targets.T, own.T):
-        dw.index_add_(0, column, x.float() * (each * -factor)[:, None])
+        dw.index_add_(0, column, full * (each * -factor)[:, None])
     return dw
 
 
 def head_loss_fused(
     x: Tensor, w: Tensor, targets: Tensor, count: int, form: Form, parts: int = 1, weights: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """As `head_loss_by_hand`, by the kernels. count: candidates, 0 for all; parts: micro-batches of equal length, each with its own. weights: not all 0."""
-    targets, scale, dx = targets.contiguous().view(len(x), -1), form.scale_of(w), torch.empty_like(x)  # fmt: skip
-    weights = (targets.new_ones(1) if weights is None else weights).float().contiguous()
+    """As `head_loss_by_hand`, by the kernels. count: candidates, 0 for all; parts: micro-batches of equal length, each with its own. targets, weights: as there."""
+    x, targets = x.contiguous(), targets.contiguous().view(len(x), -1)
+    scale, dx = form.scale_of(w), torch.empty_like(x)
+    weights = (targets.new_ones(1) if weights is None else weights).to(scale).contiguous()
     loss, few = scale.new_empty(len(x)), 0 < count <= w.shape[1]
     w8 = quantize(w, scale, form.kind, straight=False, turned=True)[1]
     dw = x.new_zeros(few * len(w8), len(w), dtype=torch.float32)
@@ -542,57 +547,63 @@ for count in (0, 64, 16):
 #| export
 def check_head(x: Tensor, w: Tensor, targets: Tensor, weights: Tensor | None = None) -> None:
     """Raise ValueError for shapes and dtypes that the head cannot take."""
-    told = [x, w, targets] if weights is None else [x, w, targets, weights]
-    fit = x.dim() == w.dim() == 2 and x.shape[1] == w.shape[0]
-    fit = fit and targets.shape == (len(x), *(each.numel() for each in told[3:]))
+    told = [x, w, targets, *([] if weights is None else [weights])]
+    fit = x.dim() == w.dim() == 2 and x.shape[1] == w.shape[0] and told[-1].dim() == 1
+    fit = fit and targets.shape == (len(x), *map(len, told[3:]))
     numbers = x.is_floating_point() and w.is_floating_point() and targets.dtype == torch.int64
     if not (fit and numbers):
         given = ", ".join(f"{tuple(each.shape)} of {each.dtype}" for each in told)
-        what = "x (tokens, width) and w (width, words) of floating-point numbers, targets (tokens,) of int64, or (tokens, several) with weights (several,), not "
-        raise ValueError(what + given)
+        raise ValueError(
+            "x (tokens, width) and w (width, words) of floating-point numbers, targets (tokens,) of int64, or (tokens, several) with weights (several,), not "
+            + given
+        )
 
 
-def head_form(device: torch.device) -> Form | None:
-    """How a device's kernel multiplies: in e4m3, or, on GPUs without units for it, in bfloat16. None: there is no kernel."""
-    if device.type != "cuda" or not find_triton():
+def launch_for(device: torch.device, configs: dict[int, Blocks]) -> Callable | None:
+    """`launch_head` as a device runs it: on NVIDIA GPUs from compute capability 8.0 on, where there is Triton. Else None."""
+    chip = (
+        torch.cuda.get_device_capability(device)
+        if device.type == "cuda" and find_triton()
+        else (0, 0)
+    )
+    if chip < (8, 0):
         return None
-    if not has_fp8(device):
+    return partial(launch_head, blocks=blocks_for(device, configs), bulk=chip >= (9, 0), fast=True)
+
+
+def head_form(device: torch.device) -> Form:
+    """How a device multiplies: in e4m3, or, on GPUs without units for it, in bfloat16."""
+    if device.type == "cuda" and not has_fp8(device):
         return import_module("speedrun.kernels.head_bf16").bf16_form(device)
-    bulk, blocks = torch.cuda.get_device_capability(device) >= (9, 0), blocks_for(device, CONFIGS)
-    return Form(E4M3, partial(launch_head, blocks=blocks, bulk=bulk, fast=True))
+    return Form(E4M3, launch_for(device, CONFIGS))
 
 
 # %%
 #| export kernels.head_reference
-ROUNDED = E4M3  # what operands are rounded to where there is no kernel
-
-
 def head_loss_reference(
-    x: Tensor, w: Tensor, targets: Tensor, count: int, parts: int, weights: Tensor | None
+    x: Tensor, w: Tensor, targets: Tensor, count: int, form: Any, parts: int, weights: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`head_loss_fused` by the definition: in float32, of rounded operands; x's gradient in its dtype."""
-    scales = [scale_of(each) if ROUNDED == E4M3 else torch.ones((), device=x.device) for each in (x, w)]  # fmt: skip
-    x8, w8 = (quantize_reference(each, by, ROUNDED).float() * by for each, by in zip((x, w), scales))  # fmt: skip
+    scales = [form.scale_of(each) for each in (x, w)]
+    x8, w8 = (quantize_reference(each, by, form.kind).float() * by for each, by in zip((x, w), scales))  # fmt: skip
     words = [choose_candidates(to.flatten(), w.shape[1], count)[1] for to in targets.chunk(parts)]
     loss, dx, dw = head_loss_by_hand(x8, w8, targets, torch.stack(words), weights=weights)
-    return loss, dx.to(x.dtype), dw
+    return loss, dx.to(x.dtype).contiguous(), dw.contiguous()
 
 
 # %%
 #| export kernels.head_bf16
-from functools import partial
-
 import torch
 from torch import Tensor
 
-from speedrun.kernels.mlp import Blocks, blocks_for
+from speedrun.kernels.mlp import Blocks
 
 LARGE_BF16, SMALL_BF16 = Blocks(128, 128, 64, 8, 3), Blocks(128, 128, 32, 8, 3)
 CONFIGS_BF16 = {80: LARGE_BF16, 86: SMALL_BF16, 90: LARGE_BF16, 120: SMALL_BF16}
 
 
 def unit_scale(x: Tensor) -> Tensor:
-    """1: bfloat16 has float32's range."""
+    """1: bfloat16 has float32's range. (1,) float32."""
     return x.new_ones(1, dtype=torch.float32)
 
 
@@ -600,18 +611,14 @@ def product_bf16(
     a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, out: torch.dtype
 ) -> Tensor:
     """a (m, k) times the transpose of b (n, k), both of bfloat16, times both scales, summed in float32: (m, n) in dtype `out`."""
-    on_gpu = a.device.type == "cuda"
+    on_gpu = a.device.type == "cuda"  # elsewhere PyTorch has no such sums
     z = torch.mm(a, b.mT, out_dtype=torch.float32) if on_gpu else a.float() @ b.float().mT
     return (z * (scale_a * scale_b)).to(out)
 
 
-def bf16_form(device: torch.device) -> Form | None:
-    """`head_form` in bfloat16, on NVIDIA GPUs from compute capability 8.0 on."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
-        return None
-    bulk = torch.cuda.get_device_capability(device) >= (9, 0)
-    launch = partial(launch_head, blocks=blocks_for(device, CONFIGS_BF16), bulk=bulk, fast=True)
-    return Form(torch.bfloat16, launch, product_bf16, unit_scale)
+def bf16_form(device: torch.device) -> Form:
+    """`head_form` in bfloat16, on any device."""
+    return Form(torch.bfloat16, launch_for(device, CONFIGS_BF16), product_bf16, unit_scale)
 
 
 # %%
@@ -623,33 +630,30 @@ def head_loss_op(
     """Mean loss, float32, and its gradients with respect to x (tokens, width), in its dtype, and to w (width, words), float32.
 
     candidates: (2,) int in CPU memory, so that no step compiles again for a new one: how many words the softmax is over, 0: all; and of how
-    many micro-batches of equal length, each of which chooses its own, the tokens are. targets, weights: as `head_loss_by_hand`'s.
+    many micro-batches of equal length, each of which chooses its own, the tokens are. targets, weights: as `head_loss_by_hand`'s; weights have no gradient.
     """
     check_head(x, w, targets, weights)
-    (count, parts), x, form = candidates.tolist(), x.contiguous(), head_form(x.device)
+    (count, parts), form = candidates.tolist(), head_form(x.device)
     if len(x) % parts:
         raise ValueError(f"{len(x)} tokens are not {parts} micro-batches of equal length")
-    if form is None or any(n % 16 for n in (len(x) // parts, *w.shape, count)):
-        reference = import_module("speedrun.kernels.head_reference")
-        return reference.head_loss_reference(x, w, targets, count, parts, weights)
-    return head_loss_fused(x, w, targets, count, form, parts, weights)
+    compute = head_loss_fused
+    if form.launch is None or any(n % 16 for n in (len(x) // parts, *w.shape, count)):
+        compute = import_module("speedrun.kernels.head_reference").head_loss_reference
+    return compute(x, w, targets, count, form, parts, weights)
 
 
 @head_loss_op.register_fake
 def fake_head_loss(x, w, targets, candidates, weights=None):
     loss = x.new_empty((), dtype=torch.float32)
-    return loss, torch.empty_like(x), w.new_empty(w.shape, dtype=torch.float32)
-
-
-def keep_gradients(ctx: Any, inputs: tuple, output: tuple) -> None:
-    ctx.save_for_backward(*output[1:])
+    return loss, x.new_empty(x.shape), w.new_empty(w.shape, dtype=torch.float32)
 
 
 def scale_gradients(ctx: Any, grad: Tensor, *_) -> tuple:
     return *(each * grad.to(each.dtype) for each in ctx.saved_tensors), None, None, None
 
 
-head_loss_op.register_autograd(scale_gradients, setup_context=keep_gradients)
+keep = lambda ctx, inputs, output: ctx.save_for_backward(*output[1:])  # noqa: E731
+head_loss_op.register_autograd(scale_gradients, setup_context=keep)
 
 
 # %%
@@ -671,7 +675,7 @@ for wrong in (x[:, :5], x[0], x.long()):
 # %% [markdown]
 # ## The measurement
 #
-# Eight heads at the lengths of one micro-batch in the three thirds of `record_200m`, each forward and backward, with cold caches, in turn. Vectors and matrix are drawn at random, targets from the softmax. *Plain* is chapter 08's head under `torch.compile`. *Two passes* writes logits by an FP8 product, and a compiled loss reads them and writes an e5m2 gradient, straight and turned; records 19 to 89 store logits in this order, too (an e5m2 gradient from the loss itself since 67, one kernel for loss and gradient since 79), and their kernels are written by hand. Liger's fused head {cite}`liger` (the sliced one, not its Hopper kernel) and cut-cross-entropy {cite}`wijmans2025` know softcaps of the form $c \tanh(z/c)$ only, and are timed with $c = 30$. Random words are the worst case of cut-cross-entropy, which skips blocks of small gradients that a trained model has. (The candidates at the longest rows are those that the last third once had; today it has all words.)
+# Eight heads at the lengths of one micro-batch in the three thirds of `record_200m`, each forward and backward, with cold caches, in turn. Vectors and matrix are drawn at random, targets from the softmax. *Plain* is chapter 08's head under `torch.compile`. *Two passes* writes logits by an FP8 product, and a compiled loss reads them and writes an e5m2 gradient, straight and turned; records 19 to 89 store logits in this order, too (an e5m2 gradient from the loss itself since 67, one kernel for loss and gradient since 79); from record 60 on that loss is a hand-written kernel. Liger's fused head {cite}`liger` (the sliced one, not its Hopper kernel) and cut-cross-entropy {cite}`wijmans2025` know softcaps of the form $c \tanh(z/c)$ only, and are timed with $c = 30$. Random words are the worst case of cut-cross-entropy, which skips blocks of small gradients that a trained model has. (The candidates at the longest rows are those that the last third once had; today it has all words.)
 
 
 # %% tags=["hide-input"]
@@ -779,9 +783,8 @@ def versions(x: Tensor, w: Tensor, targets: Tensor, candidates: int) -> dict[str
         "one pass": partial(head_loss_op, x, w, targets, torch.tensor([0, 1])),
         "sampled": partial(head_loss_op, x, w, targets, torch.tensor([candidates, 1])),
         "three": partial(head_loss_op, x, w, three, torch.tensor([0, 1]), weights),
+        "bfloat16": partial(head_loss_fused, x, w, targets, 0, bf16_form(x.device)),
     }
-    if form := bf16_form(x.device):
-        found["bfloat16"] = partial(head_loss_fused, x, w, targets, 0, form)
     for name in ("liger", "cce"):
         if call := by_library(name, x, w, targets):
             found[name] = call
@@ -915,9 +918,9 @@ assert alone < 3 * floor_fp8 / 3
 print("beside it:", result["data"]["peers"], measured_on(result))
 
 # %% [markdown]
-# The two libraries save memory, which is what they are for: they keep no logits at all, and pay by computing them twice, or in slices. Ours keeps two tensors of one byte a logit for a moment, and is in its product and epilogue within a factor of three of what the matrix units could do at best. The rest is the two backward products, which are PyTorch's, and all that is small. At 16,384 tokens a call with candidates is hardly shorter: probably the GPU waits for Python's twenty launches. (In the trainer it does not, since a whole pass is replayed from a CUDA graph: [chapter 16](16_compile.py).)
+# The two libraries save memory, which is what they are for: they keep no logits at all, and pay by computing them twice, or in slices. Ours keeps two tensors of one byte a logit for a moment, and is in its product and epilogue within a factor of three of what the matrix units could do at best. The rest is the two backward products, which are PyTorch's, and all that is small. With candidates 16,384 tokens take hardly less than twice as many: probably the GPU waits for Python, which launches some forty kernels. (In the trainer it does not, since a whole pass is replayed from a CUDA graph: [chapter 16](16_compile.py).)
 #
-# Two more targets for each token cost 1.0 ms, since the target's kernels read two more columns of $W$ and $W$'s gradient gets two more rows added; we had guessed half of that. The same kernels in bfloat16 are four per cent faster than PyTorch, and need twice its memory: what they save in trips they seem to lose again by writing the gradient in two layouts. But they let a GPU from before Ada choose candidates. (Measured on an H200; no older card has run them.)
+# At 49,152 tokens two more targets cost 1.0 ms, 8%; we had guessed half of that. By bytes most of it should be the additions to $W$'s gradient, which are made from float32 copies of $x$; it has not been profiled. In bfloat16 the same kernels are three to five per cent faster than PyTorch, and need twice its memory. Of six trips four are left, since $G$ is written and read in two layouts of two bytes; and only one program fits a multiprocessor as configured, so that no product hides the exponentials. What a GPU without FP8 gains is that candidates save time there, too. (Measured on an H200; no older card has run it.)
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Left: milliseconds of eight heads at 49,152 tokens, with the least time by operations in bfloat16 and FP8. Right: the loss of a trained model against the number of candidates."}}
 from matplotlib import pyplot as plt
@@ -964,7 +967,7 @@ print(f"{distinct:,.0f} different targets among {sampled['data']['tokens']:,} to
 # %% [markdown]
 # On the right a trained model is asked on validation text, in large batches of 262,144 tokens. With a thousand candidates its loss looks little more than a third of what it is: the words that would have competed are not there. Once all of the batch's targets are among the candidates, the loss is nearly the true one. Training never reads this number. It only follows its gradient, which pushes down the words that are there, and the fillers are others with each batch. (Training's micro-batches are 8 to 16 times smaller and have fewer different targets, so this curve does not say what 10,240 candidates hide there.)
 #
-# How exact are the gradients? On the GPU, against float64, 2,048 tokens, for heads with weights of growing size. (With candidates: against the gradient of the same sampled loss, so without the bias of sampling.) So of the prediction's numbers 5% is nearest: everything in eight bits gives 6 to 8% here. With the target's entry apart 3 to 4% are left in x's gradient, nearly all of it from rounding the operands of such random heads. In bfloat16 it is a quarter of a per cent, less than under PyTorch, which rounds the logits, too.
+# How exact are the gradients? On the GPU, against float64, 2,048 tokens, for heads with weights of growing size. (With candidates: against the gradient of the same sampled loss, so without the bias of sampling.) So of the prediction's numbers 5% is nearest: everything in eight bits gives 6 to 8% here. With the target's entry apart 3 to 4% are left in x's gradient, nearly all of it from rounding the operands of such random heads. In bfloat16 it is a quarter of a per cent, less than under PyTorch, which rounds the target's entry with the others, and the logits, and returns $W$'s gradient in bfloat16.
 
 # %%
 table = {(e["version"], e["std"]): e for e in result["data"]["errors"]}
@@ -979,7 +982,7 @@ for std in (0.02, 0.15, 0.3):
 # %% [markdown]
 # ## What it buys
 #
-# `record` and `record_200m` train with this head, and with 10,240 candidates in the first two thirds of the schedule. When the head was new, most of the last third had candidates, too, 16,384 of them, and only the last steps had all words. Here are the runs made then beside the runs before, on the same text, with the same seeds, on two H200s. (Both are older than the MLP in eight bits, [chapter 18](18_fused_mlp.py). And in all sampled runs on this page the micro-batches that a GPU passes through the model together shared their candidates: on two GPUs four in the first third and two in the second, whose targets leave fewer places to fillers. Since then each micro-batch chooses its own, so that the loss does not depend on the number of GPUs; what is known of that stands at the end.)
+# `record` and `record_200m` train with this head, and with 10,240 candidates in the first two thirds of the schedule. When the head was new, most of the last third had candidates, too, 16,384 of them, and only the last steps had all words. Here are the runs made then beside the runs before, on the same text, with the same seeds, on two H200s. (Both are older than the MLP in eight bits, [chapter 18](18_fused_mlp.py). And in all sampled runs on this page but the last section's the micro-batches that a GPU passes through the model together shared their candidates: on two GPUs four in the first third and two in the second, whose targets leave fewer places to fillers. Since then each micro-batch chooses its own, so that the loss does not depend on the number of GPUs; what is known of that stands at the end.)
 
 # %%
 from speedrun.config import config_from_json
@@ -1076,7 +1079,7 @@ print(measured_on(load_result("loss", "one_gpu")))
 #
 # - The largest entry of $G$ fits e5m2 because the softcap is $23\,\sigma((z+5)/7.5)$. Another cap needs another gain, and one without a bound needs a maximum, and so a second pass. The trainer refuses others by name.
 # - A head that is tied all the time is refused, too. (One that is tied until a step and then parts, as in `record`, is a matrix of its own that is kept equal.)
-# - Without matrix units for FP8 the definition runs, on rounded operands: slowly, and with no rounding of the gradient.
+# - Without matrix units for FP8 the kernel computes in bfloat16 (compute capability 8.0 on). On older GPUs, on CPUs, and where a length is no multiple of 16, the definition runs, on rounded operands: slowly, and with no rounding of the gradient. (`import_module` takes it from the package: whoever edits the two cells above changes nothing in this notebook's operator.)
 # - Sums of gradients over tokens with the same target are added by atomics, in an order that changes from run to run. Two runs with one seed agree until rounding separates them.
 # - Two tensors of a byte a logit are alive for a moment. On two H200s the first runs with this head allocated less memory at their peak than those before, and reserved more; why has not been found.
 #
@@ -1093,9 +1096,9 @@ assert tried["exact sigmoid"] > 1.1 * tried["as it is"] and tried["one program"]
 
 # %% [markdown]
 # - **One program on a multiprocessor.** Then nothing runs while its epilogue computes exponentials. Two overlap; one takes a third longer, a seventh with blocks of 256 columns.
-# - **Two passes under the compiler.** The whole is hardly faster than bfloat16 without FP8, by 8% at most: what the products gain is lost between them, where five gigabytes of logits are written, read by the loss (whose softmax needs them twice), and read once more as a gradient of two copies. This page once turned the gradient outside the compiled loss, with one line in the wrong place, and called two passes slower than PyTorch by half. Records 60 to 79 replaced that loss by hand-written kernels, one after the other.
+# - **Two passes under the compiler.** It is 1 to 8% faster than PyTorch's head in bfloat16: what the products gain is lost between them, where five gigabytes of logits are written and read twice, and two copies of the gradient, five gigabytes together, written and read. This page once turned the gradient outside the compiled loss, with one line in the wrong place, and called two passes slower than PyTorch by half. Records 60 to 79 replaced that loss by hand-written kernels, one after the other.
 # - **The exact sigmoid.** It is two special functions where the hardware's `tanh` is one.
-# - **`inside[chosen] = True`.** Assigning a Python number copies it to the GPU, and waits until it has arrived: once in each forward pass Python stood still until the GPU was done. `index_fill_` takes the number along. No profile of kernels shows this; a trace of both sides does.
+# - **`inside[chosen] = True`.** Assigning a Python number copies it to the GPU, and waits until it has arrived: once in each forward pass Python stood still until the GPU was done. `index_fill_`, which an earlier version used, takes the number along. No profile of kernels shows this; a trace of both sides does.
 # - **Zeros for what is masked.** A masked load of FP8 numbers with `other=0.0` came back as NaN on the GPU, and as zero in the interpreter. The kernels mask after the conversion.
 #
 # ## Exercises

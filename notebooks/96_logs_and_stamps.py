@@ -407,13 +407,15 @@ assert module_file("torch") is None, (
 # %%
 #| export lab.provenance
 def imported_names(source: str) -> set[str]:
-    """Dotted names that the source imports anywhere, functions included; `from a import b` counts as a and a.b."""
+    """Dotted names that the source imports anywhere, functions included; `from a import b` counts as a and a.b, and a module that `import_module` is told by name as well."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            names |= {str(each.value) for each in node.args if isinstance(each, ast.Constant)}
     return names
 
 

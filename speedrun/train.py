@@ -258,11 +258,14 @@ def graphs_memory(recorder: Recorder) -> Iterator[None]:
     if own is None or not recorder.calls:
         yield
         return
+    torch.cuda.empty_cache()  # as the allocator does before it gives up, but not inside
     usual = torch.cuda.current_stream()
     own.wait_stream(usual)
-    with torch.cuda.stream(own), torch.cuda.use_mem_pool(cast(Any, pool)):
-        yield
-    usual.wait_stream(own)
+    try:
+        with torch.cuda.stream(own), torch.cuda.use_mem_pool(cast(Any, pool)):
+            yield
+    finally:
+        usual.wait_stream(own)
 
 
 @torch.no_grad()

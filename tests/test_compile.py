@@ -309,6 +309,13 @@ class TestOnAGPU:
                 alone = validation_loss(run, val_batches(run, config.val_tokens))
             borrowed = validation_loss(run, val_batches(run, config.val_tokens))
             assert borrowed == pytest.approx(alone, rel=1e-5)
+            torch.cuda.empty_cache()
+            reserved = torch.cuda.memory_reserved()
+            assert validation_loss(run, val_batches(run, config.val_tokens)) == borrowed
+            torch.cuda.empty_cache()
+            assert not on or torch.cuda.memory_reserved() == reserved
+            run.step = config.steps - 1  # a replay after it is none the worse
+            losses[on].append(train_step(run).item())
             recorded = [call.graph for call, _, _ in run.recorder.calls.values()]
             assert all(recorded) and len(recorded) >= 3 if on else not recorded
         assert np.allclose(losses[True], losses[False], rtol=2e-2)

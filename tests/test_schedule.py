@@ -427,6 +427,16 @@ class TestInAStagedRun:
         for name, p in run.model.named_parameters():
             assert torch.equal(p, dict(staged_run.model.named_parameters())[name]), name
 
+    def test_a_warm_up_before_the_first_step_keeps_no_zeros(self, brief, tmp_path, monkeypatch):
+        from speedrun.train import warm_up
+
+        run = build_run(vary(brief, STAGED | {"warmup": 1}), tmp_path, echo=None)
+        kept, load = [], run.optimizer.load_state_dict
+        monkeypatch.setattr(run.optimizer, "load_state_dict", lambda given: (kept.extend(given.values()), load(given)))  # fmt: skip
+        warm_up(run)
+        assert sum(each.numel() for each in kept) > 1000
+        assert all(each.untyped_storage().nbytes() <= 8 for each in kept)
+
     def test_warming_up_after_some_steps_leaves_no_trace_either(self, brief, tmp_path, staged_run):
         """The state is no longer zero, which a warm-up before the first step need not keep."""
         from speedrun.train import take_steps, warm_up

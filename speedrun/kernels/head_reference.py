@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from speedrun.kernels.fp8 import E4M3, quantize_reference, scale_of
+from speedrun.kernels.fp8 import quantize_reference
 
 
 def head_loss_by_hand(
@@ -43,15 +43,12 @@ def head_loss_by_hand(
 
 
 # %% The kernel
-ROUNDED = E4M3  # what operands are rounded to where there is no kernel
-
-
 def head_loss_reference(
-    x: Tensor, w: Tensor, targets: Tensor, count: int, parts: int, weights: Tensor | None
+    x: Tensor, w: Tensor, targets: Tensor, count: int, form: Any, parts: int, weights: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`head_loss_fused` by the definition: in float32, of rounded operands; x's gradient in its dtype."""
-    scales = [scale_of(each) if ROUNDED == E4M3 else torch.ones((), device=x.device) for each in (x, w)]  # fmt: skip
-    x8, w8 = (quantize_reference(each, by, ROUNDED).float() * by for each, by in zip((x, w), scales))  # fmt: skip
+    scales = [form.scale_of(each) for each in (x, w)]
+    x8, w8 = (quantize_reference(each, by, form.kind).float() * by for each, by in zip((x, w), scales))  # fmt: skip
     words = [choose_candidates(to.flatten(), w.shape[1], count)[1] for to in targets.chunk(parts)]
     loss, dx, dw = head_loss_by_hand(x8, w8, targets, torch.stack(words), weights=weights)
-    return loss, dx.to(x.dtype), dw
+    return loss, dx.to(x.dtype).contiguous(), dw.contiguous()

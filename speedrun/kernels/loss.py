@@ -142,7 +142,7 @@ def target_kernel(
     X, W, TARGETS, WEIGHTS, SUMS, INSIDE, SCALE, LOSS, SHARE, OWN, tokens, width,
     ROWS: constexpr, WIDTH: constexpr, SEVERAL: constexpr,
 ):  # fmt: skip
-    """Each token's loss, the reciprocal of its sum, and what each target's own logit adds to the gradient: s (1 - s), less its share where it is no candidate; all by the targets' WEIGHTS."""
+    """Each token's loss, the reciprocal of its sum, and what each target's own logit adds to the gradient: s (1 - s), less its share where it is no candidate; all by the targets' WEIGHTS. TARGETS, OWN: (tokens, SEVERAL). WEIGHTS: (SEVERAL,). LOSS, SHARE: (tokens,)."""
     TOP: constexpr = 23.0 * 1.4426950408889634
     row, k = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, WIDTH)
     mine = row < tokens
@@ -185,10 +185,13 @@ def dx_kernel(
 
 
 class Form(NamedTuple):
-    """What products are in, and what makes them: e4m3 by these functions, or another dtype by its own. launch: `launch_head`'s."""
+    """What operands are rounded to, and what multiplies them: e4m3 by these functions, or another dtype by its own.
+
+    launch(x, w, scale): as `launch_head`; None: there is no kernel, and the definition computes. product: as `fp8_matmul`. scale_of: as fp8's.
+    """
 
     kind: torch.dtype
-    launch: Callable
+    launch: Any = None
     product: Callable = fp8_matmul
     scale_of: Callable = scale_of
 
@@ -196,7 +199,7 @@ class Form(NamedTuple):
 def micro_batch_head(
     x: Tensor, w: Tensor, scale: Tensor, targets: Tensor, weights: Tensor, count: int, loss: Tensor, dx: Tensor, dw: Tensor, factor: float, form: Form
 ) -> Tensor:  # fmt: skip
-    """Head and loss of one micro-batch: writes its losses (tokens,) and x's gradient, and returns dw, (words, width), with its part of w's gradient, or that part alone where the softmax is over all words. w: (words, width) in the form's dtype, with its scale. targets: (tokens, several), weights: (several,). factor: of the loss's slope, for the mean."""
+    """Head and loss of one micro-batch: writes its losses (tokens,) and x's gradient, and returns dw, (words, width), with its part of w's gradient, or that part alone where the softmax is over all words. w: (words, width) in the form's dtype, with its scale. x: (tokens, width). targets: (tokens, several), weights: (several,). dw: float32, without rows where the softmax is over all words. factor: 23 / 7.5 / all tokens."""
     (tokens, width), kind, sx = x.shape, w.dtype, form.scale_of(x)
     chosen, inside = choose_candidates(targets.flatten(), len(w), count)
     numbers = w.view(torch.uint8 if kind == E4M3 else kind)  # there is no indexing for FP8
@@ -209,21 +212,23 @@ def micro_batch_head(
     target_kernel[grid](x8, w, targets, weights, sums, inside.view(torch.uint8), sx * scale, loss, share, own, tokens, width, **sizes)  # fmt: skip
     raw = form.product(g, rows.T.contiguous(), unit, scale, x.dtype)
     dx_kernel[grid](raw, w, targets, share, own, scale, dx, factor, tokens, width, **sizes)
-    late = sx * share.max()
+    late = sx * share.abs().max().clamp(min=1e-12)  # weights may be 0
     xt = quantize(x, late, kind, share, straight=False, turned=True)[1]
     part = form.product(gt, xt, unit * factor, late, torch.float32)
     dw = part if chosen is None else dw.index_add_(0, chosen, part)
+    full = x.float()
     for column, each in zip(targets.T, own.T):
-        dw.index_add_(0, column, x.float() * (each * -factor)[:, None])
+        dw.index_add_(0, column, full * (each * -factor)[:, None])
     return dw
 
 
 def head_loss_fused(
     x: Tensor, w: Tensor, targets: Tensor, count: int, form: Form, parts: int = 1, weights: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """As `head_loss_by_hand`, by the kernels. count: candidates, 0 for all; parts: micro-batches of equal length, each with its own. weights: not all 0."""
-    targets, scale, dx = targets.contiguous().view(len(x), -1), form.scale_of(w), torch.empty_like(x)  # fmt: skip
-    weights = (targets.new_ones(1) if weights is None else weights).float().contiguous()
+    """As `head_loss_by_hand`, by the kernels. count: candidates, 0 for all; parts: micro-batches of equal length, each with its own. targets, weights: as there."""
+    x, targets = x.contiguous(), targets.contiguous().view(len(x), -1)
+    scale, dx = form.scale_of(w), torch.empty_like(x)
+    weights = (targets.new_ones(1) if weights is None else weights).to(scale).contiguous()
     loss, few = scale.new_empty(len(x)), 0 < count <= w.shape[1]
     w8 = quantize(w, scale, form.kind, straight=False, turned=True)[1]
     dw = x.new_zeros(few * len(w8), len(w), dtype=torch.float32)
@@ -236,24 +241,35 @@ def head_loss_fused(
 
 def check_head(x: Tensor, w: Tensor, targets: Tensor, weights: Tensor | None = None) -> None:
     """Raise ValueError for shapes and dtypes that the head cannot take."""
-    told = [x, w, targets] if weights is None else [x, w, targets, weights]
-    fit = x.dim() == w.dim() == 2 and x.shape[1] == w.shape[0]
-    fit = fit and targets.shape == (len(x), *(each.numel() for each in told[3:]))
+    told = [x, w, targets, *([] if weights is None else [weights])]
+    fit = x.dim() == w.dim() == 2 and x.shape[1] == w.shape[0] and told[-1].dim() == 1
+    fit = fit and targets.shape == (len(x), *map(len, told[3:]))
     numbers = x.is_floating_point() and w.is_floating_point() and targets.dtype == torch.int64
     if not (fit and numbers):
         given = ", ".join(f"{tuple(each.shape)} of {each.dtype}" for each in told)
-        what = "x (tokens, width) and w (width, words) of floating-point numbers, targets (tokens,) of int64, or (tokens, several) with weights (several,), not "
-        raise ValueError(what + given)
+        raise ValueError(
+            "x (tokens, width) and w (width, words) of floating-point numbers, targets (tokens,) of int64, or (tokens, several) with weights (several,), not "
+            + given
+        )
 
 
-def head_form(device: torch.device) -> Form | None:
-    """How a device's kernel multiplies: in e4m3, or, on GPUs without units for it, in bfloat16. None: there is no kernel."""
-    if device.type != "cuda" or not find_triton():
+def launch_for(device: torch.device, configs: dict[int, Blocks]) -> Callable | None:
+    """`launch_head` as a device runs it: on NVIDIA GPUs from compute capability 8.0 on, where there is Triton. Else None."""
+    chip = (
+        torch.cuda.get_device_capability(device)
+        if device.type == "cuda" and find_triton()
+        else (0, 0)
+    )
+    if chip < (8, 0):
         return None
-    if not has_fp8(device):
+    return partial(launch_head, blocks=blocks_for(device, configs), bulk=chip >= (9, 0), fast=True)
+
+
+def head_form(device: torch.device) -> Form:
+    """How a device multiplies: in e4m3, or, on GPUs without units for it, in bfloat16."""
+    if device.type == "cuda" and not has_fp8(device):
         return import_module("speedrun.kernels.head_bf16").bf16_form(device)
-    bulk, blocks = torch.cuda.get_device_capability(device) >= (9, 0), blocks_for(device, CONFIGS)
-    return Form(E4M3, partial(launch_head, blocks=blocks, bulk=bulk, fast=True))
+    return Form(E4M3, launch_for(device, CONFIGS))
 
 
 @torch.library.custom_op(f"{NAMESPACE}::head_loss", mutates_args=())
@@ -263,30 +279,27 @@ def head_loss_op(
     """Mean loss, float32, and its gradients with respect to x (tokens, width), in its dtype, and to w (width, words), float32.
 
     candidates: (2,) int in CPU memory, so that no step compiles again for a new one: how many words the softmax is over, 0: all; and of how
-    many micro-batches of equal length, each of which chooses its own, the tokens are. targets, weights: as `head_loss_by_hand`'s.
+    many micro-batches of equal length, each of which chooses its own, the tokens are. targets, weights: as `head_loss_by_hand`'s; weights have no gradient.
     """
     check_head(x, w, targets, weights)
-    (count, parts), x, form = candidates.tolist(), x.contiguous(), head_form(x.device)
+    (count, parts), form = candidates.tolist(), head_form(x.device)
     if len(x) % parts:
         raise ValueError(f"{len(x)} tokens are not {parts} micro-batches of equal length")
-    if form is None or any(n % 16 for n in (len(x) // parts, *w.shape, count)):
-        reference = import_module("speedrun.kernels.head_reference")
-        return reference.head_loss_reference(x, w, targets, count, parts, weights)
-    return head_loss_fused(x, w, targets, count, form, parts, weights)
+    compute = head_loss_fused
+    if form.launch is None or any(n % 16 for n in (len(x) // parts, *w.shape, count)):
+        compute = import_module("speedrun.kernels.head_reference").head_loss_reference
+    return compute(x, w, targets, count, form, parts, weights)
 
 
 @head_loss_op.register_fake
 def fake_head_loss(x, w, targets, candidates, weights=None):
     loss = x.new_empty((), dtype=torch.float32)
-    return loss, torch.empty_like(x), w.new_empty(w.shape, dtype=torch.float32)
-
-
-def keep_gradients(ctx: Any, inputs: tuple, output: tuple) -> None:
-    ctx.save_for_backward(*output[1:])
+    return loss, x.new_empty(x.shape), w.new_empty(w.shape, dtype=torch.float32)
 
 
 def scale_gradients(ctx: Any, grad: Tensor, *_) -> tuple:
     return *(each * grad.to(each.dtype) for each in ctx.saved_tensors), None, None, None
 
 
-head_loss_op.register_autograd(scale_gradients, setup_context=keep_gradients)
+keep = lambda ctx, inputs, output: ctx.save_for_backward(*output[1:])  # noqa: E731
+head_loss_op.register_autograd(scale_gradients, setup_context=keep)

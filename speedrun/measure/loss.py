@@ -116,9 +116,8 @@ def versions(x: Tensor, w: Tensor, targets: Tensor, candidates: int) -> dict[str
         "one pass": partial(head_loss_op, x, w, targets, torch.tensor([0, 1])),
         "sampled": partial(head_loss_op, x, w, targets, torch.tensor([candidates, 1])),
         "three": partial(head_loss_op, x, w, three, torch.tensor([0, 1]), weights),
+        "bfloat16": partial(head_loss_fused, x, w, targets, 0, bf16_form(x.device)),
     }
-    if form := bf16_form(x.device):
-        found["bfloat16"] = partial(head_loss_fused, x, w, targets, 0, form)
     for name in ("liger", "cce"):
         if call := by_library(name, x, w, targets):
             found[name] = call

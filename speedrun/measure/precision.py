@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from speedrun.config import Config, vary
-from speedrun.kernels import head_reference
 from speedrun.kernels import loss as head
 from speedrun.kernels.head_bf16 import bf16_form
 from speedrun.lab.results import load_result, result_names
@@ -117,7 +116,6 @@ def around(name: str) -> Iterator[None]:
             patches.enter_context(patch.object(gpt, "linear", linear_in_eight))
         if "head" not in on:
             patches.enter_context(patch.object(head, "head_form", bf16_form))
-            patches.enter_context(patch.object(head_reference, "ROUNDED", torch.bfloat16))
         yield
 
 
