@@ -396,8 +396,8 @@ ALONE = {  # what is changed, alone: file, old, new, and the results that train 
     ),
     "products in 16 bits": (
         "optim/muon.py",
-        "beta=b, alpha=c)",
-        "beta=b, alpha=1.01 * c)",
+        "beta=beta, alpha=alpha)",
+        "beta=beta, alpha=1.001 * alpha)",
         {"small_gpt2"},
     ),
 }
