@@ -14,7 +14,7 @@
 # # Head and loss in one pass
 #
 # ```{admonition} Cost box
-# About half a minute on two CPU cores, where Triton's interpreter runs the kernel at small shapes; on a GPU it is compiled. Times and losses come from committed measurements on H200s.
+# About half a minute on two CPU cores, where Triton's interpreter runs the kernel at small shapes; on one GPU it is compiled. Times and losses come from committed measurements on H200s.
 # The FP8 head is record 19's: \@YouJiacheng. Fused losses: records 60 (\@soren\_dunn\_ and AI System Locus), 67 and 79 (\@andrewbriand8), 75 (\@moof2x). Sampled softmax, as the contest uses it: record 92 (\@devenpzak). Exponentials from the epilogue, the target apart, row factors folded into the backward products: quack and Liger's Hopper kernel, in bfloat16 {cite}`liger,quack`. The kernel below is this book's own.
 # ```
 #
