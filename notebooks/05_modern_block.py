@@ -780,7 +780,7 @@ print(
 )
 
 # %% [markdown]
-# So much for the prediction's last question. On this CPU QK-norm costs three per cent of a step, and ReLU², which needs no tanh, gives five back; zeros and scale, which cannot change the time, move it by one at most. (On other days these two moved it by two, so what is below that says nothing. On other machines and other days QK-norm cost three to five, and ReLU² gave one to four back.) On the GPU runs without QK-norm took 8% less time than the control; GELU, layer norms, biases and zeros moved it by three per cent at most, and so did the normal start, which cannot. That cannot say where record 5's 17% came from. Two candidates are GPU matters. Heads of 128 numbers, half as many, make half as many scores to exponentiate. And the padded vocabulary saves a seventh of a step in [chapter 08](08_logits.py), in a model of which the head is about half; in record 5's, three tenths.
+# So much for the prediction's last question. On this CPU QK-norm costs three per cent of a step, and ReLU², which needs no tanh, gives five back; zeros and scale, which cannot change the time, move it by one at most. (On other machines and other days QK-norm cost three to five, and ReLU² gave one to four back.) On the GPU runs without QK-norm took 8% less time than the control; GELU, layer norms, biases and zeros moved it by three per cent at most, and so did the normal start, which cannot. That cannot say where record 5's 17% came from. Two candidates are GPU matters. Heads of 128 numbers, half as many, make half as many scores to exponentiate. And the padded vocabulary saves a seventh of a step in [chapter 08](08_logits.py), in a model of which the head is about half; in record 5's, three tenths.
 #
 # ## What it costs, and when it fails
 #

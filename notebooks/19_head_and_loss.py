@@ -908,8 +908,9 @@ one, few, base = (np.array([rows[name, tokens]["p50"] for tokens, _ in SHAPES]) 
 assert (1.9 < (base / one)[1:]).all() and (base / one < 2.2).all() and (4 < (base / few)[1:]).all()
 assert (base / one)[0] > 1.65 and (base / few)[0] > 2.5, "16,384 tokens: see below"
 two, three, bf16 = (np.array([rows[name, tokens]["p50"] for tokens, _ in SHAPES]) for name in ("two passes", "three", "bfloat16"))  # fmt: skip
-assert (1 < base / two).all() and (base / two < 1.1).all()
-assert 0.8 < (three - one)[-1] < 1.2 and 1.03 < (base / bf16).min() and (base / bf16).max() < 1.06
+assert [f"{change(base / two) - 1:.0%}" for change in (np.min, np.max)] == ["1%", "8%"]
+assert (f"{(three - one)[-1]:.1f}", f"{(three / one)[-1] - 1:.0%}") == ("1.0", "8%")
+assert 0.8 < few[0] / few[1] < 0.85 and 1.03 < (base / bf16).min() and (base / bf16).max() < 1.06
 assert rows["bfloat16", TOKENS]["peak_mib"] > 2 * rows["plain", TOKENS]["peak_mib"]
 print(f"against PyTorch: {(base / one).min():.1f} to {(base / one).max():.1f} times as fast, with candidates {(base / few).min():.1f} to {(base / few).max():.1f} times")  # fmt: skip
 alone = result["data"]["blocks"]["as it is"]["p50"]
@@ -918,7 +919,7 @@ assert alone < 3 * floor_fp8 / 3
 print("beside it:", result["data"]["peers"], measured_on(result))
 
 # %% [markdown]
-# The two libraries save memory, which is what they are for: they keep no logits at all, and pay by computing them twice, or in slices. Ours keeps two tensors of one byte a logit for a moment, and is in its product and epilogue within a factor of three of what the matrix units could do at best. The rest is the two backward products, which are PyTorch's, and all that is small. With candidates 16,384 tokens take hardly less than twice as many: probably the GPU waits for Python, which launches some forty kernels. (In the trainer it does not, since a whole pass is replayed from a CUDA graph: [chapter 16](16_compile.py).)
+# The two libraries save memory, which is what they are for: they keep no logits at all, and pay by computing them twice, or in slices. Ours keeps two tensors of one byte a logit for a moment, and is in its product and epilogue within a factor of three of what the matrix units could do at best. The rest is the two backward products, which are PyTorch's, and all that is small. With candidates 16,384 tokens take hardly less than twice as many: probably the GPU waits for Python, which launches dozens of kernels. (In the trainer it does not, since a whole pass is replayed from a CUDA graph: [chapter 16](16_compile.py).)
 #
 # At 49,152 tokens two more targets cost 1.0 ms, 8%; we had guessed half of that. By bytes most of it should be the additions to $W$'s gradient, which are made from float32 copies of $x$; it has not been profiled. In bfloat16 the same kernels are three to five per cent faster than PyTorch, and need twice its memory. Of six trips four are left, since $G$ is written and read in two layouts of two bytes; and only one program fits a multiprocessor as configured, so that no product hides the exponentials. What a GPU without FP8 gains is that candidates save time there, too. (Measured on an H200; no older card has run it.)
 

@@ -874,7 +874,7 @@ print((scratch / "step" / "log.txt").read_text().replace(str(scratch), "runs"))
 # %% [markdown]
 # ### Validation and warm-up
 #
-# The validation loss is the mean over a fixed number of tokens. Each rank takes its share of the micro-batches, and two numbers are summed over the ranks. Between two steps the memory of recorded passes ([chapter 16](16_compile.py)) lies idle: a validation, whose logits need seven gigabytes in `record_200m`, borrows it.
+# The validation loss is the mean over a fixed number of tokens. Each rank takes its share of the micro-batches, and two numbers are summed over the ranks. Between two steps the memory of recorded passes ([chapter 16](16_compile.py)) lies idle: a validation borrows it for its logits.
 
 
 # %%
